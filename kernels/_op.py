@@ -1,0 +1,105 @@
+"""Which device runs what, decided once: every operator of tritium is registered here.
+
+`define_op` joins a Triton launcher and a PyTorch reference of the same signature into one `torch.library` operator:
+
+    CUDA tensors                          -> launch
+    CPU tensors                           -> reference, or launch under TRITON_INTERPRET=1 (Triton's interpreter)
+    any other device, or Triton missing   -> reference
+    shapes and dtypes (torch.compile)     -> reference, run on fake tensors
+
+PyTorch's dispatcher chooses by the tensors' device. Nothing falls back silently on CUDA: an operator without a kernel says so
+once. `custom_op` rather than `triton_op`: the latter fails opcheck and fullgraph compilation where there is no GPU.
+"""
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._triton import HAS_TRITON
+
+# Triton reads the variable when it decorates a kernel, so it has to be read at import here too.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def define_op(name: str, *, launch: Callable | None, reference: Callable, mutates: Sequence[str] = ()):
+    """Register `tritium::name` and return it, ready to call and for `.register_autograd`.
+
+    Args:
+        name: operator name, unique in the `tritium` namespace.
+        launch: runs the Triton kernels; same signature as `reference`. None while an operator has no kernel yet.
+        reference: the definition in PyTorch; fully annotated (the operator's schema is read off it), returns new tensors.
+        mutates: names of the arguments written in place.
+    Returns: torch.library.CustomOpDef.
+    Raises: TypeError if the signatures of `launch` and `reference` differ.
+    """
+    if launch is not None and inspect.signature(launch) != inspect.signature(reference):
+        raise TypeError(
+            f"define_op: {name}: launch must have the signature of reference, {inspect.signature(reference)}, "
+            f"got {inspect.signature(launch)}; make them equal"
+        )
+    reference = _without_autocast(reference)
+    op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
+    op.register_fake(reference)
+    if launch is not None and HAS_TRITON:
+        op.register_kernel("cuda")(_without_float64(name, launch))
+        if INTERPRET:
+            op.register_kernel("cpu")(_without_float64(name, launch))
+    else:
+        op.register_kernel("cuda")(_saying_so_once(name, reference))
+    return op
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a matrix product receives under torch.autocast: float32 and half inputs in the autocast dtype; else unchanged."""
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def _without_autocast(reference: Callable) -> Callable:
+    """References choose their own precision; an active autocast must not lower the products inside them."""
+
+    @functools.wraps(reference)
+    def run(*args):
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return reference(*args)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return reference(*args)
+
+    return run
+
+
+def _without_float64(name: str, launch: Callable) -> Callable:
+    """Kernels accumulate in float32, so float64 would be answered with float32's accuracy: refuse it."""
+
+    @functools.wraps(launch)
+    def run(*args):
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+            raise TypeError(f"{name}: the kernel takes float32, bfloat16 or float16, got float64; move the tensors to the CPU")
+        return launch(*args)
+
+    return run
+
+
+def _saying_so_once(name: str, reference: Callable) -> Callable:
+    @functools.cache
+    def say():
+        why = "has no Triton kernel yet" if HAS_TRITON else "needs Triton, which is not installed"
+        warnings.warn(f"tritium: {name} {why}; CUDA runs its PyTorch reference", stacklevel=4)
+
+    @functools.wraps(reference)
+    def run(*args):
+        say()
+        return reference(*args)
+
+    return run

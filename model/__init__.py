@@ -1,0 +1,4 @@
+"""model"""
+
+if "." not in __name__:
+    raise ImportError("this folder is part of the package 'tritium': write 'import tritium.model', not 'import model'")

@@ -1,0 +1,54 @@
+"""Settings every test runs under."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+# Fills torch.empty with NaN, so that an output a kernel forgot to write shows.
+torch.use_deterministic_algorithms(True)
+# The suite runs on one process a core; more threads each would only get in one another's way.
+torch.set_num_threads(1)
+
+
+def _round_to_bfloat16_like_a_gpu() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16; GPUs, and the error bars here, round to the nearest even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if not (source == tl.float32 and target == tl.bfloat16):
+            return convert(data, source, target, mode)
+        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        # Rounding up a NaN's mantissa would make an infinity, or wrap around to zero.
+        return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+
+    interpreter._convert_float = rounding
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _round_to_bfloat16_like_a_gpu()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "plain: says nothing about kernels, so the run under TRITON_INTERPRET=1 leaves it out")
+    config.addinivalue_line("markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under the interpreter only what reaches a kernel is run: the plain run has covered the rest."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    left_out = [item for item in items if item.get_closest_marker("plain") or item.get_closest_marker("codegen")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
