@@ -15,13 +15,14 @@ FACTOR = 1.5
 ROUNDINGS = 8
 
 
-def assert_accurate(name: str, got: Tensor, truth: Tensor, peer: Tensor, *, length: int = 1) -> None:
+def assert_accurate(name: str, got: Tensor, truth: Tensor, peer: Tensor, *, length: int = 1, scale: float = 0.0) -> None:
     """Fail if `got` is further from `truth` than the bar.
 
     Args:
         name: what it is, for the message.
         got, truth, peer: one shape; tested value, float64 truth, PyTorch's value in the dtype of got.
         length: how many terms the longest sum behind one element has.
+        scale: magnitude of the terms that cancel on the way, where it is above that of the truth itself.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(truth.shape)} expected, got {tuple(got.shape)}"
     assert got.dtype == peer.dtype, f"{name}: {peer.dtype} expected, got {got.dtype}"
@@ -30,6 +31,6 @@ def assert_accurate(name: str, got: Tensor, truth: Tensor, peer: Tensor, *, leng
     got, truth, peer, eps = got.double().cpu(), truth.double().cpu(), peer.double().cpu(), torch.finfo(got.dtype).eps
     assert torch.equal(got.isfinite(), truth.isfinite()), f"{name}: {(~got.isfinite()).sum()} elements are not finite"
     error, peer_error = (got - truth).abs().max().item(), (peer - truth).abs().max().item()
-    rounding = (eps + (ROUNDINGS + math.sqrt(length)) * torch.finfo(torch.float32).eps) / 2 * truth.abs().max().item()
+    rounding = (eps + (ROUNDINGS + math.sqrt(length)) * torch.finfo(torch.float32).eps) / 2 * max(scale, truth.abs().max().item())
     bar = max(FACTOR * peer_error, rounding)
     assert error <= bar, f"{name}: error {error:.3g} is above {bar:.3g} (PyTorch's {peer_error:.3g}, rounding {rounding:.3g})"
