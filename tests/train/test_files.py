@@ -1,0 +1,51 @@
+"""write_whole leaves the old file or the new one, never a part and never a temporary."""
+
+import subprocess
+import sys
+
+import pytest
+from tritium.train import files
+
+
+def test_writes_pieces_in_order_and_replaces(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    files.write_whole(path, [b"one", memoryview(b"two"), b""])
+    assert path.read_bytes() == b"onetwo"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_writes_in_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE_BYTES", 3)
+    files.write_whole(tmp_path / "a", [b"0123456789"])
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failure_keeps_the_old_file(tmp_path, monkeypatch, error, call):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(files.os, call, fail)
+    with pytest.raises(type(error)):
+        files.write_whole(path, [b"new"])
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_real_full_disk_leaves_nothing(tmp_path):
+    program = (
+        "import resource, sys\n"
+        "from tritium.train.files import write_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n    write_whole(sys.argv[1], [bytes(1_000_000)])\n"
+        "except OSError:\n    sys.exit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert list(tmp_path.iterdir()) == []

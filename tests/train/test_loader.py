@@ -1,0 +1,145 @@
+"""The loader is a pure function of the step, and every token but the first is a target exactly once an epoch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tritium.train.config import InputError
+from tritium.train.loader import IGNORED, Loader, evaluation_batches, permute
+from tritium.train.shards import TokenStream
+
+
+def _stream(n):
+    """Tokens counting up, so that a token is its own place, in parts with seams anywhere."""
+    return TokenStream(np.split(np.arange(n, dtype=np.uint32), sorted({n // 3, n // 3 + 1, n - 2})))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 65, 1000])
+def test_permutation_is_a_bijection(size):
+    everything = np.arange(size)
+    orders = {tuple(permute(everything, size, seed, epoch)) for seed in range(10) for epoch in range(10)}
+    for order in orders:
+        assert sorted(order) == list(range(size))
+    # 100 draws: all orders of few elements, no repeats among many.
+    assert len(orders) == {1: 1, 2: 2, 3: 6}.get(size, 100)
+
+
+def test_permutation_is_elementwise_and_takes_huge_sizes():
+    np.testing.assert_array_equal(permute(np.arange(1000), 1000, 1, 2)[[7, 3]], permute(np.array([7, 3]), 1000, 1, 2))
+    size = 2**61 + 12345
+    images = permute(np.array([0, 1, size - 1]), size, 0, 10**30)
+    assert len(set(images.tolist())) == 3
+    assert images.min() >= 0
+    assert images.max() < size
+
+
+def test_permutation_mixes():
+    """Neighbours land apart: |image(i) - image(i + 1)| of a random order averages size / 3; 5 standard errors allowed."""
+    size = 30_000
+    gaps = np.abs(np.diff(permute(np.arange(size), size, 3, 0)))
+    assert abs(gaps.mean() / (size / 3) - 1) < 5 * 0.7 / size**0.5
+    first, second = permute(np.arange(size), size, 3, 0), permute(np.arange(size), size, 3, 1)
+    assert (first == second).sum() < 10  # Poisson with mean 1
+
+
+@pytest.mark.parametrize(("n", "context"), [(1001, 10), (1002, 10), (1000, 10), (1009, 10), (11, 10), (12, 10), (500, 1)])
+def test_every_token_is_a_target_once_an_epoch(n, context):
+    loader = Loader(_stream(n), context_tokens=context, batch_size=1, seed=5)
+    assert loader.windows == -(-(n - 1) // context)
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * loader.windows, (epoch + 1) * loader.windows):
+            tokens, targets = loader.batch(step)
+            assert tokens.shape == targets.shape == (1, context)
+            assert tokens.dtype == targets.dtype == torch.int64
+            kept = targets != IGNORED
+            assert torch.equal(tokens[kept] + 1, targets[kept])
+            assert not tokens[~kept].any()
+            seen += targets[kept].tolist()
+        assert sorted(seen) == list(range(1, n))
+
+
+def test_epochs_run_on_across_batches():
+    loader = Loader(_stream(101), context_tokens=10, batch_size=4, seed=0)  # 10 windows, 4 a step
+    starts = [row[0].item() // 10 for step in range(5) for row in loader.batch(step)[0]]
+    assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(10))
+    assert starts[:10] != starts[10:]
+
+
+def test_a_batch_larger_than_the_epoch():
+    loader = Loader(_stream(21), context_tokens=10, batch_size=6, seed=0)
+    assert sorted(loader.batch(3)[0][:, 0].tolist()) == [0, 0, 0, 10, 10, 10]
+
+
+def test_batches_do_not_depend_on_what_was_asked_before():
+    steps = [0, 1, 7, 300, 299, 5000, 10**9, 10**20, 3]
+    one = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
+    forth = {step: one.batch(step) for step in steps}
+    for step in reversed(steps):
+        fresh = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
+        for loader in (one, fresh):
+            assert all(torch.equal(a, b) for a, b in zip(loader.batch(step), forth[step], strict=True))
+    other_seed = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=2)
+    assert not torch.equal(other_seed.batch(0)[0], forth[0][0])
+
+
+def test_changing_a_batch_changes_no_other():
+    loader = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
+    tokens, targets = loader.batch(0)
+    kept = tokens.clone()
+    tokens.zero_()
+    assert torch.equal(loader.batch(0)[0], kept)
+    assert torch.equal(targets, loader.batch(0)[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batches_of_one(world_size):
+    sizes = {"context_tokens": 8, "batch_size": 6, "seed": 9}
+    whole = Loader(_stream(1000), **sizes)
+    ranks = [Loader(_stream(1000), **sizes, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in (*range(25), 10**9):
+        parts = [loader.batch(step) for loader in ranks]
+        assert all(tokens.shape == (6 // world_size, 8) for tokens, _ in parts)
+        for i in range(2):
+            assert torch.equal(torch.cat([part[i] for part in parts]), whole.batch(step)[i])
+    rows = [{int(row[0]) for step in range(20) for row in loader.batch(step)[0]} for loader in ranks]  # within one epoch
+    for one, other in itertools.combinations(rows, 2):
+        assert not one & other
+
+
+def test_loader_refuses_impossible_sizes():
+    sizes = {"context_tokens": 10, "batch_size": 6, "seed": 0}
+    with pytest.raises(InputError, match="multiple of the 4 ranks, got 6; take 4"):
+        Loader(_stream(100), **sizes, world_size=4)
+    with pytest.raises(InputError, match="context_tokens 10 needs 11 training tokens or more, got 10"):
+        Loader(_stream(10), **sizes)
+    with pytest.raises(InputError, match="at least 1, got 0 and 10"):
+        Loader(_stream(100), context_tokens=10, batch_size=0, seed=0)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        Loader(_stream(100), **sizes, rank=2, world_size=2)
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("n", [2, 7, 11, 101, 105, 110])
+def test_evaluation_reads_everything_in_order(n):
+    stream = TokenStream([np.arange(n, dtype=np.uint16)])
+    batches = list(evaluation_batches(stream, context_tokens=10, batch_size=4))
+    targets = torch.cat([targets for _, targets in batches])
+    assert targets.shape == (-(-(n - 1) // 10), 10)
+    assert targets[targets != IGNORED].tolist() == list(range(1, n))
+    inputs = torch.cat([tokens for tokens, _ in batches])
+    assert inputs[targets != IGNORED].tolist() == list(range(n - 1))
+    assert [len(tokens) for tokens, _ in batches[:-1]] == [4] * (len(batches) - 1)
+
+
+def test_evaluation_stops_at_max_tokens():
+    def count(max_tokens):
+        batches = evaluation_batches(_stream(1000), context_tokens=10, batch_size=4, max_tokens=max_tokens)
+        return sum(int((targets != IGNORED).sum()) for _, targets in batches)
+
+    assert [count(limit) for limit in (1, 10, 59, 60, 10**9)] == [10, 10, 50, 60, 999]
+    with pytest.raises(InputError, match="at least 2 tokens, got 1"):
+        next(evaluation_batches(TokenStream([np.zeros(1, np.uint16)]), context_tokens=10, batch_size=4))

@@ -1,0 +1,155 @@
+"""Batches of a token stream: training batches as a pure function of the step, evaluation batches in order.
+
+    windows     W = ceil((n - 1) / T)      inputs of window i: [iT, iT + T)      targets: [iT + 1, iT + T + 1)
+    position    p = step · batch_size + rank · (batch_size / world_size) + j      for row j of this rank
+    row         window permutation_e(p mod W) of epoch e = p // W
+
+So every token but the first is a target exactly once an epoch, nothing is drawn twice within one, ranks never meet, and step
+10**9 costs what step 0 costs: a resumed run needs the step and nothing else. The last window is filled up with ignored targets
+(-100). The permutation of an epoch is a balanced Feistel network (Luby & Rackoff 1988) on the smallest 4**h >= W, walked along
+its cycle until it lands below W (Black & Rogaway 2002, under 4 walks on average), so no table of W entries exists anywhere.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from .config import InputError
+from .shards import TokenStream
+
+IGNORED = -100
+_ROUNDS = 8
+# Batches are gathered for several steps at once: at (12, 64) numpy's cost per call, not per token, is what counts.
+_BLOCK_TOKENS = 1 << 16
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of `index` under the permutation of [0, size) that belongs to (seed, epoch).
+
+    Args:    index: (n,) int64 in [0, size).   size: 1 to 2**62.   seed, epoch: any Python integers.
+    Returns: (n,) int64 in [0, size); distinct for distinct entries of index.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.frombuffer(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), dtype="<u8")
+    images = _feistel(index.astype(np.uint64), half, mask, keys)
+    while (outside := np.flatnonzero(images >= np.uint64(size))).size:
+        images[outside] = _feistel(images[outside], half, mask, keys)
+    return images.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """A bijection of [0, 4**half), whatever the round function is; this one is the mixer of splitmix64."""
+    left, right = x >> half, x & mask
+    for key in keys:
+        z = right ^ key
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & mask)
+    return (left << half) | right
+
+
+class Loader:
+    """Training batches of one rank; see the top of this file.
+
+    Attributes: windows: W, the rows of an epoch over all ranks.   batch_size: rows of a step over all ranks.
+    """
+
+    def __init__(
+        self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        """Check the sizes; reads nothing.
+
+        Args:    context_tokens: T.   batch_size: rows of a step, all ranks together.   seed: chooses the order of every epoch.
+        Raises:  InputError if the ranks cannot share batch_size equally, a size is below 1 or the data is shorter than T + 1.
+        """
+        if batch_size < 1 or context_tokens < 1:
+            raise InputError(f"data: batch_size and context_tokens must be at least 1, got {batch_size} and {context_tokens}")
+        if batch_size % world_size:
+            raise InputError(
+                f"data: batch_size must be a multiple of the {world_size} ranks, got {batch_size}; "
+                f"take {max(1, batch_size // world_size) * world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"Loader: rank must be in [0, {world_size}), got {rank}")
+        if len(stream) < context_tokens + 1:
+            raise InputError(
+                f"data: context_tokens {context_tokens} needs {context_tokens + 1} training tokens or more, got {len(stream)}; "
+                "give more text or a shorter context"
+            )
+        self.stream, self.context_tokens, self.batch_size, self.seed = stream, context_tokens, batch_size, seed
+        self.windows = -(-(len(stream) - 1) // context_tokens)
+        self._rows = batch_size // world_size
+        self._first_row = rank * self._rows
+        # ... but not for many short epochs, of which each has its own permutation to set up.
+        self._block_steps = max(1, min(_BLOCK_TOKENS // (self._rows * context_tokens), 16 * self.windows // batch_size))
+        self._block: tuple[int, torch.Tensor, torch.Tensor] | None = None
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of `step` (0, 1, 2 … without end), the same whenever it is asked for.
+
+        Returns: tokens, targets: (batch_size // world_size, context_tokens) int64 on the CPU, yours to change; padding is 0 in
+                 tokens and -100 in targets.
+        """
+        number, place = divmod(step, self._block_steps)
+        block = self._block
+        if block is None or block[0] != number:
+            block = self._block = (number, *self._gather(number))
+        here = slice(place * self._rows, (place + 1) * self._rows)
+        return block[1][here].clone(), block[2][here].clone()
+
+    def window_indices(self, first_step: int, steps: int) -> np.ndarray:
+        """Which windows this rank reads in some steps in a row: (steps, batch_size // world_size) int64 in [0, windows)."""
+        # Python integers up to here: first_step * batch_size may pass 2**63.
+        epoch, offset = divmod(first_step * self.batch_size + self._first_row, self.windows)
+        positions = offset + np.arange(steps)[:, None] * self.batch_size + np.arange(self._rows)
+        epochs, indices = np.divmod(positions, self.windows)
+        result = np.empty_like(indices)
+        for later in np.unique(epochs).tolist():
+            here = epochs == later
+            result[here] = permute(indices[here], self.windows, self.seed, epoch + later)
+        return result
+
+    def _gather(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = self.window_indices(number * self._block_steps, self._block_steps).reshape(-1)
+        return _windows(self.stream, indices, self.context_tokens)
+
+
+def evaluation_batches(
+    stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the windows in order: every token but the first is a target once.
+
+    Args:    context_tokens: T; the stream may be shorter.   batch_size: rows.   max_tokens: most targets, though at least one
+             window is read; None: all.
+    Yields:  tokens, targets: (rows, T) int64, rows <= batch_size in the last; padding is 0 in tokens and -100 in targets.
+    Raises:  InputError if the stream holds fewer than two tokens.
+    """
+    if len(stream) < 2:
+        raise InputError(f"data: evaluation needs at least 2 tokens, got {len(stream)}; hold out more text")
+    windows = -(-(len(stream) - 1) // context_tokens)
+    if max_tokens is not None:
+        windows = min(windows, max(1, max_tokens // context_tokens))
+    for start in range(0, windows, batch_size):
+        yield _windows(stream, np.arange(start, min(start + batch_size, windows)), context_tokens)
+
+
+def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of some windows: two (len(indices), T) int64, the last window of the stream padded."""
+    starts = indices * context_tokens
+    full = starts + context_tokens < len(stream)
+    tokens = torch.zeros(len(indices), context_tokens, dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
+    if full.all():  # nearly always: the stream's one short window is elsewhere
+        rows = stream.gather(starts, context_tokens + 1)
+        return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+    whole = np.flatnonzero(full)
+    rows = stream.gather(starts[whole], context_tokens + 1)
+    tokens.numpy()[whole], targets.numpy()[whole] = rows[:, :-1], rows[:, 1:]
+    tail = stream.read(int(starts[~full][0]), len(stream))
+    for row in np.flatnonzero(~full):
+        tokens.numpy()[row, : len(tail) - 1] = tail[:-1]
+        targets.numpy()[row, : len(tail) - 1] = tail[1:]
+    return tokens, targets
