@@ -67,7 +67,9 @@ def record_launches():
     launches: list[Launch] = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
-        launches.append(Launch(kernel=kernel, grid=tuple(grid), arguments=dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+        launches.append(
+            Launch(kernel=kernel, grid=tuple(grid), arguments=dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
+        )
 
     original = JITFunction.run
     JITFunction.run = note

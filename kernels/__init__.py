@@ -7,6 +7,17 @@ if "." not in __name__:
     raise ImportError("this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'")
 
 from .attention import causal_attention
+from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, layer_norm
+from .linear_cross_entropy import linear_cross_entropy
+from .mlp import gelu_mlp, linear
 
-__all__ = ["add_layer_norm", "causal_attention", "layer_norm"]
+__all__ = [
+    "add_layer_norm",
+    "causal_attention",
+    "cross_entropy",
+    "gelu_mlp",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+]

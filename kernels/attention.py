@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._layout import wide
 from ._op import autocast, define_op
 from ._philox import random_bits
 
@@ -86,7 +87,7 @@ def reference_bwd(
 def _heads(x: Tensor, H: int) -> Tensor:
     """(B, T, G, K) as (B H, T, K), each group repeated for its H / G heads, in at least float32."""
     B, T, G, K = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+    x = wide(x).transpose(1, 2)
     return x[:, :, None].expand(B, G, H // G, T, K).reshape(B * H, T, K).contiguous()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
+from ._layout import as_rows, wide
 from ._op import define_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
@@ -35,7 +36,7 @@ COLUMNS_PER_PROGRAM, PARTIALS_PER_STEP = 32, 64
 
 def reference_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in x's dtype, and the mean and reciprocal standard deviation of each row."""
-    h = _wide(x)
+    h = wide(x)
     mean = h.mean(-1, keepdim=True)
     centered = h - mean
     rstd = (torch.linalg.vecdot(centered, centered) / x.shape[-1] + eps).rsqrt()
@@ -56,18 +57,14 @@ def reference_bwd(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of h, weight and bias (empty without one); `dh` is the gradient that reached h from elsewhere."""
-    wide_dy, rstd = _wide(dy), rstd[:, None]
-    xhat = (_wide(h) - mean[:, None]) * rstd
+    wide_dy, rstd = wide(dy), rstd[:, None]
+    xhat = (wide(h) - mean[:, None]) * rstd
     g = wide_dy * weight
     dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
     if dh is not None:
         dx = dx + dh
     db = wide_dy.sum(0) if has_bias else wide_dy.new_empty(0)
     return dx.to(h.dtype), (wide_dy * xhat).sum(0).to(weight.dtype), db.to(weight.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # --- kernels: a program owns BLOCK_M whole rows (forward), or every P-th such block of rows (backward)
@@ -282,7 +279,7 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, dy, _dmean, _drstd):
-    dx, dw, db = _bwd(_rows(dy), None, *ctx.saved_tensors, ctx.has_bias)
+    dx, dw, db = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias)
     return dx, dw, db if ctx.has_bias else None, None
 
 
@@ -294,18 +291,12 @@ def _save_add(ctx, inputs, output):
 
 
 def _grad_add(ctx, dy, dh, _dmean, _drstd):
-    dx, dw, db = _bwd(_rows(dy), _rows(dh), *ctx.saved_tensors, ctx.has_bias)
+    dx, dw, db = _bwd(as_rows(dy), as_rows(dh), *ctx.saved_tensors, ctx.has_bias)
     return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dw, db if ctx.has_bias else None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
 _add_fwd.register_autograd(_grad_add, setup_context=_save_add)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., N) as (M, N) with a unit last stride, copied only where no view can be had."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -339,7 +330,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented.
     """
     _check("layer_norm", x, weight, bias)
-    y, _, _ = _fwd(_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
+    y, _, _ = _fwd(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
     return y.reshape(x.shape)
 
 
@@ -362,5 +353,5 @@ def add_layer_norm(
             f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
         )
     bias = None if bias is None else bias.contiguous()
-    y, h, _, _ = _add_fwd(_rows(x), _rows(residual), weight.contiguous(), bias, eps)
+    y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
     return y.reshape(x.shape), h.reshape(x.shape)

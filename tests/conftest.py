@@ -2,14 +2,15 @@
 
 import os
 
+# The suite runs on one process a core. More threads each, here or in the programs that tests start, would wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
 
 # Fills torch.empty with NaN, so that an output a kernel forgot to write shows.
 torch.use_deterministic_algorithms(True)
-# The suite runs on one process a core; more threads each would only get in one another's way.
-torch.set_num_threads(1)
 
 
 def _round_to_bfloat16_like_a_gpu() -> None:

@@ -31,6 +31,8 @@ def assert_accurate(name: str, got: Tensor, truth: Tensor, peer: Tensor, *, leng
     got, truth, peer, eps = got.double().cpu(), truth.double().cpu(), peer.double().cpu(), torch.finfo(got.dtype).eps
     assert torch.equal(got.isfinite(), truth.isfinite()), f"{name}: {(~got.isfinite()).sum()} elements are not finite"
     error, peer_error = (got - truth).abs().max().item(), (peer - truth).abs().max().item()
-    rounding = (eps + (ROUNDINGS + math.sqrt(length)) * torch.finfo(torch.float32).eps) / 2 * max(scale, truth.abs().max().item())
+    rounding = (
+        (eps + (ROUNDINGS + math.sqrt(length)) * torch.finfo(torch.float32).eps) / 2 * max(scale, truth.abs().max().item())
+    )
     bar = max(FACTOR * peer_error, rounding)
     assert error <= bar, f"{name}: error {error:.3g} is above {bar:.3g} (PyTorch's {peer_error:.3g}, rounding {rounding:.3g})"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from tritium.kernels._op import INTERPRET
 from tritium.kernels._philox import random_bits
 from tritium.kernels._triton import HAS_TRITON, tl, triton

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_accurate
+
+from tests.tolerance import assert_accurate
 from tritium.kernels import causal_attention
 from tritium.kernels._philox import random_bits
 from tritium.kernels.attention import BLOCK_QUERIES, cost
@@ -80,7 +81,7 @@ def test_reference_is_the_definition(shape, options):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accuracy_beside_torch(shape, dtype, device):
-    B, T, S, H, G, K = shape
+    _, T, S, H, G, K = shape
     q, k, v, do, _ = tensors(*shape, dtype, device)
 
     def sdpa(q, k, v):
@@ -164,7 +165,9 @@ def test_opcheck(device):
     q, k, v, do, dlse = tensors(1, 6, 9, 4, 2, 8, torch.float32, device)
     seed = torch.full((), 3, device=device)
     options = (0.5, 4, 2.0, 0.1)
-    torch.library.opcheck(torch.ops.tritium.causal_attention_fwd.default, (*(x.requires_grad_() for x in (q, k, v)), seed, *options))
+    torch.library.opcheck(
+        torch.ops.tritium.causal_attention_fwd.default, (*(x.requires_grad_() for x in (q, k, v)), seed, *options)
+    )
     with torch.no_grad():
         o, lse = torch.ops.tritium.causal_attention_fwd(q, k, v, seed, *options)
     plain = [x.detach() for x in (do, dlse, q, k, v, o, lse)]

@@ -1,0 +1,250 @@
+"""A linear layer with its activation, and the two-layer GELU perceptron of GPT-2.
+
+    linear     h = x w^T + b    y = g(h)              dh = dy g'(h)    dx = dh w    dw = dh^T x    db = sum_n dh
+    gelu_mlp   h = x w1^T + b1    a = g(h)    y = a w2^T + b2
+               da = dy w2    dh = da g'(h)    dx = dh w1    dw1 = dh^T x    db1 = sum_n dh    dw2 = dy^T a    db2 = sum_n dy
+    GELU       g(h) = h Phi(h), Phi the normal distribution; "tanh": h (1 + tanh(u / 2)) / 2, u = 2 sqrt(2 / pi) (h + C h^3).
+               (1 + tanh(u / 2)) / 2 is sigmoid(u), the same function, which a CPU computes in a fraction of the time:
+               with s = sigmoid(u)    g(h) = h s    g'(h) = s + s (1 - s) h du/dh
+
+Shapes     x, dx: (N, D)   w1, dw1: (F, D)   h, a, dh: (N, F)   w2, dw2: (D, F)   y, dy: (N, D)   N = leading axes, flattened
+Precision  any float dtype in and out; products in it, summed in float32; h and a are stored in it; GELU itself in float32
+Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; recompute trades reading a for computing GELU; see cost()
+Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ._layout import wide
+from ._op import autocast, define_op
+
+TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+APPROXIMATE = ("tanh", "none")
+
+
+# --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
+
+
+def reference_linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    """Return y = gelu(h) and h, in x's dtype."""
+    h = functional.linear(x, weight, bias)
+    return _gelu(h, approximate), h
+
+
+def reference_linear_gelu_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, approximate: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias; empty for those that `needs` does not name."""
+    return _linear_bwd(_gelu_bwd(dy, h, approximate), x, weight, needs)
+
+
+def reference_gelu_mlp_fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, h and a, which is empty if the backward is to form it again."""
+    h = functional.linear(x, w1, b1)
+    a = _gelu(h, approximate)
+    return functional.linear(a, w2, b2), h, a.new_empty(0) if recompute else a
+
+
+def reference_gelu_mlp_bwd(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor | None, approximate: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, w1, b1, w2 and b2; empty for those that `needs` does not name."""
+    needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
+    if a is None and needs_w2:
+        a = _gelu(h, approximate)
+    needs_h = needs_x or needs_w1 or needs_b1
+    da, dw2, db2 = _linear_bwd(dy, a, w2, (needs_h, needs_w2, needs_b2))
+    dh = _gelu_bwd(da, h, approximate) if needs_h else dy.new_empty(0)
+    return *_linear_bwd(dh, x, w1, (needs_x, needs_w1, needs_b1)), dw2, db2
+
+
+def _linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    needs_x, needs_weight, needs_bias = needs
+    return (
+        torch.mm(dy, weight) if needs_x else dy.new_empty(0),
+        torch.mm(dy.t(), x) if needs_weight else dy.new_empty(0),
+        dy.sum(0) if needs_bias else dy.new_empty(0),
+    )
+
+
+def _gelu(h: Tensor, approximate: str) -> Tensor:
+    if approximate == "none":
+        return functional.gelu(h)
+    wide_h = wide(h)
+    return _sigmoid_of_u(wide_h).mul_(wide_h).to(h.dtype)
+
+
+def _gelu_bwd(da: Tensor, h: Tensor, approximate: str) -> Tensor:
+    """da g'(h)."""
+    if approximate == "none":
+        return torch.ops.aten.gelu_backward(da, h)
+    wide_h = wide(h)
+    s = _sigmoid_of_u(wide_h)
+    slope = _polynomial(wide_h, 3 * CUBIC)  # du/dh
+    # h last: where it is large s (1 - s) is 0, and h du/dh may be infinite.
+    slope.addcmul_(slope, s, value=-1).mul_(s)
+    return torch.addcmul(s, slope, wide_h, out=slope).mul_(da).to(h.dtype)
+
+
+def _sigmoid_of_u(h: Tensor) -> Tensor:
+    return _polynomial(h, CUBIC).mul_(h).sigmoid_()
+
+
+def _polynomial(h: Tensor, coefficient: float) -> Tensor:
+    """2 sqrt(2 / pi) (1 + coefficient h^2), in one pass over memory."""
+    one = h.new_full((), TWO_SQRT_2_OVER_PI)
+    return torch.addcmul(one, h, h, value=TWO_SQRT_2_OVER_PI * coefficient)
+
+
+def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> dict[str, int]:
+    """Least bytes to move and FLOPs of the products of gelu_mlp, forward and backward, `itemsize` bytes an element.
+
+    Forward: x, both weights in; y, h and, unless it is formed again, a out. Backward: dy and all of these but y in; dx, dw1
+    and dw2 out. For one linear layer with activation, (N, D) to (N, F), count half of the FLOPs.
+    """
+    saved = (1 if recompute else 2) * N * F
+    return {
+        "fwd_bytes": (2 * N * D + 2 * F * D + saved) * itemsize,
+        "bwd_bytes": (3 * N * D + 4 * F * D + saved) * itemsize,
+        "fwd_flops": 4 * N * D * F,
+        "bwd_flops": 8 * N * D * F,
+    }
+
+
+# --- operator
+
+_linear_fwd = define_op("linear_gelu_fwd", launch=None, reference=reference_linear_gelu_fwd)
+_linear_bwd_op = define_op("linear_gelu_bwd", launch=None, reference=reference_linear_gelu_bwd)
+_mlp_fwd = define_op("gelu_mlp_fwd", launch=None, reference=reference_gelu_mlp_fwd)
+_mlp_bwd = define_op("gelu_mlp_bwd", launch=None, reference=reference_gelu_mlp_bwd)
+
+
+def _save_linear(ctx, inputs, output):
+    x, weight, _, ctx.approximate = inputs
+    _, h = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, h)
+
+
+def _grad_linear(ctx, dy, _dh):
+    if dy is None:
+        return (None,) * 4
+    needs = ctx.needs_input_grad[:3]
+    return *_needed(_linear_bwd_op(dy, *ctx.saved_tensors, ctx.approximate, needs), needs), None
+
+
+def _save_mlp(ctx, inputs, output):
+    x, w1, _, w2, _, ctx.approximate, recompute = inputs
+    _, h, a = output
+    # No zeros for the gradients of h and a, which nobody outside sees.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w1, w2, h, *(() if recompute else (a,)))
+
+
+def _grad_mlp(ctx, dy, _dh, _da):
+    if dy is None:
+        return (None,) * 7
+    x, w1, w2, h, *a = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    return *_needed(_mlp_bwd(dy, x, w1, w2, h, a[0] if a else None, ctx.approximate, needs), needs), None, None
+
+
+def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+_linear_fwd.register_autograd(_grad_linear, setup_context=_save_linear)
+_mlp_fwd.register_autograd(_grad_mlp, setup_context=_save_mlp)
+
+
+def _check_x(name: str, x: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f"{name}: x must be floating point (..., D) with D at least 1, got {x.dtype} {tuple(x.shape)}")
+
+
+def _check_parameter(name: str, label: str, parameter: Tensor | None, shape: tuple, x: Tensor) -> None:
+    """`shape` holds sizes, and a letter where any size from 1 will do."""
+    if parameter is None:
+        return
+    fits = len(shape) == parameter.ndim and all(
+        size >= 1 if isinstance(wanted, str) else size == wanted for size, wanted in zip(parameter.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(
+            f"{name}: {label} must be ({expected}) to match x {tuple(x.shape)}, got {tuple(parameter.shape)}; "
+            "pass weights as nn.Linear stores them"
+        )
+    if parameter.dtype != x.dtype or parameter.device != x.device:
+        raise ValueError(
+            f"{name}: {label} must be {x.dtype} on {x.device} like x, got {parameter.dtype} on {parameter.device}; "
+            "convert it, or use torch.autocast"
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """Apply a linear layer and its activation.
+
+    Args:
+        x: (..., D), float32, bfloat16 or float16 (float64 on the CPU too), any layout.
+        weight: (F, D), as nn.Linear stores it, dtype and device of x; under torch.autocast all three are cast.
+        bias: (F,), dtype and device of x, or None.
+        activation: None (then this is torch.nn.functional.linear), "gelu" or "gelu_tanh".
+    Returns: (..., F), dtype of x, or the autocast dtype.
+    Raises: ValueError if shapes, dtypes or devices do not match, or for another activation.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation must be None, {' or '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    x, weight, bias = autocast(x, weight, bias)
+    _check_x("linear", x)
+    _check_parameter("linear", "weight", weight, ("F", x.shape[-1]), x)
+    _check_parameter("linear", "bias", bias, (weight.shape[0],), x)
+    if activation is None:
+        return functional.linear(x, weight, bias)
+    y, _ = _linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias, ACTIVATIONS[activation])
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "tanh",
+    recompute: bool = False,
+) -> Tensor:
+    """Apply a linear layer, GELU, and a second linear layer back to the first one's width.
+
+    Args:
+        x: (..., D), float32, bfloat16 or float16 (float64 on the CPU too), any layout.
+        w1: (F, D), as nn.Linear stores it, dtype and device of x; under torch.autocast all five are cast.
+        b1: (F,), dtype and device of x, or None.
+        w2: (D, F), as w1.
+        b2: (D,), as b1.
+        approximate: "tanh", GPT-2's GELU, or "none", the exact one.
+        recompute: keep one (..., F) tensor for the backward, not two: GELU is computed again there.
+    Returns: (..., D), dtype of x, or the autocast dtype.
+    Raises: ValueError if shapes, dtypes or devices do not match, or for another approximate.
+    """
+    if approximate not in APPROXIMATE:
+        raise ValueError(f"gelu_mlp: approximate must be {' or '.join(map(repr, APPROXIMATE))}, got {approximate!r}")
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+    _check_x("gelu_mlp", x)
+    D = x.shape[-1]
+    _check_parameter("gelu_mlp", "w1", w1, ("F", D), x)
+    _check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
+    _check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
+    _check_parameter("gelu_mlp", "b2", b2, (D,), x)
+    y, _, _ = _mlp_fwd(x.reshape(-1, D), w1, b1, w2, b2, approximate, recompute)
+    return y.reshape(x.shape)

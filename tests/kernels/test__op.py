@@ -1,0 +1,66 @@
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from tritium.kernels._op import INTERPRET, autocast, define_op
+
+
+def double_reference(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def product_reference(x: Tensor) -> Tensor:
+    return x @ x
+
+
+def double_launch(x: Tensor) -> Tensor:
+    return x + x + 0.5  # tells the two apart
+
+
+double = define_op("test_double", launch=double_launch, reference=double_reference)
+product = define_op("test_product", launch=None, reference=product_reference)
+
+
+def test_the_dispatcher_chooses():
+    x = torch.ones(3)
+    assert double(x).tolist() == [2.5] * 3 if INTERPRET else [2.0] * 3
+    assert double(torch.ones(3, device="meta")).shape == (3,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_launches_and_says_once_where_it_cannot():
+    x = torch.ones(2, 2, device="cuda")
+    assert double(x)[0, 0] == 2.5
+    with pytest.warns(UserWarning, match="test_product has no Triton kernel yet; CUDA runs its PyTorch reference"):
+        product(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        product(x)
+
+
+@pytest.mark.plain
+def test_launch_and_reference_share_a_signature():
+    def launch(x: Tensor, scale: float) -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match=r"define_op: test_uneven: launch must have the signature of reference"):
+        define_op("test_uneven", launch=launch, reference=double_reference)
+
+
+@pytest.mark.plain
+def test_references_are_spared_autocast():
+    x = torch.full((2, 2), 1 + 2**-12)  # not a bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(x).dtype == torch.float32
+        assert product(x)[0, 0] == 2 * x[0, 0] ** 2
+        assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.mark.plain
+def test_autocast_casts_what_products_take():
+    inputs = torch.ones(2), None, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64)
+    assert autocast(*inputs) == inputs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [x if x is None else x.dtype for x in autocast(*inputs)] == [torch.bfloat16, None, torch.float64, torch.int64]

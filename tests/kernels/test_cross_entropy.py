@@ -1,0 +1,298 @@
+"""cross_entropy: the kinds of tests every kernel file has."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tolerance import assert_accurate
+from tritium.kernels.cross_entropy import BLOCK_ELEMENTS, cost, cross_entropy, plan
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# One element, odd, one past a power of two, as wide as a small vocabulary.
+SHAPES = [(1, 1), (5, 1), (1, 3), (33, 65), (7, 257), (3, 5003)]
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 3.0},
+    {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0, "ignore_index": 1},
+]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def tensors(N, V, dtype, device):
+    """Logits, targets of which some are ignored where there are several, and an incoming gradient of each row."""
+    generator = torch.Generator().manual_seed(N * 100_003 + V)
+    logits = (2 * torch.randn(N, V, generator=generator)).to(device, dtype)
+    target = torch.randint(V, (N,), generator=generator)
+    target[2::5] = -100
+    return logits, target.to(device), torch.randn(N, generator=generator).to(device)
+
+
+def torch_cross_entropy(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+    """The same by PyTorch, in float32 at least, as autocast would."""
+    s = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    counted = target != ignore_index
+    loss = F.cross_entropy(s, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    loss = torch.where(counted, loss + z_loss * s.logsumexp(-1) ** 2, 0.0)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / counted.sum()}[reduction]
+
+
+def run(function, logits, *args, incoming=None, **options):
+    """Loss and gradient of `function` at a fresh leaf of `logits`."""
+    leaf = logits.detach().clone().requires_grad_()
+    loss = function(leaf, *args, **options)
+    incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, leaf, incoming)]
+
+
+# --- 1. math
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(("options", "reduction"), list(itertools.product(OPTIONS, REDUCTIONS)))
+def test_gradient_is_that_of_the_forward(options, reduction):
+    logits, target, _ = tensors(6, 5, torch.float64, "cpu")
+    target[0] = options.get("ignore_index", -100)
+    target[target == -100] = options.get("ignore_index", -100)
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, reduction=reduction, **options), logits.requires_grad_())
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}, {"ignore_index": 4}])
+def test_it_is_torch_cross_entropy(options, reduction):
+    logits, target, _ = tensors(11, 33, torch.float64, "cpu")
+    target = target.where(target != -100, options.get("ignore_index", -100))
+    ours, theirs = (run(f, logits, target, reduction=reduction, **options) for f in (cross_entropy, F.cross_entropy))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- 2. against the float64 truth
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("N", "V"), SHAPES)
+@pytest.mark.parametrize("options", [OPTIONS[0], {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}])
+def test_is_accurate(N, V, dtype, options, device):
+    logits, target, incoming = tensors(N, V, dtype, device)
+    for reduction in REDUCTIONS:
+        given = {**options, "reduction": reduction, "incoming": incoming if reduction == "none" else None}
+        got = run(cross_entropy, logits, target, **given)
+        truth = run(torch_cross_entropy, logits.double(), target, **given)
+        peer = run(torch_cross_entropy, logits, target, **given)
+        for name, *values in zip(["loss", "dlogits"], got, truth, peer, strict=True):
+            assert_accurate(f"{name} {reduction}", *values, length=max(N, V))
+
+
+def test_is_accurate_where_the_target_is_certain(device):
+    logits, target, _ = tensors(64, 65, torch.float32, device)
+    target.clamp_(min=0)
+    logits.scatter_(1, target[:, None], 25.0)
+    got, truth, peer = (run(f, x, target) for f, x in
+                        ((cross_entropy, logits), (F.cross_entropy, logits.double()), (F.cross_entropy, logits)))  # fmt: skip
+    for name, *values in zip(["loss", "dlogits"], got, truth, peer, strict=True):
+        assert_accurate(name, *values, length=65)
+
+
+def test_more_rows_than_a_block(device, monkeypatch):
+    """Blocks that do not divide the rows give what one block gives."""
+    logits, target, incoming = tensors(23, 17, torch.float32, device)
+    options = {**OPTIONS[-1], "reduction": "none", "incoming": incoming}
+    expected = run(cross_entropy, logits, target.clamp(min=0), **options)
+    monkeypatch.setattr(sys.modules[plan.__module__], "BLOCK_ELEMENTS", 5 * 17)
+    for a, b in zip(run(cross_entropy, logits, target.clamp(min=0), **options), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# --- 3. layouts
+
+
+def layouts(N, V, device):
+    base = torch.randn(3 * N, 3 * V, generator=torch.Generator().manual_seed(1)).to(device)
+    yield "transposed", base[:N, :N].t()[:, :V]
+    yield "row stride", base[::3, :V]
+    yield "column slice", base[:N, 3 : 3 + V]
+    yield "column stride", base[:N, ::3]
+    yield "expanded", base[:1, :V].expand(N, V)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_any_layout_gives_what_the_contiguous_copy_gives(index, device):
+    N, V = 12, 9
+    name, logits = list(layouts(N, V, device))[index]
+    _, target, incoming = tensors(N, V, torch.float32, device)
+    strided_target, strided_incoming = (torch.stack([value, value], dim=1)[:, 0] for value in (target, incoming))
+
+    def gradient(view, targets, dloss):
+        leaf = view.detach().requires_grad_()  # a leaf of the same layout
+        loss = cross_entropy(leaf, targets, reduction="none")
+        return loss, *torch.autograd.grad(loss, leaf, dloss)
+
+    got = gradient(logits, strided_target, strided_incoming)
+    for a, b in zip(got, gradient(logits.contiguous(), target, incoming), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_leading_axes(device):
+    logits, target, _ = tensors(24, 7, torch.float32, device)
+    for reduction in REDUCTIONS:
+        flat = run(cross_entropy, logits, target, reduction=reduction)
+        deep = run(cross_entropy, logits.view(2, 3, 4, 7), target.view(2, 3, 4), reduction=reduction)
+        assert deep[0].shape == ((2, 3, 4) if reduction == "none" else ())
+        for a, b in zip(deep, flat, strict=True):
+            assert torch.equal(a.reshape(b.shape), b)
+    assert cross_entropy(logits[0], target[0], reduction="none").shape == ()
+
+
+def test_nothing_to_count_gives_zero(device):
+    for logits in (torch.randn(3, 5, device=device), torch.empty(0, 5, device=device)):
+        target = torch.full(logits.shape[:1], -100, device=device)
+        loss, dlogits = run(cross_entropy, logits, target)
+        assert loss.item() == 0
+        assert torch.equal(dlogits, torch.zeros_like(logits))
+        assert cross_entropy(logits, target, reduction="none").shape == target.shape
+
+
+# --- 4. contract
+
+
+def test_opcheck(device):
+    logits, target, incoming = tensors(6, 24, torch.float32, device)
+    ops, options = torch.ops.tritium, (-100, 0.1, 0.01, 5.0)
+    for reduction in REDUCTIONS:
+        torch.library.opcheck(ops.cross_entropy_fwd.default, (logits.clone().requires_grad_(), target, *options, reduction))
+        dloss = incoming if reduction == "none" else incoming[0].clone()
+        statistics = torch.rand(6, device=device), torch.tensor(5, device=device)
+        torch.library.opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *statistics, *options, reduction))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_operator_itself_returns_the_dtype_of_the_logits(dtype, device):
+    logits, target, _ = tensors(6, 24, dtype, device)
+    options = (-100, 0.0, 0.0, 0.0, "mean")
+    loss, lse, count = torch.ops.tritium.cross_entropy_fwd(logits, target, *options)
+    dlogits = torch.ops.tritium.cross_entropy_bwd(torch.ones_like(loss), logits, target, lse, count, *options)
+    assert (loss.dtype, lse.dtype, count.dtype, dlogits.dtype) == (torch.float32, torch.float32, torch.int64, dtype)
+
+
+def test_compiles_as_one_graph(device):
+    logits, target, incoming = tensors(9, 40, torch.float32, device)
+    compiled = torch.compile(lambda *args, **kw: cross_entropy(*args, **kw), fullgraph=True, backend="aot_eager")
+    for options in ({"reduction": "none", "incoming": incoming}, {**OPTIONS[3]}):
+        for a, b in zip(run(compiled, logits, target, **options), run(cross_entropy, logits, target, **options), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiled_for_any_number_of_rows(device):
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (5, 9, 12):
+        logits, target, _ = tensors(N, 40, torch.float32, device)
+        with torch.compiler.set_stance("default" if N == 5 else "fail_on_recompile"):
+            assert torch.equal(compiled(logits, target), cross_entropy(logits, target))
+
+
+def test_autocast_changes_nothing(device):
+    logits, target, _ = tensors(4, 32, torch.bfloat16, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss, dlogits = run(cross_entropy, logits, target)
+    assert (loss.dtype, dlogits.dtype) == (torch.float32, torch.bfloat16)
+    for a, b in zip((loss, dlogits), run(cross_entropy, logits, target), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reruns_are_bitwise_equal_and_leave_the_logits(device):
+    logits, target, _ = tensors(300, 48, torch.float32, device)
+    logits.requires_grad_()
+    before = logits.detach().clone()
+    losses = [cross_entropy(logits, target, **OPTIONS[3]) for _ in range(2)]
+    grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    assert torch.equal(*losses)
+    assert torch.equal(*grads)
+    assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_incoming_gradient_scales(dtype, device):
+    logits, target, _ = tensors(5, 12, dtype, device)
+    _, once = run(cross_entropy, logits, target)
+    _, twice = run(lambda *args: 2 * cross_entropy(*args), logits, target)
+    assert torch.equal(twice, 2 * once)
+
+
+def test_int32_targets(device):
+    logits, target, _ = tensors(5, 12, torch.float32, device)
+    for a, b in zip(run(cross_entropy, logits, target.int()), run(cross_entropy, logits, target), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_derivative_is_refused(device):
+    logits, target, _ = tensors(5, 12, torch.float32, device)
+    (dlogits,) = torch.autograd.grad(cross_entropy(logits.requires_grad_(), target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dlogits.sum().backward()
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("value", [5, -1, 2**31 - 1])
+def test_target_outside_the_vocabulary_is_named(value):
+    with pytest.raises(
+        IndexError, match=rf"^cross_entropy: target must be from 0 to 4 or ignore_index \(-100\), got {value}; "
+    ):
+        cross_entropy(torch.randn(2, 5), torch.tensor([1, value]))
+
+
+@pytest.mark.plain
+def test_target_outside_the_vocabulary_is_nan_where_values_are_not_looked_at(monkeypatch):
+    """As on a GPU: the row's loss and gradient, and nobody else's."""
+    monkeypatch.setattr(sys.modules[plan.__module__], "refuse_bad_targets", lambda *args: None)
+    logits, target = torch.randn(4, 5), torch.tensor([1, 5, -100, -1])
+    loss, dlogits = run(cross_entropy, logits, target, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, True]
+    assert dlogits.isnan().all(1).tolist() == [False, True, False, True]
+    assert dlogits.isnan().any(1).tolist() == [False, True, False, True]
+    assert run(cross_entropy, logits, target)[0].isnan()
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.ones(())}, r"logits must be floating point \(\.\.\., V\) with V at least 1, got torch.float32 \(\)"),
+        ({"logits": torch.ones(2, 0)}, r"logits must be .*, got torch.float32 \(2, 0\)"),
+        ({"logits": torch.ones(2, 5, dtype=torch.long)}, r"logits must be floating point .*, got torch.int64 \(2, 5\)"),
+        ({"target": torch.ones(3, dtype=torch.long)}, r"target must be \(2,\) to match logits \(2, 5\), got \(3,\); pass one"),
+        ({"target": torch.ones(2)}, r"target must be int64 or int32 class indices, got torch.float32; cast it"),
+        ({"target": torch.ones(2, dtype=torch.long, device="meta")}, r"target must be on cpu like logits, got meta"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be at least 0 and below 1, got 1.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be .*, got -0.1"),
+        ({"z_loss": -1.0}, r"z_loss must be finite and not negative, 0 for none, got -1.0"),
+        ({"softcap": -30.0}, r"softcap must be finite and not negative, 0 for none, got -30.0"),
+        ({"softcap": float("inf")}, r"softcap must be .*, got inf"),
+        ({"reduction": "max"}, r"reduction must be one of mean, sum, none, got 'max'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"logits": torch.ones(2, 5), "target": torch.zeros(2, dtype=torch.long)} | change
+    with pytest.raises(ValueError, match="^cross_entropy: " + message):
+        cross_entropy(**arguments)
+
+
+@pytest.mark.plain
+def test_plan_keeps_blocks_small():
+    for N, V in itertools.product((0, 1, 100, 10**7), (1, 65, 50_304, 10**7)):
+        rows = plan(N, V)
+        assert rows >= 1
+        assert rows == 1 or (rows <= N and rows * V <= BLOCK_ELEMENTS)
+
+
+@pytest.mark.plain
+def test_cost_is_the_bytes_that_the_tensors_have():
+    assert cost(4096, 50_304, 2)["fwd_bytes"] == 2 * 4096 * 50_304
+    assert cost(4096, 50_304, 2)["bwd_bytes"] == 2 * 2 * 4096 * 50_304

@@ -1,0 +1,377 @@
+"""linear_cross_entropy: the kinds of tests every kernel file has."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tolerance import assert_accurate
+from tritium.kernels import cross_entropy, linear_cross_entropy
+from tritium.kernels.linear_cross_entropy import MIN_CHUNK_ROWS, cost, plan, reference_fwd, reference_rows_bwd
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# Rows, width, vocabulary: one element, odd, one past a power of two.
+SHAPES = [(1, 1, 1), (1, 5, 3), (33, 17, 65), (7, 64, 257), (70, 3, 5)]
+EVERYTHING = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0, "ignore_index": 1}
+OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"softcap": 3.0}, EVERYTHING]
+REDUCTIONS = ["mean", "sum", "none"]
+NAMES = ["loss", "dx", "dweight", "dbias"]
+
+
+def tensors(N, D, V, dtype, device):
+    """x, weight, bias; targets of which some are ignored where there are several; an incoming gradient of each row."""
+    generator = torch.Generator().manual_seed(N * 10_007 + D * 101 + V)
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((N, D), (V, D), (V,))]
+    target = torch.randint(V, (N,), generator=generator)
+    target[2::5] = -100
+    return inputs, target.to(device), torch.randn(N, generator=generator).to(device)
+
+
+def by_torch(x, weight, target, bias=None, **options):
+    """The same by way of all the logits; cross_entropy beyond what torch offers is held to torch by its own tests."""
+    logits = F.linear(x, weight, bias)
+    if {"z_loss", "softcap"} & set(options):
+        return cross_entropy(logits, target, **options)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target, **options)
+
+
+def run(function, inputs, target, incoming=None, **options):
+    """Loss and gradients of `function` at fresh leaves of x, weight and, where there is one, bias."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    x, weight, *bias = leaves
+    loss = function(x, weight, target, *bias, **options)
+    incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, incoming)]
+
+
+@pytest.fixture
+def chunks_of_five(monkeypatch):
+    """Chunks that are many and do not divide the rows."""
+    monkeypatch.setattr(sys.modules[plan.__module__], "plan", lambda N, V: 5)
+
+
+# --- 1. math
+
+
+@pytest.mark.plain
+@pytest.mark.usefixtures("chunks_of_five")
+@pytest.mark.parametrize(("options", "reduction"), list(itertools.product(OPTIONS, REDUCTIONS)))
+def test_gradients_are_those_of_the_forward(options, reduction):
+    inputs, target, _ = tensors(7, 3, 4, torch.float64, "cpu")
+    target[target == -100] = options.get("ignore_index", -100)
+    x, weight, bias = (value.requires_grad_() for value in inputs)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_cross_entropy(x, w, target, b, reduction=reduction, **options), (x, weight, bias)
+    )
+
+
+@pytest.mark.plain
+@pytest.mark.usefixtures("chunks_of_five")
+@pytest.mark.parametrize(("options", "reduction"), list(itertools.product(OPTIONS, REDUCTIONS)))
+def test_it_is_cross_entropy_of_all_the_logits(options, reduction):
+    inputs, target, incoming = tensors(23, 6, 33, torch.float64, "cpu")
+    target = target.where(target != -100, options.get("ignore_index", -100))
+    given = {**options, "reduction": reduction, "incoming": incoming if reduction == "none" else None}
+    for got, expected in zip(*(run(f, inputs, target, **given) for f in (linear_cross_entropy, by_torch)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+# --- 2. against the float64 truth
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("N", "D", "V"), SHAPES)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}])
+def test_is_accurate(N, D, V, dtype, options, device, request):
+    if N > 5:
+        request.getfixturevalue("chunks_of_five")
+    inputs, target, incoming = tensors(N, D, V, dtype, device)
+    for reduction in REDUCTIONS:
+        given = {**options, "reduction": reduction, "incoming": incoming if reduction == "none" else None}
+        got = run(linear_cross_entropy, inputs, target, **given)
+        truth = run(by_torch, [value.double() for value in inputs], target, **given)
+        peer = run(by_torch, inputs, target, **given)
+        for name, *values in zip(NAMES, got, truth, peer, strict=True):
+            assert_accurate(f"{name} {reduction}", *values, length=max(N, V) + D)
+
+
+def test_gradients_of_many_rows_are_not_lost_in_16_bits(device):
+    """A token that every row has adds up to more than float16 holds before it is divided by the number of rows."""
+    N = 4096
+    x = torch.full((N, 2), 40.0, device=device, dtype=torch.float16)
+    weight = torch.zeros(3, 2, device=device, dtype=torch.float16)
+    _, _, dweight = run(linear_cross_entropy, [x, weight], torch.zeros(N, dtype=torch.long, device=device))
+    torch.testing.assert_close(dweight[0], torch.full((2,), -40 * 2 / 3, device=device, dtype=torch.float16))
+
+
+# --- 3. layouts
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_any_layout_gives_what_the_contiguous_copy_gives(reduction, device):
+    (x, weight, bias), target, incoming = tensors(12, 8, 9, torch.float32, device)
+    views = [
+        x.t().contiguous().t(),
+        torch.cat([x, x], dim=1)[:, :8],
+        torch.stack([x, x], dim=2)[:, :, 0],
+        x.view(3, 4, 8).transpose(0, 1).contiguous().transpose(0, 1),
+    ]
+    wide_weight = torch.cat([weight, weight], dim=1)[:, 8:]
+    dloss = torch.stack([incoming, incoming], dim=1)[:, 0] if reduction == "none" else incoming[0]
+    expected = None
+    for view in [x, *views]:
+        leaves = [leaf.detach().requires_grad_() for leaf in (view, wide_weight, bias)]
+        loss = linear_cross_entropy(*leaves[:2], target.view(view.shape[:-1]), leaves[2], reduction=reduction)
+        got = [loss.reshape(-1), *torch.autograd.grad(loss, leaves, dloss.reshape(loss.shape))]
+        got[1] = got[1].reshape(x.shape)
+        expected = expected or got
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_leading_axes(device):
+    (x, weight, _), target, _ = tensors(24, 4, 7, torch.float32, device)
+    for reduction in REDUCTIONS:
+        flat = run(linear_cross_entropy, [x, weight], target, reduction=reduction)
+        deep = run(linear_cross_entropy, [x.view(2, 3, 4, 4), weight], target.view(2, 3, 4), reduction=reduction)
+        assert deep[0].shape == ((2, 3, 4) if reduction == "none" else ())
+        for a, b in zip(deep, flat, strict=True):
+            assert torch.equal(a.reshape(b.shape), b)
+    assert linear_cross_entropy(x[0], weight, target[0]).shape == ()
+
+
+@pytest.mark.parametrize("N", [0, 3])
+def test_nothing_to_count_gives_zero(N, device):
+    inputs, target, _ = tensors(N, 4, 5, torch.float32, device)
+    for reduction in REDUCTIONS:
+        loss, *grads = run(linear_cross_entropy, inputs, torch.full_like(target, -100), reduction=reduction)
+        assert loss.shape == ((N,) if reduction == "none" else ())
+        assert not any(value.any() for value in [loss, *grads])
+
+
+# --- 4. contract
+
+
+def test_opcheck(device):
+    (x, weight, bias), target, incoming = tensors(6, 8, 24, torch.float32, device)
+    ops, options = torch.ops.tritium, (-100, 0.1, 0.01, 5.0)
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    for reduction, want in (("mean", True), ("none", False)):
+        arguments = (leaves[0], leaves[1], target, leaves[2], *options, reduction, want, want)
+        torch.library.opcheck(ops.linear_cross_entropy_fwd.default, arguments)
+    torch.library.opcheck(ops.linear_cross_entropy_fwd.default, (x, weight, target, None, *options, "sum", True, False))
+    scaled = (incoming[0].clone(), torch.tensor(5, device=device), x, weight, bias)
+    torch.library.opcheck(ops.linear_cross_entropy_scale.default, (*scaled, "mean", torch.bfloat16))
+    torch.library.opcheck(ops.linear_cross_entropy_rows_bwd.default, (incoming, x, weight, target, bias, *options, True, True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph(reduction, device):
+    inputs, target, incoming = tensors(9, 8, 40, torch.float32, device)
+    compiled = torch.compile(lambda *args, **kw: linear_cross_entropy(*args, **kw), fullgraph=True, backend="aot_eager")
+    given = {**EVERYTHING, "reduction": reduction, "incoming": incoming if reduction == "none" else None}
+    for a, b in zip(*(run(f, inputs, target.clamp(min=0), **given) for f in (compiled, linear_cross_entropy)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("chunks_of_five")
+def test_compiled_for_any_number_of_rows(device):
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (6, 9, 12):
+        (x, weight, _), target, _ = tensors(N, 8, 40, torch.float32, device)
+        with torch.compiler.set_stance("default" if N == 6 else "fail_on_recompile"):
+            assert torch.equal(compiled(x, weight, target), linear_cross_entropy(x, weight, target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_multiplies_in_its_dtype(reduction, device):
+    inputs, target, _ = tensors(9, 16, 12, torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = run(linear_cross_entropy, inputs, target, reduction=reduction)
+    assert [value.dtype for value in got] == [torch.float32] * 4
+    expected = run(linear_cross_entropy, [value.bfloat16() for value in inputs], target, reduction=reduction)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.usefixtures("chunks_of_five")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reruns_are_bitwise_equal(reduction, device):
+    inputs, target, _ = tensors(300, 24, 48, torch.bfloat16, device)
+    for a, b in zip(*(run(linear_cross_entropy, inputs, target, reduction=reduction) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("needed", [{"x"}, {"weight"}, {"bias"}, {"x", "bias"}])
+def test_only_some_inputs_need_gradients(needed, reduction, device):
+    inputs, target, _ = tensors(9, 4, 12, torch.float32, device)
+    expected = dict(
+        zip(["x", "weight", "bias"], run(linear_cross_entropy, inputs, target, reduction=reduction)[1:], strict=True)
+    )
+    leaves = {name: value.clone() for name, value in zip(expected, inputs, strict=True)}
+    for name in needed:
+        leaves[name].requires_grad_()
+    linear_cross_entropy(**leaves, target=target, reduction=reduction).sum().backward()
+    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == needed
+    for name in needed:
+        assert torch.equal(leaves[name].grad, expected[name])
+
+
+def test_forward_forms_only_the_gradients_that_will_be_asked_for(device, monkeypatch):
+    (x, weight, bias), target, _ = tensors(9, 4, 12, torch.float32, device)
+    module, wanted = sys.modules[plan.__module__], []
+
+    def record(*args, want_dx, want_dw, operator=module._fwd):
+        wanted.append((want_dx, want_dw))
+        return operator(*args, want_dx, want_dw)
+
+    monkeypatch.setattr(module, "_fwd", record)
+    frozen, leaf = weight, weight.clone().requires_grad_()
+    linear_cross_entropy(x, frozen, target, bias)
+    linear_cross_entropy(x, leaf, target)
+    linear_cross_entropy(x.clone().requires_grad_(), frozen, target)
+    linear_cross_entropy(x, frozen, target, bias.requires_grad_())
+    linear_cross_entropy(x, leaf, target, reduction="none")
+    with torch.no_grad():
+        linear_cross_entropy(x, leaf, target)
+    assert wanted == [(False, False), (False, True), (True, False), (False, True), (False, False), (False, False)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_incoming_gradient_scales(reduction, device):
+    inputs, target, _ = tensors(9, 4, 12, torch.float32, device)
+    _, *once = run(linear_cross_entropy, inputs, target, reduction=reduction)
+    _, *four_times = run(lambda *args, **kw: 4 * linear_cross_entropy(*args, **kw), inputs, target, reduction=reduction)
+    for a, b in zip(four_times, once, strict=True):
+        assert torch.equal(a, 4 * b)
+
+
+def test_backward_twice_gives_the_same_twice(device):
+    (x, weight, _), target, _ = tensors(9, 4, 12, torch.float32, device)
+    loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target)
+    first, second = (torch.autograd.grad(3 * loss, (x, weight), retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction, device):
+    (x, weight, _), target, _ = tensors(5, 4, 12, torch.float32, device)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, target, reduction=reduction).sum()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor made inside has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_never_held_at_once(dtype):
+    N, D, V = 4 * MIN_CHUNK_ROWS, 8, 5_000
+    (x, weight, bias), target, incoming = tensors(N, D, V, dtype, "cpu")
+    with Largest() as forward:
+        reference_fwd(x, weight, target, bias, -100, 0.1, 0.1, 5.0, "mean", True, True)
+    with Largest() as backward:
+        reference_rows_bwd(incoming, x, weight, target, bias, -100, 0.1, 0.1, 5.0, True, True)
+    assert forward.elements == backward.elements == plan(N, V) * V < N * V / 3
+
+
+def test_without_gradients_nothing_is_kept(device):
+    (x, weight, bias), target, _ = tensors(9, 4, 12, torch.float32, device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda value: value):
+        linear_cross_entropy(x, weight, target, bias)
+        with torch.no_grad():
+            linear_cross_entropy(x.requires_grad_(), weight, target, bias)
+        assert not kept
+        linear_cross_entropy(x, weight, target, bias)
+    assert sum(value.numel() for value in kept) == x.numel() + 1, "the count and the gradient of x alone"
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("value", [12, -1])
+def test_target_outside_the_vocabulary_is_named(value):
+    (x, weight, _), target, _ = tensors(9, 4, 12, torch.float32, "cpu")
+    target[1] = value
+    with pytest.raises(IndexError, match=rf"^linear_cross_entropy: target must be from 0 to 11 .*, got {value}; "):
+        linear_cross_entropy(x, weight, target)
+
+
+@pytest.mark.plain
+def test_target_outside_the_vocabulary_is_nan_where_values_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr(sys.modules[plan.__module__], "refuse_bad_targets", lambda *args: None)
+    (x, weight, _), _, _ = tensors(4, 3, 5, torch.float32, "cpu")
+    target = torch.tensor([1, 5, -100, -1])
+    loss, dx, dweight = run(linear_cross_entropy, [x, weight], target, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, True]
+    assert dx.isnan().all(1).tolist() == dx.isnan().any(1).tolist() == [False, True, False, True]
+    assert dweight.isnan().all()
+    assert run(linear_cross_entropy, [x, weight], target)[0].isnan()
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(())}, r"x must be floating point \(\.\.\., D\) with D at least 1, got torch.float32 \(\)"),
+        ({"x": torch.ones(2, 0)}, r"x must be floating point .*, got torch.float32 \(2, 0\)"),
+        ({"x": torch.ones(2, 4, dtype=torch.long)}, r"x must be floating point .*, got torch.int64 \(2, 4\)"),
+        (
+            {"weight": torch.ones(4, 5)},
+            r"weight must be \(V, 4\) with V at least 1 to match x \(2, 4\), got \(4, 5\); pass",
+        ),
+        ({"weight": torch.ones(0, 4)}, r"weight must be \(V, 4\) with V at least 1 .*, got \(0, 4\)"),
+        ({"weight": torch.ones(4)}, r"weight must be \(V, 4\) .*, got \(4,\)"),
+        (
+            {"weight": torch.ones(5, 4).double()},
+            r"weight must be torch.float32 on cpu like x, got torch.float64 on cpu; ",
+        ),
+        ({"weight": torch.ones(5, 4, device="meta")}, r"weight must be torch.float32 on cpu like x, got torch.float32 on meta"),
+        ({"bias": torch.ones(4)}, r"bias must be \(5,\) to match weight \(5, 4\), got \(4,\)"),
+        ({"bias": torch.ones(5).half()}, r"bias must be torch.float32 on cpu like x, got torch.float16 on cpu"),
+        ({"target": torch.ones(3, dtype=torch.long)}, r"target must be \(2,\) to match x \(2, 4\), got \(3,\)"),
+        ({"target": torch.ones(2)}, r"target must be int64 or int32 class indices, got torch.float32"),
+        ({"target": torch.ones(2, dtype=torch.long, device="meta")}, r"target must be on cpu like x, got meta"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be at least 0 and below 1, got 1.0"),
+        ({"z_loss": -1.0}, r"z_loss must be finite and not negative, 0 for none, got -1.0"),
+        ({"softcap": -30.0}, r"softcap must be finite and not negative, 0 for none, got -30.0"),
+        ({"reduction": "max"}, r"reduction must be one of mean, sum, none, got 'max'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    target = torch.zeros(2, dtype=torch.long)
+    arguments = {"x": torch.ones(2, 4), "weight": torch.ones(5, 4), "bias": torch.ones(5), "target": target} | change
+    with pytest.raises(ValueError, match="^linear_cross_entropy: " + message):
+        linear_cross_entropy(**arguments)
+
+
+@pytest.mark.plain
+def test_plan_bounds_a_chunk():
+    for N, V in itertools.product((0, 1, 100, 10**7), (1, 65, 4096, 50_304)):
+        rows = plan(N, V)
+        assert 1 <= rows <= max(N, 1)
+        assert rows * V <= max(1 << 20, MIN_CHUNK_ROWS * V)
+    assert plan(10**7, 65) > plan(10**7, 4096) == plan(10**7, 50_304) == MIN_CHUNK_ROWS
+
+
+@pytest.mark.plain
+def test_cost_is_that_of_three_products():
+    whole = cost(4096, 768, 50_304, 2)
+    assert whole["fwd_flops"] + whole["bwd_flops"] == 3 * 2 * 4096 * 768 * 50_304
+    assert whole["fwd_bytes"] == 2 * (4096 + 50_304) * 768
