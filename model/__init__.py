@@ -1,4 +1,10 @@
-"""model"""
+"""GPT models: configurations are data, modules are thin layers over `tritium.kernels`."""
 
 if "." not in __name__:
     raise ImportError("this folder is part of the package 'tritium': write 'import tritium.model', not 'import model'")
+
+from .config import GPTConfig
+from .gpt import GPT
+from .presets import PRESETS
+
+__all__ = ["GPT", "PRESETS", "GPTConfig"]

@@ -1,0 +1,56 @@
+"""The shape of a GPT, as data."""
+
+from dataclasses import dataclass
+
+# Rows of the embedding are added up to a multiple of this: 128 bytes of bf16, what tensor cores and shards like.
+VOCABULARY_MULTIPLE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """A GPT-2-style decoder: pre-norm blocks, learned positions, GELU-MLP four times as wide, head tied to the embedding.
+
+    Raises: ValueError if a size is not positive, d_model is no multiple of n_head or n_head none of n_kv_head.
+    """
+
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Query heads a block."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    vocab_size: int = 50_257
+    """Tokens that can be predicted; the embedding has a few more rows, see padded_vocab_size."""
+    context_tokens: int = 1024
+    """Most tokens the model can look at."""
+    n_kv_head: int | None = None
+    """Key and value heads a block; None: as many as query heads."""
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "d_model", "vocab_size", "context_tokens", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), got {self.d_model}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"GPTConfig: n_head must be a multiple of n_kv_head ({self.n_kv_head}), got {self.n_head}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads a block."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_head
+
+    @property
+    def d_feedforward(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return 4 * self.d_model
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up for alignment. The added rows never get probability."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

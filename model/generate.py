@@ -1,0 +1,103 @@
+"""Sampling from a GPT with a cache of keys and values."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens a model has read, so that each new token costs one step.
+
+    Args:
+        config: shape of the model.
+        batch: sequences, all of one length.
+        device, dtype: of the model's activations.
+    """
+
+    def __init__(self, config, batch: int, *, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, config.context_tokens, config.kv_heads, config.head_size)
+        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, T, G, K) of one layer; return all (B, S, G, K) of it. The model advances `length` itself."""
+        stop = self.length + k.shape[1]
+        self.keys[layer, :, self.length : stop] = k
+        self.values[layer, :, self.length : stop] = v
+        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+
+
+@torch.no_grad()
+def generate(
+    model,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+) -> Tensor:
+    """Continue each sequence by sampling.
+
+    When the context is full, its later half is read again and generation goes on from there.
+
+    Args:
+        model: a GPT.
+        tokens: (B, T) int64, T >= 1.
+        max_new_tokens: how many to add.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: keep only the k likeliest tokens.
+        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+        seed: of the sampling; None draws from PyTorch's generator.
+        stop_token: end once every sequence has produced it.
+    Returns: (B, T + new) int64, the prompt included.
+    Raises: ValueError for an empty prompt or an option out of its range.
+    """
+    _check(tokens, temperature, top_k, top_p)
+    context, (B, T) = model.config.context_tokens, tokens.shape
+    generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+    out = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=tokens.device)
+    out[:, :T] = tokens
+    stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    cache, read = None, 0
+    for length in range(T, T + max_new_tokens):
+        if cache is None or cache.length == context:
+            cache = KVCache(model.config, B, device=tokens.device, dtype=model.wte.weight.dtype)
+            read = max(0, length - (context if length <= context else context // 2))
+        logits = model(out[:, read:length], cache=cache)[:, -1].float()
+        read = length
+        out[:, length] = _choose(logits, temperature, top_k, top_p, generator)
+        if stop_token is not None:
+            stopped |= out[:, length] == stop_token
+            if stopped.all():
+                return out[:, : length + 1]
+    return out
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """One token (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        ordered, index = logits.sort(descending=True)
+        probability = ordered.softmax(-1)
+        # A token stays if those before it have not reached top_p: the likeliest always does.
+        dropped = probability.cumsum(-1) - probability >= top_p
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _check(tokens: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; give a prompt")
+    if temperature < 0:
+        raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")

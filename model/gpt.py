@@ -1,0 +1,144 @@
+"""The GPT-2 architecture on tritium's operators.
+
+    stream     h = wte[token] + wpe[position]
+    block      h += attention(ln_1(h))     h += mlp(ln_2(h))        each addition fused into the norm that follows it
+    head       logits = ln_f(h) wte^T, over the vocab_size real rows only
+
+Names of modules and parameters are those of the GPT-2 checkpoint; matrices are (out, in) as torch.nn.Linear keeps them, where
+the checkpoint has (in, out).
+
+Shapes     B sequences, T tokens, D = d_model, H query heads, G key/value heads, K = D / H, F = 4 D, V = vocab_size
+Source     Radford et al. 2019, "Language models are unsupervised multitask learners"
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import add_layer_norm, causal_attention, gelu_mlp, layer_norm, linear, linear_cross_entropy
+from .config import GPTConfig
+from .generate import KVCache, generate
+from .init import init_weights
+
+
+class Linear(nn.Module):
+    """Weight (out, in) and bias (out,) of a linear map; initialized by init_weights."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm of the residual stream, with the addition of a block's output before it where there is one."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+
+    def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (norm of the sum, the sum)."""
+        if branch is None:
+            return layer_norm(stream, self.weight, self.bias), stream
+        return add_layer_norm(branch, stream, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.widths = [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.head_size = config.head_size
+        self.c_attn = Linear(config.d_model, sum(self.widths))
+        self.c_proj = Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in self.c_attn(x).split(self.widths, dim=-1))
+        # q (B, T, H, K)   k, v (B, T, G, K)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            # k, v (B, S, G, K)
+        return self.c_proj(causal_attention(q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """Two linear maps with GELU (tanh form) between them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.d_model, config.d_feedforward)
+        self.c_proj = Linear(config.d_feedforward, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+
+
+class Block(nn.Module):
+    """One layer. Takes the residual stream and the branch not yet added to it; returns the same pair."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.ln_1 = LayerNorm(config.d_model)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.d_model)
+        self.mlp = MLP(config)
+
+    def forward(self, branch: Tensor | None, stream: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        y, stream = self.ln_1(branch, stream)
+        y, stream = self.ln_2(self.attn(y, cache, self.layer), stream)
+        return self.mlp(y), stream
+
+
+class GPT(nn.Module):
+    """A GPT-2-style language model with freshly initialized weights.
+
+    Args:
+        config: its shape.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = _embedding(config.padded_vocab_size, config.d_model)
+        self.wpe = _embedding(config.context_tokens, config.d_model)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.d_model)
+        init_weights(self, config.n_layer)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Predict the token that follows each position.
+
+        Args:
+            tokens: (B, T) int64, T at most context_tokens less what the cache holds.
+            targets: (B, T) int64, the tokens to be predicted; -100 where none is.
+            cache: keys and values of the tokens before these; extended in place.
+        Returns: logits (B, T, V); with targets the mean cross-entropy over them, () float32, in nats.
+        Raises: ValueError if there are more tokens than the context holds.
+        """
+        past = 0 if cache is None else cache.length
+        T = tokens.shape[-1]
+        if past + T > self.config.context_tokens:
+            raise ValueError(f"GPT: context_tokens is {self.config.context_tokens}, got {past + T} tokens; shorten the input")
+        stream = self.wte(tokens) + self.wpe(torch.arange(past, past + T, device=tokens.device))
+        branch = None
+        for block in self.h:
+            branch, stream = block(branch, stream, cache)
+        if cache is not None:
+            cache.length += T
+        y, _ = self.ln_f(branch, stream)
+        # The rows added for alignment take no part, so they never get probability.
+        head = self.wte.weight[: self.config.vocab_size]
+        return linear(y, head) if targets is None else linear_cross_entropy(y, head, targets)
+
+    generate = generate
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose weight is left for init_weights to fill."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -1,0 +1,26 @@
+import pytest
+
+from tritium.model import GPTConfig
+
+pytestmark = pytest.mark.plain
+
+
+def test_sizes_that_follow_from_others():
+    config = GPTConfig(n_layer=2, n_head=6, d_model=48, vocab_size=65, n_kv_head=2)
+    assert (config.kv_heads, config.head_size, config.d_feedforward, config.padded_vocab_size) == (2, 8, 192, 128)
+    assert GPTConfig().padded_vocab_size == 50_304
+    assert GPTConfig(vocab_size=64).padded_vocab_size == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
+        ({"n_kv_head": -1}, "kv_heads must be at least 1, got -1"),
+        ({"n_head": 5}, r"d_model must be a multiple of n_head \(5\), got 768"),
+        ({"n_kv_head": 5}, r"n_head must be a multiple of n_kv_head \(5\), got 12"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match="^GPTConfig: " + message):
+        GPTConfig(**change)

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from tritium.model import GPT, PRESETS, GPTConfig
+from tritium.model.cost import activation_bytes, flops_per_token, parameters
+
+pytestmark = pytest.mark.plain
+
+SMALL = GPTConfig(n_layer=3, n_head=4, d_model=32, vocab_size=100, context_tokens=16, n_kv_head=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_presets_have_their_published_parameters(name, count):
+    assert parameters(PRESETS[name]) == count
+
+
+@pytest.mark.parametrize("config", [SMALL, PRESETS["gpt2"]])
+def test_parameters_are_those_of_the_model(config):
+    with torch.device("meta"):
+        model = GPT(config)
+    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
+    assert sum(parameter.numel() for parameter in model.parameters()) - padding == parameters(config)
+
+
+def test_flops_are_counted_as_for_mfu():
+    # 6 (124,439,808 - 1024 * 768) + 12 * 12 * 768 * 1024: 0.855 GFLOP a token.
+    assert flops_per_token(PRESETS["gpt2"], 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "B", "T"), [(SMALL, 2, 16), (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7)]
+)
+def test_activation_bytes_are_those_autograd_keeps(config, B, T):
+    model = GPT(config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    tokens = torch.randint(config.vocab_size, (B, T))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(tokens, tokens)
+    assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, itemsize=4)
+    assert loss.ndim == 0

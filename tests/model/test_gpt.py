@@ -1,0 +1,130 @@
+"""The model against Hugging Face's GPT-2, its padding, its packing of heads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritium.model import GPT, GPTConfig
+
+SMALL = GPTConfig(n_layer=2, n_head=4, d_model=32, vocab_size=90, context_tokens=24)
+
+
+def random_model(config=SMALL, seed=0) -> GPT:
+    """A model whose gains and biases are random too: fresh ones would hide a bias that is never added."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2)
+    return model
+
+
+def hugging_face(model: GPT):
+    transformers = pytest.importorskip("transformers")
+    config = model.config
+    other = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.d_model,
+            vocab_size=config.vocab_size,
+            n_positions=config.context_tokens,
+            attn_implementation="eager",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    ).double()
+    weights = {}
+    for name, value in model.state_dict().items():
+        value = value[: config.vocab_size] if name == "wte.weight" else value
+        matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        weights["transformer." + name] = (value.t() if matrix else value).double()
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    other.tie_weights()
+    return other
+
+
+@pytest.mark.plain
+def test_logits_loss_and_gradients_are_those_of_hugging_face():
+    model = random_model().double()
+    other = hugging_face(model)
+    tokens = torch.randint(SMALL.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(tokens), other(tokens).logits, rtol=1e-9, atol=1e-9)
+
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    # Not its own loss: that is rounded to float32.
+    expected = F.cross_entropy(other(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.wte.weight.grad[:90], other.transformer.wte.weight.grad, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model.h[0].ln_1.bias.grad, other.transformer.h[0].ln_1.bias.grad, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        model.h[1].attn.c_attn.weight.grad, other.transformer.h[1].attn.c_attn.weight.grad.t(), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_runs_forward_and_backward_on_this_device(device):
+    model = random_model().to(device)
+    tokens = torch.randint(90, (2, 12), device=device)
+    model(tokens, tokens).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.plain
+def test_names_are_those_of_the_checkpoint():
+    names = {
+        name for name, _ in GPT(GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=8, context_tokens=4)).named_parameters()
+    }
+    block = [f"{part}.{kind}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for kind in
+             ("weight", "bias")]  # fmt: skip
+    assert names == {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"} | {"h.0." + name for name in block}
+
+
+@pytest.mark.plain
+def test_padding_never_gets_probability():
+    model = random_model()
+    assert model.wte.weight.shape[0] == 128
+    with torch.no_grad():
+        model.wte.weight[90:] = 1e4  # would win every softmax
+    tokens = torch.randint(90, (2, 8))
+    assert model(tokens).shape == (2, 8, 90)
+    loss = model(tokens, tokens)
+    assert loss < 50
+    loss.backward()
+    assert torch.equal(model.wte.weight.grad[90:], torch.zeros(38, 32))
+
+
+@pytest.mark.plain
+def test_grouped_heads_are_full_heads_that_repeat():
+    from dataclasses import replace
+
+    grouped = random_model(replace(SMALL, n_kv_head=2))
+    full = GPT(SMALL)
+    weights = grouped.state_dict()
+    for layer in range(2):
+        for kind in ("weight", "bias"):
+            name = f"h.{layer}.attn.c_attn.{kind}"
+            q, k, v = weights[name].split([32, 16, 16])
+            k, v = (part.unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1) for part in (k, v))
+            weights[name] = torch.cat([q, k, v])
+    full.load_state_dict(weights)
+    tokens = torch.randint(90, (2, 10))
+    torch.testing.assert_close(grouped(tokens), full(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.plain
+def test_compiles_as_one_graph():
+    model = random_model()
+    tokens = torch.randint(90, (2, 12))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, tokens), model(tokens, tokens))
+
+
+@pytest.mark.plain
+def test_too_many_tokens_are_an_error():
+    with pytest.raises(ValueError, match="context_tokens is 24, got 25 tokens"):
+        random_model()(torch.zeros(1, 25, dtype=torch.int64))
