@@ -1,8 +1,112 @@
 """Errors that a user can mend, and the typed configuration of a run."""
 
+from dataclasses import dataclass
+from typing import Literal
+
+from ..model import GPTConfig
+
 
 class InputError(ValueError):
     """Bad input from outside: the command prints it as one line and exits with status 2.
 
     The message says what was expected, what was found and what to do.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run. Each field is an option of `tritium train`; recipes.py holds filled-in rows."""
+
+    data: tuple[str, ...] = ("stdlib",)
+    """What to learn: a dataset of `tritium data build`, files, folders, stdlib or python."""
+    tokenizer: str | None = None
+    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE; default: the dataset's own, or bpe:4096."""
+    held_out: float = 0.1
+    """Share of the text kept for validation, where a dataset is built."""
+    out: str | None = None
+    """Folder of the run; default: the next free runs/RECIPE-N."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto: CUDA if there is one, else the CPU."""
+    seed: int = 1337
+    """Of initial weights, order of the data and samples."""
+
+    n_layer: int = 4
+    """Blocks."""
+    n_head: int = 4
+    """Query heads a block."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    n_kv_head: int | None = None
+    """Key and value heads a block; default: n_head."""
+    context_tokens: int = 256
+    """Tokens a sequence."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences a step."""
+    micro_batch_size: int | None = None
+    """Sequences at once; gradients add up to batch_size. Default: batch_size."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After warm-up: cosine to min_lr; constant; wsd: constant, then linear to min_lr over the last fifth."""
+    weight_decay: float = 0.1
+    """AdamW's decay, of matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's second moment."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    eval_interval: int = 250
+    """Steps between evaluations; the last step always has one, over all held-out text."""
+    eval_tokens: int = 32_768
+    """Held-out tokens of the evaluations before the last."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    prompt: str = ""
+    """Start of the samples written at each evaluation; default: the start of a document."""
+    sample_tokens: int = 200
+    """Tokens of a sample."""
+
+    def __post_init__(self):
+        if not self.data:
+            raise InputError("--data: expected files, folders, a dataset, stdlib or python, got none")
+        least = {"steps": 1, "batch_size": 1, "eval_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 1}
+        least |= {"eval_tokens": 1, "warmup_steps": 0, "sample_tokens": 0}
+        least |= {"lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise InputError(f"--{_dashed(name)}: expected {bound} or more, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{_dashed(name)}: expected a number in [0, 1), got {getattr(self, name)}")
+        micro = self.micro_batch
+        if micro < 1 or self.batch_size % micro:
+            raise InputError(f"--micro-batch-size: expected a divisor of the batch size {self.batch_size}, got {micro}")
+        self.gpt(vocab_size=1)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences at once."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    def gpt(self, vocab_size: int) -> GPTConfig:
+        """The model's shape for a vocabulary. Raises: InputError if the sizes do not fit together."""
+        names = ("n_layer", "n_head", "d_model", "n_kv_head", "context_tokens")
+        try:
+            return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+        except ValueError as error:
+            raise InputError(f"model: {str(error).removeprefix('GPTConfig: ')}") from None
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

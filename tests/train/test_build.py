@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tritium.train import build as module
 from tritium.train.build import build
 from tritium.train.config import InputError

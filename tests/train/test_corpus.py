@@ -7,6 +7,7 @@ import os
 import sys
 
 import pytest
+
 from tritium.train.config import InputError
 from tritium.train.corpus import Corpus
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tritium.train import data as module
 from tritium.train.config import InputError
 from tritium.train.data import Loader, build, cache_dir, evaluation_batches, open_dataset, prepare

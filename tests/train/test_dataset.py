@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from tritium.train.build import build
 from tritium.train.config import InputError
 from tritium.train.dataset import open_dataset, read_info

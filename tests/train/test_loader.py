@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from tritium.train.config import InputError
 from tritium.train.loader import IGNORED, Loader, evaluation_batches, permute
 from tritium.train.shards import TokenStream

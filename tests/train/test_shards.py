@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+
 from tritium.train import files
 from tritium.train.config import InputError
 from tritium.train.shards import HEADER_BYTES, Shard, TokenStream, write_shard

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tritium.train import tokenizer as module
 from tritium.train.config import InputError
 from tritium.train.tokenizer import Tokenizer, cut, from_spec, needs_corpus

@@ -1,0 +1,61 @@
+"""A corpus and a model small enough to train in a blink."""
+
+from pathlib import Path
+
+import pytest
+
+from tritium.train.cli import run
+from tritium.train.commands import dispatch
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "potions"]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """One text file of about 20 kB."""
+    file = tmp_path / "corpus.txt"
+    file.write_text("\n".join(" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(300)))
+    return file
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
+    """Words of a `tritium train` command that takes about a second; its run goes to tmp_path/run."""
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    options = {
+        "data": corpus, "tokenizer": "bytes", "out": tmp_path / "run", "device": "cpu", "n-layer": 1, "n-head": 2,
+        "d-model": 16, "context-tokens": 16, "steps": 20, "batch-size": 4, "warmup-steps": 2, "eval-interval": 10,
+        "eval-tokens": 64, "checkpoint-interval": 10, "keep-checkpoints": 5, "sample-tokens": 5,
+    }  # fmt: skip
+    return ["train", "laptop", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.fixture
+def tritium(capsys):
+    """Call the command in this process: tritium("info") -> (status, stdout, stderr)."""
+
+    def call(*words) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = run(dispatch, [str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(tritium):
+    """Call a command that must fail as bad input does: status 2, one line on stderr; returns that line."""
+
+    def call(*words) -> str:
+        status, _, err = tritium(*words)
+        lines = [line for line in err.splitlines() if line.startswith("tritium: ")]
+        assert status == 2, err
+        assert len(lines) == 1, err
+        assert "Traceback" not in err
+        return lines[0]
+
+    return call

@@ -1,0 +1,104 @@
+import json
+
+import pytest
+import torch
+
+from tritium.model import GPT, GPTConfig
+from tritium.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from tritium.train.config import InputError, TrainConfig
+from tritium.train.optim import make_optimizer
+
+pytestmark = pytest.mark.plain
+
+CONFIG = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
+
+
+def trained(seed: int, steps: int):
+    torch.manual_seed(seed)
+    model = GPT(CONFIG)
+    optimizer = make_optimizer(model, TrainConfig())
+    for _ in range(steps):
+        tokens = torch.randint(20, (2, 8))
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_round_trip_is_bitwise(run):
+    model, optimizer = trained(0, 3)
+    folder = save_checkpoint(run, 3, model, optimizer, keep=2)
+    generator = torch.get_rng_state()
+    other, other_optimizer = trained(1, 1)
+    assert load_checkpoint(folder, other, other_optimizer) == 3
+    assert torch.equal(torch.get_rng_state(), generator)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][key]), key
+
+
+def test_only_the_newest_stay(run):
+    model, optimizer = trained(0, 1)
+    for step in (2, 9, 10, 100):
+        save_checkpoint(run, step, model, optimizer, keep=2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-100"]
+    assert newest_checkpoint(run).name == "step-100"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
+def test_damage_is_found(run, name, damage):
+    model, optimizer = trained(0, 1)
+    folder = save_checkpoint(run, 1, model, optimizer, keep=1)
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 4
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content if damage == "flip" else content[:-1])
+    with pytest.raises(InputError, match=rf"{name}: (damaged: expected SHA-256|cannot be read)"):
+        load_checkpoint(folder, model, optimizer)
+
+
+def test_other_models_and_other_folders_are_refused(run):
+    model, optimizer = trained(0, 1)
+    folder = save_checkpoint(run, 1, model, optimizer, keep=1)
+    wider = GPT(GPTConfig(n_layer=1, n_head=2, d_model=32, vocab_size=20, context_tokens=8))
+    with pytest.raises(InputError, match=r"expected h.0.attn.c_attn.bias of shape \(96,\), got \(48,\)"):
+        load_checkpoint(folder, wider)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"expected a checkpoint with state\.json"):
+        load_checkpoint(folder, model)
+    with pytest.raises(InputError, match="expected the folder of a run"):
+        newest_checkpoint(run / "nowhere")
+    (run / "sub").mkdir()
+    (run / "sub" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a checkpoint in it, found none"):
+        newest_checkpoint(run / "sub")
+
+
+def test_a_failed_write_leaves_nothing(run, monkeypatch):
+    model, optimizer = trained(0, 1)
+    save_checkpoint(run, 1, model, optimizer, keep=1)
+
+    def full(path, pieces):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("tritium.train.checkpoint.write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(run, 2, model, optimizer, keep=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_state_names_what_it_covers(run):
+    model, optimizer = trained(0, 1)
+    state = json.loads((save_checkpoint(run, 7, model, optimizer, keep=1) / "state.json").read_text())
+    assert state["step"] == 7
+    assert set(state["sha256"]) == {"model.safetensors", "optimizer.safetensors"}

@@ -1,0 +1,125 @@
+"""What the commands say, above all to bad input: one line, status 2, nothing overwritten."""
+
+import gzip
+import json
+
+import pytest
+
+pytestmark = pytest.mark.plain
+
+
+def test_help_reads_like_a_manual_page(tritium):
+    status, out, _ = tritium("--help")
+    assert status == 0
+    assert all(f"tritium {name}" in out for name in ("train", "data", "sample", "info"))
+    assert tritium() == tritium("--help")
+    for words in (["train", "--help"], ["data", "build", "--help"], ["sample", "--help"]):
+        status, out, err = tritium(*words)
+        assert status == 0, err
+        assert "usage: tritium " + words[0] in out
+    assert "laptop, shakespeare-char, gpt2" in tritium("train", "--help")[1]
+
+
+def test_info(tritium, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "elsewhere"))
+    status, out, _ = tritium("info")
+    assert status == 0
+    for name in ("tritium", "torch", "triton", "device", "ceilings", "default recipe", str(tmp_path / "elsewhere")):
+        assert name in out
+
+
+def test_build_train_sample(tritium, tiny, corpus, tmp_path):
+    more = tmp_path / "more"
+    more.mkdir()
+    for i in range(150):
+        (more / f"{i}.md").write_text(f"# Title {i}\n\nSome words about number {i}.\n")
+    (more / "copy.md").write_text((more / "0.md").read_text())
+    (more / "picture.txt").write_bytes(b"\0\1\2")
+    with gzip.open(more / "lines.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "a line of json"}) + "\n")
+    dataset = tmp_path / "dataset"
+    status, out, err = tritium("data", "build", dataset, more, corpus, "--tokenizer", "bpe:300")
+    assert status == 0, err
+    assert "dropped 1 duplicate documents, skipped 1 files" in out
+
+    at = tiny.index("--data")
+    words = tiny[:at] + tiny[at + 4 :]  # without --data and --tokenizer
+    status, _, err = tritium(*words, "--data", dataset)
+    assert status == 0, err
+    options = ("--max-new-tokens", 8, "--seed", 3)
+    status, out, err = tritium("sample", tmp_path / "run", "--prompt", "# Title", *options)
+    assert status == 0, err
+    assert out.startswith("# Title")
+    assert tritium("sample", tmp_path / "run", "--prompt", "# Title", *options)[1] == out
+
+
+def test_unknown_words_are_answered_with_the_near_ones(refused):
+    assert "no command 'trian'; near: train" in refused("trian")
+    assert "no recipe 'gpt-2'; near: gpt2" in refused("train", "gpt-2")
+    assert "near: --lr" in refused("train", "laptop", "--lrr", "1")
+    assert "expected build, got 'biuld'" in refused("data", "biuld")
+    assert "takes no options" in refused("info", "--all")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--schedule", "linear"], "invalid choice 'linear'"),
+        (["--steps", "0"], "--steps: expected 1 or more, got 0"),
+        (["--n-head", "3"], "d_model must be a multiple of n_head (3), got 16"),
+        (["--device", "tpu"], "--device: expected a device"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--context-tokens", "1000000"], "context_tokens 1000000 needs 1000001 training tokens"),
+        (["--tokenizer", "bpe:10"], "bpe:10"),
+        (["--tokenizer", "words"], "words"),
+        (["--resume", "x"], "--resume RUN_DIR stands alone"),
+    ],
+)
+def test_bad_options_of_train(words, message, refused, tiny, tmp_path):
+    assert message in refused(*tiny, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_corpora(refused, tiny, tmp_path):
+    empty, binary, folder = tmp_path / "empty.txt", tmp_path / "binary.txt", tmp_path / "folder"
+    empty.write_text("")
+    binary.write_bytes(b"\xff\xfe\x00\x01" * 10)
+    folder.mkdir()
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    for path in (empty, binary, folder):
+        assert str(path) in refused(*tiny, "--data", path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(refused, tritium, tiny, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "this one is a run already" in refused(*tiny)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("x")
+    assert "this one is in use" in refused(*tiny, "--out", tmp_path / "used")
+
+
+def test_bad_resumes(refused, tritium, tiny, tmp_path):
+    assert "expected the folder of a run" in refused("train", "--resume", tmp_path)
+    assert "expected one folder" in refused("train", "--resume")
+    assert "expected one folder" in refused("train", "--resume", "a", "--steps", "3")
+    assert tritium(*tiny)[0] == 0
+    run = tmp_path / "run"
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(record | {"tokenizer_sha256": "0" * 64}))
+    assert "expected shards of tokenizer 000000000000" in refused("train", "--resume", run)
+    (run / "config.json").write_text(json.dumps(record))
+    file = run / "checkpoints" / "step-20" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors: damaged" in refused("train", "--resume", run)
+    assert "model.safetensors: damaged" in refused("sample", run)
+    assert "expected the folder of a run" in refused("sample", tmp_path / "nowhere")
+
+
+def test_bad_sampling_options(refused, tritium, tiny, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    assert "temperature must be 0 or more" in refused("sample", tmp_path / "run", "--temperature", "-1")
+    assert "top_p must lie in (0, 1]" in refused("sample", tmp_path / "run", "--top-p", "2")

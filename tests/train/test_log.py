@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from tritium.train.log import STEPS_PER_READ, Metrics, _running_mean, plot_loss, read_metrics
+
+pytestmark = pytest.mark.plain
+
+CPU = torch.device("cpu")
+
+
+def metrics(run, start=0):
+    return Metrics(run, start=start, steps=30, tokens_per_step=100, flops_per_token=10, device=CPU)
+
+
+def note(m, steps):
+    for step in steps:
+        m.step(step, torch.tensor(5.0 - step / 10), 1e-3, torch.tensor(0.5))
+
+
+def test_a_line_a_step(tmp_path):
+    with metrics(tmp_path) as m:
+        note(m, range(STEPS_PER_READ + 2))
+        with m.paused():
+            m.evaluation(STEPS_PER_READ + 2, 3.0, 1.5)
+    rows, evaluations = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(STEPS_PER_READ + 2))
+    assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
+        "step": 3, "tokens": 400, "loss": pytest.approx(4.7), "lr": 1e-3, "grad_norm": 0.5,
+        "tokens_per_second": 0, "mfu": None, "memory": 0,
+    }  # fmt: skip
+    assert rows[3]["tokens_per_second"] > 0
+    assert rows[3]["memory"] > 0
+    assert evaluations == [{"step": 12, "val_loss": 3.0, "val_perplexity": pytest.approx(20.0855369), "val_bits_per_byte": 1.5}]
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    with metrics(tmp_path) as m:
+        note(m, range(20))
+        with m.paused():
+            m.evaluation(10, 3.0, 1.0)
+            m.evaluation(20, 2.0, 1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "lo')  # a kill in the middle of a line
+    with metrics(tmp_path, start=10) as m:
+        note(m, range(10, 15))
+        m.flush()
+    rows, evaluations = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(15))
+    assert [row["step"] for row in evaluations] == [10]
+
+
+def test_plot_is_a_picture(tmp_path):
+    lines = [{"step": step, "loss": 5 - step / 10} for step in range(20)] + [{"step": 20, "val_loss": 3.2}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_running_mean_of_a_constant_is_the_constant():
+    assert _running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert _running_mean([]) == []

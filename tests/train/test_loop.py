@@ -1,0 +1,118 @@
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tritium.model import GPT, GPTConfig
+from tritium.train.log import read_metrics
+from tritium.train.loop import _accumulate_gradients
+
+pytestmark = pytest.mark.plain
+
+
+def weights(run, step=20) -> bytes:
+    return (run / "checkpoints" / f"step-{step}" / "model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_leaves_its_files(tiny, tritium, tmp_path):
+    status, out, err = tritium(*tiny, "--steps", 60, "--lr", 1e-2, "--checkpoint-interval", 30)
+    assert status == 0, err
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "tokenizer.json", "metrics.jsonl", "samples.txt", "loss.png", "checkpoints"
+    }  # fmt: skip
+    rows, evaluations = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(60))
+    assert [row["step"] for row in evaluations] == [10, 20, 30, 40, 50, 60]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 5.6
+    assert f"validation loss {evaluations[-1]['val_loss']:.4f}" in out
+    assert f"next: tritium sample {run}" in out
+
+
+def test_resuming_gives_bitwise_the_weights_of_an_unbroken_run(tiny, tritium, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    run, broken = tmp_path / "run", tmp_path / "broken"
+    shutil.copytree(run, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-20")
+    assert tritium("train", "--resume", broken)[0] == 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (folder / "checkpoints" / "step-20" / name for folder in (run, broken))
+        assert a.read_bytes() == b.read_bytes()
+    rows, evaluations = read_metrics(broken)
+    assert [row["step"] for row in rows] == list(range(20))
+    assert [(row["step"], row["val_loss"]) for row in evaluations] == [
+        (row["step"], row["val_loss"]) for row in read_metrics(run)[1]
+    ]
+
+
+def test_resuming_a_finished_run_evaluates_it(tiny, tritium, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    before = weights(tmp_path / "run")
+    status, out, _ = tritium("train", "--resume", tmp_path / "run")
+    assert status == 0
+    assert "validation loss" in out
+    assert weights(tmp_path / "run") == before
+
+
+def test_same_seed_same_weights(tiny, tritium, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    assert tritium(*tiny, "--out", tmp_path / "again")[0] == 0
+    assert tritium(*tiny, "--out", tmp_path / "other", "--seed", 7)[0] == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "again") != weights(tmp_path / "other")
+
+
+def test_micro_batches_add_up_to_the_batch():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8)).double()
+    tokens, targets = torch.randint(20, (2, 6, 8))
+    targets[1, 2:] = targets[4] = -100  # the last window of the data is padded: shares differ
+    results = []
+    for micro_batch in (6, 2, 1):
+        model.zero_grad()
+        loss = _accumulate_gradients(model, tokens, targets, micro_batch)
+        results.append([loss.double(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0][1:], other[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(results[0][0], other[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, number):
+    run = tmp_path / "run"
+    words = [*tiny, "--steps", "1000000", "--checkpoint-interval", "1000000", "--eval-interval", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tritium", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"tritium train --resume {run}" in out
+    assert "Traceback" not in err
+    step = int(next((run / "checkpoints").iterdir()).name.removeprefix("step-"))
+    rows, _ = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(step))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tiny, tmp_path):
+    """A limit on the size of files stands in for the disk: the write fails in the middle in the same way."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000)); "
+    code = (
+        limit + f"from tritium.train.cli import run; from tritium.train.commands import dispatch; exit(run(dispatch, {tiny}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("tritium: ")
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("run/checkpoints/*")) == []

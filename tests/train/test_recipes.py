@@ -1,0 +1,22 @@
+import pytest
+
+from tritium.model import PRESETS
+from tritium.train.config import InputError
+from tritium.train.recipes import RECIPES, default_recipe, recipe
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipes_of_published_models_have_their_shape(name):
+    preset = PRESETS[name]
+    assert recipe(name).gpt(vocab_size=preset.vocab_size) == preset
+
+
+def test_unknown_recipes_list_the_near_ones():
+    with pytest.raises(InputError, match="no recipe 'shakespeare'; near: shakespeare-char"):
+        recipe("shakespeare")
+
+
+def test_the_default_is_a_recipe():
+    assert default_recipe() in RECIPES

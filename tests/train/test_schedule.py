@@ -1,0 +1,40 @@
+import pytest
+
+from tritium.train.config import TrainConfig
+from tritium.train.schedule import learning_rate
+
+pytestmark = pytest.mark.plain
+
+
+def rates(**options) -> list[float]:
+    config = TrainConfig(**{"steps": 101, "warmup_steps": 10, "lr": 1.0, "min_lr": 0.1} | options)
+    return [learning_rate(config, step) for step in range(config.steps)]
+
+
+def test_warm_up_is_linear_and_never_zero():
+    assert rates()[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+
+
+def test_cosine_goes_from_lr_to_min_lr():
+    values = rates()
+    assert values[10] == 1.0
+    assert values[100] == pytest.approx(0.1)
+    assert values[55] == pytest.approx(0.55)
+    assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_constant():
+    assert set(rates(schedule="constant")[10:]) == {1.0}
+
+
+def test_wsd_is_constant_then_linear():
+    values = rates(schedule="wsd")
+    assert set(values[10:82]) == {1.0}
+    assert values[91] == pytest.approx(1 - 0.9 * 10 / 19)
+    assert values[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
+def test_runs_shorter_than_the_warm_up(schedule):
+    assert rates(steps=3, schedule=schedule) == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert rates(steps=1, warmup_steps=0, schedule=schedule) == [1.0]

@@ -1,0 +1,140 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped, in a folder that is written whole or not at all.
+
+    RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
+    RUN/checkpoints/step-N/optimizer.safetensors   AdamW's two moments and step counts, as NAME.exp_avg ...
+    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, SHA-256 of the two files above
+
+The loader needs no state of its own: its batches are a function of the step. A folder is filled under a hidden name, flushed
+to the disk and renamed: a checkpoint that has its name is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from .config import InputError
+from .files import flush_folder, write_whole
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+    """Write RUN/checkpoints/step-N and delete all but the `keep` newest.
+
+    Args:
+        run: the run's folder.
+        step: optimizer steps done so far.
+        model, optimizer: made by GPT and make_optimizer.
+    Returns: the folder written.
+    Raises: OSError as the disk gives it; nothing is left behind then, and older checkpoints stay.
+    """
+    folder = run / "checkpoints" / f"step-{step}"
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        model_bytes = safetensors.torch.save(model.state_dict())
+        write_whole(temporary / _FILES[0], [model_bytes])
+        optimizer_bytes = safetensors.torch.save(_moments(model, optimizer))
+        write_whole(temporary / _FILES[1], [optimizer_bytes])
+        state = {
+            "format_version": 1,
+            "step": step,
+            "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
+            "sha256": {
+                name: hashlib.sha256(content).hexdigest()
+                for name, content in zip(_FILES, (model_bytes, optimizer_bytes), strict=True)
+            },
+        }
+        write_whole(temporary / "state.json", [json.dumps(state).encode()])
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush_folder(folder.parent)
+    for old in _folders(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Load weights, and with an optimizer also its moments and PyTorch's generator, in place.
+
+    Returns: steps done.
+    Raises: InputError if a file is missing, cut, damaged or of another model.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        step, sums = state["step"], state["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: expected a checkpoint with state.json, got {error!r}; resume from another one") from None
+    weights = _read(folder / _FILES[0], sums[_FILES[0]])
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if (found := {name: tuple(value.shape) for name, value in weights.items()}) != expected:
+        name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
+        raise InputError(
+            f"{folder}: expected {name} of shape {expected.get(name)}, got {found.get(name)}; it belongs to another model"
+        )
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        _load_moments(model, optimizer, _read(folder / _FILES[1], sums[_FILES[1]]))
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
+    return step
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint with the most steps. Raises: InputError if the folder is no run or has none."""
+    if not (run / "config.json").is_file():
+        raise InputError(f"{run}: expected the folder of a run (with config.json), found none; `tritium train` makes one")
+    folders = _folders(run)
+    if not folders:
+        raise InputError(f"{run}: expected a checkpoint in it, found none: the run stopped before its first; start it anew")
+    return folders[-1]
+
+
+def _folders(run: Path) -> list[Path]:
+    """Complete checkpoints, fewest steps first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _read(file: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); resume from another checkpoint") from None
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise InputError(
+            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of {len(content)} bytes; "
+            "delete this checkpoint to resume from the one before"
+        )
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise InputError(f"{file}: expected safetensors, got {error}; resume from another checkpoint") from None
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        for moment in _MOMENTS
+        if parameter in optimizer.state
+    }
+
+
+def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if f"{name}.step" in moments:
+            state = {moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}
+            # Copies: safetensors' tensors are views of the file's bytes, and 0-dimensional ones may be unaligned.
+            optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in state.items()}

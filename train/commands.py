@@ -1,0 +1,214 @@
+"""The commands around training: train, data, sample, info."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from .. import __version__
+from ..kernels._device import ceiling, sm_count
+from ..kernels._op import INTERPRET
+from ..kernels._triton import HAS_TRITON, triton
+from ..model import GPT, GPTConfig
+from ..model.cost import parameters
+from .checkpoint import load_checkpoint, newest_checkpoint
+from .cli import near, parse
+from .config import InputError, TrainConfig
+from .data import build, cache_dir
+from .device import choose_device, use_fast_matmul
+from .loop import InterruptedRun, resume, sample_text, start
+from .recipes import RECIPES, default_recipe, recipe
+from .tokenizer import Tokenizer
+
+TRAIN_HELP = f"""Train a GPT on text. Without a recipe: the best one for this machine.
+
+tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
+tritium train --resume RUN_DIR                go on with a stopped run, exactly where it was"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of `tritium data build`."""
+
+    out_dir: tyro.conf.Positional[str]
+    """Folder to make."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Files and folders of txt, md, py, jsonl, jsonl.gz, parquet; stdlib: the interpreter's library; python: all of it."""
+    tokenizer: str = "bpe:4096"
+    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE."""
+    held_out: float = 0.1
+    """Share of the documents kept for validation."""
+    text_field: str = "text"
+    """Field of jsonl lines, column of parquet files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Options of `tritium sample`."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    prompt: str = ""
+    """Text to go on from; default: the start of a document."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens."""
+    top_p: float | None = 0.95
+    """Choose among the likeliest tokens that together have this probability."""
+    max_new_tokens: int = 200
+    """Tokens to write at most."""
+    seed: int | None = None
+    """Same seed, same text."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: CUDA if there is one."""
+
+
+def train(argv: Sequence[str]) -> int:
+    """tritium train"""
+    if argv and argv[0].startswith("--resume"):
+        return _report(*_resume_argument(argv))
+    if "--resume" in argv:
+        raise InputError("--resume RUN_DIR stands alone: a resumed run keeps the options it was started with")
+    named = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if named else default_recipe()
+    default = recipe(name)
+    config = parse(TrainConfig, argv[named:], prog="tritium train", description=TRAIN_HELP, default=default)
+    if (Path(config.data[0]) / "dataset.json").is_file() and not any(word.startswith("--tokenizer") for word in argv):
+        config = replace(config, tokenizer=None)  # a dataset brings its own; the recipe's is for its own text
+    run = Path(config.out) if config.out else _free_run(name)
+    print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
+    return _report(run, lambda: start(config, run))
+
+
+def _resume_argument(argv: Sequence[str]):
+    words = argv[0].split("=", 1) + list(argv[1:])
+    if len(words) != 2:
+        raise InputError(f"--resume: expected one folder of a run and nothing else, got {' '.join(words[1:]) or 'none'}")
+    run = Path(words[1])
+    return run, lambda: resume(run)
+
+
+def _report(run: Path, work) -> int:
+    began = time.perf_counter()
+    try:
+        result = work()
+    except InterruptedRun:
+        print(f"stopped; go on with: tritium train --resume {run}")
+        return 130
+    seconds = time.perf_counter() - began
+    shown = (run / "samples.txt").read_text(encoding="utf-8").rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
+    config = json.loads((run / "config.json").read_text())
+    print(f"\n{shown}")
+    print(f"validation loss {result.loss:.4f} nats a token over all {result.tokens:,} held-out tokens: ", end="")
+    print(f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits a byte")
+    print(f"{parameters(GPTConfig(**config['model'])):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}")
+    print(f'next: tritium sample {run} --prompt "{config["train"]["prompt"] or "Once"}"')
+    print(f"      tritium train --steps {2 * config['train']['steps']} --d-model {config['train']['d_model'] + 128}")
+    return 0
+
+
+def _free_run(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def data(argv: Sequence[str]) -> int:
+    """tritium data"""
+    description = "Turn text into token shards that `tritium train --data OUT_DIR` reads."
+    if not argv or argv[0] != "build":
+        if argv and argv[0] not in ("-h", "--help"):
+            raise InputError(f"tritium data: expected build, got {argv[0]!r}")
+        argv = ["build", "--help"]
+    options = parse(DataOptions, argv[1:], prog="tritium data build", description=description)
+    info = build(options.out_dir, options.inputs, options.tokenizer, held_out=options.held_out, text_field=options.text_field)
+    for name, split in (("train", info.train), ("held out", info.val)):
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes")
+    print(
+        f"dropped {info.duplicates_dropped:,} duplicate documents, skipped {info.files_skipped:,} files that are no UTF-8 text"
+    )
+    print(f"next: tritium train --data {options.out_dir}")
+    return 0
+
+
+def sample(argv: Sequence[str]) -> int:
+    """tritium sample"""
+    options = parse(SampleOptions, argv, prog="tritium sample", description="Write text with a trained model.")
+    run = Path(options.run)
+    checkpoint = newest_checkpoint(run)
+    device = choose_device(options.device)
+    use_fast_matmul(device)
+    model = GPT(GPTConfig(**json.loads((run / "config.json").read_text())["model"]))
+    load_checkpoint(checkpoint, model)
+    try:
+        text = sample_text(
+            model.to(device), Tokenizer.load(run / "tokenizer.json"), options.prompt, max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    print(text)
+    return 0
+
+
+def info(argv: Sequence[str]) -> int:
+    """tritium info"""
+    if argv and argv[0] not in ("-h", "--help"):
+        raise InputError(f"tritium info: takes no options, got {argv[0]!r}")
+    device = choose_device("auto")
+    rows = {
+        "tritium": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": (triton.__version__ + (", interpreter on" if INTERPRET else "")) if HAS_TRITON else "not installed",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "cores": f"{sm_count(device)} SMs" if device.type == "cuda" else f"{torch.get_num_threads()} threads",
+        "kernels": "Triton" if device.type == "cuda" and HAS_TRITON else "PyTorch references",
+        "ceilings": _ceilings(device),
+        "default recipe": default_recipe(),
+        "caches": f"{cache_dir()} (datasets); set TRITIUM_HOME to move it",
+    }
+    for name, value in rows.items():
+        print(f"{name:15} {value}")
+    return 0
+
+
+def _ceilings(device: torch.device) -> str:
+    known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is None:
+        return "not known for this device: no MFU is reported"
+    return f"{known.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, {known.bytes_per_second / 1e12:.2f} TB/s memory"
+
+
+COMMANDS = {"train": train, "data": data, "sample": sample, "info": info}
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """tritium"""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"tritium {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise InputError(f"no command {argv[0]!r}; near: {near(argv[0], list(COMMANDS))}")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+HELP = """tritium: train GPTs with Triton kernels
+
+  tritium train [RECIPE] [--key value ...]    train; without a recipe, the best one for this machine
+  tritium train --resume RUN_DIR              go on with a stopped run
+  tritium data build OUT_DIR INPUT ...        text to token shards
+  tritium sample RUN_DIR --prompt TEXT        write text with a trained model
+  tritium info                                versions, device, ceilings, caches
+
+Each command has --help."""

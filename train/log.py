@@ -1,0 +1,171 @@
+"""What a run leaves to read: a line of metrics a step, a plot, samples; and what the terminal shows meanwhile."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..kernels._device import ceiling
+
+# Losses are read back from the device this many steps at a time: reading one waits for the device.
+STEPS_PER_READ = 10
+console = Console(stderr=True, highlight=False)
+
+
+class Metrics:
+    """RUN/metrics.jsonl and the progress bar.
+
+    A training line holds step, tokens (seen so far), loss (nats), lr, grad_norm, tokens_per_second, mfu (share of the device's
+    bf16 peak; null where the table does not know it) and memory (bytes at most so far); an evaluation adds val_loss,
+    val_perplexity and val_bits_per_byte in a line of its own.
+
+    Args:
+        run: the run's folder; its metrics.jsonl is cut back to the lines before `start`.
+        start, steps: first step of this process and of the whole run.
+        tokens_per_step: targets a step.
+        flops_per_token: for mfu.
+    """
+
+    def __init__(self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int, device: torch.device):
+        self._path = run / "metrics.jsonl"
+        _cut_back(self._path, start)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
+        self._tokens_per_step, self._flops_per_token, self._device = tokens_per_step, flops_per_token, device
+        known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = known and known.bf16_flops
+        self._waiting: list[tuple[int, Tensor, float, Tensor]] = []
+        self._clock = time.perf_counter()
+        self.seconds = 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
+        self._task = self._bar.add_task("train", total=steps, completed=start, note="")
+
+    def __enter__(self) -> "Metrics":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave what happens inside (evaluation, samples, checkpoints) out of the rates."""
+        self.flush()
+        yield
+        self._clock = time.perf_counter()
+
+    def step(self, step: int, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
+        """Note one optimizer step; `loss` and `grad_norm` stay on the device until several can be read at once."""
+        self._waiting.append((step, loss, lr, grad_norm))
+        if len(self._waiting) >= STEPS_PER_READ:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read back the steps noted so far and write their lines; rates are means over them."""
+        if not self._waiting:
+            return
+        values = torch.stack([torch.stack((loss, norm)).float() for _, loss, _, norm in self._waiting]).tolist()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self.seconds += seconds
+        rate = len(self._waiting) * self._tokens_per_step / seconds
+        mfu = rate * self._flops_per_token / self._peak if self._peak else None
+        memory = _memory(self._device)
+        for (step, _, lr, _), (loss, norm) in zip(self._waiting, values, strict=True):
+            tokens = (step + 1) * self._tokens_per_step
+            row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
+            self._write(row | {"tokens_per_second": rate, "mfu": mfu, "memory": memory})
+        note = f"loss {values[-1][0]:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
+        self._bar.update(self._task, completed=self._waiting[-1][0] + 1, note=note)
+        self._waiting.clear()
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """Write and show an evaluation after `step` steps."""
+        perplexity = math.exp(loss)
+        self._write({"step": step, "val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits_per_byte})
+        console.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits a byte")
+
+    def _write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
+    """Training lines and evaluation lines of a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+
+
+def plot_loss(run: Path) -> Path:
+    """Draw RUN/loss.png from metrics.jsonl: training loss of each step, its running mean, and validation loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, evaluations = read_metrics(run)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    steps, losses = [row["step"] + 1 for row in rows], [row["loss"] for row in rows]
+    axes.plot(steps, losses, color="#b0c4de", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _running_mean(losses), color="#1f4e79", linewidth=1.6, label="training, running mean")
+    axes.plot(
+        [row["step"] for row in evaluations],
+        [row["val_loss"] for row in evaluations],
+        "o-", color="#c0392b", markersize=4, label="validation",
+    )  # fmt: skip
+    if evaluations:
+        last = evaluations[-1]
+        axes.annotate(
+            f"{last['val_loss']:.3f}", (last["step"], last["val_loss"]), xytext=(-4, 8), textcoords="offset points", ha="right"
+        )
+    axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", title=run.name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path = run / "loss.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _running_mean(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential mean over about `share` of the values, corrected for its start."""
+    keep = 1 - 1 / max(1.0, share * len(values))
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _cut_back(path: Path, start: int) -> None:
+    """Drop the lines of steps that a resumed run does again, and a line that a kill cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] < start or (row["step"] == start and "val_loss" in row):
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _memory(device: torch.device) -> int:
+    """Most bytes in use so far: the allocator's on CUDA, the process's elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # ru_maxrss is in bytes on macOS, in KiB on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,175 @@
+"""The training loop, from a configuration to a trained model, top to bottom.
+
+A run is a folder: config.json (all that is needed to repeat it), tokenizer.json, metrics.jsonl, samples.txt, loss.png,
+checkpoints/step-N. On the CPU a resumed run has bitwise the weights of one that was never stopped.
+"""
+
+import json
+import platform
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..model import GPT
+from ..model.cost import flops_per_token
+from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from .config import InputError, TrainConfig
+from .data import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
+from .device import choose_device, compute_dtype, use_fast_matmul
+from .evaluate import Evaluation, evaluate
+from .files import write_whole
+from .loader import IGNORED
+from .log import Metrics, console, plot_loss
+from .optim import make_optimizer, set_learning_rate
+from .schedule import learning_rate
+
+
+class InterruptedRun(Exception):  # noqa: N818 - it is no error
+    """The run was stopped by a signal, after writing a checkpoint. Its argument is the run's folder."""
+
+
+def start(config: TrainConfig, run: Path) -> Evaluation:
+    """Train a new model into the folder `run`.
+
+    Returns: the evaluation of the finished model on all held-out text.
+    Raises: InputError for a folder in use or bad data; InterruptedRun after SIGINT or SIGTERM.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        what = "a run already" if (run / "config.json").exists() else "in use"
+        raise InputError(f"{run}: expected a new or empty folder, this one is {what}; choose another --out, or --resume it")
+    choose_device(config.device)
+    dataset = open_dataset(prepare(config.data, config.tokenizer, cache_dir() / "datasets", held_out=config.held_out))
+    Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
+    run.mkdir(parents=True, exist_ok=True)
+    dataset.tokenizer.save(run / "tokenizer.json")
+    record = {
+        "tritium": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "train": asdict(config),
+        "model": asdict(config.gpt(dataset.tokenizer.vocab_size)),
+        "dataset": str(dataset.path.resolve()),
+        "tokenizer_sha256": dataset.tokenizer.sha256,
+    }
+    write_whole(run / "config.json", [json.dumps(record, indent=2).encode()])
+    return _train(config, run, dataset, None)
+
+
+def resume(run: Path) -> Evaluation:
+    """Go on with a stopped run from its newest checkpoint, with the very next batch. Returns and raises as `start`."""
+    checkpoint = newest_checkpoint(run)
+    record = json.loads((run / "config.json").read_text())
+    config = TrainConfig(**record["train"] | {"data": tuple(record["train"]["data"])})
+    dataset = open_dataset(Path(record["dataset"]))
+    if dataset.tokenizer.sha256 != record["tokenizer_sha256"]:
+        raise InputError(
+            f"{record['dataset']}: expected shards of tokenizer {record['tokenizer_sha256'][:12]} as {run} was trained on, "
+            f"got {dataset.tokenizer.sha256[:12]}; rebuild the dataset as it was, or start a new run"
+        )
+    return _train(config, run, dataset, checkpoint)
+
+
+def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None) -> Evaluation:
+    device = choose_device(config.device)
+    use_fast_matmul(device)
+    torch.manual_seed(config.seed)
+    model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
+    optimizer = make_optimizer(model, config)
+    first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
+    loader = Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
+    tokens_per_step = config.batch_size * config.context_tokens
+    metrics = Metrics(
+        run, start=first, steps=config.steps, tokens_per_step=tokens_per_step,
+        flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
+    )  # fmt: skip
+    with metrics, _Signals() as signals:
+        for step in range(first, config.steps):
+            lr = learning_rate(config, step)
+            set_learning_rate(optimizer, lr)
+            loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            metrics.step(step, loss, lr, grad_norm)
+
+            done = step + 1
+            last = done == config.steps
+            if last or signals.received or done % config.checkpoint_interval == 0:
+                with metrics.paused():
+                    save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints)
+            if signals.received and not last:
+                raise InterruptedRun(run)
+            if last or done % config.eval_interval == 0:
+                with metrics.paused():
+                    result = _evaluate(config, model, dataset, None if last else config.eval_tokens)
+                    metrics.evaluation(done, result.loss, result.bits_per_byte)
+                    _write_sample(config, run, model, dataset, done)
+                    plot_loss(run)
+    if first >= config.steps:
+        return _evaluate(config, model, dataset, None)
+    return result
+
+
+def _accumulate_gradients(model: GPT, tokens: torch.Tensor, targets: torch.Tensor, micro_batch: int) -> torch.Tensor:
+    """Backward of the mean loss over all counted targets of the batch, `micro_batch` sequences at a time; returns that loss."""
+    device = model.wte.weight.device
+    counted = (targets != IGNORED).sum(dim=1)
+    total = torch.zeros((), device=device)
+    for rows, row_targets, count in zip(
+        tokens.split(micro_batch), targets.split(micro_batch), counted.split(micro_batch), strict=True
+    ):
+        with compute_dtype(device):
+            loss = model(rows.to(device, non_blocking=True), row_targets.to(device, non_blocking=True))
+        # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
+        loss = loss * (int(count.sum()) / int(counted.sum()))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _evaluate(config: TrainConfig, model: GPT, dataset: Dataset, max_tokens: int | None) -> Evaluation:
+    batches = evaluation_batches(
+        dataset.val, context_tokens=config.context_tokens, batch_size=config.micro_batch, max_tokens=max_tokens
+    )
+    return evaluate(model, batches, bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens)
+
+
+def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
+    options = {"max_new_tokens": config.sample_tokens, "temperature": 0.8, "top_p": 0.95, "seed": config.seed}
+    text = sample_text(model, dataset.tokenizer, config.prompt, **options)
+    with open(run / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(f"--- step {step}\n{text}\n")
+
+
+def sample_text(model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed: int | None, **options) -> str:
+    """The prompt (an empty one: the start of a document) with the model's continuation, up to its end of text."""
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
+    device = model.wte.weight.device
+    tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
+    with compute_dtype(device):
+        out = model.generate(tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options)
+    new = out[0, tokens.shape[1] :].tolist()
+    return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
+
+
+class _Signals:
+    """Turns the first SIGINT or SIGTERM into a note that the loop reads between steps; a second SIGINT interrupts at once."""
+
+    received = False
+
+    def __enter__(self) -> "_Signals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        console.print("stopping after this step; a checkpoint will be written")
