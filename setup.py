@@ -1,17 +1,29 @@
 """Packaging: the repository root is the package `tritium`."""
 
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPackages(build_py):
+    """The root folder is a package, but its setup.py is no module of it."""
+
+    def find_package_modules(self, package, package_dir):
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
 
 setup(
     name="tritium",
     version="0.1.0",
     description="A GPT trainer built around Triton kernels",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
     packages=["tritium", "tritium.kernels", "tritium.model", "tritium.train", "tritium.bench"],
     package_dir={"tritium": "."},
+    cmdclass={"build_py": BuildPackages},
     entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},
     install_requires=[
         "torch>=2.11",
