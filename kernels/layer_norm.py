@@ -40,8 +40,8 @@ def reference_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) ->
     mean = h.mean(-1, keepdim=True)
     centered = h - mean
     rstd = (torch.linalg.vecdot(centered, centered) / x.shape[-1] + eps).rsqrt()
-    y = centered * rstd[:, None] * weight
-    return (y if bias is None else y + bias).to(x.dtype), mean[:, 0], rstd
+    y = centered.mul_(rstd[:, None]).mul_(weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype), mean[:, 0], rstd
 
 
 def reference_add_fwd(
@@ -58,13 +58,16 @@ def reference_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of h, weight and bias (empty without one); `dh` is the gradient that reached h from elsewhere."""
     wide_dy, rstd = wide(dy), rstd[:, None]
-    xhat = (wide(h) - mean[:, None]) * rstd
-    g = wide_dy * weight
-    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
+    xhat = (wide(h) - mean[:, None]).mul_(rstd)
+    terms = wide_dy * xhat
+    # mean_n(g) and mean_n(g xhat), the sums taken as products with w.
+    mean_weight = weight.to(terms.dtype)[:, None] / h.shape[-1]
+    mean_g, mean_gx = wide_dy @ mean_weight, terms @ mean_weight
+    dx = (wide_dy * weight).sub_(mean_g).sub_(xhat.mul_(mean_gx)).mul_(rstd)
     if dh is not None:
-        dx = dx + dh
+        dx += dh
     db = wide_dy.sum(0) if has_bias else wide_dy.new_empty(0)
-    return dx.to(h.dtype), (wide_dy * xhat).sum(0).to(weight.dtype), db.to(weight.dtype)
+    return dx.to(h.dtype), terms.sum(0).to(weight.dtype), db.to(weight.dtype)
 
 
 # --- kernels: a program owns BLOCK_M whole rows (forward), or every P-th such block of rows (backward)
@@ -275,10 +278,14 @@ def _save(ctx, inputs, output):
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.has_bias = bias is not None
+    # Nobody differentiates mean and rstd: no zeros for their gradients.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
 def _grad(ctx, dy, _dmean, _drstd):
+    if dy is None:
+        return None, None, None, None
     dx, dw, db = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias)
     return dx, dw, db if ctx.has_bias else None, None
 
@@ -287,11 +294,15 @@ def _save_add(ctx, inputs, output):
     x, residual, weight, bias, _ = inputs
     _, h, mean, rstd = output
     ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, residual.dtype)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, mean, rstd)
 
 
 def _grad_add(ctx, dy, dh, _dmean, _drstd):
-    dx, dw, db = _bwd(as_rows(dy), as_rows(dh), *ctx.saved_tensors, ctx.has_bias)
+    if dy is None and dh is None:
+        return None, None, None, None, None
+    dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
+    dx, dw, db = _bwd(dy, None if dh is None else as_rows(dh), *ctx.saved_tensors, ctx.has_bias)
     return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dw, db if ctx.has_bias else None, None
 
 

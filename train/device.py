@@ -1,11 +1,14 @@
 """The device a run uses and how it multiplies there: the one place that decides."""
 
 import contextlib
-import math
+import ctypes
 
 import torch
 
 from .config import InputError
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,13 +44,29 @@ def use_fast_matmul(device: torch.device) -> None:
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep what PyTorch frees for its next tensors, for the rest of the process.
+
+    By default each tensor above 128 KiB is a new mapping, zeroed page by page and given back: on an AMD EPYC of 2024 that took
+    a third of a small model's step. Memory in use does not grow; what is free stays with the process.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _is_float32_accurate(n: int = 256) -> bool:
-    """Whether a product of n-long rows is off by no more than float32 rounding explains."""
+    """Whether a product of n-long rows is off by no more than n float32 roundings of its terms' magnitude explain.
+
+    bfloat16 or TF32 factors make errors ten or more times as large.
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
-    error = (a @ b - a.double() @ b.double()).abs().max().item()
-    # A float32 sum of n terms of size 1 is off by some n^(1/2) ulps; bf16's factors alone by 2^16 times as much.
-    return error < 16 * math.sqrt(n) * torch.finfo(torch.float32).eps
+    error = (a @ b - a.double() @ b.double()).abs().max()
+    return bool(error <= n * torch.finfo(torch.float32).eps / 2 * (a.double().abs() @ b.double().abs()).max())
 
 
 def compute_dtype(device: torch.device) -> contextlib.AbstractContextManager:

@@ -18,7 +18,7 @@ from ..model.cost import flops_per_token
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import InputError, TrainConfig
 from .data import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
-from .device import choose_device, compute_dtype, use_fast_matmul
+from .device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
 from .evaluate import Evaluation, evaluate
 from .files import write_whole
 from .loader import IGNORED
@@ -75,6 +75,7 @@ def resume(run: Path) -> Evaluation:
 def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None) -> Evaluation:
     device = choose_device(config.device)
     use_fast_matmul(device)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
     optimizer = make_optimizer(model, config)
