@@ -108,7 +108,7 @@ def _report(run: Path, work) -> int:
     print(f"validation loss {result.loss:.4f} nats a token over all {result.tokens:,} held-out tokens: ", end="")
     print(f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits a byte")
     print(f"{parameters(GPTConfig(**config['model'])):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}")
-    print(f'next: tritium sample {run} --prompt "{config["train"]["prompt"] or "Once"}"')
+    print(f'next: tritium sample {run} --prompt "{config["train"]["prompt"].strip() or "Once"}"')
     print(f"      tritium train --steps {2 * config['train']['steps']} --d-model {config['train']['d_model'] + 128}")
     return 0
 

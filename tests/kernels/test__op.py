@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritium.kernels._op import INTERPRET, autocast, define_op
+from tritium.kernels._op import INTERPRET, _saying_so_once, _without_float64, autocast, define_op
 
 
 def double_reference(x: Tensor) -> Tensor:
@@ -30,14 +30,26 @@ def test_the_dispatcher_chooses():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_launches_and_says_once_where_it_cannot():
-    x = torch.ones(2, 2, device="cuda")
-    assert double(x)[0, 0] == 2.5
+def test_cuda_launches():
+    assert double(torch.ones(3, device="cuda")).tolist() == [2.5] * 3
+
+
+def test_what_cuda_does_without_a_kernel_is_said_once():
+    """What is registered for CUDA where there is no launch, called here with CPU tensors."""
+    x = torch.ones(2, 2)
+    run = _saying_so_once("test_product", product_reference)
     with pytest.warns(UserWarning, match="test_product has no Triton kernel yet; CUDA runs its PyTorch reference"):
-        product(x)
+        assert torch.equal(run(x), x @ x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        product(x)
+        run(x)
+
+
+def test_kernels_are_not_given_float64():
+    run = _without_float64("test_double", double_launch)
+    assert run(torch.ones(1)).item() == 2.5
+    with pytest.raises(TypeError, match="test_double: the kernel takes float32, bfloat16 or float16, got float64"):
+        run(torch.ones(1, dtype=torch.float64))
 
 
 @pytest.mark.plain
