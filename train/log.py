@@ -44,7 +44,8 @@ class Metrics:
         self._clock = time.perf_counter()
         self.seconds = 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
+        # In a file the bar would be one line at the end; evaluations are printed either way.
+        self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("train", total=steps, completed=start, note="")
 
     def __enter__(self) -> "Metrics":

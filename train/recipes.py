@@ -31,7 +31,14 @@ _GPT2 = TrainConfig(
 RECIPES: dict[str, TrainConfig] = {
     # About two minutes on two cores of 2024. A prompt ends without a space: the space belongs to the token that follows.
     "laptop": TrainConfig(
-        tokenizer="bpe:4096", steps=500, batch_size=8, lr=3e-3, min_lr=3e-4, warmup_steps=50, prompt="    def __init__(self"
+        tokenizer="bpe:4096",
+        steps=500,
+        batch_size=8,
+        lr=3e-3,
+        min_lr=3e-4,
+        warmup_steps=50,
+        eval_interval=100,
+        prompt="    def __init__(self",
     ),
     # The size and schedule that nanoGPT's README gives for a CPU.
     "shakespeare-char": TrainConfig(
