@@ -174,6 +174,7 @@ def info(argv: Sequence[str]) -> int:
         "ceilings": _ceilings(device),
         "default recipe": default_recipe(),
         "caches": f"{cache_dir()} (datasets); set TRITIUM_HOME to move it",
+        "kernel cache": f"{triton.knobs.cache.dir}; set TRITON_CACHE_DIR to move it" if HAS_TRITON else "none",
     }
     for name, value in rows.items():
         print(f"{name:15} {value}")

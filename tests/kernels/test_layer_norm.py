@@ -1,5 +1,6 @@
 """layer_norm and add_layer_norm: the five kinds of tests every kernel file has."""
 
+import re
 import sys
 
 import pytest
@@ -289,3 +290,20 @@ def test_compiles_for_every_target_without_spills(N, target):
     assert len(launches) == 12
     for launch in launches:
         assert resources(compile_launch(launch, target)).spilled_bytes == 0, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("N", [1000, MAX_RESIDENT_WIDTH + 8])
+def test_rows_are_addressed_in_int64(N):
+    """No test can hold 2^31 elements everywhere, but every product of a row with a stride can be read off the compiled code."""
+    x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)])
+    with record_launches() as launches:
+        launch_add_fwd(x, x, weight, weight, 1e-5)
+        launch_bwd(x, x, x, weight, statistics, statistics, True)
+    for launch in launches:
+        code = compile_launch(launch, "sm_90").asm["ttir"]
+        products = [line.split(" loc(")[0] for line in code.splitlines() if "arith.muli" in line]
+        # A block's number times the constant size of a tile may stay narrow: rows are fewer than 2^31.
+        narrow = [line for line in products if not line.endswith(("i64", "xi64>")) and not re.search(r"%c\d+_i32", line)]
+        assert products
+        assert not narrow, launch.kernel.__name__
