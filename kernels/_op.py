@@ -13,17 +13,16 @@ once. `custom_op` rather than `triton_op`: the latter fails opcheck and fullgrap
 
 import functools
 import inspect
-import os
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ._triton import HAS_TRITON
+from ._triton import HAS_TRITON, triton
 
-# Triton reads the variable when it decorates a kernel, so it has to be read at import here too.
-INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+# As Triton itself reads TRITON_INTERPRET when it decorates a kernel, at import.
+INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 
 
 def define_op(name: str, *, launch: Callable | None, reference: Callable, mutates: Sequence[str] = ()):
@@ -57,7 +56,7 @@ def define_op(name: str, *, launch: Callable | None, reference: Callable, mutate
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a matrix product receives under torch.autocast: float32 and half inputs in the autocast dtype; else unchanged."""
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -170,16 +170,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float, 
         fail(f"the key heads must divide the {H} query heads", G)
     if S < T:
         fail(f"there must be at least as many keys as the {T} queries (they are aligned at the end)", S)
-    if K > MAX_HEAD_SIZE:
-        fail(f"the head size must be at most {MAX_HEAD_SIZE}", K)
+    if not 1 <= K <= MAX_HEAD_SIZE:
+        fail(f"the head size must be from 1 to {MAX_HEAD_SIZE}", K)
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         fail("q, k and v must share one float dtype; cast them", f"{q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         fail("q, k and v must be on one device; move them", f"{q.device}, {k.device} and {v.device}")
     if window is not None and window < 1:
         fail("window must be None or at least 1 key (a query sees itself)", window)
-    if softcap < 0:
-        fail("softcap must be 0 (none) or positive", softcap)
+    if not 0 <= softcap < math.inf:
+        fail("softcap must be 0 (none) or positive and finite", softcap)
     if not 0 <= dropout_p < 1:
         fail("dropout_p must lie in [0, 1)", dropout_p)
 
@@ -199,11 +199,11 @@ def causal_attention(
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: of the dropout mask, int or () int64 tensor on q's device; default: drawn from PyTorch's generator of q's device.
         return_lse: also return the log-sum-exp of the scores; gradients flow through it.
-    Returns: o (B, T, H, K) in the dtype of q, or (o, lse) with lse (B, H, T) float32, natural logarithm.
+    Returns: o (B, T, H, K) in the dtype of q, or (o, lse): lse (B, H, T), natural logarithm, float32 (of float64 q float64).
     Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
     """
-    _check(q, k, v, window, softcap, dropout_p)
     q, k, v = autocast(q, k, v)
+    _check(q, k, v, window, softcap, dropout_p)
     if dropout_p == 0:
         seed = None
     elif seed is None:

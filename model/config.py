@@ -27,9 +27,10 @@ class GPTConfig:
     """Key and value heads a block; None: as many as query heads."""
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "d_model", "vocab_size", "context_tokens", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("n_layer", "n_head", "d_model", "vocab_size", "context_tokens", "n_kv_head"):
+            size = self.kv_heads if name == "n_kv_head" else getattr(self, name)
+            if size < 1:
+                raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
         if self.d_model % self.n_head:
             raise ValueError(f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), got {self.d_model}")
         if self.n_head % self.kv_heads:

@@ -9,17 +9,20 @@ class KVCache:
 
     Args:
         config: shape of the model.
-        batch: sequences, all of one length.
-        device, dtype: of the model's activations.
     """
 
-    def __init__(self, config, batch: int, *, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.context_tokens, config.kv_heads, config.head_size)
-        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+    def __init__(self, config):
+        self._config = config
+        self.keys = self.values = None
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, T, G, K) of one layer; return all (B, S, G, K) of it. The model advances `length` itself."""
+        if self.keys is None:
+            # Now it is known in which dtype the model computes, under autocast not that of its weights.
+            c = self._config
+            shape = (c.n_layer, k.shape[0], c.context_tokens, c.kv_heads, c.head_size)
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
         stop = self.length + k.shape[1]
         self.keys[layer, :, self.length : stop] = k
         self.values[layer, :, self.length : stop] = v
@@ -54,24 +57,23 @@ def generate(
     Returns: (B, T + new) int64, the prompt included.
     Raises: ValueError for an empty prompt or an option out of its range.
     """
-    _check(tokens, temperature, top_k, top_p)
-    context, (B, T) = model.config.context_tokens, tokens.shape
+    _check(tokens, max_new_tokens, temperature, top_k, top_p)
+    context, out = model.config.context_tokens, tokens
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-    out = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=tokens.device)
-    out[:, :T] = tokens
-    stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     cache, read = None, 0
-    for length in range(T, T + max_new_tokens):
+    for length in range(tokens.shape[1], tokens.shape[1] + max_new_tokens):
         if cache is None or cache.length == context:
-            cache = KVCache(model.config, B, device=tokens.device, dtype=model.wte.weight.dtype)
-            read = max(0, length - (context if length <= context else context // 2))
+            cache = KVCache(model.config)
+            read = max(0, length - (context if length <= context else max(1, context // 2)))
         logits = model(out[:, read:length], cache=cache)[:, -1].float()
         read = length
-        out[:, length] = _choose(logits, temperature, top_k, top_p, generator)
+        chosen = _choose(logits, temperature, top_k, top_p, generator)
+        out = torch.cat([out, chosen[:, None]], dim=1)
         if stop_token is not None:
-            stopped |= out[:, length] == stop_token
+            stopped |= chosen == stop_token
             if stopped.all():
-                return out[:, : length + 1]
+                break
     return out
 
 
@@ -79,7 +81,8 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     """One token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    # Of the likeliest nothing is left to divide, so that no temperature overflows.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -92,11 +95,13 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _check(tokens: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; give a prompt")
-    if temperature < 0:
-        raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not 0 <= temperature < torch.inf:
+        raise ValueError(f"generate: temperature must be 0 or more and finite, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tritium.kernels._op import INTERPRET
+
 # Fills torch.empty with NaN, so that an output a kernel forgot to write shows.
 torch.use_deterministic_algorithms(True)
 
@@ -31,7 +33,7 @@ def _round_to_bfloat16_like_a_gpu() -> None:
     interpreter._convert_float = rounding
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRET:
     _round_to_bfloat16_like_a_gpu()
 
 
@@ -42,7 +44,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Under the interpreter only what reaches a kernel is run: the plain run has covered the rest."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not INTERPRET:
         return
     left_out = [item for item in items if item.get_closest_marker("plain") or item.get_closest_marker("codegen")]
     config.hook.pytest_deselected(items=left_out)

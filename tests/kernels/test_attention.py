@@ -213,11 +213,14 @@ def ones(*shape, **kwargs):
         ({"q": ones(3, 4, 4, 8)}, r"batch 3 and head size 8, got \(2, 4, 2, 8\)"),
         ({"q": ones(2, 4, 3, 8)}, r"the key heads must divide the 3 query heads, got 2"),
         ({"q": ones(2, 5, 4, 8)}, r"at least as many keys as the 5 queries .*, got 4"),
-        ({"q": ones(2, 4, 4, 257), "k": ones(2, 4, 2, 257), "v": ones(2, 4, 2, 257)}, "head size must be at most 256, got 257"),
+        (
+            {"q": ones(2, 4, 4, 257), "k": ones(2, 4, 2, 257), "v": ones(2, 4, 2, 257)},
+            "head size must be from 1 to 256, got 257",
+        ),
         ({"q": ones(2, 4, 4, 8, dtype=torch.bfloat16)}, "share one float dtype; cast them, got torch.bfloat16"),
         ({"q": ones(2, 4, 4, 8, device="meta")}, "on one device; move them, got meta"),
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
-        ({"softcap": -1.0}, "softcap must be 0 .* or positive, got -1.0"),
+        ({"softcap": -1.0}, "softcap must be 0 .* or positive and finite, got -1.0"),
         ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
     ],
 )

@@ -11,7 +11,16 @@ from tests.tolerance import assert_accurate
 from tritium.bench.codegen import TARGETS, compile_launch, record_launches, resources
 from tritium.kernels import add_layer_norm, layer_norm
 from tritium.kernels._op import INTERPRET
-from tritium.kernels.layer_norm import MAX_RESIDENT_WIDTH, cost, launch_add_fwd, launch_bwd, launch_fwd, plan
+from tritium.kernels.layer_norm import (
+    MAX_RESIDENT_WIDTH,
+    MAX_WIDTH,
+    PARTIALS_PER_STEP,
+    cost,
+    launch_add_fwd,
+    launch_bwd,
+    launch_fwd,
+    plan,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One element, odd, one before and past a tile of several rows, GPT-2's width, one past it.
@@ -104,11 +113,14 @@ def test_mask_holds_where_the_mean_is_far_from_zero(N, device):
     check(layer_norm, torch_layer_norm, (x, weight, bias), incoming, ["y", "dx", "dweight", "dbias"])
 
 
-@pytest.mark.parametrize(("M", "N"), [(37, 1000), (9, MAX_RESIDENT_WIDTH + 1)])
-def test_more_blocks_of_rows_than_programs(M, N, device, monkeypatch):
-    """The backward's programs each walk several blocks of rows."""
-    monkeypatch.setattr(sys.modules[plan.__module__], "sm_count", lambda device: 1)
-    assert plan(M, N, 1).partials == 4
+@pytest.mark.parametrize(
+    ("M", "N", "sms", "partials"),
+    [(37, 1000, 1, 4), (9, MAX_RESIDENT_WIDTH + 1, 1, 4), (2 * PARTIALS_PER_STEP + 9, 1025, 99, 137)],
+)
+def test_walks_over_rows_and_over_partial_sums(M, N, sms, partials, device, monkeypatch):
+    """The backward's programs each walk several blocks of rows, and the sums over their partial sums take several steps."""
+    monkeypatch.setattr(sys.modules[plan.__module__], "sm_count", lambda device: sms)
+    assert plan(M, N, sms).partials == partials
     x, residual, weight, bias, *incoming = tensors(M, N, torch.float32, device)
     names = ["y", "h", "dx", "dresidual", "dweight", "dbias"]
     check(add_layer_norm, torch_add_layer_norm, (x, residual, weight, bias), incoming, names)
@@ -150,6 +162,30 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(index, device):
     expected = run(lambda r: add_layer_norm(x.contiguous(), r, weight, bias), (residual,), incoming)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
+@pytest.mark.parametrize("strided", ["x", "residual", "dy", "dh"])
+def test_rows_may_lie_apart(strided, N, device):
+    """Each stride on its own: rows of one tensor are parts of longer rows, and nothing is copied."""
+    M = 3
+    x, residual, weight, bias, dy, dh = tensors(M, N, torch.float32, device)
+    values = {"x": x, "residual": residual, "dy": dy, "dh": dh}
+    longer = torch.full((M, N + 7), 1e3, device=device)
+    longer[:, 5 : 5 + N] = values[strided]
+    apart = values | {strided: longer[:, 5 : 5 + N]}
+    assert apart[strided].stride(0) == N + 7
+    weight.requires_grad_()
+    bias.requires_grad_()
+
+    def outputs_and_gradients(x, residual, dy, dh):
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        both, alone = add_layer_norm(x, residual, weight, bias), layer_norm(x, weight, bias)
+        grads = torch.autograd.grad(both, (x, residual, weight, bias), (dy, dh))
+        return [*both, alone, *grads, *torch.autograd.grad(alone, (x, weight, bias), dy)]
+
+    for got, expected in zip(outputs_and_gradients(**apart), outputs_and_gradients(**values), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_leading_axes_empty_inputs_and_expanded_gradients(device):
@@ -277,7 +313,7 @@ def test_cost_is_the_bytes_that_the_tensors_have():
 
 @pytest.mark.codegen
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "gfx950"])
-@pytest.mark.parametrize("N", [768, 1024, 1280, 1600])
+@pytest.mark.parametrize("N", [768, 1024, 1280, 1600, MAX_WIDTH])
 def test_compiles_for_every_target_without_spills(N, target):
     x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)])
     with record_launches() as launches:

@@ -16,7 +16,7 @@ def test_sizes_that_follow_from_others():
     ("change", "message"),
     [
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
-        ({"n_kv_head": -1}, "kv_heads must be at least 1, got -1"),
+        ({"n_kv_head": -1}, "n_kv_head must be at least 1, got -1"),
         ({"n_head": 5}, r"d_model must be a multiple of n_head \(5\), got 768"),
         ({"n_kv_head": 5}, r"n_head must be a multiple of n_kv_head \(5\), got 12"),
     ],

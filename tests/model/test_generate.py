@@ -62,10 +62,27 @@ def test_stops_when_every_sequence_has_ended(model):
     assert model.generate(prompt, 10, temperature=0, stop_token=stop).shape == (1, 3)
 
 
+def test_under_autocast(model):
+    """Keys and values are then of another dtype than the weights."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(torch.randint(50, (2, 3)), 20, seed=0).shape == (2, 23)
+
+
+def test_a_context_of_one_token_and_tiny_temperatures(model):
+    from dataclasses import replace
+
+    assert GPT(replace(CONFIG, context_tokens=1)).generate(torch.zeros(1, 1, dtype=torch.int64), 3).shape == (1, 4)
+    prompt = torch.randint(50, (2, 3))
+    greedy = model.generate(prompt, 5, temperature=0)
+    assert torch.equal(model.generate(prompt, 5, temperature=1e-40, seed=0), greedy)
+    assert torch.equal(model.generate(prompt, 0), prompt)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0 or more and finite, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more and finite, got nan"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
     ],

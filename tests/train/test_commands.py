@@ -121,5 +121,5 @@ def test_bad_resumes(refused, tritium, tiny, tmp_path):
 
 def test_bad_sampling_options(refused, tritium, tiny, tmp_path):
     assert tritium(*tiny)[0] == 0
-    assert "temperature must be 0 or more" in refused("sample", tmp_path / "run", "--temperature", "-1")
+    assert "temperature must be 0 or more and finite" in refused("sample", tmp_path / "run", "--temperature", "-1")
     assert "top_p must lie in (0, 1]" in refused("sample", tmp_path / "run", "--top-p", "2")
