@@ -7,7 +7,6 @@ documents, so that tinyshakespeare gives the usual 1,003,854 and 111,540 charact
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 from .config import InputError
 from .corpus import Corpus, Document
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
-from .files import flush_folder, write_whole
+from .files import flush_folder, seal, write_whole
 from .shards import token_dtype, write_shard
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
 
@@ -49,7 +48,7 @@ def build(
              tokenizer: spec (see tokenizer.py).   held_out: fraction of documents for the val split, in (0, 1).
              shard_tokens: most tokens in a file.   text_field: jsonl key or parquet column.   progress: bar on stderr.
     Raises:  InputError for bad input, an out_dir in use, or a split without text; OSError as the disk gives it. Nothing is left
-             behind by either, nor by Ctrl-C.
+             behind by either, nor by Ctrl-C, except folders above out_dir.
     """
     out_dir = Path(out_dir)
     if not 0 < held_out < 1:
@@ -85,7 +84,7 @@ def _build(out_dir: Path, corpus: Corpus, spec: str, held_out: float, shard_toke
             inputs=corpus.inputs,
         )
         made.save(temporary / "tokenizer.json")
-        write_whole(temporary / "dataset.json", [json.dumps(dataclasses.asdict(info), indent=2).encode() + b"\n"])
+        write_whole(temporary / "dataset.json", [seal(dataclasses.asdict(info))])
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for the owner alone
         if out_dir.is_dir():
             out_dir.rmdir()  # empty; Windows does not rename over it
@@ -111,7 +110,8 @@ class _Progress:
         from rich.progress import Progress
 
         self._corpus = corpus
-        self._bars = Progress(console=Console(file=sys.stderr), disable=not show)
+        console = Console(file=sys.stderr)
+        self._bars = Progress(console=console, disable=not (show and console.is_terminal))
 
     def __enter__(self) -> Callable[[str], Iterator[Document]]:
         self._bars.start()

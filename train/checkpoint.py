@@ -2,15 +2,13 @@
 
     RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
     RUN/checkpoints/step-N/optimizer.safetensors   AdamW's two moments and step counts, as NAME.exp_avg ...
-    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, SHA-256 of the two files above
+    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, SHA-256 of the two files above and of itself
 
 The loader needs no state of its own: its batches are a function of the step. A folder is filled under a hidden name, flushed
 to the disk and renamed: a checkpoint that has its name is complete.
 """
 
 import hashlib
-import json
-import os
 import shutil
 from pathlib import Path
 
@@ -20,10 +18,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .config import InputError
-from .files import flush_folder, write_whole
+from .files import flush_folder, seal, unseal, write_whole
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _FILES = ("model.safetensors", "optimizer.safetensors")
+_INSTEAD = "delete this checkpoint to go on from the one before"
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
@@ -37,7 +36,9 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
     Raises: OSError as the disk gives it; nothing is left behind then, and older checkpoints stay.
     """
     folder = run / "checkpoints" / f"step-{step}"
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for left in folder.parent.glob(".step-*.tmp"):  # by a process that was killed while it wrote or deleted
+        shutil.rmtree(left)
     try:
         temporary.mkdir(parents=True)
         model_bytes = safetensors.torch.save(model.state_dict())
@@ -48,22 +49,27 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
             "format_version": 1,
             "step": step,
             "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
-            "sha256": {
+            "files": {
                 name: hashlib.sha256(content).hexdigest()
                 for name, content in zip(_FILES, (model_bytes, optimizer_bytes), strict=True)
             },
         }
-        write_whole(temporary / "state.json", [json.dumps(state).encode()])
+        write_whole(temporary / "state.json", [seal(state)])
         if folder.exists():
-            shutil.rmtree(folder)
+            _delete(folder)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush_folder(folder.parent)
     for old in _folders(run)[:-keep]:
-        shutil.rmtree(old)
+        _delete(old)
     return folder
+
+
+def _delete(folder: Path) -> None:
+    """Under another name first: what has a checkpoint's name is complete, even while it is being deleted."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.tmp")))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -73,10 +79,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises: InputError if a file is missing, cut, damaged or of another model.
     """
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-        step, sums = state["step"], state["sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: expected a checkpoint with state.json, got {error!r}; resume from another one") from None
+        state = unseal((folder / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/state.json: damaged: {error}; {_INSTEAD}") from None
+    step, sums = state["step"], state["files"]
+    if folder.name != f"step-{step}":
+        raise InputError(f"{folder}: expected the checkpoint of that step, got that of step {step}; {_INSTEAD}")
     weights = _read(folder / _FILES[0], sums[_FILES[0]])
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if (found := {name: tuple(value.shape) for name, value in weights.items()}) != expected:
@@ -92,9 +100,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint with the most steps. Raises: InputError if the folder is no run or has none."""
-    if not (run / "config.json").is_file():
-        raise InputError(f"{run}: expected the folder of a run (with config.json), found none; `tritium train` makes one")
+    """The checkpoint with the most steps. Raises: InputError if there is none."""
     folders = _folders(run)
     if not folders:
         raise InputError(f"{run}: expected a checkpoint in it, found none: the run stopped before its first; start it anew")
@@ -111,16 +117,15 @@ def _read(file: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); resume from another checkpoint") from None
+        raise InputError(f"{file}: cannot be read ({error.strerror}); {_INSTEAD}") from None
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise InputError(
-            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of {len(content)} bytes; "
-            "delete this checkpoint to resume from the one before"
+            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of {len(content)} bytes; {_INSTEAD}"
         )
     try:
         return safetensors.torch.load(content)
     except SafetensorError as error:
-        raise InputError(f"{file}: expected safetensors, got {error}; resume from another checkpoint") from None
+        raise InputError(f"{file}: expected safetensors, got {error}; {_INSTEAD}") from None
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

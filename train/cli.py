@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import tyro
 
 from .config import InputError
 
 Options = TypeVar("Options")
+_NO_MEMORY = "out of memory: give a smaller --micro-batch-size, --context-tokens or --d-model"
 
 
 def parse(
@@ -46,12 +48,18 @@ def near(word: str, words: Sequence[str]) -> str:
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command; what a user can mend becomes one line on stderr.
 
-    Returns: exit status: 0, 2 for bad input or a full disk, 130 for an interruption.
+    Returns: exit status: 0, 2 for bad input, a full disk or too little memory, 130 for an interruption.
     """
     try:
         return command(argv) or 0
     except InputError as error:
         message = str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        message = _NO_MEMORY
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        message = _NO_MEMORY
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"

@@ -1,7 +1,9 @@
 """The commands around training: train, data, sample, info."""
 
-import json
 import platform
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ from .. import __version__
 from ..kernels._device import ceiling, sm_count
 from ..kernels._op import INTERPRET
 from ..kernels._triton import HAS_TRITON, triton
-from ..model import GPT, GPTConfig
+from ..model import GPT
 from ..model.cost import parameters
 from .checkpoint import load_checkpoint, newest_checkpoint
 from .cli import near, parse
@@ -23,11 +25,14 @@ from .data import build, cache_dir
 from .device import choose_device, use_fast_matmul
 from .loop import InterruptedRun, resume, sample_text, start
 from .recipes import RECIPES, default_recipe, recipe
+from .run import read_run
 from .tokenizer import Tokenizer
 
 TRAIN_HELP = f"""Train a GPT on text. Without a recipe: the best one for this machine.
 
+
 tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
+
 tritium train --resume RUN_DIR                go on with a stopped run, exactly where it was"""
 
 
@@ -71,7 +76,7 @@ class SampleOptions:
 
 def train(argv: Sequence[str]) -> int:
     """tritium train"""
-    if argv and argv[0].startswith("--resume"):
+    if argv and argv[0].split("=")[0] == "--resume":
         return _report(*_resume_argument(argv))
     if "--resume" in argv:
         raise InputError("--resume RUN_DIR stands alone: a resumed run keeps the options it was started with")
@@ -99,18 +104,26 @@ def _report(run: Path, work) -> int:
     try:
         result = work()
     except InterruptedRun:
-        print(f"stopped; go on with: tritium train --resume {run}")
+        print(f"stopped; go on with: {_program()} train --resume {shlex.quote(str(run))}")
         return 130
     seconds = time.perf_counter() - began
     shown = (run / "samples.txt").read_text(encoding="utf-8").rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
-    config = json.loads((run / "config.json").read_text())
+    record = read_run(run)
     print(f"\n{shown}")
     print(f"validation loss {result.loss:.4f} nats a token over all {result.tokens:,} held-out tokens: ", end="")
     print(f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits a byte")
-    print(f"{parameters(GPTConfig(**config['model'])):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}")
-    print(f'next: tritium sample {run} --prompt "{config["train"]["prompt"].strip() or "Once"}"')
-    print(f"      tritium train --steps {2 * config['train']['steps']} --d-model {config['train']['d_model'] + 128}")
+    print(f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}")
+    print(f"next: {_program()} sample {shlex.quote(str(run))} --prompt {shlex.quote(record.train.prompt or 'Once')}")
+    print(f"      for a better model, the same command with --steps {4 * record.train.steps}")
     return 0
+
+
+def _program() -> str:
+    """How this program was called, so that hints can be pasted."""
+    name = Path(sys.argv[0])
+    if name.name != "tritium":
+        return "python -m tritium"
+    return "tritium" if shutil.which("tritium") == str(name.resolve()) else sys.argv[0]
 
 
 def _free_run(name: str) -> Path:
@@ -134,7 +147,7 @@ def data(argv: Sequence[str]) -> int:
     print(
         f"dropped {info.duplicates_dropped:,} duplicate documents, skipped {info.files_skipped:,} files that are no UTF-8 text"
     )
-    print(f"next: tritium train --data {options.out_dir}")
+    print(f"next: {_program()} train --data {shlex.quote(options.out_dir)}")
     return 0
 
 
@@ -142,10 +155,12 @@ def sample(argv: Sequence[str]) -> int:
     """tritium sample"""
     options = parse(SampleOptions, argv, prog="tritium sample", description="Write text with a trained model.")
     run = Path(options.run)
-    checkpoint = newest_checkpoint(run)
+    record, checkpoint = read_run(run), newest_checkpoint(run)
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed: expected a number from 0 to 2**63 - 1, got {options.seed}")
     device = choose_device(options.device)
     use_fast_matmul(device)
-    model = GPT(GPTConfig(**json.loads((run / "config.json").read_text())["model"]))
+    model = GPT(record.model)
     load_checkpoint(checkpoint, model)
     try:
         text = sample_text(
@@ -160,7 +175,10 @@ def sample(argv: Sequence[str]) -> int:
 
 def info(argv: Sequence[str]) -> int:
     """tritium info"""
-    if argv and argv[0] not in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: tritium info\n\nVersions, the device and what is known of it, where caches are.")
+        return 0
+    if argv:
         raise InputError(f"tritium info: takes no options, got {argv[0]!r}")
     device = choose_device("auto")
     rows = {

@@ -1,9 +1,12 @@
 """Errors that a user can mend, and the typed configuration of a run."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..model import GPTConfig
+
+DIVERGED = "training diverged: give a lower --lr, more --warmup-steps or a --grad-clip"
 
 
 class InputError(ValueError):
@@ -20,7 +23,7 @@ class TrainConfig:
     data: tuple[str, ...] = ("stdlib",)
     """What to learn: a dataset of `tritium data build`, files, folders, stdlib or python."""
     tokenizer: str | None = None
-    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE; default: the dataset's own, or bpe:4096."""
+    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE; a dataset has its own."""
     held_out: float = 0.1
     """Share of the text kept for validation, where a dataset is built."""
     out: str | None = None
@@ -67,7 +70,7 @@ class TrainConfig:
     eval_interval: int = 250
     """Steps between evaluations; the last step always has one, over all held-out text."""
     eval_tokens: int = 32_768
-    """Held-out tokens of the evaluations before the last."""
+    """Held-out tokens of the evaluations before the last, spread evenly over all of them."""
     checkpoint_interval: int = 500
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
@@ -84,8 +87,10 @@ class TrainConfig:
         least |= {"eval_tokens": 1, "warmup_steps": 0, "sample_tokens": 0}
         least |= {"lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0}
         for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise InputError(f"--{_dashed(name)}: expected {bound} or more, got {getattr(self, name)}")
+            if not bound <= getattr(self, name) < math.inf:
+                raise InputError(f"--{_dashed(name)}: expected {bound} or more, and finite, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed: expected a number from 0 to 2**63 - 1, got {self.seed}")
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{_dashed(name)}: expected a number in [0, 1), got {getattr(self, name)}")

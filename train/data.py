@@ -57,7 +57,7 @@ def prepare(
                 "leave the tokenizer out, or build another dataset"
             )
         return path
-    spec = tokenizer or DEFAULT_TOKENIZER
+    spec = DEFAULT_TOKENIZER if tokenizer is None else tokenizer
     corpus = Corpus(data)
     key = [corpus.fingerprint(), _spec_identity(spec), held_out, FORMAT_VERSION]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{Path(data[0]).stem or 'data'}-{Path(spec).stem}")

@@ -6,11 +6,11 @@ DIR/train-00000.bin   shards (see shards.py) ...
 DIR/val-00000.bin     ... of both splits
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import InputError
+from .files import unseal
 from .shards import TokenStream
 from .tokenizer import Tokenizer
 
@@ -63,12 +63,14 @@ def open_dataset(path: Path | str) -> Dataset:
     path = Path(path)
     info = read_info(path)
     if not (path / "tokenizer.json").exists():
-        raise InputError(f"{path}: expected tokenizer.json beside dataset.json, found none; rebuild with `tritium data build`")
+        raise InputError(
+            f"{path}: expected tokenizer.json beside dataset.json, found none; delete its folder and build it again"
+        )
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if tokenizer.sha256 != info.tokenizer_sha256:
         raise InputError(
             f"{path}: expected tokenizer {info.tokenizer_sha256[:12]}, tokenizer.json is {tokenizer.sha256[:12]}; "
-            "rebuild with `tritium data build`"
+            "delete its folder and build it again"
         )
     return Dataset(
         path=path,
@@ -84,20 +86,26 @@ def read_info(path: Path) -> DatasetInfo:
     if not file.is_file():
         raise InputError(f"{path}: expected a dataset folder with dataset.json, found none; make one with `tritium data build`")
     try:
-        content = json.loads(file.read_bytes())
+        content = unseal(file.read_bytes())
         version = content["format_version"]
         if version == FORMAT_VERSION:
             return DatasetInfo(**{**content, **{split: SplitInfo(**content[split]) for split in SPLITS}})
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: expected a dataset.json of tritium, got something else ({error!r}); rebuild it") from None
-    raise InputError(f"{file}: expected dataset version {FORMAT_VERSION}, got {version}; rebuild with `tritium data build`")
+        raise InputError(
+            f"{file}: expected a dataset.json of tritium, got something else ({error!r}); delete its folder and build it again"
+        ) from None
+    raise InputError(f"{file}: expected dataset version {FORMAT_VERSION}, got {version}; delete its folder and build it again")
 
 
 def _open_split(path: Path, split: str, info: SplitInfo, tokenizer: Tokenizer) -> TokenStream:
     files = [path / name for name in info.shards]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise InputError(f"{path}: expected shard {missing[0]}, found none; copy it again or rebuild with `tritium data build`")
+        raise InputError(
+            f"{path}: expected shard {missing[0]}, found none; copy it again, or delete its folder and build it again"
+        )
     stream = TokenStream.open(files, tokenizer_sha256=tokenizer.sha256)
     if len(stream) != info.tokens:
-        raise InputError(f"{path}: expected {info.tokens} {split} tokens, its shards hold {len(stream)}; rebuild it")
+        raise InputError(
+            f"{path}: expected {info.tokens} {split} tokens, its shards hold {len(stream)}; delete it and build it again"
+        )
     return stream

@@ -4,6 +4,8 @@ A writer that dies half way (disk full, kill -9, power) must never leave a file 
 name in the same folder, are flushed to the disk, and only then take the final name, which POSIX and Windows do in one step.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,10 +31,29 @@ def write_whole(path: Path | str, pieces: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write, unlike a failed open, does not say where
         raise
     flush_folder(path.parent)
+
+
+def seal(record: dict) -> bytes:
+    """A record as indented JSON that carries its own SHA-256."""
+    return json.dumps(record | {"sha256": _sum(record)}, indent=2).encode() + b"\n"
+
+
+def unseal(content: bytes) -> dict:
+    """The record behind `seal`. Raises: ValueError if a single bit of it is another."""
+    record = json.loads(content)
+    if not isinstance(record, dict) or record.pop("sha256", None) != _sum(record):
+        raise ValueError("it does not match its checksum")
+    return record
+
+
+def _sum(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

@@ -122,18 +122,18 @@ def evaluation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the windows in order: every token but the first is a target once.
 
-    Args:    context_tokens: T; the stream may be shorter.   batch_size: rows.   max_tokens: most targets, though at least one
-             window is read; None: all.
+    Args:    context_tokens: T; the stream may be shorter.   batch_size: rows.   max_tokens: most targets, in windows spread
+             evenly over the stream, always the same ones; at least one window is read. None: all.
     Yields:  tokens, targets: (rows, T) int64, rows <= batch_size in the last; padding is 0 in tokens and -100 in targets.
     Raises:  InputError if the stream holds fewer than two tokens.
     """
     if len(stream) < 2:
         raise InputError(f"data: evaluation needs at least 2 tokens, got {len(stream)}; hold out more text")
     windows = -(-(len(stream) - 1) // context_tokens)
-    if max_tokens is not None:
-        windows = min(windows, max(1, max_tokens // context_tokens))
-    for start in range(0, windows, batch_size):
-        yield _windows(stream, np.arange(start, min(start + batch_size, windows)), context_tokens)
+    count = windows if max_tokens is None else min(windows, max(1, max_tokens // context_tokens))
+    chosen = np.arange(count) * windows // count
+    for start in range(0, count, batch_size):
+        yield _windows(stream, chosen[start : start + batch_size], context_tokens)
 
 
 def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..kernels._device import ceiling
+from .config import DIVERGED, InputError
+from .evaluate import Evaluation
+from .files import write_whole
 
 # Losses are read back from the device this many steps at a time: reading one waits for the device.
 STEPS_PER_READ = 10
@@ -28,14 +31,15 @@ class Metrics:
 
     Args:
         run: the run's folder; its metrics.jsonl is cut back to the lines before `start`.
-        start, steps: first step of this process and of the whole run.
+        start, steps: first step of this process, and how many the whole run has.
         tokens_per_step: targets a step.
         flops_per_token: for mfu.
+    Attributes: evaluated: steps after which there has been an evaluation.
     """
 
     def __init__(self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int, device: torch.device):
         self._path = run / "metrics.jsonl"
-        _cut_back(self._path, start)
+        self.evaluated = _cut_back(self._path, start, steps)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
         self._tokens_per_step, self._flops_per_token, self._device = tokens_per_step, flops_per_token, device
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -81,6 +85,8 @@ class Metrics:
         mfu = rate * self._flops_per_token / self._peak if self._peak else None
         memory = _memory(self._device)
         for (step, _, lr, _), (loss, norm) in zip(self._waiting, values, strict=True):
+            if not math.isfinite(loss):
+                raise InputError(f"{DIVERGED} (loss is {loss} at step {step}, learning rate {lr:.3g})")
             tokens = (step + 1) * self._tokens_per_step
             row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
             self._write(row | {"tokens_per_second": rate, "mfu": mfu, "memory": memory})
@@ -88,11 +94,12 @@ class Metrics:
         self._bar.update(self._task, completed=self._waiting[-1][0] + 1, note=note)
         self._waiting.clear()
 
-    def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def evaluation(self, step: int, result: Evaluation) -> None:
         """Write and show an evaluation after `step` steps."""
-        perplexity = math.exp(loss)
-        self._write({"step": step, "val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits_per_byte})
-        console.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits a byte")
+        loss, perplexity, bits = result.loss, result.perplexity, result.bits_per_byte
+        self._write({"step": step, "val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits})
+        self.evaluated.add(step)
+        console.print(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.3f} bits a byte")
 
     def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -147,17 +154,22 @@ def _running_mean(values: list[float], share: float = 0.05) -> list[float]:
     return means
 
 
-def _cut_back(path: Path, start: int) -> None:
-    """Drop the lines of steps that a resumed run does again, and a line that a kill cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+def _cut_back(path: Path, start: int, steps: int) -> set[int]:
+    """Drop the lines of what a resumed run does again and any that is none of ours; return the steps of evaluations kept."""
+    kept, evaluated = [], set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+            is_evaluation, step = "val_loss" in row, int(row["step"])
+        except (ValueError, KeyError, TypeError):
             continue
-        if row["step"] < start or (row["step"] == start and "val_loss" in row):
+        # The evaluation at the end is done again: it is what a finished run that is resumed answers with.
+        if step < start or (is_evaluation and step == start < steps):
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+            if is_evaluation:
+                evaluated.add(step)
+    write_whole(path, ["".join(kept).encode()])
+    return evaluated
 
 
 def _memory(device: torch.device) -> int:

@@ -1,18 +1,16 @@
 """The training loop, from a configuration to a trained model, top to bottom.
 
 A run is a folder: config.json (all that is needed to repeat it), tokenizer.json, metrics.jsonl, samples.txt, loss.png,
-checkpoints/step-N. On the CPU a resumed run has bitwise the weights of one that was never stopped.
+checkpoints/step-N. On one CPU a resumed run has bitwise the weights of one that was never stopped.
 """
 
-import json
-import platform
+import itertools
+import shutil
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..model import GPT
 from ..model.cost import flops_per_token
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -20,10 +18,10 @@ from .config import InputError, TrainConfig
 from .data import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
 from .device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
 from .evaluate import Evaluation, evaluate
-from .files import write_whole
 from .loader import IGNORED
 from .log import Metrics, console, plot_loss
 from .optim import make_optimizer, set_learning_rate
+from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
 
 
@@ -35,41 +33,30 @@ def start(config: TrainConfig, run: Path) -> Evaluation:
     """Train a new model into the folder `run`.
 
     Returns: the evaluation of the finished model on all held-out text.
-    Raises: InputError for a folder in use or bad data; InterruptedRun after SIGINT or SIGTERM.
+    Raises: InputError for a folder in use, bad data or a training that diverges; InterruptedRun after SIGINT or SIGTERM.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        what = "a run already" if (run / "config.json").exists() else "in use"
-        raise InputError(f"{run}: expected a new or empty folder, this one is {what}; choose another --out, or --resume it")
+    refuse_used_folder(run)
     choose_device(config.device)
     dataset = open_dataset(prepare(config.data, config.tokenizer, cache_dir() / "datasets", held_out=config.held_out))
+    # What only an evaluation would find out, found out now.
+    dataset.tokenizer.encode(config.prompt)
+    next(evaluation_batches(dataset.val, context_tokens=config.context_tokens, batch_size=1, max_tokens=1))
     Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
-    run.mkdir(parents=True, exist_ok=True)
-    dataset.tokenizer.save(run / "tokenizer.json")
-    record = {
-        "tritium": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "train": asdict(config),
-        "model": asdict(config.gpt(dataset.tokenizer.vocab_size)),
-        "dataset": str(dataset.path.resolve()),
-        "tokenizer_sha256": dataset.tokenizer.sha256,
-    }
-    write_whole(run / "config.json", [json.dumps(record, indent=2).encode()])
+    claim_folder(run, config, dataset)
     return _train(config, run, dataset, None)
 
 
 def resume(run: Path) -> Evaluation:
     """Go on with a stopped run from its newest checkpoint, with the very next batch. Returns and raises as `start`."""
+    record = read_run(run)
     checkpoint = newest_checkpoint(run)
-    record = json.loads((run / "config.json").read_text())
-    config = TrainConfig(**record["train"] | {"data": tuple(record["train"]["data"])})
-    dataset = open_dataset(Path(record["dataset"]))
-    if dataset.tokenizer.sha256 != record["tokenizer_sha256"]:
+    dataset = open_dataset(record.dataset)
+    if dataset.tokenizer.sha256 != record.tokenizer_sha256:
         raise InputError(
-            f"{record['dataset']}: expected shards of tokenizer {record['tokenizer_sha256'][:12]} as {run} was trained on, "
-            f"got {dataset.tokenizer.sha256[:12]}; rebuild the dataset as it was, or start a new run"
+            f"{record.dataset}: expected shards of tokenizer {record.tokenizer_sha256[:12]} as {run} was trained on, "
+            f"got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or start a new run"
         )
-    return _train(config, run, dataset, checkpoint)
+    return _train(record.train, run, dataset, checkpoint)
 
 
 def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None) -> Evaluation:
@@ -79,15 +66,31 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
     torch.manual_seed(config.seed)
     model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
     optimizer = make_optimizer(model, config)
-    first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
+    first = _begin(config, run, model, optimizer) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
     loader = Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
-    tokens_per_step = config.batch_size * config.context_tokens
     metrics = Metrics(
-        run, start=first, steps=config.steps, tokens_per_step=tokens_per_step,
+        run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
     )  # fmt: skip
     with metrics, _Signals() as signals:
+
+        def evaluate_after(done: int) -> Evaluation | None:
+            """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
+            with metrics.paused():
+                result = _evaluate(config, model, dataset, signals, None if done == config.steps else config.eval_tokens)
+                if signals.received:
+                    if not (run / "checkpoints" / f"step-{done}").exists():
+                        save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints)
+                    raise InterruptedRun(run)
+                metrics.evaluation(done, result)
+                _write_sample(config, run, model, dataset, done)
+                plot_loss(run)
+            return result
+
         for step in range(first, config.steps):
+            # Before the step, not after the one before: a run stopped in between makes up for it when it is resumed.
+            if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
+                evaluate_after(step)
             lr = learning_rate(config, step)
             set_learning_rate(optimizer, lr)
             loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch)
@@ -97,21 +100,20 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
             metrics.step(step, loss, lr, grad_norm)
 
             done = step + 1
-            last = done == config.steps
-            if last or signals.received or done % config.checkpoint_interval == 0:
+            if done == config.steps or done % config.checkpoint_interval == 0:
                 with metrics.paused():
                     save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints)
-            if signals.received and not last:
-                raise InterruptedRun(run)
-            if last or done % config.eval_interval == 0:
-                with metrics.paused():
-                    result = _evaluate(config, model, dataset, None if last else config.eval_tokens)
-                    metrics.evaluation(done, result.loss, result.bits_per_byte)
-                    _write_sample(config, run, model, dataset, done)
-                    plot_loss(run)
-    if first >= config.steps:
-        return _evaluate(config, model, dataset, None)
-    return result
+        return evaluate_after(config.steps)
+
+
+def _begin(config: TrainConfig, run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+    """A checkpoint before the first step: from here on the run can be resumed, and a disk too small for it shows now."""
+    try:
+        save_checkpoint(run, 0, model, optimizer, keep=config.keep_checkpoints)
+    except BaseException:
+        shutil.rmtree(run)
+        raise
+    return 0
 
 
 def _accumulate_gradients(model: GPT, tokens: torch.Tensor, targets: torch.Tensor, micro_batch: int) -> torch.Tensor:
@@ -131,11 +133,15 @@ def _accumulate_gradients(model: GPT, tokens: torch.Tensor, targets: torch.Tenso
     return total
 
 
-def _evaluate(config: TrainConfig, model: GPT, dataset: Dataset, max_tokens: int | None) -> Evaluation:
+def _evaluate(
+    config: TrainConfig, model: GPT, dataset: Dataset, signals: "_Signals", max_tokens: int | None
+) -> Evaluation | None:
+    """None if a signal came first."""
     batches = evaluation_batches(
         dataset.val, context_tokens=config.context_tokens, batch_size=config.micro_batch, max_tokens=max_tokens
     )
-    return evaluate(model, batches, bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens)
+    until_signal = itertools.takewhile(lambda _: not signals.received, batches)
+    return evaluate(model, until_signal, bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens)
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
@@ -157,7 +163,10 @@ def sample_text(model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed
 
 
 class _Signals:
-    """Turns the first SIGINT or SIGTERM into a note that the loop reads between steps; a second SIGINT interrupts at once."""
+    """Turns the first SIGINT or SIGTERM into a note, read between steps and between batches of an evaluation.
+
+    A second SIGINT interrupts at once.
+    """
 
     received = False
 
@@ -173,4 +182,4 @@ class _Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
-        console.print("stopping after this step; a checkpoint will be written")
+        console.print("stopping; a checkpoint will be written")

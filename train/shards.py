@@ -34,7 +34,7 @@ VERSION = 1
 HEADER_BYTES = 128
 _FIELDS = struct.Struct("<8sIIQQ32sI")
 _SUM = struct.Struct("<I")
-_AGAIN = "copy it again or rebuild with `tritium data build`"
+_AGAIN = "copy it again, or delete its folder and build it again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -91,7 +91,7 @@ class Shard:
             raise InputError(f"{path}: cut short: expected a header of {HEADER_BYTES} bytes, got {size}; {_AGAIN}")
         _, version, itemsize, vocab_size, count, sha256, body_sum = _FIELDS.unpack_from(header)
         if version != VERSION:
-            raise InputError(f"{path}: expected shard version {VERSION}, got {version}; rebuild with `tritium data build`")
+            raise InputError(f"{path}: expected shard version {VERSION}, got {version}; delete its folder and build it again")
         sums_end = _FIELDS.size + _SUM.size
         if _SUM.pack(zlib.crc32(header[: _FIELDS.size])) != header[_FIELDS.size : sums_end] or any(header[sums_end:]):
             raise InputError(f"{path}: damaged: the header does not match its checksum; {_AGAIN}")
@@ -101,7 +101,7 @@ class Shard:
         if tokenizer_sha256 not in (None, sha256.hex()):
             raise InputError(
                 f"{path}: expected tokens of tokenizer {tokenizer_sha256[:12]}, got {sha256.hex()[:12]}; "
-                "shards of different datasets were mixed: rebuild with `tritium data build`"
+                "shards of different datasets were mixed: delete its folder and build it again"
             )
         # A plain array over the map: numpy's memmap class makes every slice ten times dearer.
         tokens = np.asarray(np.memmap(path, token_dtype(vocab_size), "r", HEADER_BYTES, (count,)))

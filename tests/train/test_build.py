@@ -219,6 +219,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, many):
     command = [sys.executable, "-c", program, str(tmp_path / "out"), str(many)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
-    assert "tokenizing" in done.stderr
-    assert done.stdout == ""
+    assert done.stdout == done.stderr == ""  # no bar where there is no terminal
     assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]

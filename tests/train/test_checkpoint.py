@@ -73,15 +73,30 @@ def test_other_models_and_other_folders_are_refused(run):
     wider = GPT(GPTConfig(n_layer=1, n_head=2, d_model=32, vocab_size=20, context_tokens=8))
     with pytest.raises(InputError, match=r"expected h.0.attn.c_attn.bias of shape \(96,\), got \(48,\)"):
         load_checkpoint(folder, wider)
-    (folder / "state.json").write_text("{")
-    with pytest.raises(InputError, match=r"expected a checkpoint with state\.json"):
-        load_checkpoint(folder, model)
-    with pytest.raises(InputError, match="expected the folder of a run"):
-        newest_checkpoint(run / "nowhere")
-    (run / "sub").mkdir()
-    (run / "sub" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="expected the checkpoint of that step, got that of step 1"):
+        load_checkpoint(folder.rename(folder.with_name("step-2")), model)
     with pytest.raises(InputError, match="expected a checkpoint in it, found none"):
         newest_checkpoint(run / "sub")
+
+
+def test_a_flipped_bit_of_the_state_is_found(run):
+    model, optimizer = trained(0, 1)
+    file = save_checkpoint(run, 1, model, optimizer, keep=1) / "state.json"
+    content = file.read_bytes()
+    for place in range(0, len(content), 97):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        if content[place : place + 1].isspace():
+            continue  # the layout of JSON carries nothing
+        with pytest.raises(InputError, match=r"state\.json: damaged"):
+            load_checkpoint(file.parent, model)
+
+
+def test_what_a_killed_process_left_goes(run):
+    model, optimizer = trained(0, 1)
+    (run / "checkpoints" / ".step-1.tmp").mkdir(parents=True)
+    (run / "checkpoints" / ".step-1.tmp" / "model.safetensors").write_bytes(b"half")
+    save_checkpoint(run, 5, model, optimizer, keep=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-5"]
 
 
 def test_a_failed_write_leaves_nothing(run, monkeypatch):
@@ -101,4 +116,4 @@ def test_state_names_what_it_covers(run):
     model, optimizer = trained(0, 1)
     state = json.loads((save_checkpoint(run, 7, model, optimizer, keep=1) / "state.json").read_text())
     assert state["step"] == 7
-    assert set(state["sha256"]) == {"model.safetensors", "optimizer.safetensors"}
+    assert set(state["files"]) == {"model.safetensors", "optimizer.safetensors"}

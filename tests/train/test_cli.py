@@ -66,5 +66,9 @@ def test_statuses(capsys):
     assert run(failing(OSError(28, "No space left on device", "/x/y")), []) == 2
     assert capsys.readouterr().err == "tritium: /x/y: No space left on device\n"
     assert run(failing(KeyboardInterrupt()), []) == 130
+    capsys.readouterr()
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
+        assert run(failing(error), []) == 2
+        assert capsys.readouterr().err.startswith("tritium: out of memory: ")
     with pytest.raises(ZeroDivisionError):  # a bug stays a traceback
         run(failing(ZeroDivisionError()), [])

@@ -66,7 +66,7 @@ def test_unknown_words_are_answered_with_the_near_ones(refused):
     [
         (["--lr", "fast"], "could not convert string to float: 'fast'"),
         (["--schedule", "linear"], "invalid choice 'linear'"),
-        (["--steps", "0"], "--steps: expected 1 or more, got 0"),
+        (["--steps", "0"], "--steps: expected 1 or more, and finite, got 0"),
         (["--n-head", "3"], "d_model must be a multiple of n_head (3), got 16"),
         (["--device", "tpu"], "--device: expected a device"),
         (["--data", "missing.txt"], "missing.txt"),

@@ -14,9 +14,11 @@ def test_a_model_follows_from_the_options():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "--steps: expected 1 or more, got 0"),
-        ({"lr": -1.0}, "--lr: expected 0 or more, got -1.0"),
-        ({"lr": float("nan")}, "--lr: expected 0 or more, got nan"),
+        ({"steps": 0}, "--steps: expected 1 or more, and finite, got 0"),
+        ({"lr": -1.0}, "--lr: expected 0 or more, and finite, got -1.0"),
+        ({"lr": float("nan")}, "--lr: expected 0 or more, and finite, got nan"),
+        ({"min_lr": float("inf")}, "--min-lr: expected 0 or more, and finite, got inf"),
+        ({"seed": 2**64}, "--seed: expected a number from 0 to"),
         ({"beta2": 1.0}, r"--beta2: expected a number in \[0, 1\), got 1.0"),
         ({"held_out": -0.1}, r"--held-out: expected a number in \[0, 1\), got -0.1"),
         ({"batch_size": 6, "micro_batch_size": 4}, "--micro-batch-size: expected a divisor of the batch size 6, got 4"),

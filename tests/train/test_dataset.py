@@ -8,6 +8,7 @@ import pytest
 from tritium.train.build import build
 from tritium.train.config import InputError
 from tritium.train.dataset import open_dataset, read_info
+from tritium.train.files import seal, unseal
 
 
 @pytest.fixture
@@ -40,9 +41,19 @@ def test_other_json(folder, content):
 
 
 def test_other_version(folder):
-    content = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps({**content, "format_version": 9}))
+    file = folder / "dataset.json"
+    file.write_bytes(seal(unseal(file.read_bytes()) | {"format_version": 9}))
     with pytest.raises(InputError, match="expected dataset version 1, got 9"):
+        open_dataset(folder)
+
+
+def test_a_changed_record_is_found(folder):
+    """Counts in it become bits a byte: a flipped digit must not."""
+    file = folder / "dataset.json"
+    content = json.loads(file.read_text())
+    content["val"]["bytes"] *= 10
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="does not match its checksum"):
         open_dataset(folder)
 
 

@@ -1,5 +1,6 @@
 """write_whole leaves the old file or the new one, never a part and never a temporary."""
 
+import json
 import subprocess
 import sys
 
@@ -49,4 +50,25 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sealed_record_is_found_changed():
+    record = {"step": 20, "files": {"a": "b"}, "name": "é"}
+    content = files.seal(record)
+    assert files.unseal(content) == record
+    assert json.loads(content)["step"] == 20
+    for changed in (content.replace(b"20", b"60"), content.replace(b'"b"', b'"c"'), content[:-3], b"[]", b"{}", b"\xff"):
+        with pytest.raises(ValueError, match=r"checksum|JSON|Expecting|decode|delimiter"):
+            files.unseal(changed)
+
+
+def test_a_failed_write_says_where(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.write_whole(tmp_path / "x", [b"1"])
+    assert caught.value.filename == str(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

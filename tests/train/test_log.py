@@ -3,6 +3,8 @@ import json
 import pytest
 import torch
 
+from tritium.train.config import InputError
+from tritium.train.evaluate import Evaluation
 from tritium.train.log import STEPS_PER_READ, Metrics, _running_mean, plot_loss, read_metrics
 
 pytestmark = pytest.mark.plain
@@ -23,7 +25,7 @@ def test_a_line_a_step(tmp_path):
     with metrics(tmp_path) as m:
         note(m, range(STEPS_PER_READ + 2))
         with m.paused():
-            m.evaluation(STEPS_PER_READ + 2, 3.0, 1.5)
+            m.evaluation(STEPS_PER_READ + 2, Evaluation(loss=3.0, bits_per_byte=1.5, tokens=9))
     rows, evaluations = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(STEPS_PER_READ + 2))
     assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
@@ -39,16 +41,26 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     with metrics(tmp_path) as m:
         note(m, range(20))
         with m.paused():
-            m.evaluation(10, 3.0, 1.0)
-            m.evaluation(20, 2.0, 1.0)
+            for step in (10, 20):
+                m.evaluation(step, Evaluation(loss=3.0, bits_per_byte=1.0, tokens=9))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 20, "lo')  # a kill in the middle of a line
+        file.write('[]\n"step"\n{"step": 20, "lo')  # the last: a kill in the middle of a line
     with metrics(tmp_path, start=10) as m:
+        assert m.evaluated == {10}
         note(m, range(10, 15))
         m.flush()
     rows, evaluations = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(15))
     assert [row["step"] for row in evaluations] == [10]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with metrics(tmp_path) as m:
+        note(m, range(3))
+        m.step(3, torch.tensor(float("nan")), 1e-3, torch.tensor(1.0))
+        with pytest.raises(InputError, match=r"training diverged: .* at step 3, learning rate 0\.001"):
+            m.flush()
+    assert len(read_metrics(tmp_path)[0]) == 3
 
 
 def test_plot_is_a_picture(tmp_path):

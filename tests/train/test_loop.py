@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from tritium.model import GPT, GPTConfig
+from tritium.train import loop
 from tritium.train.log import read_metrics
 from tritium.train.loop import _accumulate_gradients
 
@@ -30,7 +32,7 @@ def test_a_run_learns_and_leaves_its_files(tiny, tritium, tmp_path):
     assert [row["step"] for row in evaluations] == [10, 20, 30, 40, 50, 60]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 5.6
     assert f"validation loss {evaluations[-1]['val_loss']:.4f}" in out
-    assert f"next: tritium sample {run}" in out
+    assert f"sample {run} --prompt '    def __init__(self'" in out
 
 
 def test_resuming_gives_bitwise_the_weights_of_an_unbroken_run(tiny, tritium, tmp_path):
@@ -81,6 +83,55 @@ def test_micro_batches_add_up_to_the_batch():
         torch.testing.assert_close(results[0][0], other[0], rtol=1e-6, atol=0)
 
 
+def stopped_after(calls: int, name: str, monkeypatch) -> None:
+    """Let the loop see a signal once `name` (a function of the loop) has been called that often."""
+    original, count = getattr(loop, name), itertools.count(1)
+
+    def counted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if next(count) == calls:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(loop, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("learning_rate", 7), ("learning_rate", 10), ("_evaluate", 1), ("_evaluate", 2), ("save_checkpoint", 3)],
+)
+def test_a_run_stopped_anywhere_ends_like_one_that_was_not(name, calls, tiny, tritium, tmp_path, monkeypatch):
+    """In a step, in the step before an evaluation, in an evaluation, in the last one, in the last checkpoint."""
+    assert tritium(*tiny)[0] == 0
+    run, broken = tmp_path / "run", tmp_path / "broken"
+    stopped_after(calls, name, monkeypatch)
+    assert tritium(*tiny, "--out", broken)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    assert tritium("train", "--resume", broken)[0] == 0
+    assert weights(run) == weights(broken)
+    (rows, evaluations), (broken_rows, broken_evaluations) = read_metrics(run), read_metrics(broken)
+    assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in broken_rows]
+    assert evaluations == broken_evaluations
+    assert (broken / "samples.txt").read_text().endswith((run / "samples.txt").read_text().split("--- step 20")[-1])
+
+
+def test_divergence_is_one_line(tiny, refused):
+    assert "training diverged: give a lower --lr" in refused(*tiny, "--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0)
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkeypatch):
+    """The other one claims it while this one is still looking at its data."""
+    original = loop.claim_folder
+
+    def late(run, config, dataset):
+        original(run, config, dataset)
+        original(run, config, dataset)
+
+    monkeypatch.setattr(loop, "claim_folder", late)
+    assert "this one is a run already" in refused(*tiny)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, number):
     run = tmp_path / "run"
@@ -96,23 +147,23 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, num
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert f"tritium train --resume {run}" in out
+    assert f"train --resume {run}" in out
     assert "Traceback" not in err
     step = int(next((run / "checkpoints").iterdir()).name.removeprefix("step-"))
     rows, _ = read_metrics(run)
     assert [row["step"] for row in rows] == list(range(step))
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tiny, tmp_path):
+@pytest.mark.parametrize(("limit", "file"), [(10_000, "train-00000.bin"), (30_000, "model.safetensors")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(limit, file, tiny, tmp_path):
     """A limit on the size of files stands in for the disk: the write fails in the middle in the same way."""
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000)); "
-    code = (
-        limit + f"from tritium.train.cli import run; from tritium.train.commands import dispatch; exit(run(dispatch, {tiny}))"
-    )
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+    code += f"from tritium.train.cli import run; from tritium.train.commands import dispatch; exit(run(dispatch, {tiny}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("tritium: ")
-    assert "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.glob("run/checkpoints/*")) == []
+    assert done.stderr.startswith("tritium: ")
+    assert done.stderr.endswith(f"{file}: File too large\n")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
