@@ -132,7 +132,11 @@ def plot_loss(run: Path) -> Path:
     if evaluations:
         last = evaluations[-1]
         axes.annotate(
-            f"{last['val_loss']:.3f}", (last["step"], last["val_loss"]), xytext=(-4, 8), textcoords="offset points", ha="right"
+            f"{last['val_loss']:.3f}",
+            (last["step"], last["val_loss"]),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
         )
     axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", title=run.name)
     axes.spines[["top", "right"]].set_visible(False)

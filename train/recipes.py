@@ -35,8 +35,6 @@ RECIPES: dict[str, TrainConfig] = {
         steps=500,
         batch_size=8,
         lr=3e-3,
-        min_lr=3e-4,
-        warmup_steps=50,
         eval_interval=100,
         prompt="    def __init__(self",
     ),
