@@ -96,7 +96,8 @@ def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
     rates = {name: 1 / statistics.median([s for run in runs for s in run["seconds"]]) for name, runs in results.items()}
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "steps": steps,
@@ -109,6 +110,19 @@ def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
         "val_loss": {name: [run["val_loss"] for run in runs] for name, runs in results.items()},
         "nanogpt_sampled_val_loss": [run["sampled_val_loss"] for run in results["nanogpt"]],
     }
+
+
+def _cpu() -> str:
+    """The processor's name as Linux gives it, else what Python knows."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", file.read_text(), flags=re.MULTILINE) if file.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the checkout this file is in; None outside of one."""
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _python(words: list[str], folder: Path) -> str:
