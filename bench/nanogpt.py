@@ -3,8 +3,9 @@
     python -m tritium.bench.nanogpt NANOGPT_CHECKOUT TEXT_FILE [--rounds 2] [--steps 2000] [--out results.json]
 
 Both train 4 layers x 4 heads x width 128 on 12 x 64 characters a step with the settings that nanoGPT's README gives for a CPU.
-Rounds alternate, so that a machine that slows down slows both. Steps a second are medians over all steps of the rounds,
-evaluation left out of both; nanoGPT's come from the times that it prints. Its own validation loss is over 20 sampled batches,
+Rounds alternate and each is compared with the one beside it, so that a machine that slows down for minutes slows both; the
+ratio is the median of the rounds'. Steps a second of a round are the median over its steps, evaluation left out of both;
+nanoGPT's come from the times that it prints. Its own validation loss is over 20 sampled batches,
 ours over the whole held-out tenth, and nanoGPT's last checkpoint is scored over that tenth too.
 """
 
@@ -93,7 +94,8 @@ def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
         for _ in range(rounds):
             results["nanogpt"].append(run_nanogpt(copy, steps))
             results["tritium"].append(run_tritium(text, steps, folder))
-    rates = {name: 1 / statistics.median([s for run in runs for s in run["seconds"]]) for name, runs in results.items()}
+    rates = {name: [1 / statistics.median(run["seconds"]) for run in runs] for name, runs in results.items()}
+    ratios = [ours / theirs for ours, theirs in zip(rates["tritium"], rates["nanogpt"], strict=True)]
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "--short", "HEAD"),
@@ -102,11 +104,10 @@ def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
         "torch": torch.__version__,
         "steps": steps,
         "rounds": rounds,
-        "steps_per_second": rates,
-        "steps_per_second_by_round": {
-            name: [1 / statistics.median(run["seconds"]) for run in runs] for name, runs in results.items()
-        },
-        "ratio": rates["tritium"] / rates["nanogpt"],
+        "steps_per_second": {name: statistics.median(by_round) for name, by_round in rates.items()},
+        "steps_per_second_by_round": rates,
+        "ratio": statistics.median(ratios),
+        "ratio_by_round": ratios,
         "val_loss": {name: [run["val_loss"] for run in runs] for name, runs in results.items()},
         "nanogpt_sampled_val_loss": [run["sampled_val_loss"] for run in results["nanogpt"]],
     }
