@@ -25,7 +25,7 @@ from ._triton import cdiv, next_power_of_2, tl, triton
 MAX_WIDTH = 65_536
 # Rows up to this many elements stay in registers; wider ones are walked in tiles of WIDE_BLOCK_N (_layer_norm_wide.py).
 MAX_RESIDENT_WIDTH = 8_192
-WIDE_BLOCK_N = 4_096
+WIDE_BLOCK_N = 2_048
 # Elements of a tile: 16 for each of 128 threads. The backward holds six such tiles, about 100 of a thread's registers.
 TILE_ELEMENTS = 2_048
 COLUMNS_PER_PROGRAM, PARTIALS_PER_STEP = 32, 64
