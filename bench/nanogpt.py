@@ -1,20 +1,24 @@
-"""tritium beside nanoGPT on this CPU: the same small model, the same text, the same schedule, one run after the other.
+"""tritium beside nanoGPT on this CPU: the same small model, the same text, the same schedule, the same minutes.
 
     python -m tritium.bench.nanogpt NANOGPT_CHECKOUT TEXT_FILE [--rounds 2] [--steps 2000] [--out results.json]
 
 Both train 4 layers x 4 heads x width 128 on 12 x 64 characters a step with the settings that nanoGPT's README gives for a CPU.
-Rounds alternate and each is compared with the one beside it, so that a machine that slows down for minutes slows both; the
-ratio is the median of the rounds'. Steps a second of a round are the median over its steps, evaluation left out of both;
-nanoGPT's come from the times that it prints. Its own validation loss is over 20 sampled batches,
-ours over the whole held-out tenth, and nanoGPT's last checkpoint is scored over that tenth too.
+A shared machine's speed can change by a third from one half minute to the next, so they run at once but never together: one
+is stopped while the other has three seconds of the machine, in turn. Steps a second are the median over the steps while both
+were running, which passes over those that a stop or an evaluation made longer; nanoGPT's come from the times that it prints.
+Its own validation loss is over 20 sampled batches, ours over the whole held-out tenth, and nanoGPT's last checkpoint is scored
+over that tenth too.
 """
 
 import argparse
+import contextlib
 import datetime
+import itertools
 import json
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,8 +27,12 @@ from pathlib import Path
 
 import torch
 
+from ..train.log import read_metrics
+
 STEPS = 2_000
 CONTEXT_TOKENS, BATCH = 64, 12
+# Longer than the ten steps over which tritium's metrics average, shorter than a shared machine's moods.
+SLICE_SECONDS = 3.0
 
 # Run inside the checkout: scores its newest checkpoint over val.bin in windows that do not overlap.
 _SCORE = """
@@ -44,31 +52,66 @@ print("SCORE", sum(losses) / windows)
 """
 
 
-def run_nanogpt(checkout: Path, steps: int) -> dict:
-    """Train nanoGPT for `steps`; returns seconds of each step, its sampled validation loss and that over the whole tenth."""
+def run_both(checkout: Path, text: Path, steps: int, folder: Path) -> tuple[dict, dict]:
+    """Train with nanoGPT and with tritium, a slice of time each in turn; returns nanoGPT's and tritium's figures.
+
+    These are the seconds of the steps while both ran, and the validation losses.
+    """
     options = {
         "device": "cpu", "compile": "False", "eval_iters": 20, "log_interval": 1, "block_size": CONTEXT_TOKENS,
         "batch_size": BATCH, "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": steps, "lr_decay_iters": STEPS,
         "dropout": 0.0, "out_dir": "out", "always_save_checkpoint": "True",
     }  # fmt: skip
-    words = [f"--{name}={value}" for name, value in options.items()]
-    output = _python(["train.py", "config/train_shakespeare_char.py", *words], checkout)
-    times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", output)]
-    evaluations = re.findall(r"val loss ([\d.]+)", output)
-    # A step that ends with an evaluation has it in its printed time: the median passes over these.
-    score = re.search(r"SCORE ([\d.]+)", _python(["-c", _SCORE], checkout))
-    return {"seconds": times[1:], "sampled_val_loss": float(evaluations[-1]), "val_loss": float(score.group(1))}
-
-
-def run_tritium(text: Path, steps: int, folder: Path) -> dict:
-    """Train tritium's shakespeare-char recipe for `steps`; returns the same things."""
+    theirs = ["train.py", "config/train_shakespeare_char.py", *(f"--{name}={value}" for name, value in options.items())]
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    words = ["-m", "tritium", "train", "shakespeare-char", "--data", str(text), "--device", "cpu", "--out", str(run)]
-    _python([*words, "--steps", str(steps)], folder)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = [BATCH * CONTEXT_TOKENS / row["tokens_per_second"] for row in rows if "loss" in row]
-    return {"seconds": times[1:], "val_loss": [row["val_loss"] for row in rows if "val_loss" in row][-1]}
+    ours = ["-m", "tritium", "train", "shakespeare-char", "--data", str(text), "--device", "cpu", "--out", str(run)]
+    output, _ = _in_turn((theirs, checkout), ([*ours, "--steps", str(steps)], folder))
+
+    # A step that ends with an evaluation has it in its printed time: the median passes over these.
+    their_times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", output)][1:]
+    rows, evaluations = read_metrics(run)
+    our_times = [BATCH * CONTEXT_TOKENS / row["tokens_per_second"] for row in rows][1:]
+    shared = min(sum(their_times), sum(our_times))
+    score = re.search(r"SCORE ([\d.]+)", _python(["-c", _SCORE], checkout))
+    return (
+        {
+            "seconds": _first(their_times, shared),
+            "sampled_val_loss": float(re.findall(r"val loss ([\d.]+)", output)[-1]),
+            "val_loss": float(score.group(1)),
+        },
+        {"seconds": _first(our_times, shared), "val_loss": evaluations[-1]["val_loss"]},
+    )
+
+
+def _first(times: list[float], seconds: float) -> list[float]:
+    """The first of `times`, up to a sum of `seconds`, and at least one."""
+    return [time for time, end in zip(times, itertools.accumulate(times), strict=True) if end <= seconds] or times[:1]
+
+
+def _in_turn(*programs: tuple[list[str], Path]) -> list[str]:
+    """Run Python with each program's words in its folder, all but one stopped at any time; returns what they printed."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in programs]
+        running = []
+        for (words, folder), file in zip(programs, files, strict=True):
+            running.append(subprocess.Popen([sys.executable, *words], cwd=folder, stdout=file, stderr=subprocess.STDOUT))
+            stack.callback(running[-1].kill)
+            running[-1].send_signal(signal.SIGSTOP)
+        for process in itertools.cycle(running):
+            if all(process.poll() is not None for process in running):
+                break
+            process.send_signal(signal.SIGCONT)  # nothing happens to one that has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SLICE_SECONDS)
+            process.send_signal(signal.SIGSTOP)
+        outputs = []
+        for (words, _), process, file in zip(programs, running, files, strict=True):
+            file.seek(0)
+            outputs.append(file.read())
+            if process.returncode:
+                sys.exit(f"nanogpt: {' '.join(words[:3])} failed:\n{outputs[-1][-2000:]}")
+        return outputs
 
 
 def prepare_checkout(checkout: Path, text: Path, folder: Path) -> Path:
@@ -86,14 +129,12 @@ def prepare_checkout(checkout: Path, text: Path, folder: Path) -> Path:
 
 
 def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
-    """Run both `rounds` times in turn and put the figures side by side."""
+    """Run the pair `rounds` times and put the figures side by side."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy = prepare_checkout(checkout, text, folder)
-        results = {"nanogpt": [], "tritium": []}
-        for _ in range(rounds):
-            results["nanogpt"].append(run_nanogpt(copy, steps))
-            results["tritium"].append(run_tritium(text, steps, folder))
+        pairs = [run_both(copy, text, steps, folder) for _ in range(rounds)]
+    results = dict(zip(("nanogpt", "tritium"), zip(*pairs, strict=True), strict=True))
     rates = {name: [1 / statistics.median(run["seconds"]) for run in runs] for name, runs in results.items()}
     ratios = [ours / theirs for ours, theirs in zip(rates["tritium"], rates["nanogpt"], strict=True)]
     return {
@@ -138,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tritium.bench.nanogpt", description=__doc__.split("\n", 1)[0])
     parser.add_argument("checkout", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("text", type=Path, help="tinyshakespeare.txt")
-    parser.add_argument("--rounds", type=int, default=2, help="how often both are run, in turn (default 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the pair is run (default 2)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of each run (default {STEPS})")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = parser.parse_args()

@@ -49,8 +49,9 @@ def refuse_bad_targets(name: str, target: Tensor, V: int, ignore_index: int) -> 
     """Raise for a target that is neither a column nor ignore_index, where looking costs no synchronization."""
     if isinstance(target, FakeTensor) or target.device.type != "cpu":
         return
-    bad = target[(target != ignore_index) & ((target < 0) | (target >= V))]
-    if bad.numel():
+    outside = (target != ignore_index) & ((target < 0) | (target >= V))
+    if outside.any():
+        bad = target[outside]
         raise IndexError(
             f"{name}: target must be from 0 to {V - 1} or ignore_index ({ignore_index}), got {bad[0].item()}"
             f"{f' and {bad.numel() - 1} more' if bad.numel() > 1 else ''}; check the vocabulary's size"

@@ -36,13 +36,12 @@ COLUMNS_PER_PROGRAM, PARTIALS_PER_STEP = 32, 64
 
 def reference_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in x's dtype, and the mean and reciprocal standard deviation of each row."""
-    # Not PyTorch's own operator: it forms h r - mu r, whose terms cancel where the mean is far from zero.
     h = wide(x)
     mean = h.mean(-1, keepdim=True)
-    centered = h - mean
-    rstd = (torch.linalg.vecdot(centered, centered) / x.shape[-1] + eps).rsqrt()
-    y = centered.mul_(rstd[:, None]).mul_(weight)
-    return (y if bias is None else y.add_(bias)).to(x.dtype), mean[:, 0], rstd
+    # PyTorch's operator forms h r - mu r, whose terms cancel where the mean is far from zero: it gets h - mu.
+    w, b = (None if parameter is None else parameter.to(h.dtype) for parameter in (weight, bias))
+    y, _, rstd = torch.native_layer_norm(h - mean, h.shape[-1:], w, b, eps)
+    return y.to(x.dtype), mean[:, 0], rstd[:, 0]
 
 
 def reference_add_fwd(
@@ -58,17 +57,16 @@ def reference_bwd(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of h, weight and bias (empty without one); `dh` is the gradient that reached h from elsewhere."""
-    wide_dy, rstd = wide(dy), rstd[:, None]
-    xhat = (wide(h) - mean[:, None]).mul_(rstd)
-    terms = wide_dy * xhat
-    # mean_n(g) and mean_n(g xhat), the sums taken as products with w.
-    mean_weight = weight.to(terms.dtype)[:, None] / h.shape[-1]
-    mean_g, mean_gx = wide_dy @ mean_weight, terms @ mean_weight
-    dx = (wide_dy * weight).sub_(mean_g).sub_(xhat.mul_(mean_gx)).mul_(rstd)
+    centered = wide(h) - mean[:, None]  # as in the forward
+    w = weight.to(centered.dtype)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        wide(dy), centered, h.shape[-1:], torch.zeros_like(mean)[:, None], rstd[:, None],
+        w, w if has_bias else None, [True, True, has_bias],
+    )  # fmt: skip
     if dh is not None:
         dx += dh
-    db = wide_dy.sum(0) if has_bias else wide_dy.new_empty(0)
-    return dx.to(h.dtype), terms.sum(0).to(weight.dtype), db.to(weight.dtype)
+    db = dw.new_empty(0) if db is None else db
+    return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
 # --- kernels: a program owns BLOCK_M whole rows (forward), or every P-th such block of rows (backward)

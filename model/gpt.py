@@ -14,7 +14,15 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
 import torch
 from torch import Tensor, nn
 
-from ..kernels import add_layer_norm, causal_attention, gelu_mlp, layer_norm, linear, linear_cross_entropy
+from ..kernels import (
+    add_layer_norm,
+    causal_attention,
+    causal_attention_qkvpacked,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+)
 from .config import GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
@@ -52,17 +60,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.widths = [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
-        self.head_size = config.head_size
-        self.c_attn = Linear(config.d_model, sum(self.widths))
+        self.n_head, self.kv_heads = config.n_head, config.kv_heads
+        self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size)
         self.c_proj = Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in self.c_attn(x).split(self.widths, dim=-1))
-        # q (B, T, H, K)   k, v (B, T, G, K)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            # k, v (B, S, G, K)
+        qkv = self.c_attn(x)  # (B, T, (H + 2 G) K)
+        if cache is None:
+            return self.c_proj(causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads))
+        heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
+        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        # q (B, T, H, K)   k, v (B, T, G, K), then (B, S, G, K)
+        k, v = cache.extend(layer, k, v)
         return self.c_proj(causal_attention(q, k, v).flatten(-2))
 
 

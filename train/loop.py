@@ -72,6 +72,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
     )  # fmt: skip
+    parameters = list(model.parameters())
     with metrics, _Signals() as signals:
 
         def evaluate_after(done: int) -> Evaluation | None:
@@ -94,7 +95,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
             lr = learning_rate(config, step)
             set_learning_rate(optimizer, lr)
             loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics.step(step, loss, lr, grad_norm)

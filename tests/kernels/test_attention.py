@@ -1,4 +1,4 @@
-"""causal_attention against the definition written out in one piece, and against PyTorch's."""
+"""causal_attention and causal_attention_qkvpacked against the definition written out in one piece, and against PyTorch's."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate
-from tritium.kernels import causal_attention
+from tritium.kernels import causal_attention, causal_attention_qkvpacked
 from tritium.kernels._philox import random_bits
 from tritium.kernels.attention import BLOCK_QUERIES, cost
 
@@ -52,6 +52,11 @@ def run(function, inputs, incoming):
 
 def ours(**options):
     return lambda q, k, v: causal_attention(q, k, v, return_lse=True, **options)
+
+
+def packed(q, k, v):
+    """As a linear layer writes them: (B, T, (H + 2 G) K)."""
+    return torch.cat((q, k, v), dim=2).flatten(2)
 
 
 # --- 1. math
@@ -121,6 +126,34 @@ def test_views_of_a_packed_projection_and_strided_gradients(device):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 7, "softcap": 3.0, "scale": 0.5}, {"dropout_p": 0.2, "seed": 9}])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("T", "H", "G", "K"), [(1, 1, 1, 16), (17, 3, 3, 40), (BLOCK_QUERIES + 1, 4, 2, 16), (33, 4, 1, 24)])
+def test_packed_gives_what_the_parts_give(T, H, G, K, dtype, options, device):
+    q, k, v, do, _ = tensors(2, T, T, H, G, K, dtype, device)
+    o, *grads = run(lambda *x: (causal_attention(*x, **options),), (q, k, v), [do])
+    got = run(lambda x: (causal_attention_qkvpacked(x, H, n_kv_head=G, **options),), [packed(q, k, v)], [do.flatten(2)])
+    assert torch.equal(got[0], o.flatten(2))
+    assert torch.equal(got[1], packed(*grads))
+
+
+def test_packed_takes_any_layout(device):
+    qkv, do = torch.randn(2, 9, 2 * 6 * 8, device=device), torch.randn(2, 16, 9, device=device).mT
+    for view in (qkv[..., ::2], qkv[..., 48:], qkv[..., :48].transpose(0, 1).contiguous().transpose(0, 1)):
+        got = run(lambda x: (causal_attention_qkvpacked(x, 2),), [view], [do])
+        expected = run(lambda x: (causal_attention_qkvpacked(x, 2),), [view.contiguous()], [do.contiguous()])
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_packed_empty(B, T, device):
+    qkv = torch.ones(B, T, 4 * 8, device=device, requires_grad=True)
+    o = causal_attention_qkvpacked(qkv, 2, n_kv_head=1)
+    assert o.shape == (B, T, 16)
+    o.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
 @pytest.mark.parametrize(("B", "T", "S"), [(0, 4, 4), (2, 0, 4), (2, 0, 0)])
 def test_empty(B, T, S, device):
     q, k, v, *_ = (value.requires_grad_() for value in tensors(B, T, S, 2, 1, 8, torch.float32, device))
@@ -173,6 +206,29 @@ def test_opcheck(device):
     plain = [x.detach() for x in (do, dlse, q, k, v, o, lse)]
     torch.library.opcheck(torch.ops.tritium.causal_attention_bwd.default, (*plain, seed, *options))
     torch.library.opcheck(torch.ops.tritium.causal_attention_bwd.default, (plain[0], None, *plain[2:], None, 0.5, 9, 0.0, 0.0))
+
+
+def test_packed_opcheck(device):
+    q, k, v, do, _ = tensors(1, 6, 6, 4, 2, 8, torch.float32, device)
+    qkv, seed, options = packed(q, k, v), torch.full((), 3, device=device), (0.5, 4, 2.0, 0.1)
+    forward, backward = (getattr(torch.ops.tritium, f"causal_attention_qkvpacked_{way}").default for way in ("fwd", "bwd"))
+    torch.library.opcheck(forward, (qkv.clone().requires_grad_(), 4, 2, seed, *options))
+    o, lse = forward(qkv, 4, 2, seed, *options)
+    torch.library.opcheck(backward, (do.flatten(2), qkv, o, lse, seed, 4, 2, *options))
+
+
+def test_packed_compiles_as_one_graph_and_follows_autocast(device):
+    q, k, v, do, _ = tensors(2, 12, 12, 4, 2, 8, torch.float32, device)
+    qkv = packed(q, k, v)
+
+    def function(x):
+        return (causal_attention_qkvpacked(x, 4, n_kv_head=2, window=5),)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, [qkv], [do.flatten(2)]), run(function, [qkv], [do.flatten(2)]), strict=True):
+        assert torch.equal(a, b)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(function(qkv)[0], function(qkv.bfloat16())[0])
 
 
 def test_compiles_as_one_graph(device):
@@ -228,6 +284,26 @@ def test_bad_input_is_named(change, message):
     arguments = {"q": ones(2, 4, 4, 8), "k": ones(2, 4, 2, 8), "v": ones(2, 4, 2, 8)} | change
     with pytest.raises(ValueError, match="^causal_attention: .*" + message):
         causal_attention(**arguments)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_head": 0}, "n_kv_head must divide n_head, both at least 1, got 2 and 0"),
+        ({"n_kv_head": 3}, "n_kv_head must divide n_head, both at least 1, got 3 and 4"),
+        ({"qkv": ones(2, 5, 65)}, r"\(B, T, 8 K\) for 4 query and 2 key heads, got torch.float32 \(2, 5, 65\)"),
+        ({"qkv": ones(5, 64)}, r"got torch.float32 \(5, 64\)"),
+        ({"qkv": ones(2, 5, 64, dtype=torch.int32)}, r"floating point .*, got torch.int32"),
+        ({"qkv": ones(1, 1, 8 * 257)}, "head size must be from 1 to 256, got 257"),
+        ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
+        ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_packed_input_is_named(change, message):
+    arguments = {"qkv": ones(2, 5, 64), "n_head": 4, "n_kv_head": 2} | change
+    with pytest.raises(ValueError, match="^causal_attention_qkvpacked: .*" + message):
+        causal_attention_qkvpacked(**arguments)
 
 
 @pytest.mark.plain
