@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
-from ._layout import as_rows, wide
+from ._layout import as_rows, like_rows_of, wide
 from ._op import define_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
@@ -341,7 +341,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     """
     _check("layer_norm", x, weight, bias)
     y, _, _ = _fwd(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
-    return y.reshape(x.shape)
+    return like_rows_of(x, y)
 
 
 def add_layer_norm(
@@ -364,4 +364,4 @@ def add_layer_norm(
         )
     bias = None if bias is None else bias.contiguous()
     y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
-    return y.reshape(x.shape), h.reshape(x.shape)
+    return like_rows_of(x, y), like_rows_of(x, h)

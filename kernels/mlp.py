@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._layout import wide
+from ._layout import as_rows, like_rows_of, wide
 from ._op import autocast, define_op
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
@@ -209,8 +209,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     _check_parameter("linear", "bias", bias, (weight.shape[0],), x)
     if activation is None:
         return functional.linear(x, weight, bias)
-    y, _ = _linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias, ACTIVATIONS[activation])
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    y, _ = _linear_fwd(as_rows(x), weight, bias, ACTIVATIONS[activation])
+    return like_rows_of(x, y)
 
 
 def gelu_mlp(
@@ -245,5 +245,5 @@ def gelu_mlp(
     _check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
     _check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
     _check_parameter("gelu_mlp", "b2", b2, (D,), x)
-    y, _, _ = _mlp_fwd(x.reshape(-1, D), w1, b1, w2, b2, approximate, recompute)
-    return y.reshape(x.shape)
+    y, _, _ = _mlp_fwd(as_rows(x), w1, b1, w2, b2, approximate, recompute)
+    return like_rows_of(x, y)

@@ -7,7 +7,8 @@
 Names of modules and parameters are those of the GPT-2 checkpoint; matrices are (out, in) as torch.nn.Linear keeps them, where
 the checkpoint has (in, out).
 
-Shapes     B sequences, T tokens, D = d_model, H query heads, G key/value heads, K = D / H, F = 4 D, V = vocab_size
+Shapes     stream and branches (B T, D), tokens (B, T): B sequences, T tokens, D = d_model; H query heads, G key/value heads,
+           K = D / H, F = 4 D, V = vocab_size
 Source     Radford et al. 2019, "Language models are unsupervised multitask learners"
 """
 
@@ -64,15 +65,16 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size)
         self.c_proj = Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        qkv = self.c_attn(x)  # (B, T, (H + 2 G) K)
+    def forward(self, x: Tensor, sizes: tuple[int, int], cache: KVCache | None, layer: int) -> Tensor:
+        qkv = self.c_attn(x).unflatten(0, sizes)  # (B, T, (H + 2 G) K)
         if cache is None:
-            return self.c_proj(causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads))
+            o = causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads)
+            return self.c_proj(o.flatten(0, 1))
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
         q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
         # q (B, T, H, K)   k, v (B, T, G, K), then (B, S, G, K)
         k, v = cache.extend(layer, k, v)
-        return self.c_proj(causal_attention(q, k, v).flatten(-2))
+        return self.c_proj(causal_attention(q, k, v).flatten(2).flatten(0, 1))
 
 
 class MLP(nn.Module):
@@ -98,9 +100,11 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.d_model)
         self.mlp = MLP(config)
 
-    def forward(self, branch: Tensor | None, stream: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor | None, stream: Tensor, sizes: tuple[int, int], cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         y, stream = self.ln_1(branch, stream)
-        y, stream = self.ln_2(self.attn(y, cache, self.layer), stream)
+        y, stream = self.ln_2(self.attn(y, sizes, cache, self.layer), stream)
         return self.mlp(y), stream
 
 
@@ -131,19 +135,23 @@ class GPT(nn.Module):
         Raises: ValueError if there are more tokens than the context holds.
         """
         past = 0 if cache is None else cache.length
-        T = tokens.shape[-1]
+        B, T = tokens.shape
         if past + T > self.config.context_tokens:
             raise ValueError(f"GPT: context_tokens is {self.config.context_tokens}, got {past + T} tokens; shorten the input")
-        stream = self.wte(tokens) + self.wpe(torch.arange(past, past + T, device=tokens.device))
+        stream = (self.wte(tokens) + self.wpe(torch.arange(past, past + T, device=tokens.device))).flatten(0, 1)
         branch = None
         for block in self.h:
-            branch, stream = block(branch, stream, cache)
+            branch, stream = block(branch, stream, (B, T), cache)
         if cache is not None:
             cache.length += T
         y, _ = self.ln_f(branch, stream)
         # The rows added for alignment take no part, so they never get probability.
         head = self.wte.weight[: self.config.vocab_size]
-        return linear(y, head) if targets is None else linear_cross_entropy(y, head, targets)
+        return (
+            linear(y, head).view(B, T, self.config.vocab_size)
+            if targets is None
+            else linear_cross_entropy(y, head, targets.flatten())
+        )
 
     generate = generate
 
