@@ -25,6 +25,8 @@ class GPTConfig:
     """Most tokens the model can look at."""
     n_kv_head: int | None = None
     """Key and value heads a block; None: as many as query heads."""
+    bias: bool = True
+    """Whether linear maps and norms add a bias, as GPT-2's do."""
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "context_tokens", "n_kv_head"):

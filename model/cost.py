@@ -1,6 +1,7 @@
 """What a GPT costs, as formulas: parameters, FLOPs a token, bytes of activations.
 
-    parameters   N = V D + C D + L (norms 4 D + qkv (D + 1)(D + 2 G K) + projection (D + 1) D + MLP 2 D F + F + D) + 2 D
+    parameters   N = V D + C D + L (norms 2 D + qkv D (D + 2 G K) + projection D^2 + MLP 2 D F) + D; biases have as many
+                 numbers as their layer has outputs: L (2 D + D + 2 G K + D + F + D) + D
     FLOPs        6 (N - C D) + 12 L D T a token, forward and backward: two for each multiply-add, the backward twice the
                  forward; attention counted in full, although causal kernels do half. What MFU is reported with.
     activations  what autograd keeps between forward and backward, see activation_bytes
@@ -14,11 +15,11 @@ from .config import GPTConfig
 def parameters(config: GPTConfig) -> int:
     """Trainable numbers, without the embedding's rows added for alignment: the figure that models are known by."""
     D, F, KV = config.d_model, config.d_feedforward, config.kv_heads * config.head_size
-    norms = 4 * D
-    attention = (D + 1) * (D + 2 * KV) + (D + 1) * D
-    mlp = 2 * D * F + F + D
+    matrices = D * (D + 2 * KV) + D * D + 2 * D * F
+    gains, outputs = 2 * D, D + 2 * KV + D + F + D
+    biases = config.n_layer * (gains + outputs) + D if config.bias else 0
     embeddings = (config.vocab_size + config.context_tokens) * D
-    return embeddings + config.n_layer * (norms + attention + mlp) + 2 * D
+    return embeddings + config.n_layer * (matrices + gains) + D + biases
 
 
 def flops_per_token(config: GPTConfig, tokens: int) -> int:

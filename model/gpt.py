@@ -30,12 +30,12 @@ from .init import init_weights
 
 
 class Linear(nn.Module):
-    """Weight (out, in) and bias (out,) of a linear map; initialized by init_weights."""
+    """Weight (out, in) and bias (out,), or None, of a linear map; initialized by init_weights."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, *, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
-        self.bias = nn.Parameter(torch.empty(n_out))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -44,10 +44,10 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
     """Layer norm of the residual stream, with the addition of a block's output before it where there is one."""
 
-    def __init__(self, d_model: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model))
-        self.bias = nn.Parameter(torch.empty(d_model))
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
 
     def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return (norm of the sum, the sum)."""
@@ -62,8 +62,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.kv_heads = config.n_head, config.kv_heads
-        self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size)
-        self.c_proj = Linear(config.d_model, config.d_model)
+        self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size, bias=config.bias)
+        self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, sizes: tuple[int, int], cache: KVCache | None, layer: int) -> Tensor:
         qkv = self.c_attn(x).unflatten(0, sizes)  # (B, T, (H + 2 G) K)
@@ -82,8 +82,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.d_model, config.d_feedforward)
-        self.c_proj = Linear(config.d_feedforward, config.d_model)
+        self.c_fc = Linear(config.d_model, config.d_feedforward, bias=config.bias)
+        self.c_proj = Linear(config.d_feedforward, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
@@ -95,9 +95,9 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.ln_1 = LayerNorm(config.d_model)
+        self.ln_1 = LayerNorm(config)
         self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config.d_model)
+        self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
     def forward(
@@ -121,7 +121,7 @@ class GPT(nn.Module):
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
         self.wpe = _embedding(config.context_tokens, config.d_model)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config.d_model)
+        self.ln_f = LayerNorm(config)
         init_weights(self, config.n_layer)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:

@@ -41,6 +41,8 @@ class TrainConfig:
     """Width of the residual stream."""
     n_kv_head: int | None = None
     """Key and value heads a block; default: n_head."""
+    bias: bool = True
+    """Biases of linear maps and norms."""
     context_tokens: int = 256
     """Tokens a sequence."""
 
@@ -106,7 +108,7 @@ class TrainConfig:
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """The model's shape for a vocabulary. Raises: InputError if the sizes do not fit together."""
-        names = ("n_layer", "n_head", "d_model", "n_kv_head", "context_tokens")
+        names = ("n_layer", "n_head", "d_model", "n_kv_head", "bias", "context_tokens")
         try:
             return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
         except ValueError as error:

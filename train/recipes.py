@@ -38,13 +38,14 @@ RECIPES: dict[str, TrainConfig] = {
         eval_interval=100,
         prompt="    def __init__(self",
     ),
-    # The size and schedule that nanoGPT's README gives for a CPU.
+    # The model and schedule that nanoGPT's README gives for a CPU.
     "shakespeare-char": TrainConfig(
         data=("tinyshakespeare.txt",),
         tokenizer="chars",
         n_layer=4,
         n_head=4,
         d_model=128,
+        bias=False,
         context_tokens=64,
         steps=2_000,
         batch_size=12,

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_presets_have_their_published_parameters(name, count):
     assert parameters(PRESETS[name]) == count
 
 
-@pytest.mark.parametrize("config", [SMALL, PRESETS["gpt2"]])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, bias=False), PRESETS["gpt2"]])
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = GPT(config)
@@ -31,7 +33,8 @@ def test_flops_are_counted_as_for_mfu():
 
 
 @pytest.mark.parametrize(
-    ("config", "B", "T"), [(SMALL, 2, 16), (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7)]
+    ("config", "B", "T"),
+    [(SMALL, 2, 16), (replace(SMALL, bias=False), 2, 16), (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7)],
 )
 def test_activation_bytes_are_those_autograd_keeps(config, B, T):
     model = GPT(config)

@@ -84,6 +84,24 @@ def test_names_are_those_of_the_checkpoint():
     assert names == {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"} | {"h.0." + name for name in block}
 
 
+def test_without_biases_it_is_the_model_whose_biases_are_zero(device):
+    sizes = {"n_layer": 2, "n_head": 2, "d_model": 16, "vocab_size": 50, "context_tokens": 8}
+    model, biased = GPT(GPTConfig(**sizes, bias=False)).to(device), GPT(GPTConfig(**sizes)).to(device)
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name, _ in biased.named_parameters()} - names == {
+        name for name, _ in biased.named_parameters() if name.endswith("bias")
+    }
+    biased.load_state_dict(model.state_dict(), strict=False)  # fresh biases are zero
+    tokens = torch.randint(50, (2, 8), device=device)
+    losses = model(tokens, tokens), biased(tokens, tokens)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    theirs = dict(biased.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.plain
 def test_padding_never_gets_probability():
     model = random_model()
