@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=["tritium", "tritium.kernels", "tritium.model", "tritium.train", "tritium.bench"],
+    packages=["tritium", "tritium.kernels", "tritium.model", "tritium.train", "tritium.bench", "tritium.bench.kernels"],
     package_dir={"tritium": "."},
     cmdclass={"build_py": BuildPackages},
     entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},

@@ -1,130 +1,179 @@
-"""What the kernels become: ahead-of-time compilation for GPUs that are not there, and the registers the machine code takes.
+"""tritium bench codegen: what every kernel becomes at its shipped configurations, for GPUs that need not be there.
 
-The launchers themselves are run, on meta tensors, with the launch replaced by a note of it: what is compiled is exactly what
-would have been launched, with the same dtypes, alignments, tiles and warps. Nothing of a kernel's signature is repeated here.
+A row is one launch of an operator at one shape for one GPU: registers, spilled bytes, shared memory, how many blocks fit and
+what limits them, matrix instructions, bulk loads, seconds to compile; for sm_90 also the estimated bounds of its hottest loop.
 """
 
-import contextlib
-import re
-import subprocess
-import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+import tyro
+from rich.console import Console
+from rich.table import Table
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-}
+from ..train.cli import near, parse
+from ..train.config import InputError
+from . import machine_code
+from .case import Operator
+from .kernels import OPERATORS
+from .launches import TARGETS, Launch, compile_launch, record_launches
+from .record import provenance, read_record, write_record
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
-# Launch options that are not kernel arguments.
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+# What the trainer runs the kernels in.
+DTYPE = torch.bfloat16
+KEYS = ("operator", "shape", "kernel", "arch")
+HELP = f"""Compile every kernel at its shipped configurations and read its machine code. No GPU is needed.
+
+
+operators: {", ".join(name for name, operator in OPERATORS.items() if operator.launches)}; default: all"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One launch as its launcher asked for it."""
+class CodegenOptions:
+    """Options of `tritium bench codegen`."""
 
-    kernel: JITFunction
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Of one compiled kernel: registers a thread, bytes a thread spilled to memory, shared memory a block."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
+    operators: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Operators; default: all that have kernels."""
+    arch: tuple[str, ...] = tuple(TARGETS)
+    """sm_80, sm_90, sm_100, sm_120, gfx942, gfx950."""
+    out: str | None = None
+    """Also write the rows as JSON."""
+    compare: str | None = None
+    """JSON of an earlier run: print what changed since."""
 
 
-@contextlib.contextmanager
-def record_launches():
-    """Note Triton launches instead of running them.
-
-    Yields: a list that fills with a `Launch` for each launch made inside the block.
-    """
-    launches: list[Launch] = []
-
-    def note(kernel, *args, grid, warmup, **kwargs):
-        launches.append(
-            Launch(kernel=kernel, grid=tuple(grid), arguments=dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
-        )
-
-    original = JITFunction.run
-    JITFunction.run = note
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
+def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[str, Any]]:
+    """Compile the operators' launches for each architecture; one row each, as in the JSON."""
+    with ThreadPoolExecutor(2) as pool:  # Triton compiles in this thread while the disassembler runs in another
+        pending = [
+            pool.submit(_row, keys, launch, compiled, seconds)
+            for keys, launch, compiled, seconds in _compiled(operators, archs)
+        ]
+        return [row.result() for row in pending]
 
 
-def compile_launch(launch: Launch, target: str):
-    """Compile a recorded launch for one of TARGETS.
+def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[tuple[dict, Launch, Any, float]]:
+    for operator in operators:
+        for shape in operator.launch_shapes:
+            with record_launches() as launches:
+                operator.launches(shape, DTYPE)
+            for launch in launches:
+                for arch in archs:
+                    began = time.perf_counter()
+                    # Anew each time: a kernel out of the cache would be said to compile in no time.
+                    with triton.knobs.compilation.scope():
+                        triton.knobs.compilation.always_compile = True
+                        compiled = compile_launch(launch, arch)
+                    values = (operator.name, operator.label(shape), launch.kernel.__name__, arch)
+                    yield dict(zip(KEYS, values, strict=True)), launch, compiled, time.perf_counter() - began
 
-    Returns: Triton's CompiledKernel; `.asm` holds every stage down to the machine code.
-    """
-    signature, constexprs, attrs = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        # Triton's own specialization: None and 1 become constants, multiples of 16 are known to be aligned.
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+
+def _row(keys: dict[str, str], launch: Launch, compiled, seconds: float) -> dict[str, Any]:
+    num_warps = launch.arguments.get("num_warps", 4)  # Triton's default
+    found, text = machine_code.resources(compiled), machine_code.disassembly(compiled)
+    blocks, limit = machine_code.occupancy(found, num_warps, keys["arch"])
+    row = {
+        **keys, "num_warps": num_warps, "registers": found.registers, "spilled_bytes": found.spilled_bytes,
+        "shared_bytes": found.shared_bytes, "blocks_per_sm": blocks, "limited_by": limit,
+        "matrix_instructions": machine_code.matrix_instructions(text), "tma_loads": machine_code.tma_loads(text),
+        "compile_seconds": round(seconds, 3),
+    }  # fmt: skip
+    if keys["arch"] == "sm_90":
+        loop = machine_code.hottest_loop(text)
+        clocks = machine_code.clocks(loop, num_warps)
+        row["hottest_loop"] = {
+            "instructions": len(loop),
+            "clocks": {pipe: round(value, 1) for pipe, value in clocks.items()},
+            "estimate": {
+                name: round(value, 3) if isinstance(value, float) else value
+                for name, value in machine_code.bounds(clocks).items()
+            },
+        }
+    return row
+
+
+def regressions(rows: Sequence[dict], held: Sequence[dict]) -> list[str]:
+    """What got worse since the `held` rows: bytes spilled, matrix instructions or bulk loads lost, rows gone or new."""
+    old = {tuple(row[key] for key in KEYS): row for row in held}
+    worse = []
+    for row in rows:
+        key = tuple(row[name] for name in KEYS)
+        label = " ".join(key)
+        before = old.pop(key, None)
+        if before is None:
+            worse.append(f"{label}: not in the held table")
             continue
-        signature[parameter.name] = _type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attrs[(index,)] = [["tt.divisibility", 16]]
-    options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
-    source = ASTSource(launch.kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=TARGETS[target], options=options)
+        if row["spilled_bytes"] > before["spilled_bytes"]:
+            worse.append(f"{label}: spills {row['spilled_bytes']} bytes, held {before['spilled_bytes']}")
+        worse += [f"{label}: lost {name}" for name in before["matrix_instructions"] if name not in row["matrix_instructions"]]
+        if before["tma_loads"] and not row["tma_loads"]:
+            worse.append(f"{label}: lost its TMA loads")
+    return worse + [f"{' '.join(key)}: gone" for key in old]
 
 
-def resources(compiled) -> Resources:
-    """Read registers and spills off the machine code of a compiled kernel."""
-    shared = compiled.metadata.shared
-    if compiled.metadata.target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        find = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", text).group(1))  # noqa: E731
-        spilled = 4 * (find("vgpr_spill_count") + find("sgpr_spill_count"))
-        return Resources(registers=find("vgpr_count"), spilled_bytes=spilled, shared_bytes=shared)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    # These kernels take no local arrays: a stack frame holds spilled registers and nothing else.
-    registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
-    return Resources(registers=registers, spilled_bytes=stack, shared_bytes=shared)
+def _print_table(rows: Sequence[dict]) -> None:
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table("operator", "shape", "kernel", "arch", title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""))
+    for title in ("warps", "registers", "spilled B", "shared B", "blocks/SM", "limit", "matrix", "TMA", "compile s"):
+        table.add_column(title, justify="left" if title in ("limit", "matrix") else "right")
+    for row in rows:
+        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()) or "none"
+        values = [row[key] for key in (*KEYS, "num_warps", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")]
+        table.add_row(*map(str, values), row["limited_by"], matrix, str(row["tma_loads"]), f"{row['compile_seconds']:.2f}")
+    console.print(table)
+    loops = [row for row in rows if "hottest_loop" in row]
+    if not loops:
+        return
+    pipes = list(loops[0]["hottest_loop"]["clocks"])
+    table = Table(
+        "operator", "shape", "kernel", "instructions", *pipes, "of", "overlapped", "serial",
+        title="sm_90: ESTIMATED clocks of a block's pass through its hottest loop, and share of the ceiling they allow",
+    )  # fmt: skip
+    for row in loops:
+        loop, estimate = row["hottest_loop"], row["hottest_loop"]["estimate"]
+        clocks = [f"{value:.0f}" for value in loop["clocks"].values()]
+        shares = [f"{estimate[name]:.0%}" for name in ("overlapped", "serial")]
+        table.add_row(*(row[key] for key in KEYS[:3]), str(loop["instructions"]), *clocks, estimate["of"], *shares)
+    console.print(table)
 
 
-def _type(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+def _print_changes(rows: Sequence[dict], old: dict[str, Any]) -> None:
+    before = {tuple(row[key] for key in KEYS): row for row in old["rows"]}
+    names = ("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "matrix_instructions", "tma_loads")
+    print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
+    changed = False
+    for row in rows:
+        then = before.get(tuple(row[key] for key in KEYS))
+        changes = ["new"] if then is None else [f"{n} {then[n]} -> {row[n]}" for n in names if then[n] != row[n]]
+        if changes:
+            changed = True
+            print("  " + " ".join(row[key] for key in KEYS) + ": " + ", ".join(changes))
+    if not changed:
+        print("  no row changed")
 
 
-def _cuobjdump() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium bench codegen`. Returns: exit status."""
+    options = parse(CodegenOptions, argv, prog="tritium bench codegen", description=HELP)
+    known = {name: operator for name, operator in OPERATORS.items() if operator.launches}
+    for word, words, what in [(name, known, "operator with kernels") for name in options.operators] + [
+        (name, TARGETS, "architecture") for name in options.arch
+    ]:
+        if word not in words:
+            raise InputError(f"tritium bench codegen: no {what} {word!r}; near: {near(word, list(words))}")
+    old = read_record(Path(options.compare), "codegen") if options.compare else None
+    began = time.perf_counter()
+    rows = rows_of([known[name] for name in options.operators or known], options.arch)
+    _print_table(rows)
+    print(f"{len(rows)} rows in {time.perf_counter() - began:.0f} s; commit {provenance()['commit']}")
+    if old:
+        _print_changes(rows, old)
+    if options.out:
+        write_record(Path(options.out), "codegen", {"dtype": str(DTYPE), "rows": rows})
+    return 0

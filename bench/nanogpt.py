@@ -12,10 +12,8 @@ over that tenth too.
 
 import argparse
 import contextlib
-import datetime
 import itertools
 import json
-import platform
 import re
 import shutil
 import signal
@@ -25,9 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from ..train.log import read_metrics
+from .record import write_record
 
 STEPS = 2_000
 CONTEXT_TOKENS, BATCH = 64, 12
@@ -138,11 +135,6 @@ def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
     rates = {name: [1 / statistics.median(run["seconds"]) for run in runs] for name, runs in results.items()}
     ratios = [ours / theirs for ours, theirs in zip(rates["tritium"], rates["nanogpt"], strict=True)]
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "steps": steps,
         "rounds": rounds,
         "steps_per_second": {name: statistics.median(by_round) for name, by_round in rates.items()},
@@ -152,19 +144,6 @@ def compare(checkout: Path, text: Path, *, rounds: int, steps: int) -> dict:
         "val_loss": {name: [run["val_loss"] for run in runs] for name, runs in results.items()},
         "nanogpt_sampled_val_loss": [run["sampled_val_loss"] for run in results["nanogpt"]],
     }
-
-
-def _cpu() -> str:
-    """The processor's name as Linux gives it, else what Python knows."""
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", file.read_text(), flags=re.MULTILINE) if file.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git(*words: str) -> str | None:
-    """What git says of the checkout this file is in; None outside of one."""
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _python(words: list[str], folder: Path) -> str:
@@ -184,10 +163,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = parser.parse_args()
     result = compare(options.checkout.resolve(), options.text.resolve(), rounds=options.rounds, steps=options.steps)
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=1))
     if options.out:
-        options.out.write_text(text + "\n")
+        write_record(options.out, "nanogpt", result)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..kernels._triton import HAS_TRITON, triton
 from ..model import GPT
 from ..model.cost import parameters
 from .checkpoint import load_checkpoint, newest_checkpoint
-from .cli import near, parse
+from .cli import parse
 from .config import InputError, TrainConfig
 from .data import build, cache_dir
 from .device import choose_device, use_fast_matmul
@@ -207,27 +207,3 @@ def _ceilings(device: torch.device) -> str:
 
 
 COMMANDS = {"train": train, "data": data, "sample": sample, "info": info}
-
-
-def dispatch(argv: Sequence[str]) -> int:
-    """tritium"""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    if argv[0] in ("-V", "--version"):
-        print(f"tritium {__version__}")
-        return 0
-    if argv[0] not in COMMANDS:
-        raise InputError(f"no command {argv[0]!r}; near: {near(argv[0], list(COMMANDS))}")
-    return COMMANDS[argv[0]](argv[1:])
-
-
-HELP = """tritium: train GPTs with Triton kernels
-
-  tritium train [RECIPE] [--key value ...]    train; without a recipe, the best one for this machine
-  tritium train --resume RUN_DIR              go on with a stopped run
-  tritium data build OUT_DIR INPUT ...        text to token shards
-  tritium sample RUN_DIR --prompt TEXT        write text with a trained model
-  tritium info                                versions, device, ceilings, caches
-
-Each command has --help."""

@@ -1,67 +1,136 @@
+"""The shipped configurations against the committed table, and planted faults that the comparison must see."""
+
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import triton as installed_triton
 
-from tritium.bench.codegen import TARGETS, compile_launch, record_launches, resources
+from tritium.bench import codegen
+from tritium.bench.codegen import main, regressions, rows_of
+from tritium.bench.kernels import OPERATORS
+from tritium.bench.launches import TARGETS
+from tritium.bench.record import read_record
 from tritium.kernels._triton import tl, triton
+from tritium.train.config import InputError
 
 pytestmark = pytest.mark.codegen
 
+RESULTS = Path(codegen.__file__).parent / "results"
+HELD = RESULTS / f"codegen-triton-{installed_triton.__version__}.json"
+
+
+@pytest.mark.skipif(not HELD.exists(), reason="no table is held for this Triton")
+@pytest.mark.parametrize("arch", TARGETS)
+def test_shipped_configurations_hold_the_committed_table(arch):
+    """A new spill, a lost matrix instruction or bulk load, a new or missing row: run `tritium bench codegen` and look."""
+    held = [row for row in read_record(HELD, "codegen")["rows"] if row["arch"] == arch]
+    rows = rows_of([operator for operator in OPERATORS.values() if operator.launches], [arch])
+    assert len(rows) >= 12
+    assert not regressions(rows, held)
+
 
 @triton.jit
-def _scale_kernel(x_ptr, y_ptr, n, factor, nothing_ptr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n) * factor, mask=offs < n)
-
-
-@triton.jit
-def _crowded_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Needs every row of x at once: far more values than a warp has registers."""
+def _fine_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    rows = tl.load(x_ptr + offs[:, None] * BLOCK + offs[None, :])
-    sums = tl.sum(rows, axis=0)
-    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], rows * tl.sum(rows * sums[None, :], axis=1)[:, None])
+    tile = offs[:, None] * BLOCK + offs[None, :]
+    tl.store(c_ptr + tile, tl.dot(tl.load(a_ptr + tile), tl.load(b_ptr + tile)))
 
 
-def recorded(kernel, *tensors, grid=(4,), **arguments):
-    with record_launches() as launches:
-        kernel[grid](*tensors, **arguments)
-    return launches[0]
+@triton.jit
+def _crowded_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    """The same product from values that all four warps keep at once, far more than they have registers."""
+    offs = tl.arange(0, BLOCK)
+    tile = offs[:, None] * BLOCK + offs[None, :]
+    a = tl.load(a_ptr + tile).to(tl.float32)
+    b = tl.load(b_ptr + tile).to(tl.float32)
+    c = tl.load(c_ptr + tile).to(tl.float32)
+    spread = a * tl.sum(b, 0)[None, :] + b * tl.sum(c, 1)[:, None] + c * tl.sum(a, 0)[None, :]
+    total = tl.sum(tl.sum(spread, 0), 0)
+    tl.store(c_ptr + tile, tl.dot((a + total).to(tl.bfloat16), (b * total).to(tl.bfloat16)) + c * spread + a * b)
 
 
-def test_launches_are_noted_and_not_run():
-    x, y = torch.ones(100), torch.zeros(100)
-    launch = recorded(_scale_kernel, x, y, n=100, factor=2.0, nothing_ptr=None, BLOCK=32, num_warps=1)
-    assert torch.equal(y, torch.zeros(100))
-    assert launch.grid == (4,)
-    assert launch.kernel is _scale_kernel
-    assert launch.arguments["n"] == 100
-    assert launch.arguments["num_warps"] == 1
+@triton.jit
+def _scalar_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    """A product without matrix instructions."""
+    offs = tl.arange(0, BLOCK)
+    column = tl.load(a_ptr + offs).to(tl.float32)[:, None]
+    tl.store(c_ptr + offs[:, None] * BLOCK + offs[None, :], column * tl.load(b_ptr + offs).to(tl.float32)[None, :])
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target_gives_machine_code_and_its_resources(target):
-    x = torch.empty(128, device="meta", dtype=torch.bfloat16)
-    launch = recorded(_scale_kernel, x, x, n=128, factor=2.0, nothing_ptr=None, BLOCK=32, num_warps=1)
-    compiled = compile_launch(launch, target)
-    assert ("cubin" if target.startswith("sm") else "amdgcn") in compiled.asm
-    found = resources(compiled)
-    assert 0 < found.registers <= 64
-    assert found.spilled_bytes == 0
+class Planted:
+    """An operator of one launch whose kernel can be exchanged; rows carry one name whatever the kernel."""
+
+    name, launch_shapes = "planted", ((128,),)
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def label(self, shape):
+        return f"N={shape[0]}"
+
+    def launches(self, shape, dtype):
+        x, y = torch.empty(1, device="meta", dtype=dtype), torch.empty(1, device="meta")
+        self.kernel[(1,)](x, x, y, BLOCK=shape[0], num_warps=4)
 
 
-def test_alignment_and_ones_are_specialized_as_at_run_time():
-    x = torch.empty(1024, device="meta")
-    aligned, odd, one = (
-        compile_launch(recorded(_scale_kernel, x, x, n=n, factor=2.0, nothing_ptr=None, BLOCK=1024, num_warps=1), "sm_90").asm
-        for n in (1024, 1021, 1)
-    )
-    assert "ld.global.v4" in aligned["ptx"]
-    assert "ld.global.v4" not in odd["ptx"]
-    assert "%arg2" not in one["ttir"].split(")")[0] or "n:" not in one["ttir"]
+def planted(kernel):
+    (row,) = rows_of([Planted(kernel)], ["sm_90"])
+    return row | {"kernel": "_planted_kernel"}
 
 
-@pytest.mark.parametrize(("target", "width"), [("sm_90", 128), ("gfx942", 256)])
-def test_a_planted_spill_is_seen(target, width):
-    x = torch.empty(width, width, device="meta")
-    launch = recorded(_crowded_kernel, x, x, BLOCK=width, num_warps=1, grid=(1,))
-    assert resources(compile_launch(launch, target)).spilled_bytes > 0
+def test_planted_faults_are_seen():
+    fine = planted(_fine_kernel)
+    assert fine["spilled_bytes"] == 0
+    assert "HGMMA" in fine["matrix_instructions"]
+    assert regressions([fine], [fine]) == []
+    spilling, scalar = planted(_crowded_kernel), planted(_scalar_kernel)
+    assert [line for line in regressions([spilling], [fine]) if "spills" in line and "held 0" in line]
+    assert regressions([scalar], [fine]) == ["planted N=128 _planted_kernel sm_90: lost HGMMA"]
+    assert regressions([fine], []) == ["planted N=128 _planted_kernel sm_90: not in the held table"]
+    assert regressions([], [fine]) == ["planted N=128 _planted_kernel sm_90: gone"]
+    assert regressions([fine], [fine | {"tma_loads": 1}]) == ["planted N=128 _planted_kernel sm_90: lost its TMA loads"]
+
+
+def test_command_writes_rows_and_compares(tmp_path, capsys):
+    out = tmp_path / "codegen.json"
+    assert main(["layer_norm", "--arch", "sm_90", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "ESTIMATED" in shown
+    assert "12 rows" in shown
+    row = read_record(out, "codegen")["rows"][0]
+    assert {"registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "limited_by", "compile_seconds"} <= set(row)
+    assert set(row["hottest_loop"]["clocks"]) == {"tensor", "mufu", "fma", "alu", "issue", "shared", "memory"}
+
+    record = json.loads(out.read_text())
+    record["rows"][0]["registers"] += 5
+    out.write_text(json.dumps(record))
+    assert main(["layer_norm", "--arch", "sm_90", "--compare", str(out)]) == 0
+    changes = capsys.readouterr().out.split("since commit")[1].splitlines()[1:]
+    assert len(changes) == 1
+    assert "registers" in changes[0]
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layernorm"], "no operator with kernels 'layernorm'; near: layer_norm"),
+        (["--arch", "sm90"], "no architecture 'sm90'; near: sm_90"),
+        (["--compare", "/nowhere.json"], None),
+    ],
+)
+def test_bad_input(words, message):
+    with pytest.raises((InputError, FileNotFoundError), match=message):
+        main(words)
+
+
+@pytest.mark.plain
+def test_a_record_of_another_format_is_refused(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"kind": "codegen", "format": 0, "rows": []}')
+    with pytest.raises(
+        InputError, match=r"old\.json: expected a record of kind 'codegen', format 1, got kind 'codegen', format 0"
+    ):
+        main(["--compare", str(path)])

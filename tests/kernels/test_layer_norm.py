@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate
-from tritium.bench.codegen import TARGETS, compile_launch, record_launches, resources
+from tritium.bench.launches import TARGETS, compile_launch, record_launches
+from tritium.bench.machine_code import resources
 from tritium.kernels import add_layer_norm, layer_norm
 from tritium.kernels._op import INTERPRET
 from tritium.kernels.layer_norm import (

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tritium.__main__ import dispatch
 from tritium.train.cli import run
-from tritium.train.commands import dispatch
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "potions"]
 

@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit, file, tiny, tmp_path)
     """A limit on the size of files stands in for the disk: the write fails in the middle in the same way."""
     code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-    code += f"from tritium.train.cli import run; from tritium.train.commands import dispatch; exit(run(dispatch, {tiny}))"
+    code += f"from tritium.train.cli import run; from tritium.__main__ import dispatch; exit(run(dispatch, {tiny}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("tritium: ")

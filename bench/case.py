@@ -1,0 +1,78 @@
+"""What a kernel benchmark is made of: an operator, its shapes, and who contends.
+
+One source for `tritium bench kernels`, for pytest-benchmark and for the table of machine code.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to compute an operator. `call` takes the operator's inputs by name; `needs` is the module that must be there."""
+
+    name: str
+    call: Callable[..., Outputs]
+    needs: str | None = None
+    # Only where the inputs' device is a GPU: torch.compile takes a minute a shape on a CPU, and says nothing there.
+    cuda_only: bool = False
+
+    def absence(self, device: torch.device) -> str | None:
+        """Why it cannot take part here, or None."""
+        if self.cuda_only and device.type != "cuda":
+            return "needs a GPU"
+        if self.needs and importlib.util.find_spec(self.needs.split(".")[0]) is None:
+            return f"{self.needs} is not installed"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """An operator under test.
+
+    `inputs(shape, dtype, device)` makes its arguments by name: floating-point ones get gradients. `eager` is the definition in
+    plain PyTorch: the truth in float64, and what ours is compared with in the working dtype. `cost(shape, itemsize)` gives
+    fwd_bytes, bwd_bytes, fwd_flops and bwd_flops. `launches(shape, dtype)` runs every launcher on meta tensors, forward and
+    backward; None while there is no kernel. `check_shape` shrinks a shape to one whose float64 truth is cheap.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    inputs: Callable[[Sequence[int], torch.dtype, torch.device], dict[str, Any]]
+    ours: Callable[..., Outputs]
+    eager: Callable[..., Outputs]
+    cost: Callable[[Sequence[int], int], dict[str, int]]
+    check_shape: Callable[[Sequence[int]], tuple[int, ...]]
+    shapes: tuple[tuple[int, ...], ...]
+    small_shapes: tuple[tuple[int, ...], ...]
+    bound: str
+    peers: tuple[Contestant, ...] = ()
+    launches: Callable[[Sequence[int], torch.dtype], None] | None = None
+    launch_shapes: tuple[tuple[int, ...], ...] = field(default=())
+
+    def contestants(self) -> list[Contestant]:
+        """Ours first, then eager PyTorch, compiled PyTorch and the peers."""
+        # A function of its own for each: torch.compile counts how often one function was compiled anew.
+        compiled = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
+        return [
+            Contestant(name="tritium", call=self.ours),
+            Contestant(name="eager", call=self.eager),
+            Contestant(name="torch.compile", call=compiled, cuda_only=True),
+            *self.peers,
+        ]
+
+    def label(self, shape: Sequence[int]) -> str:
+        """A shape as "M=32768 N=768"."""
+        return " ".join(f"{name}={size}" for name, size in zip(self.sizes, shape, strict=True))
+
+
+def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Normal numbers that need gradients: zeros would let a GPU clock higher than any real run."""
+    return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype).requires_grad_()

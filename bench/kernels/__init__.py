@@ -1,0 +1,17 @@
+"""The operators that are measured: one module each, a row here."""
+
+from ..case import Operator
+from . import cross_entropy, layer_norm, linear_cross_entropy, mlp
+from .attention import ATTENTION
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        layer_norm.LAYER_NORM,
+        layer_norm.ADD_LAYER_NORM,
+        ATTENTION,
+        mlp.GELU_MLP,
+        cross_entropy.CROSS_ENTROPY,
+        linear_cross_entropy.LINEAR_CROSS_ENTROPY,
+    )
+}

@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+from tritium.bench.launches import TARGETS, compile_launch, record_launches
+from tritium.bench.machine_code import (
+    Resources,
+    bounds,
+    clocks,
+    disassembly,
+    hottest_loop,
+    matrix_instructions,
+    occupancy,
+    resources,
+    tma_loads,
+)
+from tritium.kernels._triton import tl, triton
+
+pytestmark = pytest.mark.codegen
+
+
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One BLOCK x BLOCK tile of a b: a (BLOCK, K), b (K, BLOCK), rows end to end."""
+    offs, offs_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + offs[:, None] * K + start + offs_k[None, :])
+        b = tl.load(b_ptr + (start + offs_k)[:, None] * BLOCK + offs[None, :])
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+
+
+@triton.jit
+def _descriptor_kernel(a_ptr, c_ptr, M, N, BLOCK: tl.constexpr):
+    a = tl.make_tensor_descriptor(a_ptr, shape=[M, N], strides=[N, 1], block_shape=[BLOCK, BLOCK])
+    c = tl.make_tensor_descriptor(c_ptr, shape=[M, N], strides=[N, 1], block_shape=[BLOCK, BLOCK])
+    c.store([0, 0], a.load([0, 0]) * 2)
+
+
+@triton.jit
+def _exponentials_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    for _ in range(n):
+        x = tl.exp2(x)
+    tl.store(x_ptr + offs, x)
+
+
+def product(dtype, target, block=128):
+    a, b, c = (torch.empty(1, device="meta", dtype=kind) for kind in (dtype, dtype, torch.float32))
+    with record_launches() as launches:
+        _product_kernel[(1,)](a, b, c, K=1024, BLOCK=block, BLOCK_K=64, num_warps=4)
+    return compile_launch(launches[0], target)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "tcgen05"), ("sm_120", "HMMA"), ("gfx942", "MFMA")]
+)
+def test_matrix_instructions_are_found(target, name):
+    assert set(matrix_instructions(disassembly(product(torch.bfloat16, target)))) == {name}
+
+
+def test_a_product_in_float32_has_no_hgmma_in_bfloat16_but_still_a_matrix_instruction():
+    found = matrix_instructions(disassembly(product(torch.float32, "sm_90", block=64)))
+    assert found, "TF32 goes through the tensor pipe too"
+
+
+def test_the_loop_of_a_product_takes_the_tensor_clocks_that_its_flops_take():
+    loop = hottest_loop(disassembly(product(torch.bfloat16, "sm_90")))
+    found = clocks(loop, num_warps=4)
+    # 128 x 128 x 64 multiply-adds at 4,096 FLOPs a clock, a multiple of it where the loop was unrolled.
+    passes = found["tensor"] / (2 * 128 * 128 * 64 / 4096)
+    assert passes == round(passes) >= 1
+    assert bounds(found)["of"] == "tensor"
+    assert 0 < bounds(found)["serial"] < bounds(found)["overlapped"] <= 1
+
+
+def test_the_loop_of_exponentials_is_bound_by_them():
+    x = torch.empty(1024, device="meta")
+    with record_launches() as launches:
+        _exponentials_kernel[(1,)](x, n=1000, BLOCK=1024, num_warps=4)
+    loop = hottest_loop(disassembly(compile_launch(launches[0], "sm_90")))
+    found = clocks(loop, num_warps=4)
+    exponentials = sum(text.startswith("MUFU.EX2") for text in loop)
+    assert exponentials
+    assert exponentials % 8 == 0, "8 elements a thread"
+    assert found["mufu"] == exponentials * 4 * 2
+    assert max(found, key=found.get) == "mufu"
+
+
+def test_bulk_loads_are_found():
+    x = torch.empty(1024, device="meta", dtype=torch.bfloat16)
+    with record_launches() as launches:
+        _descriptor_kernel[(1,)](x, x, M=1024, N=1024, BLOCK=64)
+    assert tma_loads(disassembly(compile_launch(launches[0], "sm_90"))) == 1
+    assert tma_loads(disassembly(compile_launch(launches[0], "sm_80"))) == 0
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "target", "expected"),
+    [
+        (128, 0, 4, "sm_90", (4, "registers")),
+        (255, 0, 8, "sm_90", (1, "registers")),
+        (16, 0, 32, "sm_90", (2, "threads")),
+        (32, 100 << 10, 4, "sm_90", (2, "shared memory")),
+        (32, 100 << 10, 4, "sm_80", (1, "shared memory")),
+        (16, 0, 1, "sm_80", (32, "blocks")),
+        (32, 0, 4, "sm_120", (12, "threads")),
+        # 512 registers a lane: 4 wavefronts of 128 on each of 4 SIMDs.
+        (128, 0, 4, "gfx942", (4, "registers")),
+    ],
+)
+def test_occupancy_is_the_least_of_four_limits(registers, shared, warps, target, expected):
+    assert occupancy(Resources(registers=registers, spilled_bytes=0, shared_bytes=shared), warps, target) == expected
+
+
+@pytest.mark.plain
+def test_bytes_and_clocks_of_each_pipe():
+    loop = [
+        "LDG.E.128 R0, desc[UR8][R2.64]", "STG.E R0, R1", "LDS.64 R2, [R3]", "LDSM.16.M88.4 R4, [R5]", "SHFL.BFLY PT, R1, R2",
+        "FFMA R1, R2, R3, R4", "IMAD R1, R2, R3, R4", "MUFU.EX2 R1, R2", "LOP3.LUT R1, R2", "UIADD3 UR4, UR4, 0x1", "BRA 0x10",
+    ]  # fmt: skip
+    found = clocks(loop, num_warps=4)
+    assert found["shared"] == (32 * 8 + 512 + 128) * 4 / 128
+    assert found["fma"] == (1 + 2) * 4 * 32 / 128
+    assert found["mufu"] == 4 * 32 / 16
+    assert found["alu"] == 4 * 32 / 64
+    assert found["issue"] == 11
+    assert found["tensor"] == 0
+    # An H200 has 4.8 TB/s for 132 multiprocessors at 1.98 GHz.
+    assert found["memory"] == pytest.approx((512 + 128) * 4 / (4.8e12 / 132 / 1.98e9))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_small_kernel_has_few_registers_and_no_spills(target):
+    x = torch.empty(128, device="meta")
+    with record_launches() as launches:
+        _exponentials_kernel[(1,)](x, n=3, BLOCK=128, num_warps=4)
+    found = resources(compile_launch(launches[0], target))
+    assert 0 < found.registers <= 64
+    assert found.spilled_bytes == 0

@@ -1,0 +1,33 @@
+import json
+
+import pytest
+import torch
+
+from tritium.bench import record
+from tritium.bench.record import provenance, read_record, write_record
+from tritium.train.config import InputError
+
+pytestmark = pytest.mark.plain
+
+
+def test_a_record_comes_back_with_where_it_was_made(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write_record(path, "kernels", {"rows": [1, 2]})
+    found = read_record(path, "kernels")
+    assert found["rows"] == [1, 2]
+    assert found["torch"] == torch.__version__
+    assert set(provenance()) <= set(found)
+
+
+def test_another_kind_format_or_no_json_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_record(path, "kernels", {})
+    with pytest.raises(InputError, match=r"expected a record of kind 'codegen', format 1, got kind 'kernels', format 1"):
+        read_record(path, "codegen")
+    monkeypatch.setattr(record, "FORMAT", 2)
+    with pytest.raises(InputError, match="format 2, got kind 'kernels', format 1; measure again"):
+        read_record(path, "kernels")
+    for text in ("[1, 2]", "not json", json.dumps({"rows": []})):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"x\.json: expected"):
+            read_record(path, "kernels")
