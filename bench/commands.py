@@ -7,7 +7,7 @@ from ..train.cli import near
 from ..train.config import InputError
 
 # Command -> module of this folder whose `main(argv)` runs it and returns the exit status.
-COMMANDS = {"kernels": "kernels", "codegen": "codegen", "train": "training", "report": "report"}
+COMMANDS = {"kernels": "contest", "codegen": "codegen", "train": "training", "report": "report"}
 
 HELP = """usage: tritium bench COMMAND [options]
 

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: which way imports point, where tests are, how long things get."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,12 @@ pytestmark = pytest.mark.plain
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "model", "train", "bench")
-SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if not path.name.startswith("test_")  # bench/test_kernels.py: cases for pytest-benchmark
+)
 # What each folder may import besides itself; "" is the root package, which holds the version.
 BELOW = {"kernels": set(), "model": {"kernels"}, "train": {"kernels", "model", ""}, "bench": {"kernels", "model", "train", ""}}
 MAX_LINES = {"file": 400, "function": 60, "kernel": 100}
@@ -65,7 +71,11 @@ def test_every_source_has_its_test_file():
         names = [f"test_{path.stem}.py"]
         # The part of a kernel that stands in a file of its own, _OP_PART.py, is tested as part of the operator.
         names += [f"test_{other.stem}.py" for other in SOURCES if path.stem.startswith(f"_{other.stem}_")]
-        assert path.stem == "__init__" or any(path.parent / name in tests for name in names), f"{path} has no test file"
+        if path.parent == Path("bench/kernels"):
+            names = ["../test_case.py"]  # rows of data, tested as rows
+        assert path.stem == "__init__" or any(Path(os.path.normpath(path.parent / name)) in tests for name in names), (
+            f"{path} has no test file"
+        )
     assert Path("test___main__.py") in tests
 
 

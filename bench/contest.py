@@ -1,0 +1,248 @@
+"""tritium bench kernels: each operator beside what people would use instead, checked first, then timed in turn.
+
+A contestant whose outputs or gradients are further from the float64 truth than twice eager PyTorch's, and than rounding
+explains, is refused: it has no time. One that is not installed is named as absent. Shares are of this machine's own ceilings,
+measured in the same run, and of the operator's least bytes or FLOPs, from its cost(). "forward" is the forward of training:
+with what it saves for the backward, or forms for it already.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..train.cli import near, parse
+from ..train.config import InputError
+from ..train.device import choose_device, use_fast_matmul
+from .case import Contestant, Operator
+from .kernels import OPERATORS
+from .plot import plot_contest
+from .record import write_record
+from .timing import Ceilings, ceilings, input_sets, time_in_turn
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Which parts of an operator's cost each direction has.
+DIRECTIONS = {"forward": ("fwd",), "backward": ("bwd",), "both": ("fwd", "bwd")}
+FACTOR = 2.0
+HELP = f"""Measure operators beside eager PyTorch, torch.compile, PyTorch's own fused operators and what else is installed.
+
+
+operators: {", ".join(OPERATORS)}; default: all"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContestOptions:
+    """Options of `tritium bench kernels`."""
+
+    operators: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Operators; default: all."""
+    shape: tuple[str, ...] = ()
+    """Sizes like 32768x768, in the order the table names them; default: the operator's own."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: CUDA if there is one."""
+    rounds: int = 20
+    """Samples of each contestant."""
+    out: str | None = None
+    """Folder for kernels.json and a plot of each operator."""
+
+
+def refusal(
+    operator: Operator, contestant: Contestant, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a contestant may not be timed: its error, or what it raised; None if it is right."""
+    torch.manual_seed(0)
+    inputs = operator.inputs(operator.check_shape(shape), dtype, device)
+    double = {
+        name: value.detach().double().requires_grad_() if _differentiable(value) else value for name, value in inputs.items()
+    }
+    truth, upstream = _values(operator.eager, double, None)
+    peer, _ = _values(operator.eager, inputs, upstream)
+    try:
+        got, _ = _values(contestant.call, inputs, upstream)
+    except Exception as error:  # other people's code may raise anything
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+    for name, expected in truth.items():
+        if got[name].shape != expected.shape:
+            return f"{name} is {tuple(got[name].shape)}, expected {tuple(expected.shape)}"
+        rounding = _rounding(inputs, dtype)
+        # The largest error finds one wrong element, the root of the mean square a small factor on all of them.
+        for measure, norm in (("at most", _largest), ("in the mean square", _rms)):
+            error, theirs = (norm(value[name].double() - expected) for value in (got, peer))
+            if not error <= max(FACTOR * theirs, rounding * norm(expected)):
+                return f"{name} is off by {error:.2g} {measure}, eager PyTorch by {theirs:.2g}"
+    return None
+
+
+def _rounding(inputs: dict[str, Any], dtype: torch.dtype) -> float:
+    """What two roundings to the dtype and a float32 sum along the longest axis may be off by, relative."""
+    longest = max(size for value in inputs.values() if isinstance(value, Tensor) for size in value.shape)
+    return 2 * torch.finfo(dtype).eps + (8 + longest**0.5) * torch.finfo(torch.float32).eps
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _values(call: Callable, inputs: dict[str, Any], upstream: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Outputs and gradients by name, and the incoming gradients, drawn if not given."""
+    outputs = call(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if upstream is None:
+        upstream = [torch.randn_like(output) for output in outputs]
+    leaves = {name: value for name, value in inputs.items() if _differentiable(value)}
+    incoming = [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), incoming)
+    named = {f"output {number}": output.detach() for number, output in enumerate(outputs)}
+    return named | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}, upstream
+
+
+def measure(
+    operator: Operator, shape: Sequence[int], dtype: torch.dtype, device: torch.device, limits: Ceilings, rounds: int
+) -> dict[str, Any]:
+    """Check and time every contestant at one shape; the entry of the JSON."""
+    absent, refused, calls = {}, {}, {}
+    for contestant in operator.contestants():
+        if why := contestant.absence(device):
+            absent[contestant.name] = why
+        elif why := refusal(operator, contestant, shape, dtype, device):
+            refused[contestant.name] = why
+        else:
+            calls[contestant.name] = contestant.call
+    sets = [operator.inputs(shape, dtype, device)]
+    size = sum(value.numel() * value.itemsize for value in sets[0].values() if isinstance(value, Tensor))
+    sets += [operator.inputs(shape, dtype, device) for _ in range(input_sets(size, device) - 1)]
+    cost = operator.cost(shape, dtype.itemsize)
+    rows = []
+    for direction, parts in DIRECTIONS.items():
+        samples = time_in_turn({name: timed(call, sets, direction) for name, call in calls.items()}, device, rounds=rounds)
+        work = sum(cost[f"{part}_{operator.bound}"] for part in parts)
+        limit = limits.bytes_per_second if operator.bound == "bytes" else limits.flops_per_second
+        for name, sample in samples.items():
+            rate = work / sample.median
+            row = {"contestant": name, "direction": direction, "seconds": asdict(sample), "rate": rate, "share": rate / limit}
+            rows.append(row | {"peak_bytes": _peak(calls[name], sets[0], device) if direction == "both" else None})
+    return {
+        "operator": operator.name, "shape": list(shape), "label": operator.label(shape), "bound": operator.bound,
+        "rows": rows, "absent": absent, "refused": refused,
+    }  # fmt: skip
+
+
+def timed(call: Callable, sets: list[dict[str, Any]], direction: str) -> Callable[[int], object]:
+    """A call of one direction, given the number of the input set to use; the backward keeps one forward's graph."""
+
+    def graph(number: int) -> tuple:
+        inputs = sets[number % len(sets)]
+        outputs = call(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [value for value in inputs.values() if _differentiable(value)]
+        return outputs, leaves, [torch.ones_like(output) for output in outputs]
+
+    if direction == "forward":
+        return lambda number: call(**sets[number % len(sets)])
+    if direction == "both":
+        return lambda number: torch.autograd.grad(*graph(number))
+    kept: list[tuple] = []
+
+    def backward(number: int) -> object:
+        if not kept:
+            kept.append(graph(0))
+        return torch.autograd.grad(*kept[0], retain_graph=True)
+
+    return backward
+
+
+def _peak(call: Callable, inputs: dict[str, Any], device: torch.device) -> int | None:
+    """Bytes that forward and backward need at once beyond the inputs; None where nobody counts them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    timed(call, [inputs], "both")(0)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _print(entry: dict[str, Any], console: Console) -> None:
+    unit, scale = ("GB/s", 1e9) if entry["bound"] == "bytes" else ("TFLOP/s", 1e12)
+    table = Table("contestant", *(f"{d} us" for d in DIRECTIONS), f"both {unit}", "of ceiling", "spread", "peak MB")
+    table.title = f"{entry['operator']}  {entry['label']}"
+    by_name: dict[str, dict[str, dict]] = {}
+    for row in entry["rows"]:
+        by_name.setdefault(row["contestant"], {})[row["direction"]] = row
+    for name, rows in by_name.items():
+        both = rows["both"]
+        spread = (both["seconds"]["p90"] - both["seconds"]["p10"]) / both["seconds"]["median"]
+        peak = "-" if both["peak_bytes"] is None else f"{both['peak_bytes'] / 1e6:.0f}"
+        times = (f"{rows[direction]['seconds']['median'] * 1e6:.1f}" for direction in DIRECTIONS)
+        table.add_row(name, *times, f"{both['rate'] / scale:.3g}", f"{both['share']:.0%}", f"{spread:.0%}", peak)
+    for name, why in entry["refused"].items():
+        table.add_row(name, f"REFUSED: {why}")
+    for name, why in entry["absent"].items():
+        table.add_row(name, f"absent: {why}")
+    console.print(table)
+
+
+def _shapes(operator: Operator, words: Sequence[str], device: torch.device) -> list[tuple[int, ...]]:
+    if not words:
+        return list(operator.shapes if device.type == "cuda" else operator.small_shapes)
+    shapes = []
+    for word in words:
+        sizes = word.lower().split("x")
+        if len(sizes) != len(operator.sizes) or not all(size.isdigit() and int(size) > 0 for size in sizes):
+            raise InputError(
+                f"--shape: expected {'x'.join(operator.sizes)} for {operator.name}, such as "
+                f"{'x'.join(map(str, operator.small_shapes[0]))}, got {word!r}"
+            )
+        shapes.append(tuple(map(int, sizes)))
+    return shapes
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium bench kernels`. Returns: exit status."""
+    options = parse(ContestOptions, argv, prog="tritium bench kernels", description=HELP)
+    for name in options.operators:
+        if name not in OPERATORS:
+            raise InputError(f"tritium bench kernels: no operator {name!r}; near: {near(name, list(OPERATORS))}")
+    if options.rounds < 1:
+        raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
+    device = choose_device(options.device)
+    use_fast_matmul(device)
+    dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    operators = [OPERATORS[name] for name in options.operators or OPERATORS]
+    work = [(operator, shape) for operator in operators for shape in _shapes(operator, options.shape, device)]
+    console = Console(width=None if Console().is_terminal else 160)
+    if device.type != "cuda":
+        print("No GPU: these are the references on small shapes. No Triton kernel runs, memory is not counted, and how the")
+        print("contestants compare here says nothing about how they compare on a GPU.")
+    limits = ceilings(device, dtype)
+    print(f"ceilings, measured now: copy {limits.bytes_per_second / 1e9:,.0f} GB/s, product "
+          f"{limits.flops_per_second / 1e12:,.2f} TFLOP/s; {dtype}")  # fmt: skip
+    out, entries = None if options.out is None else Path(options.out), []
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    for operator, shape in work:
+        entries.append(measure(operator, shape, dtype, device, limits, options.rounds))
+        _print(entries[-1], console)
+        if out:  # after each: what was measured stays, whatever stops the rest
+            write_record(out / "kernels.json", "kernels", {"dtype": str(dtype), "ceilings": asdict(limits), "entries": entries})
+    if out:
+        for operator in operators:
+            plot_contest([entry for entry in entries if entry["operator"] == operator.name], asdict(limits), out)
+        print(f"written: {out / 'kernels.json'} and a plot of each operator")
+    return 0

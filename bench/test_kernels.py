@@ -1,0 +1,43 @@
+"""The cases of `tritium bench kernels` under pytest-benchmark: `pytest bench/ --benchmark-only`, with its --benchmark-save,
+--benchmark-compare and --benchmark-histogram. A group is an operator, a shape and a direction; contestants stand in it.
+
+Imported absolutely: pytest gives this file a package name of its own, and relative imports would load every operator twice.
+"""
+
+import pytest
+import torch
+
+from tritium.bench.contest import DIRECTIONS, refusal, timed
+from tritium.bench.kernels import OPERATORS
+from tritium.bench.timing import input_sets
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+CASES = [
+    pytest.param(operator, shape, contestant, id=f"{operator.name}-{'x'.join(map(str, shape))}-{contestant.name}")
+    for operator in OPERATORS.values()
+    for shape in (operator.shapes if DEVICE.type == "cuda" else operator.small_shapes)
+    for contestant in operator.contestants()
+]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("operator", "shape", "contestant"), CASES)
+def test_kernel(operator, shape, contestant, direction, benchmark):
+    if why := contestant.absence(DEVICE):
+        pytest.skip(why)
+    if why := refusal(operator, contestant, shape, DTYPE, DEVICE):
+        pytest.fail(f"refused: {why}")
+    benchmark.group = f"{operator.name} {operator.label(shape)} {direction}"
+    sets = [operator.inputs(shape, DTYPE, DEVICE)]
+    size = sum(value.numel() * value.itemsize for value in sets[0].values())
+    sets += [operator.inputs(shape, DTYPE, DEVICE) for _ in range(input_sets(size, DEVICE) - 1)]
+    call, turn = timed(contestant.call, sets, direction), iter(range(10**9))
+
+    def once():
+        call(next(turn))
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    benchmark.pedantic(once, rounds=10, warmup_rounds=2)

@@ -1,0 +1,27 @@
+import subprocess
+import sys
+
+import pytest
+
+from tritium.bench.commands import COMMANDS, bench
+from tritium.train.config import InputError
+
+pytestmark = pytest.mark.plain
+
+
+def test_help_names_every_command(capsys):
+    assert bench([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_is_answered_with_the_near_ones():
+    with pytest.raises(InputError, match="no command 'kernel'; near: kernels"):
+        bench(["kernel"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command):
+    done = subprocess.run([sys.executable, "-m", "tritium", "bench", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"tritium bench {command}" in done.stdout
