@@ -1,7 +1,9 @@
-"""What is known of each GPU: one table, keyed by the device's name, and the few questions the launchers ask.
+"""What is known of each GPU: one table, and the few questions that launchers, metrics and `tritium plan` ask.
 
-Dense peaks without sparsity, at boost clock, as the vendors' data sheets state them; bandwidth of the memory, reads plus
-writes. An unknown device is answered with None, so that a caller reports throughput and no share of a peak.
+As the vendors' data sheets state them: dense peaks without sparsity, at boost clock; bandwidth of the memory, reads plus
+writes; its size in decimal gigabytes, of which drivers report up to a few percent more; the link to the other GPUs of a node
+(NVLink, Infinity Fabric or PCIe), both directions together. NVLink bridges that join only two cards do not count. An unknown
+device is answered with None, so that a caller reports throughput and no share of a peak.
 """
 
 import functools
@@ -12,28 +14,44 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """Peaks of one device: bf16 tensor FLOP/s and memory bytes/s."""
+    """Limits of one device: bf16 tensor FLOP/s, memory bytes/s, memory bytes, link bytes/s.
 
+    `driver_name` is the part of torch.cuda.get_device_name, lower case, that tells it from the rows below it.
+    """
+
+    driver_name: str
+    generation: str
     bf16_flops: float
     bytes_per_second: float
+    memory_bytes: float
+    link_bytes_per_second: float
 
 
-# Matched in order as a substring of the device's name, lower case: longer names first.
+def _row(
+    driver_name: str, generation: str, teraflops: float, terabytes_per_second: float, gigabytes: int, link_gb: int
+) -> Ceiling:
+    return Ceiling(
+        driver_name=driver_name, generation=generation, bf16_flops=teraflops * 1e12,
+        bytes_per_second=terabytes_per_second * 1e12, memory_bytes=gigabytes * 1e9, link_bytes_per_second=link_gb * 1e9,
+    )  # fmt: skip
+
+
+# Keyed by the name that people type. Drivers' names are matched in this order: the longer ones first.
 CEILINGS = {
-    "b200": Ceiling(bf16_flops=2250e12, bytes_per_second=8.0e12),
-    "gh200": Ceiling(bf16_flops=989.4e12, bytes_per_second=4.0e12),
-    "h200": Ceiling(bf16_flops=989.4e12, bytes_per_second=4.8e12),
-    "h100 nvl": Ceiling(bf16_flops=835.5e12, bytes_per_second=3.9e12),
-    "h100 pcie": Ceiling(bf16_flops=756e12, bytes_per_second=2.0e12),
-    "h100": Ceiling(bf16_flops=989.4e12, bytes_per_second=3.35e12),
-    "a100-sxm4-80gb": Ceiling(bf16_flops=312e12, bytes_per_second=2.039e12),
-    "a100 80gb pcie": Ceiling(bf16_flops=312e12, bytes_per_second=1.935e12),
-    "a100": Ceiling(bf16_flops=312e12, bytes_per_second=1.555e12),
-    "l40s": Ceiling(bf16_flops=362e12, bytes_per_second=0.864e12),
-    "rtx 5090": Ceiling(bf16_flops=209.5e12, bytes_per_second=1.792e12),
-    "rtx 4090": Ceiling(bf16_flops=165.2e12, bytes_per_second=1.008e12),
-    "rtx 3090": Ceiling(bf16_flops=71e12, bytes_per_second=0.936e12),
-    "mi300x": Ceiling(bf16_flops=1307e12, bytes_per_second=5.3e12),
+    "b200": _row("b200", "blackwell", 2250, 8.0, 180, 1800),
+    "gh200": _row("gh200", "hopper", 989.4, 4.0, 96, 900),
+    "h200": _row("h200", "hopper", 989.4, 4.8, 141, 900),
+    "h100-nvl": _row("h100 nvl", "hopper", 835.5, 3.9, 94, 128),
+    "h100-pcie": _row("h100 pcie", "hopper", 756, 2.0, 80, 128),
+    "h100": _row("h100", "hopper", 989.4, 3.35, 80, 900),
+    "a100-80gb": _row("a100-sxm4-80gb", "ampere", 312, 2.039, 80, 600),
+    "a100-80gb-pcie": _row("a100 80gb pcie", "ampere", 312, 1.935, 80, 64),
+    "a100-40gb": _row("a100", "ampere", 312, 1.555, 40, 600),
+    "l40s": _row("l40s", "ada", 362, 0.864, 48, 64),
+    "rtx-5090": _row("rtx 5090", "blackwell", 209.5, 1.792, 32, 128),
+    "rtx-4090": _row("rtx 4090", "ada", 165.2, 1.008, 24, 64),
+    "rtx-3090": _row("rtx 3090", "ampere", 71, 0.936, 24, 64),
+    "mi300x": _row("mi300x", "cdna3", 1307, 5.3, 192, 896),
 }
 
 # A launch planned where no GPU is (interpreter, ahead-of-time compilation) is planned as for an H100 or H200.
@@ -41,9 +59,9 @@ DEFAULT_SM_COUNT = 132
 
 
 def ceiling(device_name: str) -> Ceiling | None:
-    """Peaks of a device by name (as torch.cuda.get_device_name gives it), or None if the table does not know it."""
+    """Limits of a device by name (as torch.cuda.get_device_name gives it), or None if the table does not know it."""
     name = device_name.lower()
-    return next((row for key, row in CEILINGS.items() if key in name), None)
+    return next((row for row in CEILINGS.values() if row.driver_name in name), None)
 
 
 @functools.cache

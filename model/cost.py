@@ -1,45 +1,105 @@
-"""What a GPT costs, as formulas: parameters, FLOPs a token, bytes of activations.
+"""What a GPT costs, as formulas: parameters, FLOPs a token, bytes of activations and of a whole training step.
 
     parameters   N = V D + C D + L (norms 2 D + qkv D (D + 2 G K) + projection D^2 + MLP 2 D F) + D; biases have as many
                  numbers as their layer has outputs: L (2 D + D + 2 G K + D + F + D) + D
     FLOPs        6 (N - C D) + 12 L D T a token, forward and backward: two for each multiply-add, the backward twice the
                  forward; attention counted in full, although causal kernels do half. What MFU is reported with.
     activations  what autograd keeps between forward and backward, see activation_bytes
+    a step       everything alive at its fullest moment, see step_bytes
 
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
+from ..kernels.linear_cross_entropy import plan
 from .config import GPTConfig
 
 
 def parameters(config: GPTConfig) -> int:
     """Trainable numbers, without the embedding's rows added for alignment: the figure that models are known by."""
-    D, F, KV = config.d_model, config.d_feedforward, config.kv_heads * config.head_size
-    matrices = D * (D + 2 * KV) + D * D + 2 * D * F
-    gains, outputs = 2 * D, D + 2 * KV + D + F + D
+    D = config.d_model
+    gains, outputs = 2 * D, D + 2 * _kv_width(config) + D + config.d_feedforward + D
     biases = config.n_layer * (gains + outputs) + D if config.bias else 0
     embeddings = (config.vocab_size + config.context_tokens) * D
-    return embeddings + config.n_layer * (matrices + gains) + D + biases
+    return embeddings + matrices(config) + config.n_layer * gains + D + biases
+
+
+def matrices(config: GPTConfig) -> int:
+    """Numbers in the weight matrices of all blocks."""
+    D = config.d_model
+    return config.n_layer * (D * (D + 2 * _kv_width(config)) + D * D + 2 * D * config.d_feedforward)
+
+
+def _kv_width(config: GPTConfig) -> int:
+    return config.kv_heads * config.head_size
 
 
 def flops_per_token(config: GPTConfig, tokens: int) -> int:
     """FLOPs of forward and backward for each token of a sequence of `tokens`."""
-    counted = parameters(config) - config.context_tokens * config.d_model
-    return 6 * counted + 12 * config.n_layer * config.d_model * tokens
+    return 6 * (parameters(config) - config.context_tokens * config.d_model) + 12 * config.n_layer * config.d_model * tokens
 
 
 def activation_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int) -> int:
     """Bytes kept between forward and backward of the loss of `batch` sequences of `tokens`, weights not counted.
 
-    A block keeps for each token the inputs of its two norms and of qkv, projection and MLP (5 D), q k v (D + 2 G K), the MLP's
-    hidden layer before and after GELU (2 F), all of `itemsize` bytes, and float32 statistics: mean and deviation of two norms,
-    log-sum-exp of H heads. The head keeps the gradients that it has formed already, in float32.
+    A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K) and the MLP's hidden layer
+    before and after GELU (2 F), of `itemsize` bytes: 4, or 2 under autocast. In float32 either way: the residual stream that
+    its two norms read (2 D), and statistics: mean and deviation of two norms, log-sum-exp of H heads. The head keeps the
+    gradients that it has formed already, in float32.
     """
-    D, F, KV = config.d_model, config.d_feedforward, config.kv_heads * config.head_size
-    block = (5 * D + D + 2 * KV + 2 * F) * itemsize + 4 * (4 + config.n_head)
-    final_norm = D * itemsize + 4 * 2
+    D, F, KV = config.d_model, config.d_feedforward, _kv_width(config)
+    block = (3 * D + D + 2 * KV + 2 * F) * itemsize + 4 * (2 * D + 4 + config.n_head)
+    final_norm = 4 * (D + 2)
     token_ids = 8
-    head = 4 * D
-    per_token = config.n_layer * block + final_norm + head + token_ids
-    position_ids, counted, weight_gradient = 8 * tokens, 8, 4 * config.vocab_size * D
-    return batch * tokens * per_token + position_ids + counted + weight_gradient
+    per_token = config.n_layer * block + final_norm + token_ids
+    position_ids, counted = 8 * tokens, 8
+    return batch * tokens * per_token + position_ids + counted + _head_bytes(config, batch * tokens)
+
+
+def _head_bytes(config: GPTConfig, rows: int) -> int:
+    """The float32 gradients of the head's inputs and weight."""
+    return 4 * config.d_model * (rows + config.vocab_size)
+
+
+def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, accumulates: bool) -> dict[str, int]:
+    """Bytes alive at the fullest moment of a training step with AdamW, by part: what they are for.
+
+    That moment is one of three. In the head's forward there are logits; at the start of the backward there are all activations
+    beside what the last MLP computes for its gradient; at its end all gradients have been formed. In between activations are
+    freed and gradients formed at an even pace, so no moment in between has more of both. Scores of attention's reference stay
+    below the MLP's share where heads are 64 wide, and are left out.
+
+    Args:
+        batch, tokens: sequences at once and their length.
+        itemsize: 4; 2 for products in bfloat16 under autocast, which makes copies of the float32 weights.
+        accumulates: whether gradients exist before the forward: of micro-batches before this one, or in a reducer's buckets.
+    Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
+    """
+    N, D, F, V = batch * tokens, config.d_model, config.d_feedforward, config.vocab_size
+    embedding = 4 * config.padded_vocab_size * D
+    weights = 4 * parameters(config) + embedding - 4 * V * D
+    kept = _head_bytes(config, N)
+    activations = activation_bytes(config, batch, tokens, itemsize) - kept
+    is_narrow = itemsize < 4
+    copies = itemsize * matrices(config) if is_narrow else 0
+    before = weights if accumulates else 0
+
+    rows = plan(N, V)
+    # A chunk's logits and their softmax, which becomes their gradient; the next chunk's begin while that one is still there.
+    logits = 4 * rows * V * (2 if rows == N else 3)
+    # Under autocast the head's weight is cast, and its reference widens it again.
+    head_weight = (itemsize + 4) * V * D if is_narrow else 0
+    norm_and_branch = 2 * itemsize * N * D
+    # Scaling the gradients of the head makes new ones, the weight's then as long as the padded embedding.
+    scaled = itemsize * N * D + embedding
+    forward = (copies, before, activations, kept + max(logits + head_weight + norm_and_branch, scaled), 0)
+
+    # The last MLP's da and dw2, then in float32 sigmoid and slope; under autocast h too, and dh rounded back.
+    gelu = itemsize * N * F + itemsize * F * D + 8 * N * F + ((4 + itemsize) * N * F if is_narrow else 0)
+    stream = 4 * N * D + (itemsize * N * D if is_narrow else 0)
+    backward = (copies, before, activations, embedding + stream, gelu)
+
+    # The embedding's gradients as the head's weight and as the input's table, of which one is in `weights` unless accumulated.
+    update = (0, weights, 0, embedding * (2 if accumulates else 1), 4 * N * D)
+    fullest = max(forward, backward, update, key=sum)
+    names = ("copies", "gradients", "activations", "head", "temporaries")
+    return {"weights": weights, "optimizer": 2 * weights, **dict(zip(names, fullest, strict=True))}

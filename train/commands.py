@@ -1,4 +1,4 @@
-"""The commands around training: train, data, sample, info."""
+"""The commands around training: train, data, sample, info; plan has a file of its own."""
 
 import platform
 import shlex
@@ -24,6 +24,7 @@ from .config import InputError, TrainConfig
 from .data import build, cache_dir
 from .device import choose_device, use_fast_matmul
 from .loop import InterruptedRun, resume, sample_text, start
+from .plan import plan
 from .recipes import RECIPES, default_recipe, recipe
 from .run import read_run
 from .tokenizer import Tokenizer
@@ -206,4 +207,4 @@ def _ceilings(device: torch.device) -> str:
     return f"{known.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, {known.bytes_per_second / 1e12:.2f} TB/s memory"
 
 
-COMMANDS = {"train": train, "data": data, "sample": sample, "info": info}
+COMMANDS = {"train": train, "data": data, "sample": sample, "plan": plan, "info": info}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritium.model import GPT, PRESETS, GPTConfig
-from tritium.model.cost import activation_bytes, flops_per_token, parameters
+from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
 
 pytestmark = pytest.mark.plain
 
@@ -32,11 +32,12 @@ def test_flops_are_counted_as_for_mfu():
     assert flops_per_token(PRESETS["gpt2"], 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("config", "B", "T"),
     [(SMALL, 2, 16), (replace(SMALL, bias=False), 2, 16), (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7)],
 )
-def test_activation_bytes_are_those_autograd_keeps(config, B, T):
+def test_activation_bytes_are_those_autograd_keeps(config, B, T, autocast):
     model = GPT(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -48,7 +49,23 @@ def test_activation_bytes_are_those_autograd_keeps(config, B, T):
         return tensor
 
     tokens = torch.randint(config.vocab_size, (B, T))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         loss = model(tokens, tokens)
-    assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, itemsize=4)
+    itemsize = 2 if autocast else 4
+    copies = itemsize * matrices(config) if autocast else 0
+    assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, itemsize) + copies
     assert loss.ndim == 0
+
+
+def test_a_step_holds_all_gradients_if_it_accumulates_and_copies_under_autocast():
+    """What a whole step allocates is compared with a measurement in tests/train/test_plan.py."""
+    config = PRESETS["gpt2"]
+    padded = 4 * (parameters(config) + (config.padded_vocab_size - config.vocab_size) * config.d_model)
+    parts = step_bytes(config, 8, 1024, 2, accumulates=True)
+    assert parts["weights"] == parts["gradients"] == parts["optimizer"] / 2 == padded
+    assert parts["copies"] == 2 * matrices(config)
+    assert step_bytes(config, 8, 1024, 4, accumulates=False)["gradients"] == 0
+    assert sum(step_bytes(config, 9, 1024, 2, accumulates=True).values()) > sum(parts.values())
