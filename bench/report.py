@@ -1,0 +1,161 @@
+"""tritium bench report: README's figures from bench/results, and nothing else; or, of a folder, what it holds in short.
+
+Every record below bench/results is read. Those measured on a GPU become tables; where there is none yet, a sentence says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ..train.cli import parse
+from ..train.config import InputError
+from .record import FORMAT, read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- figures: written by tritium bench report -->", "<!-- end of figures -->"
+KINDS = ("kernels", "train", "codegen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of `tritium bench report`."""
+
+    folder: tyro.conf.Positional[str | None] = None
+    """Print what a folder of measurements holds, and change nothing; default: write README's figures from bench/results."""
+    readme: str = str(ROOT / "README.md")
+    """The file to write them into."""
+
+
+def figures(results: Path = RESULTS) -> str:
+    """README's figures as Markdown, from the records below `results`."""
+    records = _records(results)
+    kernels = [record for record in records if record["kind"] == "kernels" and record["gpu"]]
+    training = [record for record in records if record["kind"] == "train" and record["gpu"]]
+    parts = [_kernel_tables(record) for record in kernels] + [_training_table(record) for record in training]
+    if not parts:
+        parts = [
+            "No GPU has measured tritium yet: `bench/results` holds no file from one, so no speed on a GPU is stated here."
+        ]
+    newest = max(
+        (record for record in records if record["kind"] == "codegen"), key=lambda record: record["triton"], default=None
+    )
+    if newest:
+        parts.append(_codegen_table(newest))
+    return "\n\n".join(parts)
+
+
+def write_readme(readme: Path, text: str) -> bool:
+    """Put `text` between the markers. Returns: whether that changed the file. Raises: InputError without markers."""
+    old = readme.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1:
+        raise InputError(f"{readme}: expected one line {BEGIN!r} and one {END!r} around the figures, found none or several")
+    head, rest = old.split(BEGIN)
+    new = f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    return new != old
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Every record of a known kind in `folder` and below, in the order of their paths."""
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        for kind in KINDS:
+            try:
+                found.append(read_record(path, kind))
+            except InputError as error:
+                if f"got kind {kind!r}" in str(error):  # ours, but of another format
+                    raise
+    return found
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    where = record["gpu"] or f"{record['cpu']}, {record['threads']} threads"
+    return f"{where}; {record['date']}, commit {record['commit']}, torch {record['torch']}, triton {record['triton']}"
+
+
+def _kernel_tables(record: dict[str, Any]) -> str:
+    """Median microseconds, forward and backward together, of each contestant at each shape, and ours as a share."""
+    names = list(dict.fromkeys(row["contestant"] for entry in record["entries"] for row in entry["rows"]))
+    copy, product = (record["ceilings"][f"{unit}_per_second"] / 1e12 for unit in ("bytes", "flops"))
+    lines = [
+        f"Kernels, forward + backward, median µs ({_provenance(record)}; {record['dtype'].removeprefix('torch.')}; ceilings",
+        f"measured in the same run: {copy:.2f} TB/s, {product:,.0f} TFLOP/s):",
+        "",
+        f"| operator | shape | {' | '.join(names)} | tritium, of ceiling |",
+        f"|---|---|{'--:|' * (len(names) + 1)}",
+    ]
+    for entry in record["entries"]:
+        both = {row["contestant"]: row for row in entry["rows"] if row["direction"] == "both"}
+        cells = [f"{both[name]['seconds']['median'] * 1e6:,.1f}" if name in both else _why(entry, name) for name in names]
+        share = f"{both['tritium']['share']:.0%}" if "tritium" in both else "refused"
+        lines.append(f"| `{entry['operator']}` | {entry['label']} | {' | '.join(cells)} | {share} |")
+    return "\n".join(lines)
+
+
+def _why(entry: dict[str, Any], name: str) -> str:
+    return "refused" if name in entry["refused"] else "-"
+
+
+def _training_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"Training {record['recipe']} ({_provenance(record)}):",
+        "",
+        "| | tokens/s | MFU | step, median ms | p10-p90 ms | peak memory, GB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in record["contestants"].items():
+        step, peak = row["step_seconds"], row["peak_memory_bytes"]
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        lines.append(
+            f"| {name} | {row['tokens_per_second']:,.0f} | {mfu} | {step['median'] * 1e3:.1f} | "
+            f"{step['p10'] * 1e3:.1f}-{step['p90'] * 1e3:.1f} | {'-' if peak is None else f'{peak / 1e9:.1f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def _codegen_table(record: dict[str, Any], arch: str = "sm_90") -> str:
+    """The rows of one architecture, shapes of one kernel that came out alike in one line."""
+    groups: dict[tuple, list[str]] = {}
+    for row in record["rows"]:
+        if row["arch"] == arch:
+            matrix = ", ".join(row["matrix_instructions"]) or "-"
+            cells = (
+                row["registers"],
+                row["spilled_bytes"],
+                row["shared_bytes"],
+                row["blocks_per_sm"],
+                row["limited_by"],
+                matrix,
+            )
+            key = (row["operator"], row["kernel"], cells)
+            groups.setdefault(key, []).append(row["shape"].split()[-1])
+    lines = [
+        f"Machine code for {arch}, compiled without a GPU (triton {record['triton']}, commit {record['commit']}):",
+        "",
+        "| operator | kernel | sizes | registers | spilled B | shared B | blocks/SM | limited by | matrix |",
+        "|---|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for (operator, kernel, cells), shapes in groups.items():
+        lines.append(f"| `{operator}` | `{kernel}` | {', '.join(shapes)} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium bench report`. Returns: exit status."""
+    options = parse(ReportOptions, argv, prog="tritium bench report", description="Write README's figures from bench/results.")
+    if options.folder is None:
+        changed = write_readme(Path(options.readme), figures())
+        print(f"{options.readme}: {'figures written' if changed else 'figures are up to date'}")
+        return 0
+    folder = Path(options.folder)
+    records = _records(folder) if folder.is_dir() else []
+    if not records:
+        raise InputError(f"{folder}: expected a folder with records of format {FORMAT} of {', '.join(KINDS)}, found none")
+    shown = {"kernels": _kernel_tables, "train": _training_table, "codegen": _codegen_table}
+    print("\n\n".join(shown[record["kind"]](record) for record in records))
+    return 0
