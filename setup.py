@@ -10,7 +10,11 @@ class BuildPackages(build_py):
     """The root folder is a package, but its setup.py is no module of it, nor is what only pytest runs."""
 
     def find_package_modules(self, package, package_dir):
-        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup" and not module[1].startswith("test_")]
+        return [
+            module
+            for module in super().find_package_modules(package, package_dir)
+            if module[1] != "setup" and not module[1].startswith("test_")
+        ]
 
 
 setup(

@@ -233,6 +233,7 @@ def main(argv: Sequence[str]) -> int:
     limits = ceilings(device, dtype)
     print(f"ceilings, measured now: copy {limits.bytes_per_second / 1e9:,.0f} GB/s, product "
           f"{limits.flops_per_second / 1e12:,.2f} TFLOP/s; {dtype}")  # fmt: skip
+    run = {"device": device.type, "dtype": str(dtype), "ceilings": asdict(limits)}
     out, entries = None if options.out is None else Path(options.out), []
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -240,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
         entries.append(measure(operator, shape, dtype, device, limits, options.rounds))
         _print(entries[-1], console)
         if out:  # after each: what was measured stays, whatever stops the rest
-            write_record(out / "kernels.json", "kernels", {"dtype": str(dtype), "ceilings": asdict(limits), "entries": entries})
+            write_record(out / "kernels.json", "kernels", {**run, "entries": entries})
     if out:
         for operator in operators:
             plot_contest([entry for entry in entries if entry["operator"] == operator.name], asdict(limits), out)

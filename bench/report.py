@@ -33,9 +33,9 @@ class ReportOptions:
 def figures(results: Path = RESULTS) -> str:
     """README's figures as Markdown, from the records below `results`."""
     records = _records(results)
-    kernels = [record for record in records if record["kind"] == "kernels" and record["gpu"]]
-    training = [record for record in records if record["kind"] == "train" and record["gpu"]]
-    parts = [_kernel_tables(record) for record in kernels] + [_training_table(record) for record in training]
+    on_a_gpu = [record for record in records if record.get("device") == "cuda"]
+    parts = [_kernel_tables(record) for record in on_a_gpu if record["kind"] == "kernels"]
+    parts += [_training_table(record) for record in on_a_gpu if record["kind"] == "train"]
     if not parts:
         parts = [
             "No GPU has measured tritium yet: `bench/results` holds no file from one, so no speed on a GPU is stated here."
@@ -74,7 +74,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _provenance(record: dict[str, Any]) -> str:
-    where = record["gpu"] or f"{record['cpu']}, {record['threads']} threads"
+    where = record["gpu"] if record.get("device") == "cuda" else f"{record['cpu']}, {record['threads']} threads"
     return f"{where}; {record['date']}, commit {record['commit']}, torch {record['torch']}, triton {record['triton']}"
 
 

@@ -1,0 +1,96 @@
+"""GPT-2 in plain PyTorch, as a careful engineer writes it today without kernels of their own: what tritium is measured beside.
+
+    stream     h = wte[token] + wpe[position]
+    block      h += attention(ln_1(h))     h += mlp(ln_2(h))
+    head       logits = ln_f(h) wte^T, of which the vocab_size real ones count
+
+Attention is F.scaled_dot_product_attention; bf16 autocast, fused AdamW and torch.compile are the caller's, see training.py. The
+product with wte takes the padded rows, whose alignment is worth more than they cost, and the logits are cut after it.
+
+Shapes     h (B, T, D), tokens (B, T), logits (B, T, V): B sequences, T tokens, D = d_model, V = vocab_size; H query heads, G
+           key/value heads, K = D / H
+Source     Radford et al. 2019, "Language models are unsupervised multitask learners"
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import GPTConfig
+from ..model.init import init_weights
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.heads, self.head_size = (config.n_head, config.kv_heads, config.kv_heads), config.head_size
+        self.c_attn = nn.Linear(config.d_model, sum(self.heads) * config.head_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H + 2 G, T, K)
+        q, k, v = qkv.split(self.heads, dim=1)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return self.c_proj(o.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear maps with GELU (tanh form) between them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.d_model, config.d_feedforward, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_feedforward, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Baseline(nn.Module):
+    """A GPT-2-style language model whose modules and parameters have the names of tritium.model.GPT's.
+
+    `load_state_dict(GPT(config).state_dict())` makes it the same function.
+
+    Args:
+        config: its shape.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.context_tokens, config.d_model)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, bias=config.bias)
+        init_weights(self, config.n_layer)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Predict the token that follows each position.
+
+        Args:
+            tokens: (B, T) int64, T at most context_tokens.
+            targets: (B, T) int64, the tokens to be predicted; -100 where none is.
+        Returns: logits (B, T, V); with targets the mean cross-entropy over them, (), in nats.
+        """
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.h:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.config.vocab_size]
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,0 +1,399 @@
+"""Training speed beside a plain PyTorch GPT: tritium bench train [RECIPE] [--key value ...].
+
+Both start from the same weights and take the same batches, optimizer, clipping and schedule, in turn: rounds of a few steps,
+the order swapped from one to the next. A step is one micro-batch forward and backward, clipping and AdamW; a run that adds up
+several micro-batches has the last two less often. Tokens are drawn at random before the clock starts, frequent and rare as in
+text (Zipf: one over the rank), because repeated tokens meet in the embedding's gradient. Reading data, evaluations and
+checkpoints are not in the figures. TF32 and the allocator are set as the trainer sets them, for the whole process: for both.
+
+Before anything is timed both must agree on the first batch to what rounding explains:
+
+    roundings   a value on its way from embedding to logit is rounded R = 11 L + 3 times, each time by at most u = eps / 2 of
+                the products' dtype + sqrt(F) eps / 2 of float32 for the sum inside the longest product. They add up like a
+                random walk, in both programs: a logit is off by r = sqrt(2 R) u of the largest
+    loss        |l - l'| <= 2 r max|logit| + (8 + sqrt(N)) eps l, eps of float32: a token's loss has the gradient p - onehot by
+                its logits, of absolute sum 2 at most; the mean sums N of them
+    gradients   |g - g'| <= sqrt(3) r |g|, over all parameters at once: the backward has twice the roundings again
+
+In bf16 the gradients' bound is the sharper: a baseline without causal mask or with ReLU is off by 0.4 or more where 0.07 is
+allowed, a right one by 0.004 (laptop's shape, autocast on a CPU). Later losses are shown and not judged: AdamW's first steps
+have the size of the learning rate even where a gradient is all rounding.
+
+MFU        tokens a second x flops_per_token (model/cost.py) / the device's bf16 peak (kernels/_device.py)
+Memory     CUDA: most bytes that PyTorch had allocated in a contestant's rounds, less the other's weights and optimizer state
+"""
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ..kernels._device import ceiling
+from ..model import GPT, GPTConfig
+from ..model.cost import flops_per_token, parameters
+from ..train.cli import parse
+from ..train.config import InputError, TrainConfig
+from ..train.device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
+from ..train.optim import make_optimizer, set_learning_rate
+from ..train.recipes import RECIPES, default_recipe, recipe
+from ..train.schedule import learning_rate
+from .baseline import Baseline
+from .record import provenance, write_record
+
+PROFILED_STEPS = 3
+PROFILE_ROWS = 12
+# Timed steps, warm-up steps; timed steps a round and, since CUDA's queue runs dry between rounds, steps not timed before them.
+PROTOCOL = {"cuda": (100, 10, 10, 1), "cpu": (10, 2, 1, 0)}
+# Norm, qkv, probabilities, sum of values, projection, addition; norm, product, GELU, product, addition.
+# Embedding, last norm, logits.
+ROUNDINGS_A_BLOCK, ROUNDINGS_ELSEWHERE = 11, 3
+
+Batch = tuple[Tensor, Tensor]
+
+HELP = f"""Tokens a second, MFU, memory and losses of training beside a plain PyTorch GPT.
+
+
+tritium bench train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `tritium bench train`."""
+
+    steps: int | None = None
+    """Timed steps of each; default: 100 on CUDA, 10 on a CPU."""
+    warmup_steps: int | None = None
+    """Steps of each before them; default: 10 on CUDA, 2 on a CPU."""
+    micro_batch_size: int | None = None
+    """Sequences a step, all at once; default: the recipe's."""
+    context_tokens: int | None = None
+    """Tokens a sequence; default: the recipe's."""
+    vocab_size: int | None = None
+    """Tokens that can be predicted; default: as the recipe's tokenizer has."""
+    compile: Literal["auto", "baseline", "both", "off"] = "auto"
+    """What torch.compile gets; auto: the baseline on CUDA, nothing on a CPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:1; auto: CUDA if there is one, else the CPU."""
+    out: str | None = None
+    """Also write the figures to this file, as JSON."""
+
+    def __post_init__(self):
+        for name, least in {"steps": 1, "warmup_steps": 0, "micro_batch_size": 1, "context_tokens": 1, "vocab_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
+        if self.out is not None and Path(self.out).is_dir():
+            raise InputError(f"--out: expected a file to write, got the folder {self.out}; add a name")
+
+
+class Contestant:
+    """A model and its optimizer, trained as train/loop.py trains.
+
+    Attributes: losses: of each step so far, on the device.
+    """
+
+    def __init__(self, name: str, model: nn.Module, config: TrainConfig, *, compiled: bool):
+        self.name, self.model, self.compiled, self.losses = name, model, compiled, []
+        self._config, self._optimizer = config, make_optimizer(model, config)
+        self._forward = torch.compile(model) if compiled else model
+        self._parameters = list(model.parameters())
+
+    def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradients of the mean loss; returns the loss."""
+        with compute_dtype(tokens.device):
+            loss = self._forward(tokens, targets)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, tokens: Tensor, targets: Tensor) -> None:
+        """Train one step."""
+        set_learning_rate(self._optimizer, learning_rate(self._config, len(self.losses)))
+        self.losses.append(self.backward(tokens, targets))
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip or float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def held_bytes(self) -> int:
+        """Weights and optimizer state: what stays allocated while the other one runs."""
+        state = [value for values in self._optimizer.state.values() for value in values.values()]
+        return sum(value.nbytes for value in (*self._parameters, *state))
+
+
+def main(argv: Sequence[str]) -> int:
+    """tritium bench train"""
+    named = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if named else default_recipe()
+    config = recipe(name)
+    options = parse(Options, argv[named:], prog="tritium bench train", description=HELP)
+    device = choose_device(options.device)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu or cuda, whose steps can be timed here, got {options.device}")
+    micro, context = options.micro_batch_size or config.micro_batch, options.context_tokens or config.context_tokens
+    config = replace(config, micro_batch_size=micro, batch_size=micro, context_tokens=context)
+    shape = config.gpt(options.vocab_size or _vocab_size(config.tokenizer))
+    figures = {"recipe": name, **measure(config, shape, options, device)}
+    print(render(provenance() | figures))
+    if options.out:
+        write_record(Path(options.out), "train", figures)
+        print(f"\nfigures: {options.out}")
+    return 0
+
+
+def _vocab_size(tokenizer: str) -> int:
+    """Ids of a tokenizer by its spec, without its text: characters are tinyshakespeare's, whose recipe has them."""
+    known = {"bytes": 257, "chars": 66, "gpt2": 50_257}
+    return known[tokenizer] if tokenizer in known else int(tokenizer.removeprefix("bpe:"))
+
+
+def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: torch.device) -> dict[str, Any]:
+    """Train both, and return every figure of the record. Raises: InputError if they do not agree on the first batch."""
+    use_fast_matmul(device)
+    keep_freed_memory()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    steps, warmup_steps, _, _ = PROTOCOL[device.type]
+    steps = options.steps or steps
+    warmup_steps = warmup_steps if options.warmup_steps is None else options.warmup_steps
+    compiled = ("baseline" if device.type == "cuda" else "off") if options.compile == "auto" else options.compile
+    pair = make_pair(config, shape, device, compiled)
+    batch = functools.partial(random_batch, config, shape, device)
+    agreement = check_agreement(*pair, batch(0))
+    for step in range(warmup_steps):
+        for contestant in pair:
+            contestant.step(*batch(step))
+    seconds, peaks = _rounds(pair, batch, steps, device)
+    ratios = [statistics.median(theirs) / statistics.median(ours) for ours, theirs in zip(*seconds, strict=True)]
+    contestants = {
+        contestant.name: _figures(contestant, config, [time for times in rounds for time in times], peak, device)
+        for contestant, rounds, peak in zip(pair, seconds, peaks, strict=True)
+    }
+    return {
+        "shape": asdict(shape),
+        "parameters": parameters(shape),
+        "micro_batch_size": config.micro_batch,
+        "context_tokens": config.context_tokens,
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "device": device.type,
+        "dtype": str(_product_dtype(device)).removeprefix("torch."),
+        "agreement": agreement,
+        "contestants": contestants,
+        "ratio": _spread(ratios),
+        # After all timing: once used, a profiler may slow what follows.
+        "profile": {contestant.name: profiled(contestant, batch(0), device) for contestant in pair},
+    }
+
+
+def make_pair(config: TrainConfig, shape: GPTConfig, device: torch.device, compiled: str) -> tuple[Contestant, Contestant]:
+    """Tritium's model and the baseline, with the same weights."""
+    torch.manual_seed(config.seed)
+    ours, baseline = GPT(shape).to(device), Baseline(shape).to(device)
+    baseline.load_state_dict(ours.state_dict())
+    return (
+        Contestant("tritium", ours, config, compiled=compiled == "both"),
+        Contestant("baseline", baseline, config, compiled=compiled in ("both", "baseline")),
+    )
+
+
+def random_batch(config: TrainConfig, shape: GPTConfig, device: torch.device, step: int) -> Batch:
+    """Tokens and targets (B, T) of a step, the same whoever asks."""
+    frequencies = 1 / torch.arange(1, shape.vocab_size + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(step)
+    sizes = (config.micro_batch, config.context_tokens + 1)
+    drawn = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator).view(sizes).to(device)
+    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+
+def check_agreement(ours: Contestant, baseline: Contestant, batch: Batch) -> dict[str, float]:
+    """Compare losses and gradients of a batch; returns the gaps and their bounds, see the top of this file.
+
+    Raises: InputError if a gap is above its bound: speeds of different models are no comparison.
+    """
+    losses = [contestant.backward(*batch).double().item() for contestant in (ours, baseline)]
+    theirs = dict(baseline.model.named_parameters())
+    pairs = [(parameter.grad, theirs[name].grad) for name, parameter in ours.model.named_parameters()]
+    squares = torch.stack([torch.stack(((a - b).double().square().sum(), b.double().square().sum())) for a, b in pairs])
+    gap, norm = squares.sum(dim=0).sqrt().tolist()
+    with torch.no_grad(), compute_dtype(batch[0].device):
+        largest = baseline.model(batch[0][:1]).abs().max().item()
+    for contestant in (ours, baseline):
+        contestant.model.zero_grad(set_to_none=True)
+
+    shape, eps = ours.model.config, torch.finfo(torch.float32).eps
+    unit = torch.finfo(_product_dtype(batch[0].device)).eps / 2 + math.sqrt(shape.d_feedforward) * eps / 2
+    walk = math.sqrt(2 * (ROUNDINGS_A_BLOCK * shape.n_layer + ROUNDINGS_ELSEWHERE)) * unit
+    found = {
+        "loss_gap": abs(losses[0] - losses[1]),
+        "loss_bound": 2 * walk * largest + (8 + math.sqrt(batch[1].numel())) * eps * abs(losses[1]),
+        "gradient_gap": gap / norm,
+        "gradient_bound": math.sqrt(3) * walk,
+    }
+    for what in ("loss", "gradient"):
+        if not found[f"{what}_gap"] <= found[f"{what}_bound"]:  # not >: a NaN is no agreement
+            raise InputError(
+                f"bench train: expected tritium's and the baseline's {what} on the first batch to part by rounding, up to "
+                f"{found[f'{what}_bound']:.2g}, got {found[f'{what}_gap']:.2g} (losses {losses[0]:.6f} and {losses[1]:.6f}), "
+                "and reports no speed; run the tests: one of the two is wrong"
+            )
+    return found
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """What the trainer multiplies in."""
+    with compute_dtype(device):
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def _rounds(pair: tuple[Contestant, Contestant], batch: Callable[[int], Batch], steps: int, device: torch.device) -> tuple:
+    """Train both in turn; returns for each its rounds' lists of seconds a step, and its peak bytes, None on a CPU."""
+    on_cuda = device.type == "cuda"
+    _, _, size, untimed = PROTOCOL[device.type]
+    seconds, peaks = [[], []], [0, 0] if on_cuda else [None, None]
+    for number, start in enumerate(range(0, steps, size)):
+        first = len(pair[0].losses)
+        batches = [batch(first + step) for step in range(untimed + min(size, steps - start))]
+        for place in (0, 1) if number % 2 == 0 else (1, 0):
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds[place].append(_timed(pair[place], batches, device)[untimed:])
+            if on_cuda:
+                peaks[place] = max(peaks[place], torch.cuda.max_memory_allocated(device) - pair[1 - place].held_bytes())
+    return seconds, peaks
+
+
+def _timed(contestant: Contestant, batches: list[Batch], device: torch.device) -> list[float]:
+    """Train on the batches; returns seconds of each step, from the end of the one before it."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for batch in batches:
+            contestant.step(*batch)
+            marks.append(time.perf_counter())
+        return [after - before for before, after in itertools.pairwise(marks)]
+    torch.cuda.synchronize(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)]
+    events[0].record()
+    for batch, event in zip(batches, events[1:], strict=True):
+        contestant.step(*batch)
+        event.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
+
+
+def _figures(contestant: Contestant, config: TrainConfig, seconds: list[float], peak: int | None, device: torch.device) -> dict:
+    rate = config.micro_batch * config.context_tokens / statistics.median(seconds)
+    flops = flops_per_token(contestant.model.config, config.context_tokens)
+    known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    losses = torch.stack(contestant.losses).tolist()
+    if not all(map(math.isfinite, losses)):
+        raise InputError(f"bench train: expected finite losses, got {losses[-1]} from {contestant.name}; give fewer --steps")
+    return {
+        "compiled": contestant.compiled,
+        "tokens_per_second": rate,
+        "step_seconds": _spread(seconds),
+        "mfu": known and rate * flops / known.bf16_flops,
+        "peak_memory_bytes": peak,
+        "losses": losses,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
+    return {"median": median, "p10": p10, "p90": p90}
+
+
+def profiled(contestant: Contestant, batch: Batch, device: torch.device) -> list[dict[str, Any]]:
+    """Where a step's time goes, the longest first: operator, seconds a step, share of all, calls a step.
+
+    Times are an operator's own, without those that it calls; on CUDA those of the kernels that it launched.
+    """
+    on_cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as trace:
+        for _ in range(PROFILED_STEPS):
+            contestant.step(*batch)
+        if on_cuda:
+            torch.cuda.synchronize(device)
+    rows = [row for row in trace.key_averages() if not row.is_user_annotation]
+    field = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    operators = [(row.key, getattr(row, field), row.count) for row in rows if row.device_type == DeviceType.CPU]
+    # Kernels have rows of their own: what no operator was seen to launch is in these alone.
+    total = sum(getattr(row, field) for row in rows if (row.device_type != DeviceType.CPU) == on_cuda)
+    operators.sort(key=lambda row: row[1], reverse=True)
+    shown = operators[:PROFILE_ROWS]
+    shown.append(("everything else", max(0.0, total - sum(time for _, time, _ in shown)), None))
+    return [
+        {
+            "operator": key,
+            "seconds": microseconds / 1e6 / PROFILED_STEPS,
+            "share": microseconds / total if total else 0.0,
+            "calls": None if count is None else count / PROFILED_STEPS,
+        }
+        for key, microseconds, count in shown
+    ]
+
+
+def render(figures: dict[str, Any]) -> str:
+    """A record of main's, with its provenance, as the terminal shows it."""
+    shape, pair = figures["shape"], figures["contestants"]
+    machine = figures["gpu"] if figures["device"] == "cuda" else f"{figures['cpu']}, {figures['threads']} threads"
+    lines = [
+        f"{figures['recipe']} on {machine}: {figures['parameters']:,} parameters, vocabulary {shape['vocab_size']:,}, "
+        f"products in {figures['dtype']}",
+        f"{figures['micro_batch_size']} x {figures['context_tokens']} random tokens a step, {figures['steps']} timed steps of "
+        f"each, in turn, after {figures['warmup_steps']}",
+        "",
+        f"{'':10}{'compiled':>9}{'tokens/s':>12}{'step ms':>10}{'p10 to p90':>18}{'MFU':>7}{'peak memory':>14}",
+    ]
+    for name, row in pair.items():
+        median, p10, p90 = (1e3 * row["step_seconds"][key] for key in ("median", "p10", "p90"))
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        memory = "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+        lines.append(
+            f"{name:10}{'yes' if row['compiled'] else 'no':>9}{row['tokens_per_second']:12,.0f}{median:10.2f}"
+            f"{f'{p10:.2f} to {p90:.2f}':>18}{mfu:>7}{memory:>14}"
+        )
+    ratio, p10, p90 = (figures["ratio"][key] for key in ("median", "p10", "p90"))
+    lines.append(f"tritium makes {ratio:.2f} times the baseline's tokens/s (p10 to p90 of the rounds: {p10:.2f} to {p90:.2f})")
+    if figures["device"] == "cpu":
+        lines.append("no Triton kernel runs on a CPU, so the ratio says nothing of a GPU; peak memory is not measured here")
+    if pair["tritium"]["mfu"] is None:
+        lines.append("no MFU: device not in the table of kernels/_device.py")
+    return "\n".join([*lines, "", *_loss_table(figures), "", *_profile_table(figures["profile"])])
+
+
+def _loss_table(figures: dict[str, Any]) -> list[str]:
+    losses, found = {name: row["losses"] for name, row in figures["contestants"].items()}, figures["agreement"]
+    steps = sorted({round(place * (len(losses["tritium"]) - 1) / 5) for place in range(6)})
+    apart = max(abs(a - b) / b for a, b in zip(losses["tritium"], losses["baseline"], strict=True))
+    return [
+        f"{'loss, step':10}" + "".join(f"{step + 1:>10}" for step in steps),
+        *(f"{name:10}" + "".join(f"{values[step]:10.4f}" for step in steps) for name, values in losses.items()),
+        f"apart by {apart:.1e} of the loss at most",
+        f"on the first batch by {found['loss_gap']:.1e} (rounding explains up to {found['loss_bound']:.1e}), gradients by "
+        f"{found['gradient_gap']:.1e} of their norm (up to {found['gradient_bound']:.1e})",
+    ]
+
+
+def _profile_table(profiles: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Both profiles side by side."""
+    columns = [
+        [f"{f'{name}: where a step goes':42}{'ms':>8}{'share':>7}"]
+        + [f"{_shortened(row['operator']):42}{1e3 * row['seconds']:8.2f}{row['share']:7.1%}" for row in rows]
+        for name, rows in profiles.items()
+    ]
+    return ["   ".join(pair).rstrip() for pair in itertools.zip_longest(*columns, fillvalue="")]
+
+
+def _shortened(name: str) -> str:
+    """At most 40 characters of an operator's name: its start and its end, which tells forward from backward."""
+    return name if len(name) <= 40 else f"{name[:19]}...{name[-18:]}"
