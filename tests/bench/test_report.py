@@ -16,14 +16,19 @@ ENTRY = {
 }  # fmt: skip
 OTHER = {**ENTRY, "label": "M=8 N=65", "rows": [*ENTRY["rows"], {**ROW, "contestant": "quack", "direction": "both"}]}
 KERNELS = {
+    "device": "cuda",
     "dtype": "torch.bfloat16",
     "ceilings": {"bytes_per_second": 4e12, "flops_per_second": 7e14},
     "entries": [ENTRY, OTHER],
 }
 CONTESTANT = {
-    "tokens_per_second": 123456.7, "step_seconds": {"median": 0.1, "p10": 0.09, "p90": 0.2}, "mfu": 0.5, "peak_memory_bytes": 2e9,
-}  # fmt: skip
+    "tokens_per_second": 123456.7,
+    "step_seconds": {"median": 0.1, "p10": 0.09, "p90": 0.2},
+    "mfu": 0.5,
+    "peak_memory_bytes": 2e9,
+}
 TRAIN = {
+    "device": "cuda",
     "recipe": "gpt2",
     "contestants": {"tritium": CONTESTANT, "baseline": {**CONTESTANT, "mfu": None, "peak_memory_bytes": None}},
 }
@@ -42,7 +47,7 @@ def test_readme_holds_what_the_results_say():
 
 
 def test_without_a_gpu_file_it_says_so(tmp_path):
-    write_record(tmp_path / "kernels.json", "kernels", KERNELS)
+    write_record(tmp_path / "kernels.json", "kernels", {**KERNELS, "device": "cpu"})
     assert figures(tmp_path) == (
         "No GPU has measured tritium yet: `bench/results` holds no file from one, so no speed on a GPU is stated here."
     )
