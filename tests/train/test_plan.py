@@ -53,12 +53,14 @@ def measured_peak(config: GPTConfig, batch: int, micro_batch: int, autocast: boo
 
 
 @pytest.fixture
-def library_defaults(monkeypatch):
+def library_defaults():
     """oneDNN's scratch, no part of the formula, grows with threads and with the setting that training leaves in the process."""
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
-    threads = torch.get_num_threads()
+    products = torch.backends.mkldnn.matmul
+    precision, threads = products.fp32_precision, torch.get_num_threads()
+    products.fp32_precision = "none"
     torch.set_num_threads(1)
     yield
+    products.fp32_precision = precision
     torch.set_num_threads(threads)
 
 
