@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -59,6 +60,8 @@ class Operator:
 
     def contestants(self) -> list[Contestant]:
         """Ours first, then eager PyTorch, compiled PyTorch and the peers."""
+        # A compiled backward is timed again and again on one graph, so it may not take its buffers for its own.
+        torch._functorch.config.donated_buffer = False
         # A function of its own for each: torch.compile counts how often one function was compiled anew.
         compiled = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
         return [

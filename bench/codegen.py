@@ -23,7 +23,7 @@ from . import machine_code
 from .case import Operator
 from .kernels import OPERATORS
 from .launches import TARGETS, Launch, compile_launch, record_launches
-from .record import provenance, read_record, write_record
+from .record import provenance, read_record, writable, write_record
 
 # What the trainer runs the kernels in.
 DTYPE = torch.bfloat16
@@ -149,13 +149,27 @@ def _print_changes(rows: Sequence[dict], old: dict[str, Any]) -> None:
     print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
     changed = False
     for row in rows:
-        then = before.get(tuple(row[key] for key in KEYS))
+        then = before.pop(tuple(row[key] for key in KEYS), None)
         changes = ["new"] if then is None else [f"{n} {then[n]} -> {row[n]}" for n in names if then[n] != row[n]]
         if changes:
             changed = True
             print("  " + " ".join(row[key] for key in KEYS) + ": " + ", ".join(changes))
+    made = {name: {row[name] for row in rows} for name in ("operator", "arch")}
+    for key, row in before.items():
+        if row["operator"] in made["operator"] and row["arch"] in made["arch"]:
+            changed = True
+            print("  " + " ".join(key) + ": gone")
     if not changed:
         print("  no row changed")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = read_record(path, "codegen")
+    wanted = {*KEYS, "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "matrix_instructions", "tma_loads"}
+    rows = record.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= set(row) for row in rows):
+        raise InputError(f"{path}: expected rows with {', '.join(sorted(wanted))}, got others; measure again")
+    return record
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,13 +181,19 @@ def main(argv: Sequence[str]) -> int:
     ]:
         if word not in words:
             raise InputError(f"tritium bench codegen: no {what} {word!r}; near: {near(word, list(words))}")
-    old = read_record(Path(options.compare), "codegen") if options.compare else None
+    if not options.arch:
+        raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
+    old = _read(Path(options.compare)) if options.compare else None
+    out = None if options.out is None else writable(Path(options.out))
+    held = {tuple(row[key] for key in KEYS) for row in _read(out)["rows"]} if out and out.exists() else set()
     began = time.perf_counter()
     rows = rows_of([known[name] for name in options.operators or known], options.arch)
     _print_table(rows)
     print(f"{len(rows)} rows in {time.perf_counter() - began:.0f} s; commit {provenance()['commit']}")
     if old:
         _print_changes(rows, old)
-    if options.out:
-        write_record(Path(options.out), "codegen", {"dtype": str(DTYPE), "rows": rows})
+    if out:
+        if held - {tuple(row[key] for key in KEYS) for row in rows} and (options.operators or len(options.arch) < len(TARGETS)):
+            raise InputError(f"{out}: expected to hold no row that this run left out, got {len(held)} rows; name another file")
+        write_record(out, "codegen", {"dtype": str(DTYPE), "rows": rows})
     return 0

@@ -14,7 +14,7 @@ HELP = """usage: tritium bench COMMAND [options]
   kernels [OP ...]     each operator beside eager PyTorch, torch.compile, SDPA and what else is installed
   codegen [OP ...]     the machine code of every kernel, for GPUs that need not be there
   train                tokens a second beside a plain PyTorch GPT
-  report               README's tables and plots from bench/results
+  report               README's figures from bench/results
 
 Each command has --help."""
 

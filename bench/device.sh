@@ -9,8 +9,12 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:?usage: bench/device.sh OUT_DIR [--rehearse]}
-mkdir -p "$out" && touch "$out/.writable" && rm "$out/.writable" || {
+[ $# -ge 1 ] || {
+    echo "usage: bench/device.sh OUT_DIR [--rehearse]" >&2
+    exit 2
+}
+out=$1
+{ mkdir -p "$out" && touch "$out/.writable" && rm "$out/.writable"; } 2>/dev/null || {
     echo "bench/device.sh: cannot write to $out; name another folder" >&2
     exit 2
 }

@@ -4,7 +4,9 @@
     occupancy     blocks on one multiprocessor = least of what registers, shared memory, threads and slots allow
     hottest loop  the innermost loop with most matrix instructions, else with most bytes loaded, else with most instructions
     clocks        what one pass of a block through it occupies each pipe of an sm_90 multiprocessor for. If pipes never waited
-                  for one another the pass took the longest of them, if nothing overlapped their sum: two bounds, both estimates
+                  for one another the pass took the longest of them, if nothing overlapped their sum: two bounds, both
+                  estimates. Bytes are those of whole tiles, masked lanes included; bulk (TMA) loads do not state theirs, so
+                  where they occur memory and shared memory are counted too low
 
 Source     NVIDIA, CUDA C++ Programming Guide, tables "Technical Specifications per Compute Capability" and "Throughput of
            Native Arithmetic Instructions"; AMD, CDNA3 Instruction Set Architecture, chapter 3
@@ -74,6 +76,8 @@ MEMORY_BYTES = CEILINGS["h200"].bytes_per_second / DEFAULT_SM_COUNT / _CLOCK_HER
 # IMAD, a half-rate guest in the same pipe, is counted twice.
 _FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2")
 _CONTROL = ("BRA", "EXIT", "BAR", "NOP", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "RET", "CALL")
+# LDGSTS copies from memory to shared memory without registers.
+_GLOBAL, _SHARED = ("LDG", "STG", "LDGSTS"), ("LDS", "STS", "LDSM", "STSM", "LDGSTS")
 _WIDTH = re.compile(r"\.(128|64|U8|S8|U16|S16)\b")
 
 
@@ -97,7 +101,8 @@ def occupancy(found: Resources, num_warps: int, target: str) -> tuple[int, str]:
     lanes = 64 if target.startswith("gfx") else 32
     warp_registers = -(-max(found.registers, 1) * lanes // sm.register_unit) * sm.register_unit
     limits = {
-        "registers": sm.registers // warp_registers // num_warps,
+        # A quarter of the registers belongs to each of the four schedulers, which take warps in turn.
+        "registers": 4 * (sm.registers // 4 // warp_registers) // num_warps,
         "shared memory": sm.shared_bytes // max(1, found.shared_bytes + sm.shared_reserved),
         "threads": sm.warps // num_warps,
         "blocks": sm.blocks,
@@ -134,11 +139,13 @@ def hottest_loop(sass: str) -> list[str]:
             loops.append((target, index + 1))
     innermost = [loop for loop in loops if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
     if not innermost:
-        return code
+        # Behind the last exit stand a trap and padding.
+        ends = [index for index, text in enumerate(code) if text.startswith("EXIT")]
+        return code[: ends[-1] + 1] if ends else code
 
     def weight(loop: tuple[int, int]) -> tuple[int, float, int]:
         body = code[slice(*loop)]
-        return sum(matrix_instructions("\n".join(body)).values()), _bytes(body, ("LDG", "STG")), len(body)
+        return sum(matrix_instructions("\n".join(body)).values()), _bytes(body, _GLOBAL), len(body)
 
     return code[slice(*max(innermost, key=weight))]
 
@@ -160,8 +167,8 @@ def clocks(loop: list[str], num_warps: int) -> dict[str, float]:
         "alu": alu * num_warps * 32 / ALU_LANES,
         "issue": len(loop) * num_warps / SCHEDULERS,
         # A shuffle moves one register of each lane through the same crossbar.
-        "shared": (_bytes(loop, ("LDS", "STS", "LDSM", "STSM")) + 128 * counts["SHFL"]) * num_warps / SHARED_BYTES,
-        "memory": _bytes(loop, ("LDG", "STG")) * num_warps / MEMORY_BYTES,
+        "shared": (_bytes(loop, _SHARED) + 128 * counts["SHFL"] + _operand_bytes(loop)) * num_warps / SHARED_BYTES,
+        "memory": _bytes(loop, _GLOBAL) * num_warps / MEMORY_BYTES,
     }
 
 
@@ -198,13 +205,26 @@ def _bytes(loop: list[str], names: tuple[str, ...]) -> float:
     return total
 
 
+def _operand_bytes(loop: list[str]) -> float:
+    """Bytes a warp that HGMMA reads from shared memory: b always, a where it is no register; four warps read together."""
+    total = 0.0
+    for instruction in loop:
+        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction):
+            m, n, k = map(int, match.groups())
+            # 32 bytes along k, whatever the dtype: 16 of bfloat16, 8 of TF32.
+            rows = n + (m if re.match(r"\S+ R\d+, gdesc", instruction) else 0)
+            total += rows * k * (32 / k) / 4
+    return total
+
+
 def _tensor_flops(loop: list[str], num_warps: int) -> float:
     """FLOPs of a block's matrix instructions: HGMMA is issued by four warps together, HMMA by each."""
     total = 0.0
     for instruction in loop:
         if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction):
             m, n, k = map(int, match.groups())
-            total += 2 * m * n * k * num_warps / 4
+            # TF32 runs at half of bfloat16's rate.
+            total += 2 * m * n * k * num_warps / 4 * (2 if ".TF32" in instruction.split()[0] else 1)
         elif match := re.match(r"HMMA\.(16)(8)(8|16)", instruction):
             m, n, k = map(int, match.groups())
             total += 2 * m * n * k * num_warps

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -39,6 +40,14 @@ def write_record(path: Path, kind: str, figures: dict[str, Any]) -> None:
     record = {"kind": kind, "format": FORMAT, **provenance(), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [(json.dumps(record, indent=1) + "\n").encode()])
+
+
+def writable(path: Path) -> Path:
+    """The path again, if a file can be written there; found out before the work whose result it is to hold."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: expected a file that can be written, got {'a folder' if path.is_dir() else 'no permission'}")
+    return path
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ device is answered with None, so that a caller reports throughput and no share o
 """
 
 import functools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,9 @@ CEILINGS = {
     "mi300x": _row("mi300x", "cdna3", 1307, 5.3, 192, 896),
 }
 
+# Words of a driver's name that make another device of it: "H200 NVL", "RTX 4090 Laptop GPU", a slice of a card.
+_VARIANTS = re.compile(r"\b(nvl|pcie|laptop|max-q|ti|super|d|mig)\b")
+
 # A launch planned where no GPU is (interpreter, ahead-of-time compilation) is planned as for an H100 or H200.
 DEFAULT_SM_COUNT = 132
 
@@ -61,7 +65,9 @@ DEFAULT_SM_COUNT = 132
 def ceiling(device_name: str) -> Ceiling | None:
     """Limits of a device by name (as torch.cuda.get_device_name gives it), or None if the table does not know it."""
     name = device_name.lower()
-    return next((row for row in CEILINGS.values() if row.driver_name in name), None)
+    row = next((row for row in CEILINGS.values() if re.search(rf"\b{row.driver_name}\b", name)), None)
+    # A variant that the row does not name has other limits: none are better than wrong ones.
+    return None if row is None or set(_VARIANTS.findall(name)) - set(_VARIANTS.findall(row.driver_name)) else row
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import tyro
 from .config import InputError
 
 Options = TypeVar("Options")
-_NO_MEMORY = "out of memory: give a smaller --micro-batch-size, --context-tokens or --d-model"
+_NO_MEMORY = "out of memory: give smaller sizes, such as --micro-batch-size, --context-tokens, --d-model or --shape"
 
 
 def parse(

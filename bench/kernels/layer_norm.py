@@ -17,7 +17,7 @@ WIDTHS = ((32768, 768), (32768, 1024), (32768, 1280), (32768, 1600))
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    return min(shape[0], 509), shape[1]
+    return min(shape[0], 4099), shape[1]
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from tritium.bench import codegen
 from tritium.bench.codegen import main, regressions, rows_of
 from tritium.bench.kernels import OPERATORS
 from tritium.bench.launches import TARGETS
-from tritium.bench.record import read_record
+from tritium.bench.record import read_record, write_record
 from tritium.kernels._triton import tl, triton
 from tritium.train.config import InputError
 
@@ -124,6 +124,31 @@ def test_command_writes_rows_and_compares(tmp_path, capsys):
 def test_bad_input(words, message):
     with pytest.raises((InputError, FileNotFoundError), match=message):
         main(words)
+
+
+@pytest.mark.plain
+def test_rows_of_another_shape_and_folders_are_refused_before_the_work(tmp_path):
+    path = tmp_path / "x.json"
+    write_record(path, "codegen", {"rows": [{"operator": "layer_norm"}]})
+    with pytest.raises(InputError, match=r"x\.json: expected rows with arch, blocks_per_sm, .*, got others"):
+        main(["--compare", str(path)])
+    with pytest.raises(InputError, match="expected a file that can be written, got a folder"):
+        main(["--out", str(tmp_path)])
+    with pytest.raises(InputError, match=r"--arch: expected one or more of sm_80, .*, got none"):
+        main(["--arch"])
+
+
+def test_a_held_table_is_not_cut_short_and_gone_rows_are_named(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    assert main(["layer_norm", "--arch", "sm_80", "--out", str(path)]) == 0
+    record = json.loads(path.read_text())
+    record["rows"].append(record["rows"][0] | {"kernel": "_other_kernel"})
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    with pytest.raises(InputError, match="expected to hold no row that this run left out, got 13 rows; name another file"):
+        main(["layer_norm", "--arch", "sm_80", "--out", str(path), "--compare", str(path)])
+    assert "_other_kernel sm_80: gone" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == record
 
 
 @pytest.mark.plain

@@ -81,6 +81,51 @@ def test_what_is_wrong_is_refused_with_the_reason(call, why):
     assert re.search(why, found)
 
 
+def with_eps(x, weight, bias):
+    return layer_norm(x, weight, bias, eps=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", [with_eps, lambda x, weight, bias: layer_norm(x, weight, bias) * 1.01])
+def test_half_a_percent_is_too_much_in_sixteen_bits(call, dtype):
+    found = refusal(OPERATORS["layer_norm"], Contestant(name="planted", call=call), (32, 64), dtype, CPU)
+    assert "output 0 is off by" in found
+
+
+def test_what_fails_at_the_full_shape_alone_is_named_and_the_others_are_timed(planted, tmp_path):
+    def only_small(x, weight, bias):
+        if len(x) > 4099:
+            raise torch.OutOfMemoryError("no more")
+        return layer_norm(x, weight, bias)
+
+    planted(small=only_small)
+    assert main(["layer_norm", "--shape", "4100x16", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (entry,) = read_record(tmp_path / "kernels.json", "kernels")["entries"]
+    assert entry["refused"] == {"small": "forward failed: OutOfMemoryError: no more"}
+    assert {row["contestant"] for row in entry["rows"]} == {"tritium", "eager"}
+
+
+def test_a_compiled_contestant_is_timed_in_every_direction():
+    operator = OPERATORS["layer_norm"]
+    operator.contestants()  # sets what a kept graph needs
+    compiled = torch.compile(lambda **inputs: operator.eager(**inputs), backend="aot_eager", dynamic=False)
+    sets = [operator.inputs((8, 16), torch.float32, CPU) for _ in range(2)]
+    for direction in contest.DIRECTIONS:
+        run = contest.timed(compiled, sets, direction)
+        for number in range(4):
+            run(number)
+    assert torch._functorch.config.donated_buffer is False
+
+
+def test_each_input_set_has_its_turn_in_the_backward():
+    operator = OPERATORS["layer_norm"]
+    sets = [operator.inputs((4, 8), torch.float32, CPU) for _ in range(3)]
+    run = contest.timed(operator.ours, sets, "backward")
+    first, second, again = run(0), run(1), run(3)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[0], again[0])
+
+
 def test_a_slow_variant_is_reported_slower_and_a_wrong_one_refused(planted, tmp_path, capsys):
     planted(slow=slow, wrong=wrong)
     assert main(["layer_norm", "--shape", "32x64", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
@@ -108,6 +153,7 @@ def test_a_slow_variant_is_reported_slower_and_a_wrong_one_refused(planted, tmp_
         (["layer_norm", "--shape", "12"], r"--shape: expected MxN for layer_norm, such as 256x768, got '12'"),
         (["layer_norm", "--shape", "axb"], "got 'axb'"),
         (["layer_norm", "--shape", "0x5"], "got '0x5'"),
+        (["layer_norm", "--shape", "²x8"], "got '²x8'"),
         (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
         (["--device", "tpu9"], "--device: expected a device"),
         (["--dtype", "int8"], "invalid choice"),

@@ -102,6 +102,8 @@ def test_bulk_loads_are_found():
     [
         (128, 0, 4, "sm_90", (4, "registers")),
         (255, 0, 8, "sm_90", (1, "registers")),
+        # 16,384 registers a scheduler hold 4 warps of 112 x 32, so 16 warps in all.
+        (112, 0, 2, "sm_90", (8, "registers")),
         (16, 0, 32, "sm_90", (2, "threads")),
         (32, 100 << 10, 4, "sm_90", (2, "shared memory")),
         (32, 100 << 10, 4, "sm_80", (1, "shared memory")),
@@ -130,6 +132,32 @@ def test_bytes_and_clocks_of_each_pipe():
     assert found["tensor"] == 0
     # An H200 has 4.8 TB/s for 132 multiprocessors at 1.98 GHz.
     assert found["memory"] == pytest.approx((512 + 128) * 4 / (4.8e12 / 132 / 1.98e9))
+
+
+@pytest.mark.plain
+def test_copies_operands_and_half_rate_products_are_counted():
+    copies = clocks(["LDGSTS.E.BYPASS.128 [R0], desc[UR8][R2.64]"], num_warps=4)
+    assert copies["shared"] == 512 * 4 / 128
+    assert copies["memory"] > 0
+    both = clocks(["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"], num_warps=4)
+    assert both["tensor"] == 2 * 64 * 128 * 16 / 4096
+    assert both["shared"] == (128 + 64) * 32 / 128
+    one = clocks(["HGMMA.64x128x8.F32.TF32 R24, R4, gdesc[UR8], R24"], num_warps=4)
+    assert one["tensor"] == 2 * 64 * 128 * 8 / 2048
+    assert one["shared"] == 128 * 32 / 128
+
+
+@pytest.mark.plain
+def test_of_two_loops_the_one_with_products_is_hottest_and_traps_do_not_count():
+    lines = ["LDG.E R0, [R2]", "BRA 0x0", "HGMMA.64x8x16.F32.BF16 R0, gdesc[UR8], R0", "BRA 0x20", "EXIT", "BRA 0x50", "NOP"]
+    text = "\n".join(
+        f"        /*{16 * number:04x}*/                   {line} ;   /* 0x0 */" for number, line in enumerate(lines)
+    )
+    assert hottest_loop(text) == lines[2:4]
+    straight = "\n".join(
+        f"        /*{16 * n:04x}*/    {line} ;" for n, line in enumerate(["MOV R1, R2", "EXIT", "BRA 0x20", "NOP"])
+    )
+    assert hottest_loop(straight) == ["MOV R1, R2", "EXIT"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -24,8 +24,34 @@ def test_devices_are_known_by_the_names_drivers_give(name, key):
     assert ceiling(name) is CEILINGS[key]
 
 
-def test_unknown_devices_have_no_ceiling():
-    assert ceiling("NVIDIA GeForce GT 710") is None
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce GT 710",
+        "NVIDIA H200 NVL",
+        "NVIDIA GB200",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 MIG 1g.10gb",
+    ],
+)
+def test_unknown_devices_and_variants_have_no_ceiling(name):
+    assert ceiling(name) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "teraflops", "terabytes_per_second", "gigabytes", "link"),
+    [
+        ("h100", 989.4, 3.35, 80, 900),
+        ("h200", 989.4, 4.8, 141, 900),
+        ("a100-80gb", 312, 2.039, 80, 600),
+        ("a100-40gb", 312, 1.555, 40, 600),
+        ("mi300x", 1307, 5.3, 192, 896),
+    ],
+)
+def test_rows_are_those_of_the_data_sheets(key, teraflops, terabytes_per_second, gigabytes, link):
+    row = CEILINGS[key]
+    assert (row.bf16_flops, row.bytes_per_second) == pytest.approx((teraflops * 1e12, terabytes_per_second * 1e12))
+    assert (row.memory_bytes, row.link_bytes_per_second) == (gigabytes * 1e9, link * 1e9)
 
 
 def test_ceilings_are_plausible():

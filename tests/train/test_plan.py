@@ -128,6 +128,28 @@ def test_ranges_are_useful_and_below_the_peak(gpu, gpus):
         assert not plan.is_launch_bound()
 
 
+def test_a_step_is_the_sum_of_its_terms(tritium):
+    """gpt2 on 8 H100, worked out with the numbers themselves: 65,536 tokens each, in two micro-batches."""
+    good, poor = make_plan(PlanOptions(recipe="gpt2", gpu="h100", gpus=8)).seconds()
+    assert poor == pytest.approx(
+        6 * 123_653_376 * 65_536 / 600e12
+        + 7 * 12 * 768 * 1024 * 65_536 / 192e12
+        + 65_536 * (12 * 768 * 158 + 50_257 * 8) / (0.75 * 3.35e12)
+        + 124_439_808 * (40 + 2 * 24) / (0.75 * 3.35e12)
+        + 2 * 7 / 8 * 4 * 124_439_808 / (0.75 * 450e9)
+    )
+    assert good == pytest.approx(
+        6 * 123_653_376 * 65_536 / 750e12
+        + 7 * 12 * 768 * 1024 * 65_536 / 400e12
+        + 65_536 * 12 * 768 * 56 / (0.9 * 3.35e12)
+        + 124_439_808 * (28 + 2 * 24) / (0.9 * 3.35e12)
+    )
+    _, out, _ = tritium("plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5)
+    hours = [seconds * 1e10 / 524_288 / 3600 for seconds in (good, poor)]
+    low, high = (float(word) for word in out.split("price")[1].split(",")[0].split(" to "))
+    assert (low, high) == pytest.approx([8 * 2.5 * each for each in hours], rel=5e-3)
+
+
 def test_more_gpus_are_faster_and_pay_for_the_reduction():
     one, eight = (make_plan(PlanOptions(recipe="gpt2", gpu="h100", gpus=gpus)) for gpus in (1, 8))
     for a, b in zip(one.seconds(), eight.seconds(), strict=True):
