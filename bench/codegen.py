@@ -98,14 +98,17 @@ def _row(keys: dict[str, str], launch: Launch, compiled, seconds: float) -> dict
     return row
 
 
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEYS)
+
+
 def regressions(rows: Sequence[dict], held: Sequence[dict]) -> list[str]:
     """What got worse since the `held` rows: bytes spilled, matrix instructions or bulk loads lost, rows gone or new."""
-    old = {tuple(row[key] for key in KEYS): row for row in held}
+    old = {_key(row): row for row in held}
     worse = []
     for row in rows:
-        key = tuple(row[name] for name in KEYS)
-        label = " ".join(key)
-        before = old.pop(key, None)
+        label = " ".join(_key(row))
+        before = old.pop(_key(row), None)
         if before is None:
             worse.append(f"{label}: not in the held table")
             continue
@@ -144,16 +147,16 @@ def _print_table(rows: Sequence[dict]) -> None:
 
 
 def _print_changes(rows: Sequence[dict], old: dict[str, Any]) -> None:
-    before = {tuple(row[key] for key in KEYS): row for row in old["rows"]}
+    before = {_key(row): row for row in old["rows"]}
     names = ("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "matrix_instructions", "tma_loads")
     print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
     changed = False
     for row in rows:
-        then = before.pop(tuple(row[key] for key in KEYS), None)
+        then = before.pop(_key(row), None)
         changes = ["new"] if then is None else [f"{n} {then[n]} -> {row[n]}" for n in names if then[n] != row[n]]
         if changes:
             changed = True
-            print("  " + " ".join(row[key] for key in KEYS) + ": " + ", ".join(changes))
+            print("  " + " ".join(_key(row)) + ": " + ", ".join(changes))
     made = {name: {row[name] for row in rows} for name in ("operator", "arch")}
     for key, row in before.items():
         if row["operator"] in made["operator"] and row["arch"] in made["arch"]:
@@ -172,6 +175,14 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
+def _refuse_to_cut(out: Path, chosen: Sequence[Operator], archs: Sequence[str]) -> None:
+    """A table of more operators or architectures than these is not to be replaced by one of these alone."""
+    names = {operator.name for operator in chosen}
+    left_out = [row for row in _read(out)["rows"] if row["operator"] not in names or row["arch"] not in archs]
+    if left_out:
+        raise InputError(f"{out}: expected no row of other operators or architectures, got {len(left_out)}; name another file")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench codegen`. Returns: exit status."""
     options = parse(CodegenOptions, argv, prog="tritium bench codegen", description=HELP)
@@ -185,15 +196,15 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
     old = _read(Path(options.compare)) if options.compare else None
     out = None if options.out is None else writable(Path(options.out))
-    held = {tuple(row[key] for key in KEYS) for row in _read(out)["rows"]} if out and out.exists() else set()
+    chosen = [known[name] for name in options.operators or known]
+    if out and out.exists():
+        _refuse_to_cut(out, chosen, options.arch)
     began = time.perf_counter()
-    rows = rows_of([known[name] for name in options.operators or known], options.arch)
+    rows = rows_of(chosen, options.arch)
     _print_table(rows)
     print(f"{len(rows)} rows in {time.perf_counter() - began:.0f} s; commit {provenance()['commit']}")
     if old:
         _print_changes(rows, old)
     if out:
-        if held - {tuple(row[key] for key in KEYS) for row in rows} and (options.operators or len(options.arch) < len(TARGETS)):
-            raise InputError(f"{out}: expected to hold no row that this run left out, got {len(held)} rows; name another file")
         write_record(out, "codegen", {"dtype": str(DTYPE), "rows": rows})
     return 0

@@ -69,10 +69,10 @@ def refusal(
         got, _ = _values(contestant.call, inputs, upstream)
     except Exception as error:  # other people's code may raise anything
         return f"{type(error).__name__}: {error}".split("\n")[0]
+    rounding = _rounding(inputs, dtype)
     for name, expected in truth.items():
         if got[name].shape != expected.shape:
             return f"{name} is {tuple(got[name].shape)}, expected {tuple(expected.shape)}"
-        rounding = _rounding(inputs, dtype)
         # The largest error finds one wrong element, the root of the mean square a small factor on all of them: rounding to
         # nearest is off by at most eps / 2, and in the mean square by a third of that root.
         for measure, norm, share in (("at most", _largest, 1.0), ("in the mean square", _rms, 0.3)):
@@ -125,9 +125,7 @@ def measure(
             refused[contestant.name] = why
         else:
             calls[contestant.name] = contestant.call
-    sets = [operator.inputs(shape, dtype, device)]
-    size = sum(value.numel() * value.itemsize for value in sets[0].values() if isinstance(value, Tensor))
-    sets += [operator.inputs(shape, dtype, device) for _ in range(input_sets(size, device) - 1)]
+    sets = rotated_inputs(operator, shape, dtype, device)
     cost = operator.cost(shape, dtype.itemsize)
     for name, call in list(calls.items()):
         if why := _failure(call, sets[0]):
@@ -146,6 +144,13 @@ def measure(
         "operator": operator.name, "shape": list(shape), "label": operator.label(shape), "bound": operator.bound,
         "rows": rows, "absent": absent, "refused": refused,
     }  # fmt: skip
+
+
+def rotated_inputs(operator: Operator, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    """Sets of inputs, so many that none is still in a GPU's cache when its turn comes again."""
+    first = operator.inputs(shape, dtype, device)
+    size = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
+    return [first, *(operator.inputs(shape, dtype, device) for _ in range(input_sets(size, device) - 1))]
 
 
 def _failure(call: Callable, inputs: dict[str, Any]) -> str | None:
@@ -249,12 +254,19 @@ def main(argv: Sequence[str]) -> int:
     if out:
         out.mkdir(parents=True, exist_ok=True)
     for operator, shape in work:
-        entries.append(measure(operator, shape, dtype, device, limits, options.rounds))
+        try:
+            entries.append(measure(operator, shape, dtype, device, limits, options.rounds))
+        except torch.OutOfMemoryError:  # what each could hold alone, all together cannot
+            print(
+                f"{operator.name}  {operator.label(shape)}: out of memory with every contestant's inputs and graphs; left out"
+            )
+            continue
         _print(entries[-1], console)
         if out:  # after each: what was measured stays, whatever stops the rest
             write_record(out / "kernels.json", "kernels", {**run, "entries": entries})
     if out:
         for operator in operators:
-            plot_contest([entry for entry in entries if entry["operator"] == operator.name], asdict(limits), out)
+            if measured := [entry for entry in entries if entry["operator"] == operator.name]:
+                plot_contest(measured, asdict(limits), out)
         print(f"written: {out / 'kernels.json'} and a plot of each operator")
     return 0

@@ -161,7 +161,7 @@ def clocks(loop: list[str], num_warps: int) -> dict[str, float]:
     uniform = sum(count for name, count in counts.items() if name.startswith("U") and not name.startswith("UTMA"))
     alu = len(loop) - (fma - counts["IMAD"]) - mufu - memory - other - uniform
     return {
-        "tensor": _tensor_flops(loop, num_warps) / TENSOR_FLOPS,
+        "tensor": _tensor_clocks(loop, num_warps),
         "mufu": mufu * num_warps * 32 / MUFU_LANES,
         "fma": fma * num_warps * 32 / FMA_LANES,
         "alu": alu * num_warps * 32 / ALU_LANES,
@@ -195,10 +195,9 @@ def _bytes(loop: list[str], names: tuple[str, ...]) -> float:
         if name not in names:
             continue
         if name in ("LDSM", "STSM"):
-            # Matrices of 8 x 16 bytes, .4 of them unless fewer are named.
-            total += 128 * int(
-                match.group(1) if (match := re.search(r"\.(?:M88|MT88)\.?(\d)?", opcode)) and match.group(1) else 1
-            )
+            # Matrices of 8 x 16 bytes, one where no number is named.
+            count = re.search(r"\.MT?88\.(\d)", opcode)
+            total += 128 * int(count.group(1) if count else 1)
             continue
         width = _WIDTH.search(opcode)
         total += 32 * {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2, None: 4}[width and width.group(1)]
@@ -217,17 +216,16 @@ def _operand_bytes(loop: list[str]) -> float:
     return total
 
 
-def _tensor_flops(loop: list[str], num_warps: int) -> float:
-    """FLOPs of a block's matrix instructions: HGMMA is issued by four warps together, HMMA by each."""
+def _tensor_clocks(loop: list[str], num_warps: int) -> float:
+    """Clocks of a block's matrix instructions: HGMMA is issued by four warps together, HMMA by each; TF32 at half the rate."""
     total = 0.0
     for instruction in loop:
-        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction):
-            m, n, k = map(int, match.groups())
-            # TF32 runs at half of bfloat16's rate.
-            total += 2 * m * n * k * num_warps / 4 * (2 if ".TF32" in instruction.split()[0] else 1)
-        elif match := re.match(r"HMMA\.(16)(8)(8|16)", instruction):
-            m, n, k = map(int, match.groups())
-            total += 2 * m * n * k * num_warps
+        opcode = instruction.split()[0]
+        # HGMMA.64x128x16 spells its sizes out, HMMA.16816 runs them together.
+        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(8|16)", opcode):
+            m, n, k = (int(size) for size in match.groups() if size)
+            issues = num_warps / 4 if opcode.startswith("HGMMA") else num_warps
+            total += issues * 2 * m * n * k / TENSOR_FLOPS * (2 if "TF32" in opcode else 1)
     return total
 
 

@@ -2,10 +2,10 @@
 
 import datetime
 import json
-import os
 import platform
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,23 @@ def write_record(path: Path, kind: str, figures: dict[str, Any]) -> None:
 
 def writable(path: Path) -> Path:
     """The path again, if a file can be written there; found out before the work whose result it is to hold."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: expected a file that can be written, got {'a folder' if path.is_dir() else 'no permission'}")
+    if path.is_dir():
+        raise InputError(f"{path}: expected a file that can be written, got a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{path}: expected a file that can be written, got: {error.strerror}") from None
     return path
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a record; None for files that are none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return record.get("kind") if isinstance(record, dict) else None
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any]:

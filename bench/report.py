@@ -12,7 +12,7 @@ import tyro
 
 from ..train.cli import parse
 from ..train.config import InputError
-from .record import FORMAT, read_record
+from .record import FORMAT, kind_of, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -62,15 +62,8 @@ def write_readme(readme: Path, text: str) -> bool:
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     """Every record of a known kind in `folder` and below, in the order of their paths."""
-    found = []
-    for path in sorted(folder.rglob("*.json")):
-        for kind in KINDS:
-            try:
-                found.append(read_record(path, kind))
-            except InputError as error:
-                if f"got kind {kind!r}" in str(error):  # ours, but of another format
-                    raise
-    return found
+    kinds = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
+    return [read_record(path, kind) for path, kind in kinds.items() if kind in KINDS]
 
 
 def _provenance(record: dict[str, Any]) -> str:

@@ -4,12 +4,13 @@
 Imported absolutely: pytest gives this file a package name of its own, and relative imports would load every operator twice.
 """
 
+import itertools
+
 import pytest
 import torch
 
-from tritium.bench.contest import DIRECTIONS, refusal, timed
+from tritium.bench.contest import DIRECTIONS, refusal, rotated_inputs, timed
 from tritium.bench.kernels import OPERATORS
-from tritium.bench.timing import input_sets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -26,13 +27,10 @@ CASES = [
 def test_kernel(operator, shape, contestant, direction, benchmark):
     if why := contestant.absence(DEVICE):
         pytest.skip(why)
-    if why := refusal(operator, contestant, shape, DTYPE, DEVICE):
-        pytest.fail(f"refused: {why}")
+    assert refusal(operator, contestant, shape, DTYPE, DEVICE) is None
     benchmark.group = f"{operator.name} {operator.label(shape)} {direction}"
-    sets = [operator.inputs(shape, DTYPE, DEVICE)]
-    size = sum(value.numel() * value.itemsize for value in sets[0].values())
-    sets += [operator.inputs(shape, DTYPE, DEVICE) for _ in range(input_sets(size, DEVICE) - 1)]
-    call, turn = timed(contestant.call, sets, direction), iter(range(10**9))
+    call = timed(contestant.call, rotated_inputs(operator, shape, DTYPE, DEVICE), direction)
+    turn = itertools.count()
 
     def once():
         call(next(turn))

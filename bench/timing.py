@@ -66,11 +66,11 @@ def time_in_turn(
 
 
 def input_sets(bytes_a_set: int, device: torch.device) -> int:
-    """How many sets of inputs are together twice as large as the L2 cache; 1 on a CPU."""
+    """How many sets of inputs are together at least twice as large as the L2 cache; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(64, max(2, -(-2 * cache // max(1, bytes_a_set))))
+    return min(64, -(-2 * cache // max(1, bytes_a_set)))
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

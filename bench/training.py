@@ -45,11 +45,12 @@ from ..model.cost import flops_per_token, parameters
 from ..train.cli import parse
 from ..train.config import InputError, TrainConfig
 from ..train.device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
-from ..train.optim import make_optimizer, set_learning_rate
+from ..train.optim import make_optimizer, update
 from ..train.recipes import RECIPES, default_recipe, recipe
 from ..train.schedule import learning_rate
+from ..train.tokenizer import vocab_size_of
 from .baseline import Baseline
-from .record import provenance, write_record
+from .record import provenance, writable, write_record
 
 PROFILED_STEPS = 3
 PROFILE_ROWS = 12
@@ -93,8 +94,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
-        if self.out is not None and Path(self.out).is_dir():
-            raise InputError(f"--out: expected a file to write, got the folder {self.out}; add a name")
 
 
 class Contestant:
@@ -107,7 +106,6 @@ class Contestant:
         self.name, self.model, self.compiled, self.losses = name, model, compiled, []
         self._config, self._optimizer = config, make_optimizer(model, config)
         self._forward = torch.compile(model) if compiled else model
-        self._parameters = list(model.parameters())
 
     def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of the mean loss; returns the loss."""
@@ -118,16 +116,14 @@ class Contestant:
 
     def step(self, tokens: Tensor, targets: Tensor) -> None:
         """Train one step."""
-        set_learning_rate(self._optimizer, learning_rate(self._config, len(self.losses)))
+        lr = learning_rate(self._config, len(self.losses))
         self.losses.append(self.backward(tokens, targets))
-        torch.nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip or float("inf"))
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        update(self._optimizer, lr=lr, grad_clip=self._config.grad_clip)
 
     def held_bytes(self) -> int:
         """Weights and optimizer state: what stays allocated while the other one runs."""
         state = [value for values in self._optimizer.state.values() for value in values.values()]
-        return sum(value.nbytes for value in (*self._parameters, *state))
+        return sum(value.nbytes for value in (*self.model.parameters(), *state))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,19 +137,14 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--device: expected cpu or cuda, whose steps can be timed here, got {options.device}")
     micro, context = options.micro_batch_size or config.micro_batch, options.context_tokens or config.context_tokens
     config = replace(config, micro_batch_size=micro, batch_size=micro, context_tokens=context)
-    shape = config.gpt(options.vocab_size or _vocab_size(config.tokenizer))
+    shape = config.gpt(options.vocab_size or vocab_size_of(config.tokenizer))
+    out = None if options.out is None else writable(Path(options.out))
     figures = {"recipe": name, **measure(config, shape, options, device)}
     print(render(provenance() | figures))
-    if options.out:
-        write_record(Path(options.out), "train", figures)
-        print(f"\nfigures: {options.out}")
+    if out:
+        write_record(out, "train", figures)
+        print(f"\nfigures: {out}")
     return 0
-
-
-def _vocab_size(tokenizer: str) -> int:
-    """Ids of a tokenizer by its spec, without its text: characters are tinyshakespeare's, whose recipe has them."""
-    known = {"bytes": 257, "chars": 66, "gpt2": 50_257}
-    return known[tokenizer] if tokenizer in known else int(tokenizer.removeprefix("bpe:"))
 
 
 def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: torch.device) -> dict[str, Any]:

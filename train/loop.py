@@ -20,7 +20,7 @@ from .device import choose_device, compute_dtype, keep_freed_memory, use_fast_ma
 from .evaluate import Evaluation, evaluate
 from .loader import IGNORED
 from .log import Metrics, console, plot_loss
-from .optim import make_optimizer, set_learning_rate
+from .optim import make_optimizer, update
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
 
@@ -72,7 +72,6 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
     )  # fmt: skip
-    parameters = list(model.parameters())
     with metrics, _Signals() as signals:
 
         def evaluate_after(done: int) -> Evaluation | None:
@@ -93,12 +92,8 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            set_learning_rate(optimizer, lr)
             loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            metrics.step(step, loss, lr, grad_norm)
+            metrics.step(step, loss, lr, update(optimizer, lr=lr, grad_clip=config.grad_clip))
 
             done = step + 1
             if done == config.steps or done % config.checkpoint_interval == 0:

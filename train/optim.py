@@ -1,7 +1,7 @@
-"""AdamW with weight decay where it belongs: on matrices, not on gains and biases."""
+"""AdamW with weight decay where it belongs, on matrices and not on gains and biases, and what a step does with gradients."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import TrainConfig
 
@@ -17,7 +17,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the learning rate."""
+def update(optimizer: torch.optim.Optimizer, *, lr: float, grad_clip: float) -> Tensor:
+    """Clip the gradients to a global norm (0: do not), take a step and drop them. Returns: the norm before clipping, ()."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm

@@ -34,6 +34,7 @@ from ..model.cost import flops_per_token, parameters, step_bytes
 from .cli import near, parse
 from .config import InputError, TrainConfig
 from .recipes import RECIPES, recipe
+from .tokenizer import vocab_size_of
 
 # A CUDA context with the libraries' code and workspaces, or Python with PyTorch on a CPU: about half a gigabyte. An estimate.
 PROCESS_BYTES = 0.5e9
@@ -65,8 +66,6 @@ _MICRO_BATCH_BYTES = 24
 # Kernels a layer in forward and backward, and seconds that PyTorch takes to launch one: about, only to tell what they bound.
 _KERNELS_A_LAYER, _LAUNCH_SECONDS = 40, 5e-6
 
-# What a "chars" vocabulary has on tinyshakespeare, its recipe's text: 65 characters and end-of-text.
-_CHARS = 66
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -209,7 +208,7 @@ def _vocabulary(name: str, config: TrainConfig) -> int:
     """GPT-2's own for its presets, which learn a smaller one on their recipe's data; else what the tokenizer's spec says."""
     if name in PRESETS:
         return PRESETS[name].vocab_size
-    return _CHARS if config.tokenizer == "chars" else int(config.tokenizer.removeprefix("bpe:"))
+    return vocab_size_of(config.tokenizer)
 
 
 def _machine(gpu: str | None, gpus: int) -> Machine:

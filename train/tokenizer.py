@@ -233,6 +233,12 @@ def needs_corpus(spec: str) -> bool:
     return spec == "chars" or spec.startswith("bpe:")
 
 
+def vocab_size_of(spec: str) -> int:
+    """Size of a recipe's vocabulary before its text was seen; that of "chars" is tinyshakespeare's, with end-of-text."""
+    known = {"bytes": 257, "chars": 66, "gpt2": 50_257}
+    return known[spec] if spec in known else int(spec.removeprefix("bpe:"))
+
+
 def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Make the tokenizer that `spec` names (see the top of this file).
 

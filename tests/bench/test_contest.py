@@ -102,7 +102,24 @@ def test_what_fails_at_the_full_shape_alone_is_named_and_the_others_are_timed(pl
     assert main(["layer_norm", "--shape", "4100x16", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (entry,) = read_record(tmp_path / "kernels.json", "kernels")["entries"]
     assert entry["refused"] == {"small": "forward failed: OutOfMemoryError: no more"}
-    assert {row["contestant"] for row in entry["rows"]} == {"tritium", "eager"}
+    assert {row["contestant"] for row in entry["rows"]} == {"tritium", "eager", "tritium again"}
+
+
+def test_where_all_do_not_fit_together_the_other_shapes_are_measured(monkeypatch, tmp_path, capsys):
+    original = contest.time_in_turn
+
+    def full(calls, device, *, rounds):
+        made = next(iter(calls.values()))(0)  # y, or the gradients, x's first
+        if len(made if isinstance(made, torch.Tensor) else made[0]) == 3:
+            raise torch.OutOfMemoryError("no more")
+        return original(calls, device, rounds=rounds)
+
+    monkeypatch.setattr(contest, "time_in_turn", full)
+    words = ["layer_norm", "--shape", "3x8", "5x8", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert "layer_norm  M=3 N=8: out of memory" in capsys.readouterr().out
+    assert [entry["shape"] for entry in read_record(tmp_path / "kernels.json", "kernels")["entries"]] == [[5, 8]]
+    assert main([*words[:2], "3x8", *words[4:]]) == 0, "nothing to plot"
 
 
 def test_a_compiled_contestant_is_timed_in_every_direction():

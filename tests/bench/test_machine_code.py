@@ -142,6 +142,8 @@ def test_copies_operands_and_half_rate_products_are_counted():
     both = clocks(["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"], num_warps=4)
     assert both["tensor"] == 2 * 64 * 128 * 16 / 4096
     assert both["shared"] == (128 + 64) * 32 / 128
+    old = clocks(["HMMA.16816.F32.BF16 R4, R8, R12, R4", "HMMA.1688.F32.TF32 R4, R8, R12, R4"], num_warps=4)
+    assert old["tensor"] == 4 * (2 * 16 * 8 * 16 / 4096 + 2 * 16 * 8 * 8 / 2048)
     one = clocks(["HGMMA.64x128x8.F32.TF32 R24, R4, gdesc[UR8], R24"], num_warps=4)
     assert one["tensor"] == 2 * 64 * 128 * 8 / 2048
     assert one["shared"] == 128 * 32 / 128

@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tritium.bench import record
-from tritium.bench.record import provenance, read_record, write_record
+from tritium.bench.record import kind_of, provenance, read_record, writable, write_record
 from tritium.train.config import InputError
 
 pytestmark = pytest.mark.plain
@@ -17,6 +18,18 @@ def test_a_record_comes_back_with_where_it_was_made(tmp_path):
     assert found["rows"] == [1, 2]
     assert found["torch"] == torch.__version__
     assert set(provenance()) <= set(found)
+
+
+def test_kinds_are_told_apart_and_paths_tried_before_the_work(tmp_path):
+    write_record(tmp_path / "x.json", "train", {})
+    (tmp_path / "y.json").write_text("not json")
+    (tmp_path / "z.json").write_text("[1]")
+    assert [kind_of(tmp_path / name) for name in ("x.json", "y.json", "z.json")] == ["train", None, None]
+    assert writable(tmp_path / "new" / "a.json") == tmp_path / "new" / "a.json"
+    assert not list((tmp_path / "new").iterdir())
+    for bad, why in ((tmp_path, "a folder"), (Path("/proc/a.json"), ": "), (tmp_path / "y.json" / "a.json", ": ")):
+        with pytest.raises(InputError, match=f"expected a file that can be written, got{why if why == ': ' else ' ' + why}"):
+            writable(bad)
 
 
 def test_another_kind_format_or_no_json_is_refused(tmp_path, monkeypatch):

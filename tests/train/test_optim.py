@@ -3,7 +3,7 @@ import torch
 
 from tritium.model import GPT, GPTConfig
 from tritium.train.config import TrainConfig
-from tritium.train.optim import make_optimizer, set_learning_rate
+from tritium.train.optim import make_optimizer, update
 
 pytestmark = pytest.mark.plain
 
@@ -24,11 +24,24 @@ def test_matrices_decay_and_vectors_do_not(model):
 def test_a_step_is_adamw(model):
     """Against the formula, for one step from zero moments: p (1 - lr wd) - lr g / (|g| + eps)."""
     optimizer = make_optimizer(model, TrainConfig(weight_decay=0.1, beta1=0.9, beta2=0.99))
-    set_learning_rate(optimizer, 0.01)
     weight = model.h[0].mlp.c_fc.weight
     before = weight.detach().clone()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    expected = before * (1 - 0.01 * 0.1) - 0.01 * weight.grad / (weight.grad.abs() + 1e-8)
-    torch.testing.assert_close(weight.detach(), expected)
+    grad = weight.grad.clone()
+    update(optimizer, lr=0.01, grad_clip=0.0)
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.1) - 0.01 * grad / (grad.abs() + 1e-8))
+
+
+def test_gradients_are_clipped_by_their_norm_over_everything_and_dropped(model):
+    optimizer = make_optimizer(model, TrainConfig())
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    kept = [parameter.grad for parameter in parameters]
+    before = torch.cat([grad.flatten().clone() for grad in kept])
+    norm = update(optimizer, lr=0.01, grad_clip=0.5)
+    torch.testing.assert_close(norm, before.norm())
+    torch.testing.assert_close(torch.cat([grad.flatten() for grad in kept]), before * 0.5 / norm)
+    assert all(parameter.grad is None for parameter in parameters)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}

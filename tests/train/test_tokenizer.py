@@ -12,7 +12,8 @@ import pytest
 
 from tritium.train import tokenizer as module
 from tritium.train.config import InputError
-from tritium.train.tokenizer import Tokenizer, cut, from_spec, needs_corpus
+from tritium.train.recipes import RECIPES
+from tritium.train.tokenizer import Tokenizer, cut, from_spec, needs_corpus, vocab_size_of
 
 DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 GPT2 = DATA / "gpt2.tiktoken"
@@ -247,3 +248,11 @@ def test_damaged_tokenizer_files(tmp_path, learned):
         path.write_text(content)
         with pytest.raises(InputError, match=r"expected a tokenizer.json"):
             Tokenizer.load(path)
+
+
+def test_sizes_known_before_the_text_are_those_of_the_tokenizers():
+    tinyshakespeare = "".join(map(chr, range(65, 65 + 65)))  # as many different characters as it has
+    for spec in ("bytes", "chars"):
+        assert vocab_size_of(spec) == from_spec(spec, lambda: [tinyshakespeare]).vocab_size
+    assert vocab_size_of("bpe:4096") == 4096
+    assert all(vocab_size_of(config.tokenizer) > 1 for config in RECIPES.values())
