@@ -59,7 +59,7 @@ CEILINGS = {
 _VARIANTS = re.compile(r"\b(nvl|pcie|laptop|max-q|ti|super|d|mig)\b")
 
 # A launch planned where no GPU is (interpreter, ahead-of-time compilation) is planned as for an H100 or H200.
-DEFAULT_SM_COUNT = 132
+DEFAULT_SM_COUNT, DEFAULT_ARCH = 132, "sm_90"
 
 
 def ceiling(device_name: str) -> Ceiling | None:
@@ -76,3 +76,16 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_SM_COUNT
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def arch(device: torch.device) -> str:
+    """Architecture of a device as compilers name it, "sm_90" or "gfx942"; DEFAULT_ARCH for devices that are no GPU."""
+    return _arch(device) if device.type == "cuda" else DEFAULT_ARCH
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

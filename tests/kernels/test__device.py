@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tritium.kernels._device import CEILINGS, DEFAULT_SM_COUNT, ceiling, sm_count
+from tritium.kernels import _device
+from tritium.kernels._device import CEILINGS, DEFAULT_SM_COUNT, arch, ceiling, sm_count
 
 pytestmark = pytest.mark.plain
 
@@ -68,3 +71,16 @@ def test_no_driver_name_hides_a_row_below_it():
 
 def test_a_device_that_is_no_gpu_is_planned_for_as_one():
     assert sm_count(torch.device("cpu")) == sm_count(torch.device("meta")) == DEFAULT_SM_COUNT
+
+
+def test_architectures_are_named_as_compilers_name_them(monkeypatch):
+    assert arch(torch.device("cpu")) == arch(torch.device("meta")) == "sm_90"
+    monkeypatch.setattr(_device, "DEFAULT_ARCH", "sm_80")
+    assert arch(torch.device("meta")) == "sm_80"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert arch(torch.device("cuda:6")) == "sm_100"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert arch(torch.device("cuda:7")) == "gfx942"
