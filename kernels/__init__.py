@@ -6,7 +6,7 @@ Needs torch and triton only. Every operator is differentiable, deterministic, op
 if "." not in __name__:
     raise ImportError("this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'")
 
-from .attention import causal_attention, causal_attention_qkvpacked
+from .attention import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -16,6 +16,7 @@ __all__ = [
     "add_layer_norm",
     "causal_attention",
     "causal_attention_qkvpacked",
+    "causal_attention_varlen",
     "cross_entropy",
     "gelu_mlp",
     "layer_norm",

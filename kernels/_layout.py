@@ -1,7 +1,12 @@
-"""How operators take their inputs: in which precision, in which layout."""
+"""How operators take their inputs: in which precision, in which layout, through which kind of pointer."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ._device import arch
+from ._triton import TensorDescriptor
 
 
 def wide(x: Tensor) -> Tensor:
@@ -19,3 +24,14 @@ def as_rows(x: Tensor) -> Tensor:
 def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
     """Rows y (M, F) under the leading axes of x (..., N), whose rows gave them: (..., F)."""
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def descriptor(x: Tensor, block: Sequence[int]):
+    """A TMA descriptor that loads blocks of `x`, or `x` itself where the architecture or the alignment allows none."""
+    name = arch(x.device)
+    # A stride of an axis of length 1 is never taken, whatever it is.
+    strides = [16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides[:-1])
+    if not (name.startswith("sm_") and int(name[3:]) >= 90 and aligned and x.numel()) or x.stride(-1) != 1:
+        return x
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block))

@@ -9,12 +9,14 @@ import types
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
     triton = types.SimpleNamespace(jit=lambda function: function)
     tl = types.SimpleNamespace(constexpr=object)
+    TensorDescriptor = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -27,4 +29,4 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-__all__ = ["HAS_TRITON", "cdiv", "next_power_of_2", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "cdiv", "next_power_of_2", "tl", "triton"]

@@ -33,8 +33,27 @@ def _round_to_bfloat16_like_a_gpu() -> None:
     interpreter._convert_float = rounding
 
 
+def _multiply_bfloat16_like_a_gpu() -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers; and float16 without a BLAS."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def in_float32(handle):
+        if handle.dtype.scalar == tl.bfloat16:
+            return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
+
+    def multiply(self, a, b, *rest):
+        return create_dot(self, in_float32(a), in_float32(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = multiply
+
+
 if INTERPRET:
     _round_to_bfloat16_like_a_gpu()
+    _multiply_bfloat16_like_a_gpu()
 
 
 def pytest_configure(config):
