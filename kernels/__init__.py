@@ -7,6 +7,7 @@ if "." not in __name__:
     raise ImportError("this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'")
 
 from .attention import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
+from .attention_decode import attention_decode
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,7 @@ from .mlp import gelu_mlp, linear
 
 __all__ = [
     "add_layer_norm",
+    "attention_decode",
     "causal_attention",
     "causal_attention_qkvpacked",
     "causal_attention_varlen",

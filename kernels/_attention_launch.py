@@ -17,7 +17,7 @@ from ._attention_kernels import (
 )
 from ._attention_reference import refuse_bad_documents
 from ._device import arch
-from ._layout import descriptor
+from ._layout import descriptor, strides_bth
 from ._triton import cdiv, next_power_of_2
 
 # Keys and values of the heads that run at the same time are to stay in the L2, 40 MB or more on a data-center GPU.
@@ -90,7 +90,7 @@ def launch_fwd(
     kv_bytes = 2 * S * K * k.element_size()
     _causal_attention_fwd_kernel[(tiles * B * H,)](
         q_ptr=q, **_streamed(tile.block_n, tile, k=k, v=v), work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=seed,
-        o_ptr=o, lse_ptr=lse, **_strides(q=q, k=k, v=v),
+        o_ptr=o, lse_ptr=lse, **strides_bth(q=q, k=k, v=v),
         T=T, S=S, H=H, group=group, tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
         **_options(scale, window, S, softcap, dropout_p), **tile.arguments(K),
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _launch_grads(
     tile = plan("dq", K, q.dtype, arch(q.device))
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     common = {
-        "cu_seqlens_ptr": cu_seqlens, "seed_ptr": seed, "lse_ptr": lse, "delta_ptr": delta, **_strides(do=do, q=q, k=k, v=v),
+        "cu_seqlens_ptr": cu_seqlens, "seed_ptr": seed, "lse_ptr": lse, "delta_ptr": delta, **strides_bth(do=do, q=q, k=k, v=v),
         "T": T, "S": S, "H": H, "group": group, **_options(scale, window, S, softcap, dropout_p),
     }  # fmt: skip
     kv_bytes, q_bytes = 2 * S * K * k.element_size(), 2 * T * K * q.element_size() * group
@@ -185,10 +185,6 @@ def _heads_at_once(bytes_per_head: int) -> int:
 def _streamed(rows: int, tile: Tile, **tensors: Tensor) -> dict:
     """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, or as it is where none can be had."""
     return {name: descriptor(x, (1, rows, 1, padded(x.shape[-1]))) for name, x in tensors.items()}
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
 
 
 def _options(scale: float, window: int, S: int, softcap: float, dropout_p: float) -> dict:

@@ -35,3 +35,8 @@ def descriptor(x: Tensor, block: Sequence[int]):
     if not (name.startswith("sm_") and int(name[3:]) >= 90 and aligned and x.numel()) or x.stride(-1) != 1:
         return x
     return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block))
+
+
+def strides_bth(**tensors: Tensor) -> dict[str, int]:
+    """Keyword arguments stride_NAMEb, stride_NAMEt, stride_NAMEh of (B, T, heads, K) tensors."""
+    return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
