@@ -61,10 +61,10 @@ def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[st
 def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[tuple[dict, Launch, Any, float]]:
     for operator in operators:
         for shape in operator.launch_shapes:
-            with record_launches() as launches:
-                operator.launches(shape, DTYPE)
-            for launch in launches:
-                for arch in archs:
+            for arch in archs:
+                with record_launches(arch) as launches:
+                    operator.launches(shape, DTYPE)
+                for launch in launches:
                     began = time.perf_counter()
                     # Anew each time: a kernel out of the cache would be said to compile in no time.
                     with triton.knobs.compilation.scope():

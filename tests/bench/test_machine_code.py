@@ -48,7 +48,7 @@ def _exponentials_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 def product(dtype, target, block=128):
     a, b, c = (torch.empty(1, device="meta", dtype=kind) for kind in (dtype, dtype, torch.float32))
-    with record_launches() as launches:
+    with record_launches(target) as launches:
         _product_kernel[(1,)](a, b, c, K=1024, BLOCK=block, BLOCK_K=64, num_warps=4)
     return compile_launch(launches[0], target)
 
@@ -77,7 +77,7 @@ def test_the_loop_of_a_product_takes_the_tensor_clocks_that_its_flops_take():
 
 def test_the_loop_of_exponentials_is_bound_by_them():
     x = torch.empty(1024, device="meta")
-    with record_launches() as launches:
+    with record_launches("sm_90") as launches:
         _exponentials_kernel[(1,)](x, n=1000, BLOCK=1024, num_warps=4)
     loop = hottest_loop(disassembly(compile_launch(launches[0], "sm_90")))
     found = clocks(loop, num_warps=4)
@@ -90,7 +90,7 @@ def test_the_loop_of_exponentials_is_bound_by_them():
 
 def test_bulk_loads_are_found():
     x = torch.empty(1024, device="meta", dtype=torch.bfloat16)
-    with record_launches() as launches:
+    with record_launches("sm_90") as launches:
         _descriptor_kernel[(1,)](x, x, M=1024, N=1024, BLOCK=64)
     assert tma_loads(disassembly(compile_launch(launches[0], "sm_90"))) == 1
     assert tma_loads(disassembly(compile_launch(launches[0], "sm_80"))) == 0
@@ -165,7 +165,7 @@ def test_of_two_loops_the_one_with_products_is_hottest_and_traps_do_not_count():
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_small_kernel_has_few_registers_and_no_spills(target):
     x = torch.empty(128, device="meta")
-    with record_launches() as launches:
+    with record_launches(target) as launches:
         _exponentials_kernel[(1,)](x, n=3, BLOCK=128, num_warps=4)
     found = resources(compile_launch(launches[0], target))
     assert 0 < found.registers <= 64
