@@ -1,7 +1,8 @@
 """tritium bench codegen: what every kernel becomes at its shipped configurations, for GPUs that need not be there.
 
 A row is one launch of an operator at one shape for one GPU: registers, spilled bytes, shared memory, how many blocks fit and
-what limits them, matrix instructions, bulk loads, seconds to compile; for sm_90 also the estimated bounds of its hottest loop.
+what limits them, matrix instructions, bulk loads, seconds to compile; for sm_80, sm_90 and sm_100 also the estimated bounds of
+its hottest loop.
 """
 
 import time
@@ -61,10 +62,10 @@ def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[st
 def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[tuple[dict, Launch, Any, float]]:
     for operator in operators:
         for shape in operator.launch_shapes:
-            with record_launches() as launches:
-                operator.launches(shape, DTYPE)
-            for launch in launches:
-                for arch in archs:
+            for arch in archs:
+                with record_launches(arch) as launches:
+                    operator.launches(shape, DTYPE)
+                for launch in launches:
                     began = time.perf_counter()
                     # Anew each time: a kernel out of the cache would be said to compile in no time.
                     with triton.knobs.compilation.scope():
@@ -84,9 +85,8 @@ def _row(keys: dict[str, str], launch: Launch, compiled, seconds: float) -> dict
         "matrix_instructions": machine_code.matrix_instructions(text), "tma_loads": machine_code.tma_loads(text),
         "compile_seconds": round(seconds, 3),
     }  # fmt: skip
-    if keys["arch"] == "sm_90":
-        loop = machine_code.hottest_loop(text)
-        clocks = machine_code.clocks(loop, num_warps)
+    if keys["arch"] in machine_code.RATES:
+        loop, clocks = machine_code.loop_clocks(compiled, text, keys["arch"])
         row["hottest_loop"] = {
             "instructions": len(loop),
             "clocks": {pipe: round(value, 1) for pipe, value in clocks.items()},
@@ -135,14 +135,14 @@ def _print_table(rows: Sequence[dict]) -> None:
         return
     pipes = list(loops[0]["hottest_loop"]["clocks"])
     table = Table(
-        "operator", "shape", "kernel", "instructions", *pipes, "of", "overlapped", "serial",
-        title="sm_90: ESTIMATED clocks of a block's pass through its hottest loop, and share of the ceiling they allow",
+        *KEYS, "instructions", *pipes, "of", "overlapped", "serial",
+        title="ESTIMATED clocks of a block's pass through its hottest loop, and share of the ceiling they allow",
     )  # fmt: skip
     for row in loops:
         loop, estimate = row["hottest_loop"], row["hottest_loop"]["estimate"]
         clocks = [f"{value:.0f}" for value in loop["clocks"].values()]
         shares = [f"{estimate[name]:.0%}" for name in ("overlapped", "serial")]
-        table.add_row(*(row[key] for key in KEYS[:3]), str(loop["instructions"]), *clocks, estimate["of"], *shares)
+        table.add_row(*(row[key] for key in KEYS), str(loop["instructions"]), *clocks, estimate["of"], *shares)
     console.print(table)
 
 

@@ -5,6 +5,8 @@ would have been launched, with the same dtypes, alignments, tiles and warps. Not
 """
 
 import contextlib
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels import _device
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -22,18 +27,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
-# Launch options that are not kernel arguments.
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +39,28 @@ class Launch:
 
 
 @contextlib.contextmanager
-def record_launches():
-    """Note Triton launches instead of running them.
+def record_launches(arch: str) -> Iterator[list[Launch]]:
+    """Note Triton launches instead of running them, planned for one of TARGETS.
 
     Yields: a list that fills with a `Launch` for each launch made inside the block.
     """
     launches: list[Launch] = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
-        launches.append(
-            Launch(kernel=kernel, grid=tuple(grid), arguments=dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
-        )
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        for name, value in arguments.items():
+            # A launcher may give one descriptor another block for its next launch.
+            if isinstance(value, TensorDescriptor):
+                arguments[name] = copy.copy(value)
+        sizes = grid(arguments) if callable(grid) else grid
+        launches.append(Launch(kernel=kernel, grid=tuple(sizes), arguments=arguments))
 
-    original = JITFunction.run
-    JITFunction.run = note
+    original, default = JITFunction.run, _device.DEFAULT_ARCH
+    JITFunction.run, _device.DEFAULT_ARCH = note, arch
     try:
         yield launches
     finally:
-        JITFunction.run = original
+        JITFunction.run, _device.DEFAULT_ARCH = original, default
 
 
 def compile_launch(launch: Launch, target: str):
@@ -72,23 +69,22 @@ def compile_launch(launch: Launch, target: str):
     Returns: Triton's CompiledKernel; `.asm` holds every stage down to the machine code.
     """
     signature, constexprs, attrs = {}, {}, {}
+    # What is left of these is no argument but an option, such as num_warps; a backend passes over those of another.
+    options = {parameter.name: parameter.default for parameter in launch.kernel.params if parameter.has_default}
+    options |= launch.arguments
     for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+        value = options.pop(parameter.name)
         # Triton's own specialization: None and 1 become constants, multiples of 16 are known to be aligned.
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constexprs[parameter.name] = "constexpr", value
             continue
-        signature[parameter.name] = _type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        signature[parameter.name] = mangle_type(value)
+        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment) and _is_aligned(value):
             attrs[(index,)] = [["tt.divisibility", 16]]
-    options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def _type(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+def _is_aligned(value) -> bool:
+    return isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)

@@ -2,14 +2,19 @@
 
     resources     registers and spilled bytes a thread, shared bytes a block, as the assembler states them
     occupancy     blocks on one multiprocessor = least of what registers, shared memory, threads and slots allow
-    hottest loop  the innermost loop with most matrix instructions, else with most bytes loaded, else with most instructions
-    clocks        what one pass of a block through it occupies each pipe of an sm_90 multiprocessor for. If pipes never waited
-                  for one another the pass took the longest of them, if nothing overlapped their sum: two bounds, both
-                  estimates. Bytes are those of whole tiles, masked lanes included; bulk (TMA) loads do not state theirs, so
-                  where they occur memory and shared memory are counted too low
+    hottest loop  the innermost loop with most matrix instructions, of equals the shortest, which is the one without masks;
+                  without any the one with most bytes loaded, else with most instructions
+    clocks        what one pass of a block through it occupies each pipe of a multiprocessor for, sm_80, sm_90 and sm_100. If
+                  pipes never waited for one another the pass took the longest of them, if nothing overlapped their sum: two
+                  bounds, both estimates. Bytes are those of whole tiles, masked lanes included; bulk (TMA) loads do not state
+                  theirs, nor do copies to and from tensor memory, so where they occur the clocks are too few. Instructions
+                  that one warp alone passes through are counted for all of the block's warps. HMMA counts at the full rate
+                  of the tensor pipe everywhere, though from sm_90 on only HGMMA and tcgen05 reach it
 
 Source     NVIDIA, CUDA C++ Programming Guide, tables "Technical Specifications per Compute Capability" and "Throughput of
-           Native Arithmetic Instructions"; AMD, CDNA3 Instruction Set Architecture, chapter 3
+           Native Arithmetic Instructions"; tensor rates: data sheets of A100, H200 and B200, FLOP/s shared out by
+           multiprocessors and clock; NVIDIA, PTX ISA, "Instruction descriptor" of tcgen05; AMD, CDNA3 Instruction Set
+           Architecture, chapter 3
 """
 
 import re
@@ -21,7 +26,7 @@ from pathlib import Path
 
 import triton
 
-from ..kernels._device import CEILINGS, DEFAULT_SM_COUNT
+from ..kernels._device import CEILINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +73,38 @@ MULTIPROCESSORS = {
 _MATRIX = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "tcgen05": r"\bUTC\w*MMA\b", "MFMA": r"\bv_mfma_"}
 _TMA_LOAD = r"\bUTMALDG\b"
 
-# Of one sm_90 multiprocessor, a clock: dense bf16 FLOPs, lanes of the other pipes, bytes.
-TENSOR_FLOPS, FMA_LANES, ALU_LANES, MUFU_LANES, SCHEDULERS, SHARED_BYTES = 4096, 128, 64, 16, 4, 128
-# Boost clock of an H200: what its memory bandwidth is shared out by.
-_CLOCK_HERTZ = 1.98e9
-MEMORY_BYTES = CEILINGS["h200"].bytes_per_second / DEFAULT_SM_COUNT / _CLOCK_HERTZ
-# IMAD, a half-rate guest in the same pipe, is counted twice.
+# An m x n step of a matrix instruction is 32 bytes deep, whatever the dtype: 16 of bfloat16, 8 of TF32 at half the rate.
+_STEP_BYTES, _STEP_BF16 = 32, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What one multiprocessor does in a clock: FLOPs of dense bf16 products, lanes of the other pipes, bytes."""
+
+    tensor_flops: int
+    fma_lanes: int
+    imad_lanes: int = 64  # guests in the pipe of fma
+    alu_lanes: int = 64
+    mufu_lanes: int = 16
+    schedulers: int = 4
+    shared_bytes: int = 128
+    memory_bytes: float
+
+
+def _memory_bytes(device: str, multiprocessors: int, hertz: float) -> float:
+    return CEILINGS[device].bytes_per_second / multiprocessors / hertz
+
+
+# The memory of the device that most know the architecture by, at its boost clock.
+RATES = {
+    "sm_80": Rates(tensor_flops=2048, fma_lanes=64, memory_bytes=_memory_bytes("a100-80gb", 108, 1.41e9)),
+    "sm_90": Rates(tensor_flops=4096, fma_lanes=128, memory_bytes=_memory_bytes("h200", 132, 1.98e9)),
+    "sm_100": Rates(tensor_flops=8192, fma_lanes=128, memory_bytes=_memory_bytes("b200", 148, 1.965e9)),
+}
 _FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2")
-_CONTROL = ("BRA", "EXIT", "BAR", "NOP", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "RET", "CALL")
+# Two float32 results a lane, at the rate of one.
+_PACKED_FMA = ("FFMA2", "FMUL2", "FADD2")
+_CONTROL = ("BRA", "EXIT", "BAR", "NOP", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "RET", "CALL", "ELECT")
 # LDGSTS copies from memory to shared memory without registers.
 _GLOBAL, _SHARED = ("LDG", "STG", "LDGSTS"), ("LDS", "STS", "LDSM", "STSM", "LDGSTS")
 _WIDTH = re.compile(r"\.(128|64|U8|S8|U16|S16)\b")
@@ -135,8 +164,10 @@ def hottest_loop(sass: str) -> list[str]:
     for index, text in enumerate(code):
         # A jump to itself is the trap at the end of every kernel.
         target = index_at.get(int(text.split("0x")[-1], 16), index) if text.startswith("BRA") and "0x" in text else index
-        if target < index:
+        # Nor is a jump back from behind the end: there stand the repeats of waits, out of the way.
+        if target < index and not any(line.startswith("EXIT") for line in code[target:index]):
             loops.append((target, index + 1))
+    loops = [loop for loop in loops if not _waits(code[slice(*loop)])]
     innermost = [loop for loop in loops if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
     if not innermost:
         # Behind the last exit stand a trap and padding.
@@ -145,30 +176,77 @@ def hottest_loop(sass: str) -> list[str]:
 
     def weight(loop: tuple[int, int]) -> tuple[int, float, int]:
         body = code[slice(*loop)]
-        return sum(matrix_instructions("\n".join(body)).values()), _bytes(body, _GLOBAL), len(body)
+        if products := sum(matrix_instructions("\n".join(body)).values()):
+            return products, 0, -len(body)
+        return 0, _bytes(body, _GLOBAL), len(body)
 
     return code[slice(*max(innermost, key=weight))]
 
 
-def clocks(loop: list[str], num_warps: int) -> dict[str, float]:
-    """Estimated clocks that one pass of a block occupies each pipe of an sm_90 multiprocessor for."""
+def _waits(loop: list[str]) -> bool:
+    """Whether a loop only asks again whether a barrier was reached."""
+    return len(loop) < 8 and any(text.startswith("SYNCS") for text in loop) and not matrix_instructions("\n".join(loop))
+
+
+def tcgen05_step(ptx: str) -> tuple[float, float]:
+    """FLOPs and bytes read from shared memory of a tcgen05 matrix instruction in the loop with most of them, on average.
+
+    FLOPs are those of as many bytes of bfloat16. The machine code names no shapes; in PTX the descriptor is a constant.
+    """
+    lines = ptx.splitlines()
+    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (\d+);", ptx))
+    label_at = {line.split(":")[0]: index for index, line in enumerate(lines) if line.startswith("$L__BB")}
+    jumps = [
+        (label_at[m.group(1)], index) for index, line in enumerate(lines) if (m := re.search(r"\bbra\S*\s+(\$\w+);", line))
+    ]
+    spans = [lines[start:end] for start, end in jumps if start < end] or [lines]
+    pattern = re.compile(r"tcgen05\.mma\.\S+ \[[^]]+\], (\[?)[^,]+, [^,]+, (%r\d+),")
+    found = [[match for line in span if (match := pattern.search(line))] for span in spans]
+    # An outer loop has its inner one's products too: of equals the shortest.
+    steps = max(zip(found, spans, strict=True), key=lambda pair: (len(pair[0]), -len(pair[1])))[0]
+    if not steps:
+        return 0.0, 0.0
+    flops = shared = 0
+    for step in steps:
+        descriptor = int(constants[step.group(2)])
+        m, n = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
+        flops += 2 * m * n * _STEP_BF16
+        # An address in brackets is one of tensor memory.
+        shared += (n if step.group(1) else m + n) * _STEP_BYTES
+    return flops / len(steps), shared / len(steps)
+
+
+def loop_clocks(compiled, sass: str, target: str) -> tuple[list[str], dict[str, float]]:
+    """The hottest loop of a compiled kernel, given its disassembly, and the loop's clocks on one of RATES."""
+    loop = hottest_loop(sass)
+    step = tcgen05_step(compiled.asm["ptx"]) if "tcgen05" in matrix_instructions("\n".join(loop)) else (0.0, 0.0)
+    return loop, clocks(loop, compiled.metadata.num_warps, target, step)
+
+
+def clocks(loop: list[str], num_warps: int, target: str, step: tuple[float, float] = (0.0, 0.0)) -> dict[str, float]:
+    """Estimated clocks that one pass of a block occupies each pipe of a multiprocessor for; `step` as tcgen05_step has it."""
+    rates = RATES[target]
     counts = Counter(instruction.split()[0].split(".")[0] for instruction in loop)
-    fma = sum(counts[name] for name in _FMA) + 2 * counts["IMAD"]
+    fma = sum(counts[name] for name in _FMA)
+    packed = sum(counts[name] for name in _PACKED_FMA)
     mufu = counts["MUFU"]
     memory = sum(counts[name] for name in counts if re.match(r"LD|ST|RED|ATOM|UTMA|SHFL|UBLK", name))
     other = sum(counts[name] for name in ("HGMMA", "HMMA", *_CONTROL))
     # What the uniform datapath does (names in U) takes issue slots, but none of the lanes.
     uniform = sum(count for name, count in counts.items() if name.startswith("U") and not name.startswith("UTMA"))
-    alu = len(loop) - (fma - counts["IMAD"]) - mufu - memory - other - uniform
+    alu = len(loop) - fma - packed - counts["IMAD"] - mufu - memory - other - uniform
+    lanes = num_warps * 32
+    steps = matrix_instructions("\n".join(loop)).get("tcgen05", 0)
+    # A shuffle moves one register of each lane through the same crossbar.
+    shared = (_bytes(loop, _SHARED) + 128 * counts["SHFL"] + _operand_bytes(loop)) * num_warps + steps * step[1]
     return {
-        "tensor": _tensor_clocks(loop, num_warps),
-        "mufu": mufu * num_warps * 32 / MUFU_LANES,
-        "fma": fma * num_warps * 32 / FMA_LANES,
-        "alu": alu * num_warps * 32 / ALU_LANES,
-        "issue": len(loop) * num_warps / SCHEDULERS,
-        # A shuffle moves one register of each lane through the same crossbar.
-        "shared": (_bytes(loop, _SHARED) + 128 * counts["SHFL"] + _operand_bytes(loop)) * num_warps / SHARED_BYTES,
-        "memory": _bytes(loop, _GLOBAL) * num_warps / MEMORY_BYTES,
+        "tensor": (_tensor_flops(loop, num_warps) + steps * step[0]) / rates.tensor_flops,
+        "mufu": mufu * lanes / rates.mufu_lanes,
+        "fma": (fma + 2 * packed) * lanes / rates.fma_lanes + counts["IMAD"] * lanes / rates.imad_lanes,
+        "alu": alu * lanes / rates.alu_lanes,
+        "issue": len(loop) * num_warps / rates.schedulers,
+        "shared": shared / rates.shared_bytes,
+        "memory": _bytes(loop, _GLOBAL) * num_warps / rates.memory_bytes,
     }
 
 
@@ -208,24 +286,23 @@ def _operand_bytes(loop: list[str]) -> float:
     """Bytes a warp that HGMMA reads from shared memory: b always, a where it is no register; four warps read together."""
     total = 0.0
     for instruction in loop:
-        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction):
-            m, n, k = map(int, match.groups())
-            # 32 bytes along k, whatever the dtype: 16 of bfloat16, 8 of TF32.
+        if match := re.match(r"HGMMA\.(\d+)x(\d+)x", instruction):
+            m, n = map(int, match.groups())
             rows = n + (m if re.match(r"\S+ R\d+, gdesc", instruction) else 0)
-            total += rows * k * (32 / k) / 4
+            total += rows * _STEP_BYTES / 4
     return total
 
 
-def _tensor_clocks(loop: list[str], num_warps: int) -> float:
-    """Clocks of a block's matrix instructions: HGMMA is issued by four warps together, HMMA by each; TF32 at half the rate."""
+def _tensor_flops(loop: list[str], num_warps: int) -> float:
+    """FLOPs of a block's matrix instructions, those of TF32 twice: HGMMA is issued by four warps together, HMMA by each."""
     total = 0.0
     for instruction in loop:
         opcode = instruction.split()[0]
         # HGMMA.64x128x16 spells its sizes out, HMMA.16816 runs them together.
-        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(8|16)", opcode):
+        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(4|8|16)", opcode):
             m, n, k = (int(size) for size in match.groups() if size)
             issues = num_warps / 4 if opcode.startswith("HGMMA") else num_warps
-            total += issues * 2 * m * n * k / TENSOR_FLOPS * (2 if "TF32" in opcode else 1)
+            total += issues * 2 * m * n * k * (2 if "TF32" in opcode else 1)
     return total
 
 

@@ -79,8 +79,8 @@ class Planted:
         self.kernel[(1,)](x, x, y, BLOCK=shape[0], num_warps=4)
 
 
-def planted(kernel):
-    (row,) = rows_of([Planted(kernel)], ["sm_90"])
+def planted(kernel, arch="sm_90"):
+    (row,) = rows_of([Planted(kernel)], [arch])
     return row | {"kernel": "_planted_kernel"}
 
 
@@ -95,6 +95,15 @@ def test_planted_faults_are_seen():
     assert regressions([fine], []) == ["planted N=128 _planted_kernel sm_90: not in the held table"]
     assert regressions([], [fine]) == ["planted N=128 _planted_kernel sm_90: gone"]
     assert regressions([fine], [fine | {"tma_loads": 1}]) == ["planted N=128 _planted_kernel sm_90: lost its TMA loads"]
+
+
+def test_loops_are_estimated_where_rates_are_known_and_held_rows_may_lack_them():
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        row = planted(_fine_kernel, arch)
+        assert row["hottest_loop"]["clocks"]["tensor"] > 0
+        held = {key: value for key, value in row.items() if key != "hottest_loop"}
+        assert regressions([row], [held]) == regressions([held], [row]) == []
+    assert "hottest_loop" not in planted(_fine_kernel, "sm_120")
 
 
 def test_command_writes_rows_and_compares(tmp_path, capsys):

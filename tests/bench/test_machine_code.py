@@ -3,14 +3,17 @@ import torch
 
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.machine_code import (
+    RATES,
     Resources,
     bounds,
     clocks,
     disassembly,
     hottest_loop,
+    loop_clocks,
     matrix_instructions,
     occupancy,
     resources,
+    tcgen05_step,
     tma_loads,
 )
 from tritium.kernels._triton import tl, triton
@@ -48,7 +51,7 @@ def _exponentials_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 def product(dtype, target, block=128):
     a, b, c = (torch.empty(1, device="meta", dtype=kind) for kind in (dtype, dtype, torch.float32))
-    with record_launches() as launches:
+    with record_launches(target) as launches:
         _product_kernel[(1,)](a, b, c, K=1024, BLOCK=block, BLOCK_K=64, num_warps=4)
     return compile_launch(launches[0], target)
 
@@ -65,22 +68,75 @@ def test_a_product_in_float32_has_no_hgmma_in_bfloat16_but_still_a_matrix_instru
     assert found, "TF32 goes through the tensor pipe too"
 
 
-def test_the_loop_of_a_product_takes_the_tensor_clocks_that_its_flops_take():
-    loop = hottest_loop(disassembly(product(torch.bfloat16, "sm_90")))
-    found = clocks(loop, num_warps=4)
-    # 128 x 128 x 64 multiply-adds at 4,096 FLOPs a clock, a multiple of it where the loop was unrolled.
-    passes = found["tensor"] / (2 * 128 * 128 * 64 / 4096)
+@pytest.mark.parametrize(("target", "flops"), [("sm_80", 2048), ("sm_90", 4096), ("sm_100", 8192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loop_of_a_product_takes_the_tensor_clocks_that_its_flops_take(dtype, target, flops):
+    assert RATES[target].tensor_flops == flops
+    block = 128 if dtype is torch.bfloat16 else 64
+    compiled = product(dtype, target, block)
+    _, found = loop_clocks(compiled, disassembly(compiled), target)
+    # block x block x 64 multiply-adds, a multiple of it where the loop was unrolled; TF32 at half the rate.
+    passes = found["tensor"] / (2 * block * block * 64 / flops) / (1 if dtype is torch.bfloat16 else 2)
     assert passes == round(passes) >= 1
     assert bounds(found)["of"] == "tensor"
     assert 0 < bounds(found)["serial"] < bounds(found)["overlapped"] <= 1
 
 
+@triton.jit
+def _two_products_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """c += (a b) b^T, as attention has it: a (BLOCK, WIDTH), b (K, WIDTH) in steps of BLOCK_N rows."""
+    offs, offs_n, offs_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    a = tl.load(a_ptr + offs[:, None] * WIDTH + offs_k[None, :])
+    acc = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for start in range(0, K, BLOCK_N):
+        b = tl.load(b_ptr + (start + offs_n)[:, None] * WIDTH + offs_k[None, :])
+        acc = tl.dot(tl.exp2(tl.dot(a, b.T)).to(b.dtype), b, acc)
+    tl.store(c_ptr + offs[:, None] * WIDTH + offs_k[None, :], acc)
+
+
+@pytest.mark.parametrize("target", RATES)
+def test_two_products_of_unlike_shapes_count_each_with_its_own(target):
+    a, c = torch.empty(1, device="meta", dtype=torch.bfloat16), torch.empty(1, device="meta")
+    with record_launches(target) as launches:
+        _two_products_kernel[(1,)](a, a, c, K=4096, BLOCK=128, BLOCK_N=64, WIDTH=128, num_warps=4)
+    compiled = compile_launch(launches[0], target)
+    loop, found = loop_clocks(compiled, disassembly(compiled), target)
+    assert found["tensor"] == 2 * 2 * 128 * 64 * 128 / RATES[target].tensor_flops
+    # A thread of 128 has its share of 128 x 64.
+    assert sum(text.startswith("MUFU.EX2") for text in loop) == 128 * 64 // 128
+    if target == "sm_100":
+        # 8 steps of q k^T, 128 x 64, and 4 of p v, 128 x 128, whose p may stand in tensor memory.
+        flops, shared = tcgen05_step(compiled.asm["ptx"])
+        assert flops == (8 * 2 * 128 * 64 * 16 + 4 * 2 * 128 * 128 * 16) / 12
+        assert shared * 12 / 32 in (8 * (128 + 64) + 4 * 128, 8 * (128 + 64) + 4 * (128 + 128))
+
+
+@pytest.mark.plain
+def test_shapes_of_tcgen05_come_from_the_descriptors_in_the_loop():
+    ptx = """
+    mov.b32     %r80, 136381584;
+    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ], %rd1, %rd2, %r80, %p12;
+$L__BB0_4:
+    mov.b32     %r81, 136315024;
+    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ], %rd1, %rd2, %r81, %p12;
+    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ], [ %r9 + 0 ], %rd2, %r81, %p12;
+    @%p2 bra    $L__BB0_4;
+    @%p3 bra    $L__BB0_7;
+$L__BB0_7:
+    ret;"""
+    # 136315024 >> 17 & 63 = 16 eights of columns, >> 24 = 8 sixteens of rows.
+    assert 136381584 >> 17 & 63 == 16
+    columns = 8 * (136315024 >> 17 & 63)
+    assert tcgen05_step(ptx) == (2 * 128 * columns * 16, (128 + columns + columns) * 32 / 2)
+    assert tcgen05_step("ret;") == (0, 0)
+
+
 def test_the_loop_of_exponentials_is_bound_by_them():
     x = torch.empty(1024, device="meta")
-    with record_launches() as launches:
+    with record_launches("sm_90") as launches:
         _exponentials_kernel[(1,)](x, n=1000, BLOCK=1024, num_warps=4)
     loop = hottest_loop(disassembly(compile_launch(launches[0], "sm_90")))
-    found = clocks(loop, num_warps=4)
+    found = clocks(loop, 4, "sm_90")
     exponentials = sum(text.startswith("MUFU.EX2") for text in loop)
     assert exponentials
     assert exponentials % 8 == 0, "8 elements a thread"
@@ -90,7 +146,7 @@ def test_the_loop_of_exponentials_is_bound_by_them():
 
 def test_bulk_loads_are_found():
     x = torch.empty(1024, device="meta", dtype=torch.bfloat16)
-    with record_launches() as launches:
+    with record_launches("sm_90") as launches:
         _descriptor_kernel[(1,)](x, x, M=1024, N=1024, BLOCK=64)
     assert tma_loads(disassembly(compile_launch(launches[0], "sm_90"))) == 1
     assert tma_loads(disassembly(compile_launch(launches[0], "sm_80"))) == 0
@@ -123,7 +179,7 @@ def test_bytes_and_clocks_of_each_pipe():
         "LDG.E.128 R0, desc[UR8][R2.64]", "STG.E R0, R1", "LDS.64 R2, [R3]", "LDSM.16.M88.4 R4, [R5]", "SHFL.BFLY PT, R1, R2",
         "FFMA R1, R2, R3, R4", "IMAD R1, R2, R3, R4", "MUFU.EX2 R1, R2", "LOP3.LUT R1, R2", "UIADD3 UR4, UR4, 0x1", "BRA 0x10",
     ]  # fmt: skip
-    found = clocks(loop, num_warps=4)
+    found = clocks(loop, 4, "sm_90")
     assert found["shared"] == (32 * 8 + 512 + 128) * 4 / 128
     assert found["fma"] == (1 + 2) * 4 * 32 / 128
     assert found["mufu"] == 4 * 32 / 16
@@ -136,36 +192,62 @@ def test_bytes_and_clocks_of_each_pipe():
 
 @pytest.mark.plain
 def test_copies_operands_and_half_rate_products_are_counted():
-    copies = clocks(["LDGSTS.E.BYPASS.128 [R0], desc[UR8][R2.64]"], num_warps=4)
+    copies = clocks(["LDGSTS.E.BYPASS.128 [R0], desc[UR8][R2.64]"], 4, "sm_90")
     assert copies["shared"] == 512 * 4 / 128
     assert copies["memory"] > 0
-    both = clocks(["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"], num_warps=4)
+    both = clocks(["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"], 4, "sm_90")
     assert both["tensor"] == 2 * 64 * 128 * 16 / 4096
     assert both["shared"] == (128 + 64) * 32 / 128
-    old = clocks(["HMMA.16816.F32.BF16 R4, R8, R12, R4", "HMMA.1688.F32.TF32 R4, R8, R12, R4"], num_warps=4)
+    old = clocks(["HMMA.16816.F32.BF16 R4, R8, R12, R4", "HMMA.1688.F32.TF32 R4, R8, R12, R4"], 4, "sm_90")
     assert old["tensor"] == 4 * (2 * 16 * 8 * 16 / 4096 + 2 * 16 * 8 * 8 / 2048)
-    one = clocks(["HGMMA.64x128x8.F32.TF32 R24, R4, gdesc[UR8], R24"], num_warps=4)
+    one = clocks(["HGMMA.64x128x8.F32.TF32 R24, R4, gdesc[UR8], R24"], 4, "sm_90")
     assert one["tensor"] == 2 * 64 * 128 * 8 / 2048
     assert one["shared"] == 128 * 32 / 128
 
 
 @pytest.mark.plain
-def test_of_two_loops_the_one_with_products_is_hottest_and_traps_do_not_count():
-    lines = ["LDG.E R0, [R2]", "BRA 0x0", "HGMMA.64x8x16.F32.BF16 R0, gdesc[UR8], R0", "BRA 0x20", "EXIT", "BRA 0x50", "NOP"]
-    text = "\n".join(
+def test_rates_differ_between_architectures():
+    loop = ["FFMA R1, R2, R3, R4", "IMAD R1, R2, R3, R4", "FFMA2 R2, R4, R6, R8", "HMMA.16816.F32.BF16 R4, R8, R12, R4"]
+    old, new = clocks(loop[:2], 4, "sm_80"), clocks(loop, 4, "sm_100")
+    assert old["fma"] == (1 + 1) * 128 / 64
+    assert new["fma"] == (1 + 2 + 2) * 128 / 128
+    assert new["alu"] == old["alu"] == 0
+    assert new["tensor"] == 4 * 2 * 16 * 8 * 16 / 8192
+    # B200: 8 TB/s for 148 multiprocessors at 1.965 GHz; A100: 2.039 TB/s for 108 at 1.41 GHz.
+    assert RATES["sm_100"].memory_bytes == pytest.approx(27.5, rel=1e-2)
+    assert RATES["sm_80"].memory_bytes == pytest.approx(13.4, rel=1e-2)
+    step = clocks(["UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR7], tmem[UR34], idesc[UR35], UPT"], 4, "sm_100", (8192.0, 256.0))
+    assert (step["tensor"], step["shared"], step["alu"]) == (1, 2, 0)
+
+
+def listing(*lines):
+    return "\n".join(
         f"        /*{16 * number:04x}*/                   {line} ;   /* 0x0 */" for number, line in enumerate(lines)
     )
-    assert hottest_loop(text) == lines[2:4]
-    straight = "\n".join(
-        f"        /*{16 * n:04x}*/    {line} ;" for n, line in enumerate(["MOV R1, R2", "EXIT", "BRA 0x20", "NOP"])
-    )
-    assert hottest_loop(straight) == ["MOV R1, R2", "EXIT"]
+
+
+@pytest.mark.plain
+def test_the_loop_without_masks_is_hottest_and_waits_are_no_loops():
+    product = "HGMMA.64x8x16.F32.BF16 R0, gdesc[UR8], R0"
+    masked = [product, *(3 * ["FSEL R1, R2, R3, P0"]), "@P0 BRA 0x0"]
+    bare = [product, "SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR15], R22", "@!P4 BRA 0x60", "@P0 BRA 0x50"]
+    # What stands behind the end jumps back into the middle of the loop.
+    wait = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR15], R22", "@!P4 BRA 0xa0", "BRA 0x60"]
+    found = hottest_loop(listing(*masked, *bare, "EXIT", *wait))
+    assert found == [*bare[:2], "BRA 0x60", "BRA 0x50"]
+
+
+@pytest.mark.plain
+def test_of_two_loops_the_one_with_products_is_hottest_and_traps_do_not_count():
+    lines = ["LDG.E R0, [R2]", "BRA 0x0", "HGMMA.64x8x16.F32.BF16 R0, gdesc[UR8], R0", "BRA 0x20", "EXIT", "BRA 0x50", "NOP"]
+    assert hottest_loop(listing(*lines)) == lines[2:4]
+    assert hottest_loop(listing("MOV R1, R2", "EXIT", "BRA 0x20", "NOP")) == ["MOV R1, R2", "EXIT"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_small_kernel_has_few_registers_and_no_spills(target):
     x = torch.empty(128, device="meta")
-    with record_launches() as launches:
+    with record_launches(target) as launches:
         _exponentials_kernel[(1,)](x, n=3, BLOCK=128, num_warps=4)
     found = resources(compile_launch(launches[0], target))
     assert 0 < found.registers <= 64

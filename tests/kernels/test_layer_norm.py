@@ -323,7 +323,7 @@ def test_cost_is_the_bytes_that_the_tensors_have():
 @pytest.mark.parametrize("N", [768, 1024, 1280, 1600, MAX_WIDTH])
 def test_compiles_for_every_target_without_spills(N, target):
     x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)])
-    with record_launches() as launches:
+    with record_launches(target) as launches:
         for dtype in (torch.bfloat16, torch.float32):
             h, w = x.to(dtype), weight.to(dtype)
             launch_fwd(h, w, None, 1e-5)
@@ -343,7 +343,7 @@ def test_compiles_for_every_target_without_spills(N, target):
 def test_rows_are_addressed_in_int64(N):
     """No test can hold 2^31 elements everywhere, but every product of a row with a stride can be read off the compiled code."""
     x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)])
-    with record_launches() as launches:
+    with record_launches("sm_90") as launches:
         launch_add_fwd(x, x, weight, weight, 1e-5)
         launch_bwd(x, x, x, weight, statistics, statistics, True)
     for launch in launches:
