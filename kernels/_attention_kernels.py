@@ -71,6 +71,21 @@ def _rows(
 
 
 @triton.jit
+def _statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
+    """One number for each of the tokens [first, first + BLOCK) of row `index` of (rows, T): `other` from token `end` on.
+
+    A descriptor gives 0 there, as `_rows` does for the tokens themselves, and what follows from zeros alone is 0 too. It is
+    for whole rows, read in whole tiles.
+    """
+    if isinstance(source, tl.tensor_descriptor):
+        # An ordinary load of so few numbers puts every one of them into each thread that needs it: 32 more instructions.
+        return source.load([index, first]).reshape(BLOCK)
+    else:
+        offs = first + tl.arange(0, BLOCK)
+        return tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
+
+
+@triton.jit
 def _store_rows(
     pointer, tile, batch, first, end, head, stride_b, stride_t, stride_h,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,6 +107,20 @@ def _capped(s, scale, softcap):
 @triton.jit
 def _exponent(scale, softcap):
     return scale * LOG2E if softcap is None else LOG2E
+
+
+@triton.jit
+def _weights(s, m, c, IS_EDGE: tl.constexpr):
+    """Weights of a tile of scores against the maximum so far: p, what earlier weights shrink by, and the new maximum."""
+    if IS_EDGE:
+        # The largest score of a tile weighs 1 exactly, though s c - m is one rounded operation: a lone key gives its value.
+        largest = tl.maximum(tl.max(s, 1), LOWEST)
+        behind = tl.where(largest * c >= m, 0.0, largest * c - m)
+        new = tl.maximum(m, largest * c)
+        return tl.exp2((s - largest[:, None]) * c + behind[:, None]), tl.exp2(m - new), new
+    else:
+        new = tl.maximum(m, tl.max(s, 1) * c)
+        return tl.exp2(s * c - new[:, None]), tl.exp2(m - new), new
 
 
 @triton.jit
@@ -128,15 +157,12 @@ def _fwd_loop(
             queries = first_query + tl.arange(0, BLOCK_M)
             seen = _visible(queries[:, None], (first_key + tl.arange(0, BLOCK_N))[None, :], shift, window)
             s = tl.where(seen, s, -float("inf"))
-        new = tl.maximum(m, tl.max(s, 1) * c)
-        p = tl.exp2(s * c - new[:, None])
-        shrink = tl.exp2(m - new)
+        p, shrink, m = _weights(s, m, c, IS_EDGE)
         total = total * shrink + tl.sum(p, 1)
         if seed is not None:
             p = tl.where(_kept(seed, row, quads, first_query, first_key, threshold, BLOCK_M, BLOCK_N), p, 0.0)
         values = _rows(v, batch, start + first_key, start + S, kv_head, stride_vb, stride_vt, stride_vh, HEAD, BLOCK_N, BLOCK_K)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-        m = new
     return acc, total, m
 
 
@@ -271,20 +297,23 @@ def _causal_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, keys, values, q, do, lse_ptr, delta_ptr, lo, hi, seed, row, quads, batch, head, first_key, start, shift, T, S,
+    dk, dv, keys, values, q, do, lses, deltas, lo, hi, seed, index, total, quads, batch, head,
+    first_key, start, shift, T,
     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh, scale, window, softcap, threshold, keep,
     IS_EDGE: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     for first in tl.range(lo, hi, BLOCK_M):
         offs = first + tl.arange(0, BLOCK_M)
         queries = _rows(q, batch, start + first, start + T, head, stride_qb, stride_qt, stride_qh, HEAD, BLOCK_M, BLOCK_K)
-        lse = tl.load(lse_ptr + row + offs, mask=offs < T, other=float("inf")) * LOG2E
+        lse = _statistics(lses, index, start + first, start + T, total, float("inf"), BLOCK_M) * LOG2E
         s = _capped(tl.dot(keys, queries.T, input_precision="ieee"), scale, softcap)
         dos = _rows(do, batch, start + first, start + T, head, stride_dob, stride_dot, stride_doh, HEAD, BLOCK_M, BLOCK_K)
         dp = tl.dot(values, dos.T, input_precision="ieee")
-        delta = tl.load(delta_ptr + row + offs, mask=offs < T, other=0.0)
+        delta = _statistics(deltas, index, start + first, start + T, total, 0.0, BLOCK_M)
         if seed is not None:
-            kept = tl.trans(_kept(seed, row, quads, first, first_key, threshold, BLOCK_M, BLOCK_N))
+            kept = tl.trans(
+                _kept(seed, index.to(tl.int64) * total + start, quads, first, first_key, threshold, BLOCK_M, BLOCK_N)
+            )
             dp = tl.where(kept, dp / keep, 0.0)
         p, ds = _dscores(s, dp, lse[None, :], delta[None, :], scale, softcap)
         if IS_EDGE:
@@ -299,7 +328,7 @@ def _dkdv_loop(
 
 @triton.jit
 def _causal_attention_bwd_dkdv_kernel(
-    do, q, k_ptr, v_ptr, lse_ptr, delta_ptr, work_ptr, cu_seqlens_ptr, seed_ptr, dk_ptr, dv_ptr,
+    do, q, k_ptr, v_ptr, lse, delta, work_ptr, cu_seqlens_ptr, seed_ptr, dk_ptr, dv_ptr,
     stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dkb, stride_dkt,
     T, S, H, group, tiles, heads, heads_at_once, scale, window, softcap, threshold, keep,
@@ -317,15 +346,14 @@ def _causal_attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     lo, inner_lo, inner_hi, hi = _query_range(first, queries, shift, window, BLOCK_M, BLOCK_N)
     for head in range(kv_head * group, kv_head * group + group):
-        row = (batch * H + head).to(tl.int64) * T + start
         for stage in tl.static_range(3):
             # Queries at the diagonal, queries that see every key of the tile, queries whose window ends in it.
             if stage < 2 or window is not None:
                 dk, dv = _dkdv_loop(
-                    dk, dv, k, v, q, do, lse_ptr, delta_ptr,
+                    dk, dv, k, v, q, do, lse, delta,
                     lo if stage == 0 else inner_lo if stage == 1 else inner_hi,
                     inner_lo if stage == 0 else inner_hi if stage == 1 else hi,
-                    seed, row, quads, batch, head, first, start, shift, queries, keys,
+                    seed, batch * H + head, T, quads, batch, head, first, start, shift, queries,
                     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
                     scale, window, softcap, threshold, keep,
                     stage != 1, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -337,7 +365,7 @@ def _causal_attention_bwd_dkdv_kernel(
 @triton.jit
 def _query_range(first, queries, shift, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Queries that a tile of keys walks, in tiles: from the diagonal, all see from, all see to, to the window's end."""
-    lo = tl.maximum(first - shift, 0)
+    lo = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
     inner_lo = lo + tl.cdiv(tl.maximum(first + BLOCK_N - 1 - shift - lo, 0), BLOCK_M) * BLOCK_M
     if window is None:
         return lo, tl.minimum(inner_lo, queries), queries, queries

@@ -50,19 +50,42 @@ def _rows(**directions: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[
     }
 
 
-# By architecture, direction and largest padded head size that a row is for: block_m, block_n, num_warps, num_stages.
+# By architecture (the start of its name), direction and largest padded head size: block_m, block_n, num_warps, num_stages. A
+# tile of 128 owned rows halves what is read through the L2 against 64; the streamed side is as wide as registers allow.
 TILES = {
-    "sm_90": _rows(
-        fwd={64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        dkdv={64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    "sm_9": _rows(
+        fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     ),
-    "float32": _rows(
-        fwd={64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-        dq={64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-        dkdv={64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "sm_10": _rows(
+        fwd={64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dq={64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    ),
+    # These and the next keep to the 99 KB of shared memory that a program has on consumer cards.
+    "sm_12": _rows(
+        fwd={64: (128, 32, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
+        dq={64: (128, 32, 4, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
+        dkdv={64: (32, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+    ),
+    "sm_": _rows(
+        fwd={64: (128, 32, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
+        dq={64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+        dkdv={64: (32, 128, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+    ),
+    "gfx": _rows(
+        fwd={64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
+        dq={64: (128, 64, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
+        dkdv={64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1)},
     ),
 }
+# Products of float32 are not the matrix pipe's: they are exact, and tiles are small.
+FLOAT32_TILES = _rows(
+    fwd={64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 1)},
+    dq={64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    dkdv={64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+)
 
 
 def padded(head_size: int) -> int:
@@ -72,7 +95,8 @@ def padded(head_size: int) -> int:
 
 def plan(direction: str, head_size: int, dtype: torch.dtype, architecture: str) -> Tile:
     """Choose the tile of a kernel, "fwd", "dq" or "dkdv"."""
-    rows = TILES["float32" if dtype == torch.float32 else architecture if architecture in TILES else "sm_90"][direction]
+    family = next(rows for name, rows in TILES.items() if architecture.startswith(name))
+    rows = (FLOAT32_TILES if dtype == torch.float32 else family)[direction]
     return rows[min(size for size in rows if size >= padded(head_size))]
 
 
@@ -146,19 +170,22 @@ def _launch_grads(
     tile = plan("dq", K, q.dtype, arch(q.device))
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     common = {
-        "cu_seqlens_ptr": cu_seqlens, "seed_ptr": seed, "lse_ptr": lse, "delta_ptr": delta, **strides_bth(do=do, q=q, k=k, v=v),
+        "cu_seqlens_ptr": cu_seqlens, "seed_ptr": seed, **strides_bth(do=do, q=q, k=k, v=v),
         "T": T, "S": S, "H": H, "group": group, **_options(scale, window, S, softcap, dropout_p),
     }  # fmt: skip
     kv_bytes, q_bytes = 2 * S * K * k.element_size(), 2 * T * K * q.element_size() * group
     _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
-        do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, tile, k=k, v=v), o_ptr=o, work_ptr=work, dq_ptr=dq,
+        do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, tile, k=k, v=v), o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta,
+        dq_ptr=dq,
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group, **common, **tile.arguments(K),
     )  # fmt: skip
     tile = plan("dkdv", K, q.dtype, arch(q.device))
     work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
-        **_streamed(tile.block_m, tile, do=do, q=q), k_ptr=k, v_ptr=v, work_ptr=work, dk_ptr=dk, dv_ptr=dv,
+        **_streamed(tile.block_m, tile, do=do, q=q), k_ptr=k, v_ptr=v,
+        **{name: _statistics(x, cu_seqlens, tile.block_m) for name, x in (("lse", lse), ("delta", delta))},
+        work_ptr=work, dk_ptr=dk, dv_ptr=dv,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes), **common, **tile.arguments(K),
     )  # fmt: skip
@@ -185,6 +212,11 @@ def _heads_at_once(bytes_per_head: int) -> int:
 def _streamed(rows: int, tile: Tile, **tensors: Tensor) -> dict:
     """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, or as it is where none can be had."""
     return {name: descriptor(x, (1, rows, 1, padded(x.shape[-1]))) for name, x in tensors.items()}
+
+
+def _statistics(x: Tensor, cu_seqlens: Tensor | None, rows: int):
+    """(B, H, T) numbers as a descriptor of `rows` of them, or as they are where documents begin anywhere."""
+    return x if cu_seqlens is not None else descriptor(x.flatten(0, 1), (1, rows))
 
 
 def _options(scale: float, window: int, S: int, softcap: float, dropout_p: float) -> dict:

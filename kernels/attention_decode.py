@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._attention_kernels import LOWEST, _capped, _exponent, _rows, _visible
+from ._attention_kernels import LOWEST, _capped, _exponent, _rows, _visible, _weights
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layout import strides_bth, wide
 from ._op import autocast, define_op
@@ -102,13 +102,10 @@ def _attention_decode_kernel(
         offs_n = first_key + tl.arange(0, BLOCK_N)
         seen = _visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
         s = tl.where(seen, s, -float("inf"))
-        new = tl.maximum(m, tl.max(s, 1) * c)
-        p = tl.exp2(s * c - new[:, None])
-        shrink = tl.exp2(m - new)
+        p, shrink, m = _weights(s, m, c, True)
         total = total * shrink + tl.sum(p, 1)
         values = _rows(v_ptr, batch, first_key, hi, kv_head, stride_vb, stride_vt, stride_vh, HEAD, BLOCK_N, BLOCK_K)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-        m = new
     out = ((split * B + batch).to(tl.int64) * T + tokens) * H + heads
     tl.store(lse_ptr + out, m + tl.log2(total), mask=tokens < T)
     o = acc / tl.where(total > 0, total, 1.0)[:, None]
