@@ -13,9 +13,9 @@ from ._attention_kernels import (
     _causal_attention_bwd_dkdv_kernel,
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
-    _causal_attention_schedule_kernel,
 )
 from ._attention_reference import refuse_bad_documents
+from ._attention_tile import _causal_attention_schedule_kernel
 from ._device import arch
 from ._layout import descriptor, strides_bth
 from ._triton import cdiv, next_power_of_2
@@ -113,7 +113,7 @@ def launch_fwd(
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
     _causal_attention_fwd_kernel[(tiles * B * H,)](
-        q_ptr=q, **_streamed(tile.block_n, tile, k=k, v=v), work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=seed,
+        q_ptr=q, **_streamed(tile.block_n, k=k, v=v), work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=seed,
         o_ptr=o, lse_ptr=lse, **strides_bth(q=q, k=k, v=v),
         T=T, S=S, H=H, group=group, tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
         **_options(scale, window, S, softcap, dropout_p), **tile.arguments(K),
@@ -175,15 +175,15 @@ def _launch_grads(
     }  # fmt: skip
     kv_bytes, q_bytes = 2 * S * K * k.element_size(), 2 * T * K * q.element_size() * group
     _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
-        do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, tile, k=k, v=v), o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta,
-        dq_ptr=dq,
+        do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v), o_ptr=o, lse_ptr=lse,
+        work_ptr=work, delta_ptr=delta, dq_ptr=dq,
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group, **common, **tile.arguments(K),
     )  # fmt: skip
     tile = plan("dkdv", K, q.dtype, arch(q.device))
     work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
-        **_streamed(tile.block_m, tile, do=do, q=q), k_ptr=k, v_ptr=v,
+        **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
         **{name: _statistics(x, cu_seqlens, tile.block_m) for name, x in (("lse", lse), ("delta", delta))},
         work_ptr=work, dk_ptr=dk, dv_ptr=dv,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
@@ -209,7 +209,7 @@ def _heads_at_once(bytes_per_head: int) -> int:
     return max(1, L2_BYTES // max(1, bytes_per_head))
 
 
-def _streamed(rows: int, tile: Tile, **tensors: Tensor) -> dict:
+def _streamed(rows: int, **tensors: Tensor) -> dict:
     """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, or as it is where none can be had."""
     return {name: descriptor(x, (1, rows, 1, padded(x.shape[-1]))) for name, x in tensors.items()}
 

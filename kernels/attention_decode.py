@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._attention_kernels import LOWEST, _capped, _exponent, _rows, _visible, _weights
+from ._attention_tile import LOWEST, _capped, _exponent, _rows, _visible, _weights
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layout import strides_bth, wide
 from ._op import autocast, define_op
