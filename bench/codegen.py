@@ -86,8 +86,7 @@ def describe(compiled, arch: str) -> dict[str, Any]:
         "shared_bytes": found.shared_bytes, "blocks_per_sm": blocks, "limited_by": limit,
         "matrix_instructions": machine_code.matrix_instructions(text), "tma_loads": machine_code.tma_loads(text),
     }  # fmt: skip
-    # Where warps run different loops side by side, the hottest alone says nothing of the block.
-    if arch in machine_code.RATES and num_warps == compiled.metadata.num_warps:
+    if arch in machine_code.RATES and not machine_code.specialized(compiled):
         loop, clocks = machine_code.loop_clocks(compiled, text, arch)
         row["hottest_loop"] = {
             "instructions": len(loop),

@@ -141,8 +141,13 @@ def resources(compiled) -> Resources:
     return Resources(registers=registers, spilled_bytes=stack, shared_bytes=shared)
 
 
+def specialized(compiled) -> bool:
+    """Whether some of a block's warps run code of their own: no loop alone then says what the block does."""
+    return "ttg.warp_specialize" in compiled.asm.get("ttgir", "")
+
+
 def all_warps(compiled) -> int:
-    """Warps of a block, those included that the compiler added for work of their own (warp specialization)."""
+    """Warps of a block, with those that the compiler added for code of their own."""
     total = re.search(r'"ttg.total-num-warps" = (\d+)', compiled.asm.get("ttgir", ""))
     return int(total.group(1)) if total else compiled.metadata.num_warps
 
