@@ -23,7 +23,7 @@ from ..train.config import InputError
 from . import machine_code
 from .case import Operator
 from .kernels import OPERATORS
-from .launches import TARGETS, Launch, compile_launch, record_launches
+from .launches import TARGETS, compile_launch, record_launches
 from .record import provenance, read_record, writable, write_record
 
 # What the trainer runs the kernels in.
@@ -52,14 +52,11 @@ class CodegenOptions:
 def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[str, Any]]:
     """Compile the operators' launches for each architecture; one row each, as in the JSON."""
     with ThreadPoolExecutor(2) as pool:  # Triton compiles in this thread while the disassembler runs in another
-        pending = [
-            pool.submit(_row, keys, launch, compiled, seconds)
-            for keys, launch, compiled, seconds in _compiled(operators, archs)
-        ]
+        pending = [pool.submit(_row, keys, compiled, seconds) for keys, compiled, seconds in _compiled(operators, archs)]
         return [row.result() for row in pending]
 
 
-def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[tuple[dict, Launch, Any, float]]:
+def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[tuple[dict, Any, float]]:
     for operator in operators:
         for shape in operator.launch_shapes:
             for arch in archs:
@@ -72,21 +69,25 @@ def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[t
                         triton.knobs.compilation.always_compile = True
                         compiled = compile_launch(launch, arch)
                     values = (operator.name, operator.label(shape), launch.kernel.__name__, arch)
-                    yield dict(zip(KEYS, values, strict=True)), launch, compiled, time.perf_counter() - began
+                    yield dict(zip(KEYS, values, strict=True)), compiled, time.perf_counter() - began
 
 
-def _row(keys: dict[str, str], launch: Launch, compiled, seconds: float) -> dict[str, Any]:
-    num_warps = launch.arguments.get("num_warps", 4)  # Triton's default
+def _row(keys: dict[str, str], compiled, seconds: float) -> dict[str, Any]:
+    return {**keys, **describe(compiled, keys["arch"]), "compile_seconds": round(seconds, 3)}
+
+
+def describe(compiled, arch: str) -> dict[str, Any]:
+    """What a row says of the compiled kernel itself; `hottest_loop` only where it can be estimated."""
+    num_warps = machine_code.all_warps(compiled)
     found, text = machine_code.resources(compiled), machine_code.disassembly(compiled)
-    blocks, limit = machine_code.occupancy(found, num_warps, keys["arch"])
+    blocks, limit = machine_code.occupancy(found, num_warps, arch)
     row = {
-        **keys, "num_warps": num_warps, "registers": found.registers, "spilled_bytes": found.spilled_bytes,
+        "num_warps": num_warps, "registers": found.registers, "spilled_bytes": found.spilled_bytes,
         "shared_bytes": found.shared_bytes, "blocks_per_sm": blocks, "limited_by": limit,
         "matrix_instructions": machine_code.matrix_instructions(text), "tma_loads": machine_code.tma_loads(text),
-        "compile_seconds": round(seconds, 3),
     }  # fmt: skip
-    if keys["arch"] in machine_code.RATES:
-        loop, clocks = machine_code.loop_clocks(compiled, text, keys["arch"])
+    if arch in machine_code.RATES and not machine_code.specialized(compiled):
+        loop, clocks = machine_code.loop_clocks(compiled, text, arch)
         row["hottest_loop"] = {
             "instructions": len(loop),
             "clocks": {pipe: round(value, 1) for pipe, value in clocks.items()},

@@ -6,10 +6,11 @@
                   without any the one with most bytes loaded, else with most instructions
     clocks        what one pass of a block through it occupies each pipe of a multiprocessor for, sm_80, sm_90 and sm_100. If
                   pipes never waited for one another the pass took the longest of them, if nothing overlapped their sum: two
-                  bounds, both estimates. Bytes are those of whole tiles, masked lanes included; bulk (TMA) loads do not state
-                  theirs, nor do copies to and from tensor memory, so where they occur the clocks are too few. Instructions
-                  that one warp alone passes through are counted for all of the block's warps. HMMA counts at the full rate
-                  of the tensor pipe everywhere, though from sm_90 on only HGMMA and tcgen05 reach it
+                  bounds, both estimates. Memory is left out where there are products, whose tiles come out of the cache.
+                  Bytes are those of whole tiles, masked lanes included. Sizes that the machine code does not name, of tcgen05
+                  products and bulk (TMA) loads, are constants in PTX; copies to and from tensor memory are not counted.
+                  Instructions that one warp alone passes through count for all of the block's warps, and HMMA at the full
+                  rate of the tensor pipe, though from sm_90 on only HGMMA and tcgen05 reach it
 
 Source     NVIDIA, CUDA C++ Programming Guide, tables "Technical Specifications per Compute Capability" and "Throughput of
            Native Arithmetic Instructions"; tensor rates: data sheets of A100, H200 and B200, FLOP/s shared out by
@@ -36,6 +37,18 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """Of instructions whose machine code names no size, on average over the loop with most of them.
+
+    tcgen05_flops counts as many bytes of bfloat16; tcgen05_shared_bytes are operands read, tma_bytes those of a bulk load.
+    """
+
+    tcgen05_flops: float = 0.0
+    tcgen05_shared_bytes: float = 0.0
+    tma_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +85,10 @@ MULTIPROCESSORS = {
 # Names of matrix instructions and of bulk tensor loads, as the disassemblers print them.
 _MATRIX = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "tcgen05": r"\bUTC\w*MMA\b", "MFMA": r"\bv_mfma_"}
 _TMA_LOAD = r"\bUTMALDG\b"
+
+# In PTX: whether a tcgen05 product's a is in tensor memory, and its descriptor; bulk loads.
+_TCGEN05 = r"tcgen05\.mma\.\S+ \[[^]]+\], (\[?)[^,]+, [^,]+, (%r\d+),"
+_TMA_PTX = r"cp\.async\.bulk\.tensor\.\dd\.shared"
 
 # An m x n step of a matrix instruction is 32 bytes deep, whatever the dtype: 16 of bfloat16, 8 of TF32 at half the rate.
 _STEP_BYTES, _STEP_BF16 = 32, 16
@@ -122,6 +139,17 @@ def resources(compiled) -> Resources:
     # These kernels take no local arrays: a stack frame holds spilled registers and nothing else.
     registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
     return Resources(registers=registers, spilled_bytes=stack, shared_bytes=shared)
+
+
+def specialized(compiled) -> bool:
+    """Whether some of a block's warps run code of their own: no loop alone then says what the block does."""
+    return "ttg.warp_specialize" in compiled.asm.get("ttgir", "")
+
+
+def all_warps(compiled) -> int:
+    """Warps of a block, with those that the compiler added for code of their own."""
+    total = re.search(r'"ttg.total-num-warps" = (\d+)', compiled.asm.get("ttgir", ""))
+    return int(total.group(1)) if total else compiled.metadata.num_warps
 
 
 def occupancy(found: Resources, num_warps: int, target: str) -> tuple[int, str]:
@@ -188,43 +216,47 @@ def _waits(loop: list[str]) -> bool:
     return len(loop) < 8 and any(text.startswith("SYNCS") for text in loop) and not matrix_instructions("\n".join(loop))
 
 
-def tcgen05_step(ptx: str) -> tuple[float, float]:
-    """FLOPs and bytes read from shared memory of a tcgen05 matrix instruction in the loop with most of them, on average.
+def _ptx_loop(ptx: str, pattern: str) -> str:
+    """Of PTX the blocks of the loop with most matches, by the comments that LLVM writes; all of it where no loop has any."""
+    blocks: dict[str, list[str]] = {}
+    label = header = ""
+    for line in ptx.splitlines():
+        if start := re.match(r"\$L__(BB\w+):|// %bb\.\d+:", line):
+            label, header = start.group(1) or "", ""
+        if inside := re.search(r"// +(?:in Loop: Header=(\w+)|=> *This (?:Inner )?Loop Header)", line):
+            header = inside.group(1) or label
+        blocks.setdefault(header, []).append(line)
+    loops = {header: "\n".join(lines) for header, lines in blocks.items() if header}
+    best = max(loops.values(), key=lambda text: len(re.findall(pattern, text)), default="")
+    return best if re.search(pattern, best) else ptx
 
-    FLOPs are those of as many bytes of bfloat16. The machine code names no shapes; in PTX the descriptor is a constant.
-    """
-    lines = ptx.splitlines()
+
+def stated(ptx: str) -> Stated:
+    """Read the sizes that PTX has as constants: descriptors of products, bytes that barriers are told to expect."""
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (\d+);", ptx))
-    label_at = {line.split(":")[0]: index for index, line in enumerate(lines) if line.startswith("$L__BB")}
-    jumps = [
-        (label_at[m.group(1)], index) for index, line in enumerate(lines) if (m := re.search(r"\bbra\S*\s+(\$\w+);", line))
-    ]
-    spans = [lines[start:end] for start, end in jumps if start < end] or [lines]
-    pattern = re.compile(r"tcgen05\.mma\.\S+ \[[^]]+\], (\[?)[^,]+, [^,]+, (%r\d+),")
-    found = [[match for line in span if (match := pattern.search(line))] for span in spans]
-    # An outer loop has its inner one's products too: of equals the shortest.
-    steps = max(zip(found, spans, strict=True), key=lambda pair: (len(pair[0]), -len(pair[1])))[0]
-    if not steps:
-        return 0.0, 0.0
+    steps = re.findall(_TCGEN05, _ptx_loop(ptx, _TCGEN05))
     flops = shared = 0
-    for step in steps:
-        descriptor = int(constants[step.group(2)])
+    for bracket, name in steps:
+        descriptor = int(constants[name])
         m, n = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
         flops += 2 * m * n * _STEP_BF16
         # An address in brackets is one of tensor memory.
-        shared += (n if step.group(1) else m + n) * _STEP_BYTES
-    return flops / len(steps), shared / len(steps)
+        shared += (n if bracket else m + n) * _STEP_BYTES
+    copies = _ptx_loop(ptx, _TMA_PTX)
+    expected = sum(map(int, re.findall(r"expect_tx\S* \S+ \[[^]]+\], (\d+);", copies)))
+    number, loads = max(1, len(steps)), max(1, len(re.findall(_TMA_PTX, copies)))
+    return Stated(tcgen05_flops=flops / number, tcgen05_shared_bytes=shared / number, tma_bytes=expected / loads)
 
 
 def loop_clocks(compiled, sass: str, target: str) -> tuple[list[str], dict[str, float]]:
     """The hottest loop of a compiled kernel, given its disassembly, and the loop's clocks on one of RATES."""
     loop = hottest_loop(sass)
-    step = tcgen05_step(compiled.asm["ptx"]) if "tcgen05" in matrix_instructions("\n".join(loop)) else (0.0, 0.0)
-    return loop, clocks(loop, compiled.metadata.num_warps, target, step)
+    return loop, clocks(loop, compiled.metadata.num_warps, target, stated(compiled.asm["ptx"]))
 
 
-def clocks(loop: list[str], num_warps: int, target: str, step: tuple[float, float] = (0.0, 0.0)) -> dict[str, float]:
-    """Estimated clocks that one pass of a block occupies each pipe of a multiprocessor for; `step` as tcgen05_step has it."""
+def clocks(loop: list[str], num_warps: int, target: str, said: Stated | None = None) -> dict[str, float]:
+    """Estimated clocks that one pass of a block occupies each pipe of a multiprocessor for."""
+    said = said or Stated()
     rates = RATES[target]
     counts = Counter(instruction.split()[0].split(".")[0] for instruction in loop)
     fma = sum(counts[name] for name in _FMA)
@@ -236,31 +268,35 @@ def clocks(loop: list[str], num_warps: int, target: str, step: tuple[float, floa
     uniform = sum(count for name, count in counts.items() if name.startswith("U") and not name.startswith("UTMA"))
     alu = len(loop) - fma - packed - counts["IMAD"] - mufu - memory - other - uniform
     lanes = num_warps * 32
-    steps = matrix_instructions("\n".join(loop)).get("tcgen05", 0)
+    text = "\n".join(loop)
+    steps, bulk_bytes = matrix_instructions(text).get("tcgen05", 0), tma_loads(text) * said.tma_bytes
     # A shuffle moves one register of each lane through the same crossbar.
-    shared = (_bytes(loop, _SHARED) + 128 * counts["SHFL"] + _operand_bytes(loop)) * num_warps + steps * step[1]
+    shared = (_bytes(loop, _SHARED) + 128 * counts["SHFL"] + _operand_bytes(loop)) * num_warps
+    shared += steps * said.tcgen05_shared_bytes + bulk_bytes
     return {
-        "tensor": (_tensor_flops(loop, num_warps) + steps * step[0]) / rates.tensor_flops,
+        "tensor": (_tensor_flops(loop, num_warps) + steps * said.tcgen05_flops) / rates.tensor_flops,
         "mufu": mufu * lanes / rates.mufu_lanes,
         "fma": (fma + 2 * packed) * lanes / rates.fma_lanes + counts["IMAD"] * lanes / rates.imad_lanes,
         "alu": alu * lanes / rates.alu_lanes,
         "issue": len(loop) * num_warps / rates.schedulers,
         "shared": shared / rates.shared_bytes,
-        "memory": _bytes(loop, _GLOBAL) * num_warps / rates.memory_bytes,
+        "memory": (_bytes(loop, _GLOBAL) * num_warps + bulk_bytes) / rates.memory_bytes,
     }
 
 
 def bounds(found: dict[str, float]) -> dict[str, float | str]:
     """Estimated share of the ceiling, tensor pipe where there are matrix instructions, else memory: overlapped and serial."""
     of = "tensor" if found["tensor"] else "memory"
-    slowest = max(found, key=found.get)
-    if not found[of]:
+    # Other blocks read the tiles of a product too: they come out of the cache, whose rate no vendor states.
+    pipes = {name: value for name, value in found.items() if name != "memory" or of == "memory"}
+    slowest = max(pipes, key=pipes.get)
+    if not pipes[of]:
         return {"of": of, "slowest": slowest, "overlapped": 0.0, "serial": 0.0}
     return {
         "of": of,
         "slowest": slowest,
-        "overlapped": found[of] / found[slowest],
-        "serial": found[of] / sum(found.values()),
+        "overlapped": pipes[of] / pipes[slowest],
+        "serial": pipes[of] / sum(pipes.values()),
     }
 
 

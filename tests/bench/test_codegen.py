@@ -106,6 +106,25 @@ def test_loops_are_estimated_where_rates_are_known_and_held_rows_may_lack_them()
     assert "hottest_loop" not in planted(_fine_kernel, "sm_120")
 
 
+@triton.jit
+def _specialized_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    """c (BLOCK, BLOCK) = a a over K = 1024, loads and products by warps of their own."""
+    a = tl.make_tensor_descriptor(a_ptr, shape=[1024, 1024], strides=[1024, 1], block_shape=[BLOCK, 64])
+    b = tl.make_tensor_descriptor(b_ptr, shape=[1024, 1024], strides=[1024, 1], block_shape=[64, BLOCK])
+    offs = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, 1024, 64, warp_specialize=True):
+        acc = tl.dot(a.load([0, start]), b.load([start, 0]), acc)
+    tl.store(c_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+
+
+def test_specialized_warps_are_counted_and_their_loops_not_estimated():
+    row = planted(_specialized_kernel, "sm_100")
+    assert row["num_warps"] > 4
+    assert "hottest_loop" not in row
+    assert planted(_fine_kernel, "sm_100")["num_warps"] == 4
+
+
 def test_command_writes_rows_and_compares(tmp_path, capsys):
     out = tmp_path / "codegen.json"
     assert main(["layer_norm", "--arch", "sm_90", "--out", str(out)]) == 0

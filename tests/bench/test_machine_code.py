@@ -5,6 +5,7 @@ from tritium.bench.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.machine_code import (
     RATES,
     Resources,
+    Stated,
     bounds,
     clocks,
     disassembly,
@@ -13,7 +14,7 @@ from tritium.bench.machine_code import (
     matrix_instructions,
     occupancy,
     resources,
-    tcgen05_step,
+    stated,
     tma_loads,
 )
 from tritium.kernels._triton import tl, triton
@@ -106,29 +107,45 @@ def test_two_products_of_unlike_shapes_count_each_with_its_own(target):
     assert sum(text.startswith("MUFU.EX2") for text in loop) == 128 * 64 // 128
     if target == "sm_100":
         # 8 steps of q k^T, 128 x 64, and 4 of p v, 128 x 128, whose p may stand in tensor memory.
-        flops, shared = tcgen05_step(compiled.asm["ptx"])
-        assert flops == (8 * 2 * 128 * 64 * 16 + 4 * 2 * 128 * 128 * 16) / 12
-        assert shared * 12 / 32 in (8 * (128 + 64) + 4 * 128, 8 * (128 + 64) + 4 * (128 + 128))
+        said = stated(compiled.asm["ptx"])
+        assert said.tcgen05_flops == (8 * 2 * 128 * 64 * 16 + 4 * 2 * 128 * 128 * 16) / 12
+        assert said.tcgen05_shared_bytes * 12 / 32 in (8 * (128 + 64) + 4 * 128, 8 * (128 + 64) + 4 * (128 + 128))
 
 
 @pytest.mark.plain
-def test_shapes_of_tcgen05_come_from_the_descriptors_in_the_loop():
-    ptx = """
+def test_sizes_come_from_constants_in_the_loop():
+    step, copy = (
+        "tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ],",
+        "cp.async.bulk.tensor.4d.shared::cta.global.mbarrier [%r38], [%rd2]",
+    )
+    ptx = f"""
     mov.b32     %r80, 136381584;
-    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ], %rd1, %rd2, %r80, %p12;
-$L__BB0_4:
-    mov.b32     %r81, 136315024;
-    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ], %rd1, %rd2, %r81, %p12;
-    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r4 + 0 ], [ %r9 + 0 ], %rd2, %r81, %p12;
+    @%p1 {step} %rd1, %rd2, %r80, %p12;
+$L__BB0_3:                              // =>This Loop Header: Depth=1
+                                        //     Child Loop BB0_4 Depth 2
+    @%p1 {step} %rd1, %rd2, %r80, %p12;
+    bra.uni     $L__BB0_4;
+$L__BB0_6:                              //   in Loop: Header=BB0_4 Depth=2
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r37], 8192;
+    @%p1 {copy};
+    @%p1 {copy};
     @%p2 bra    $L__BB0_4;
-    @%p3 bra    $L__BB0_7;
+    bra.uni     $L__BB0_3;
+$L__BB0_4:                              //   Parent Loop BB0_3 Depth=1
+                                        // =>  This Inner Loop Header: Depth=2
+    mov.b32     %r81, 136315024;
+    @%p1 {step} %rd1, %rd2, %r81, %p12;
+// %bb.5:                               //   in Loop: Header=BB0_4 Depth=2
+    @%p1 {step} [ %r9 + 0 ], %rd2, %r81, %p12;
+    bra.uni     $L__BB0_6;
 $L__BB0_7:
     ret;"""
     # 136315024 >> 17 & 63 = 16 eights of columns, >> 24 = 8 sixteens of rows.
     assert 136381584 >> 17 & 63 == 16
     columns = 8 * (136315024 >> 17 & 63)
-    assert tcgen05_step(ptx) == (2 * 128 * columns * 16, (128 + columns + columns) * 32 / 2)
-    assert tcgen05_step("ret;") == (0, 0)
+    shared = (128 + columns + columns) * 32 / 2
+    assert stated(ptx) == Stated(tcgen05_flops=2 * 128 * columns * 16, tcgen05_shared_bytes=shared, tma_bytes=4096)
+    assert stated("ret;") == Stated()
 
 
 def test_the_loop_of_exponentials_is_bound_by_them():
@@ -216,8 +233,12 @@ def test_rates_differ_between_architectures():
     # B200: 8 TB/s for 148 multiprocessors at 1.965 GHz; A100: 2.039 TB/s for 108 at 1.41 GHz.
     assert RATES["sm_100"].memory_bytes == pytest.approx(27.5, rel=1e-2)
     assert RATES["sm_80"].memory_bytes == pytest.approx(13.4, rel=1e-2)
-    step = clocks(["UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR7], tmem[UR34], idesc[UR35], UPT"], 4, "sm_100", (8192.0, 256.0))
-    assert (step["tensor"], step["shared"], step["alu"]) == (1, 2, 0)
+    said = Stated(tcgen05_flops=8192, tcgen05_shared_bytes=256, tma_bytes=128)
+    step = ["UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR7], tmem[UR34], idesc[UR35], UPT", "UTMALDG.4D [UR8], [UR22]"]
+    found = clocks(step, 4, "sm_100", said)
+    assert (found["tensor"], found["shared"], found["alu"]) == (1, 2 + 1, 0)
+    assert found["memory"] == 128 / RATES["sm_100"].memory_bytes
+    assert bounds(found)["serial"] == pytest.approx(1 / (1 + 3 + found["issue"])), "tiles come out of the cache"
 
 
 def listing(*lines):
