@@ -141,9 +141,7 @@ def _starts(cu_seqlens: Tensor | None, N: int) -> Tensor | None:
     """Where the document of each of N tokens begins, (N,) int64."""
     if cu_seqlens is None:
         return None
-    ends = cu_seqlens[1:].long()
-    document = torch.searchsorted(ends, torch.arange(N, device=ends.device), right=True)
-    return cu_seqlens.long()[document]
+    return cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=N)
 
 
 def _blocks(T: int, S: int, window: int, starts: Tensor | None, like: Tensor):

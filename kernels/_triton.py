@@ -15,7 +15,7 @@ try:
 except ImportError:
     HAS_TRITON = False
     triton = types.SimpleNamespace(jit=lambda function: function)
-    tl = types.SimpleNamespace(constexpr=object)
+    tl = types.SimpleNamespace(constexpr=lambda value: value)
     TensorDescriptor = None
 
 

@@ -13,11 +13,14 @@ class KVCache:
 
     def __init__(self, config):
         self._config = config
-        self.keys = self.values = None
+        self.keys = self.values = self._lengths = None
         self.length = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, T, G, K) of one layer; return all (B, S, G, K) of it. The model advances `length` itself."""
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Append k, v (B, T, G, K) of one layer; return all (B, S, G, K) of it, and S of each sequence (B,) int32.
+
+        The model advances `length` itself.
+        """
         if self.keys is None:
             # Now it is known in which dtype the model computes, under autocast not that of its weights.
             c = self._config
@@ -26,7 +29,9 @@ class KVCache:
         stop = self.length + k.shape[1]
         self.keys[layer, :, self.length : stop] = k
         self.values[layer, :, self.length : stop] = v
-        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+        if layer == 0:
+            self._lengths = torch.full((len(k),), stop, dtype=torch.int32, device=k.device)
+        return self.keys[layer, :, :stop], self.values[layer, :, :stop], self._lengths
 
 
 @torch.no_grad()

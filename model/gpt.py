@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..kernels import (
     add_layer_norm,
-    causal_attention,
+    attention_decode,
     causal_attention_qkvpacked,
     gelu_mlp,
     layer_norm,
@@ -65,16 +65,18 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size, bias=config.bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, sizes: tuple[int, int], cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, sizes: tuple[int, int], cu_seqlens: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         qkv = self.c_attn(x).unflatten(0, sizes)  # (B, T, (H + 2 G) K)
         if cache is None:
-            o = causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads)
+            o = causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads, cu_seqlens=cu_seqlens)
             return self.c_proj(o.flatten(0, 1))
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
         q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
         # q (B, T, H, K)   k, v (B, T, G, K), then (B, S, G, K)
-        k, v = cache.extend(layer, k, v)
-        return self.c_proj(causal_attention(q, k, v).flatten(2).flatten(0, 1))
+        k, v, lengths = cache.extend(layer, k, v)
+        return self.c_proj(attention_decode(q, k, v, lengths).flatten(2).flatten(0, 1))
 
 
 class MLP(nn.Module):
@@ -101,10 +103,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, branch: Tensor | None, stream: Tensor, sizes: tuple[int, int], cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, branch: Tensor | None, stream: Tensor, sizes: tuple[int, int], cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, stream = self.ln_1(branch, stream)
-        y, stream = self.ln_2(self.attn(y, sizes, cache, self.layer), stream)
+        y, stream = self.ln_2(self.attn(y, sizes, cu_seqlens, cache, self.layer), stream)
         return self.mlp(y), stream
 
 
@@ -124,24 +127,35 @@ class GPT(nn.Module):
         self.ln_f = LayerNorm(config)
         init_weights(self, config.n_layer)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Predict the token that follows each position.
 
         Args:
             tokens: (B, T) int64, T at most context_tokens less what the cache holds.
             targets: (B, T) int64, the tokens to be predicted; -100 where none is.
+            cu_seqlens: (documents + 1,) int32 on the device of tokens: where each of the documents packed in the B T tokens
+                begins, 0 first and B T last. No document sees another, and positions begin anew with each. Default: B
+                documents of T tokens. Not together with a cache.
             cache: keys and values of the tokens before these; extended in place.
         Returns: logits (B, T, V); with targets the mean cross-entropy over them, () float32, in nats.
-        Raises: ValueError if there are more tokens than the context holds.
+        Raises: ValueError if there are more tokens than the context holds, or both documents and a cache.
         """
         past = 0 if cache is None else cache.length
         B, T = tokens.shape
         if past + T > self.config.context_tokens:
             raise ValueError(f"GPT: context_tokens is {self.config.context_tokens}, got {past + T} tokens; shorten the input")
-        stream = (self.wte(tokens) + self.wpe(torch.arange(past, past + T, device=tokens.device))).flatten(0, 1)
+        if cu_seqlens is not None and cache is not None:
+            raise ValueError("GPT: expected cu_seqlens or a cache, got both; generate from one document at a time")
+        position = torch.arange(past, past + T, device=tokens.device)
+        if cu_seqlens is not None:
+            starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=B * T)
+            position = (torch.arange(B * T, device=tokens.device) - starts).view(B, T)
+        stream = (self.wte(tokens) + self.wpe(position)).flatten(0, 1)
         branch = None
         for block in self.h:
-            branch, stream = block(branch, stream, (B, T), cache)
+            branch, stream = block(branch, stream, (B, T), cu_seqlens, cache)
         if cache is not None:
             cache.length += T
         y, _ = self.ln_f(branch, stream)

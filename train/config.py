@@ -45,6 +45,8 @@ class TrainConfig:
     """Biases of linear maps and norms."""
     context_tokens: int = 256
     """Tokens a sequence."""
+    document_mask: bool = False
+    """Documents that share a sequence do not see one another: attention and positions begin anew at each end-of-text."""
 
     steps: int = 1000
     """Optimizer steps."""

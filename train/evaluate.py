@@ -1,4 +1,4 @@
-"""Loss on held-out text, in the three units people compare."""
+"""Loss of a batch, and on held-out text, in the three units people compare."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..model import GPT
 from .config import DIVERGED, InputError
 from .device import compute_dtype
-from .loader import IGNORED
+from .loader import IGNORED, document_starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +27,37 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
+def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, separator: int | None) -> Tensor:
+    """Mean cross-entropy of a batch as the model's device computes it.
+
+    Args:
+        tokens, targets: (B, T) int64 on the CPU; targets of -100 do not count.
+        separator: the token that begins a document, none of which then sees another; None: a row is one document.
+    Returns: () float32 on the model's device, in nats a token.
+    """
+    device = model.wte.weight.device
+    cu_seqlens = None if separator is None else document_starts(tokens, separator).to(device, non_blocking=True)
+    with compute_dtype(device):
+        return model(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True), cu_seqlens=cu_seqlens)
+
+
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float) -> Evaluation | None:
+def evaluate(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float, separator: int | None = None
+) -> Evaluation | None:
     """Mean cross-entropy over the targets of all batches, each target counted once.
 
     Args:
         batches: (tokens, targets) (B, T) int64 on the CPU; targets of -100 do not count.
+        separator: as for batch_loss.
         bytes_per_token: of the text behind them.
     Returns: the evaluation; None if there was no batch.
     Raises: InputError if the loss is not finite.
     """
-    device = model.wte.weight.device
     total, count = torch.zeros((), dtype=torch.float64), 0
     for tokens, targets in batches:
         counted = int((targets != IGNORED).sum())
-        with compute_dtype(device):
-            loss = model(tokens.to(device), targets.to(device))
-        total += loss.cpu().double() * counted
+        total += batch_loss(model, tokens, targets, separator).cpu().double() * counted
         count += counted
     if not count:
         return None

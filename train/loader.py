@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .config import InputError
 from .shards import TokenStream
@@ -85,9 +86,9 @@ class Loader:
         self._first_row = rank * self._rows
         # ... but not for many short epochs, of which each has its own permutation to set up.
         self._block_steps = max(1, min(_BLOCK_TOKENS // (self._rows * context_tokens), 16 * self.windows // batch_size))
-        self._block: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._block: tuple[int, Tensor, Tensor] | None = None
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of `step` (0, 1, 2 … without end), the same whenever it is asked for.
 
         Returns: tokens, targets: (batch_size // world_size, context_tokens) int64 on the CPU, yours to change; padding is 0 in
@@ -112,14 +113,14 @@ class Loader:
             result[here] = permute(indices[here], self.windows, self.seed, epoch + later)
         return result
 
-    def _gather(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, number: int) -> tuple[Tensor, Tensor]:
         indices = self.window_indices(number * self._block_steps, self._block_steps).reshape(-1)
         return _windows(self.stream, indices, self.context_tokens)
 
 
 def evaluation_batches(
     stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the windows in order: every token but the first is a target once.
 
     Args:    context_tokens: T; the stream may be shorter.   batch_size: rows.   max_tokens: most targets, in windows spread
@@ -136,7 +137,7 @@ def evaluation_batches(
         yield _windows(stream, chosen[start : start + batch_size], context_tokens)
 
 
-def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets of some windows: two (len(indices), T) int64, the last window of the stream padded."""
     starts = indices * context_tokens
     full = starts + context_tokens < len(stream)
@@ -153,3 +154,21 @@ def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> t
         tokens.numpy()[row, : len(tail) - 1] = tail[:-1]
         targets.numpy()[row, : len(tail) - 1] = tail[1:]
     return tokens, targets
+
+
+def document_starts(tokens: Tensor, separator: int) -> Tensor:
+    """Where documents begin in rows of tokens laid end to end: with each row, and with each `separator` in it.
+
+    A separator is read as the first token of the document after it, as when a model is asked to begin one.
+
+    Args:
+        tokens: (B, T) int64 on the CPU.
+    Returns: (documents + 1,) int32, 0 first and B T last. Empty documents at the end make its length one more than a power of
+        two, so that few lengths occur.
+    """
+    begins = tokens == separator
+    begins[:, 0] = True
+    starts = begins.flatten().nonzero()[:, 0].to(torch.int32)
+    cu_seqlens = starts.new_full((1 + (1 << (len(starts) - 1).bit_length()),), tokens.numel())
+    cu_seqlens[: len(starts)] = starts
+    return cu_seqlens

@@ -17,7 +17,7 @@ from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import InputError, TrainConfig
 from .data import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
 from .device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, batch_loss, evaluate
 from .loader import IGNORED
 from .log import Metrics, console, plot_loss
 from .optim import make_optimizer, update
@@ -68,6 +68,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
     optimizer = make_optimizer(model, config)
     first = _begin(config, run, model, optimizer) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
     loader = Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
+    separator = dataset.tokenizer.end_of_text if config.document_mask else None
     metrics = Metrics(
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
@@ -92,7 +93,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch)
+            loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch, separator)
             metrics.step(step, loss, lr, update(optimizer, lr=lr, grad_clip=config.grad_clip))
 
             done = step + 1
@@ -112,18 +113,17 @@ def _begin(config: TrainConfig, run: Path, model: GPT, optimizer: torch.optim.Op
     return 0
 
 
-def _accumulate_gradients(model: GPT, tokens: torch.Tensor, targets: torch.Tensor, micro_batch: int) -> torch.Tensor:
+def _accumulate_gradients(
+    model: GPT, tokens: torch.Tensor, targets: torch.Tensor, micro_batch: int, separator: int | None
+) -> torch.Tensor:
     """Backward of the mean loss over all counted targets of the batch, `micro_batch` sequences at a time; returns that loss."""
-    device = model.wte.weight.device
     counted = (targets != IGNORED).sum(dim=1)
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=model.wte.weight.device)
     for rows, row_targets, count in zip(
         tokens.split(micro_batch), targets.split(micro_batch), counted.split(micro_batch), strict=True
     ):
-        with compute_dtype(device):
-            loss = model(rows.to(device, non_blocking=True), row_targets.to(device, non_blocking=True))
         # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
-        loss = loss * (int(count.sum()) / int(counted.sum()))
+        loss = batch_loss(model, rows, row_targets, separator) * (int(count.sum()) / int(counted.sum()))
         loss.backward()
         total += loss.detach()
     return total
@@ -137,7 +137,8 @@ def _evaluate(
         dataset.val, context_tokens=config.context_tokens, batch_size=config.micro_batch, max_tokens=max_tokens
     )
     until_signal = itertools.takewhile(lambda _: not signals.received, batches)
-    return evaluate(model, until_signal, bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens)
+    separator = dataset.tokenizer.end_of_text if config.document_mask else None
+    return evaluate(model, until_signal, bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens, separator=separator)
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:

@@ -75,7 +75,7 @@ def test_micro_batches_add_up_to_the_batch():
     results = []
     for micro_batch in (6, 2, 1):
         model.zero_grad()
-        loss = _accumulate_gradients(model, tokens, targets, micro_batch)
+        loss = _accumulate_gradients(model, tokens, targets, micro_batch, None)
         results.append([loss.double(), *(parameter.grad.clone() for parameter in model.parameters())])
     for other in results[1:]:
         for a, b in zip(results[0][1:], other[1:], strict=True):
