@@ -314,7 +314,7 @@ def print_tables(rows: Sequence[dict[str, Any]], shares: Sequence[dict[str, Any]
     """Kernels of all peers beside one another, then what share of the peak is useful work."""
     console = Console(width=None if Console().is_terminal else 230)
     pipes = ("tensor", "mufu", "fma", "alu", "issue", "shared")
-    by = lambda row: (row["head"], row["arch"], row["direction"] == "bwd", row["peer"])  # noqa: E731
+    by = lambda row: (row["head"], list(RATES).index(row["arch"]), row["direction"] == "bwd", row["peer"])  # noqa: E731
     title = (
         f"triton {triton.__version__}: ESTIMATED clocks of a block's pass through its hottest loop, shares of the tensor peak"
     )
