@@ -6,7 +6,7 @@ measured in the same run, and of the operator's least bytes or FLOPs, from its c
 with what it saves for the backward, or forms for it already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,9 +60,7 @@ def refusal(
     """Why a contestant may not be timed: its error, or what it raised; None if it is right."""
     torch.manual_seed(0)
     inputs = operator.inputs(operator.check_shape(shape), dtype, device)
-    double = {
-        name: value.detach().double().requires_grad_() if _differentiable(value) else value for name, value in inputs.items()
-    }
+    double = {name: _in_float64(value) for name, value in inputs.items()}
     truth, upstream = _values(operator.eager, double, None)
     peer, _ = _values(operator.eager, inputs, upstream)
     try:
@@ -96,8 +94,14 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
+def _in_float64(value: Any) -> Any:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
 def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _values(call: Callable, inputs: dict[str, Any], upstream: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -108,7 +112,7 @@ def _values(call: Callable, inputs: dict[str, Any], upstream: list[Tensor] | Non
         upstream = [torch.randn_like(output) for output in outputs]
     leaves = {name: value for name, value in inputs.items() if _differentiable(value)}
     incoming = [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), incoming)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), incoming) if leaves else ()
     named = {f"output {number}": output.detach() for number, output in enumerate(outputs)}
     return named | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}, upstream
 
@@ -127,12 +131,13 @@ def measure(
             calls[contestant.name] = contestant.call
     sets = rotated_inputs(operator, shape, dtype, device)
     cost = operator.cost(shape, dtype.itemsize)
+    directions = directions_of(operator, shape)
     for name, call in list(calls.items()):
-        if why := _failure(call, sets[0]):
+        if why := _failure(call, sets[0], directions):
             refused[name] = why
             del calls[name]
     rows = []
-    for direction, parts in DIRECTIONS.items():
+    for direction, parts in directions.items():
         samples = time_in_turn({name: timed(call, sets, direction) for name, call in calls.items()}, device, rounds=rounds)
         work = sum(cost[f"{part}_{operator.bound}"] for part in parts)
         limit = limits.bytes_per_second if operator.bound == "bytes" else limits.flops_per_second
@@ -146,6 +151,12 @@ def measure(
     }  # fmt: skip
 
 
+def directions_of(operator: Operator, shape: Sequence[int]) -> dict[str, tuple[str, ...]]:
+    """Those of DIRECTIONS that an operator has: what is for inference alone costs nothing backward."""
+    cost = operator.cost(shape, 1)
+    return {name: parts for name, parts in DIRECTIONS.items() if all(f"{part}_{operator.bound}" in cost for part in parts)}
+
+
 def rotated_inputs(operator: Operator, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
     """Sets of inputs, so many that none is still in a GPU's cache when its turn comes again."""
     first = operator.inputs(shape, dtype, device)
@@ -153,9 +164,9 @@ def rotated_inputs(operator: Operator, shape: Sequence[int], dtype: torch.dtype,
     return [first, *(operator.inputs(shape, dtype, device) for _ in range(input_sets(size, device) - 1))]
 
 
-def _failure(call: Callable, inputs: dict[str, Any]) -> str | None:
+def _failure(call: Callable, inputs: dict[str, Any], directions: Iterable[str]) -> str | None:
     """What a contestant raises at the full shape, in any direction; the others' turn comes all the same."""
-    for direction in DIRECTIONS:
+    for direction in directions:
         try:
             run = timed(call, [inputs], direction)
             run(0)
@@ -196,17 +207,18 @@ def _peak(call: Callable, inputs: dict[str, Any], device: torch.device) -> int |
 
 def _print(entry: dict[str, Any], console: Console) -> None:
     unit, scale = ("GB/s", 1e9) if entry["bound"] == "bytes" else ("TFLOP/s", 1e12)
-    table = Table("contestant", *(f"{d} us" for d in DIRECTIONS), f"both {unit}", "of ceiling", "spread", "peak MB")
+    directions = list(dict.fromkeys(row["direction"] for row in entry["rows"]))
+    table = Table("contestant", *(f"{d} us" for d in directions), unit, "of ceiling", "spread", "peak MB")
     table.title = f"{entry['operator']}  {entry['label']}"
     by_name: dict[str, dict[str, dict]] = {}
     for row in entry["rows"]:
         by_name.setdefault(row["contestant"], {})[row["direction"]] = row
     for name, rows in by_name.items():
-        both = rows["both"]
-        spread = (both["seconds"]["p90"] - both["seconds"]["p10"]) / both["seconds"]["median"]
-        peak = "-" if both["peak_bytes"] is None else f"{both['peak_bytes'] / 1e6:.0f}"
-        times = (f"{rows[direction]['seconds']['median'] * 1e6:.1f}" for direction in DIRECTIONS)
-        table.add_row(name, *times, f"{both['rate'] / scale:.3g}", f"{both['share']:.0%}", f"{spread:.0%}", peak)
+        whole = rows[directions[-1]]  # forward and backward where there are both
+        spread = (whole["seconds"]["p90"] - whole["seconds"]["p10"]) / whole["seconds"]["median"]
+        peak = "-" if whole["peak_bytes"] is None else f"{whole['peak_bytes'] / 1e6:.0f}"
+        times = (f"{rows[direction]['seconds']['median'] * 1e6:.1f}" for direction in directions)
+        table.add_row(name, *times, f"{whole['rate'] / scale:.3g}", f"{whole['share']:.0%}", f"{spread:.0%}", peak)
     for name, why in entry["refused"].items():
         table.add_row(name, f"REFUSED: {why}")
     for name, why in entry["absent"].items():

@@ -18,8 +18,12 @@ def plot_contest(entries: list[dict[str, Any]], ceilings: dict[str, float], fold
     unit, scale = ("GB/s", 1e9) if by_bytes else ("TFLOP/s", 1e12)
     ceiling = ceilings["bytes_per_second" if by_bytes else "flops_per_second"] / scale
     names = list(dict.fromkeys(row["contestant"] for entry in entries for row in entry["rows"]))
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axes, direction in zip(panels, ("forward", "backward"), strict=True):
+    timed = {row["direction"] for entry in entries for row in entry["rows"]}
+    directions = [direction for direction in ("forward", "backward") if direction in timed]
+    size = (1 + 5 * len(directions), 4.4)
+    figure, panels = pyplot.subplots(1, len(directions), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    panels = panels[0]
+    for axes, direction in zip(panels, directions, strict=True):
         for name, colour in zip(names, _COLOURS * 2, strict=False):
             points = [
                 (place, row["rate"] / scale)
@@ -43,7 +47,7 @@ def plot_contest(entries: list[dict[str, Any]], ceilings: dict[str, float], fold
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel(unit)
-    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(entries[0]["operator"], fontweight="bold")
     path = folder / f"{entries[0]['operator']}.png"
     figure.savefig(path, dpi=150)

@@ -9,21 +9,23 @@ import itertools
 import pytest
 import torch
 
-from tritium.bench.contest import DIRECTIONS, refusal, rotated_inputs, timed
+from tritium.bench.contest import directions_of, refusal, rotated_inputs, timed
 from tritium.bench.kernels import OPERATORS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 CASES = [
-    pytest.param(operator, shape, contestant, id=f"{operator.name}-{'x'.join(map(str, shape))}-{contestant.name}")
+    pytest.param(
+        operator, shape, contestant, direction, id=f"{operator.name}-{'x'.join(map(str, shape))}-{contestant.name}-{direction}"
+    )
     for operator in OPERATORS.values()
     for shape in (operator.shapes if DEVICE.type == "cuda" else operator.small_shapes)
     for contestant in operator.contestants()
+    for direction in directions_of(operator, shape)
 ]
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("operator", "shape", "contestant"), CASES)
+@pytest.mark.parametrize(("operator", "shape", "contestant", "direction"), CASES)
 def test_kernel(operator, shape, contestant, direction, benchmark):
     if why := contestant.absence(DEVICE):
         pytest.skip(why)

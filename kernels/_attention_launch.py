@@ -180,8 +180,9 @@ def _launch_grads(
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group, **common, **tile.arguments(K),
     )  # fmt: skip
-    tile = plan("dkdv", K, q.dtype, arch(q.device))
-    work, tiles = _schedule(cu_seqlens, S, tile.block_n)
+    listed, tile = tile.block_m, plan("dkdv", K, q.dtype, arch(q.device))
+    if cu_seqlens is None or tile.block_n != listed:
+        work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
         **{name: _statistics(x, cu_seqlens, tile.block_m) for name, x in (("lse", lse), ("delta", delta))},

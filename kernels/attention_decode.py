@@ -50,7 +50,7 @@ def reference(
     p = torch.softmax(s.masked_fill(~seen[:, :, None], -math.inf), -1)
     p = p.masked_fill(~seen.any(-1, keepdim=True)[:, :, None], 0.0)
     o = p @ v.masked_fill((keys >= cache_lengths[:, None])[:, None, None, :, None], 0.0)
-    return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, K).to(q.dtype)
+    return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, K).to(q.dtype).contiguous()
 
 
 def _refuse_bad_lengths(cache_lengths: Tensor, S: int) -> None:

@@ -3,6 +3,8 @@
 from ..case import Operator
 from . import cross_entropy, layer_norm, linear_cross_entropy, mlp
 from .attention import ATTENTION
+from .attention_decode import ATTENTION_DECODE
+from .attention_varlen import ATTENTION_VARLEN
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -10,6 +12,8 @@ OPERATORS: dict[str, Operator] = {
         layer_norm.LAYER_NORM,
         layer_norm.ADD_LAYER_NORM,
         ATTENTION,
+        ATTENTION_VARLEN,
+        ATTENTION_DECODE,
         mlp.GELU_MLP,
         cross_entropy.CROSS_ENTROPY,
         linear_cross_entropy.LINEAR_CROSS_ENTROPY,

@@ -45,7 +45,7 @@ def torch_cross_entropy(logits, target, *, ignore_index=-100, label_smoothing=0.
 
 def run(function, logits, *args, incoming=None, **options):
     """Loss and gradient of `function` at a fresh leaf of `logits`."""
-    leaf = logits.detach().clone().requires_grad_()
+    leaf = logits.detach().requires_grad_()
     loss = function(leaf, *args, **options)
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
     return [loss.detach(), *torch.autograd.grad(loss, leaf, incoming)]

@@ -39,7 +39,7 @@ def tensors(M, N, dtype, device, mean=0.0):
 
 def run(function, inputs, incoming):
     """Outputs and gradients of `function` at fresh leaves of `inputs`."""
-    leaves = [value.detach().clone().requires_grad_() if value is not None else None for value in inputs]
+    leaves = [value.detach().requires_grad_() if value is not None else None for value in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf is not None], incoming[: len(outputs)])

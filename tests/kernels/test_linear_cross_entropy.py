@@ -40,7 +40,7 @@ def by_torch(x, weight, target, bias=None, **options):
 
 def run(function, inputs, target, incoming=None, **options):
     """Loss and gradients of `function` at fresh leaves of x, weight and, where there is one, bias."""
-    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    leaves = [value.detach().requires_grad_() for value in inputs]
     x, weight, *bias = leaves
     loss = function(x, weight, target, *bias, **options)
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)

@@ -40,7 +40,7 @@ def double(values):
 
 def run(function, inputs, incoming, **options):
     """Output and gradients of `function` at fresh leaves of those of `inputs` that are not None."""
-    leaves = [None if value is None else value.detach().clone().requires_grad_() for value in inputs]
+    leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
     y = function(*leaves, **options)
     return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], incoming.to(y.dtype))]
 
