@@ -55,6 +55,8 @@ class Operator:
     small_shapes: tuple[tuple[int, ...], ...]
     bound: str
     peers: tuple[Contestant, ...] = ()
+    # A definition that loops over its input makes a graph that takes minutes to compile.
+    compiles: bool = True
     launches: Callable[[Sequence[int], torch.dtype], None] | None = None
     launch_shapes: tuple[tuple[int, ...], ...] = ()
 
@@ -63,11 +65,12 @@ class Operator:
         # A compiled backward is timed again and again on one graph, so it may not take its buffers for its own.
         torch._functorch.config.donated_buffer = False
         # A function of its own for each: torch.compile counts how often one function was compiled anew.
-        compiled = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
+        call = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
+        compiled = (Contestant(name="torch.compile", call=call, cuda_only=True),) if self.compiles else ()
         return [
             Contestant(name="tritium", call=self.ours),
             Contestant(name="eager", call=self.eager),
-            Contestant(name="torch.compile", call=compiled, cuda_only=True),
+            *compiled,
             *self.peers,
             Contestant(name="tritium again", call=self.ours),
         ]

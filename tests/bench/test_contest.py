@@ -134,6 +134,18 @@ def test_a_compiled_contestant_is_timed_in_every_direction():
     assert torch._functorch.config.donated_buffer is False
 
 
+def test_an_operator_for_inference_is_timed_forward_only(tmp_path, capsys):
+    assert (
+        main(["attention_decode", "--device", "cpu", "--rounds", "1", "--shape", "1x1x40x2x1x16", "--out", str(tmp_path)]) == 0
+    )
+    entry = read_record(tmp_path / "kernels.json", "kernels")["entries"][0]
+    assert {row["direction"] for row in entry["rows"]} == {"forward"}
+    assert {"tritium", "eager", "sdpa"} <= {row["contestant"] for row in entry["rows"]}
+    assert not entry["refused"]
+    assert (tmp_path / "attention_decode.png").exists()
+    assert "backward" not in capsys.readouterr().out
+
+
 def test_each_input_set_has_its_turn_in_the_backward():
     operator = OPERATORS["layer_norm"]
     sets = [operator.inputs((4, 8), torch.float32, CPU) for _ in range(3)]

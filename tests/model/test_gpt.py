@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tritium.model import GPT, GPTConfig
+from tritium.model.generate import KVCache
 
 SMALL = GPTConfig(n_layer=2, n_head=4, d_model=32, vocab_size=90, context_tokens=24)
 
@@ -135,6 +136,32 @@ def test_grouped_heads_are_full_heads_that_repeat():
 
 
 @pytest.mark.plain
+def test_documents_of_a_batch_are_what_they_are_alone(device):
+    """Logits, and gradients of a loss over all of them."""
+    model = random_model().to(device)
+    tokens = torch.randint(SMALL.vocab_size, (2, 12), device=device)
+    lengths = (5, 0, 7, 1, 11)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    got = model(tokens, cu_seqlens=cu_seqlens)
+    alone = [model(document[None])[0] for document in tokens.flatten().split(lengths) if len(document)]
+    torch.testing.assert_close(got.flatten(0, 1), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    targets = torch.randint(SMALL.vocab_size, (2, 12), device=device)
+    grads = torch.autograd.grad(model(tokens, targets, cu_seqlens=cu_seqlens), list(model.parameters()))
+    losses = [
+        model(document[None], target[None]) * len(document) / 24
+        for document, target in zip(tokens.flatten().split(lengths), targets.flatten().split(lengths), strict=True)
+        if len(document)
+    ]
+    for a, b in zip(grads, torch.autograd.grad(sum(losses), list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_documents_and_a_cache_are_an_error():
+    model, tokens = random_model(), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="GPT: expected cu_seqlens or a cache, got both"):
+        model(tokens, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), cache=KVCache(SMALL))
+
+
 def test_compiles_as_one_graph():
     model = random_model()
     tokens = torch.randint(90, (2, 12))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritium.train.config import InputError
-from tritium.train.loader import IGNORED, Loader, evaluation_batches, permute
+from tritium.train.loader import IGNORED, Loader, document_starts, evaluation_batches, permute
 from tritium.train.shards import TokenStream
 
 
@@ -144,3 +144,20 @@ def test_evaluation_stops_at_max_tokens():
     assert [count(limit) for limit in (1, 10, 59, 60, 10**9)] == [10, 10, 50, 60, 999]
     with pytest.raises(InputError, match="at least 2 tokens, got 1"):
         next(evaluation_batches(TokenStream([np.zeros(1, np.uint16)]), context_tokens=10, batch_size=4))
+
+
+def test_documents_begin_with_rows_and_separators():
+    tokens = torch.tensor([[7, 1, 9, 2, 9], [9, 9, 3, 4, 5]])
+    cu_seqlens = document_starts(tokens, 9)
+    assert cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.tolist() == [0, 2, 4, 5, 6, 10, 10, 10, 10]
+    assert document_starts(tokens[:1], 8).tolist() == [0, 5]
+    assert document_starts(tokens, 8).tolist() == [0, 5, 10]
+    assert tokens[0, 0] == 7, "the batch is left as it was"
+    for documents in range(1, 20):
+        row = torch.zeros(1, 40, dtype=torch.int64)
+        row[0, 1:documents] = 9
+        starts = document_starts(row, 9)
+        assert (len(starts) - 1).bit_count() == 1
+        assert starts.diff()[:documents].min() > 0
+        assert starts.unique().numel() == documents + 1

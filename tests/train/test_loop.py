@@ -1,4 +1,5 @@
 import itertools
+import json
 import shutil
 import signal
 import subprocess
@@ -81,6 +82,22 @@ def test_micro_batches_add_up_to_the_batch():
         for a, b in zip(results[0][1:], other[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(results[0][0], other[0], rtol=1e-6, atol=0)
+
+
+def test_documents_kept_apart_train_another_model_and_resume_as_such(tiny, tritium, tmp_path):
+    texts, masked = tmp_path / "texts", tmp_path / "masked"
+    texts.mkdir()
+    for number in range(200):
+        (texts / f"{number}.txt").write_text(f"text {number} ends", encoding="utf-8")
+    tiny = [*tiny, "--data", texts]
+    assert tritium(*tiny)[0] == 0
+    assert tritium(*tiny, "--out", masked, "--document-mask")[0] == 0
+    assert json.loads((masked / "config.json").read_text())["train"]["document_mask"] is True
+    assert weights(masked) != weights(tmp_path / "run")
+    before = weights(masked)
+    shutil.rmtree(masked / "checkpoints" / "step-20")
+    assert tritium("train", "--resume", masked)[0] == 0
+    assert weights(masked) == before
 
 
 def stopped_after(calls: int, name: str, monkeypatch) -> None:
