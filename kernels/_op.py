@@ -45,7 +45,7 @@ def define_op(name: str, *, launch: Callable | None, reference: Callable, mutate
     op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
     op.register_fake(reference)
     if launch is not None and HAS_TRITON:
-        op.register_kernel("cuda")(_without_float64(name, launch))
+        op.register_kernel("cuda")(_on_its_device(_without_float64(name, launch)))
         if INTERPRET:
             op.register_kernel("cpu")(_without_float64(name, launch))
     else:
@@ -86,6 +86,20 @@ def _without_float64(name: str, launch: Callable) -> Callable:
         if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
             raise TypeError(f"{name}: the kernel takes float32, bfloat16 or float16, got float64; move the tensors to the CPU")
         return launch(*args)
+
+    return run
+
+
+def _on_its_device(launch: Callable) -> Callable:
+    """Triton launches on the current GPU; the tensors may be on another."""
+
+    @functools.wraps(launch)
+    def run(*args):
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
 
     return run
 

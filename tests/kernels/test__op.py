@@ -1,10 +1,11 @@
+import contextlib
 import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
-from tritium.kernels._op import INTERPRET, _saying_so_once, _without_float64, autocast, define_op
+from tritium.kernels._op import INTERPRET, _on_its_device, _saying_so_once, _without_float64, autocast, define_op
 
 
 def double_reference(x: Tensor) -> Tensor:
@@ -43,6 +44,17 @@ def test_what_cuda_does_without_a_kernel_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(x)
+
+
+def test_launches_go_to_the_gpu_that_holds_the_tensors(monkeypatch):
+    """Told with CPU tensors, whose device has the index None, and a current GPU of that index or another."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    run = _on_its_device(lambda scale, x: x * scale)
+    for current, expected in ((None, []), (0, [torch.device("cpu")])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert run(2.0, torch.ones(1)).item() == 2.0
+        assert entered == expected
 
 
 def test_kernels_are_not_given_float64():

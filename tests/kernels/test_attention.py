@@ -340,9 +340,11 @@ def test_reruns_are_bitwise_equal(dtype, device):
         assert all(torch.equal(a, b) for a, b in zip(run(ours(window=100), (q, k, v), incoming), first, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="20 GB of it: needs CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, and 48 GB of it")
 def test_more_than_two_to_the_31_elements(device):
-    """The last of 2,100 sequences, 2.2e9 elements into q, is what it is alone."""
+    """The last of 2,100 sequences, 6.6e9 elements into qkv, is what it is alone."""
+    if torch.cuda.mem_get_info()[0] < 48e9:
+        pytest.skip("needs 48 GB free")
     qkv = torch.randn(2100, 1024, 3 * 1024, device=device, dtype=torch.bfloat16)
     do = torch.randn(2100, 1024, 1024, device=device, dtype=torch.bfloat16)
     last = run(lambda x: (causal_attention_qkvpacked(x, 16),), [qkv[-1:]], [do[-1:]])
