@@ -4,7 +4,7 @@ Rows are ranked by the machine code they compile to (`tritium bench codegen`): n
 architecture in every main loop, and the largest share of the matrix pipe that the other pipes leave. None has been timed yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,14 +54,15 @@ def _rows(**directions: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[
 # tile of 128 owned rows halves what is read through the L2 against 64; the streamed side is as wide as registers allow.
 TILES = {
     "sm_9": _rows(
-        fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        fwd={64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     ),
     "sm_10": _rows(
         fwd={64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        # Two accumulators of 64 rows by 256 fill the tensor memory; with a window's third loop they are beyond it.
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1)},
     ),
     # These and the next keep to the 99 KB of shared memory that a program has on consumer cards.
     "sm_12": _rows(
@@ -93,11 +94,16 @@ def padded(head_size: int) -> int:
     return max(16, next_power_of_2(head_size))
 
 
-def plan(direction: str, head_size: int, dtype: torch.dtype, architecture: str) -> Tile:
+def plan(direction: str, head_size: int, dtype: torch.dtype, architecture: str, dropout: bool = False) -> Tile:
     """Choose the tile of a kernel, "fwd", "dq" or "dkdv"."""
     family = next(rows for name, rows in TILES.items() if architecture.startswith(name))
     rows = (FLOAT32_TILES if dtype == torch.float32 else family)[direction]
-    return rows[min(size for size in rows if size >= padded(head_size))]
+    tile = rows[min(size for size in rows if size >= padded(head_size))]
+    if not dropout:
+        return tile
+    # The generator's words take as many registers as the scores: half of them at a time.
+    walked = "block_m" if direction == "dkdv" else "block_n"
+    return replace(tile, **{walked: max(16, getattr(tile, walked) // 2)})
 
 
 def launch_fwd(
@@ -107,7 +113,7 @@ def launch_fwd(
     """Kernel counterpart of `reference_fwd`."""
     refuse_bad_documents(cu_seqlens, q.shape[1])
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    group, tile = H // max(1, G), plan("fwd", K, q.dtype, arch(q.device))
+    group, tile = H // max(1, G), plan("fwd", K, q.dtype, arch(q.device), dropout_p > 0)
     o = torch.empty((B, T, H, K), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
@@ -167,7 +173,7 @@ def _launch_grads(
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     dq, dk, dv = grads
     group, delta = H // max(1, G), torch.empty_like(lse)
-    tile = plan("dq", K, q.dtype, arch(q.device))
+    tile = plan("dq", K, q.dtype, arch(q.device), dropout_p > 0)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     common = {
         "cu_seqlens_ptr": cu_seqlens, "seed_ptr": seed, **strides_bth(do=do, q=q, k=k, v=v),
@@ -180,7 +186,7 @@ def _launch_grads(
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group, **common, **tile.arguments(K),
     )  # fmt: skip
-    listed, tile = tile.block_m, plan("dkdv", K, q.dtype, arch(q.device))
+    listed, tile = tile.block_m, plan("dkdv", K, q.dtype, arch(q.device), dropout_p > 0)
     if cu_seqlens is None or tile.block_n != listed:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](

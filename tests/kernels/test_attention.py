@@ -14,8 +14,10 @@ from tests.kernels.attention_cases import (
     sdpa,
     tensors,
 )
+from tritium.bench.launches import TARGETS, compile_launch, record_launches
+from tritium.bench.machine_code import MULTIPROCESSORS, resources
 from tritium.kernels import _attention_launch, causal_attention, causal_attention_qkvpacked
-from tritium.kernels._attention_launch import FLOAT32_TILES, TILES, padded, plan
+from tritium.kernels._attention_launch import FLOAT32_TILES, TILES, launch_bwd, launch_fwd, padded, plan
 from tritium.kernels._attention_reference import BLOCK_QUERIES
 from tritium.kernels._op import INTERPRET
 from tritium.kernels._philox import random_bits
@@ -378,6 +380,10 @@ def test_tiles_are_chosen_by_architecture_head_size_and_dtype():
     ):
         assert plan("dq", 40, torch.bfloat16, arch) is TILES[family]["dq"][64]
         assert plan("fwd", 65, torch.float32, arch) is FLOAT32_TILES["fwd"][128]
+        for direction, owned, walked in (("fwd", "block_m", "block_n"), ("dkdv", "block_n", "block_m")):
+            tile, dropping = (plan(direction, 64, torch.bfloat16, arch, dropout) for dropout in (False, True))
+            assert getattr(dropping, owned) == getattr(tile, owned)
+            assert getattr(dropping, walked) == max(16, getattr(tile, walked) // 2)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
@@ -448,3 +454,28 @@ def test_cost_counts_visible_pairs():
     assert cost(1, 4, 4, 1, 1, 8, 2)["fwd_flops"] == 4 * 8 * (1 + 2 + 3 + 4)
     assert cost(1, 4, 6, 1, 1, 8, 2)["fwd_flops"] == 4 * 8 * (3 + 4 + 5 + 6)
     assert cost(1, 4, 4, 1, 1, 8, 2, window=2)["fwd_flops"] == 4 * 8 * (1 + 2 + 2 + 2)
+
+
+# --- 5. compilation ahead of time; at shipped head sizes and without options it is the bench's held table that says more
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_option_at_once_fits_the_machine(arch):
+    """The largest head size, with a window, softcap, dropout and documents: no kernel is cut down to a trap."""
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, lse = meta(1, 4096, 4, 256), meta(1, 4096, 2, 256), meta(1, 4, 4096, dtype=torch.float32)
+    options = (meta(9, dtype=torch.int32), meta(dtype=torch.int64), 0.1, 512, 30.0, 0.1)
+    with record_launches(arch) as launches:
+        launch_fwd(q, k, k, *options)
+        launch_bwd(q, lse, q, k, k, q, lse, *options)
+    multiprocessor = MULTIPROCESSORS[arch]
+    for launch in launches:
+        compiled = compile_launch(launch, arch)
+        found = resources(compiled)
+        assert found.shared_bytes <= multiprocessor.shared_bytes - multiprocessor.shared_reserved
+        assert found.registers > 16, f"{launch.kernel.__name__} does nothing"
+        assert getattr(compiled.metadata, "tmem_size", 0) <= 512
