@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.attention_cases import FLOATS, naive, sdpa, tensors
+from tests.kernels.attention_cases import naive, sdpa, tensors
 from tests.tolerance import assert_accurate
 from tritium.kernels import attention_decode
 from tritium.kernels.attention_decode import MAX_SPLITS, cost, plan
@@ -30,9 +30,14 @@ def caches(B, T, S, H, G, K, dtype, device):
     return q, k, v, lengths
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "options", "dtype"),
+    [
+        *((shape, options, torch.bfloat16) for shape in SHAPES for options in OPTIONS),
+        *((shape, {}, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float16)),
+        *((SHAPES[2], options, torch.float32) for options in OPTIONS),
+    ],
+)
 def test_tokens_get_the_last_rows_of_full_attention(shape, options, dtype, device):
     q, k, v, lengths = caches(*shape, dtype, device)
     got = attention_decode(q, k, v, lengths, **options)

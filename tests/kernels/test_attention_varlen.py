@@ -40,11 +40,15 @@ def inputs(lengths, H, G, K, dtype, device):
     return (q, k, v), [do, dlse[0]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", OPTIONS[:3])
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    ("lengths", "options", "dtype"),
+    [
+        *((lengths, options, torch.bfloat16) for lengths in LENGTHS for options in OPTIONS[:3]),
+        *((LENGTHS[0], options, torch.float32) for options in OPTIONS[:3]),
+    ],
+)
 def test_documents_are_what_they_are_alone(lengths, options, dtype, device):
-    values, incoming = inputs(lengths, 4, 2, 16, dtype, device)
+    values, incoming = inputs(lengths, 2, 1, 16, dtype, device)
     call = {"cu_seqlens": starts(lengths, device), "max_seqlen": max(1, *lengths), "return_lse": True, **options}
     got = run(lambda *x: causal_attention_varlen(*x, **call), values, incoming)
     expected = run(lambda *x: each(*x, lengths, **options), values, incoming)
@@ -91,7 +95,7 @@ def test_nothing_of_a_document_reaches_another(device):
 def test_packed_documents_are_what_the_parts_are(options, device):
     B, T, H, G, K = 2, 80, 4, 2, 16
     lengths = (80, 30, 0, 50)
-    q, k, v, do, _ = tensors(B, T, T, H, G, K, torch.float32, device)
+    q, k, v, do, _ = tensors(B, T, T, H, G, K, torch.bfloat16, device)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     cu_seqlens = starts(lengths, device)
     o, *grads = run(lambda *x: (causal_attention_varlen(*x, cu_seqlens, T, **options),), flat, [do.flatten(0, 1)])
