@@ -81,11 +81,11 @@ TILES = {
         dkdv={64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1)},
     ),
 }
-# Products of float32 are not the matrix pipe's: they are exact, and tiles are small.
+# Products of float32 are not the matrix pipe's: they are exact, and their operands stand in registers.
 FLOAT32_TILES = _rows(
-    fwd={64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 1)},
-    dq={64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    dkdv={64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    fwd={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    dq={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    dkdv={64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 )
 
 
@@ -191,7 +191,7 @@ def _launch_grads(
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
-        **{name: _statistics(x, cu_seqlens, tile.block_m) for name, x in (("lse", lse), ("delta", delta))},
+        **{name: _statistics(x, q, cu_seqlens, tile.block_m) for name, x in (("lse", lse), ("delta", delta))},
         work_ptr=work, dk_ptr=dk, dv_ptr=dv,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes), **common, **tile.arguments(K),
@@ -217,13 +217,18 @@ def _heads_at_once(bytes_per_head: int) -> int:
 
 
 def _streamed(rows: int, **tensors: Tensor) -> dict:
-    """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, or as it is where none can be had."""
-    return {name: descriptor(x, (1, rows, 1, padded(x.shape[-1]))) for name, x in tensors.items()}
+    """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, or as it is where none can be had.
+
+    Not of float32, whose products are formed from registers: what came through a descriptor takes twice as many of them.
+    """
+    return {
+        name: x if x.dtype == torch.float32 else descriptor(x, (1, rows, 1, padded(x.shape[-1]))) for name, x in tensors.items()
+    }
 
 
-def _statistics(x: Tensor, cu_seqlens: Tensor | None, rows: int):
-    """(B, H, T) numbers as a descriptor of `rows` of them, or as they are where documents begin anywhere."""
-    return x if cu_seqlens is not None else descriptor(x.flatten(0, 1), (1, rows))
+def _statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: int):
+    """(B, H, T) numbers beside q as a descriptor of `rows` of them, or as they are where documents begin anywhere."""
+    return x if cu_seqlens is not None or q.dtype == torch.float32 else descriptor(x.flatten(0, 1), (1, rows))
 
 
 def _options(scale: float, window: int, S: int, softcap: float, dropout_p: float) -> dict:
