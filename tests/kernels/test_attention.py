@@ -83,7 +83,7 @@ def test_accuracy_beside_torch(shape, dtype, device):
 @pytest.mark.parametrize(
     ("options", "T", "S", "dtype"),
     [
-        *(({"window": window}, T, 300, torch.bfloat16) for window in (1, 2, 40, 128, 129, 200) for T in (150, 300)),
+        *(({"window": window}, T, 300, torch.bfloat16) for window in (1, 2, 40, 127, 128, 129, 200) for T in (150, 300)),
         # Tiles of float32 are smaller: as many edges in a shorter sequence.
         *(({"window": window}, T, 100, torch.float32) for window in (1, 31, 32, 33, 70) for T in (50, 100)),
         ({"window": 129}, 300, 300, torch.float16),
