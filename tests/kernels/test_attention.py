@@ -86,6 +86,9 @@ def test_accuracy_beside_torch(shape, dtype, device):
         *(({"window": window}, T, 300, torch.bfloat16) for window in (1, 2, 40, 127, 128, 129, 200) for T in (150, 300)),
         # Tiles of float32 are smaller: as many edges in a shorter sequence.
         *(({"window": window}, T, 100, torch.float32) for window in (1, 31, 32, 33, 70) for T in (50, 100)),
+        # A last query that just misses the first key of a tile, and windows wide enough that whole tiles lie inside.
+        ({"window": 255}, 384, 384, torch.bfloat16),
+        ({"window": 127}, 200, 200, torch.float32),
         ({"window": 129}, 300, 300, torch.float16),
         *(({"scale": 0.7}, 150, 150, dtype) for dtype in FLOATS),
     ],
@@ -195,6 +198,16 @@ def test_descriptors_and_pointers_read_the_same(dtype, device, monkeypatch):
         assert [isinstance(x, torch.Tensor) for x in seen] == [False] * 8 + [True, True, True, True, False, True, False, False]
     # do is made contiguous, so a descriptor serves it whatever qkv is like.
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_the_order_of_heads_changes_nothing(heads, device, monkeypatch):
+    """Groups of query heads that end with a smaller one."""
+    q, k, v, *incoming = tensors(1, 140, 140, 5, 5, 16, torch.bfloat16, device)
+    expected = run(ours(), (q, k, v), incoming)
+    monkeypatch.setattr(_attention_launch, "L2_BYTES", heads * 2 * 140 * 16 * 2)
+    assert all(torch.equal(a, b) for a, b in zip(run(ours(), (q, k, v), incoming), expected, strict=True))
 
 
 def test_any_strides_with_a_unit_last_one(device):
