@@ -197,6 +197,10 @@ def hottest_loop(sass: str) -> list[str]:
             loops.append((target, index + 1))
     loops = [loop for loop in loops if not _waits(code[slice(*loop)])]
     innermost = [loop for loop in loops if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
+    # Where all products stand outside of loops, those do nothing that matters.
+    products = matrix_instructions("\n".join(code))
+    if products and not any(matrix_instructions("\n".join(code[slice(*loop)])) for loop in innermost):
+        innermost = []
     if not innermost:
         # Behind the last exit stand a trap and padding.
         ends = [index for index, text in enumerate(code) if text.startswith("EXIT")]
