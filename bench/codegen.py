@@ -1,8 +1,8 @@
 """tritium bench codegen: what every kernel becomes at its shipped configurations, for GPUs that need not be there.
 
 A row is one launch of an operator at one shape for one GPU: registers, spilled bytes, shared memory, how many blocks fit and
-what limits them, matrix instructions, bulk loads, seconds to compile; for sm_80, sm_90 and sm_100 also the estimated bounds of
-its hottest loop.
+what limits them, matrix instructions, bulk loads, seconds to compile; for sm_80, sm_90 and sm_100 also of its hottest loop the
+bytes that a pass of a block moves, how many a lane takes at once, and estimated bounds.
 """
 
 import time
@@ -89,8 +89,11 @@ def describe(compiled, arch: str) -> dict[str, Any]:
     }  # fmt: skip
     if arch in machine_code.RATES and not machine_code.specialized(compiled):
         loop, clocks = machine_code.loop_clocks(compiled, text, arch)
+        moved_bytes, access_bytes = machine_code.moved(loop, num_warps)
         row["hottest_loop"] = {
             "instructions": len(loop),
+            "moved_bytes": moved_bytes,
+            "access_bytes": access_bytes,
             "clocks": {pipe: round(value, 1) for pipe, value in clocks.items()},
             "estimate": {
                 name: round(value, 3) if isinstance(value, float) else value
@@ -105,7 +108,7 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def regressions(rows: Sequence[dict], held: Sequence[dict]) -> list[str]:
-    """What got worse since the `held` rows: bytes spilled, matrix instructions or bulk loads lost, rows gone or new."""
+    """What got worse since the `held` rows: spills, lost matrix instructions or bulk loads, narrower accesses, other rows."""
     old = {_key(row): row for row in held}
     worse = []
     for row in rows:
@@ -119,6 +122,9 @@ def regressions(rows: Sequence[dict], held: Sequence[dict]) -> list[str]:
         worse += [f"{label}: lost {name}" for name in before["matrix_instructions"] if name not in row["matrix_instructions"]]
         if before["tma_loads"] and not row["tma_loads"]:
             worse.append(f"{label}: lost its TMA loads")
+        access, held_access = (r.get("hottest_loop", {}).get("access_bytes", 0) for r in (row, before))
+        if 0 < access < held_access:
+            worse.append(f"{label}: loads and stores {access} bytes at a time, held {held_access}")
     return worse + [f"{' '.join(key)}: gone" for key in old]
 
 
@@ -137,14 +143,15 @@ def _print_table(rows: Sequence[dict]) -> None:
         return
     pipes = list(loops[0]["hottest_loop"]["clocks"])
     table = Table(
-        *KEYS, "instructions", *pipes, "of", "overlapped", "serial",
+        *KEYS, "instructions", "moved B", "access B", *pipes, "of", "overlapped", "serial",
         title="ESTIMATED clocks of a block's pass through its hottest loop, and share of the ceiling they allow",
     )  # fmt: skip
     for row in loops:
         loop, estimate = row["hottest_loop"], row["hottest_loop"]["estimate"]
         clocks = [f"{value:.0f}" for value in loop["clocks"].values()]
         shares = [f"{estimate[name]:.0%}" for name in ("overlapped", "serial")]
-        table.add_row(*(row[key] for key in KEYS), str(loop["instructions"]), *clocks, estimate["of"], *shares)
+        counts = [str(loop[name]) for name in ("instructions", "moved_bytes", "access_bytes")]
+        table.add_row(*(row[key] for key in KEYS), *counts, *clocks, estimate["of"], *shares)
     console.print(table)
 
 

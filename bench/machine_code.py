@@ -304,6 +304,15 @@ def bounds(found: dict[str, float]) -> dict[str, float | str]:
     }
 
 
+def moved(loop: list[str], num_warps: int) -> tuple[int, int]:
+    """Bytes of global memory that a block's pass loads and stores, and how many of them most lanes take at once, 0 if none."""
+    by_width = Counter()
+    for instruction in loop:
+        warp_bytes = int(_bytes([instruction], _GLOBAL))
+        by_width[warp_bytes // 32] += warp_bytes
+    return sum(by_width.values()) * num_warps, max(by_width, key=by_width.get, default=0)
+
+
 def _bytes(loop: list[str], names: tuple[str, ...]) -> float:
     """Bytes that a warp's loads and stores of these kinds move."""
     total = 0

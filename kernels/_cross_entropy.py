@@ -19,6 +19,8 @@ from ._layout import wide
 REDUCTIONS = ("mean", "sum", "none")
 # A block of 4 MB in float32 stays in a CPU's cache with what is computed from it; smaller ones only make more calls.
 BLOCK_ELEMENTS = 1 << 20
+# What a lane of a GPU loads at once, from addresses that are multiples of it.
+LOAD_BYTES = 16
 
 
 class Options(NamedTuple):
@@ -43,6 +45,13 @@ def blocks(x: Tensor, plan: Callable[[int, int], int], V: int) -> Iterator[slice
     step = plan(N, V)
     for start in range(0, N, step):
         yield slice(start, min(start + step, N))
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """An uninitialized (N, V) whose rows begin as far from a multiple of LOAD_BYTES as those of `logits`, for the kernels."""
+    N, V = logits.shape
+    stride = V + (logits.stride(0) - V) % (LOAD_BYTES // logits.itemsize)
+    return torch.empty_strided((N, V), (stride, 1), dtype=logits.dtype, device=logits.device)
 
 
 def refuse_bad_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
@@ -71,16 +80,16 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def reduced(loss: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses as their mean over the rows that count, their sum or as they are, and how many count."""
-    loss, count = weighted(loss, weight), (weight != 0).sum()
-    if reduction == "none":
-        return loss, count
-    return (loss.sum() if reduction == "sum" else loss.sum() / count.clamp(min=1)), count
+    """Return the weighted losses as their mean over the rows that count, their sum or as they are, and the divisor.
 
-
-def expanded(dloss: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """The gradient of each row's loss, (M,) or one for all, from the gradient of the reduced loss."""
-    return dloss / count.clamp(min=1) if reduction == "mean" else dloss
+    That is () int64: how many rows count, at least 1, for the mean; else 1.
+    """
+    loss = weighted(loss, weight)
+    if reduction == "mean":
+        divisor = (weight != 0).sum().clamp_(min=1)
+        return loss.sum() / divisor, divisor
+    divisor = torch.ones((), dtype=torch.int64, device=loss.device)
+    return (loss.sum() if reduction == "sum" else loss), divisor
 
 
 # --- the loss of a block and its gradient
@@ -92,21 +101,20 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
     return torch.div(s, softcap).tanh_().mul_(softcap) if softcap else s
 
 
-def block_loss(s: Tensor, index: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss (M,), lse (M,) and p (M, V) of the rows of `s`, whose targets are the columns `index`."""
+def block_loss(s: Tensor, index: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss (M,), largest s (M,), lse less that (M,) and p (M, V) of rows `s` with targets in the columns `index`."""
     smoothing = options.label_smoothing
     # 64 x 4096 in float32 take 102 us, exp(s - lse) alone 157 us (EPYC with AVX-512, one thread, 2026-11-20).
     p = torch.softmax(s, -1)
     top = s.amax(-1)
     # The largest element of p is exp(0) / sum(exp(s - top)).
     log_sum = -p.amax(-1).log()
-    lse = top + log_sum
     loss = (top - s.gather(1, index[:, None])[:, 0]) + log_sum
     if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * (lse - s.mean(-1))
+        loss = (1 - smoothing) * loss + smoothing * ((top - s.mean(-1)) + log_sum)
     if options.z_loss:
-        loss = loss + options.z_loss * lse.square()
-    return loss, lse, p
+        loss = loss + options.z_loss * (top + log_sum).square()
+    return loss, top, log_sum, p
 
 
 def block_dlogits(p: Tensor, s: Tensor, index: Tensor, lse: Tensor, scale: Tensor, options: Options) -> Tensor:

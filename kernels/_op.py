@@ -65,6 +65,18 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """Write a @ b to `out`, or add it there. Into a float32 `out` factors of 16 bits are summed without rounding in between."""
+    beta = int(accumulate)
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.device.type == "cuda" and not torch.version.hip:
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        # Only cuBLAS multiplies 16 bits into 32.
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
 def _without_autocast(reference: Callable) -> Callable:
     """References choose their own precision; an active autocast must not lower the products inside them."""
 

@@ -5,11 +5,15 @@
     backward   g = dloss / count, dloss or dl        ds = g (p (1 + 2 z lse) - (1 - eps) [v = t] - eps / V)
                dlogits = ds (1 - (s / c)^2)
 
-Shapes     logits, dlogits: (N, V)   target: (N,)   l, lse: (N,) float32   count: () int64     N = leading axes, flattened
+Shapes     logits, dlogits: (N, V)   target: (N,)   l: (N,) float32   N = every leading axis, flattened
+           statistics: (2, N) float32, each row's largest s and lse less that: apart they keep the digits that lse would lose
+           divisor: () int64, count for the mean, else 1
 Precision  any float dtype in, dlogits in the same; everything between is float32, and so is the loss
 Cost       memory-bound: logits read once forward; read and written as dlogits backward; see cost()
+Determinism  rows' losses are added up by one program, in one order
 Source     softcap: Gemma Team 2024, arXiv:2408.00118; label smoothing: Szegedy et al. 2016, arXiv:1512.00567;
-           z-loss: Chowdhery et al. 2022, arXiv:2204.02311; the block formulas are in _cross_entropy.py
+           z-loss: Chowdhery et al. 2022, arXiv:2204.02311; the block formulas are in _cross_entropy.py, the kernels, which
+           linear_cross_entropy shares, in _cross_entropy_kernels.py
 """
 
 import torch
@@ -23,12 +27,13 @@ from ._cross_entropy import (
     blocks,
     capped,
     check,
-    expanded,
+    empty_gradient,
     reduced,
     refuse_bad_targets,
     row_weights,
     weighted,
 )
+from ._cross_entropy_launch import launch_reduce, launch_rows_bwd, launch_rows_fwd
 from ._layout import as_rows
 from ._op import define_op
 
@@ -43,33 +48,58 @@ def plan(N: int, V: int) -> int:
 def reference_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, lse of each row, and how many rows were counted."""
+    """Return the loss, statistics and divisor."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
     V = logits.shape[-1]
     refuse_bad_targets("cross_entropy", target, V, ignore_index)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     index, weight = row_weights(target, V, ignore_index, dtype)
-    loss, lse = torch.empty_like(weight), torch.empty_like(weight)
+    loss, statistics = torch.empty_like(weight), weight.new_empty(2, weight.shape[0])
     for rows in blocks(logits, plan, V):
         s = capped(logits[rows], softcap)
-        loss[rows], lse[rows], _ = block_loss(s, index[rows], options)
-    loss, count = reduced(loss, weight, reduction)
-    return loss, lse, count
+        loss[rows], statistics[0, rows], statistics[1, rows], _ = block_loss(s, index[rows], options)
+    loss, divisor = reduced(loss, weight, reduction)
+    return loss, statistics, divisor
 
 
 def reference_bwd(
-    dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, count: Tensor,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str,
+    dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, divisor: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits, in their dtype."""
+    """Return the gradient of the logits, in their dtype, for that of each row's loss, (N,), or of what they were reduced to."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
     V = logits.shape[-1]
-    index, weight = row_weights(target, V, ignore_index, lse.dtype)
-    scale = weighted(expanded(dloss, count, reduction), weight)
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    index, weight = row_weights(target, V, ignore_index, statistics.dtype)
+    scale, lse = weighted(dloss / divisor, weight), statistics.sum(0)
+    dlogits = empty_gradient(logits)
     for rows in blocks(logits, plan, V):
         s = capped(logits[rows], softcap)
         dlogits[rows] = block_dlogits(torch.softmax(s, -1), s, index[rows], lse[rows], scale[rows], options)
+    return dlogits
+
+
+# --- launchers: allocate, plan, launch by keyword
+
+
+def launch_fwd(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_fwd`."""
+    N = logits.shape[0]
+    loss, statistics = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in (N, (2, N)))
+    launch_rows_fwd(logits, target, Options(ignore_index, label_smoothing, z_loss, softcap), loss, statistics)
+    loss, divisor = launch_reduce(loss, target, ignore_index, reduction)
+    return loss, statistics, divisor
+
+
+def launch_bwd(
+    dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, divisor: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Kernel counterpart of `reference_bwd`."""
+    dlogits = empty_gradient(logits)
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    launch_rows_bwd(dloss, logits, target, statistics, divisor, options, dlogits)
     return dlogits
 
 
@@ -86,18 +116,21 @@ def cost(N: int, V: int, itemsize: int) -> dict[str, int]:
 
 # --- operator
 
-_fwd = define_op("cross_entropy_fwd", launch=None, reference=reference_fwd)
-_bwd = define_op("cross_entropy_bwd", launch=None, reference=reference_bwd)
+_fwd = define_op("cross_entropy_fwd", launch=launch_fwd, reference=reference_fwd)
+_bwd = define_op("cross_entropy_bwd", launch=launch_bwd, reference=reference_bwd)
 
 
 def _save(ctx, inputs, output):
-    logits, target, *ctx.options = inputs
-    _, lse, count = output
-    ctx.save_for_backward(logits, target, lse, count)
+    logits, target, *options, _ = inputs
+    _, statistics, divisor = output
+    ctx.options = options
+    # Nobody differentiates the statistics: no zeros for their gradient.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, statistics, divisor)
 
 
-def _grad(ctx, dloss, _dlse, _dcount):
-    return _bwd(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 6
+def _grad(ctx, dloss, _dstatistics, _ddivisor):
+    return None if dloss is None else _bwd(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 _fwd.register_autograd(_grad, setup_context=_save)

@@ -10,7 +10,7 @@
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
-from ..kernels.linear_cross_entropy import plan
+from ..kernels.linear_cross_entropy import block_rows, cost
 from .config import GPTConfig
 
 
@@ -57,7 +57,7 @@ def activation_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int) 
 
 def _head_bytes(config: GPTConfig, rows: int) -> int:
     """The float32 gradients of the head's inputs and weight."""
-    return 4 * config.d_model * (rows + config.vocab_size)
+    return cost(rows, config.d_model, config.vocab_size, 4)["saved_bytes"]
 
 
 def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, accumulates: bool) -> dict[str, int]:
@@ -83,15 +83,16 @@ def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, acc
     copies = itemsize * matrices(config) if is_narrow else 0
     before = weights if accumulates else 0
 
-    rows = plan(N, V)
+    rows = block_rows(N, V)
     # A chunk's logits and their softmax, which becomes their gradient; the next chunk's begin while that one is still there.
     logits = 4 * rows * V * (2 if rows == N else 3)
-    # Under autocast the head's weight is cast, and its reference widens it again.
-    head_weight = (itemsize + 4) * V * D if is_narrow else 0
+    if is_narrow:
+        # The head's weight is cast, and its reference widens it again; the kernels do not, but hold more logits.
+        logits = itemsize * V * D + max(logits + 4 * V * D, cost(N, D, V, itemsize)["workspace_bytes"])
     norm_and_branch = 2 * itemsize * N * D
     # Scaling the gradients of the head makes new ones, the weight's then as long as the padded embedding.
     scaled = itemsize * N * D + embedding
-    forward = (copies, before, activations, kept + max(logits + head_weight + norm_and_branch, scaled), 0)
+    forward = (copies, before, activations, kept + max(logits + norm_and_branch, scaled), 0)
 
     # The last MLP's da and dw2, then in float32 sigmoid and slope; under autocast h too, and dh rounded back.
     gelu = itemsize * N * F + itemsize * F * D + 8 * N * F + ((4 + itemsize) * N * F if is_narrow else 0)

@@ -2,7 +2,8 @@
 
 Memory     the fullest moment of a step by model/cost.step_bytes, which tests hold to measured peaks, and PROCESS_BYTES; RESERVE
            of the memory has to stay free. On CUDA products are bfloat16 (itemsize 2), on a CPU float32. The formulas follow the
-           references, fused kernels hold less. Every GPU has all weights, gradients and optimizer state: nothing is sharded
+           references; fused kernels hold less, but for the head's logits, where the larger counts. Every GPU has all weights,
+           gradients and optimizer state: nothing is sharded
 
 Step time  a range: everything at a good rate at once, and everything at a poor one. Seconds of one GPU for n tokens in
            m micro-batches, in a model of N parameters, without positions, and P with them:

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import cross_entropy
-from ...kernels.cross_entropy import cost
+from ...kernels.cross_entropy import cost, launch_bwd, launch_fwd
 from ..case import Contestant, Operator, randn
 
 SHAPES = ((8192, 50304), (16384, 50304), (4096, 128256), (32768, 32768))
 SMALL_SHAPES = ((64, 4096), (16, 50257))
+# Rows that begin at multiples of 16 bytes, and rows that do not.
+LAUNCH_SHAPES = ((8192, 50304), (8192, 50257))
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -37,9 +39,16 @@ def _quack(logits: Tensor, target: Tensor) -> Tensor:
     return quack_cross_entropy(logits, target, reduction="mean")
 
 
+def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
+    M, V = shape
+    logits, target = torch.empty(M, V, dtype=dtype, device="meta"), torch.empty(M, dtype=torch.int64, device="meta")
+    loss, statistics, divisor = launch_fwd(logits, target, -100, 0.0, 0.0, 0.0, "mean")
+    launch_bwd(loss, logits, target, statistics, divisor, -100, 0.0, 0.0, 0.0)
+
+
 CROSS_ENTROPY = Operator(
     name="cross_entropy", sizes=("M", "V"), inputs=_inputs, ours=cross_entropy, eager=_eager,
-    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="bytes",
+    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="bytes", launches=_launches, launch_shapes=LAUNCH_SHAPES,
     check_shape=lambda shape: (min(shape[0], 61), shape[1]),
     cost=lambda shape, itemsize: cost(*shape, itemsize),
     peers=(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import linear_cross_entropy
-from ...kernels.linear_cross_entropy import cost
+from ...kernels.linear_cross_entropy import cost, launch_fwd, launch_scale
 from ..case import Contestant, Operator, randn
 
 # N, D, V: 16 and 64 sequences of 1,024 tokens at GPT-2's smallest and largest width.
@@ -39,13 +39,21 @@ def _liger(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyFunction.apply(x, weight, target)[0]
 
 
+def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
+    N, D, V = shape
+    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (V, D)))
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    loss, divisor, *grads = launch_fwd(x, weight, target, None, -100, 0.0, 0.0, 0.0, "mean", True, True)
+    launch_scale(loss, divisor, *grads, dtype)
+
+
 # torch 2.13 brought it.
 _NATIVE = (Contestant(name="F.linear_cross_entropy", call=_native),) if hasattr(F, "linear_cross_entropy") else ()
 
 LINEAR_CROSS_ENTROPY = Operator(
     name="linear_cross_entropy", sizes=("N", "D", "V"), inputs=_inputs, ours=linear_cross_entropy, eager=_eager,
-    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops",
-    check_shape=lambda shape: (min(shape[0], 613), *shape[1:]),  # several chunks
+    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=SHAPES[:1],
+    check_shape=lambda shape: (min(shape[0], 613), *shape[1:]),
     cost=lambda shape, itemsize: cost(*shape, itemsize),
     peers=(*_NATIVE, Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True)),
 )  # fmt: skip

@@ -95,6 +95,9 @@ def test_planted_faults_are_seen():
     assert regressions([fine], []) == ["planted N=128 _planted_kernel sm_90: not in the held table"]
     assert regressions([], [fine]) == ["planted N=128 _planted_kernel sm_90: gone"]
     assert regressions([fine], [fine | {"tma_loads": 1}]) == ["planted N=128 _planted_kernel sm_90: lost its TMA loads"]
+    narrow = fine | {"hottest_loop": fine["hottest_loop"] | {"access_bytes": 2}}
+    assert regressions([narrow], [fine]) == ["planted N=128 _planted_kernel sm_90: loads and stores 2 bytes at a time, held 16"]
+    assert regressions([fine], [narrow]) == []
 
 
 def test_loops_are_estimated_where_rates_are_known_and_held_rows_may_lack_them():

@@ -12,6 +12,7 @@ from tritium.bench.machine_code import (
     hottest_loop,
     loop_clocks,
     matrix_instructions,
+    moved,
     occupancy,
     resources,
     stated,
@@ -205,6 +206,9 @@ def test_bytes_and_clocks_of_each_pipe():
     assert found["tensor"] == 0
     # An H200 has 4.8 TB/s for 132 multiprocessors at 1.98 GHz.
     assert found["memory"] == pytest.approx((512 + 128) * 4 / (4.8e12 / 132 / 1.98e9))
+    assert moved(loop, 4) == ((512 + 128) * 4, 16), "most of the bytes move 16 at a time"
+    assert moved(["LDG.E.U16 R0, desc[UR8][R2.64]", *loop[2:]], 1) == (64, 2)
+    assert moved(loop[2:], 4) == (0, 0)
 
 
 @pytest.mark.plain

@@ -11,6 +11,7 @@ from tritium.kernels._cross_entropy import (
     block_loss,
     blocks,
     capped,
+    empty_gradient,
     reduced,
     refuse_bad_targets,
     row_weights,
@@ -35,8 +36,8 @@ def test_gradient_of_a_block_is_that_of_its_loss(options):
     s = options.softcap * torch.tanh(leaf / options.softcap) if options.softcap else leaf
     (expected,) = torch.autograd.grad(block_loss(s, index, options)[0], leaf, scale)
     s = capped(logits, options.softcap)
-    _, lse, p = block_loss(s, index, options)
-    got = block_dlogits(p, s, index, lse, scale, options)
+    _, top, log_sum, p = block_loss(s, index, options)
+    got = block_dlogits(p, s, index, top + log_sum, scale, options)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -44,8 +45,9 @@ def test_loss_of_a_block_is_what_its_formula_says():
     logits, index = logits_and_columns()
     s = 3 * torch.tanh(logits / 3)
     smooth = F.cross_entropy(s, index, label_smoothing=0.1, reduction="none")
-    loss, lse, p = block_loss(capped(logits, 3.0), index, EVERYTHING)
-    torch.testing.assert_close(lse, s.logsumexp(-1))
+    loss, top, log_sum, p = block_loss(capped(logits, 3.0), index, EVERYTHING)
+    torch.testing.assert_close(top, s.amax(-1))
+    torch.testing.assert_close(top + log_sum, s.logsumexp(-1))
     torch.testing.assert_close(p, s.softmax(-1))
     torch.testing.assert_close(loss, smooth + 0.01 * s.logsumexp(-1) ** 2)
 
@@ -53,17 +55,17 @@ def test_loss_of_a_block_is_what_its_formula_says():
 def test_gradient_of_a_certain_target_keeps_its_digits():
     """p - 1, computed as that, would be 0 in float32."""
     logits, index = torch.tensor([[20.0, 0.0, 0.0]]), torch.tensor([0])
-    _, lse, p = block_loss(logits, index, NOTHING)
-    got = block_dlogits(p, logits, index, lse, torch.ones(1), NOTHING)
+    _, top, log_sum, p = block_loss(logits, index, NOTHING)
+    got = block_dlogits(p, logits, index, top + log_sum, torch.ones(1), NOTHING)
     expected = logits.double().softmax(-1) - torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_logits_far_from_zero_and_minus_infinity():
     logits = torch.tensor([[1e4, 1e4 + 1, -float("inf")], [-1e4, -1e4, -1e4]])
-    loss, lse, _ = block_loss(logits, torch.tensor([0, 2]), NOTHING)
+    loss, top, log_sum, _ = block_loss(logits, torch.tensor([0, 2]), NOTHING)
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([0, 2]), reduction="none"))
-    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    torch.testing.assert_close(top + log_sum, logits.logsumexp(-1))
 
 
 def test_capped_copies_only_where_it_must():
@@ -97,9 +99,26 @@ def test_ignored_rows_never_count():
     loss = torch.tensor([1.0, float("nan"), 4.0])
     assert weighted(loss, weight).tolist() == [1, 0, 4]
     assert [value.item() for value in reduced(loss, weight, "mean")] == [2.5, 2]
-    assert [value.item() for value in reduced(loss, weight, "sum")] == [5, 2]
-    assert reduced(loss, weight, "none")[0].tolist() == [1, 0, 4]
-    assert reduced(loss, 0 * weight, "mean")[0].item() == 0
+    assert [value.item() for value in reduced(loss, weight, "sum")] == [5, 1]
+    assert [value.tolist() for value in reduced(loss, weight, "none")] == [[1, 0, 4], 1]
+    assert [value.item() for value in reduced(loss, 0 * weight, "mean")] == [0, 1]
+
+
+def test_a_gradient_begins_its_rows_where_the_logits_do():
+    """Equally far from a multiple of 16 bytes: the kernels load and store both 16 bytes at a time."""
+    base = torch.empty(6, 40, dtype=torch.bfloat16)
+    for V, logits in (
+        (40, base),
+        (33, base[:, :33]),
+        (40, base[::2]),
+        (33, torch.empty(6, 33)),
+        (9, base[:1, :9].expand(6, 9)),
+    ):
+        gradient = empty_gradient(logits)
+        assert gradient.shape == logits.shape
+        assert gradient.dtype == logits.dtype
+        assert V <= gradient.stride(0) < V + 16 // logits.itemsize
+        assert (gradient.stride(0) - logits.stride(0)) * logits.itemsize % 16 == 0
 
 
 def test_bad_targets_are_looked_for_only_where_that_is_free():

@@ -1,18 +1,24 @@
 """cross_entropy: the kinds of tests every kernel file has."""
 
 import itertools
+import re
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.cross_entropy_cases import torch_cross_entropy
 from tests.tolerance import assert_accurate
-from tritium.kernels.cross_entropy import BLOCK_ELEMENTS, cost, cross_entropy, plan
+from tritium.bench.launches import TARGETS, compile_launch, record_launches
+from tritium.bench.machine_code import disassembly, hottest_loop, moved, resources
+from tritium.kernels._cross_entropy_launch import launch_rows_fwd_bwd, plan_tile
+from tritium.kernels._op import INTERPRET
+from tritium.kernels.cross_entropy import BLOCK_ELEMENTS, Options, cost, cross_entropy, launch_bwd, launch_fwd, plan
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# One element, odd, one past a power of two, as wide as a small vocabulary.
-SHAPES = [(1, 1), (5, 1), (1, 3), (33, 65), (7, 257), (3, 5003)]
+# One element, odd, one past a power of two, rows of one tile and of several, which begin where they may or 16 bytes apart.
+SHAPES = [(1, 1), (5, 1), (1, 3), (33, 65), (7, 257), (4, 1024), (9, 1031), (3, 9001)]
 OPTIONS = [
     {},
     {"label_smoothing": 0.1},
@@ -30,17 +36,6 @@ def tensors(N, V, dtype, device):
     target = torch.randint(V, (N,), generator=generator)
     target[2::5] = -100
     return logits, target.to(device), torch.randn(N, generator=generator).to(device)
-
-
-def torch_cross_entropy(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
-    """The same by PyTorch, in float32 at least, as autocast would."""
-    s = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    counted = target != ignore_index
-    loss = F.cross_entropy(s, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
-    loss = torch.where(counted, loss + z_loss * s.logsumexp(-1) ** 2, 0.0)
-    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / counted.sum()}[reduction]
 
 
 def run(function, logits, *args, incoming=None, **options):
@@ -79,7 +74,7 @@ def test_it_is_torch_cross_entropy(options, reduction):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "V"), SHAPES)
-@pytest.mark.parametrize("options", [OPTIONS[0], {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}])
+@pytest.mark.parametrize("options", [*OPTIONS[:4], {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}])
 def test_is_accurate(N, V, dtype, options, device):
     logits, target, incoming = tensors(N, V, dtype, device)
     for reduction in REDUCTIONS:
@@ -99,6 +94,33 @@ def test_is_accurate_where_the_target_is_certain(device):
                         ((cross_entropy, logits), (F.cross_entropy, logits.double()), (F.cross_entropy, logits)))  # fmt: skip
     for name, *values in zip(["loss", "dlogits"], got, truth, peer, strict=True):
         assert_accurate(name, *values, length=65)
+
+
+@pytest.mark.parametrize("V", [33, 4500])
+def test_is_accurate_far_from_zero(V, device):
+    """A log-sum-exp of ten thousand has three digits behind the point in float32: the gradient must not depend on them."""
+    logits, target, _ = tensors(9, V, torch.float32, device)
+    for shift in (1e4, -1e4):
+        inputs = logits + shift
+        got, (truth, peer) = (
+            run(cross_entropy, inputs, target),
+            (run(F.cross_entropy, x, target) for x in (inputs.double(), inputs)),
+        )
+        for name, *values in zip(["loss", "dlogits"], got, truth, peer, strict=True):
+            assert_accurate(name, *values, length=V)
+
+
+@pytest.mark.parametrize("V", [33, 4500])
+def test_columns_without_probability(V, device):
+    """-inf masks a column: no NaN, no gradient; a target there has an infinite loss, as in PyTorch."""
+    logits, target, _ = tensors(9, V, torch.float32, device)
+    logits[:, V // 2 :] = -float("inf")
+    target[:8] %= V // 2
+    target[8] = V - 1
+    for reduction in ("none", "mean"):
+        got, expected = (run(f, logits, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_more_rows_than_a_block(device, monkeypatch):
@@ -140,6 +162,20 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(index, device):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "begin", "V"), [(4104, 0, 4097), (9003, 0, 9000), (4500, 3, 4400), (1100, 5, 1030)])
+def test_long_rows_of_any_stride_and_begin(columns, begin, V, dtype, device):
+    """Rows begin at any distance from a multiple of 16 bytes: the walk leaves no column out, reads none twice."""
+    base, target, incoming = tensors(9, columns, dtype, device)
+    logits, target = base[:, begin : begin + V], (target.clamp(min=0) % V).where(target >= 0, target)
+    target[0], target[1] = 0, V - 1
+    given = {"label_smoothing": 0.1, "reduction": "none", "incoming": incoming}
+    got = run(cross_entropy, logits, target, **given)
+    truth, peer = (run(torch_cross_entropy, x, target, **given) for x in (logits.double(), logits))
+    for name, *values in zip(["loss", "dlogits"], got, truth, peer, strict=True):
+        assert_accurate(name, *values, length=V)
+
+
 def test_leading_axes(device):
     logits, target, _ = tensors(24, 7, torch.float32, device)
     for reduction in REDUCTIONS:
@@ -169,17 +205,17 @@ def test_opcheck(device):
     for reduction in REDUCTIONS:
         torch.library.opcheck(ops.cross_entropy_fwd.default, (logits.clone().requires_grad_(), target, *options, reduction))
         dloss = incoming if reduction == "none" else incoming[0].clone()
-        statistics = torch.rand(6, device=device), torch.tensor(5, device=device)
-        torch.library.opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *statistics, *options, reduction))
+        saved = torch.rand(2, 6, device=device), torch.tensor(5, device=device)
+        torch.library.opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *saved, *options))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_operator_itself_returns_the_dtype_of_the_logits(dtype, device):
     logits, target, _ = tensors(6, 24, dtype, device)
-    options = (-100, 0.0, 0.0, 0.0, "mean")
-    loss, lse, count = torch.ops.tritium.cross_entropy_fwd(logits, target, *options)
-    dlogits = torch.ops.tritium.cross_entropy_bwd(torch.ones_like(loss), logits, target, lse, count, *options)
-    assert (loss.dtype, lse.dtype, count.dtype, dlogits.dtype) == (torch.float32, torch.float32, torch.int64, dtype)
+    options = (-100, 0.0, 0.0, 0.0)
+    loss, statistics, divisor = torch.ops.tritium.cross_entropy_fwd(logits, target, *options, "mean")
+    dlogits = torch.ops.tritium.cross_entropy_bwd(torch.ones_like(loss), logits, target, statistics, divisor, *options)
+    assert (loss.dtype, statistics.dtype, divisor.dtype, dlogits.dtype) == (torch.float32, torch.float32, torch.int64, dtype)
 
 
 def test_compiles_as_one_graph(device):
@@ -248,16 +284,20 @@ def test_target_outside_the_vocabulary_is_named(value):
         cross_entropy(torch.randn(2, 5), torch.tensor([1, value]))
 
 
-@pytest.mark.plain
-def test_target_outside_the_vocabulary_is_nan_where_values_are_not_looked_at(monkeypatch):
+@pytest.mark.parametrize("V", [5, 4500])
+def test_target_outside_the_vocabulary_is_nan_where_values_are_not_looked_at(V, device, monkeypatch):
     """As on a GPU: the row's loss and gradient, and nobody else's."""
     monkeypatch.setattr(sys.modules[plan.__module__], "refuse_bad_targets", lambda *args: None)
-    logits, target = torch.randn(4, 5), torch.tensor([1, 5, -100, -1])
+    logits, target = torch.randn(4, V, device=device), torch.tensor([1, V, -100, -1], device=device)
+    if INTERPRET or device.type == "cuda":
+        logits[2] = float("nan")  # the kernels do not read a row that is ignored
     loss, dlogits = run(cross_entropy, logits, target, reduction="none")
     assert loss.isnan().tolist() == [False, True, False, True]
     assert dlogits.isnan().all(1).tolist() == [False, True, False, True]
     assert dlogits.isnan().any(1).tolist() == [False, True, False, True]
+    assert not dlogits[2].any()
     assert run(cross_entropy, logits, target)[0].isnan()
+    assert run(cross_entropy, logits, torch.full_like(target, 2**40))[0].isnan()
 
 
 @pytest.mark.plain
@@ -296,3 +336,86 @@ def test_plan_keeps_blocks_small():
 def test_cost_is_the_bytes_that_the_tensors_have():
     assert cost(4096, 50_304, 2)["fwd_bytes"] == 2 * 4096 * 50_304
     assert cost(4096, 50_304, 2)["bwd_bytes"] == 2 * 2 * 4096 * 50_304
+
+
+def test_kernels_refuse_float64(device):
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("float64 on the CPU runs the reference")
+    with pytest.raises(TypeError, match="cross_entropy_fwd: the kernel takes float32, bfloat16 or float16, got float64"):
+        cross_entropy(torch.ones(2, 8, dtype=torch.float64, device=device), torch.zeros(2, dtype=torch.long, device=device))
+
+
+@pytest.mark.plain
+def test_tiles_fill_a_program_and_are_powers_of_two():
+    for itemsize, V in itertools.product((2, 4), (1, 3, 16, 65, 511, 512, 1023, 1024, 2047, 4096, 50_257, 10**6)):
+        tile = plan_tile(V, itemsize)
+        assert tile.vec * itemsize == 16
+        assert all(size & (size - 1) == 0 for size in (tile.block_m, tile.unroll, tile.block_v))
+        assert tile.block_m == 1 or tile.block_v >= V, "rows share a program only where one tile holds each"
+        assert tile.unroll * tile.block_v <= max(V, 2 * V, 16)
+        assert 2 * V >= 1024 or tile.block_m * tile.block_v >= 1024
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, and 20 GB of it")
+def test_more_elements_than_an_int32_counts():
+    V, N = 50_304, 2**31 // 50_304 + 500
+    logits = torch.randn(64, V, device="cuda", dtype=torch.bfloat16).repeat(N // 64 + 1, 1)[:N]
+    target = torch.randint(V, (64,), device="cuda").repeat(N // 64 + 1)[:N]
+    few = run(cross_entropy, logits[:64], target[:64], reduction="none")
+    for many, some in zip(run(cross_entropy, logits, target, reduction="none"), few, strict=True):
+        assert torch.equal(many[-64:].roll(N % 64, 0), some)
+
+
+# --- 5. ahead-of-time compilation
+
+
+def launches_of(N, V, dtype, arch, options, stride=None):
+    """Every kernel's launch, for logits whose rows are `stride` elements apart."""
+    logits = torch.empty_strided((N, V), (stride or V, 1), dtype=dtype, device="meta")
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    with record_launches(arch) as launches:
+        loss, *saved = launch_fwd(logits, target, *options, "mean")
+        launch_bwd(loss, logits, target, *saved, *options)
+        launch_rows_fwd_bwd(logits, target, None, Options(*options), saved[0][0])
+    return launches
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("arch", [name for name in TARGETS if name != "gfx950"])
+@pytest.mark.parametrize("options", [(-100, 0.0, 0.0, 0.0), (0, 0.1, 0.01, 30.0)])
+def test_compiles_for_every_target_without_spills(options, arch):
+    for dtype, V in ((torch.bfloat16, 65), (torch.float32, 50_257)):
+        for launch in launches_of(8192, V, dtype, arch, options):
+            assert resources(compile_launch(launch, arch)).spilled_bytes == 0, (launch.kernel.__name__, dtype, V)
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(("V", "stride"), [(50_304, 50_304), (50_257, 50_257), (50_257, 50_304)])
+def test_whole_tiles_are_loaded_and_stored_16_bytes_at_a_time(V, stride):
+    for launch in launches_of(8192, V, torch.bfloat16, "sm_90", (-100, 0.0, 0.0, 0.0), stride):
+        loop = hottest_loop(disassembly(compile_launch(launch, "sm_90")))
+        assert moved(loop, 4)[1] == 16, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+def test_compiles_where_every_size_is_one():
+    """Triton makes constants of them, which are no tensors."""
+    for launch in launches_of(1, 1, torch.bfloat16, "sm_90", (1, 0.5, 1.0, 1.0)):
+        compile_launch(launch, "sm_90")
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("V", [65, 50_257])
+def test_rows_are_addressed_in_int64(V):
+    """Every product of a row with a stride can be read off the compiled code."""
+    for launch in launches_of(8192, V, torch.bfloat16, "sm_90", (-100, 0.1, 0.1, 5.0), V + 7):
+        code = compile_launch(launch, "sm_90").asm["ttir"]
+        products = [line.split(" loc(")[0] for line in code.splitlines() if "arith.muli" in line]
+        # What is multiplied by a constant size, of a tile or a load, may stay narrow: columns are fewer than 2^31.
+        constants = set(re.findall(r"(%\S+) = arith.constant", code))
+        narrow = [
+            line for line in products
+            if not line.endswith(("i64", "xi64>")) and not constants & set(re.findall(r"%[^\s,]+", line.split("=")[1]))
+        ]  # fmt: skip
+        assert products or launch.kernel.__name__ == "_cross_entropy_reduce_kernel"
+        assert not narrow, launch.kernel.__name__
