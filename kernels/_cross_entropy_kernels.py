@@ -262,9 +262,6 @@ def _cross_entropy_reduce_kernel(
         if IS_MEAN:
             target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
             count += (target != ignore_index).to(tl.int32)
-    loss = tl.sum(total, axis=0)
-    if IS_MEAN:
-        divisor = tl.maximum(tl.sum(count, axis=0), 1)
-        tl.store(divisor_ptr, divisor)
-        loss = loss / divisor
-    tl.store(loss_ptr, loss)
+    divisor = tl.maximum(tl.sum(count, axis=0), 1) if IS_MEAN else 1
+    tl.store(loss_ptr, tl.sum(total, axis=0) / divisor)
+    tl.store(divisor_ptr, divisor)

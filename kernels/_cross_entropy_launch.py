@@ -88,10 +88,9 @@ def launch_rows_fwd_bwd(logits: Tensor, target: Tensor, dloss: Tensor | None, op
 
 def launch_reduce(rows: Tensor, target: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `_cross_entropy.reduced`, of rows that are weighted already."""
-    divisor = torch.ones((), dtype=torch.int64, device=rows.device)
     if reduction == "none":
-        return rows, divisor
-    loss = torch.empty((), dtype=torch.float32, device=rows.device)
+        return rows, torch.ones((), dtype=torch.int64, device=rows.device)
+    loss, divisor = (torch.empty((), dtype=dtype, device=rows.device) for dtype in (torch.float32, torch.int64))
     _cross_entropy_reduce_kernel[(1,)](
         rows_ptr=rows, target_ptr=target, loss_ptr=loss, divisor_ptr=divisor, N=rows.shape[0], ignore_index=ignore_index,
         IS_MEAN=reduction == "mean", BLOCK_N=REDUCE_BLOCK, num_warps=16,

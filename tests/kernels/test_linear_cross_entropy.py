@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.cross_entropy_cases import torch_cross_entropy
@@ -58,6 +59,14 @@ def run(function, inputs, target, incoming=None, **options):
     loss = function(x, weight, target, *bias, **options)
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, incoming)]
+
+
+def run_backward(function, inputs, target):
+    """As run, by way of loss.backward(), which alone works with reentrant checkpoints."""
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    loss = function(*leaves[:2], target, leaves[2])
+    loss.backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def largest_dlogits(inputs, target, incoming=None, **options):
@@ -280,6 +289,27 @@ def test_backward_twice_gives_the_same_twice(device):
     loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target)
     first, second = (torch.autograd.grad(3 * loss, (x, weight), retain_graph=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_is_refused_as_autograd_does(reduction, device):
+    (x, weight, _), target, _ = tensors(9, 4, 12, torch.float32, device)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, target, reduction=reduction).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant, device):
+    """The first forward forms no gradients where autograd is off, and they are right where it runs again."""
+    inputs, target, _ = tensors(9, 4, 12, torch.float32, device)
+
+    def recomputed(x, weight, target, bias):
+        return checkpoint(linear_cross_entropy, x, weight, target, bias, use_reentrant=use_reentrant)
+
+    for a, b in zip(*(run_backward(f, inputs, target) for f in (recomputed, linear_cross_entropy)), strict=True):
         assert torch.equal(a, b)
 
 

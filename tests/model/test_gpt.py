@@ -1,5 +1,9 @@
 """The model against Hugging Face's GPT-2, its padding, its packing of heads."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,6 +171,18 @@ def test_compiles_as_one_graph():
     tokens = torch.randint(90, (2, 12))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens, tokens), model(tokens, tokens))
+
+
+@pytest.mark.plain
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """Replicated and sharded; the head's weight, which is the embedding's too, is a plain tensor inside."""
+    program = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
+    both = [
+        subprocess.Popen([*program, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 @pytest.mark.plain
