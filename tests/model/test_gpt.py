@@ -174,6 +174,30 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.plain
+def test_training_goes_as_with_a_plain_head(device, monkeypatch):
+    """Thirty steps to the same losses, to float32's rounding."""
+
+    def losses():
+        torch.manual_seed(0)
+        model = GPT(SMALL).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        tokens = torch.randint(SMALL.vocab_size, (4, 25), generator=torch.Generator().manual_seed(1)).to(device)
+        for _ in range(30):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    fused = list(losses())
+    monkeypatch.setattr(
+        "tritium.model.gpt.linear_cross_entropy", lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target)
+    )
+    assert fused[-1] < 0.95 * fused[0]
+    torch.testing.assert_close(fused, list(losses()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.plain
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """Replicated and sharded; the head's weight, which is the embedding's too, is a plain tensor inside."""
     program = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
