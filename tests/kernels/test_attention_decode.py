@@ -5,8 +5,9 @@ import torch
 
 from tests.kernels.attention_cases import naive, sdpa, tensors
 from tests.tolerance import assert_accurate
+from tritium.bench.launches import compile_launch, record_launches
 from tritium.kernels import attention_decode
-from tritium.kernels.attention_decode import MAX_SPLITS, cost, plan
+from tritium.kernels.attention_decode import MAX_SPLITS, cost, launch, plan
 
 # (B, T, S, H, G, K): one token, grouped and multi-query heads, several tokens, more rows than a tile, odd head sizes.
 SHAPES = [
@@ -135,3 +136,21 @@ def test_one_sequence_is_shared_out_over_the_gpu_and_a_full_batch_is_not():
 @pytest.mark.plain
 def test_cost_is_the_cache_read_once():
     assert cost(2, 1, 100, 8, 2, 64, 2)["fwd_bytes"] == 2 * 2 * (100 * 2 + 8) * 64 * 2
+
+
+def recorded(B, T, S, H, G, K, lengths=torch.int32):
+    """The launches of one call, without tensors."""
+    q, cache = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((B, T, H, K), (B, S, G, K)))
+    with record_launches("sm_90") as launches:
+        launch(q, cache, cache, torch.empty(B, dtype=lengths, device="meta"), 0.25, S, 0.0)
+    return launches
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(("S", "kernels"), [(1, 1), (300, 2)])
+def test_one_of_everything_compiles(S, kernels):
+    """Integer arguments that are 1 are constants to Triton, which have no methods."""
+    launches = recorded(1, 1, S, 1, 1, 16)
+    assert len(launches) == kernels
+    for one in launches:
+        assert "cubin" in compile_launch(one, "sm_90").asm, one.kernel.__name__

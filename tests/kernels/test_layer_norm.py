@@ -339,6 +339,19 @@ def test_compiles_for_every_target_without_spills(N, target):
 
 
 @pytest.mark.codegen
+@pytest.mark.parametrize("N", [1, MAX_RESIDENT_WIDTH + 1])
+def test_a_single_row_compiles(N):
+    """Integer arguments that are 1 are constants to Triton, which have no methods."""
+    x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(1, N), (N,), (1,)])
+    with record_launches("sm_90") as launches:
+        launch_fwd(x, weight, None, 1e-5)
+        launch_add_fwd(x, x, weight, weight, 1e-5)
+        launch_bwd(x, x, x, weight, statistics, statistics, True)
+    for launch in launches:
+        assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
+
+
+@pytest.mark.codegen
 @pytest.mark.parametrize("N", [1000, MAX_RESIDENT_WIDTH + 8])
 def test_rows_are_addressed_in_int64(N):
     """No test can hold 2^31 elements everywhere, but every product of a row with a stride can be read off the compiled code."""
