@@ -5,7 +5,7 @@
     CUDA tensors                          -> launch
     CPU tensors                           -> reference, or launch under TRITON_INTERPRET=1 (Triton's interpreter)
     any other device, or Triton missing   -> reference
-    shapes and dtypes (torch.compile)     -> reference, run on fake tensors
+    shapes and dtypes (torch.compile)     -> shapes where one is given, else reference, run on fake tensors
 
 PyTorch's dispatcher chooses by the tensors' device. Nothing falls back silently on CUDA: an operator without a kernel says so
 once. `custom_op` rather than `triton_op`: the latter fails opcheck and fullgraph compilation where there is no GPU.
@@ -25,25 +25,30 @@ from ._triton import HAS_TRITON, triton
 INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 
 
-def define_op(name: str, *, launch: Callable | None, reference: Callable, mutates: Sequence[str] = ()):
+def define_op(
+    name: str, *, launch: Callable | None, reference: Callable, shapes: Callable | None = None, mutates: Sequence[str] = ()
+):  # fmt: skip
     """Register `tritium::name` and return it, ready to call and for `.register_autograd`.
 
     Args:
         name: operator name, unique in the `tritium` namespace.
         launch: runs the Triton kernels; same signature as `reference`. None while an operator has no kernel yet.
         reference: the definition in PyTorch; fully annotated (the operator's schema is read off it), returns new tensors.
+        shapes: allocates what `reference` returns, in shape, dtype and strides, and computes nothing; same signature. Needed
+            where `reference` loops over a size in Python: run on fake tensors, that binds compiled code to the size.
         mutates: names of the arguments written in place.
     Returns: torch.library.CustomOpDef.
-    Raises: TypeError if the signatures of `launch` and `reference` differ.
+    Raises: TypeError if the signatures of `launch` or `shapes` and `reference` differ.
     """
-    if launch is not None and inspect.signature(launch) != inspect.signature(reference):
-        raise TypeError(
-            f"define_op: {name}: launch must have the signature of reference, {inspect.signature(reference)}, "
-            f"got {inspect.signature(launch)}; make them equal"
-        )
+    for role, function in (("launch", launch), ("shapes", shapes)):
+        if function is not None and inspect.signature(function) != inspect.signature(reference):
+            raise TypeError(
+                f"define_op: {name}: {role} must have the signature of reference, {inspect.signature(reference)}, "
+                f"got {inspect.signature(function)}; make them equal"
+            )
     reference = _without_autocast(reference)
     op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
-    op.register_fake(reference)
+    op.register_fake(reference if shapes is None else shapes)
     if launch is not None and HAS_TRITON:
         op.register_kernel("cuda")(_on_its_device(_without_float64(name, launch)))
         if INTERPRET:

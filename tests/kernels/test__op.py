@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tritium.kernels._op import INTERPRET, _on_its_device, _saying_so_once, _without_float64, autocast, define_op
 
@@ -71,6 +72,35 @@ def test_launch_and_reference_share_a_signature():
 
     with pytest.raises(TypeError, match=r"define_op: test_uneven: launch must have the signature of reference"):
         define_op("test_uneven", launch=launch, reference=double_reference)
+
+
+@pytest.mark.plain
+def test_shapes_and_reference_share_a_signature():
+    def shapes(x: Tensor, scale: float) -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match=r"define_op: test_uneven: shapes must have the signature of reference"):
+        define_op("test_uneven", launch=None, reference=double_reference, shapes=shapes)
+
+
+@pytest.mark.plain
+def test_shapes_spare_compiled_code_a_loop_over_a_size():
+    def reference(x: Tensor) -> Tensor:
+        return torch.stack([x[row] * 2 for row in range(len(x))])
+
+    def shapes(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    for name, given, expected in (("test_bound", None, 5), ("test_unbound", shapes, 2)):
+        op = define_op(name, launch=None, reference=reference, shapes=given)
+        torch._dynamo.reset()  # it remembers which sizes of a function have varied
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(lambda x, op=op: op(x), fullgraph=True, backend=counter)
+        for rows in range(2, 7):
+            x = torch.randn(rows, 3)
+            assert torch.equal(compiled(x), 2 * x)
+        assert counter.frame_count == expected
+    assert op(torch.ones(4, 3, device="meta")).shape == (4, 3)
 
 
 @pytest.mark.plain
