@@ -1,11 +1,14 @@
-"""The definition of causal attention in PyTorch: what attention.py says, one block of queries' scores at a time."""
+"""The definition of causal attention in PyTorch: what attention.py says, one block of queries' scores at a time.
+
+Beside each function that computes stands one that only allocates what it returns, `shapes_*`: blocks are a Python loop over the
+queries, which torch.compile would unroll for each length anew.
+"""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ._layout import wide
 from ._philox import random_bits
@@ -17,7 +20,7 @@ BLOCK_QUERIES = 128
 
 def refuse_bad_documents(cu_seqlens: Tensor | None, N: int) -> None:
     """Raise for documents that do not cover N tokens one after the other, where looking costs no synchronization."""
-    if cu_seqlens is None or isinstance(cu_seqlens, FakeTensor) or cu_seqlens.device.type != "cpu":
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != N or (cu_seqlens.diff() < 0).any():
         raise ValueError(
@@ -36,6 +39,15 @@ def reference_fwd(
     return _by_token(o, q.dtype), lse
 
 
+def shapes_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    scale: float, window: int, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Room for what `reference_fwd` returns."""
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 def reference_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
     seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float,
@@ -45,6 +57,14 @@ def reference_bwd(
     grads = tuple(torch.empty_like(x) for x in heads)
     _fill_grads(grads, do, dlse, o, *heads, cu_seqlens, seed, scale, window, softcap, dropout_p)
     return tuple(_by_token(grad, q.dtype) for grad in grads)
+
+
+def shapes_bwd(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
+    seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for what `reference_bwd` returns."""
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def reference_qkvpacked_fwd(
@@ -59,6 +79,16 @@ def reference_qkvpacked_fwd(
     return _by_token(o, qkv.dtype).flatten(2), lse
 
 
+def shapes_qkvpacked_fwd(
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, seed: Tensor | None,
+    scale: float, window: int, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Room for what `reference_qkvpacked_fwd` returns."""
+    B, T, width = qkv.shape
+    lse = qkv.new_empty((B, n_head, T), dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return qkv.new_empty((B, T, width // (n_head + 2 * n_kv_head) * n_head)), lse
+
+
 def reference_qkvpacked_bwd(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
     n_head: int, n_kv_head: int, scale: float, window: int, softcap: float, dropout_p: float,
@@ -70,6 +100,14 @@ def reference_qkvpacked_bwd(
     dheads = torch.empty_like(heads)
     _fill_grads(dheads.split(counts), do, None, o, *heads.split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(dheads, qkv.dtype).flatten(2)
+
+
+def shapes_qkvpacked_bwd(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    n_head: int, n_kv_head: int, scale: float, window: int, softcap: float, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """Room for what `reference_qkvpacked_bwd` returns."""
+    return qkv.new_empty(qkv.shape)
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -149,7 +187,7 @@ def _blocks(T: int, S: int, window: int, starts: Tensor | None, like: Tensor):
     for start in range(0, T, BLOCK_QUERIES):
         stop = min(start + BLOCK_QUERIES, T)
         first, last = max(0, start + S - T - window + 1), stop + S - T
-        if starts is not None and not isinstance(starts, FakeTensor):
+        if starts is not None:
             first = max(first, int(starts[start]))
         # The block's row r has its own key in column r + own.
         own = start + S - T - first

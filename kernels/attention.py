@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from ._attention_launch import launch_bwd, launch_fwd, launch_qkvpacked_bwd, launch_qkvpacked_fwd
-from ._attention_reference import reference_bwd, reference_fwd, reference_qkvpacked_bwd, reference_qkvpacked_fwd
+from ._attention_reference import (
+    reference_bwd,
+    reference_fwd,
+    reference_qkvpacked_bwd,
+    reference_qkvpacked_fwd,
+    shapes_bwd,
+    shapes_fwd,
+    shapes_qkvpacked_bwd,
+    shapes_qkvpacked_fwd,
+)
 from ._op import autocast, define_op
 
 MAX_HEAD_SIZE = 256
@@ -49,10 +58,20 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int, *, windo
 
 # --- operator
 
-_fwd = define_op("causal_attention_fwd", launch=launch_fwd, reference=reference_fwd)
-_bwd = define_op("causal_attention_bwd", launch=launch_bwd, reference=reference_bwd)
-_packed_fwd = define_op("causal_attention_qkvpacked_fwd", launch=launch_qkvpacked_fwd, reference=reference_qkvpacked_fwd)
-_packed_bwd = define_op("causal_attention_qkvpacked_bwd", launch=launch_qkvpacked_bwd, reference=reference_qkvpacked_bwd)
+_fwd = define_op("causal_attention_fwd", launch=launch_fwd, reference=reference_fwd, shapes=shapes_fwd)
+_bwd = define_op("causal_attention_bwd", launch=launch_bwd, reference=reference_bwd, shapes=shapes_bwd)
+_packed_fwd = define_op(
+    "causal_attention_qkvpacked_fwd",
+    launch=launch_qkvpacked_fwd,
+    reference=reference_qkvpacked_fwd,
+    shapes=shapes_qkvpacked_fwd,
+)
+_packed_bwd = define_op(
+    "causal_attention_qkvpacked_bwd",
+    launch=launch_qkvpacked_bwd,
+    reference=reference_qkvpacked_bwd,
+    shapes=shapes_qkvpacked_bwd,
+)
 
 
 def _save(ctx, inputs, output):
