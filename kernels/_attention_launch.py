@@ -114,7 +114,7 @@ def launch_fwd(
     refuse_bad_documents(cu_seqlens, q.shape[1])
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group, tile = H // max(1, G), plan("fwd", K, q.dtype, arch(q.device), dropout_p > 0)
-    o, lse = shapes_fwd(q, k, v, cu_seqlens, seed, scale, window, softcap, dropout_p)
+    o, lse = _cleared(cu_seqlens, *shapes_fwd(q, k, v, cu_seqlens, seed, scale, window, softcap, dropout_p))
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
     _causal_attention_fwd_kernel[(tiles * B * H,)](
@@ -132,6 +132,7 @@ def launch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_bwd`."""
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, seed, scale, window, softcap, dropout_p)
+    _cleared(cu_seqlens, *grads)
     _launch_grads(grads, do, dlse, q, k, v, o, lse, cu_seqlens, seed, scale, window, softcap, dropout_p)
     return grads
 
@@ -151,6 +152,7 @@ def launch_qkvpacked_bwd(
 ) -> Tensor:  # fmt: skip
     """Kernel counterpart of `reference_qkvpacked_bwd`."""
     dqkv = shapes_qkvpacked_bwd(do, qkv, o, lse, cu_seqlens, seed, n_head, n_kv_head, scale, window, softcap, dropout_p)
+    _cleared(cu_seqlens, dqkv)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
     parts = _parts(qkv, n_head, n_kv_head)
     _launch_grads(
@@ -162,6 +164,11 @@ def launch_qkvpacked_bwd(
 def _parts(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q, k and v (B, T, heads, K) where a linear layer wrote them."""
     return qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=2)
+
+
+def _cleared(cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Zeros where there are documents: tokens of none are no program's, and NaN left there would outlive a product with 0."""
+    return tensors if cu_seqlens is None else tuple(x.zero_() for x in tensors)
 
 
 def _launch_grads(

@@ -204,9 +204,9 @@ def causal_attention_varlen(
     Args:
         q: (N, H, K), as for causal_attention.
         k, v: (N, G, K), dtype and device of q; G divides H.
-        cu_seqlens: (documents + 1,) int32 on q's device: where each document begins, 0 first, and N last. Empty documents may
-            be among them. Checked on the CPU only: elsewhere that would wait for the device; a token of no document gets an
-            output that means nothing.
+        cu_seqlens: (documents + 1,) int32 on q's device: where each document begins, 0 first, and where the last one ends, at
+            most N. Empty documents may be among them; tokens behind the last are padding, with zeros for o, lse and gradients.
+            Checked on the CPU only: elsewhere that would wait for the device.
         max_seqlen: length of the longest document or anything above it. Results do not depend on it.
         scale, window, softcap, dropout_p, seed, return_lse: as for causal_attention.
     Returns: o (N, H, K) in the dtype of q, or (o, lse): lse (H, N) as for causal_attention.

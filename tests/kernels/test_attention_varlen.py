@@ -91,6 +91,32 @@ def test_nothing_of_a_document_reaches_another(device):
         assert grad[40:130].any()
 
 
+@pytest.mark.parametrize("options", OPTIONS[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_behind_the_last_document_get_zeros_and_change_nothing(options, dtype, device):
+    lengths, documents = (40, 0, 90, 70), 3
+    N = sum(lengths[:documents])
+    values, incoming = inputs(lengths, 2, 1, 16, dtype, device)
+    cu_seqlens = starts(lengths[:documents], device)
+
+    def attend(q, k, v):
+        return causal_attention_varlen(q, k, v, cu_seqlens, 90, return_lse=True, **options)
+
+    o, lse, *grads = run(attend, values, incoming)
+    alone = run(attend, [x[:N] for x in values], [incoming[0][:N], incoming[1][:, :N]])
+    for got, expected in zip((o, lse.mT, *grads), (alone[0], alone[1].mT, *alone[2:]), strict=True):
+        assert torch.equal(got[:N], expected)
+        assert torch.equal(got[N:], torch.zeros_like(got[N:]))
+
+    qkv, do = (x.flatten(2) for x in (torch.cat([x[None] for x in values], 2), incoming[0][None]))
+    o_packed, dqkv = run(
+        lambda x: (causal_attention_qkvpacked(x, 2, n_kv_head=1, cu_seqlens=cu_seqlens, **options),), [qkv], [do]
+    )
+    assert torch.equal(o_packed[0, :N], o[:N].flatten(1))
+    assert not o_packed[0, N:].any()
+    assert not dqkv[0, N:].any()
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_packed_documents_are_what_the_parts_are(options, device):
     B, T, H, G, K = 2, 80, 4, 2, 16
@@ -167,8 +193,8 @@ def ones(*shape, **kwargs):
             {"cu_seqlens": torch.empty(2, dtype=torch.int32, device="meta")},
             "must be on cpu like q; move it, got meta",
         ),
-        ({"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}, r"must rise from 0 to the 9 tokens, got \[0, 8\]"),
-        ({"cu_seqlens": torch.tensor([1, 9], dtype=torch.int32)}, r"must rise from 0 to the 9 tokens, got \[1, 9\]"),
+        ({"cu_seqlens": torch.tensor([0, 10], dtype=torch.int32)}, r"must rise from 0 to at most the 9 tokens, got \[0, 10\]"),
+        ({"cu_seqlens": torch.tensor([1, 9], dtype=torch.int32)}, r"must rise from 0 to at most the 9 tokens, got \[1, 9\]"),
         ({"cu_seqlens": torch.tensor([0, 5, 4, 9], dtype=torch.int32)}, r"must rise .* got \[0, 5, 4, 9\]"),
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
     ],
