@@ -202,7 +202,8 @@ def causal_attention_varlen(
     """Attend within each of the documents that lie packed end to end.
 
     Args:
-        q: (N, H, K), as for causal_attention.
+        q: (N, H, K), as for causal_attention. All N rows of q, k, v and o's gradient must be finite, padding too, and so must
+            their products: tiles read past the end of a document and hide what is there behind a factor of 0.
         k, v: (N, G, K), dtype and device of q; G divides H.
         cu_seqlens: (documents + 1,) int32 on q's device: where each document begins, 0 first, and where the last one ends, at
             most N. Empty documents may be among them; tokens behind the last are padding, with zeros for o, lse and gradients.
