@@ -79,9 +79,10 @@ def _attention_decode_kernel(
     B, T, S, H, group, splits, scale, window, softcap,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    split, pid_m, pid_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads = H // group
-    batch, kv_head = pid_bg // kv_heads, pid_bg % kv_heads
+    # Sequences and tiles may be many: they share the one axis that takes more than 65,535.
+    pid, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(T * group, BLOCK_M)
+    batch, pid_m = pid // tiles, pid % tiles
     # Row r is token r / group of head r % group: all heads of a group read the same keys.
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens, heads = rows // group, kv_head * group + rows % group
@@ -90,7 +91,7 @@ def _attention_decode_kernel(
     base = batch.to(tl.int64) * stride_qb + tokens.to(tl.int64) * stride_qt + heads.to(tl.int64) * stride_qh
     q = tl.load(q_ptr + base[:, None] + offs_k[None, :], mask=mask, other=0.0)
 
-    length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), S)
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), S).to(tl.int32)
     shift = length - T
     first, last = pid_m * BLOCK_M // group, tl.minimum((pid_m * BLOCK_M + BLOCK_M - 1) // group, T - 1)
     hi = last + shift + 1
@@ -172,7 +173,7 @@ def launch(
     o = shapes(q, k_cache, v_cache, cache_lengths, scale, window, softcap)
     partial = o if p.splits == 1 else torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
     lse = torch.empty((p.splits, B, T, H), dtype=torch.float32, device=q.device)
-    _attention_decode_kernel[(p.splits, cdiv(T * H // G, p.block_m), B * G)](
+    _attention_decode_kernel[(cdiv(T * H // G, p.block_m) * B, G, p.splits)](
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths, o_ptr=partial, lse_ptr=lse,
         **strides_bth(q=q, k=k_cache, v=v_cache),
         B=B, T=T, S=S, H=H, group=H // G, splits=p.splits,

@@ -1,5 +1,7 @@
 """attention_decode against the last rows of full attention, sequence by sequence."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.kernels.attention_cases import naive, sdpa, tensors
 from tests.tolerance import assert_accurate
 from tritium.bench.launches import compile_launch, record_launches
 from tritium.kernels import attention_decode
+from tritium.kernels._op import INTERPRET
 from tritium.kernels.attention_decode import MAX_SPLITS, cost, launch, plan
 
 # (B, T, S, H, G, K): one token, grouped and multi-query heads, several tokens, more rows than a tile, odd head sizes.
@@ -57,6 +60,17 @@ def test_tokens_that_see_no_key_get_zero_and_empty_inputs_nothing(device):
     assert o[1, 1:].all()
     for B, T in ((0, 1), (2, 0)):
         assert attention_decode(q[:B, :T], k[:B], v[:B], torch.tensor([5, 5], device=device)[:B]).shape == (B, T, 2, 16)
+
+
+@pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="runs a kernel: needs CUDA or TRITON_INTERPRET=1")
+def test_lengths_the_cache_does_not_have_are_cut(device, monkeypatch):
+    """Where nobody looks at them: on a GPU. The last ones would wrap around in 32 bits."""
+    monkeypatch.setattr(sys.modules["tritium.kernels.attention_decode"], "_refuse_bad_lengths", lambda *_: None)
+    q, k, v, _ = caches(6, 2, 50, 4, 2, 16, torch.float32, device)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    senseless = torch.tensor([51, -1, 2**32 + 3, -(2**32) + 3, 2**31, -(2**31)], device=device)
+    expected = attention_decode(q, k, v, torch.tensor([50, 0] * 3, device=device))
+    assert torch.equal(attention_decode(q, k, v, senseless), expected)
 
 
 def test_any_strides_and_integer_lengths(device):
@@ -144,6 +158,14 @@ def recorded(B, T, S, H, G, K, lengths=torch.int32):
     with record_launches("sm_90") as launches:
         launch(q, cache, cache, torch.empty(B, dtype=lengths, device="meta"), 0.25, S, 0.0)
     return launches
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(("B", "T", "S", "G"), [(2048, 1, 64, 32), (65_536, 1, 64, 1), (1, 2**23, 2**23, 1), (1, 1, 9000, 2)])
+def test_grids_fit_the_machine(B, T, S, G):
+    for one in recorded(B, T, S, G, G, 64):
+        assert one.grid[0] < 2**31
+        assert all(programs <= 65_535 for programs in one.grid[1:])
 
 
 @pytest.mark.codegen
