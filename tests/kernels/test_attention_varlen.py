@@ -162,6 +162,21 @@ def test_the_list_of_tiles_has_each_once_and_most_work_first(lengths, block, dev
     assert listed == sorted(listed, key=lambda pair: (-pair[1], pair[0]))
 
 
+@pytest.mark.parametrize("senseless", [[40, 90], [300, 200, 100], [0, 500, 300], [-50, 100], [0, 2**31 - 17] * 18])
+def test_the_list_of_tiles_of_senseless_documents_stays_in_its_bounds(senseless, device):
+    """What stands before and behind cu_seqlens in memory has no say in it."""
+    if not (INTERPRET or device.type == "cuda"):
+        pytest.skip("runs a kernel: needs CUDA or TRITON_INTERPRET=1")
+    surrounded = torch.tensor([-(2**30)] * 8 + senseless + [2**30] * 8, dtype=torch.int32, device=device)
+    work, _ = _schedule(surrounded[8:-8], 100, 16)
+    used = work[(work != -1).any(1)]
+    assert (used[:, 0] >= 0).all()
+    assert (used[:, 0] < len(senseless) - 1).all()
+    assert (used[:, 1] >= 0).all()
+    alone, _ = _schedule(torch.tensor(senseless, dtype=torch.int32, device=device), 100, 16)
+    assert torch.equal(work, alone)
+
+
 def test_opcheck_and_one_graph(device):
     lengths = (7, 0, 5)
     (q, k, v), incoming = inputs(lengths, 4, 2, 8, torch.float32, device)
