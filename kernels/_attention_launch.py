@@ -111,7 +111,7 @@ def launch_fwd(
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_fwd`."""
-    refuse_bad_documents(cu_seqlens, q.shape[1])
+    refuse_bad_documents("causal_attention_varlen", cu_seqlens, q.shape[1])
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group, tile = H // max(1, G), plan("fwd", K, q.dtype, arch(q.device), dropout_p > 0)
     o, lse = _cleared(cu_seqlens, *shapes_fwd(q, k, v, cu_seqlens, seed, scale, window, softcap, dropout_p))
@@ -142,6 +142,7 @@ def launch_qkvpacked_fwd(
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
+    refuse_bad_documents("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     o, lse = launch_fwd(*_parts(qkv, n_head, n_kv_head), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return o.flatten(2), lse
 

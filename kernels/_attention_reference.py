@@ -18,13 +18,13 @@ from ._triton import cdiv
 BLOCK_QUERIES = 128
 
 
-def refuse_bad_documents(cu_seqlens: Tensor | None, N: int) -> None:
+def refuse_bad_documents(name: str, cu_seqlens: Tensor | None, N: int) -> None:
     """Raise for documents that do not follow one another within N tokens, where looking costs no synchronization."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] > N or (cu_seqlens.diff() < 0).any():
         raise ValueError(
-            f"causal_attention_varlen: cu_seqlens must rise from 0 to at most the {N} tokens, got "
+            f"{name}: cu_seqlens must rise from 0 to at most the {N} tokens, got "
             f"{cu_seqlens.tolist()[:20]}; give the sums of the documents' lengths"
         )
 
@@ -37,7 +37,7 @@ def reference_fwd(
 
     With cu_seqlens B is 1, its documents do not see one another, and tokens of no document have zeros, as have their gradients.
     """
-    refuse_bad_documents(cu_seqlens, q.shape[1])
+    refuse_bad_documents("causal_attention_varlen", cu_seqlens, q.shape[1])
     o, lse = _attend(_by_head(q), _by_head(k), _by_head(v), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(o, q.dtype), lse
 
@@ -75,7 +75,7 @@ def reference_qkvpacked_fwd(
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o (B, T, H K) and lse of q, k and v lying side by side in the last axis of qkv."""
-    refuse_bad_documents(cu_seqlens, qkv.shape[1])
+    refuse_bad_documents("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     counts = n_head, n_kv_head, n_kv_head
     heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
     o, lse = _attend(*heads.split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)

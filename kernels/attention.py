@@ -119,6 +119,8 @@ def _check(name: str, axes: int, shapes: str, q: Tensor, k: Tensor, v: Tensor) -
         fail(shapes, f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[-1] != q.shape[-1]:
         fail(f"k and v must have q's head size {q.shape[-1]}", tuple(k.shape))
+    if q.shape[-2] == 0:
+        fail("q must have at least one head", tuple(q.shape))
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         fail(f"the key heads must divide the {q.shape[-2]} query heads", k.shape[-2])
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
@@ -254,4 +256,4 @@ def causal_attention_qkvpacked(
         qkv, cu_seqlens, keys = qkv.reshape(1, B * T, width), cu_seqlens.contiguous(), B * T
     options = _settled(name, width // (n_head + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed)
     o, _ = _packed_fwd(_unit_stride(qkv), n_head, G, cu_seqlens, *options)
-    return o if cu_seqlens is None else o.view(B, T, -1)
+    return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

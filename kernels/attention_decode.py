@@ -245,6 +245,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -
     (B, _, H, K), G = q.shape, k_cache.shape[2]
     if k_cache.shape[0] != B or k_cache.shape[3] != K or not 1 <= K <= MAX_HEAD_SIZE:
         fail(f"the caches must have q's batch {B} and head size {K}, at most {MAX_HEAD_SIZE}", tuple(k_cache.shape))
+    if H == 0:
+        fail("q must have at least one head", tuple(q.shape))
     if G == 0 or H % G:
         fail(f"the key heads must divide the {H} query heads", G)
     if not (q.dtype == k_cache.dtype == v_cache.dtype and q.is_floating_point()):

@@ -428,6 +428,7 @@ def ones(*shape, **kwargs):
         ({"q": ones(2, 4, 8)}, r"q must be \(B, T, H, K\), k and v \(B, S, G, K\), got \(2, 4, 8\)"),
         ({"v": ones(2, 4, 2, 9)}, r"k and v \(B, S, G, K\)"),
         ({"q": ones(3, 4, 4, 8)}, r"batch 3, got \(2, 4, 2, 8\)"),
+        ({"q": ones(2, 4, 0, 8)}, r"q must have at least one head, got \(2, 4, 0, 8\)"),
         ({"q": ones(2, 4, 3, 8)}, r"the key heads must divide the 3 query heads, got 2"),
         ({"q": ones(2, 5, 4, 8)}, r"at least as many keys as the 5 queries .*, got 4"),
         (

@@ -110,6 +110,7 @@ def ones(*shape, **kwargs):
     [
         ({"q": ones(2, 4, 8)}, r"q must be \(B, T, H, K\), k_cache and v_cache \(B, S, G, K\), got \(2, 4, 8\)"),
         ({"q": ones(3, 1, 4, 8)}, r"must have q's batch 3 and head size 8, at most 256, got \(2, 9, 2, 8\)"),
+        ({"q": ones(2, 1, 0, 8)}, r"q must have at least one head, got \(2, 1, 0, 8\)"),
         ({"q": ones(2, 1, 3, 8)}, "key heads must divide the 3 query heads, got 2"),
         ({"q": ones(2, 1, 4, 8, dtype=torch.float16)}, "share one float dtype; cast them, got torch.float16"),
         ({"cache_lengths": torch.tensor([1.0, 2.0])}, r"must be int32 or int64 \(2,\), got torch.float32 \(2,\)"),

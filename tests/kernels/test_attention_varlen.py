@@ -136,6 +136,15 @@ def test_packed_documents_are_what_the_parts_are(options, device):
     assert torch.equal(got[1], packed(*(grad.view(B, T, -1, K) for grad in grads)))
 
 
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_packed_documents_of_no_tokens(B, T, device):
+    qkv = torch.ones(B, T, 4 * 8, device=device, requires_grad=True)
+    o = causal_attention_qkvpacked(qkv, 2, n_kv_head=1, cu_seqlens=starts((0, 0), device))
+    assert o.shape == (B, T, 16)
+    o.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
 def test_dropout_of_one_document_is_that_of_its_rows(device):
     """Alone in the tensor a document has the mask of causal_attention; behind others another one."""
     values, incoming = inputs((50,), 2, 1, 16, torch.float32, device)
@@ -203,6 +212,7 @@ def ones(*shape, **kwargs):
     [
         ({"q": ones(1, 9, 4, 8)}, r"q must be \(N, H, K\), k and v \(N, G, K\), got \(1, 9, 4, 8\)"),
         ({"q": ones(8, 4, 8)}, "as many keys as the 8 queries, got 9"),
+        ({"q": ones(9, 0, 8)}, r"q must have at least one head, got \(9, 0, 8\)"),
         ({"q": ones(9, 3, 8)}, "key heads must divide the 3 query heads, got 2"),
         ({"max_seqlen": 0}, "max_seqlen must be at least 1, .*, got 0"),
         ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens must be int32 \(documents \+ 1,\), got torch.int64 \(2,\)"),
@@ -222,6 +232,12 @@ def test_bad_input_is_named(change, message):
     arguments |= {"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)} | change
     with pytest.raises(ValueError, match="^causal_attention_varlen: .*" + message):
         causal_attention_varlen(**arguments)
+
+
+def test_bad_documents_are_named_by_the_operator_that_got_them():
+    cu_seqlens = torch.tensor([0, 11], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^causal_attention_qkvpacked: cu_seqlens must rise .*, got \[0, 11\]"):
+        causal_attention_qkvpacked(ones(2, 5, 64), 4, n_kv_head=2, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a kernel alone must stay in bounds: needs CUDA")
