@@ -50,9 +50,10 @@ def define_op(
     op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
     op.register_fake(reference if shapes is None else shapes)
     if launch is not None and HAS_TRITON:
-        op.register_kernel("cuda")(_on_its_device(_without_float64(name, launch)))
+        launch = _without_float64(name.removesuffix("_fwd").removesuffix("_bwd"), launch)
+        op.register_kernel("cuda")(_on_its_device(launch))
         if INTERPRET:
-            op.register_kernel("cpu")(_without_float64(name, launch))
+            op.register_kernel("cpu")(launch)
     else:
         op.register_kernel("cuda")(_saying_so_once(name, reference))
     return op

@@ -181,7 +181,8 @@ def causal_attention(
         seed: of the dropout mask, int or () int64 tensor on q's device; default: drawn from PyTorch's generator of q's device.
         return_lse: also return the log-sum-exp of the scores; gradients flow through it.
     Returns: o (B, T, H, K) in the dtype of q, or (o, lse): lse (B, H, T), natural logarithm, float32 (of float64 q float64).
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
     """
     name = "causal_attention"
     q, k, v = autocast(q, k, v)
@@ -213,7 +214,8 @@ def causal_attention_varlen(
         max_seqlen: length of the longest document or anything above it. Results do not depend on it.
         scale, window, softcap, dropout_p, seed, return_lse: as for causal_attention.
     Returns: o (N, H, K) in the dtype of q, or (o, lse): lse (H, N) as for causal_attention.
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
     """
     name = "causal_attention_varlen"
     q, k, v = autocast(q, k, v)
@@ -235,13 +237,13 @@ def causal_attention_qkvpacked(
     """Attend as causal_attention does, reading q, k and v where a linear layer wrote them.
 
     Args:
-        qkv: (B, T, (H + 2 G) K), float32, bfloat16 or float16: H query heads, then G key heads, then G value heads.
+        qkv: (B, T, (H + 2 G) K), dtype as for causal_attention: H query heads, then G key heads, then G value heads.
         n_head: H.
         n_kv_head: G, a divisor of H; default H.
         scale, window, softcap, dropout_p, seed: as for causal_attention.
         cu_seqlens: as for causal_attention_varlen, of documents packed in the B T tokens; default: B sequences.
     Returns: o (B, T, H K) in the dtype of qkv. The gradient of qkv comes back packed too.
-    Raises: ValueError for shapes, dtypes and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes and options that do not fit, naming what was expected. TypeError for float64 on a GPU.
     """
     name, G = "causal_attention_qkvpacked", n_head if n_kv_head is None else n_kv_head
     (qkv,) = autocast(qkv)

@@ -208,8 +208,8 @@ def attention_decode(
     """Attend from each sequence's newest tokens to its cached keys and values, their own included.
 
     Args:
-        q: (B, T, H, K), float32, bfloat16 or float16, K <= 256; any strides, copied where the last one is not 1. T is 1 when
-            generating, more when reading a prompt.
+        q: (B, T, H, K), float32, bfloat16 or float16 (float64 on the CPU too), K <= 256; any strides, copied where the last one
+            is not 1. T is 1 when generating, more when reading a prompt.
         k_cache, v_cache: (B, S, G, K), dtype and device of q; G divides H. What lies behind a sequence's last key is not used.
         cache_lengths: (B,) int32 or int64 on q's device: how many of the S keys each sequence has, the T new ones included, so
             that new token t is at cache_lengths[b] - T + t. Lengths outside [0, S] are an error on the CPU; on a GPU, where
@@ -218,7 +218,8 @@ def attention_decode(
         window: how many keys a token sees, itself included; None for all.
         softcap: c > 0 turns a score s into c tanh(s / c).
     Returns: o (B, T, H, K) in the dtype of q; zero for a token that sees no key. It has no gradient.
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     _check(q, k_cache, v_cache, cache_lengths)

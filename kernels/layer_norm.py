@@ -337,7 +337,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
         bias: (N,), dtype of weight, or None.
         eps: added to the variance; in units of x squared.
     Returns: (..., N), dtype of x.
-    Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented.
+    Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented. TypeError for
+        float64 on a GPU.
     """
     _check("layer_norm", x, weight, bias)
     y, _, _ = _fwd(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
@@ -354,7 +355,7 @@ def add_layer_norm(
         residual: shape and device of x, any float dtype: the residual stream.
         weight, bias, eps: as for layer_norm.
     Returns: (y, h): h = x + residual in their common dtype, y = layer_norm(h, weight, bias) in the dtype of x.
-    Raises: ValueError as layer_norm, and if residual differs from x in shape or device.
+    Raises: as layer_norm, and ValueError if residual differs from x in shape or device.
     """
     _check("add_layer_norm", x, weight, bias)
     if residual.shape != x.shape or residual.device != x.device or not residual.is_floating_point():

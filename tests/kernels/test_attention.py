@@ -473,6 +473,15 @@ def test_bad_packed_input_is_named(change, message):
         causal_attention_qkvpacked(**arguments)
 
 
+@needs_kernels
+def test_float64_is_refused_by_the_name_that_was_called(device):
+    q, k, v, *_ = tensors(1, 4, 4, 2, 2, 8, torch.float64, device)
+    with pytest.raises(TypeError, match=r"^causal_attention: the kernel takes float32, bfloat16 or float16, got float64"):
+        causal_attention(q, k, v)
+    with pytest.raises(TypeError, match=r"^causal_attention_qkvpacked: the kernel takes"):
+        causal_attention_qkvpacked(packed(q, k, v), 2)
+
+
 @pytest.mark.plain
 def test_cost_counts_visible_pairs():
     assert cost(1, 4, 4, 1, 1, 8, 2)["fwd_flops"] == 4 * 8 * (1 + 2 + 3 + 4)
