@@ -9,10 +9,13 @@
 
 PyTorch's dispatcher chooses by the tensors' device. Nothing falls back silently on CUDA: an operator without a kernel says so
 once. `custom_op` rather than `triton_op`: the latter fails opcheck and fullgraph compilation where there is no GPU.
+
+`public` is what stands over the function that users call: it checks the kinds of its arguments.
 """
 
 import functools
 import inspect
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -23,6 +26,17 @@ from ._triton import HAS_TRITON, triton
 
 # As Triton itself reads TRITON_INTERPRET when it decorates a kernel, at import.
 INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What passes for an annotation: an int for a float too, and what torch.compile has in place of numbers that vary.
+KINDS = {
+    Tensor: (Tensor,),
+    int: (int, torch.SymInt),
+    float: (float, int, torch.SymFloat, torch.SymInt),
+    bool: (bool,),
+    str: (str,),
+    type(None): (type(None),),
+}
 
 
 def define_op(
@@ -57,6 +71,44 @@ def define_op(
     else:
         op.register_kernel("cuda")(_saying_so_once(name, reference))
     return op
+
+
+def public(function: Callable) -> Callable:
+    """Have a public operator refuse arguments that are not what its annotations say, by name, with a ValueError.
+
+    Python would take True for a window of 1 and hand other types on to where the caller's name of them is not known. Floating
+    tensors are to be of FLOATS: a float8 has none of the operations that follow.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    positional = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    kinds = {
+        name: sum((KINDS[kind] for kind in typing.get_args(annotation) or (annotation,)), ())
+        for name, annotation in annotations.items()
+    }
+
+    @functools.wraps(function)
+    def checked(*args, **options):
+        for name, value in (*zip(positional, args, strict=False), *options.items()):
+            if name not in kinds:
+                continue  # the call itself raises
+            expected = kinds[name]
+            if not isinstance(value, expected) or (type(value) is bool and bool not in expected):
+                kind = inspect.formatannotation(annotations[name]).replace("torch.", "")
+                raise ValueError(f"{function.__name__}: {name} must be {kind}, got {_described(value)}; convert it")
+            if isinstance(value, Tensor) and value.dtype not in FLOATS and value.is_floating_point():
+                accepted = ", ".join(map(str, FLOATS)).replace("torch.", "")
+                raise ValueError(f"{function.__name__}: {name} must be one of {accepted}, got {value.dtype}; cast it")
+        return function(*args, **options)
+
+    return checked
+
+
+def _described(value: object) -> str:
+    """What an error shall call it: never what is in a tensor, which may be on a device, or in something that holds one."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else f"a {type(value).__name__}"
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

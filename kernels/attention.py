@@ -38,7 +38,7 @@ from ._attention_reference import (
     shapes_qkvpacked_bwd,
     shapes_qkvpacked_fwd,
 )
-from ._op import autocast, define_op
+from ._op import autocast, define_op, public
 
 MAX_HEAD_SIZE = 256
 
@@ -164,6 +164,7 @@ def _settled(
     return seed, float(scale), keys if window is None else min(window, keys), float(softcap), float(dropout_p)
 
 
+@public
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None, softcap: float = 0.0,
     dropout_p: float = 0.0, seed: int | Tensor | None = None, return_lse: bool = False,
@@ -197,6 +198,7 @@ def causal_attention(
     return (o, lse) if return_lse else o
 
 
+@public
 def causal_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None,
     window: int | None = None, softcap: float = 0.0, dropout_p: float = 0.0, seed: int | Tensor | None = None,
@@ -230,6 +232,7 @@ def causal_attention_varlen(
     return (o[0], lse[0]) if return_lse else o[0]
 
 
+@public
 def causal_attention_qkvpacked(
     qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, scale: float | None = None, window: int | None = None,
     softcap: float = 0.0, dropout_p: float = 0.0, seed: int | Tensor | None = None, cu_seqlens: Tensor | None = None,

@@ -21,7 +21,7 @@ from torch import Tensor
 from ._attention_tile import LOWEST, _capped, _exponent, _rows, _visible, _weights
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layout import strides_bth, wide
-from ._op import autocast, define_op
+from ._op import autocast, define_op, public
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_SIZE, MAX_SPLITS = 256, 64
@@ -201,6 +201,7 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[
 _decode = define_op("attention_decode", launch=launch, reference=reference, shapes=shapes)
 
 
+@public
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, scale: float | None = None,
     window: int | None = None, softcap: float = 0.0,

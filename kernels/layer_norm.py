@@ -19,7 +19,7 @@ from torch import Tensor
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
 from ._layout import as_rows, like_rows_of, wide
-from ._op import define_op
+from ._op import define_op, public
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_WIDTH = 65_536
@@ -328,6 +328,7 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{name}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; cast them")
 
 
+@public
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Center each vector along the last axis and scale it to unit variance, then apply `weight` and `bias`.
 
@@ -345,6 +346,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     return like_rows_of(x, y)
 
 
+@public
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:

@@ -445,6 +445,16 @@ def ones(*shape, **kwargs):
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
         ({"softcap": -1.0}, "softcap must be 0 .* or positive and finite, got -1.0"),
         ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        ({"dropout_p": None}, "dropout_p must be float, got None"),
+        ({"dropout_p": False}, "dropout_p must be float, got False"),
+        ({"seed": 1.5}, r"seed must be int \| Tensor \| None, got 1.5"),
+        ({"window": True}, r"window must be int \| None, got True"),
+        ({"scale": torch.tensor(0.1)}, r"scale must be float \| None, got torch.float32 \(\)"),
+        ({"return_lse": 1}, "return_lse must be bool, got 1"),
+        (
+            {name: ones(2, 4, 2, 8).to(torch.float8_e5m2) for name in "qkv"},
+            "q must be one of .*, got torch.float8_e5m2; cast it",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -457,6 +467,9 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"n_head": 2.0}, "n_head must be int, got 2.0"),
+        ({"window": 2.5}, r"window must be int \| None, got 2.5"),
+        ({"cu_seqlens": [0, 10]}, r"cu_seqlens must be Tensor \| None, got a list"),
         ({"n_head": 0}, "n_kv_head must divide n_head, both at least 1, got 2 and 0"),
         ({"n_kv_head": 3}, "n_kv_head must divide n_head, both at least 1, got 3 and 4"),
         ({"qkv": ones(2, 5, 65)}, r"\(B, T, 8 K\) for 4 query and 2 key heads, got torch.float32 \(2, 5, 65\)"),

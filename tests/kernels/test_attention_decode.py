@@ -121,6 +121,8 @@ def ones(*shape, **kwargs):
             {"cache_lengths": torch.empty(2, dtype=torch.int32, device="meta")},
             "on one device; .* cpu and meta",
         ),
+        ({"cache_lengths": [3, 9]}, "cache_lengths must be Tensor, got a list"),
+        ({"window": 2.5}, r"window must be int \| None, got 2.5"),
         ({"scale": -1.0}, r"scale must be None \(1 / sqrt\(K\)\) or positive and finite, got -1.0"),
         ({"window": 0}, r"window must be None or at least 1 key \(a token sees itself\), got 0"),
         ({"softcap": float("inf")}, r"softcap must be 0 \(none\) or positive and finite, got inf"),

@@ -214,6 +214,8 @@ def ones(*shape, **kwargs):
         ({"q": ones(8, 4, 8)}, "as many keys as the 8 queries, got 9"),
         ({"q": ones(9, 0, 8)}, r"q must have at least one head, got \(9, 0, 8\)"),
         ({"q": ones(9, 3, 8)}, "key heads must divide the 3 query heads, got 2"),
+        ({"max_seqlen": 9.5}, "max_seqlen must be int, got 9.5"),
+        ({"cu_seqlens": [0, 9]}, "cu_seqlens must be Tensor, got a list"),
         ({"max_seqlen": 0}, "max_seqlen must be at least 1, .*, got 0"),
         ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens must be int32 \(documents \+ 1,\), got torch.int64 \(2,\)"),
         ({"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, r"got torch.int32 \(1,\)"),

@@ -275,6 +275,7 @@ def test_only_the_sum_is_used(device):
         ({"bias": torch.ones(1, 8)}, r"bias must be \(8,\)"),
         ({"bias": torch.ones(8, dtype=torch.float64)}, r"bias must be torch.float32 like weight, got torch.float64"),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
+        ({"eps": "a"}, "eps must be float, got 'a'"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         ({"x": torch.ones(())}, r"x must be \(\.\.\., N\)"),
         ({"x": torch.ones(2, 8, dtype=torch.long)}, r"must be floating point, got torch.int64"),
