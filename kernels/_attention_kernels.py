@@ -80,9 +80,9 @@ def _causal_attention_fwd_kernel(
     offs = first + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + row + offs, (m + tl.log2(total)) * LN2, mask=offs < queries)
     o = acc / (total if keep is None else total * keep)[:, None]
-    _store_rows(
-        o_ptr, o, batch, start + first, start + queries, head, T.to(tl.int64) * H * HEAD, H * HEAD, HEAD, HEAD, BLOCK_M, BLOCK_K
-    )
+    # tl.cast, not .to: Triton makes constants of integers that are 1, and those have no methods.
+    stride_ob = tl.cast(T, tl.int64) * H * HEAD
+    _store_rows(o_ptr, o, batch, start + first, start + queries, head, stride_ob, H * HEAD, HEAD, HEAD, BLOCK_M, BLOCK_K)
 
 
 # --- backward: a program owns BLOCK_M queries (dq, and delta for the other kernel), or BLOCK_N keys (dk and dv)
@@ -136,7 +136,7 @@ def _causal_attention_bwd_dq_kernel(
     row = (batch * H + head).to(tl.int64) * T + start
     offs = first + tl.arange(0, BLOCK_M)
     do = _rows(do_ptr, batch, begin, end, head, stride_dob, stride_dot, stride_doh, HEAD, BLOCK_M, BLOCK_K)
-    o = _rows(o_ptr, batch, begin, end, head, T.to(tl.int64) * H * HEAD, H * HEAD, HEAD, HEAD, BLOCK_M, BLOCK_K)
+    o = _rows(o_ptr, batch, begin, end, head, tl.cast(T, tl.int64) * H * HEAD, H * HEAD, HEAD, HEAD, BLOCK_M, BLOCK_K)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row + offs, mask=offs < queries, other=0.0)

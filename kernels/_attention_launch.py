@@ -14,7 +14,7 @@ from ._attention_kernels import (
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
 )
-from ._attention_reference import refuse_bad_documents
+from ._attention_reference import refuse_bad_documents, shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd
 from ._attention_tile import _causal_attention_schedule_kernel
 from ._device import arch
 from ._layout import descriptor, strides_bth
@@ -111,11 +111,10 @@ def launch_fwd(
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_fwd`."""
-    refuse_bad_documents(cu_seqlens, q.shape[1])
+    refuse_bad_documents("causal_attention_varlen", cu_seqlens, q.shape[1])
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group, tile = H // max(1, G), plan("fwd", K, q.dtype, arch(q.device), dropout_p > 0)
-    o = torch.empty((B, T, H, K), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    o, lse = _cleared(cu_seqlens, *shapes_fwd(q, k, v, cu_seqlens, seed, scale, window, softcap, dropout_p))
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
     _causal_attention_fwd_kernel[(tiles * B * H,)](
@@ -132,7 +131,8 @@ def launch_bwd(
     seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_bwd`."""
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, seed, scale, window, softcap, dropout_p)
+    _cleared(cu_seqlens, *grads)
     _launch_grads(grads, do, dlse, q, k, v, o, lse, cu_seqlens, seed, scale, window, softcap, dropout_p)
     return grads
 
@@ -142,6 +142,7 @@ def launch_qkvpacked_fwd(
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
+    refuse_bad_documents("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     o, lse = launch_fwd(*_parts(qkv, n_head, n_kv_head), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return o.flatten(2), lse
 
@@ -151,7 +152,8 @@ def launch_qkvpacked_bwd(
     n_head: int, n_kv_head: int, scale: float, window: int, softcap: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """Kernel counterpart of `reference_qkvpacked_bwd`."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = shapes_qkvpacked_bwd(do, qkv, o, lse, cu_seqlens, seed, n_head, n_kv_head, scale, window, softcap, dropout_p)
+    _cleared(cu_seqlens, dqkv)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
     parts = _parts(qkv, n_head, n_kv_head)
     _launch_grads(
@@ -163,6 +165,11 @@ def launch_qkvpacked_bwd(
 def _parts(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q, k and v (B, T, heads, K) where a linear layer wrote them."""
     return qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=2)
+
+
+def _cleared(cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Zeros where there are documents: tokens of none are no program's, and NaN left there would outlive a product with 0."""
+    return tensors if cu_seqlens is None else tuple(x.zero_() for x in tensors)
 
 
 def _launch_grads(

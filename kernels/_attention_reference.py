@@ -1,11 +1,14 @@
-"""The definition of causal attention in PyTorch: what attention.py says, one block of queries' scores at a time."""
+"""The definition of causal attention in PyTorch: what attention.py says, one block of queries' scores at a time.
+
+Beside each function that computes stands one that only allocates what it returns, `shapes_*`: blocks are a Python loop over the
+queries, which torch.compile would unroll for each length anew.
+"""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ._layout import wide
 from ._philox import random_bits
@@ -15,14 +18,14 @@ from ._triton import cdiv
 BLOCK_QUERIES = 128
 
 
-def refuse_bad_documents(cu_seqlens: Tensor | None, N: int) -> None:
-    """Raise for documents that do not cover N tokens one after the other, where looking costs no synchronization."""
-    if cu_seqlens is None or isinstance(cu_seqlens, FakeTensor) or cu_seqlens.device.type != "cpu":
+def refuse_bad_documents(name: str, cu_seqlens: Tensor | None, N: int) -> None:
+    """Raise for documents that do not follow one another within N tokens, where looking costs no synchronization."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != N or (cu_seqlens.diff() < 0).any():
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > N or (cu_seqlens.diff() < 0).any():
         raise ValueError(
-            f"causal_attention_varlen: cu_seqlens must rise from 0 to the {N} tokens, got {cu_seqlens.tolist()[:20]}; "
-            "give the sums of the documents' lengths"
+            f"{name}: cu_seqlens must rise from 0 to at most the {N} tokens, got "
+            f"{cu_seqlens.tolist()[:20]}; give the sums of the documents' lengths"
         )
 
 
@@ -30,10 +33,22 @@ def reference_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return o in q's dtype and lse (B, H, T). With cu_seqlens B is 1, and its documents do not see one another."""
-    refuse_bad_documents(cu_seqlens, q.shape[1])
+    """Return o in q's dtype and lse (B, H, T).
+
+    With cu_seqlens B is 1, its documents do not see one another, and tokens of no document have zeros, as have their gradients.
+    """
+    refuse_bad_documents("causal_attention_varlen", cu_seqlens, q.shape[1])
     o, lse = _attend(_by_head(q), _by_head(k), _by_head(v), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(o, q.dtype), lse
+
+
+def shapes_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    scale: float, window: int, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Room for what `reference_fwd` returns."""
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def reference_bwd(
@@ -42,9 +57,17 @@ def reference_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, dk, dv."""
     do, o, *heads = (_by_head(x) for x in (do, o, q, k, v))
-    grads = tuple(torch.empty_like(x) for x in heads)
+    grads = tuple(torch.zeros_like(x) for x in heads)
     _fill_grads(grads, do, dlse, o, *heads, cu_seqlens, seed, scale, window, softcap, dropout_p)
     return tuple(_by_token(grad, q.dtype) for grad in grads)
+
+
+def shapes_bwd(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
+    seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for what `reference_bwd` returns."""
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def reference_qkvpacked_fwd(
@@ -52,11 +75,21 @@ def reference_qkvpacked_fwd(
     scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o (B, T, H K) and lse of q, k and v lying side by side in the last axis of qkv."""
-    refuse_bad_documents(cu_seqlens, qkv.shape[1])
+    refuse_bad_documents("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     counts = n_head, n_kv_head, n_kv_head
     heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
     o, lse = _attend(*heads.split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(o, qkv.dtype).flatten(2), lse
+
+
+def shapes_qkvpacked_fwd(
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, seed: Tensor | None,
+    scale: float, window: int, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Room for what `reference_qkvpacked_fwd` returns."""
+    B, T, width = qkv.shape
+    lse = qkv.new_empty((B, n_head, T), dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return qkv.new_empty((B, T, width // (n_head + 2 * n_kv_head) * n_head)), lse
 
 
 def reference_qkvpacked_bwd(
@@ -67,9 +100,17 @@ def reference_qkvpacked_bwd(
     counts = n_head, n_kv_head, n_kv_head
     heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
     do, o = (_by_head(x.unflatten(-1, (n_head, -1))) for x in (do, o))
-    dheads = torch.empty_like(heads)
+    dheads = torch.zeros_like(heads)
     _fill_grads(dheads.split(counts), do, None, o, *heads.split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(dheads, qkv.dtype).flatten(2)
+
+
+def shapes_qkvpacked_bwd(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    n_head: int, n_kv_head: int, scale: float, window: int, softcap: float, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """Room for what `reference_qkvpacked_bwd` returns."""
+    return qkv.new_empty(qkv.shape)
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -94,7 +135,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (H, B, T, K) and lse (B, H, T) of q (H, B, T, K), k and v (G, B, S, K)."""
     (H, B, T, _), S = q.shape, k.shape[2]
-    o, lse, starts = torch.empty_like(q), q.new_empty(H * B, T), _starts(cu_seqlens, T)
+    o, lse, starts = torch.zeros_like(q), q.new_zeros(H * B, T), _starts(cu_seqlens)
     q, k, v = _flat(q, H), _flat(k, H), _flat(v, H)
     for rows, keys, mask in _blocks(T, S, window, starts, q):
         t = _scores(q[:, rows], k[:, keys], mask, scale, softcap)
@@ -111,14 +152,14 @@ def _fill_grads(
     grads: Sequence[Tensor], do: Tensor, dlse: Tensor | None, o: Tensor, q: Tensor, k: Tensor, v: Tensor,
     cu_seqlens: Tensor | None, seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float,
 ) -> None:  # fmt: skip
-    """Write dq (H, B, T, K), dk and dv (G, B, S, K) into `grads`; other shapes as in _attend."""
+    """Write dq (H, B, T, K), dk and dv (G, B, S, K) into `grads`, which hold zeros; other shapes as in _attend."""
     (H, B, T, _), (G, _, S, _) = q.shape, k.shape
-    starts, delta = _starts(cu_seqlens, T), torch.linalg.vecdot(do, o)
+    starts, delta = _starts(cu_seqlens), torch.linalg.vecdot(do, o)
     if dlse is not None:
         delta = delta - dlse.transpose(0, 1)
     q, k, v, do, delta = _flat(q, H), _flat(k, H), _flat(v, H), _flat(do, H), delta.view(H * B, T, 1)
     dq = grads[0].flatten(0, 1)
-    dk, dv = (grad.zero_().flatten(0, 1) if G == H else torch.zeros_like(k) for grad in grads[1:])
+    dk, dv = (grad.flatten(0, 1) if G == H else torch.zeros_like(k) for grad in grads[1:])
     for rows, keys, mask in _blocks(T, S, window, starts, q):
         t = _scores(q[:, rows], k[:, keys], mask, scale, softcap)
         # d tanh: 1 - (t / c)^2, taken where t is finite.
@@ -137,19 +178,18 @@ def _fill_grads(
             grad.copy_(flat.view(G, H // G, *grad.shape[1:]).sum(1))
 
 
-def _starts(cu_seqlens: Tensor | None, N: int) -> Tensor | None:
-    """Where the document of each of N tokens begins, (N,) int64."""
-    if cu_seqlens is None:
-        return None
-    return cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=N)
+def _starts(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Where the document of each token begins, int64; none for the tokens behind the last document."""
+    return None if cu_seqlens is None else cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff())
 
 
 def _blocks(T: int, S: int, window: int, starts: Tensor | None, like: Tensor):
     """Yield blocks of queries as (rows, the keys any of them sees, additive mask (rows, keys) in the dtype of `like`)."""
-    for start in range(0, T, BLOCK_QUERIES):
-        stop = min(start + BLOCK_QUERIES, T)
+    end = T if starts is None else len(starts)
+    for start in range(0, end, BLOCK_QUERIES):
+        stop = min(start + BLOCK_QUERIES, end)
         first, last = max(0, start + S - T - window + 1), stop + S - T
-        if starts is not None and not isinstance(starts, FakeTensor):
+        if starts is not None:
             first = max(first, int(starts[start]))
         # The block's row r has its own key in column r + own.
         own = start + S - T - first

@@ -191,9 +191,11 @@ def _causal_attention_schedule_kernel(
         d = first + tl.arange(0, BLOCK_D)
         begins = tl.load(cu_seqlens_ptr + d, mask=d < documents, other=0) // BLOCK + d
         document += tl.sum(((begins[None, :] <= slots[:, None]) & (d < documents)[None, :]).to(tl.int32), 1)
+    # Slots before the first document, if that does not begin at 0, have none: their tile is below 0.
+    document = tl.maximum(document, 0)
     start = tl.load(cu_seqlens_ptr + document)
     tile = slots - (start // BLOCK + document)
-    used = tile < tl.cdiv(tl.load(cu_seqlens_ptr + document + 1) - start, BLOCK)
+    used = (tile >= 0) & (tile < tl.cdiv(tl.load(cu_seqlens_ptr + document + 1) - start, BLOCK))
 
     rank = tl.zeros((BLOCK_T,), tl.int32)
     for first in range(0, documents, BLOCK_D):
@@ -203,5 +205,7 @@ def _causal_attention_schedule_kernel(
         more = tl.maximum(tl.cdiv(lengths, BLOCK)[None, :] - tile[:, None], 0)
         # Tiles further into their documents come first; of equal ones that of the earlier document.
         rank += tl.sum(tl.maximum(more - 1, 0) + ((more > 0) & (d[None, :] < document[:, None])).to(tl.int32), 1)
-    tl.store(work_ptr + 2 * rank, document, mask=used & (rank < tiles))
-    tl.store(work_ptr + 2 * rank + 1, tile, mask=used & (rank < tiles))
+    # Of documents that make no sense the ranks may lie anywhere, their sum having wrapped around.
+    used &= (rank >= 0) & (rank < tiles)
+    tl.store(work_ptr + 2 * rank, document, mask=used)
+    tl.store(work_ptr + 2 * rank + 1, tile, mask=used)

@@ -5,14 +5,17 @@
     CUDA tensors                          -> launch
     CPU tensors                           -> reference, or launch under TRITON_INTERPRET=1 (Triton's interpreter)
     any other device, or Triton missing   -> reference
-    shapes and dtypes (torch.compile)     -> reference, run on fake tensors
+    shapes and dtypes (torch.compile)     -> shapes where one is given, else reference, run on fake tensors
 
 PyTorch's dispatcher chooses by the tensors' device. Nothing falls back silently on CUDA: an operator without a kernel says so
 once. `custom_op` rather than `triton_op`: the latter fails opcheck and fullgraph compilation where there is no GPU.
+
+`public` is what stands over the function that users call: it checks the kinds of its arguments.
 """
 
 import functools
 import inspect
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -24,33 +27,88 @@ from ._triton import HAS_TRITON, triton
 # As Triton itself reads TRITON_INTERPRET when it decorates a kernel, at import.
 INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What passes for an annotation: an int for a float too, and what torch.compile has in place of numbers that vary.
+KINDS = {
+    Tensor: (Tensor,),
+    int: (int, torch.SymInt),
+    float: (float, int, torch.SymFloat, torch.SymInt),
+    bool: (bool,),
+    str: (str,),
+    type(None): (type(None),),
+}
 
-def define_op(name: str, *, launch: Callable | None, reference: Callable, mutates: Sequence[str] = ()):
+
+def define_op(
+    name: str, *, launch: Callable | None, reference: Callable, shapes: Callable | None = None, mutates: Sequence[str] = ()
+):  # fmt: skip
     """Register `tritium::name` and return it, ready to call and for `.register_autograd`.
 
     Args:
         name: operator name, unique in the `tritium` namespace.
         launch: runs the Triton kernels; same signature as `reference`. None while an operator has no kernel yet.
         reference: the definition in PyTorch; fully annotated (the operator's schema is read off it), returns new tensors.
+        shapes: allocates what `reference` returns, in shape, dtype and strides, and computes nothing; same signature. Needed
+            where `reference` loops over a size in Python: run on fake tensors, that binds compiled code to the size.
         mutates: names of the arguments written in place.
     Returns: torch.library.CustomOpDef.
-    Raises: TypeError if the signatures of `launch` and `reference` differ.
+    Raises: TypeError if the signatures of `launch` or `shapes` and `reference` differ.
     """
-    if launch is not None and inspect.signature(launch) != inspect.signature(reference):
-        raise TypeError(
-            f"define_op: {name}: launch must have the signature of reference, {inspect.signature(reference)}, "
-            f"got {inspect.signature(launch)}; make them equal"
-        )
+    for role, function in (("launch", launch), ("shapes", shapes)):
+        if function is not None and inspect.signature(function) != inspect.signature(reference):
+            raise TypeError(
+                f"define_op: {name}: {role} must have the signature of reference, {inspect.signature(reference)}, "
+                f"got {inspect.signature(function)}; make them equal"
+            )
     reference = _without_autocast(reference)
     op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
-    op.register_fake(reference)
+    op.register_fake(reference if shapes is None else shapes)
     if launch is not None and HAS_TRITON:
-        op.register_kernel("cuda")(_on_its_device(_without_float64(name, launch)))
+        launch = _without_float64(name.removesuffix("_fwd").removesuffix("_bwd"), launch)
+        op.register_kernel("cuda")(_on_its_device(launch))
         if INTERPRET:
-            op.register_kernel("cpu")(_without_float64(name, launch))
+            op.register_kernel("cpu")(launch)
     else:
         op.register_kernel("cuda")(_saying_so_once(name, reference))
     return op
+
+
+def public(function: Callable) -> Callable:
+    """Have a public operator refuse arguments that are not what its annotations say, by name, with a ValueError.
+
+    Python would take True for a window of 1 and hand other types on to where the caller's name of them is not known. Floating
+    tensors are to be of FLOATS: a float8 has none of the operations that follow.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    positional = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    kinds = {
+        name: sum((KINDS[kind] for kind in typing.get_args(annotation) or (annotation,)), ())
+        for name, annotation in annotations.items()
+    }
+
+    @functools.wraps(function)
+    def checked(*args, **options):
+        for name, value in (*zip(positional, args, strict=False), *options.items()):
+            if name not in kinds:
+                continue  # the call itself raises
+            expected = kinds[name]
+            if not isinstance(value, expected) or (type(value) is bool and bool not in expected):
+                kind = inspect.formatannotation(annotations[name]).replace("torch.", "")
+                raise ValueError(f"{function.__name__}: {name} must be {kind}, got {_described(value)}; convert it")
+            if isinstance(value, Tensor) and value.dtype not in FLOATS and value.is_floating_point():
+                accepted = ", ".join(map(str, FLOATS)).replace("torch.", "")
+                raise ValueError(f"{function.__name__}: {name} must be one of {accepted}, got {value.dtype}; cast it")
+        return function(*args, **options)
+
+    return checked
+
+
+def _described(value: object) -> str:
+    """What an error shall call it: never what is in a tensor, which may be on a device, or in something that holds one."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else f"a {type(value).__name__}"
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -28,8 +28,17 @@ import torch
 from torch import Tensor
 
 from ._attention_launch import launch_bwd, launch_fwd, launch_qkvpacked_bwd, launch_qkvpacked_fwd
-from ._attention_reference import reference_bwd, reference_fwd, reference_qkvpacked_bwd, reference_qkvpacked_fwd
-from ._op import autocast, define_op
+from ._attention_reference import (
+    reference_bwd,
+    reference_fwd,
+    reference_qkvpacked_bwd,
+    reference_qkvpacked_fwd,
+    shapes_bwd,
+    shapes_fwd,
+    shapes_qkvpacked_bwd,
+    shapes_qkvpacked_fwd,
+)
+from ._op import autocast, define_op, public
 
 MAX_HEAD_SIZE = 256
 
@@ -49,10 +58,20 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int, *, windo
 
 # --- operator
 
-_fwd = define_op("causal_attention_fwd", launch=launch_fwd, reference=reference_fwd)
-_bwd = define_op("causal_attention_bwd", launch=launch_bwd, reference=reference_bwd)
-_packed_fwd = define_op("causal_attention_qkvpacked_fwd", launch=launch_qkvpacked_fwd, reference=reference_qkvpacked_fwd)
-_packed_bwd = define_op("causal_attention_qkvpacked_bwd", launch=launch_qkvpacked_bwd, reference=reference_qkvpacked_bwd)
+_fwd = define_op("causal_attention_fwd", launch=launch_fwd, reference=reference_fwd, shapes=shapes_fwd)
+_bwd = define_op("causal_attention_bwd", launch=launch_bwd, reference=reference_bwd, shapes=shapes_bwd)
+_packed_fwd = define_op(
+    "causal_attention_qkvpacked_fwd",
+    launch=launch_qkvpacked_fwd,
+    reference=reference_qkvpacked_fwd,
+    shapes=shapes_qkvpacked_fwd,
+)
+_packed_bwd = define_op(
+    "causal_attention_qkvpacked_bwd",
+    launch=launch_qkvpacked_bwd,
+    reference=reference_qkvpacked_bwd,
+    shapes=shapes_qkvpacked_bwd,
+)
 
 
 def _save(ctx, inputs, output):
@@ -100,6 +119,8 @@ def _check(name: str, axes: int, shapes: str, q: Tensor, k: Tensor, v: Tensor) -
         fail(shapes, f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[-1] != q.shape[-1]:
         fail(f"k and v must have q's head size {q.shape[-1]}", tuple(k.shape))
+    if q.shape[-2] == 0:
+        fail("q must have at least one head", tuple(q.shape))
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         fail(f"the key heads must divide the {q.shape[-2]} query heads", k.shape[-2])
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
@@ -143,6 +164,7 @@ def _settled(
     return seed, float(scale), keys if window is None else min(window, keys), float(softcap), float(dropout_p)
 
 
+@public
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None, softcap: float = 0.0,
     dropout_p: float = 0.0, seed: int | Tensor | None = None, return_lse: bool = False,
@@ -160,7 +182,8 @@ def causal_attention(
         seed: of the dropout mask, int or () int64 tensor on q's device; default: drawn from PyTorch's generator of q's device.
         return_lse: also return the log-sum-exp of the scores; gradients flow through it.
     Returns: o (B, T, H, K) in the dtype of q, or (o, lse): lse (B, H, T), natural logarithm, float32 (of float64 q float64).
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
     """
     name = "causal_attention"
     q, k, v = autocast(q, k, v)
@@ -175,6 +198,7 @@ def causal_attention(
     return (o, lse) if return_lse else o
 
 
+@public
 def causal_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None,
     window: int | None = None, softcap: float = 0.0, dropout_p: float = 0.0, seed: int | Tensor | None = None,
@@ -183,15 +207,17 @@ def causal_attention_varlen(
     """Attend within each of the documents that lie packed end to end.
 
     Args:
-        q: (N, H, K), as for causal_attention.
+        q: (N, H, K), as for causal_attention. All N rows of q, k, v and o's gradient must be finite, padding too, and so must
+            their products: tiles read past the end of a document and hide what is there behind a factor of 0.
         k, v: (N, G, K), dtype and device of q; G divides H.
-        cu_seqlens: (documents + 1,) int32 on q's device: where each document begins, 0 first, and N last. Empty documents may
-            be among them. Checked on the CPU only: elsewhere that would wait for the device; a token of no document gets an
-            output that means nothing.
+        cu_seqlens: (documents + 1,) int32 on q's device: where each document begins, 0 first, and where the last one ends, at
+            most N. Empty documents may be among them; tokens behind the last are padding, with zeros for o, lse and gradients.
+            Checked on the CPU only: elsewhere that would wait for the device.
         max_seqlen: length of the longest document or anything above it. Results do not depend on it.
         scale, window, softcap, dropout_p, seed, return_lse: as for causal_attention.
     Returns: o (N, H, K) in the dtype of q, or (o, lse): lse (H, N) as for causal_attention.
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
     """
     name = "causal_attention_varlen"
     q, k, v = autocast(q, k, v)
@@ -206,6 +232,7 @@ def causal_attention_varlen(
     return (o[0], lse[0]) if return_lse else o[0]
 
 
+@public
 def causal_attention_qkvpacked(
     qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, scale: float | None = None, window: int | None = None,
     softcap: float = 0.0, dropout_p: float = 0.0, seed: int | Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -213,13 +240,13 @@ def causal_attention_qkvpacked(
     """Attend as causal_attention does, reading q, k and v where a linear layer wrote them.
 
     Args:
-        qkv: (B, T, (H + 2 G) K), float32, bfloat16 or float16: H query heads, then G key heads, then G value heads.
+        qkv: (B, T, (H + 2 G) K), dtype as for causal_attention: H query heads, then G key heads, then G value heads.
         n_head: H.
         n_kv_head: G, a divisor of H; default H.
         scale, window, softcap, dropout_p, seed: as for causal_attention.
         cu_seqlens: as for causal_attention_varlen, of documents packed in the B T tokens; default: B sequences.
     Returns: o (B, T, H K) in the dtype of qkv. The gradient of qkv comes back packed too.
-    Raises: ValueError for shapes, dtypes and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes and options that do not fit, naming what was expected. TypeError for float64 on a GPU.
     """
     name, G = "causal_attention_qkvpacked", n_head if n_kv_head is None else n_kv_head
     (qkv,) = autocast(qkv)
@@ -234,4 +261,4 @@ def causal_attention_qkvpacked(
         qkv, cu_seqlens, keys = qkv.reshape(1, B * T, width), cu_seqlens.contiguous(), B * T
     options = _settled(name, width // (n_head + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed)
     o, _ = _packed_fwd(_unit_stride(qkv), n_head, G, cu_seqlens, *options)
-    return o if cu_seqlens is None else o.view(B, T, -1)
+    return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ._attention_tile import LOWEST, _capped, _exponent, _rows, _visible, _weights
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layout import strides_bth, wide
-from ._op import autocast, define_op
+from ._op import autocast, define_op, public
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_SIZE, MAX_SPLITS = 256, 64
 
 
-# --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
+# --- reference: the definition; also the CPU implementation and the test oracle
 
 
 def reference(
@@ -53,9 +52,16 @@ def reference(
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, K).to(q.dtype).contiguous()
 
 
+def shapes(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Room for what `reference` returns."""
+    return q.new_empty(q.shape)
+
+
 def _refuse_bad_lengths(cache_lengths: Tensor, S: int) -> None:
     """Raise for lengths that the cache does not have, where looking costs no synchronization."""
-    if isinstance(cache_lengths, FakeTensor) or cache_lengths.device.type != "cpu":
+    if cache_lengths.device.type != "cpu":
         return
     if ((cache_lengths < 0) | (cache_lengths > S)).any():
         raise ValueError(
@@ -73,9 +79,10 @@ def _attention_decode_kernel(
     B, T, S, H, group, splits, scale, window, softcap,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    split, pid_m, pid_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads = H // group
-    batch, kv_head = pid_bg // kv_heads, pid_bg % kv_heads
+    # Sequences and tiles may be many: they share the one axis that takes more than 65,535.
+    pid, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(T * group, BLOCK_M)
+    batch, pid_m = pid // tiles, pid % tiles
     # Row r is token r / group of head r % group: all heads of a group read the same keys.
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens, heads = rows // group, kv_head * group + rows % group
@@ -84,7 +91,7 @@ def _attention_decode_kernel(
     base = batch.to(tl.int64) * stride_qb + tokens.to(tl.int64) * stride_qt + heads.to(tl.int64) * stride_qh
     q = tl.load(q_ptr + base[:, None] + offs_k[None, :], mask=mask, other=0.0)
 
-    length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), S)
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), S).to(tl.int32)
     shift = length - T
     first, last = pid_m * BLOCK_M // group, tl.minimum((pid_m * BLOCK_M + BLOCK_M - 1) // group, T - 1)
     hi = last + shift + 1
@@ -163,10 +170,10 @@ def launch(
     (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
     _refuse_bad_lengths(cache_lengths, S)
     p = plan(B, T, S, H, G, K, q.element_size(), sm_count(q.device))
-    o = torch.empty((B, T, H, K), dtype=q.dtype, device=q.device)
+    o = shapes(q, k_cache, v_cache, cache_lengths, scale, window, softcap)
     partial = o if p.splits == 1 else torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
     lse = torch.empty((p.splits, B, T, H), dtype=torch.float32, device=q.device)
-    _attention_decode_kernel[(p.splits, cdiv(T * H // G, p.block_m), B * G)](
+    _attention_decode_kernel[(cdiv(T * H // G, p.block_m) * B, G, p.splits)](
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths, o_ptr=partial, lse_ptr=lse,
         **strides_bth(q=q, k=k_cache, v=v_cache),
         B=B, T=T, S=S, H=H, group=H // G, splits=p.splits,
@@ -191,9 +198,10 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[
 
 # --- operator
 
-_decode = define_op("attention_decode", launch=launch, reference=reference)
+_decode = define_op("attention_decode", launch=launch, reference=reference, shapes=shapes)
 
 
+@public
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, scale: float | None = None,
     window: int | None = None, softcap: float = 0.0,
@@ -201,8 +209,8 @@ def attention_decode(
     """Attend from each sequence's newest tokens to its cached keys and values, their own included.
 
     Args:
-        q: (B, T, H, K), float32, bfloat16 or float16, K <= 256; any strides, copied where the last one is not 1. T is 1 when
-            generating, more when reading a prompt.
+        q: (B, T, H, K), float32, bfloat16 or float16 (float64 on the CPU too), K <= 256; any strides, copied where the last one
+            is not 1. T is 1 when generating, more when reading a prompt.
         k_cache, v_cache: (B, S, G, K), dtype and device of q; G divides H. What lies behind a sequence's last key is not used.
         cache_lengths: (B,) int32 or int64 on q's device: how many of the S keys each sequence has, the T new ones included, so
             that new token t is at cache_lengths[b] - T + t. Lengths outside [0, S] are an error on the CPU; on a GPU, where
@@ -211,7 +219,8 @@ def attention_decode(
         window: how many keys a token sees, itself included; None for all.
         softcap: c > 0 turns a score s into c tanh(s / c).
     Returns: o (B, T, H, K) in the dtype of q; zero for a token that sees no key. It has no gradient.
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     _check(q, k_cache, v_cache, cache_lengths)
@@ -238,6 +247,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -
     (B, _, H, K), G = q.shape, k_cache.shape[2]
     if k_cache.shape[0] != B or k_cache.shape[3] != K or not 1 <= K <= MAX_HEAD_SIZE:
         fail(f"the caches must have q's batch {B} and head size {K}, at most {MAX_HEAD_SIZE}", tuple(k_cache.shape))
+    if H == 0:
+        fail("q must have at least one head", tuple(q.shape))
     if G == 0 or H % G:
         fail(f"the key heads must divide the {H} query heads", G)
     if not (q.dtype == k_cache.dtype == v_cache.dtype and q.is_floating_point()):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
 from ._layout import as_rows, like_rows_of, wide
-from ._op import define_op
+from ._op import define_op, public
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_WIDTH = 65_536
@@ -328,6 +328,7 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{name}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; cast them")
 
 
+@public
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Center each vector along the last axis and scale it to unit variance, then apply `weight` and `bias`.
 
@@ -337,13 +338,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
         bias: (N,), dtype of weight, or None.
         eps: added to the variance; in units of x squared.
     Returns: (..., N), dtype of x.
-    Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented.
+    Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented. TypeError for
+        float64 on a GPU.
     """
     _check("layer_norm", x, weight, bias)
     y, _, _ = _fwd(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
     return like_rows_of(x, y)
 
 
+@public
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -354,7 +357,7 @@ def add_layer_norm(
         residual: shape and device of x, any float dtype: the residual stream.
         weight, bias, eps: as for layer_norm.
     Returns: (y, h): h = x + residual in their common dtype, y = layer_norm(h, weight, bias) in the dtype of x.
-    Raises: ValueError as layer_norm, and if residual differs from x in shape or device.
+    Raises: as layer_norm, and ValueError if residual differs from x in shape or device.
     """
     _check("add_layer_norm", x, weight, bias)
     if residual.shape != x.shape or residual.device != x.device or not residual.is_floating_point():

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._layout import as_rows, like_rows_of, wide
-from ._op import autocast, define_op
+from ._op import autocast, define_op, public
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
@@ -190,6 +190,7 @@ def _check_parameter(name: str, label: str, parameter: Tensor | None, shape: tup
         )
 
 
+@public
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """Apply a linear layer and its activation.
 
@@ -213,6 +214,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     return like_rows_of(x, y)
 
 
+@public
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,

@@ -1,11 +1,23 @@
 import contextlib
+import inspect
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from tritium.kernels._op import INTERPRET, _on_its_device, _saying_so_once, _without_float64, autocast, define_op
+from tritium.kernels._op import (
+    FLOATS,
+    INTERPRET,
+    _on_its_device,
+    _saying_so_once,
+    _without_float64,
+    autocast,
+    define_op,
+    public,
+)
 
 
 def double_reference(x: Tensor) -> Tensor:
@@ -74,6 +86,35 @@ def test_launch_and_reference_share_a_signature():
 
 
 @pytest.mark.plain
+def test_shapes_and_reference_share_a_signature():
+    def shapes(x: Tensor, scale: float) -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match=r"define_op: test_uneven: shapes must have the signature of reference"):
+        define_op("test_uneven", launch=None, reference=double_reference, shapes=shapes)
+
+
+@pytest.mark.plain
+def test_shapes_spare_compiled_code_a_loop_over_a_size():
+    def reference(x: Tensor) -> Tensor:
+        return torch.stack([x[row] * 2 for row in range(len(x))])
+
+    def shapes(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    for name, given, expected in (("test_bound", None, 5), ("test_unbound", shapes, 2)):
+        op = define_op(name, launch=None, reference=reference, shapes=given)
+        torch._dynamo.reset()  # it remembers which sizes of a function have varied
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(lambda x, op=op: op(x), fullgraph=True, backend=counter)
+        for rows in range(2, 7):
+            x = torch.randn(rows, 3)
+            assert torch.equal(compiled(x), 2 * x)
+        assert counter.frame_count == expected
+    assert op(torch.ones(4, 3, device="meta")).shape == (4, 3)
+
+
+@pytest.mark.plain
 def test_references_are_spared_autocast():
     x = torch.full((2, 2), 1 + 2**-12)  # not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -88,3 +129,74 @@ def test_autocast_casts_what_products_take():
     assert autocast(*inputs) == inputs
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert [x if x is None else x.dtype for x in autocast(*inputs)] == [torch.bfloat16, None, torch.float64, torch.int64]
+
+
+def example(
+    x: Tensor, y: Tensor | None = None, *, n: int = 1, m: int | None = None, p: float = 0.0, flag: bool = False, word: str = "",
+    seed: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Multiply."""
+    return x * n * (1 if m is None else m) * (1.0 + p)
+
+
+named = public(example)
+
+
+@pytest.mark.plain
+def test_public_operators_keep_their_signature_and_take_what_it_says():
+    assert inspect.signature(named) == inspect.signature(example)
+    assert (named.__name__, named.__doc__) == ("example", "Multiply.")
+    x, whole, weight = torch.ones(2), torch.ones(2, dtype=torch.int32), torch.nn.Parameter(torch.ones(2))
+    for dtype in FLOATS:
+        assert named(x.to(dtype)).dtype == dtype
+    for y in (None, whole, weight, x > 0, x.to(torch.complex64)):
+        assert torch.equal(named(x, y, n=2, m=3, p=1, flag=True, word="a", seed=whole), 12 * x)
+    assert torch.equal(named(x=weight, y=y, m=None, p=np.float64(0.5), seed=2**60), 1.5 * x)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": [torch.ones(2)]}, "x must be Tensor, got a list; convert it"),
+        ({"x": None}, "x must be Tensor, got None; convert it"),
+        ({"x": torch.ones(2).to(torch.float8_e5m2)}, "x must be one of float32, .*, got torch.float8_e5m2; cast it"),
+        ({"y": torch.ones(2).to(torch.float8_e4m3fn)}, "y must be one of .*, got torch.float8_e4m3fn; cast it"),
+        ({"y": 1.0}, r"y must be Tensor \| None, got 1.0; convert it"),
+        ({"n": 2.0}, "n must be int, got 2.0; convert it"),
+        ({"n": None}, "n must be int, got None; convert it"),
+        ({"n": True}, "n must be int, got True; convert it"),
+        ({"m": 2.5}, r"m must be int \| None, got 2.5; convert it"),
+        ({"p": False}, "p must be float, got False; convert it"),
+        ({"p": "a"}, "p must be float, got 'a'; convert it"),
+        ({"p": torch.ones(2, 3)}, r"p must be float, got torch.float32 \(2, 3\); convert it"),
+        ({"flag": 1}, "flag must be bool, got 1; convert it"),
+        ({"word": None}, "word must be str, got None; convert it"),
+        ({"seed": 1.5}, r"seed must be int \| Tensor \| None, got 1.5; convert it"),
+    ],
+)
+def test_public_operators_refuse_what_their_signature_does_not_say(change, message):
+    with pytest.raises(ValueError, match=f"^example: {message}$"):
+        named(**{"x": torch.ones(2)} | change)
+    x = change.pop("x", torch.ones(2))
+    with pytest.raises(ValueError, match=f"^example: {message}$"):
+        named(x, *([change.pop("y")] if "y" in change else []), **change)
+
+
+@pytest.mark.plain
+def test_public_operators_leave_other_mistakes_to_python():
+    for args, options in (((), {}), ((torch.ones(1),) * 3, {}), ((torch.ones(1),), {"other": True})):
+        with pytest.raises(TypeError, match=r"^example\(\) "):
+            named(*args, **options)
+
+
+@pytest.mark.plain
+def test_public_operators_compile_as_one_graph_for_any_number():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, n, p: named(x, n=n, p=p, seed=n), fullgraph=True, backend=counter)
+    for n in range(2, 12):
+        x = torch.ones(n + 1)
+        assert torch.equal(compiled(x, n, n / 4), named(x, n=n, p=n / 4))
+    assert counter.frame_count <= 2
+    with pytest.raises(ValueError, match=r"^example: n must be int, got 2\.0"):
+        torch.compile(lambda x: named(x, n=2.0), backend="aot_eager")(x)

@@ -428,6 +428,7 @@ def ones(*shape, **kwargs):
         ({"q": ones(2, 4, 8)}, r"q must be \(B, T, H, K\), k and v \(B, S, G, K\), got \(2, 4, 8\)"),
         ({"v": ones(2, 4, 2, 9)}, r"k and v \(B, S, G, K\)"),
         ({"q": ones(3, 4, 4, 8)}, r"batch 3, got \(2, 4, 2, 8\)"),
+        ({"q": ones(2, 4, 0, 8)}, r"q must have at least one head, got \(2, 4, 0, 8\)"),
         ({"q": ones(2, 4, 3, 8)}, r"the key heads must divide the 3 query heads, got 2"),
         ({"q": ones(2, 5, 4, 8)}, r"at least as many keys as the 5 queries .*, got 4"),
         (
@@ -444,6 +445,16 @@ def ones(*shape, **kwargs):
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
         ({"softcap": -1.0}, "softcap must be 0 .* or positive and finite, got -1.0"),
         ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        ({"dropout_p": None}, "dropout_p must be float, got None"),
+        ({"dropout_p": False}, "dropout_p must be float, got False"),
+        ({"seed": 1.5}, r"seed must be int \| Tensor \| None, got 1.5"),
+        ({"window": True}, r"window must be int \| None, got True"),
+        ({"scale": torch.tensor(0.1)}, r"scale must be float \| None, got torch.float32 \(\)"),
+        ({"return_lse": 1}, "return_lse must be bool, got 1"),
+        (
+            {name: ones(2, 4, 2, 8).to(torch.float8_e5m2) for name in "qkv"},
+            "q must be one of .*, got torch.float8_e5m2; cast it",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -456,6 +467,9 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"n_head": 2.0}, "n_head must be int, got 2.0"),
+        ({"window": 2.5}, r"window must be int \| None, got 2.5"),
+        ({"cu_seqlens": [0, 10]}, r"cu_seqlens must be Tensor \| None, got a list"),
         ({"n_head": 0}, "n_kv_head must divide n_head, both at least 1, got 2 and 0"),
         ({"n_kv_head": 3}, "n_kv_head must divide n_head, both at least 1, got 3 and 4"),
         ({"qkv": ones(2, 5, 65)}, r"\(B, T, 8 K\) for 4 query and 2 key heads, got torch.float32 \(2, 5, 65\)"),
@@ -470,6 +484,15 @@ def test_bad_packed_input_is_named(change, message):
     arguments = {"qkv": ones(2, 5, 64), "n_head": 4, "n_kv_head": 2} | change
     with pytest.raises(ValueError, match="^causal_attention_qkvpacked: .*" + message):
         causal_attention_qkvpacked(**arguments)
+
+
+@needs_kernels
+def test_float64_is_refused_by_the_name_that_was_called(device):
+    q, k, v, *_ = tensors(1, 4, 4, 2, 2, 8, torch.float64, device)
+    with pytest.raises(TypeError, match=r"^causal_attention: the kernel takes float32, bfloat16 or float16, got float64"):
+        causal_attention(q, k, v)
+    with pytest.raises(TypeError, match=r"^causal_attention_qkvpacked: the kernel takes"):
+        causal_attention_qkvpacked(packed(q, k, v), 2)
 
 
 @pytest.mark.plain

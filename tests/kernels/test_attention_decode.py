@@ -1,12 +1,16 @@
 """attention_decode against the last rows of full attention, sequence by sequence."""
 
+import sys
+
 import pytest
 import torch
 
 from tests.kernels.attention_cases import naive, sdpa, tensors
 from tests.tolerance import assert_accurate
+from tritium.bench.launches import compile_launch, record_launches
 from tritium.kernels import attention_decode
-from tritium.kernels.attention_decode import MAX_SPLITS, cost, plan
+from tritium.kernels._op import INTERPRET
+from tritium.kernels.attention_decode import MAX_SPLITS, cost, launch, plan
 
 # (B, T, S, H, G, K): one token, grouped and multi-query heads, several tokens, more rows than a tile, odd head sizes.
 SHAPES = [
@@ -58,6 +62,17 @@ def test_tokens_that_see_no_key_get_zero_and_empty_inputs_nothing(device):
         assert attention_decode(q[:B, :T], k[:B], v[:B], torch.tensor([5, 5], device=device)[:B]).shape == (B, T, 2, 16)
 
 
+@pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="runs a kernel: needs CUDA or TRITON_INTERPRET=1")
+def test_lengths_the_cache_does_not_have_are_cut(device, monkeypatch):
+    """Where nobody looks at them: on a GPU. The last ones would wrap around in 32 bits."""
+    monkeypatch.setattr(sys.modules["tritium.kernels.attention_decode"], "_refuse_bad_lengths", lambda *_: None)
+    q, k, v, _ = caches(6, 2, 50, 4, 2, 16, torch.float32, device)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    senseless = torch.tensor([51, -1, 2**32 + 3, -(2**32) + 3, 2**31, -(2**31)], device=device)
+    expected = attention_decode(q, k, v, torch.tensor([50, 0] * 3, device=device))
+    assert torch.equal(attention_decode(q, k, v, senseless), expected)
+
+
 def test_any_strides_and_integer_lengths(device):
     q, k, v, lengths = caches(2, 2, 50, 4, 2, 16, torch.float32, device)
     expected = attention_decode(q, k, v, lengths)
@@ -95,6 +110,7 @@ def ones(*shape, **kwargs):
     [
         ({"q": ones(2, 4, 8)}, r"q must be \(B, T, H, K\), k_cache and v_cache \(B, S, G, K\), got \(2, 4, 8\)"),
         ({"q": ones(3, 1, 4, 8)}, r"must have q's batch 3 and head size 8, at most 256, got \(2, 9, 2, 8\)"),
+        ({"q": ones(2, 1, 0, 8)}, r"q must have at least one head, got \(2, 1, 0, 8\)"),
         ({"q": ones(2, 1, 3, 8)}, "key heads must divide the 3 query heads, got 2"),
         ({"q": ones(2, 1, 4, 8, dtype=torch.float16)}, "share one float dtype; cast them, got torch.float16"),
         ({"cache_lengths": torch.tensor([1.0, 2.0])}, r"must be int32 or int64 \(2,\), got torch.float32 \(2,\)"),
@@ -105,6 +121,8 @@ def ones(*shape, **kwargs):
             {"cache_lengths": torch.empty(2, dtype=torch.int32, device="meta")},
             "on one device; .* cpu and meta",
         ),
+        ({"cache_lengths": [3, 9]}, "cache_lengths must be Tensor, got a list"),
+        ({"window": 2.5}, r"window must be int \| None, got 2.5"),
         ({"scale": -1.0}, r"scale must be None \(1 / sqrt\(K\)\) or positive and finite, got -1.0"),
         ({"window": 0}, r"window must be None or at least 1 key \(a token sees itself\), got 0"),
         ({"softcap": float("inf")}, r"softcap must be 0 \(none\) or positive and finite, got inf"),
@@ -135,3 +153,29 @@ def test_one_sequence_is_shared_out_over_the_gpu_and_a_full_batch_is_not():
 @pytest.mark.plain
 def test_cost_is_the_cache_read_once():
     assert cost(2, 1, 100, 8, 2, 64, 2)["fwd_bytes"] == 2 * 2 * (100 * 2 + 8) * 64 * 2
+
+
+def recorded(B, T, S, H, G, K, lengths=torch.int32):
+    """The launches of one call, without tensors."""
+    q, cache = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((B, T, H, K), (B, S, G, K)))
+    with record_launches("sm_90") as launches:
+        launch(q, cache, cache, torch.empty(B, dtype=lengths, device="meta"), 0.25, S, 0.0)
+    return launches
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(("B", "T", "S", "G"), [(2048, 1, 64, 32), (65_536, 1, 64, 1), (1, 2**23, 2**23, 1), (1, 1, 9000, 2)])
+def test_grids_fit_the_machine(B, T, S, G):
+    for one in recorded(B, T, S, G, G, 64):
+        assert one.grid[0] < 2**31
+        assert all(programs <= 65_535 for programs in one.grid[1:])
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(("S", "kernels"), [(1, 1), (300, 2)])
+def test_one_of_everything_compiles(S, kernels):
+    """Integer arguments that are 1 are constants to Triton, which have no methods."""
+    launches = recorded(1, 1, S, 1, 1, 16)
+    assert len(launches) == kernels
+    for one in launches:
+        assert "cubin" in compile_launch(one, "sm_90").asm, one.kernel.__name__

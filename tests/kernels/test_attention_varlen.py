@@ -75,20 +75,49 @@ def test_accuracy_of_a_document_among_others(dtype, device):
     assert_like_the_definition(own, one, [incoming[0][None, span], incoming[1][None, :, span]], window=64)
 
 
-def test_nothing_of_a_document_reaches_another(device):
-    """The others' keys, values and gradients change what is 0 to the last bit."""
-    lengths = (40, 90, 30)
-    values, incoming = inputs(lengths, 2, 2, 16, torch.float32, device)
-    incoming[0][:40] = 0
-    incoming[0][130:] = 0
-    incoming[1].zero_()
-    _, _, dq, dk, dv = run(
-        lambda *x: causal_attention_varlen(*x, starts(lengths, device), 90, return_lse=True), values, incoming
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nothing_of_a_document_reaches_another(dtype, device):
+    """What another holds and is sent, however large, changes no bit of a document's outputs and gradients."""
+    lengths, other = (40, 90, 30), slice(40, 130)
+    values, incoming = inputs(lengths, 2, 2, 16, dtype, device)
+
+    def attend():
+        attention = run(lambda *x: causal_attention_varlen(*x, starts(lengths, device), 90, return_lse=True), values, incoming)
+        return [attention[0], attention[1].mT, *attention[2:]]
+
+    before = attend()
+    for x in (*values, incoming[0], incoming[1].mT):
+        x[other] *= -100 if dtype == torch.float16 else -1e9
+    for a, b in zip(before, attend(), strict=True):
+        assert torch.equal(a[:40], b[:40])
+        assert torch.equal(a[130:], b[130:])
+        assert not torch.equal(a[other], b[other])
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_behind_the_last_document_get_zeros_and_change_nothing(options, dtype, device):
+    lengths, documents = (40, 0, 90, 70), 3
+    N = sum(lengths[:documents])
+    values, incoming = inputs(lengths, 2, 1, 16, dtype, device)
+    cu_seqlens = starts(lengths[:documents], device)
+
+    def attend(q, k, v):
+        return causal_attention_varlen(q, k, v, cu_seqlens, 90, return_lse=True, **options)
+
+    o, lse, *grads = run(attend, values, incoming)
+    alone = run(attend, [x[:N] for x in values], [incoming[0][:N], incoming[1][:, :N]])
+    for got, expected in zip((o, lse.mT, *grads), (alone[0], alone[1].mT, *alone[2:]), strict=True):
+        assert torch.equal(got[:N], expected)
+        assert torch.equal(got[N:], torch.zeros_like(got[N:]))
+
+    qkv, do = (x.flatten(2) for x in (torch.cat([x[None] for x in values], 2), incoming[0][None]))
+    o_packed, dqkv = run(
+        lambda x: (causal_attention_qkvpacked(x, 2, n_kv_head=1, cu_seqlens=cu_seqlens, **options),), [qkv], [do]
     )
-    for grad in (dq, dk, dv):
-        assert not grad[:40].any()
-        assert not grad[130:].any()
-        assert grad[40:130].any()
+    assert torch.equal(o_packed[0, :N], o[:N].flatten(1))
+    assert not o_packed[0, N:].any()
+    assert not dqkv[0, N:].any()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -105,6 +134,15 @@ def test_packed_documents_are_what_the_parts_are(options, device):
     )  # fmt: skip
     assert torch.equal(got[0], o.view(B, T, H * K))
     assert torch.equal(got[1], packed(*(grad.view(B, T, -1, K) for grad in grads)))
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_packed_documents_of_no_tokens(B, T, device):
+    qkv = torch.ones(B, T, 4 * 8, device=device, requires_grad=True)
+    o = causal_attention_qkvpacked(qkv, 2, n_kv_head=1, cu_seqlens=starts((0, 0), device))
+    assert o.shape == (B, T, 16)
+    o.sum().backward()
+    assert qkv.grad.shape == qkv.shape
 
 
 def test_dropout_of_one_document_is_that_of_its_rows(device):
@@ -133,6 +171,21 @@ def test_the_list_of_tiles_has_each_once_and_most_work_first(lengths, block, dev
     assert listed == sorted(listed, key=lambda pair: (-pair[1], pair[0]))
 
 
+@pytest.mark.parametrize("senseless", [[40, 90], [300, 200, 100], [0, 500, 300], [-50, 100], [0, 2**31 - 17] * 18])
+def test_the_list_of_tiles_of_senseless_documents_stays_in_its_bounds(senseless, device):
+    """What stands before and behind cu_seqlens in memory has no say in it."""
+    if not (INTERPRET or device.type == "cuda"):
+        pytest.skip("runs a kernel: needs CUDA or TRITON_INTERPRET=1")
+    surrounded = torch.tensor([-(2**30)] * 8 + senseless + [2**30] * 8, dtype=torch.int32, device=device)
+    work, _ = _schedule(surrounded[8:-8], 100, 16)
+    used = work[(work != -1).any(1)]
+    assert (used[:, 0] >= 0).all()
+    assert (used[:, 0] < len(senseless) - 1).all()
+    assert (used[:, 1] >= 0).all()
+    alone, _ = _schedule(torch.tensor(senseless, dtype=torch.int32, device=device), 100, 16)
+    assert torch.equal(work, alone)
+
+
 def test_opcheck_and_one_graph(device):
     lengths = (7, 0, 5)
     (q, k, v), incoming = inputs(lengths, 4, 2, 8, torch.float32, device)
@@ -159,7 +212,10 @@ def ones(*shape, **kwargs):
     [
         ({"q": ones(1, 9, 4, 8)}, r"q must be \(N, H, K\), k and v \(N, G, K\), got \(1, 9, 4, 8\)"),
         ({"q": ones(8, 4, 8)}, "as many keys as the 8 queries, got 9"),
+        ({"q": ones(9, 0, 8)}, r"q must have at least one head, got \(9, 0, 8\)"),
         ({"q": ones(9, 3, 8)}, "key heads must divide the 3 query heads, got 2"),
+        ({"max_seqlen": 9.5}, "max_seqlen must be int, got 9.5"),
+        ({"cu_seqlens": [0, 9]}, "cu_seqlens must be Tensor, got a list"),
         ({"max_seqlen": 0}, "max_seqlen must be at least 1, .*, got 0"),
         ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens must be int32 \(documents \+ 1,\), got torch.int64 \(2,\)"),
         ({"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, r"got torch.int32 \(1,\)"),
@@ -167,8 +223,8 @@ def ones(*shape, **kwargs):
             {"cu_seqlens": torch.empty(2, dtype=torch.int32, device="meta")},
             "must be on cpu like q; move it, got meta",
         ),
-        ({"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}, r"must rise from 0 to the 9 tokens, got \[0, 8\]"),
-        ({"cu_seqlens": torch.tensor([1, 9], dtype=torch.int32)}, r"must rise from 0 to the 9 tokens, got \[1, 9\]"),
+        ({"cu_seqlens": torch.tensor([0, 10], dtype=torch.int32)}, r"must rise from 0 to at most the 9 tokens, got \[0, 10\]"),
+        ({"cu_seqlens": torch.tensor([1, 9], dtype=torch.int32)}, r"must rise from 0 to at most the 9 tokens, got \[1, 9\]"),
         ({"cu_seqlens": torch.tensor([0, 5, 4, 9], dtype=torch.int32)}, r"must rise .* got \[0, 5, 4, 9\]"),
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
     ],
@@ -178,6 +234,12 @@ def test_bad_input_is_named(change, message):
     arguments |= {"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)} | change
     with pytest.raises(ValueError, match="^causal_attention_varlen: .*" + message):
         causal_attention_varlen(**arguments)
+
+
+def test_bad_documents_are_named_by_the_operator_that_got_them():
+    cu_seqlens = torch.tensor([0, 11], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^causal_attention_qkvpacked: cu_seqlens must rise .*, got \[0, 11\]"):
+        causal_attention_qkvpacked(ones(2, 5, 64), 4, n_kv_head=2, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a kernel alone must stay in bounds: needs CUDA")

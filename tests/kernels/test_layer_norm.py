@@ -275,6 +275,7 @@ def test_only_the_sum_is_used(device):
         ({"bias": torch.ones(1, 8)}, r"bias must be \(8,\)"),
         ({"bias": torch.ones(8, dtype=torch.float64)}, r"bias must be torch.float32 like weight, got torch.float64"),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
+        ({"eps": "a"}, "eps must be float, got 'a'"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         ({"x": torch.ones(())}, r"x must be \(\.\.\., N\)"),
         ({"x": torch.ones(2, 8, dtype=torch.long)}, r"must be floating point, got torch.int64"),
@@ -293,7 +294,7 @@ def test_bad_input_is_named(change, message):
 def test_kernels_refuse_float64(device):
     if device.type == "cpu" and not INTERPRET:
         pytest.skip("float64 on the CPU runs the reference")
-    with pytest.raises(TypeError, match="layer_norm_fwd: the kernel takes float32, bfloat16 or float16, got float64"):
+    with pytest.raises(TypeError, match=r"^layer_norm: the kernel takes float32, bfloat16 or float16, got float64"):
         layer_norm(torch.ones(2, 8, dtype=torch.float64, device=device), torch.ones(8, device=device))
 
 
@@ -336,6 +337,19 @@ def test_compiles_for_every_target_without_spills(N, target):
         # With triton 3.7.1 the walking backward has 8 bytes of stack on sm_100, whatever the tile: not held to none yet.
         if (N, target) != (MAX_WIDTH, "sm_100"):
             assert found.spilled_bytes == 0, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("N", [1, MAX_RESIDENT_WIDTH + 1])
+def test_a_single_row_compiles(N):
+    """Integer arguments that are 1 are constants to Triton, which have no methods."""
+    x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(1, N), (N,), (1,)])
+    with record_launches("sm_90") as launches:
+        launch_fwd(x, weight, None, 1e-5)
+        launch_add_fwd(x, x, weight, weight, 1e-5)
+        launch_bwd(x, x, x, weight, statistics, statistics, True)
+    for launch in launches:
+        assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
 
 
 @pytest.mark.codegen

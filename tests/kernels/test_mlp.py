@@ -272,6 +272,8 @@ def test_a_second_derivative_is_refused(function, device):
         ({"w1": torch.ones(0, 4)}, r"w1 must be \(F, 4\) to match x \(2, 4\), got \(0, 4\)"),
         ({"w1": torch.ones(4)}, r"w1 must be \(F, 4\) to match x \(2, 4\), got \(4,\)"),
         ({"w2": torch.ones(6, 4)}, r"w2 must be \(4, 6\) to match x \(2, 4\), got \(6, 4\)"),
+        ({"recompute": 1}, "recompute must be bool, got 1"),
+        ({"w1": [1.0]}, "w1 must be Tensor, got a list"),
         ({"b1": torch.ones(4)}, r"b1 must be \(6,\) to match x \(2, 4\), got \(4,\)"),
         ({"b2": torch.ones(1, 4)}, r"b2 must be \(4,\) to match x \(2, 4\), got \(1, 4\)"),
         (
@@ -297,6 +299,7 @@ def test_bad_input_of_the_mlp_is_named(change, message):
         ({"weight": torch.ones(4, 6)}, r"weight must be \(F, 4\) to match x \(2, 4\), got \(4, 6\)"),
         ({"bias": torch.ones(4)}, r"bias must be \(6,\) to match x \(2, 4\), got \(4,\)"),
         ({"weight": torch.ones(6, 4).half()}, r"weight must be torch.float32 on cpu like x, got torch.float16 on cpu"),
+        ({"activation": 1}, r"activation must be str \| None, got 1"),
         ({"activation": "relu"}, r"activation must be None, 'gelu' or 'gelu_tanh', got 'relu'"),
     ],
 )
