@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ._layout import wide
 
@@ -37,10 +36,6 @@ class Options(NamedTuple):
 
 def blocks(x: Tensor, plan: Callable[[int, int], int], V: int) -> Iterator[slice]:
     """Slices of plan(N, V) of the N rows of `x`, the last one shorter."""
-    if isinstance(x, FakeTensor):
-        # There is nothing to keep in cache, and a loop would tie a compiled graph to one number of rows.
-        yield slice(None)
-        return
     N = x.shape[0]
     step = plan(N, V)
     for start in range(0, N, step):
@@ -56,7 +51,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
 def refuse_bad_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
     """Raise for a target that is neither a column nor ignore_index, where looking costs no synchronization."""
-    if isinstance(target, FakeTensor) or target.device.type != "cpu":
+    if target.device.type != "cpu":
         return
     outside = (target != ignore_index) & ((target < 0) | (target >= V))
     if outside.any():

@@ -35,7 +35,7 @@ from ._cross_entropy import (
 )
 from ._cross_entropy_launch import launch_reduce, launch_rows_bwd, launch_rows_fwd
 from ._layout import as_rows
-from ._op import define_op
+from ._op import define_op, public
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
@@ -78,6 +78,23 @@ def reference_bwd(
     return dlogits
 
 
+def shapes_fwd(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `reference_fwd` returns."""
+    N, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    loss = logits.new_empty(N if reduction == "none" else (), dtype=dtype)
+    return loss, logits.new_empty((2, N), dtype=dtype), logits.new_empty((), dtype=torch.int64)
+
+
+def shapes_bwd(
+    dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, divisor: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Allocate what `reference_bwd` returns."""
+    return empty_gradient(logits)
+
+
 # --- launchers: allocate, plan, launch by keyword
 
 
@@ -85,9 +102,9 @@ def launch_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    N = logits.shape[0]
-    loss, statistics = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in (N, (2, N)))
-    launch_rows_fwd(logits, target, Options(ignore_index, label_smoothing, z_loss, softcap), loss, statistics)
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    loss, statistics, _ = shapes_fwd(logits, target, *options, "none")
+    launch_rows_fwd(logits, target, options, loss, statistics)
     loss, divisor = launch_reduce(loss, target, ignore_index, reduction)
     return loss, statistics, divisor
 
@@ -116,8 +133,8 @@ def cost(N: int, V: int, itemsize: int) -> dict[str, int]:
 
 # --- operator
 
-_fwd = define_op("cross_entropy_fwd", launch=launch_fwd, reference=reference_fwd)
-_bwd = define_op("cross_entropy_bwd", launch=launch_bwd, reference=reference_bwd)
+_fwd = define_op("cross_entropy_fwd", launch=launch_fwd, reference=reference_fwd, shapes=shapes_fwd)
+_bwd = define_op("cross_entropy_bwd", launch=launch_bwd, reference=reference_bwd, shapes=shapes_bwd)
 
 
 def _save(ctx, inputs, output):
@@ -136,6 +153,7 @@ def _grad(ctx, dloss, _dstatistics, _ddivisor):
 _fwd.register_autograd(_grad, setup_context=_save)
 
 
+@public
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

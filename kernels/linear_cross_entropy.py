@@ -36,7 +36,7 @@ from ._cross_entropy import (
 )
 from ._cross_entropy_launch import launch_reduce, launch_rows_fwd, launch_rows_fwd_bwd
 from ._layout import as_rows, wide
-from ._op import autocast, define_op, product
+from ._op import autocast, define_op, product, public
 from ._triton import cdiv, tl, triton
 
 # Below this many rows reading and writing dw, once a chunk, takes longer than its products (V = 50,304: 20 rows 1.4 x slower).
@@ -98,13 +98,12 @@ def _walk(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, scale: Tensor, options: Options, want_dx: bool, want_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return each row's loss and the gradients of sum_n scale_n l_n, in at least float32; empty if not wanted."""
-    V, want_db = weight.shape[0], want_dw and bias is not None
     loss = torch.empty_like(scale)
-    dx = scale.new_empty(x.shape if want_dx else 0)
-    dw = scale.new_zeros(weight.shape if want_dw else 0)
-    db = scale.new_zeros(V if want_db else 0)
+    dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, scale.dtype)
+    dw.zero_()
+    db.zero_()
     wide_weight, wide_bias = wide(weight), None if bias is None else wide(bias)
-    for rows in blocks(x, block_rows, V):
+    for rows in blocks(x, block_rows, weight.shape[0]):
         wide_x = wide(x[rows])
         s = capped(F.linear(wide_x, wide_weight, wide_bias), options.softcap)
         loss[rows], top, log_sum, p = block_loss(s, index[rows], options)
@@ -115,9 +114,35 @@ def _walk(
             torch.mm(dlogits, wide_weight, out=dx[rows])
         if want_dw:
             dw.addmm_(dlogits.t(), wide_x)
-        if want_db:
+        if db.numel():
             db += dlogits.sum(0)
     return loss, dx, dw, db
+
+
+def shapes_fwd(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str, want_dx: bool, want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Allocate what `reference_fwd` returns."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty(x.shape[0] if reduction == "none" else (), dtype=dtype)
+    return loss, x.new_empty((), dtype=torch.int64), *_empty_gradients(x, weight, bias, want_dx, want_dw, dtype)
+
+
+def shapes_rows_bwd(
+    dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, want_dx: bool, want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Allocate what `reference_rows_bwd` returns."""
+    return _empty_gradients(x, weight, bias, want_dx, want_dw, x.dtype)
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, want_dx: bool, want_dw: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    want_db = want_dw and bias is not None
+    shapes = (x.shape if want_dx else 0, weight.shape if want_dw else 0, weight.shape[0] if want_db else 0)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 # --- kernels: a program owns a block of elements; those of the logits' rows are cross_entropy's
@@ -184,11 +209,12 @@ def _launch_chunks(
     want_dx: bool, want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return each row's loss and the float32 gradients of their sum, weighted by `dloss` if given; empty if not wanted."""
-    (N, V), want_db = (x.shape[0], weight.shape[0]), want_dw and bias is not None
-    loss, dx = (x.new_empty(shape, dtype=torch.float32) for shape in (N, x.shape if want_dx else 0))
-    # The first chunk writes dw, the others add to it.
-    dw = (x.new_empty if N else x.new_zeros)(weight.shape if want_dw else 0, dtype=torch.float32)
-    db = x.new_zeros(V if want_db else 0, dtype=torch.float32)
+    (N, V), loss = (x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], dtype=torch.float32)
+    dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, torch.float32)
+    db.zero_()
+    if not N:
+        # Else the first chunk writes dw, and the others add to it.
+        dw.zero_()
     rows = plan(N, V)
     buffer = x.new_empty(min(rows, N), _row_elements(V))
     for start in range(0, N, rows):
@@ -207,7 +233,7 @@ def _launch_chunks(
             product(dlogits, weight, dx[chunk])
         if want_dw:
             product(dlogits.t(), x[chunk], dw, accumulate=start > 0)
-        if want_db:
+        if db.numel():
             db += dlogits.sum(0, dtype=torch.float32)
     return loss, dx, dw, db
 
@@ -232,9 +258,11 @@ def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:
 
 # --- operator
 
-_fwd = define_op("linear_cross_entropy_fwd", launch=launch_fwd, reference=reference_fwd)
+_fwd = define_op("linear_cross_entropy_fwd", launch=launch_fwd, reference=reference_fwd, shapes=shapes_fwd)
 _scale = define_op("linear_cross_entropy_scale", launch=launch_scale, reference=reference_scale)
-_rows_bwd = define_op("linear_cross_entropy_rows_bwd", launch=launch_rows_bwd, reference=reference_rows_bwd)
+_rows_bwd = define_op(
+    "linear_cross_entropy_rows_bwd", launch=launch_rows_bwd, reference=reference_rows_bwd, shapes=shapes_rows_bwd
+)
 
 
 def _save(ctx, inputs, output):
@@ -284,6 +312,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
+@public
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tritium.kernels._cross_entropy import (
     Options,
@@ -77,11 +76,9 @@ def test_capped_copies_only_where_it_must():
     assert capped(logits.bfloat16(), 0.0).dtype == torch.float32
 
 
-def test_blocks_cover_each_row_once_and_fake_tensors_take_one():
+def test_blocks_cover_each_row_once():
     for N in (0, 1, 7, 8, 9):
         assert [i for rows in blocks(torch.empty(N, 2), lambda N, V: 4, 2) for i in range(N)[rows]] == list(range(N))
-    with FakeTensorMode():
-        assert list(blocks(torch.empty(9, 2), lambda N, V: 4, 2)) == [slice(None)]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -126,5 +123,3 @@ def test_bad_targets_are_looked_for_only_where_that_is_free():
         refuse_bad_targets("op", torch.tensor([0, 5, -1, -100]), 5, -100)
     refuse_bad_targets("op", torch.tensor([0, 4, -100]), 5, -100)
     refuse_bad_targets("op", torch.full((3,), 9, device="meta"), 5, -100)
-    with FakeTensorMode():
-        refuse_bad_targets("op", torch.full((3,), 9), 5, -100)

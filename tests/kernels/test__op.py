@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tritium import kernels
 from tritium.kernels._op import (
     FLOATS,
     INTERPRET,
@@ -200,3 +201,10 @@ def test_public_operators_compile_as_one_graph_for_any_number():
     assert counter.frame_count <= 2
     with pytest.raises(ValueError, match=r"^example: n must be int, got 2\.0"):
         torch.compile(lambda x: named(x, n=2.0), backend="aot_eager")(x)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_every_public_operator_is_one(name):
+    with pytest.raises(ValueError, match=f"^{name}: .* must be Tensor, got 'a'; convert it$"):
+        getattr(kernels, name)(*["a"] * 4)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -211,13 +212,19 @@ def test_compiles_as_one_graph(reduction, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.plain
 @pytest.mark.usefixtures("chunks_of_five")
-def test_compiled_for_any_number_of_rows(device):
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
-    for N in (6, 9, 12):
-        (x, weight, _), target, _ = tensors(N, 8, 40, torch.float32, device)
-        with torch.compiler.set_stance("default" if N == 6 else "fail_on_recompile"):
-            assert torch.equal(compiled(x, weight, target), linear_cross_entropy(x, weight, target))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ten_numbers_of_rows_compile_at_most_twice(reduction):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=counter)
+    for N in range(13, 23):
+        inputs, target, incoming = tensors(N, 8, 40, torch.float32, "cpu")
+        given = {"reduction": reduction, "incoming": incoming if reduction == "none" else None}
+        for a, b in zip(*(run(f, inputs, target, **given) for f in (compiled, linear_cross_entropy)), strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
