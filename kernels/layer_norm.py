@@ -11,25 +11,12 @@ Determinism  dw and db are summed in two stages of fixed order, no atomics; the 
 Source     Ba, Kiros & Hinton 2016, arXiv:1607.06450
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ._device import DEFAULT_SM_COUNT, sm_count
-from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
+from ._layer_norm_launch import MAX_WIDTH, launch_norm_bwd, launch_norm_fwd
 from ._layout import as_rows, like_rows_of, wide
 from ._op import define_op, public
-from ._triton import cdiv, next_power_of_2, tl, triton
-
-MAX_WIDTH = 65_536
-# Rows up to this many elements stay in registers; wider ones are walked in tiles of WIDE_BLOCK_N (_layer_norm_wide.py).
-MAX_RESIDENT_WIDTH = 8_192
-WIDE_BLOCK_N = 2_048
-# Elements of a tile: 16 for each of 128 threads. The backward holds six such tiles, about 100 of a thread's registers.
-TILE_ELEMENTS = 2_048
-COLUMNS_PER_PROGRAM, PARTIALS_PER_STEP = 32, 64
-
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
@@ -69,141 +56,12 @@ def reference_bwd(
     return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
-# --- kernels: a program owns BLOCK_M whole rows (forward), or every P-th such block of rows (backward)
-
-
-@triton.jit
-def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    stride_xm, stride_residual_m,
-    M, N, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    mask = mask_m[:, None] & mask_n[None, :]
-
-    h = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + offs_m[:, None] * stride_residual_m + offs_n[None, :], mask=mask, other=0.0)
-        rounded = (h + residual.to(tl.float32)).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + offs_m[:, None] * N + offs_n[None, :], rounded, mask=mask)
-        h = rounded.to(tl.float32)
-
-    mean = tl.sum(h, axis=1) / N
-    centered = tl.where(mask, h - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / N + eps)
-    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
-
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    y = centered * rstd[:, None] * weight[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr,
-    stride_dym, stride_dhm, stride_hm,
-    M, N,
-    HAS_DH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask_m = offs_m < M
-        mask = mask_m[:, None] & mask_n[None, :]
-        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
-
-        # dy, and so g, is zero where masked: what xhat holds there never counts.
-        xhat = (h - mean[:, None]) * rstd[:, None]
-        g = dy * weight[None, :]
-        mean_g = tl.sum(g, axis=1) / N
-        mean_gx = tl.sum(g * xhat, axis=1) / N
-        dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
-        if HAS_DH:
-            dh = tl.load(dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :], mask=mask, other=0.0)
-            dx += dh.to(tl.float32)
-        tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dw += dy * xhat
-        if HAS_BIAS:
-            db += dy
-
-    partial = pid.to(tl.int64) * N + offs_n
-    tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=mask_n)
-    if HAS_BIAS:
-        tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=mask_n)
-
-
-@triton.jit
-def _layer_norm_bwd_weight_kernel(
-    dw_partial_ptr, db_partial_ptr, dw_ptr, db_ptr,
-    P, N,
-    HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A program owns BLOCK_N columns and adds up their P partial sums."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    dw = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    db = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
-        mask = (offs_p < P)[:, None] & mask_n[None, :]
-        dw += tl.load(dw_partial_ptr + offs_p[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-        if HAS_BIAS:
-            db += tl.load(db_partial_ptr + offs_p[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-    tl.store(dw_ptr + offs_n, tl.sum(dw, axis=0).to(dw_ptr.dtype.element_ty), mask=mask_n)
-    if HAS_BIAS:
-        tl.store(db_ptr + offs_n, tl.sum(db, axis=0).to(db_ptr.dtype.element_ty), mask=mask_n)
-
-
-# --- launchers: allocate, plan, launch by keyword
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Launch sizes. `wide`: rows are walked in tiles of block_n; else a tile holds whole rows."""
-
-    wide: bool
-    block_m: int
-    block_n: int
-    num_warps: int
-    partials: int
-
-    @property
-    def tile(self) -> dict:
-        """Keyword arguments of the row kernels."""
-        rows = {} if self.wide else {"BLOCK_M": self.block_m}
-        return {**rows, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
-
-
-def plan(M: int, N: int, sms: int = DEFAULT_SM_COUNT) -> Plan:
-    """Choose tiles for M rows of N elements on a device of `sms` multiprocessors.
-
-    Tiles have about TILE_ELEMENTS elements, several rows where rows are short. The backward starts four programs an SM, as
-    many as its registers let run at once, each summing one row of partial weight gradients.
-    """
-    wide = N > MAX_RESIDENT_WIDTH
-    block_n = WIDE_BLOCK_N if wide else next_power_of_2(max(N, 16))
-    block_m = 1 if wide else min(max(1, TILE_ELEMENTS // block_n), next_power_of_2(M))
-    num_warps = min(16, max(1, block_m * block_n // 512))
-    return Plan(wide=wide, block_m=block_m, block_n=block_n, num_warps=num_warps, partials=min(cdiv(M, block_m), 4 * sms))
+# --- launchers: the kernels are in _layer_norm_kernels.py and _layer_norm_wide.py
 
 
 def launch_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    y, _, mean, rstd = _launch_fwd(x, None, weight, bias, eps)
+    y, _, mean, rstd = launch_norm_fwd(x, None, weight, bias, eps, centered=True)
     return y, mean, rstd
 
 
@@ -211,47 +69,14 @@ def launch_add_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_add_fwd`."""
-    return _launch_fwd(x, residual, weight, bias, eps)
-
-
-def _launch_fwd(x, residual, weight, bias, eps):
-    M, N = x.shape
-    p = plan(M, N)
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    h = x if residual is None else torch.empty((M, N), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
-    residual = x if residual is None else residual
-    kernel, rows = (_layer_norm_fwd_wide_kernel, {}) if p.wide else (_layer_norm_fwd_kernel, {"M": M})
-    kernel[(cdiv(M, p.block_m),)](
-        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, y_ptr=y, h_ptr=h, mean_ptr=mean, rstd_ptr=rstd,
-        stride_xm=x.stride(0), stride_residual_m=residual.stride(0), **rows, N=N, eps=eps,
-        HAS_RESIDUAL=h is not x, HAS_BIAS=bias is not None, **p.tile,
-    )  # fmt: skip
-    return y, h, mean, rstd
+    return launch_norm_fwd(x, residual, weight, bias, eps, centered=True)
 
 
 def launch_bwd(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel counterpart of `reference_bwd`: row gradients and partial sums in one kernel, the rest of the sums in another."""
-    M, N = h.shape
-    p = plan(M, N, sm_count(h.device))
-    dx = torch.empty((M, N), dtype=h.dtype, device=h.device)
-    dw, db = torch.empty_like(weight), weight.new_empty(N if has_bias else 0)
-    dw_partial = torch.empty((p.partials, N), dtype=torch.float32, device=h.device)
-    db_partial = torch.empty_like(dw_partial) if has_bias else dw_partial
-    kernel = _layer_norm_bwd_wide_kernel if p.wide else _layer_norm_bwd_kernel
-    kernel[(p.partials,)](
-        dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
-        dx_ptr=dx, dw_partial_ptr=dw_partial, db_partial_ptr=db_partial,
-        stride_dym=dy.stride(0), stride_dhm=0 if dh is None else dh.stride(0), stride_hm=h.stride(0), M=M, N=N,
-        HAS_DH=dh is not None, HAS_BIAS=has_bias, **p.tile,
-    )  # fmt: skip
-    _layer_norm_bwd_weight_kernel[(cdiv(N, COLUMNS_PER_PROGRAM),)](
-        dw_partial_ptr=dw_partial, db_partial_ptr=db_partial, dw_ptr=dw, db_ptr=db, P=p.partials, N=N,
-        HAS_BIAS=has_bias, BLOCK_P=PARTIALS_PER_STEP, BLOCK_N=COLUMNS_PER_PROGRAM,
-    )  # fmt: skip
-    return dx, dw, db
+    """Kernel counterpart of `reference_bwd`."""
+    return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias)
 
 
 def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:

@@ -11,17 +11,9 @@ from tests.tolerance import assert_accurate
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.machine_code import resources
 from tritium.kernels import add_layer_norm, layer_norm
+from tritium.kernels._layer_norm_launch import MAX_RESIDENT_WIDTH, MAX_WIDTH, PARTIALS_PER_STEP, plan
 from tritium.kernels._op import INTERPRET
-from tritium.kernels.layer_norm import (
-    MAX_RESIDENT_WIDTH,
-    MAX_WIDTH,
-    PARTIALS_PER_STEP,
-    cost,
-    launch_add_fwd,
-    launch_bwd,
-    launch_fwd,
-    plan,
-)
+from tritium.kernels.layer_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One element, odd, one before and past a tile of several rows, GPT-2's width, one past it.
