@@ -12,9 +12,12 @@ from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import gelu_mlp, linear
+from .rms_norm import add_rms_norm, rms_norm
+from .rotary import rotary
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention_decode",
     "causal_attention",
     "causal_attention_qkvpacked",
@@ -24,4 +27,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
 ]

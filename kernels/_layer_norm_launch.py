@@ -10,7 +10,6 @@ from ._layer_norm_kernels import _layer_norm_bwd_kernel, _layer_norm_bwd_weight_
 from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
 from ._triton import cdiv, next_power_of_2
 
-MAX_WIDTH = 65_536
 # Rows up to this many elements stay in registers; wider ones are walked in tiles of WIDE_BLOCK_N (_layer_norm_wide.py).
 MAX_RESIDENT_WIDTH = 8_192
 WIDE_BLOCK_N = 2_048

@@ -14,7 +14,8 @@ Source     Ba, Kiros & Hinton 2016, arXiv:1607.06450
 import torch
 from torch import Tensor
 
-from ._layer_norm_launch import MAX_WIDTH, launch_norm_bwd, launch_norm_fwd
+from ._layer_norm_checks import check, check_residual
+from ._layer_norm_launch import launch_norm_bwd, launch_norm_fwd
 from ._layout import as_rows, like_rows_of, wide
 from ._op import define_op, public
 
@@ -134,25 +135,6 @@ _fwd.register_autograd(_grad, setup_context=_save)
 _add_fwd.register_autograd(_grad_add, setup_context=_save_add)
 
 
-def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"{name}: x must be (..., N) with N from 1 to {MAX_WIDTH}, got {tuple(x.shape)}; reshape it")
-    for label, vector in (("weight", weight), ("bias", bias)):
-        if vector is None:
-            continue
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name}: {label} must be ({x.shape[-1]},) to match x {tuple(x.shape)}, got {tuple(vector.shape)}; "
-                "pass one value for each element of the last axis"
-            )
-        if vector.device != x.device:
-            raise ValueError(f"{name}: {label} must be on {x.device} like x, got {vector.device}; move it")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(f"{name}: bias must be {weight.dtype} like weight, got {bias.dtype}; cast it")
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(f"{name}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; cast them")
-
-
 @public
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Center each vector along the last axis and scale it to unit variance, then apply `weight` and `bias`.
@@ -166,7 +148,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented. TypeError for
         float64 on a GPU.
     """
-    _check("layer_norm", x, weight, bias)
+    check("layer_norm", x, weight, bias)
     y, _, _ = _fwd(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
     return like_rows_of(x, y)
 
@@ -184,12 +166,8 @@ def add_layer_norm(
     Returns: (y, h): h = x + residual in their common dtype, y = layer_norm(h, weight, bias) in the dtype of x.
     Raises: as layer_norm, and ValueError if residual differs from x in shape or device.
     """
-    _check("add_layer_norm", x, weight, bias)
-    if residual.shape != x.shape or residual.device != x.device or not residual.is_floating_point():
-        raise ValueError(
-            f"add_layer_norm: residual must be floating point, {tuple(x.shape)} on {x.device} like x, "
-            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
-        )
+    check("add_layer_norm", x, weight, bias)
+    check_residual("add_layer_norm", x, residual)
     bias = None if bias is None else bias.contiguous()
     y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
     return like_rows_of(x, y), like_rows_of(x, h)
