@@ -14,6 +14,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .mlp import gelu_mlp, linear
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary
+from .swiglu_mlp import swiglu_mlp
 
 __all__ = [
     "add_layer_norm",
@@ -29,4 +30,5 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
+    "swiglu_mlp",
 ]

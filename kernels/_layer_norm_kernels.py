@@ -85,25 +85,3 @@ def _layer_norm_bwd_kernel(
     tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=mask_n)
     if db_partial_ptr is not None:
         tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=mask_n)
-
-
-@triton.jit
-def _layer_norm_bwd_weight_kernel(
-    dw_partial_ptr, db_partial_ptr, dw_ptr, db_ptr,
-    P, N,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A program owns BLOCK_N columns and adds up their P partial sums."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    dw = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    db = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
-        mask = (offs_p < P)[:, None] & mask_n[None, :]
-        dw += tl.load(dw_partial_ptr + offs_p[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-        if db_partial_ptr is not None:
-            db += tl.load(db_partial_ptr + offs_p[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-    tl.store(dw_ptr + offs_n, tl.sum(dw, axis=0).to(dw_ptr.dtype.element_ty), mask=mask_n)
-    if db_partial_ptr is not None:
-        tl.store(db_ptr + offs_n, tl.sum(db, axis=0).to(db_ptr.dtype.element_ty), mask=mask_n)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ._device import DEFAULT_SM_COUNT, sm_count
-from ._layer_norm_kernels import _layer_norm_bwd_kernel, _layer_norm_bwd_weight_kernel, _layer_norm_fwd_kernel
+from ._layer_norm_kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
 from ._layer_norm_wide import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_kernel
+from ._partials import empty_partials, sum_partials
 from ._triton import cdiv, next_power_of_2
 
 # Rows up to this many elements stay in registers; wider ones are walked in tiles of WIDE_BLOCK_N (_layer_norm_wide.py).
@@ -15,7 +16,6 @@ MAX_RESIDENT_WIDTH = 8_192
 WIDE_BLOCK_N = 2_048
 # Elements of a tile: 16 for each of 128 threads. The backward holds six such tiles, about 100 of a thread's registers.
 TILE_ELEMENTS = 2_048
-COLUMNS_PER_PROGRAM, PARTIALS_PER_STEP = 32, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +76,12 @@ def launch_norm_bwd(
     p = plan(M, N, sm_count(h.device))
     dx = torch.empty((M, N), dtype=h.dtype, device=h.device)
     dw, db = torch.empty_like(weight), weight.new_empty(N if has_bias else 0)
-    dw_partial = torch.empty((p.partials, N), dtype=torch.float32, device=h.device)
-    db_partial = torch.empty_like(dw_partial) if has_bias else None
+    dw_partial, db_partial = empty_partials(p.partials, h), empty_partials(p.partials, h) if has_bias else None
     kernel = _layer_norm_bwd_wide_kernel if p.wide else _layer_norm_bwd_kernel
     kernel[(p.partials,)](
         dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         dx_ptr=dx, dw_partial_ptr=dw_partial, db_partial_ptr=db_partial,
         stride_dym=dy.stride(0), stride_dhm=0 if dh is None else dh.stride(0), stride_hm=h.stride(0), M=M, N=N, **p.tile,
     )  # fmt: skip
-    _layer_norm_bwd_weight_kernel[(cdiv(N, COLUMNS_PER_PROGRAM),)](
-        dw_partial_ptr=dw_partial, db_partial_ptr=db_partial, dw_ptr=dw, db_ptr=db, P=p.partials, N=N,
-        BLOCK_P=PARTIALS_PER_STEP, BLOCK_N=COLUMNS_PER_PROGRAM,
-    )  # fmt: skip
+    sum_partials(dw_partial, dw, db_partial, db)
     return dx, dw, db

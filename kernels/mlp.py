@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._layout import as_rows, like_rows_of, wide
+from ._mlp_kernels import launch_activation_bwd, launch_activation_fwd
 from ._op import autocast, define_op, public
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
@@ -104,6 +105,51 @@ def _polynomial(h: Tensor, coefficient: float) -> Tensor:
     return torch.addcmul(h.new_full((), TWO_SQRT_2_OVER_PI), h, h, value=TWO_SQRT_2_OVER_PI * coefficient)
 
 
+# --- launchers: products by cuBLAS, what stands between them in _mlp_kernels.py
+
+
+def launch_linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    """Kernel counterpart of `reference_linear_gelu_fwd`."""
+    h = functional.linear(x, weight, bias)
+    return launch_activation_fwd(h, approximate), h
+
+
+def launch_linear_gelu_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, approximate: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_linear_gelu_bwd`."""
+    needs_x, needs_weight, needs_bias = needs
+    dh, db, _ = launch_activation_bwd(dy.contiguous(), h, approximate, needs_bias=needs_bias, needs_a=False)
+    dx, dw, _ = _linear_bwd(dh, x, weight, (needs_x, needs_weight, False))
+    return dx, dw, db
+
+
+def launch_gelu_mlp_fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_gelu_mlp_fwd`."""
+    h = functional.linear(x, w1, b1)
+    a = launch_activation_fwd(h, approximate)
+    return functional.linear(a, w2, b2), h, a.new_empty(0) if recompute else a
+
+
+def launch_gelu_mlp_bwd(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor | None, approximate: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_gelu_mlp_bwd`."""
+    needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
+    dh, db1 = dy.new_empty(0), dy.new_empty(0)
+    if needs_x or needs_w1 or needs_b1:
+        needs_a = a is None and needs_w2
+        dh, db1, again = launch_activation_bwd(torch.mm(dy, w2), h, approximate, needs_bias=needs_b1, needs_a=needs_a)
+        a = again if needs_a else a
+    elif a is None and needs_w2:
+        a = launch_activation_fwd(h, approximate)
+    dx, dw1, _ = _linear_bwd(dh, x, w1, (needs_x, needs_w1, False))
+    _, dw2, db2 = _linear_bwd(dy, a, w2, (False, needs_w2, needs_b2))
+    return dx, dw1, db1, dw2, db2
+
+
 def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> dict[str, int]:
     """Least bytes to move and FLOPs of the products of gelu_mlp, forward and backward, `itemsize` bytes an element.
 
@@ -121,10 +167,10 @@ def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> d
 
 # --- operator
 
-_linear_fwd = define_op("linear_gelu_fwd", launch=None, reference=reference_linear_gelu_fwd)
-_linear_bwd_op = define_op("linear_gelu_bwd", launch=None, reference=reference_linear_gelu_bwd)
-_mlp_fwd = define_op("gelu_mlp_fwd", launch=None, reference=reference_gelu_mlp_fwd)
-_mlp_bwd = define_op("gelu_mlp_bwd", launch=None, reference=reference_gelu_mlp_bwd)
+_linear_fwd = define_op("linear_gelu_fwd", launch=launch_linear_gelu_fwd, reference=reference_linear_gelu_fwd)
+_linear_bwd_op = define_op("linear_gelu_bwd", launch=launch_linear_gelu_bwd, reference=reference_linear_gelu_bwd)
+_mlp_fwd = define_op("gelu_mlp_fwd", launch=launch_gelu_mlp_fwd, reference=reference_gelu_mlp_fwd)
+_mlp_bwd = define_op("gelu_mlp_bwd", launch=launch_gelu_mlp_bwd, reference=reference_gelu_mlp_bwd)
 
 
 def _save_linear(ctx, inputs, output):

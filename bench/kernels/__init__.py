@@ -6,6 +6,7 @@ from .attention import ATTENTION
 from .attention_decode import ATTENTION_DECODE
 from .attention_varlen import ATTENTION_VARLEN
 from .rotary import ROTARY
+from .swiglu_mlp import SWIGLU_MLP
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -19,6 +20,7 @@ OPERATORS: dict[str, Operator] = {
         ATTENTION_VARLEN,
         ATTENTION_DECODE,
         mlp.GELU_MLP,
+        SWIGLU_MLP,
         cross_entropy.CROSS_ENTROPY,
         linear_cross_entropy.LINEAR_CROSS_ENTROPY,
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import gelu_mlp
-from ...kernels.mlp import cost
+from ...kernels.mlp import cost, launch_gelu_mlp_bwd, launch_gelu_mlp_fwd
 from ..case import Operator, randn
 
 # N, D with F = 4 D: GPT-2's four widths at 32 sequences of 1,024 tokens.
@@ -32,9 +32,18 @@ def _ours(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
     return gelu_mlp(x, w1, b1, w2, b2)
 
 
+def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
+    N, D = shape
+    x, w1, b1, w2, b2 = (
+        torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (4 * D, D), (4 * D,), (D, 4 * D), (D,))
+    )
+    _, h, a = launch_gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", False)
+    launch_gelu_mlp_bwd(x, x, w1, w2, h, a, "tanh", [True] * 5)
+
+
 GELU_MLP = Operator(
     name="gelu_mlp", sizes=("N", "D"), inputs=_inputs, ours=_ours, eager=_eager,
-    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops",
+    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=SHAPES[:1],
     check_shape=lambda shape: (min(shape[0], 257), shape[1]),
     cost=lambda shape, itemsize: cost(shape[0], shape[1], 4 * shape[1], itemsize),
 )  # fmt: skip

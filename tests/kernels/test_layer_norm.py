@@ -12,8 +12,9 @@ from tritium.bench.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.machine_code import resources
 from tritium.kernels import add_layer_norm, layer_norm
 from tritium.kernels._layer_norm_checks import MAX_WIDTH
-from tritium.kernels._layer_norm_launch import MAX_RESIDENT_WIDTH, PARTIALS_PER_STEP, plan
+from tritium.kernels._layer_norm_launch import MAX_RESIDENT_WIDTH, plan
 from tritium.kernels._op import INTERPRET
+from tritium.kernels._partials import PARTIALS_PER_STEP
 from tritium.kernels.layer_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,0 +1,157 @@
+"""The elementwise kernels around the products of linear, gelu_mlp and swiglu_mlp, and their launchers.
+
+Forward: an activation of what a product wrote. Backward: its gradient, and on the way the bias's, which is the sum of its
+columns, in two stages of fixed order. Rows are contiguous: products wrote them. Math is mlp.py's and swiglu_mlp.py's.
+"""
+
+import torch
+from torch import Tensor
+
+from ._device import sm_count
+from ._partials import empty_partials, sum_partials
+from ._triton import cdiv, tl, triton
+
+# Elements of a tile: 16 bytes of bfloat16 for each of 128 threads, twice; for the sums of columns, rows of 256 of them.
+BLOCK, COLUMNS = 2_048, 256
+PROGRAMS_PER_SM = 8
+
+SQRT_HALF, SQRT_1_OVER_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
+TWO_SQRT_2_OVER_PI, CUBIC = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# --- activations of a tile in float32 and their slopes: what kernels take as ACTIVATION
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def gelu_tanh(h):
+    """The tanh form of GELU as h sigmoid(u), as in mlp.py."""
+    # From 12 on it is 0 or the identity in float32, which its polynomial could leave.
+    bounded = tl.minimum(tl.maximum(h, -12.0), 12.0)
+    cubic = bounded * bounded * CUBIC
+    s = _sigmoid(bounded * TWO_SQRT_2_OVER_PI * (1.0 + cubic))
+    slope = (1.0 + 3.0 * cubic) * TWO_SQRT_2_OVER_PI
+    return h * s, s + s * (1.0 - s) * slope * bounded
+
+
+@triton.jit
+def gelu_erf(h):
+    """GELU itself: h times the normal distribution's function."""
+    normal = 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
+    return h * normal, normal + h * SQRT_1_OVER_2PI * tl.exp2(h * h * (-0.5 * LOG2E))
+
+
+ACTIVATIONS = {"tanh": gelu_tanh, "none": gelu_erf}
+
+
+# --- kernels: a program owns BLOCK elements, or COLUMNS columns of every P-th block of rows
+
+
+@triton.jit
+def _mlp_activation_fwd_kernel(h_ptr, a_ptr, numel, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    a, _ = ACTIVATION(tl.load(h_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32))
+    tl.store(a_ptr + offs_n, a.to(a_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _mlp_activation_bwd_kernel(
+    da_ptr, h_ptr, dh_ptr, a_ptr, db_partial_ptr,
+    M, N,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dh, and where asked for a once more and partial sums of the columns of dh as it is stored."""
+    pid = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        a, slope = ACTIVATION(tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32))
+        dh = tl.load(da_ptr + offs, mask=mask, other=0.0).to(tl.float32) * slope
+        dh = dh.to(dh_ptr.dtype.element_ty)
+        tl.store(dh_ptr + offs, dh, mask=mask)
+        if a_ptr is not None:
+            tl.store(a_ptr + offs, a.to(a_ptr.dtype.element_ty), mask=mask)
+        db += dh.to(tl.float32)
+    if db_partial_ptr is not None:
+        tl.store(db_partial_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, axis=0), mask=mask_n)
+
+
+@triton.jit
+def _swiglu_fwd_kernel(gate_ptr, up_ptr, a_ptr, numel, BLOCK_N: tl.constexpr):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    gate = tl.load(gate_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(a_ptr + offs_n, (gate * _sigmoid(gate) * up).to(a_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(da_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, a_ptr, numel, BLOCK_N: tl.constexpr):
+    """The gradients of gate and up, and a once more, which the forward did not keep."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    da = tl.load(da_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    s = _sigmoid(gate)
+    silu = gate * s
+    tl.store(dgate_ptr + offs_n, (da * up * (s + silu * (1.0 - s))).to(dgate_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(dup_ptr + offs_n, (da * silu).to(dup_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(a_ptr + offs_n, (silu * up).to(a_ptr.dtype.element_ty), mask=mask_n)
+
+
+# --- launchers: allocate, launch by keyword
+
+
+def launch_activation_fwd(h: Tensor, approximate: str) -> Tensor:
+    """Return gelu(h)."""
+    a = torch.empty_like(h)
+    _mlp_activation_fwd_kernel[(cdiv(h.numel(), BLOCK),)](
+        h_ptr=h, a_ptr=a, numel=h.numel(), ACTIVATION=ACTIVATIONS[approximate], BLOCK_N=BLOCK
+    )
+    return a
+
+
+def launch_activation_bwd(
+    da: Tensor, h: Tensor, approximate: str, *, needs_bias: bool, needs_a: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return dh, the sum of its columns (empty unless `needs_bias`), and gelu(h) if `needs_a`."""
+    M, N = h.shape
+    dh, a = torch.empty_like(h), torch.empty_like(h) if needs_a else None
+    db = h.new_empty(N if needs_bias else 0)
+    column_blocks = cdiv(N, COLUMNS)
+    programs = max(1, min(cdiv(M, BLOCK // COLUMNS), PROGRAMS_PER_SM * sm_count(h.device) // column_blocks))
+    db_partial = empty_partials(programs, h) if needs_bias else None
+    _mlp_activation_bwd_kernel[(programs, column_blocks)](
+        da_ptr=da, h_ptr=h, dh_ptr=dh, a_ptr=a, db_partial_ptr=db_partial, M=M, N=N,
+        ACTIVATION=ACTIVATIONS[approximate], BLOCK_M=BLOCK // COLUMNS, BLOCK_N=COLUMNS,
+    )  # fmt: skip
+    if needs_bias:
+        sum_partials(db_partial, db)
+    return dh, db, a
+
+
+def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) up."""
+    a = torch.empty_like(gate)
+    _swiglu_fwd_kernel[(cdiv(a.numel(), BLOCK),)](gate_ptr=gate, up_ptr=up, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK)
+    return a
+
+
+def launch_swiglu_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of gate and up, and silu(gate) up."""
+    dgate, dup, a = (torch.empty_like(gate) for _ in range(3))
+    _swiglu_bwd_kernel[(cdiv(a.numel(), BLOCK),)](
+        da_ptr=da, gate_ptr=gate, up_ptr=up, dgate_ptr=dgate, dup_ptr=dup, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK
+    )
+    return dgate, dup, a
