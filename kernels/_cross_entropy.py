@@ -20,6 +20,8 @@ REDUCTIONS = ("mean", "sum", "none")
 BLOCK_ELEMENTS = 1 << 20
 # What a lane of a GPU loads at once, from addresses that are multiples of it.
 LOAD_BYTES = 16
+# The square of this, and of its reciprocal, is a number in float32.
+MOST_OPTION = 1e18
 
 
 class Options(NamedTuple):
@@ -43,7 +45,7 @@ def blocks(x: Tensor, plan: Callable[[int, int], int], V: int) -> Iterator[slice
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """An uninitialized (N, V) whose rows begin as far from a multiple of LOAD_BYTES as those of `logits`, for the kernels."""
+    """An uninitialized (N, V) whose rows begin as far from a multiple of LOAD_BYTES, counted from the first, as the logits'."""
     N, V = logits.shape
     stride = V + (logits.stride(0) - V) % (LOAD_BYTES // logits.itemsize)
     return torch.empty_strided((N, V), (stride, 1), dtype=logits.dtype, device=logits.device)
@@ -126,6 +128,10 @@ def block_dlogits(p: Tensor, s: Tensor, index: Tensor, lse: Tensor, scale: Tenso
     p.scatter_(1, column, (scale * at_target)[:, None])
     if options.softcap:
         p.addcmul_(p * s, s, value=-(options.softcap**-2))
+    ignored = scale == 0
+    # Where looking costs no synchronization, a pass is saved; what an ignored row holds, be it NaN, never counts.
+    if ignored.device.type != "cpu" or ignored.any():
+        p.masked_fill_(ignored[:, None], 0.0)
     return p
 
 
@@ -145,8 +151,13 @@ def check(name: str, label: str, values: Tensor, target: Tensor, options: Option
         raise ValueError(f"{name}: target must be on {values.device} like {label}, got {target.device}; move it")
     if not 0 <= options.label_smoothing < 1:
         raise ValueError(f"{name}: label_smoothing must be at least 0 and below 1, got {options.label_smoothing}")
-    for option in ("z_loss", "softcap"):
-        if not 0 <= getattr(options, option) < float("inf"):
-            raise ValueError(f"{name}: {option} must be finite and not negative, 0 for none, got {getattr(options, option)}")
+    if not torch.iinfo(target.dtype).min <= options.ignore_index <= torch.iinfo(target.dtype).max:
+        raise ValueError(f"{name}: ignore_index must be one that {target.dtype} targets can be, got {options.ignore_index}")
+    if not 0 <= options.z_loss <= MOST_OPTION:
+        raise ValueError(f"{name}: z_loss must be from 0, for none, to {MOST_OPTION}, got {options.z_loss}")
+    if options.softcap and not 1 / MOST_OPTION <= options.softcap <= MOST_OPTION:
+        raise ValueError(
+            f"{name}: softcap must be 0, for none, or from {1 / MOST_OPTION} to {MOST_OPTION}, got {options.softcap}"
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

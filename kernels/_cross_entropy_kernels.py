@@ -1,8 +1,9 @@
 """The kernels of cross_entropy and linear_cross_entropy. A program owns BLOCK_M rows of logits and walks their columns.
 
-Walking    tiles of UNROLL x BLOCK_V columns without masks, from the first address of a row that is a multiple of 16 bytes: a
-           row that begins between two of them, as every other row of 50,257 columns does, is still loaded 16 bytes at a time.
-           What is left of the row, before that address and behind the last whole tile, comes last, under a mask
+Walking    tiles of UNROLL x BLOCK_V columns without masks, from a row's first address that is a multiple of 16 bytes, counted
+           from where the tensor begins: a row that begins between two of them, as every other row of 50,257 columns does, is
+           still loaded 16 bytes at a time. What is left of the row, before that address and behind the last whole tile, comes
+           last, under a mask
 Softmax    each lane keeps the maximum and the sum of the columns it has seen; lanes meet once, at the end of the row
 Target     is left out of that sum: where it is the largest, log(1 + others) keeps the digits of the others, and so do the loss
            and p - 1 of the target, even where p is 1 but for a rounding
@@ -16,8 +17,8 @@ from ._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every logit, and finite, also times LOG2E: differences from it are never NaN.
-LOWEST = tl.constexpr(-2.0e38)
+# Below no finite logit: differences from it are never NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -153,11 +154,10 @@ def _write_dlogits(
     half = tanh(0.5 * ((top - s) + log_sum))
     miss = 2.0 * half / (1.0 + half)
     scale = tl.where(counted, tl.where(valid, scale, float("nan")), 0.0)
-    top, log_sum = tl.where(counted, top, 0.0), tl.where(counted, log_sum, 0.0)
     z_term = 2.0 * z_loss * (top + log_sum)
     smoothing = 0.0 if label_smoothing is None else label_smoothing
     uniform = (scale * (smoothing / V))[:, None, None]
-    at_target = tl.where(counted, scale * ((1.0 - miss) * z_term - miss + (smoothing - smoothing / V)), 0.0)[:, None, None]
+    at_target = (scale * ((1.0 - miss) * z_term - miss + (smoothing - smoothing / V)))[:, None, None]
     factor = (scale * (1.0 + z_term))[:, None, None]
     top, log_sum = top[:, None, None], log_sum[:, None, None]
     read, written = counted[:, None, None], (offs_m < N)[:, None, None]
@@ -260,8 +260,8 @@ def _cross_entropy_reduce_kernel(
         mask_n = offs_n < N
         total += tl.load(rows_ptr + offs_n, mask=mask_n, other=0.0)
         if IS_MEAN:
-            target = tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index)
-            count += (target != ignore_index).to(tl.int32)
+            target = tl.load(target_ptr + offs_n, mask=mask_n)
+            count += (mask_n & (target != ignore_index)).to(tl.int32)
     divisor = tl.maximum(tl.sum(count, axis=0), 1) if IS_MEAN else 1
     tl.store(loss_ptr, tl.sum(total, axis=0) / divisor)
     tl.store(divisor_ptr, divisor)

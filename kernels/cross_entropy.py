@@ -173,7 +173,8 @@ def cross_entropy(
         label_smoothing: share of the target's weight that is spread over all columns, in [0, 1).
         z_loss: weight of the squared log-sum-exp, which keeps logits near normalized.
         softcap: bound c of c tanh(logits / c), which replaces the logits; 0 for none.
-        reduction: "mean" over the counted rows, "sum", or "none".
+        reduction: "mean" over the counted rows, "sum", or "none". To torch.compile all options are constants: it compiles anew
+            for another value.
     Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 logits). Where every row is
         ignored, or there is none, the mean is 0 with zero gradients, not the NaN that PyTorch gives.
     Raises: ValueError if target does not match logits or an option is out of range. A target that is neither a column nor

@@ -10,7 +10,8 @@ Precision  any float dtype in, gradients in the same; the reference multiplies i
            Between forward and backward dx, dw and db are float32 and unscaled: they are rounded once, whatever the scale
 Chunks     the kernels: CHUNK_ROWS, so many that the products of a chunk run at full speed and reading and writing dw once a
            chunk takes little beside them, and that a chunk of logits, the only large buffer, has a bounded size. The reference:
-           BLOCK_ELEMENTS, which stay in a CPU's cache
+           BLOCK_ELEMENTS, which stay in a CPU's cache. On AMD, where no product of 16 bits is written in 32, the products of a
+           chunk take float32 copies of it and of the weight
 Cost       compute-bound: 2 N V D FLOPs for the loss, 4 N V D more for the gradients; see cost()
 Source     row losses and options as in cross_entropy (_cross_entropy.py), whose kernels write a chunk's gradient over its
            logits; products: PyTorch's (cuBLAS); chunks with gradients in the forward: Hsu et al. 2024 (Liger Kernel),
@@ -162,7 +163,7 @@ def _linear_cross_entropy_scale_kernel(grad_ptr, dloss_ptr, divisor_ptr, out_ptr
 
 def plan(N: int, V: int) -> int:
     """Choose how many of N rows of V logits a chunk of the kernels holds: about the same for all chunks."""
-    most = max(CHUNK_ROWS, MIN_CHUNK_ELEMENTS // V)
+    most = max(CHUNK_ROWS, MIN_CHUNK_ELEMENTS // _row_elements(V) // ROWS_MULTIPLE * ROWS_MULTIPLE)
     # What remains of the rows is shared out over the same number of chunks.
     rows = cdiv(max(N, 1), cdiv(max(N, 1), most))
     return cdiv(rows, ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -335,7 +336,7 @@ def linear_cross_entropy(
         weight: (V, D), as nn.Linear stores it, dtype and device of x; under torch.autocast all three are cast.
         target: x.shape[:-1], int64 or int32, device of x: rows of weight, or ignore_index.
         bias: (V,), dtype and device of x, or None.
-        ignore_index, label_smoothing, z_loss, softcap, reduction: as for cross_entropy.
+        ignore_index, label_smoothing, z_loss, softcap, reduction: as for cross_entropy; constants to torch.compile.
     Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 x). Where every row is ignored,
         or there is none, the mean is 0 with zero gradients.
     Raises: ValueError if shapes, dtypes or devices do not match or an option is out of range. A target that is neither a

@@ -111,6 +111,28 @@ def test_is_accurate_far_from_zero(V, device):
             assert_accurate(name, *values, length=V)
 
 
+@pytest.mark.parametrize("lead", [20.0, 60.0])
+def test_a_certain_target_keeps_the_digits_of_the_others(lead, device):
+    """p - 1, computed as that, would be 0; PyTorch's own error is as large as the value, so it is no bar here."""
+    logits = torch.tensor([[lead, 0.0, 0.0]], device=device)
+    target = torch.zeros(1, dtype=torch.long, device=device)
+    (loss, dlogits), (true_loss, truth) = run(cross_entropy, logits, target), run(F.cross_entropy, logits.double(), target)
+    truth[0, 0] = -truth[0, 1:].sum()  # in float64 too
+    torch.testing.assert_close(dlogits.double(), truth, rtol=1e-5, atol=0)
+    if INTERPRET or device.type == "cuda":
+        torch.testing.assert_close(loss.double(), torch.log1p(truth[0, 1:].sum()), rtol=1e-5, atol=0)
+    assert abs(loss.item() - true_loss.item()) < 1e-7
+
+
+def test_logits_at_the_end_of_float32(device):
+    """What masks are made of where -inf is feared."""
+    least = torch.finfo(torch.float32).min
+    for logits in (torch.full((1, 4), least, device=device), torch.tensor([[least, 0.0, least, 1.0]], device=device)):
+        target = torch.ones(1, dtype=torch.long, device=device)
+        for a, b in zip(*(run(f, logits, target) for f in (cross_entropy, F.cross_entropy)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("V", [33, 4500])
 def test_columns_without_probability(V, device):
     """-inf masks a column: no NaN, no gradient; a target there has an infinite loss, as in PyTorch."""
@@ -164,7 +186,10 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(index, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("columns", "begin", "V"), [(4104, 0, 4097), (9003, 0, 9000), (4500, 3, 4400), (1100, 5, 1030)])
+@pytest.mark.parametrize(
+    ("columns", "begin", "V"),
+    [(4104, 0, 4097), (4099, 0, 4097), (9003, 0, 9000), (4500, 3, 4400), (1100, 5, 1030), (67, 0, 64)],
+)
 def test_long_rows_of_any_stride_and_begin(columns, begin, V, dtype, device):
     """Rows begin at any distance from a multiple of 16 bytes: the walk leaves no column out, reads none twice."""
     base, target, incoming = tensors(9, columns, dtype, device)
@@ -186,6 +211,17 @@ def test_leading_axes(device):
         for a, b in zip(deep, flat, strict=True):
             assert torch.equal(a.reshape(b.shape), b)
     assert cross_entropy(logits[0], target[0], reduction="none").shape == ()
+
+
+@pytest.mark.parametrize("ignore_index", [1, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_any_ignore_index(ignore_index, dtype, device):
+    logits, target, _ = tensors(9, 5, torch.float32, device)
+    target = target.where(target >= 0, ignore_index).to(dtype)
+    ours = run(cross_entropy, logits, target, ignore_index=ignore_index)
+    theirs = run(F.cross_entropy, logits, target.long(), ignore_index=ignore_index)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_nothing_to_count_gives_zero(device):
@@ -293,14 +329,13 @@ def test_target_outside_the_vocabulary_is_named(value):
 def test_target_outside_the_vocabulary_is_nan_where_values_are_not_looked_at(V, device, monkeypatch):
     """As on a GPU: the row's loss and gradient, and nobody else's."""
     monkeypatch.setattr(sys.modules[plan.__module__], "refuse_bad_targets", lambda *args: None)
-    logits, target = torch.randn(4, V, device=device), torch.tensor([1, V, -100, -1], device=device)
-    if INTERPRET or device.type == "cuda":
-        logits[2] = float("nan")  # the kernels do not read a row that is ignored
+    logits, target = torch.randn(4, V, device=device), torch.tensor([1, -1, V, -100], device=device)
+    logits[3] = float("nan")  # nor does it matter what an ignored row holds
     loss, dlogits = run(cross_entropy, logits, target, reduction="none")
-    assert loss.isnan().tolist() == [False, True, False, True]
-    assert dlogits.isnan().all(1).tolist() == [False, True, False, True]
-    assert dlogits.isnan().any(1).tolist() == [False, True, False, True]
-    assert not dlogits[2].any()
+    assert loss.isnan().tolist() == [False, True, True, False]
+    assert dlogits.isnan().all(1).tolist() == [False, True, True, False]
+    assert dlogits.isnan().any(1).tolist() == [False, True, True, False]
+    assert not dlogits[3].any()
     assert run(cross_entropy, logits, target)[0].isnan()
     assert run(cross_entropy, logits, torch.full_like(target, 2**40))[0].isnan()
 
@@ -317,9 +352,14 @@ def test_target_outside_the_vocabulary_is_nan_where_values_are_not_looked_at(V, 
         ({"target": torch.ones(2, dtype=torch.long, device="meta")}, r"target must be on cpu like logits, got meta"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be .*, got -0.1"),
-        ({"z_loss": -1.0}, r"z_loss must be finite and not negative, 0 for none, got -1.0"),
-        ({"softcap": -30.0}, r"softcap must be finite and not negative, 0 for none, got -30.0"),
+        ({"z_loss": -1.0}, r"z_loss must be from 0, for none, to 1e\+18, got -1.0"),
+        ({"softcap": -30.0}, r"softcap must be 0, for none, or from 1e-18 to 1e\+18, got -30.0"),
         ({"softcap": float("inf")}, r"softcap must be .*, got inf"),
+        ({"softcap": 1e39}, r"softcap must be .*, got 1e\+39"),
+        ({"softcap": None}, r"softcap must be float, got None"),
+        ({"ignore_index": 1.5}, r"ignore_index must be int, got 1.5"),
+        ({"ignore_index": 2**40, "target": torch.zeros(2, dtype=torch.int32)}, r"ignore_index must be one that torch.int32"),
+        ({"logits": torch.ones(2, 5).to(torch.float8_e4m3fn)}, r"logits must be one of .*, got torch.float8_e4m3fn"),
         ({"reduction": "max"}, r"reduction must be one of mean, sum, none, got 'max'"),
     ],
 )
@@ -424,3 +464,15 @@ def test_rows_are_addressed_in_int64(V):
         ]  # fmt: skip
         assert products or launch.kernel.__name__ == "_cross_entropy_reduce_kernel"
         assert not narrow, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+def test_the_kernel_that_writes_over_its_logits_waits_between_reading_and_writing():
+    """The interpreter, which runs one thread, would not miss it."""
+    launch = launches_of(8192, 50_304, torch.bfloat16, "sm_90", (-100, 0.0, 0.0, 0.0))[-1]
+    assert launch.kernel.__name__ == "_cross_entropy_fwd_bwd_kernel"
+    code = compile_launch(launch, "sm_90").asm["ttir"]
+    assert re.search(r"\bbarrier\b", code[: code.rindex("tt.store")])
+    assert not re.search(
+        r"\bbarrier\b", compile_launch(launches_of(8, 65, torch.bfloat16, "sm_90", (0, 0.0, 0.0, 0.0))[0], "sm_90").asm["ttir"]
+    )
