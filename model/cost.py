@@ -1,7 +1,8 @@
 """What a GPT costs, as formulas: parameters, FLOPs a token, bytes of activations and of a whole training step.
 
-    parameters   N = V D + C D + L (norms 2 D + qkv D (D + 2 G K) + projection D^2 + MLP 2 D F) + D; biases have as many
-                 numbers as their layer has outputs: L (2 D + D + 2 G K + D + F + D) + D
+    parameters   N = V D + C D + L (norms 2 D + qkv D (D + 2 G K) + projection D^2 + MLP 2 D F, gated 3 D F) + D, where C is 0
+                 with rotary positions; biases have as many numbers as their layer has outputs, but rms norms and gated
+                 perceptrons have none: L (2 D + D + 2 G K + D + F + D) + D
     FLOPs        6 (N - C D) + 12 L D T a token, forward and backward: two for each multiply-add, the backward twice the
                  forward; attention counted in full, although causal kernels do half. What MFU is reported with.
     activations  what autograd keeps between forward and backward, see activation_bytes
@@ -17,16 +18,23 @@ from .config import GPTConfig
 def parameters(config: GPTConfig) -> int:
     """Trainable numbers, without the embedding's rows added for alignment: the figure that models are known by."""
     D = config.d_model
-    gains, outputs = 2 * D, D + 2 * _kv_width(config) + D + config.d_feedforward + D
-    biases = config.n_layer * (gains + outputs) + D if config.bias else 0
-    embeddings = (config.vocab_size + config.context_tokens) * D
-    return embeddings + matrices(config) + config.n_layer * gains + D + biases
+    gains, outputs = 2 * D, D + 2 * _kv_width(config) + D
+    outputs += config.d_feedforward + D if config.mlp == "gelu" else 0
+    norm_biases = config.n_layer * gains + D if config.norm == "layer" else 0
+    biases = norm_biases + config.n_layer * outputs if config.bias else 0
+    return config.vocab_size * D + positions(config) + matrices(config) + config.n_layer * gains + D + biases
 
 
 def matrices(config: GPTConfig) -> int:
     """Numbers in the weight matrices of all blocks."""
     D = config.d_model
-    return config.n_layer * (D * (D + 2 * _kv_width(config)) + D * D + 2 * D * config.d_feedforward)
+    mlp = (2 if config.mlp == "gelu" else 3) * D * config.d_feedforward
+    return config.n_layer * (D * (D + 2 * _kv_width(config)) + D * D + mlp)
+
+
+def positions(config: GPTConfig) -> int:
+    """Numbers of the table of positions."""
+    return config.context_tokens * config.d_model if config.position == "learned" else 0
 
 
 def _kv_width(config: GPTConfig) -> int:
@@ -35,24 +43,27 @@ def _kv_width(config: GPTConfig) -> int:
 
 def flops_per_token(config: GPTConfig, tokens: int) -> int:
     """FLOPs of forward and backward for each token of a sequence of `tokens`."""
-    return 6 * (parameters(config) - config.context_tokens * config.d_model) + 12 * config.n_layer * config.d_model * tokens
+    return 6 * (parameters(config) - positions(config)) + 12 * config.n_layer * config.d_model * tokens
 
 
 def activation_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int) -> int:
     """Bytes kept between forward and backward of the loss of `batch` sequences of `tokens`, weights not counted.
 
-    A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K) and the MLP's hidden layer
-    before and after GELU (2 F), of `itemsize` bytes: 4, or 2 under autocast. In float32 either way: the residual stream that
-    its two norms read (2 D), and statistics: mean and deviation of two norms, log-sum-exp of H heads. The head keeps the
-    gradients that it has formed already, in float32.
+    A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K), with rotary positions q and k
+    turned as well (D + G K), and the MLP's hidden layer before and after GELU, or gate and value (2 F), of `itemsize` bytes:
+    4, or 2 under autocast. In float32 either way: the residual stream that its two norms read (2 D), and statistics: mean,
+    unless of an rms norm, and deviation of two norms, log-sum-exp of H heads. The head keeps the gradients that it has formed
+    already, in float32; rotary positions two tables of K / 2 columns.
     """
-    D, F, KV = config.d_model, config.d_feedforward, _kv_width(config)
-    block = (3 * D + D + 2 * KV + 2 * F) * itemsize + 4 * (2 * D + 4 + config.n_head)
-    final_norm = 4 * (D + 2)
+    D, F, KV, rotary = config.d_model, config.d_feedforward, _kv_width(config), config.position == "rotary"
+    statistics = 2 if config.norm == "layer" else 1
+    turned = D + KV if rotary else 0
+    block = (3 * D + D + 2 * KV + turned + 2 * F) * itemsize + 4 * (2 * D + 2 * statistics + config.n_head)
+    final_norm = 4 * (D + statistics)
     token_ids = 8
     per_token = config.n_layer * block + final_norm + token_ids
-    position_ids, counted = 8 * tokens, 8
-    return batch * tokens * per_token + position_ids + counted + _head_bytes(config, batch * tokens)
+    positions, divisor = tokens * (4 * config.head_size if rotary else 8), 8
+    return batch * tokens * per_token + positions + divisor + _head_bytes(config, batch * tokens)
 
 
 def _head_bytes(config: GPTConfig, rows: int) -> int:
@@ -95,9 +106,12 @@ def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, acc
     forward = (copies, before, activations, kept + max(logits + norm_and_branch, scaled), 0)
 
     # The last MLP's da and dw2, then in float32 sigmoid and slope; under autocast h too, and dh rounded back.
-    gelu = itemsize * N * F + itemsize * F * D + 8 * N * F + ((4 + itemsize) * N * F if is_narrow else 0)
+    mlp = itemsize * N * F + itemsize * F * D + 8 * N * F + ((4 + itemsize) * N * F if is_narrow else 0)
+    if config.mlp == "swiglu":
+        # da, the gate's sigmoid and SiLU, both gradients and a; under autocast the gate too, and three of them rounded back.
+        mlp = (4 * 4 + 4 + 3 * itemsize if is_narrow else 6 * 4) * N * F
     stream = 4 * N * D + (itemsize * N * D if is_narrow else 0)
-    backward = (copies, before, activations, embedding + stream, gelu)
+    backward = (copies, before, activations, embedding + stream, mlp)
 
     # The embedding's gradients as the head's weight and as the input's table, of which one is in `weights` unless accumulated.
     update = (0, weights, 0, embedding * (2 if accumulates else 1), 4 * N * D)

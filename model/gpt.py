@@ -1,6 +1,6 @@
-"""The GPT-2 architecture on tritium's operators.
+"""The GPT-2 architecture on tritium's operators, and what its successors changed, as the config has it.
 
-    stream     h = wte[token] + wpe[position]
+    stream     h = wte[token] + wpe[position]       rotary: wte[token]; queries and keys turn with the position
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))        each addition fused into the norm that follows it
     head       logits = ln_f(h) wte^T, over the vocab_size real rows only
 
@@ -8,25 +8,45 @@ Names of modules and parameters are those of the GPT-2 checkpoint; matrices are 
 the checkpoint has (in, out).
 
 Shapes     stream and branches (B T, D), tokens (B, T): B sequences, T tokens, D = d_model; H query heads, G key/value heads,
-           K = D / H, F = 4 D, V = vocab_size
-Source     Radford et al. 2019, "Language models are unsupervised multitask learners"
+           K = D / H, F = d_feedforward, V = vocab_size
+Source     Radford et al. 2019, "Language models are unsupervised multitask learners"; Touvron et al. 2023, arXiv:2302.13971
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention_decode,
+    causal_attention,
     causal_attention_qkvpacked,
+    causal_attention_varlen,
     gelu_mlp,
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm,
+    rotary,
+    swiglu_mlp,
 )
 from .config import GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
+
+# Angles of rotary positions: of pair i of K / 2 position / ROTARY_BASE^(2 i / K).
+ROTARY_BASE = 10_000.0
+
+
+class Reading(NamedTuple):
+    """What every block is told of the tokens beside their stream: B and T, documents, tables that turn heads, the cache."""
+
+    sizes: tuple[int, int]
+    cu_seqlens: Tensor | None = None
+    turn: tuple[Tensor, Tensor] | None = None
+    cache: KVCache | None = None
 
 
 class Linear(nn.Module):
@@ -56,6 +76,20 @@ class LayerNorm(nn.Module):
         return add_layer_norm(branch, stream, self.weight, self.bias)
 
 
+class RMSNorm(nn.Module):
+    """The same with root-mean-square norm."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+
+    def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (norm of the sum, the sum)."""
+        if branch is None:
+            return rms_norm(stream, self.weight), stream
+        return add_rms_norm(branch, stream, self.weight)
+
+
 class Attention(nn.Module):
     """Causal self-attention."""
 
@@ -65,18 +99,24 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size, bias=config.bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(
-        self, x: Tensor, sizes: tuple[int, int], cu_seqlens: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        qkv = self.c_attn(x).unflatten(0, sizes)  # (B, T, (H + 2 G) K)
-        if cache is None:
-            o = causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads, cu_seqlens=cu_seqlens)
+    def forward(self, x: Tensor, reading: Reading, layer: int) -> Tensor:
+        qkv = self.c_attn(x).unflatten(0, reading.sizes)  # (B, T, (H + 2 G) K)
+        if reading.turn is None and reading.cache is None:
+            o = causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads, cu_seqlens=reading.cu_seqlens)
             return self.c_proj(o.flatten(0, 1))
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
-        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
-        # q (B, T, H, K)   k, v (B, T, G, K), then (B, S, G, K)
-        k, v, lengths = cache.extend(layer, k, v)
-        return self.c_proj(attention_decode(q, k, v, lengths).flatten(2).flatten(0, 1))
+        qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
+        qk = qk if reading.turn is None else rotary(qk, *reading.turn)
+        q, k = qk.split((self.n_head, self.kv_heads), dim=2)
+        # q (B, T, H, K)   k, v (B, T, G, K), from the cache (B, S, G, K)
+        if reading.cache is not None:
+            k, v, lengths = reading.cache.extend(layer, k, v)
+            o = attention_decode(q, k, v, lengths)
+        elif reading.cu_seqlens is not None:
+            o = causal_attention_varlen(*(part.flatten(0, 1) for part in (q, k, v)), reading.cu_seqlens, x.shape[0])
+        else:
+            o = causal_attention(q, k, v)
+        return self.c_proj(o.reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -91,23 +131,37 @@ class MLP(nn.Module):
         return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
 
 
+class GatedMLP(nn.Module):
+    """A linear map through SiLU as the gate of another, and a third back; none has a bias."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_gate = Linear(config.d_model, config.d_feedforward, bias=False)
+        self.c_fc = Linear(config.d_model, config.d_feedforward, bias=False)
+        self.c_proj = Linear(config.d_feedforward, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu_mlp(x, self.c_gate.weight, self.c_fc.weight, self.c_proj.weight)
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+MLPS = {"gelu": MLP, "swiglu": GatedMLP}
+
+
 class Block(nn.Module):
     """One layer. Takes the residual stream and the branch not yet added to it; returns the same pair."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config)
-        self.mlp = MLP(config)
+        self.ln_2 = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp](config)
 
-    def forward(
-        self, branch: Tensor | None, stream: Tensor, sizes: tuple[int, int], cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(self, branch: Tensor | None, stream: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
         y, stream = self.ln_1(branch, stream)
-        y, stream = self.ln_2(self.attn(y, sizes, cu_seqlens, cache, self.layer), stream)
+        y, stream = self.ln_2(self.attn(y, reading, self.layer), stream)
         return self.mlp(y), stream
 
 
@@ -122,9 +176,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
-        self.wpe = _embedding(config.context_tokens, config.d_model)
+        if config.position == "learned":
+            self.wpe = _embedding(config.context_tokens, config.d_model)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
+        self.ln_f = NORMS[config.norm](config)
         init_weights(self, config.n_layer)
 
     def forward(
@@ -152,10 +207,15 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=B * T)
             position = (torch.arange(B * T, device=tokens.device) - starts).view(B, T)
-        stream = (self.wte(tokens) + self.wpe(position)).flatten(0, 1)
-        branch = None
+        stream, turn = self.wte(tokens), None
+        if self.config.position == "learned":
+            stream = stream + self.wpe(position)
+        else:
+            turn = _turn(position, self.config.head_size)
+        branch, stream = None, stream.flatten(0, 1)
+        reading = Reading((B, T), cu_seqlens, turn, cache)
         for block in self.h:
-            branch, stream = block(branch, stream, (B, T), cu_seqlens, cache)
+            branch, stream = block(branch, stream, reading)
         if cache is not None:
             cache.length += T
         y, _ = self.ln_f(branch, stream)
@@ -173,3 +233,10 @@ class GPT(nn.Module):
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """An embedding whose weight is left for init_weights to fill."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
+def _turn(position: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which heads at `position` (T,) or (B, T) are turned, (..., K / 2) float32."""
+    pair = torch.arange(0, head_size, 2, device=position.device)
+    angle = position.unsqueeze(-1) * ROTARY_BASE ** (-pair / head_size)
+    return angle.cos(), angle.sin()

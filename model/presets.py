@@ -1,4 +1,4 @@
-"""Published models, a row each."""
+"""Models by name, a row each: the published GPT-2s, and one of their size as later models are built."""
 
 import difflib
 
@@ -17,5 +17,7 @@ PRESETS: dict[str, GPTConfig] = _Presets(
         "gpt2-medium": GPTConfig(n_layer=24, n_head=16, d_model=1024),
         "gpt2-large": GPTConfig(n_layer=36, n_head=20, d_model=1280),
         "gpt2-xl": GPTConfig(n_layer=48, n_head=25, d_model=1600),
+        # The smallest GPT-2 with what Llama changed.
+        "llama-124m": GPTConfig(n_layer=12, n_head=12, d_model=768, bias=False, position="rotary", norm="rms", mlp="swiglu"),
     }
 )

@@ -42,7 +42,13 @@ class TrainConfig:
     n_kv_head: int | None = None
     """Key and value heads a block; default: n_head."""
     bias: bool = True
-    """Biases of linear maps and norms."""
+    """Biases of linear maps and layer norms."""
+    position: Literal["learned", "rotary"] = "learned"
+    """Positions: a learned vector each, or queries and keys turned by them."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Layer norm or root-mean-square norm."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Perceptron with GELU, or gated."""
     context_tokens: int = 256
     """Tokens a sequence."""
     document_mask: bool = False
@@ -110,7 +116,7 @@ class TrainConfig:
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """The model's shape for a vocabulary. Raises: InputError if the sizes do not fit together."""
-        names = ("n_layer", "n_head", "d_model", "n_kv_head", "bias", "context_tokens")
+        names = ("n_layer", "n_head", "d_model", "n_kv_head", "bias", "position", "norm", "mlp", "context_tokens")
         try:
             return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
         except ValueError as error:

@@ -31,7 +31,7 @@ import tyro
 
 from ..kernels._device import CEILINGS, Ceiling, ceiling
 from ..model import PRESETS, GPTConfig
-from ..model.cost import flops_per_token, parameters, step_bytes
+from ..model.cost import flops_per_token, parameters, positions, step_bytes
 from .cli import near, parse
 from .config import InputError, TrainConfig
 from .recipes import RECIPES, recipe
@@ -163,7 +163,7 @@ def _seconds(plan: Plan, known: Ceiling, end: int) -> float:
     L, D, T, P = model.n_layer, model.d_model, plan.context_tokens, parameters(model)
     n, micro_batches = plan.sequences * T, plan.sequences // plan.micro_batch
     bandwidth = _BANDWIDTH[end] * known.bytes_per_second
-    products = 6 * (P - model.context_tokens * D) * n / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
+    products = 6 * (P - positions(model)) * n / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
     attention = 7 * L * D * T * n / (_shares(_ATTENTION, known)[end] * known.bf16_flops)
     activations = n * (L * D * _LAYER_BYTES[end] + model.vocab_size * _LOGIT_BYTES[end]) / bandwidth
     updates = P * (_STEP_BYTES[end] + micro_batches * _MICRO_BATCH_BYTES) / bandwidth

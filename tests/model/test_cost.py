@@ -9,17 +9,23 @@ from tritium.model.cost import activation_bytes, flops_per_token, matrices, para
 pytestmark = pytest.mark.plain
 
 SMALL = GPTConfig(n_layer=3, n_head=4, d_model=32, vocab_size=100, context_tokens=16, n_kv_head=2)
+LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+    [
+        *[("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+        ("llama-124m", 123_551_232),
+    ],
 )
 def test_presets_have_their_published_parameters(name, count):
     assert parameters(PRESETS[name]) == count
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, bias=False), PRESETS["gpt2"]])
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, bias=False), PRESETS["gpt2"], LLAMA, replace(LLAMA, bias=True), PRESETS["llama-124m"]]
+)
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = GPT(config)
@@ -35,7 +41,13 @@ def test_flops_are_counted_as_for_mfu():
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("config", "B", "T"),
-    [(SMALL, 2, 16), (replace(SMALL, bias=False), 2, 16), (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7)],
+    [
+        (SMALL, 2, 16),
+        (replace(SMALL, bias=False), 2, 16),
+        (LLAMA, 2, 16),
+        (replace(SMALL, norm="rms"), 2, 16),
+        (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7),
+    ],
 )
 def test_activation_bytes_are_those_autograd_keeps(config, B, T, autocast):
     model = GPT(config)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,10 +10,10 @@ pytestmark = pytest.mark.plain
 CONFIG = GPTConfig(n_layer=2, n_head=2, d_model=32, vocab_size=50, context_tokens=16, n_kv_head=1)
 
 
-@pytest.fixture
-def model() -> GPT:
+@pytest.fixture(params=["learned", "rotary"])
+def model(request) -> GPT:
     torch.manual_seed(0)
-    model = GPT(CONFIG)
+    model = GPT(replace(CONFIG, position=request.param))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)

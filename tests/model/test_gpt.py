@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tritium.model import GPT, GPTConfig
 from tritium.model.generate import KVCache
 
 SMALL = GPTConfig(n_layer=2, n_head=4, d_model=32, vocab_size=90, context_tokens=24)
+LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 
 
 def random_model(config=SMALL, seed=0) -> GPT:
@@ -72,8 +74,9 @@ def test_logits_loss_and_gradients_are_those_of_hugging_face():
     )
 
 
-def test_runs_forward_and_backward_on_this_device(device):
-    model = random_model().to(device)
+@pytest.mark.parametrize("config", [SMALL, LLAMA])
+def test_runs_forward_and_backward_on_this_device(config, device):
+    model = random_model(config).to(device)
     tokens = torch.randint(90, (2, 12), device=device)
     model(tokens, tokens).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -122,9 +125,49 @@ def test_padding_never_gets_probability():
 
 
 @pytest.mark.plain
-def test_grouped_heads_are_full_heads_that_repeat():
-    from dataclasses import replace
+@pytest.mark.parametrize("n_kv_head", [None, 2])
+def test_what_llama_changed_is_what_hugging_face_computes(n_kv_head):
+    transformers = pytest.importorskip("transformers")
+    config = replace(LLAMA, n_kv_head=n_kv_head)
+    model = random_model(config).double()
+    other = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=config.d_model,
+            intermediate_size=config.d_feedforward,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.kv_heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.context_tokens,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            attn_implementation="eager",
+        )
+    ).double()
+    weights = {"model.embed_tokens.weight": model.wte.weight[: config.vocab_size], "model.norm.weight": model.ln_f.weight}
+    for index, block in enumerate(model.h):
+        kv = config.kv_heads * config.head_size
+        q, k, v = block.attn.c_attn.weight.split([config.d_model, kv, kv])
+        attention = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": block.attn.c_proj.weight}
+        mlp = {"gate_proj": block.mlp.c_gate, "up_proj": block.mlp.c_fc, "down_proj": block.mlp.c_proj}
+        norms = {"input_layernorm": block.ln_1, "post_attention_layernorm": block.ln_2}
+        for name, weight in {
+            **{f"self_attn.{name}": weight for name, weight in attention.items()},
+            **{f"mlp.{name}": part.weight for name, part in mlp.items()},
+            **{name: part.weight for name, part in norms.items()},
+        }.items():
+            weights[f"model.layers.{index}.{name}.weight"] = weight
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    other.tie_weights()
+    tokens = torch.randint(config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
+    # Its tables of angles are float32.
+    torch.testing.assert_close(model(tokens), other(tokens).logits, rtol=1e-5, atol=1e-5)
 
+
+@pytest.mark.plain
+def test_grouped_heads_are_full_heads_that_repeat():
     grouped = random_model(replace(SMALL, n_kv_head=2))
     full = GPT(SMALL)
     weights = grouped.state_dict()
@@ -140,9 +183,10 @@ def test_grouped_heads_are_full_heads_that_repeat():
 
 
 @pytest.mark.plain
-def test_documents_of_a_batch_are_what_they_are_alone(device):
+@pytest.mark.parametrize("config", [SMALL, LLAMA])
+def test_documents_of_a_batch_are_what_they_are_alone(config, device):
     """Logits, and gradients of a loss over all of them."""
-    model = random_model().to(device)
+    model = random_model(config).to(device)
     tokens = torch.randint(SMALL.vocab_size, (2, 12), device=device)
     lengths = (5, 0, 7, 1, 11)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
@@ -166,8 +210,9 @@ def test_documents_and_a_cache_are_an_error():
         model(tokens, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), cache=KVCache(SMALL))
 
 
-def test_compiles_as_one_graph():
-    model = random_model()
+@pytest.mark.parametrize("config", [SMALL, LLAMA])
+def test_compiles_as_one_graph(config):
+    model = random_model(config)
     tokens = torch.randint(90, (2, 12))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens, tokens), model(tokens, tokens))

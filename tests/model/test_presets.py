@@ -8,4 +8,4 @@ pytestmark = pytest.mark.plain
 def test_unknown_presets_list_the_near_ones():
     with pytest.raises(KeyError, match="no preset 'gpt2-larg'; near: gpt2-large"):
         PRESETS["gpt2-larg"]
-    assert sorted(PRESETS) == ["gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl"]
+    assert sorted(PRESETS) == ["gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "llama-124m"]

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.plain
 
 DEEP = GPTConfig(n_layer=6, n_head=4, d_model=256, vocab_size=300, context_tokens=128)
 WIDE = GPTConfig(n_layer=4, n_head=2, d_model=128, vocab_size=1000, context_tokens=128)
+LLAMA = replace(DEEP, position="rotary", norm="rms", mlp="swiglu", bias=False)
 LARGE_VOCABULARY = GPTConfig(n_layer=2, n_head=1, d_model=64, vocab_size=5000, context_tokens=64, bias=False)
 
 
@@ -75,6 +76,8 @@ def library_defaults():
         (WIDE, 8, 2),
         (LARGE_VOCABULARY, 4, 4),
         (LARGE_VOCABULARY, 4, 1),
+        (LLAMA, 4, 4),
+        (LLAMA, 4, 2),
     ],
 )
 def test_formula_is_the_measured_peak(config, batch, micro_batch, autocast, library_defaults):
