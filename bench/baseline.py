@@ -1,6 +1,6 @@
 """GPT-2 in plain PyTorch, as a careful engineer writes it today without kernels of their own: what tritium is measured beside.
 
-    stream     h = wte[token] + wpe[position]
+    stream     h = wte[token] + wpe[position]       rotary: wte[token]; queries and keys turn with the position
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))
     head       logits = ln_f(h) wte^T, of which the vocab_size real ones count
 
@@ -29,9 +29,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, sum(self.heads) * config.head_size, bias=config.bias)
         self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H + 2 G, T, K)
         q, k, v = qkv.split(self.heads, dim=1)
+        if turn is not None:
+            q, k = _turned(q, *turn), _turned(k, *turn)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.c_proj(o.transpose(1, 2).flatten(2))
 
@@ -48,18 +50,31 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
+class GatedMLP(nn.Module):
+    """A linear map through SiLU as the gate of another, and a third back."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_gate = nn.Linear(config.d_model, config.d_feedforward, bias=False)
+        self.c_fc = nn.Linear(config.d_model, config.d_feedforward, bias=False)
+        self.c_proj = nn.Linear(config.d_feedforward, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
 class Block(nn.Module):
     """One layer: (B, T, D) to (B, T, D)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.ln_1 = _norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = _norm(config)
+        self.mlp = MLP(config) if config.mlp == "gelu" else GatedMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), turn)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -76,9 +91,9 @@ class Baseline(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.wpe = nn.Embedding(config.context_tokens, config.d_model)
+        self.wpe = nn.Embedding(config.context_tokens, config.d_model) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.ln_f = _norm(config)
         init_weights(self, config.n_layer)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -89,8 +104,25 @@ class Baseline(nn.Module):
             targets: (B, T) int64, the tokens to be predicted; -100 where none is.
         Returns: logits (B, T, V); with targets the mean cross-entropy over them, (), in nats.
         """
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        x, position, turn = self.wte(tokens), torch.arange(tokens.shape[1], device=tokens.device), None
+        if self.wpe is not None:
+            x = x + self.wpe(position)
+        else:
+            pair = torch.arange(0, self.config.head_size, 2, device=tokens.device)
+            angle = position[:, None] * 10_000.0 ** (-pair / self.config.head_size)  # (T, K / 2)
+            turn = angle.cos(), angle.sin()
         for block in self.h:
-            x = block(x)
+            x = block(x, turn)
         logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.config.vocab_size]
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model, bias=config.bias)
+    return nn.RMSNorm(config.d_model, eps=1e-6)
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = heads.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(heads.dtype)

@@ -13,8 +13,13 @@ pytestmark = pytest.mark.plain
 SMALL = GPTConfig(n_layer=2, n_head=4, d_model=32, vocab_size=90, context_tokens=24)
 
 
+LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
+
+
 @pytest.mark.parametrize(
-    "config", [SMALL, replace(SMALL, n_kv_head=2), replace(SMALL, n_kv_head=1), replace(SMALL, bias=False)], ids=str
+    "config",
+    [SMALL, replace(SMALL, n_kv_head=2), replace(SMALL, n_kv_head=1), replace(SMALL, bias=False), LLAMA],
+    ids=str,
 )
 def test_logits_loss_and_gradients_are_ours(config):
     torch.manual_seed(0)
