@@ -69,10 +69,11 @@ def _layer_norm_bwd_kernel(
         if mean_ptr is not None:
             h -= tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         xhat = h * rstd[:, None]
-        dx = g - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]
+        centered = g
         if mean_ptr is not None:
-            dx -= (tl.sum(g, axis=1) / N)[:, None]
-        dx *= rstd[:, None]
+            centered = g - (tl.sum(g, axis=1) / N)[:, None]
+        mean_gx = tl.sum(g * xhat, axis=1) / N
+        dx = (centered - xhat * mean_gx[:, None]) * rstd[:, None]
         if dh_ptr is not None:
             dh = tl.load(dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :], mask=mask, other=0.0)
             dx += dh.to(tl.float32)
