@@ -15,9 +15,12 @@ from ._cross_entropy_kernels import (
 from ._device import arch
 from ._triton import cdiv, next_power_of_2
 
-# Lanes of a program, 4 warps, 2 of AMD's, and loads that each has in flight: with two the exponentials that lanes spend on
-# their maxima take 86 % of the clocks that an H200's memory needs, with eight fewer programs fit (estimates from machine code).
-LANES, UNROLL = 128, 4
+# Lanes of a program: 4 warps, 2 of AMD's.
+LANES = 128
+# Loads that a lane has in flight, by architecture (the start of its name). With two the exponentials that lanes spend on their
+# maxima take 86 % of the clocks that an H200's memory needs, with eight fewer programs fit; on AMD four spill registers where
+# all options meet float32 (estimates, from machine code).
+UNROLL = {"sm_": 4, "gfx": 2}
 # Elements that rows too short for one program alone have together.
 SHORT_ROWS_ELEMENTS = 1_024
 REDUCE_BLOCK = 8_192
@@ -39,11 +42,12 @@ class Tile:
         return {**sizes, "num_warps": LANES // wave}
 
 
-def plan_tile(V: int, itemsize: int) -> Tile:
+def plan_tile(V: int, itemsize: int, architecture: str) -> Tile:
     """Choose the tile for rows of V elements of `itemsize` bytes."""
     vec = LOAD_BYTES // itemsize
     if LANES * vec <= V:
-        unroll = max(size for size in (1, 2, UNROLL) if size * LANES * vec <= V)
+        most = next(unroll for name, unroll in UNROLL.items() if architecture.startswith(name))
+        unroll = max(size for size in (1, 2, 4) if size <= most and size * LANES * vec <= V)
         return Tile(block_m=1, unroll=unroll, block_v=LANES * vec, vec=vec)
     block_v = next_power_of_2(max(V, 16))
     return Tile(block_m=SHORT_ROWS_ELEMENTS // block_v, unroll=1, block_v=block_v, vec=vec)
@@ -51,13 +55,14 @@ def plan_tile(V: int, itemsize: int) -> Tile:
 
 def _arguments(logits: Tensor, target: Tensor, options: Options) -> tuple[tuple[int], dict]:
     N, V = logits.shape
-    tile = plan_tile(V, logits.itemsize)
+    architecture = arch(logits.device)
+    tile = plan_tile(V, logits.itemsize, architecture)
     return (cdiv(N, tile.block_m),), {
         "logits_ptr": logits, "target_ptr": target, "stride_m": logits.stride(0), "N": N, "V": V,
         "ignore_index": options.ignore_index, "z_loss": options.z_loss,
         # None compiles what they need away; without smoothing a column of -inf must not reach the loss.
         "softcap": options.softcap or None, "label_smoothing": options.label_smoothing or None,
-        **tile.arguments(arch(logits.device)),
+        **tile.arguments(architecture),
     }  # fmt: skip
 
 

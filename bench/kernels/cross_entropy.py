@@ -12,8 +12,8 @@ from ..case import Contestant, Operator, randn
 
 SHAPES = ((8192, 50304), (16384, 50304), (4096, 128256), (32768, 32768))
 SMALL_SHAPES = ((64, 4096), (16, 50257))
-# Rows that begin at multiples of 16 bytes, and rows that do not.
-LAUNCH_SHAPES = ((8192, 50304), (8192, 50257))
+# The published vocabulary, whose rows begin at any distance from a multiple of 16 bytes.
+LAUNCH_SHAPES = ((8192, 50257),)
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from tritium.kernels import __all__ as public
 CPU = torch.device("cpu")
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_contestant_here_is_right(name, dtype):

@@ -392,8 +392,9 @@ def test_kernels_refuse_float64(device):
 
 @pytest.mark.plain
 def test_tiles_fill_a_program_and_are_powers_of_two():
-    for itemsize, V in itertools.product((2, 4), (1, 3, 16, 65, 511, 512, 1023, 1024, 2047, 4096, 50_257, 10**6)):
-        tile = plan_tile(V, itemsize)
+    sizes = (1, 3, 16, 65, 511, 512, 1023, 1024, 2047, 4096, 50_257, 10**6)
+    for itemsize, V, architecture in itertools.product((2, 4), sizes, ("sm_80", "sm_90", "gfx942")):
+        tile = plan_tile(V, itemsize, architecture)
         assert tile.vec * itemsize == 16
         assert all(size & (size - 1) == 0 for size in (tile.block_m, tile.unroll, tile.block_v))
         assert tile.block_m == 1 or tile.block_v >= V, "rows share a program only where one tile holds each"
