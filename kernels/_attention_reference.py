@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._layout import wide
+from ._op import can_look
 from ._philox import random_bits
 from ._triton import cdiv
 
@@ -20,7 +21,7 @@ BLOCK_QUERIES = 128
 
 def refuse_bad_documents(name: str, cu_seqlens: Tensor | None, N: int) -> None:
     """Raise for documents that do not follow one another within N tokens, where looking costs no synchronization."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    if cu_seqlens is None or not can_look(cu_seqlens):
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] > N or (cu_seqlens.diff() < 0).any():
         raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._layout import wide
+from ._op import can_look
 
 REDUCTIONS = ("mean", "sum", "none")
 # A block of 4 MB in float32 stays in a CPU's cache with what is computed from it; smaller ones only make more calls.
@@ -53,7 +54,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
 def refuse_bad_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
     """Raise for a target that is neither a column nor ignore_index, where looking costs no synchronization."""
-    if target.device.type != "cpu":
+    if not can_look(target):
         return
     outside = (target != ignore_index) & ((target < 0) | (target >= V))
     if outside.any():
@@ -130,7 +131,7 @@ def block_dlogits(p: Tensor, s: Tensor, index: Tensor, lse: Tensor, scale: Tenso
         p.addcmul_(p * s, s, value=-(options.softcap**-2))
     ignored = scale == 0
     # Where looking costs no synchronization, a pass is saved; what an ignored row holds, be it NaN, never counts.
-    if ignored.device.type != "cpu" or ignored.any():
+    if not can_look(ignored) or ignored.any():
         p.masked_fill_(ignored[:, None], 0.0)
     return p
 

@@ -126,12 +126,21 @@ def _row_statistics(
 
 
 @triton.jit
-def _row_loss(top, log_sum, s, columns_sum, counted, valid, V, label_smoothing, z_loss):
+def _forward(
+    logits_ptr, loss_ptr, stride_m, offs_m, target, counted, valid, N, V, softcap, label_smoothing, z_loss,
+    BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Store each row's loss; return its maximum, log-sum-exp less that, and its target's s."""
+    top, log_sum, s, columns_sum = _row_statistics(
+        logits_ptr, stride_m, offs_m, target, counted, valid, V, softcap, label_smoothing, BLOCK_M, UNROLL, BLOCK_V, VEC
+    )
     lse = top + log_sum
     loss = (top - s) + log_sum
     if label_smoothing is not None:
         loss = (1.0 - label_smoothing) * loss + label_smoothing * ((top - columns_sum / V) + log_sum)
-    return tl.where(counted, tl.where(valid, loss + z_loss * lse * lse, float("nan")), 0.0)
+    loss = tl.where(counted, tl.where(valid, loss + z_loss * lse * lse, float("nan")), 0.0)
+    tl.store(loss_ptr + offs_m, loss, mask=offs_m < N)
+    return top, log_sum, s
 
 
 @triton.jit
@@ -164,7 +173,7 @@ def _write_dlogits(
 
     lead, body = _split(offs_m, stride_m, V, UNROLL * BLOCK_V, VEC)
     aligned_ptr = _aligned(logits_ptr, offs_m, stride_m, VEC)
-    # Rows of both begin equally far from an aligned address (see gradient_stride).
+    # Rows of both begin equally far from an aligned address (see empty_gradient).
     out_ptr = _aligned(dlogits_ptr, offs_m, stride_dm, VEC)
     offs = _tile_columns(UNROLL, BLOCK_V)
     body_target = (target - lead)[:, None, None]
@@ -190,15 +199,13 @@ def _cross_entropy_fwd_kernel(
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     offs_m, target, counted, valid = _rows(target_ptr, ignore_index, N, V, BLOCK_M)
-    top, log_sum, s, columns_sum = _row_statistics(
-        logits_ptr, stride_m, offs_m, target, counted, valid, V, softcap, label_smoothing, BLOCK_M, UNROLL, BLOCK_V, VEC
-    )
-    mask_m = offs_m < N
-    loss = _row_loss(top, log_sum, s, columns_sum, counted, valid, V, label_smoothing, z_loss)
-    tl.store(loss_ptr + offs_m, loss, mask=mask_m)
+    top, log_sum, _ = _forward(
+        logits_ptr, loss_ptr, stride_m, offs_m, target, counted, valid, N, V, softcap, label_smoothing, z_loss,
+        BLOCK_M, UNROLL, BLOCK_V, VEC,
+    )  # fmt: skip
     if statistics_ptr is not None:
-        tl.store(statistics_ptr + offs_m, top, mask=mask_m)
-        tl.store(statistics_ptr + N + offs_m, log_sum, mask=mask_m)
+        tl.store(statistics_ptr + offs_m, top, mask=offs_m < N)
+        tl.store(statistics_ptr + N + offs_m, log_sum, mask=offs_m < N)
 
 
 @triton.jit
@@ -229,15 +236,13 @@ def _cross_entropy_fwd_bwd_kernel(
 ):  # fmt: skip
     """Rows' losses, and in place of the logits the gradient of their sum, or of their sum weighted by dloss."""
     offs_m, target, counted, valid = _rows(target_ptr, ignore_index, N, V, BLOCK_M)
-    top, log_sum, s, columns_sum = _row_statistics(
-        logits_ptr, stride_m, offs_m, target, counted, valid, V, softcap, label_smoothing, BLOCK_M, UNROLL, BLOCK_V, VEC
-    )
-    mask_m = offs_m < N
-    loss = _row_loss(top, log_sum, s, columns_sum, counted, valid, V, label_smoothing, z_loss)
-    tl.store(loss_ptr + offs_m, loss, mask=mask_m)
+    top, log_sum, s = _forward(
+        logits_ptr, loss_ptr, stride_m, offs_m, target, counted, valid, N, V, softcap, label_smoothing, z_loss,
+        BLOCK_M, UNROLL, BLOCK_V, VEC,
+    )  # fmt: skip
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     if dloss_ptr is not None:
-        scale = tl.load(dloss_ptr + offs_m * stride_dloss, mask=mask_m, other=0.0).to(tl.float32)
+        scale = tl.load(dloss_ptr + offs_m * stride_dloss, mask=offs_m < N, other=0.0).to(tl.float32)
     # No thread may write where another one still has to read.
     tl.debug_barrier()
     _write_dlogits(

@@ -123,6 +123,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
+def can_look(x: Tensor) -> bool:
+    """Whether what `x` holds can be read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """Write a @ b to `out`, or add it there. Into a float32 `out` factors of 16 bits are summed without rounding in between."""
     beta = int(accumulate)

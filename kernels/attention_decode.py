@@ -21,7 +21,7 @@ from torch import Tensor
 from ._attention_tile import LOWEST, _capped, _exponent, _rows, _visible, _weights
 from ._device import DEFAULT_SM_COUNT, sm_count
 from ._layout import strides_bth, wide
-from ._op import autocast, define_op, public
+from ._op import autocast, can_look, define_op, public
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_SIZE, MAX_SPLITS = 256, 64
@@ -61,7 +61,7 @@ def shapes(
 
 def _refuse_bad_lengths(cache_lengths: Tensor, S: int) -> None:
     """Raise for lengths that the cache does not have, where looking costs no synchronization."""
-    if cache_lengths.device.type != "cpu":
+    if not can_look(cache_lengths):
         return
     if ((cache_lengths < 0) | (cache_lengths > S)).any():
         raise ValueError(

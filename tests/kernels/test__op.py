@@ -16,6 +16,7 @@ from tritium.kernels._op import (
     _saying_so_once,
     _without_float64,
     autocast,
+    can_look,
     define_op,
     public,
 )
@@ -201,6 +202,12 @@ def test_public_operators_compile_as_one_graph_for_any_number():
     assert counter.frame_count <= 2
     with pytest.raises(ValueError, match=r"^example: n must be int, got 2\.0"):
         torch.compile(lambda x: named(x, n=2.0), backend="aot_eager")(x)
+
+
+@pytest.mark.plain
+def test_only_what_lies_on_the_cpu_can_be_looked_at():
+    assert can_look(torch.ones(1))
+    assert not can_look(torch.ones(1, device="meta"))
 
 
 @pytest.mark.plain

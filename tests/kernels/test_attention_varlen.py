@@ -245,7 +245,9 @@ def test_bad_documents_are_named_by_the_operator_that_got_them():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a kernel alone must stay in bounds: needs CUDA")
 def test_senseless_documents_stay_within_the_tensors(device):
     (q, k, v), incoming = inputs((300,), 2, 2, 64, torch.bfloat16, device)
+    before = [x.clone() for x in (q, k, v, *incoming)]
     for senseless in ([0, 500, 300], [-5, 100, 300], [300, 200, 100], [0, 2**31 - 1, 2]):
         cu_seqlens = torch.tensor(senseless, dtype=torch.int32, device=device)
         run(lambda *x, c=cu_seqlens: causal_attention_varlen(*x, c, 300, return_lse=True), (q, k, v), incoming)
     torch.cuda.synchronize()
+    assert all(torch.equal(x, then) for x, then in zip((q, k, v, *incoming), before, strict=True))
