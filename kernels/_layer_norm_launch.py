@@ -85,3 +85,14 @@ def launch_norm_bwd(
     )  # fmt: skip
     sum_partials(dw_partial, dw, db_partial, db)
     return dx, dw, db
+
+
+def norm_cost(elements: int, itemsize: int, *, residual: bool, flops: tuple[int, int]) -> dict[str, int]:
+    """Least bytes to move, forward and backward, and FLOPs, of which an element takes `flops` in each."""
+    forward, backward = (4, 4) if residual else (2, 3)
+    return {
+        "fwd_bytes": forward * elements * itemsize,
+        "bwd_bytes": backward * elements * itemsize,
+        "fwd_flops": flops[0] * elements,
+        "bwd_flops": flops[1] * elements,
+    }

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._layout import as_rows, like_rows_of, wide
+from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import launch_activation_bwd, launch_activation_fwd
 from ._op import autocast, define_op, public
 
@@ -211,31 +212,6 @@ _linear_fwd.register_autograd(_grad_linear, setup_context=_save_linear)
 _mlp_fwd.register_autograd(_grad_mlp, setup_context=_save_mlp)
 
 
-def _check_x(name: str, x: Tensor) -> None:
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"{name}: x must be floating point (..., D) with D at least 1, got {x.dtype} {tuple(x.shape)}")
-
-
-def _check_parameter(name: str, label: str, parameter: Tensor | None, shape: tuple, x: Tensor) -> None:
-    """`shape` holds sizes, and a letter where any size from 1 will do."""
-    if parameter is None:
-        return
-    fits = len(shape) == parameter.ndim and all(
-        size >= 1 if isinstance(wanted, str) else size == wanted for size, wanted in zip(parameter.shape, shape, strict=True)
-    )
-    if not fits:
-        expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-        raise ValueError(
-            f"{name}: {label} must be ({expected}) to match x {tuple(x.shape)}, got {tuple(parameter.shape)}; "
-            "pass weights as nn.Linear stores them"
-        )
-    if parameter.dtype != x.dtype or parameter.device != x.device:
-        raise ValueError(
-            f"{name}: {label} must be {x.dtype} on {x.device} like x, got {parameter.dtype} on {parameter.device}; "
-            "convert it, or use torch.autocast"
-        )
-
-
 @public
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """Apply a linear layer and its activation.
@@ -251,9 +227,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be None, {' or '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     x, weight, bias = autocast(x, weight, bias)
-    _check_x("linear", x)
-    _check_parameter("linear", "weight", weight, ("F", x.shape[-1]), x)
-    _check_parameter("linear", "bias", bias, (weight.shape[0],), x)
+    check_x("linear", x)
+    check_parameter("linear", "weight", weight, ("F", x.shape[-1]), x)
+    check_parameter("linear", "bias", bias, (weight.shape[0],), x)
     if activation is None:
         return functional.linear(x, weight, bias)
     y, _ = _linear_fwd(as_rows(x), weight, bias, ACTIVATIONS[activation])
@@ -287,11 +263,11 @@ def gelu_mlp(
     if approximate not in APPROXIMATE:
         raise ValueError(f"gelu_mlp: approximate must be {' or '.join(map(repr, APPROXIMATE))}, got {approximate!r}")
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    _check_x("gelu_mlp", x)
+    check_x("gelu_mlp", x)
     D = x.shape[-1]
-    _check_parameter("gelu_mlp", "w1", w1, ("F", D), x)
-    _check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
-    _check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
-    _check_parameter("gelu_mlp", "b2", b2, (D,), x)
+    check_parameter("gelu_mlp", "w1", w1, ("F", D), x)
+    check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
+    check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
+    check_parameter("gelu_mlp", "b2", b2, (D,), x)
     y, _, _ = _mlp_fwd(as_rows(x), w1, b1, w2, b2, approximate, recompute)
     return like_rows_of(x, y)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._layer_norm_checks import check, check_residual
-from ._layer_norm_launch import launch_norm_bwd, launch_norm_fwd
+from ._layer_norm_launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 from ._layout import as_rows, like_rows_of, wide
 from ._op import define_op, public
 
@@ -70,14 +70,7 @@ def launch_bwd(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: T
 
 def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
     """Least bytes to move, forward and backward, and FLOPs (about), for M rows of N elements of `itemsize` bytes."""
-    forward, backward = (4, 4) if residual else (2, 3)
-    elements = M * N
-    return {
-        "fwd_bytes": forward * elements * itemsize,
-        "bwd_bytes": backward * elements * itemsize,
-        "fwd_flops": 4 * elements,
-        "bwd_flops": 10 * elements,
-    }
+    return norm_cost(M * N, itemsize, residual=residual, flops=(4, 10))
 
 
 # --- operator

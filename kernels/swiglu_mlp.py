@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._layout import as_rows, like_rows_of, wide
+from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import launch_swiglu_bwd, launch_swiglu_fwd
 from ._op import autocast, define_op, public
 
@@ -108,20 +109,10 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tenso
     Raises: ValueError if shapes, dtypes or devices do not match; TypeError for float64 on a GPU.
     """
     x, w_gate, w_up, w_down = autocast(x, w_gate, w_up, w_down)
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"swiglu_mlp: x must be floating point (..., D) with D at least 1, got {x.dtype} {tuple(x.shape)}")
-    D, F = x.shape[-1], w_gate.shape[0] if w_gate.ndim else 0
-    for label, weight, shape in (("w_gate", w_gate, (F, D)), ("w_up", w_up, (F, D)), ("w_down", w_down, (D, F))):
-        if weight.shape != shape or F == 0:
-            expected = f"(F, {D})" if label == "w_gate" else shape
-            raise ValueError(
-                f"swiglu_mlp: {label} must be {expected} to match x {tuple(x.shape)}, got {tuple(weight.shape)}; "
-                "pass weights as nn.Linear stores them"
-            )
-        if weight.dtype != x.dtype or weight.device != x.device:
-            raise ValueError(
-                f"swiglu_mlp: {label} must be {x.dtype} on {x.device} like x, got {weight.dtype} on {weight.device}; "
-                "convert it, or use torch.autocast"
-            )
+    check_x("swiglu_mlp", x)
+    D = x.shape[-1]
+    check_parameter("swiglu_mlp", "w_gate", w_gate, ("F", D), x)
+    check_parameter("swiglu_mlp", "w_up", w_up, tuple(w_gate.shape), x)
+    check_parameter("swiglu_mlp", "w_down", w_down, (D, w_gate.shape[0]), x)
     y, _, _ = _fwd(as_rows(x), w_gate, w_up, w_down)
     return like_rows_of(x, y)

@@ -18,7 +18,8 @@ SMALL_SHAPES = ((256, 768), (256, 1600))
 LAUNCH_SHAPES = ((32768, 768), (32768, 1600), (8192, 16384))
 
 
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """So many rows that each program has several."""
     return min(shape[0], 4099), shape[1]
 
 
@@ -59,18 +60,19 @@ def _flash_attn_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -
 
 
 def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, w, statistics = _meta(shape, dtype)
+    x, w, statistics = meta(shape, dtype)
     launch_fwd(x, w, w, 1e-5)
     launch_bwd(x, None, x, w, statistics, statistics, True)
 
 
 def _add_launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, w, statistics = _meta(shape, dtype)
+    x, w, statistics = meta(shape, dtype)
     launch_add_fwd(x, x, w, w, 1e-5)
     launch_bwd(x, x, x, w, statistics, statistics, True)
 
 
-def _meta(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def meta(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, a weight and a statistic of each row, without data."""
     M, N = shape
     x, w = (torch.empty(size, dtype=dtype, device="meta") for size in ((M, N), (N,)))
     return x, w, torch.empty(M, device="meta")
@@ -78,7 +80,7 @@ def _meta(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
 
 _COMMON = {
     "sizes": ("M", "N"),
-    "check_shape": _check_shape,
+    "check_shape": check_shape,
     "shapes": SHAPES,
     "small_shapes": SMALL_SHAPES,
     "launch_shapes": LAUNCH_SHAPES,

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...kernels import add_rms_norm, rms_norm
 from ...kernels.rms_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
 from ..case import Contestant, Operator, randn
+from .layer_norm import check_shape, meta
 
 SHAPES = ((32768, 768), (32768, 1600), (8192, 4096))
 SMALL_SHAPES = ((256, 768), (256, 1600))
@@ -51,26 +52,20 @@ def _quack(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, weight, rstd = _meta(shape, dtype)
+    x, weight, rstd = meta(shape, dtype)
     launch_fwd(x, weight, 1e-6)
     launch_bwd(x, None, x, weight, rstd)
 
 
 def _add_launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, weight, rstd = _meta(shape, dtype)
+    x, weight, rstd = meta(shape, dtype)
     launch_add_fwd(x, x, weight, 1e-6)
     launch_bwd(x, x, x, weight, rstd)
 
 
-def _meta(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    M, N = shape
-    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((M, N), (N,)))
-    return x, weight, torch.empty(M, device="meta")
-
-
 _COMMON = {
     "sizes": ("M", "N"),
-    "check_shape": lambda shape: (min(shape[0], 4099), shape[1]),
+    "check_shape": check_shape,
     "shapes": SHAPES,
     "small_shapes": SMALL_SHAPES,
     "launch_shapes": LAUNCH_SHAPES,
