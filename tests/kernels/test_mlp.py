@@ -124,6 +124,15 @@ def test_linear_is_accurate(N, D, width, dtype, activation, device):
             assert_accurate(name, *values, length=N + D + width)
 
 
+def test_a_program_sums_the_bias_gradient_over_all_of_its_rows(device, monkeypatch):
+    """On one multiprocessor, each program has several blocks of rows."""
+    monkeypatch.setattr("tritium.kernels._mlp_kernels.sm_count", lambda device: 1)
+    inputs, incoming = tensors(200, 8, 257, torch.float32, device)
+    truth = run(torch_mlp, double(inputs), incoming)
+    for name, *values in zip(NAMES, run(gelu_mlp, inputs, incoming), truth, run(torch_mlp, inputs, incoming), strict=True):
+        assert_accurate(name, *values, length=200 + 8 + 257)
+
+
 # --- 3. layouts
 
 

@@ -129,9 +129,10 @@ def test_offsets_and_positions_of_their_own(device):
     assert torch.equal(rotary(x[:, 5:], cos[5:], sin[5:]), whole[:, 5:])
     position = torch.arange(9, device=device).expand(2, 9)
     assert torch.equal(rotary(x, cos[position], sin[position]), whole)
-    anew = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]] * 2, device=device)
-    documents = [rotary(document, cos, sin) for document in x.split([3, 6], dim=1)]
-    assert torch.equal(rotary(x, cos[anew], sin[anew]), torch.cat(documents, dim=1))
+    lengths = [3, 6], [8, 1]  # of each sequence's documents
+    anew = torch.stack([torch.cat([position[0, :length] for length in row]) for row in lengths])
+    documents = [[rotary(part[None], cos, sin)[0] for part in one.split(row)] for one, row in zip(x, lengths, strict=True)]
+    assert torch.equal(rotary(x, cos[anew], sin[anew]), torch.stack([torch.cat(parts) for parts in documents]))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4)])
