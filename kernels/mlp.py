@@ -9,7 +9,9 @@
 
 Shapes     x, dx: (N, D)   w1, dw1: (F, D)   h, a, dh: (N, F)   w2, dw2: (D, F)   y, dy: (N, D)   N = leading axes, flattened
 Precision  any float dtype in and out; products in it, summed in float32; h and a are stored in it; GELU itself in float32
-Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; recompute trades reading a for computing GELU; see cost()
+Fusion     a and h come out of one product of ours, dh and db1 out of another, or of cuBLAS's and a kernel each: _gemm.plan
+Memory     keeps h and a; recompute keeps h alone and forms a again before dh is there, one more pass over h
+Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
 Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
 """
 
@@ -20,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._gemm import gemm, is_fused
 from ._layout import as_rows, like_rows_of, wide
 from ._mlp_checks import check_parameter, check_x
-from ._mlp_kernels import launch_activation_bwd, launch_activation_fwd
+from ._mlp_kernels import EPILOGUES, launch_activation_bwd, launch_activation_fwd
 from ._op import autocast, define_op, public
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
@@ -34,8 +37,10 @@ APPROXIMATE = ("tanh", "none")
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
-def reference_linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    """Return y = gelu(h) and h, in x's dtype."""
+def reference_linear_gelu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, products: str
+) -> tuple[Tensor, Tensor]:
+    """Return y = gelu(h) and h, in x's dtype. `products` says how kernels form them, here as in all that follow."""
     h = functional.linear(x, weight, bias)
     return _gelu(h, approximate), h
 
@@ -48,7 +53,7 @@ def reference_linear_gelu_bwd(
 
 
 def reference_gelu_mlp_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool, products: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, h and a, which is empty if the backward is to form it again."""
     h = functional.linear(x, w1, b1)
@@ -57,8 +62,9 @@ def reference_gelu_mlp_fwd(
 
 
 def reference_gelu_mlp_bwd(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor | None, approximate: str, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor | None, approximate: str, products: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, w1, b1, w2 and b2; empty for those that `needs` does not name."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
     if a is None and needs_w2:
@@ -106,11 +112,16 @@ def _polynomial(h: Tensor, coefficient: float) -> Tensor:
     return torch.addcmul(h.new_full((), TWO_SQRT_2_OVER_PI), h, h, value=TWO_SQRT_2_OVER_PI * coefficient)
 
 
-# --- launchers: products by cuBLAS, what stands between them in _mlp_kernels.py
+# --- launchers: products by _gemm.py with what follows them, or by cuBLAS and what stands between them by _mlp_kernels.py
 
 
-def launch_linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+def launch_linear_gelu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, products: str
+) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_linear_gelu_fwd`."""
+    if is_fused(products, x, weight.shape[0]):
+        y, h, _ = gemm(x, weight.t(), bias, epilogue=EPILOGUES[approximate][0], needs_second=True)
+        return y, h
     h = functional.linear(x, weight, bias)
     return launch_activation_fwd(h, approximate), h
 
@@ -120,34 +131,37 @@ def launch_linear_gelu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_linear_gelu_bwd`."""
     needs_x, needs_weight, needs_bias = needs
-    dh, db, _ = launch_activation_bwd(dy.contiguous(), h, approximate, needs_bias=needs_bias, needs_a=False)
+    dh, db = launch_activation_bwd(dy.contiguous(), h, approximate, needs_bias=needs_bias)
     dx, dw, _ = _linear_bwd(dh, x, weight, (needs_x, needs_weight, False))
     return dx, dw, db
 
 
 def launch_gelu_mlp_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool, products: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_gelu_mlp_fwd`."""
-    h = functional.linear(x, w1, b1)
-    a = launch_activation_fwd(h, approximate)
+    a, h = launch_linear_gelu_fwd(x, w1, b1, approximate, products)
     return functional.linear(a, w2, b2), h, a.new_empty(0) if recompute else a
 
 
 def launch_gelu_mlp_bwd(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor | None, approximate: str, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor | None, approximate: str, products: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_gelu_mlp_bwd`."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
+    if a is None and needs_w2:
+        a = launch_activation_fwd(h, approximate)
+    _, dw2, db2 = _linear_bwd(dy, a, w2, (False, needs_w2, needs_b2))
+    del a  # formed again, it is freed before dh is there
     dh, db1 = dy.new_empty(0), dy.new_empty(0)
     if needs_x or needs_w1 or needs_b1:
-        needs_a = a is None and needs_w2
-        dh, db1, again = launch_activation_bwd(torch.mm(dy, w2), h, approximate, needs_bias=needs_b1, needs_a=needs_a)
-        a = again if needs_a else a
-    elif a is None and needs_w2:
-        a = launch_activation_fwd(h, approximate)
+        if is_fused(products, dy, w2.shape[1], has_aux=True):
+            dh, _, db = gemm(dy, w2, aux=h, epilogue=EPILOGUES[approximate][1], needs_sums=needs_b1)
+            db1 = db if needs_b1 else db1
+        else:
+            dh, db1 = launch_activation_bwd(torch.mm(dy, w2), h, approximate, needs_bias=needs_b1)
     dx, dw1, _ = _linear_bwd(dh, x, w1, (needs_x, needs_w1, False))
-    _, dw2, db2 = _linear_bwd(dy, a, w2, (False, needs_w2, needs_b2))
     return dx, dw1, db1, dw2, db2
 
 
@@ -175,7 +189,7 @@ _mlp_bwd = define_op("gelu_mlp_bwd", launch=launch_gelu_mlp_bwd, reference=refer
 
 
 def _save_linear(ctx, inputs, output):
-    x, weight, _, ctx.approximate = inputs
+    x, weight, _, ctx.approximate, _ = inputs
     _, h = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, h)
@@ -183,13 +197,13 @@ def _save_linear(ctx, inputs, output):
 
 def _grad_linear(ctx, dy, _dh):
     if dy is None:
-        return (None,) * 4
+        return (None,) * 5
     needs = ctx.needs_input_grad[:3]
-    return *_needed(_linear_bwd_op(dy, *ctx.saved_tensors, ctx.approximate, needs), needs), None
+    return *_needed(_linear_bwd_op(dy, *ctx.saved_tensors, ctx.approximate, needs), needs), None, None
 
 
 def _save_mlp(ctx, inputs, output):
-    x, w1, _, w2, _, ctx.approximate, recompute = inputs
+    x, w1, _, w2, _, ctx.approximate, recompute, ctx.products = inputs
     _, h, a = output
     # No zeros for the gradients of h and a, which nobody outside sees.
     ctx.set_materialize_grads(False)
@@ -198,10 +212,11 @@ def _save_mlp(ctx, inputs, output):
 
 def _grad_mlp(ctx, dy, _dh, _da):
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     x, w1, w2, h, *a = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
-    return *_needed(_mlp_bwd(dy, x, w1, w2, h, a[0] if a else None, ctx.approximate, needs), needs), None, None
+    grads = _mlp_bwd(dy, x, w1, w2, h, a[0] if a else None, ctx.approximate, ctx.products, needs)
+    return *_needed(grads, needs), None, None, None
 
 
 def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -232,7 +247,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     check_parameter("linear", "bias", bias, (weight.shape[0],), x)
     if activation is None:
         return functional.linear(x, weight, bias)
-    y, _ = _linear_fwd(as_rows(x), weight, bias, ACTIVATIONS[activation])
+    y, _ = _linear_fwd(as_rows(x), weight, bias, ACTIVATIONS[activation], "auto")
     return like_rows_of(x, y)
 
 
@@ -269,5 +284,5 @@ def gelu_mlp(
     check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
     check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
     check_parameter("gelu_mlp", "b2", b2, (D,), x)
-    y, _, _ = _mlp_fwd(as_rows(x), w1, b1, w2, b2, approximate, recompute)
+    y, _, _ = _mlp_fwd(as_rows(x), w1, b1, w2, b2, approximate, recompute, "auto")
     return like_rows_of(x, y)

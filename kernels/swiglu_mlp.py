@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._gemm import gemm, is_fused
 from ._layout import as_rows, like_rows_of, wide
 from ._mlp_checks import check_parameter, check_x
-from ._mlp_kernels import launch_swiglu_bwd, launch_swiglu_fwd
+from ._mlp_kernels import launch_swiglu_bwd, launch_swiglu_fwd, swiglu
 from ._op import autocast, define_op, public
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
-def reference_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, g and u."""
+def reference_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, products: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, g and u. `products` says how kernels form them."""
     gate, up = functional.linear(x, w_gate), functional.linear(x, w_up)
     a = functional.silu(wide(gate)).mul_(up).to(x.dtype)
     return functional.linear(a, w_down), gate, up
@@ -48,13 +49,18 @@ def _products(
     return dx, torch.mm(dgate.t(), x), torch.mm(dup.t(), x), torch.mm(dy.t(), a)
 
 
-# --- launchers: products by cuBLAS, what stands between them in _mlp_kernels.py
+# --- launchers: products by cuBLAS, but u's with what follows it by _gemm.py where that pays; the rest in _mlp_kernels.py
 
 
-def launch_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, products: str) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    gate, up = functional.linear(x, w_gate), functional.linear(x, w_up)
-    return functional.linear(launch_swiglu_fwd(gate, up), w_down), gate, up
+    gate = functional.linear(x, w_gate)
+    if is_fused(products, x, w_up.shape[0], has_aux=True):
+        a, up, _ = gemm(x, w_up.t(), aux=gate, epilogue=swiglu, needs_second=True)
+    else:
+        up = functional.linear(x, w_up)
+        a = launch_swiglu_fwd(gate, up)
+    return functional.linear(a, w_down), gate, up
 
 
 def launch_bwd(
@@ -87,11 +93,11 @@ def _save(ctx, inputs, output):
     _, gate, up = output
     # No zeros for the gradients of gate and up, which nobody outside sees.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, gate, up)
+    ctx.save_for_backward(*inputs[:4], gate, up)
 
 
 def _grad(ctx, dy, _dgate, _dup):
-    return (None,) * 4 if dy is None else _bwd(dy, *ctx.saved_tensors)
+    return (None,) * 5 if dy is None else (*_bwd(dy, *ctx.saved_tensors), None)
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -114,5 +120,5 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tenso
     check_parameter("swiglu_mlp", "w_gate", w_gate, ("F", D), x)
     check_parameter("swiglu_mlp", "w_up", w_up, tuple(w_gate.shape), x)
     check_parameter("swiglu_mlp", "w_down", w_down, (D, w_gate.shape[0]), x)
-    y, _, _ = _fwd(as_rows(x), w_gate, w_up, w_down)
+    y, _, _ = _fwd(as_rows(x), w_gate, w_up, w_down, "auto")
     return like_rows_of(x, y)

@@ -15,6 +15,11 @@ FACTOR = 1.5
 ROUNDINGS = 8
 
 
+def walk(a: Tensor, b: Tensor) -> float:
+    """The largest root, over the elements of a b, of the sum of its terms' squares: how far their relative errors walk."""
+    return (a.square() @ b.square()).max().sqrt().item()
+
+
 def assert_accurate(
     name: str, got: Tensor, truth: Tensor, peer: Tensor, *,
     length: int = 1, scale: float = 0.0, terms: torch.dtype | None = None,

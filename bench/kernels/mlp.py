@@ -37,8 +37,8 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
     x, w1, b1, w2, b2 = (
         torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (4 * D, D), (4 * D,), (D, 4 * D), (D,))
     )
-    _, h, a = launch_gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", False)
-    launch_gelu_mlp_bwd(x, x, w1, w2, h, a, "tanh", [True] * 5)
+    _, h, a = launch_gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", False, "auto")
+    launch_gelu_mlp_bwd(x, x, w1, w2, h, a, "tanh", "auto", [True] * 5)
 
 
 GELU_MLP = Operator(

@@ -35,7 +35,7 @@ def _liger(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
     N, D, width = shape
     x, w, down = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (width, D), (D, width)))
-    _, gate, up = launch_fwd(x, w, w, down)
+    _, gate, up = launch_fwd(x, w, w, down, "auto")
     launch_bwd(x, x, w, w, down, gate, up)
 
 

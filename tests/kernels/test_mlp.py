@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tolerance import assert_accurate
+from tests.tolerance import assert_accurate, walk
 from tritium.kernels import gelu_mlp, linear
 from tritium.kernels._op import INTERPRET
 from tritium.kernels.mlp import cost
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# Rows, width, feed-forward width: one element, odd, one past a power of two, GPT-2's ratio.
-SHAPES = [(1, 1, 1), (5, 1, 3), (3, 7, 5), (33, 65, 257), (64, 48, 192)]
+# Rows, width, feed-forward width: one element, odd, one past a tile, GPT-2's ratio.
+SHAPES = [(1, 1, 1), (5, 1, 3), (17, 129, 65), (32, 16, 64)]
 APPROXIMATE = ["tanh", "none"]
 NAMES = ["y", "dx", "dw1", "db1", "dw2", "db2"]
 
@@ -44,6 +44,16 @@ def run(function, inputs, incoming, **options):
     leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
     y = function(*leaves, **options)
     return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], incoming.to(y.dtype))]
+
+
+def scales(inputs, incoming, truth, approximate):
+    """What each of NAMES is rounded of: itself, and twice the terms of its sum, for h and for dh or a."""
+    x, w1, b1, w2, _ = double(inputs)
+    h = F.linear(x, w1, b1).requires_grad_()
+    a, dy, one = F.gelu(h, approximate=approximate), incoming.double(), torch.ones_like(x[:, :1])
+    (dh,) = torch.autograd.grad(a, h, dy @ w2)
+    products = ((a, w2.t()), (dh, w1), (dh.t(), x), (dh.t(), one), (dy.t(), a), (dy.t(), 0 * one))
+    return [value.abs().max().item() + 2 * walk(*factors) for value, factors in zip(truth, products, strict=True)]
 
 
 # --- 1. math
@@ -83,7 +93,7 @@ def test_mlp_is_torch_linear_gelu_linear(approximate):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_activation_is_torch_gelu_far_from_zero_too(activation, dtype, device):
+def test_activation_is_torch_gelu_far_from_zero_too(activation, dtype, device, products):
     if dtype == torch.float64 and (INTERPRET or device.type == "cuda"):
         pytest.skip("kernels do not take float64")
     values = [0.0, -0.0, 1e-20, 3.0, -3.0, 6.0, -6.0, 50.0, -50.0, 1e15, -1e15]
@@ -100,20 +110,20 @@ def test_activation_is_torch_gelu_far_from_zero_too(activation, dtype, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "D", "width"), SHAPES)
 @pytest.mark.parametrize("approximate", APPROXIMATE)
-def test_mlp_is_accurate(N, D, width, dtype, approximate, device):
+def test_mlp_is_accurate(N, D, width, dtype, approximate, device, products):
     inputs, incoming = tensors(N, D, width, dtype, device)
     truth = run(torch_mlp, double(inputs), incoming, approximate=approximate)
     peer = run(torch_mlp, inputs, incoming, approximate=approximate)
     for recompute in (True, False):
         got = run(gelu_mlp, inputs, incoming, approximate=approximate, recompute=recompute)
-        for name, *values in zip(NAMES, got, truth, peer, strict=True):
-            assert_accurate(name, *values, length=N + D + width)
+        for name, scale, *values in zip(NAMES, scales(inputs, incoming, truth, approximate), got, truth, peer, strict=True):
+            assert_accurate(name, *values, length=N + D + width, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "D", "width"), SHAPES)
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-def test_linear_is_accurate(N, D, width, dtype, activation, device):
+def test_linear_is_accurate(N, D, width, dtype, activation, device, products):
     (x, weight, bias, _, _), _ = tensors(N, D, width, dtype, device)
     incoming = torch.randn(N, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     for inputs in ((x, weight, bias), (x, weight)):
@@ -136,7 +146,7 @@ def test_a_program_sums_the_bias_gradient_over_all_of_its_rows(device, monkeypat
 # --- 3. layouts
 
 
-def test_any_layout_gives_what_the_contiguous_copy_gives(device):
+def test_any_layout_gives_what_the_contiguous_copy_gives(device, products):
     (x, w1, b1, w2, b2), incoming = tensors(12, 8, 16, torch.float32, device)
     views = [
         x.t().contiguous().t(),
@@ -159,7 +169,7 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(device):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_leading_axes_and_empty_inputs(recompute, device):
+def test_leading_axes_and_empty_inputs(recompute, device, products):
     inputs, incoming = tensors(24, 4, 6, torch.float32, device)
     deep = [inputs[0].view(2, 3, 4, 4), *inputs[1:]]
     for a, b in zip(
@@ -184,18 +194,18 @@ def test_opcheck(device):
     inputs, dy = tensors(6, 8, 12, torch.float32, device)
     x, w1, b1, w2, b2 = (value.requires_grad_() for value in inputs)
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w1, b1, "none"))
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", False))
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "none", True))
+    torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w1, b1, "none", "auto"))
+    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", False, "auto"))
+    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "none", True, "fused"))
     x, w1, w2 = (value.detach() for value in (x, w1, w2))
     h, a = torch.randn(6, 12, device=device), torch.randn(6, 12, device=device)
     torch.library.opcheck(ops.linear_gelu_bwd.default, (h, x, w1, a, "tanh", [True, True, False]))
     for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, [False, False, False, True, False])):
-        torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "tanh", needs))
+        torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "tanh", "auto", needs))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_compiles_as_one_graph(recompute, device):
+def test_compiles_as_one_graph(recompute, device, products):
     inputs, incoming = tensors(6, 8, 12, torch.float32, device)
 
     def both(x, w1, b1, w2, b2):
@@ -219,15 +229,20 @@ def test_autocast_multiplies_in_its_dtype(activation, device):
             assert torch.equal(a, b.to(a.dtype))
 
 
-def test_reruns_are_bitwise_equal(device):
+@pytest.mark.parametrize("products", ["fused", "cublas"])
+def test_reruns_are_bitwise_equal(device, products):
     inputs, incoming = tensors(300, 24, 96, torch.bfloat16, device)
-    for a, b in zip(*(run(gelu_mlp, inputs, incoming) for _ in range(2)), strict=True):
+
+    def forced(*leaves):
+        return torch.ops.tritium.gelu_mlp_fwd(*leaves, "tanh", False, products)[0]
+
+    for a, b in zip(*(run(forced, inputs, incoming) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("needed", [{"x"}, {"w1"}, {"b1"}, {"w2"}, {"b2"}, {"x", "w2"}])
-def test_only_some_inputs_need_gradients(needed, recompute, device):
+def test_only_some_inputs_need_gradients(needed, recompute, device, products):
     inputs, incoming = tensors(6, 8, 12, torch.float32, device)
     _, *grads = run(gelu_mlp, inputs, incoming, recompute=recompute)
     expected = dict(zip(["x", "w1", "b1", "w2", "b2"], grads, strict=True))
@@ -256,7 +271,7 @@ def test_recompute_keeps_one_tensor_fewer_and_changes_no_bit(device):
         ):
             kept[recompute, "results"] = run(gelu_mlp, inputs, incoming, recompute=recompute)
     assert sorted(kept[False]) == sorted([*kept[True], (6, 12)])
-    assert torch.ops.tritium.gelu_mlp_fwd(*inputs, "tanh", True)[2].numel() == 0
+    assert torch.ops.tritium.gelu_mlp_fwd(*inputs, "tanh", True, "auto")[2].numel() == 0
     for a, b in zip(kept[False, "results"], kept[True, "results"], strict=True):
         assert torch.equal(a, b)
 

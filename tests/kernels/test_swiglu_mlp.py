@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tolerance import assert_accurate
+from tests.tolerance import assert_accurate, walk
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.machine_code import resources
 from tritium.kernels._op import INTERPRET
@@ -12,7 +12,7 @@ from tritium.kernels.swiglu_mlp import cost, launch_bwd, launch_fwd, swiglu_mlp
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, width, feed-forward width: one element, odd, one past a power of two.
-SHAPES = [(1, 1, 1), (3, 7, 5), (33, 65, 257), (64, 48, 128)]
+SHAPES = [(1, 1, 1), (3, 7, 5), (17, 129, 65), (32, 16, 64)]
 NAMES = ["y", "dx", "dw_gate", "dw_up", "dw_down"]
 
 
@@ -35,6 +35,17 @@ def run(function, inputs, incoming):
     return [y.detach(), *torch.autograd.grad(y, leaves, incoming.to(y.dtype))]
 
 
+def scales(inputs, incoming, truth):
+    """What each of NAMES is rounded of: itself, and three times the terms of its sum, for g, da and du or a."""
+    x, w_gate, w_up, w_down = (value.double() for value in inputs)
+    g, u = (F.linear(x, weight).requires_grad_() for weight in (w_gate, w_up))
+    a, dy = F.silu(g) * u, incoming.double()
+    dg, du = torch.autograd.grad(a, (g, u), dy @ w_down)
+    dx = torch.cat([dg, du], dim=1), torch.cat([w_gate, w_up])
+    products = (a, w_down.t()), dx, (dg.t(), x), (du.t(), x), (dy.t(), a)
+    return [value.abs().max().item() + 3 * walk(*factors) for value, factors in zip(truth, products, strict=True)]
+
+
 @pytest.mark.plain
 def test_gradients_are_those_of_the_forward_and_of_torch():
     inputs, incoming = tensors(3, 2, 5, torch.float64, "cpu")
@@ -45,12 +56,11 @@ def test_gradients_are_those_of_the_forward_and_of_torch():
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "D", "width"), SHAPES)
-def test_is_accurate(N, D, width, dtype, device):
+def test_is_accurate(N, D, width, dtype, device, products):
     inputs, incoming = tensors(N, D, width, dtype, device)
     truth = run(torch_mlp, [value.double() for value in inputs], incoming)
-    for name, *values in zip(NAMES, run(swiglu_mlp, inputs, incoming), truth, run(torch_mlp, inputs, incoming), strict=True):
-        # Of 16 bits, three tensors lie on the way to each, stored in its dtype: g, da and du before dw_up.
-        scale = 0.0 if dtype == torch.float32 else 4 * values[1].abs().max().item()
+    got, peer = (run(function, inputs, incoming) for function in (swiglu_mlp, torch_mlp))
+    for name, scale, *values in zip(NAMES, scales(inputs, incoming, truth), got, truth, peer, strict=True):
         assert_accurate(name, *values, length=N + D + width, scale=scale)
 
 
@@ -81,7 +91,9 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(device):
 def test_opcheck(device):
     inputs, dy = tensors(6, 8, 12, torch.float32, device)
     g, u = (torch.randn(6, 12, device=device) for _ in range(2))
-    torch.library.opcheck(torch.ops.tritium.swiglu_mlp_fwd.default, [value.clone().requires_grad_() for value in inputs])
+    for products in ("auto", "fused"):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        torch.library.opcheck(torch.ops.tritium.swiglu_mlp_fwd.default, (*leaves, products))
     torch.library.opcheck(torch.ops.tritium.swiglu_mlp_bwd.default, (dy, *inputs, g, u))
 
 
@@ -160,7 +172,7 @@ def test_compiles_for_every_target_without_spills(arch):
         shapes = ((512, 64), (192, 64), (64, 192), (512, 192))
         x, w, down, wide = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
         with record_launches(arch) as launches:
-            launch_fwd(x, w, w, down)
+            launch_fwd(x, w, w, down, "cublas")
             launch_bwd(x, x, w, w, down, wide, wide)
         for launch in launches:
             assert resources(compile_launch(launch, arch)).spilled_bytes == 0, launch.kernel.__name__

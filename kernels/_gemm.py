@@ -1,0 +1,275 @@
+"""A persistent matrix product whose epilogue is the caller's: what follows a product elementwise happens in its registers.
+
+    acc = a b + bias        c, second = EPILOGUE(acc, aux)        sums = sum_m c, in two stages of fixed order
+
+One program a multiprocessor walks the tiles of c, in groups of GROUP_M rows of tiles whose operands the L2 keeps; the loop over
+tiles and the one over K are one to the compiler, so that operands of the next tile are on their way during the epilogue. That
+takes a tile in PARTS pieces of columns: fewer registers and, where outputs leave through a descriptor, a smaller buffer.
+
+Shapes     a: (M, K)   b: (K, N)   c, second, aux: (M, N)   bias, sums: (N,)      a and b of any strides, transposed ones too
+Precision  operands and outputs of one dtype; sums over K, epilogue and sums over M in float32, float32 itself without TF32
+Cost       2 M N K FLOPs; gemm() says which tensors it reads and writes, each once but for what the L2 does not hold
+Source     Triton's tutorial on persistent matmul; grouping: its tutorial on matrix multiplication
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._device import arch, sm_count
+from ._layout import descriptor
+from ._partials import empty_partials, sum_partials
+from ._triton import cdiv, tl, triton
+
+GROUP_M = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Launch sizes: rows and columns of c and depth of a step, pieces of the epilogue, warps, steps in flight."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Rows of an architecture: whether fusing pays, tiles of large products, of those with an aux beside c, of small ones."""
+
+    fuses: bool
+    large: Tile
+    aux: Tile
+    small: Tile
+
+
+def _tile(*sizes: int) -> Tile:
+    names = ("block_m", "block_n", "block_k", "parts", "num_warps", "num_stages")
+    return Tile(**dict(zip(names, sizes, strict=True)))
+
+
+# By the start of an architecture's name. NOTHING HERE IS MEASURED YET. Tiles are ranked by their machine code (`tritium bench
+# codegen`): no spilled registers, then the tensor pipe's share. `fuses` compares estimates of h = x w^T with GELU and of its
+# gradient, 32,768 x 3,072 x 768: cuBLAS at the rate it is known for and an elementwise kernel at 90 % of the bandwidth, with
+# 80 % of the tensor pipe in the loop over K and an epilogue that nothing overlaps. H200: 273 and 318 us fused, 315 and 361 not;
+# A100: 0.68 against 0.82 ms; the consumer cards' tensor pipes are slow enough to leave less to the epilogue. B200: 128 and 162
+# against 153 and 181 us, less than the estimate can tell. AMD: no estimate.
+FAMILIES = {
+    "sm_9": Family(
+        fuses=True,
+        large=_tile(128, 256, 64, 4, 8, 3),
+        aux=_tile(128, 256, 64, 4, 8, 3),
+        small=_tile(64, 128, 64, 1, 4, 4),
+    ),
+    "sm_10": Family(
+        fuses=False,
+        large=_tile(128, 256, 64, 4, 8, 3),
+        # 128 x 256 sums and what stands beside them are more than the registers hold.
+        aux=_tile(128, 128, 64, 1, 8, 4),
+        small=_tile(64, 128, 64, 1, 4, 4),
+    ),
+    # These and the next keep to the 99 KB of shared memory that a program has on consumer cards.
+    "sm_12": Family(
+        fuses=True,
+        large=_tile(128, 128, 32, 2, 8, 3),
+        aux=_tile(128, 128, 32, 2, 8, 3),
+        small=_tile(64, 64, 32, 1, 4, 4),
+    ),
+    "sm_": Family(
+        fuses=True,
+        large=_tile(128, 256, 32, 4, 8, 3),
+        aux=_tile(128, 256, 32, 4, 8, 3),
+        small=_tile(64, 64, 64, 1, 4, 4),
+    ),
+    "gfx": Family(
+        fuses=False,
+        large=_tile(128, 256, 32, 1, 8, 2),
+        aux=_tile(128, 128, 64, 1, 8, 2),
+        small=_tile(64, 64, 64, 1, 4, 2),
+    ),
+}
+# Products of float32 are not the matrix pipe's.
+FLOAT32_TILE = _tile(64, 64, 32, 1, 8, 2)
+
+
+def plan(
+    M: int, N: int, dtype: torch.dtype, architecture: str, multiprocessors: int, *, has_aux: bool = False
+) -> tuple[Tile, bool]:
+    """Choose the tile of a product, and whether to fuse: only large ones, of 16 bits, that fill every multiprocessor."""
+    family = next(row for name, row in FAMILIES.items() if architecture.startswith(name))
+    if dtype == torch.float32:
+        return FLOAT32_TILE, False
+    tile = family.aux if has_aux else family.large
+    if cdiv(M, tile.block_m) * cdiv(N, tile.block_n) < multiprocessors:
+        return family.small, False
+    return tile, family.fuses
+
+
+def is_fused(products: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
+    """Whether a (M, K) times (K, N) is to be a product of ours: as `plan` says, or as "fused" or "cublas" asks for."""
+    if products != "auto":
+        return products == "fused"
+    return plan(a.shape[0], N, a.dtype, arch(a.device), sm_count(a.device), has_aux=has_aux)[1]
+
+
+# --- what a product may end with
+
+
+@triton.jit
+def plain(acc, aux):
+    return acc, acc
+
+
+# --- kernel: a program owns every P-th tile of c
+
+
+@triton.jit
+def _operand(
+    x, row, column, rows, columns, stride_r, stride_c,
+    IS_TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Tile (BLOCK_R, BLOCK_C) of a matrix, zeros outside of it; a descriptor sees a transposed one as it is stored."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([column, row]).T if IS_TRANSPOSED else x.load([row, column])
+    else:
+        offs_r, offs_c = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_C)
+        mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
+        return tl.load(
+            x + offs_r.to(tl.int64)[:, None] * stride_r + offs_c.to(tl.int64)[None, :] * stride_c, mask=mask, other=0.0
+        )
+
+
+@triton.jit
+def _store(x, tile, row, column, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write a tile of a contiguous matrix."""
+    if isinstance(x, tl.tensor_descriptor):
+        x.store([row, column], tile)
+    else:
+        offs_r, offs_c = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_C)
+        mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
+        tl.store(x + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :], tile, mask=mask)
+
+
+@triton.jit
+def _finish(
+    acc, beside, bias_ptr, c, second, sums_partial_ptr, row, column, M, N,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of BLOCK_N columns, from their sums over K to all that is stored of them."""
+    offs_n = column + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    sums, other = EPILOGUE(acc, beside)
+    tile = sums.to(c.dtype if isinstance(c, tl.tensor_descriptor) else c.dtype.element_ty)
+    _store(c, tile, row, column, M, N, BLOCK_M, BLOCK_N)
+    if second is not None:
+        _store(second, other.to(tile.dtype), row, column, M, N, BLOCK_M, BLOCK_N)
+    if sums_partial_ptr is not None:
+        # Rows behind the last are sums over K of zeros, and so is what aux holds there.
+        tl.store(sums_partial_ptr + (row // BLOCK_M).to(tl.int64) * N + offs_n, tl.sum(sums, axis=0), mask=offs_n < N)
+
+
+@triton.jit
+def _half(x, SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left (0) or the right (1) half of a tile; None of None."""
+    if x is None:
+        return None
+    else:
+        return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()[SIDE]
+
+
+@triton.jit
+def _gemm_kernel(
+    a, b, bias_ptr, aux_ptr, c, second, sums_partial_ptr,
+    stride_am, stride_ak, stride_bk, stride_bn,
+    M, N, K,
+    EPILOGUE: tl.constexpr, IS_A_TRANSPOSED: tl.constexpr, IS_B_TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=True):
+        first_m = tile // (GROUP_M * blocks_n) * GROUP_M
+        within, group = tile % (GROUP_M * blocks_n), tl.minimum(blocks_m - first_m, GROUP_M)
+        row, column = (first_m + within % group) * BLOCK_M, within // group * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            left = _operand(a, row, k, M, K, stride_am, stride_ak, IS_A_TRANSPOSED, BLOCK_M, BLOCK_K)
+            right = _operand(b, k, column, K, N, stride_bk, stride_bn, IS_B_TRANSPOSED, BLOCK_K, BLOCK_N)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        beside = None
+        if aux_ptr is not None:
+            # All of it at once: its way from memory is waited for once, not in every part.
+            beside = _operand(aux_ptr, row, column, M, N, N, 1, False, BLOCK_M, BLOCK_N)
+        if PARTS == 1:
+            _finish(acc, beside, bias_ptr, c, second, sums_partial_ptr, row, column, M, N, EPILOGUE, BLOCK_M, BLOCK_N)
+        else:
+            for side in tl.static_range(2):
+                half, half_beside = _half(acc, side, BLOCK_M, BLOCK_N), _half(beside, side, BLOCK_M, BLOCK_N)
+                if PARTS == 2:
+                    _finish(
+                        half, half_beside, bias_ptr, c, second, sums_partial_ptr, row, column + side * (BLOCK_N // 2), M, N,
+                        EPILOGUE, BLOCK_M, BLOCK_N // 2,
+                    )  # fmt: skip
+                else:
+                    for inner in tl.static_range(2):
+                        _finish(
+                            _half(half, inner, BLOCK_M, BLOCK_N // 2), _half(half_beside, inner, BLOCK_M, BLOCK_N // 2),
+                            bias_ptr, c, second, sums_partial_ptr, row, column + (2 * side + inner) * (BLOCK_N // 4), M, N,
+                            EPILOGUE, BLOCK_M, BLOCK_N // 4,
+                        )  # fmt: skip
+
+
+# --- launcher
+
+
+def gemm(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, aux: Tensor | None = None, *,
+    epilogue=plain, needs_second: bool = False, needs_sums: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return c and what else of the epilogue is asked for: its second output, the sums of the columns of c.
+
+    Args:
+        a, b: (M, K) and (K, N), one dtype, any strides.
+        bias: (N,), added before the epilogue.   aux: (M, N), contiguous, what the epilogue sees beside the sums over K.
+        epilogue: jitted function of two float32 tiles, sums over K with the bias and aux (or None), that returns two.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    tile, _ = plan(M, N, a.dtype, arch(a.device), sm_count(a.device), has_aux=aux is not None)
+    c = a.new_empty(M, N)
+    second = torch.empty_like(c) if needs_second else None
+    blocks_m = cdiv(M, tile.block_m)
+    sums_partial = empty_partials(blocks_m, c) if needs_sums else None
+    (left, a_transposed), (right, b_transposed) = (
+        _streamed(a, tile.block_m, tile.block_k),
+        _streamed(b, tile.block_k, tile.block_n),
+    )
+    piece = (tile.block_m, tile.block_n // tile.parts)
+    _gemm_kernel[(min(blocks_m * cdiv(N, tile.block_n), sm_count(a.device)),)](
+        a=left, b=right, bias_ptr=bias, aux_ptr=aux, c=_whole(c, piece), second=_whole(second, piece),
+        sums_partial_ptr=sums_partial,
+        stride_am=a.stride(0), stride_ak=a.stride(1), stride_bk=b.stride(0), stride_bn=b.stride(1), M=M, N=N, K=K,
+        EPILOGUE=epilogue, IS_A_TRANSPOSED=a_transposed, IS_B_TRANSPOSED=b_transposed, PARTS=tile.parts, GROUP_M=GROUP_M,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    sums = None
+    if needs_sums:
+        sums = a.new_empty(N)
+        sum_partials(sums_partial, sums)
+    return c, second, sums
+
+
+def _streamed(x: Tensor, rows: int, columns: int):
+    """An operand as a descriptor of its tiles, or itself, and whether it is stored by columns."""
+    transposed = x.stride(1) != 1 and x.stride(0) == 1
+    stored = descriptor(x.t(), (columns, rows)) if transposed else descriptor(x, (rows, columns))
+    # Float32 is multiplied from registers, which what comes through a descriptor takes more of.
+    return (x if isinstance(stored, Tensor) or x.dtype == torch.float32 else stored), transposed
+
+
+def _whole(x: Tensor | None, block: tuple[int, int]):
+    return x if x is None or x.dtype == torch.float32 else descriptor(x, block)

@@ -1,0 +1,155 @@
+"""The product that epilogues ride on: layouts, tails, epilogues, the choice of tiles and whether to fuse."""
+
+import pytest
+import torch
+
+from tests.tolerance import assert_accurate
+from tritium.bench.launches import compile_launch, record_launches
+from tritium.bench.machine_code import disassembly, matrix_instructions, resources
+from tritium.kernels import _gemm
+from tritium.kernels._gemm import FAMILIES, gemm, is_fused, plan
+from tritium.kernels._mlp_kernels import EPILOGUES
+from tritium.kernels._op import INTERPRET
+from tritium.kernels._triton import tl, triton
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(1, 1, 1), (17, 129, 1), (1, 17, 129), (129, 1, 17), (48, 64, 32)]
+
+kernel = pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU")
+
+
+@triton.jit
+def scaled(acc, aux):
+    """An epilogue that shows what it is given: the sums and what stands beside them in one output, the sums in the other."""
+    return acc * (1.0 if aux is None else aux.to(tl.float32)), acc
+
+
+@pytest.fixture
+def small_tiles(small_tile, monkeypatch):
+    """Several tiles in each direction, groups of two rows of them, two programs that own every other one."""
+    monkeypatch.setattr(_gemm, "plan", lambda *_, **__: (small_tile, True))
+    monkeypatch.setattr(_gemm, "GROUP_M", 2)
+    monkeypatch.setattr(_gemm, "sm_count", lambda device: 2)
+
+
+def operands(M, N, K, dtype, device, layout="NT"):
+    """a (M, K) and b (K, N), T where the matrix is stored by columns; a bias and a matrix beside c."""
+    generator = torch.Generator().manual_seed(M * 10_007 + N * 101 + K)
+    made = [torch.randn(size, generator=generator).to(device, dtype) for size in ((M, K), (K, N), (N,), (M, N))]
+    for index, letter in enumerate(layout):
+        if letter == "T":
+            made[index] = made[index].t().contiguous().t()
+        elif letter == "S":  # no unit stride
+            made[index] = torch.stack([made[index]] * 2, dim=-1).flatten(1)[:, ::2]
+    return made
+
+
+@kernel
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT", "SN", "NS"])
+def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
+    a, b, bias, aux = operands(*sizes, dtype, device, layout)
+    c, second, sums = gemm(a, b, bias, aux, epilogue=scaled, needs_second=True, needs_sums=True)
+    h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
+    length = sum(sizes)
+    assert_accurate("second", second, h64, h, length=length)
+    assert_accurate("c", c, h64 * aux.double(), h * aux, length=length)
+    # Sums over rows cancel: what they are of is no smaller than their root of squares.
+    scale = (h64 * aux.double()).square().sum(0).max().sqrt().item()
+    assert_accurate("sums", sums, (h64 * aux.double()).sum(0), (h * aux).sum(0), length=length, scale=scale)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_asked_for_is_not_there(dtype, device, small_tiles):
+    a, b, bias, aux = operands(33, 65, 17, dtype, device)
+    c, second, sums = gemm(a, b)
+    assert second is sums is None
+    assert_accurate("c", c, a.double() @ b.double(), a @ b, length=17)
+    with_bias, _, _ = gemm(a, b, bias)
+    assert_accurate(
+        "with bias", with_bias, torch.addmm(bias.double(), a.double(), b.double()), torch.addmm(bias, a, b), length=17
+    )
+    beside, _, _ = gemm(a, b, aux=aux, epilogue=scaled)
+    assert_accurate("beside", beside, (a.double() @ b.double()) * aux.double(), (a @ b) * aux, length=17)
+
+
+@kernel
+def test_views_into_larger_matrices(device, small_tiles):
+    """Odd offsets and strides, which no descriptor takes, and aligned ones, which one does."""
+    whole = torch.randn(80, 96, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    for a, b in (
+        (whole[1:40, 3:20], whole[5:22, 1:50]),
+        (whole[8:40, 16:48], whole[:32, 32:96]),
+        (whole[:32, :48].t(), whole[32:64]),
+    ):
+        assert_accurate("c", gemm(a, b)[0], a.double() @ b.double(), a @ b, length=a.shape[1])
+
+
+@kernel
+def test_empty_and_rerun(device, small_tiles):
+    a, b, bias, aux = operands(33, 65, 17, torch.bfloat16, device)
+    c, _, sums = gemm(a[:0], b, bias, aux[:0], epilogue=scaled, needs_sums=True)
+    assert c.shape == (0, 65)
+    assert not sums.any()
+    first, again = (gemm(a, b, bias, aux, epilogue=scaled, needs_second=True, needs_sums=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@kernel
+@pytest.mark.parametrize("shape", [(130, 257, 65), (300, 64, 32)])
+def test_shipped_tiles(shape, device):
+    """One past a tile of each class, as `plan` chooses on the device of these tests."""
+    a, b, bias, aux = operands(*shape, torch.bfloat16, device)
+    for beside in (None, aux):
+        c, _, _ = gemm(a, b, bias, beside, epilogue=scaled)
+        factor = 1 if beside is None else aux
+        h64 = torch.addmm(bias.double(), a.double(), b.double())
+        assert_accurate(
+            "c", c, h64 * (factor if beside is None else factor.double()), torch.addmm(bias, a, b) * factor, length=shape[2]
+        )
+
+
+# --- what is chosen
+
+
+@pytest.mark.plain
+def test_large_products_of_16_bits_are_fused_where_the_row_says_so():
+    for arch, multiprocessors in {"sm_90": 132, "sm_100": 148, "sm_80": 108, "sm_86": 82, "sm_120": 170, "gfx942": 304}.items():
+        family = FAMILIES[next(name for name in FAMILIES if arch.startswith(name))]
+        for has_aux, tile in ((False, family.large), (True, family.aux)):
+            assert plan(32768, 3072, torch.bfloat16, arch, multiprocessors, has_aux=has_aux) == (tile, family.fuses)
+        assert plan(128, 3072, torch.float16, arch, multiprocessors) == (family.small, False)
+        assert plan(32768, 3072, torch.float32, arch, multiprocessors)[1] is False
+    # One tile for each multiprocessor is enough, one fewer is not.
+    assert plan(128 * 11, 256 * 12, torch.bfloat16, "sm_90", 132)[1]
+    assert not plan(128 * 11, 256 * 11, torch.bfloat16, "sm_90", 132)[1]
+
+
+@pytest.mark.plain
+def test_the_choice_can_be_forced():
+    a = torch.empty(32768, 768, dtype=torch.bfloat16, device="meta")
+    assert is_fused("fused", a[:1], 1)
+    assert not is_fused("cublas", a, 3072)
+    assert is_fused("auto", a, 3072) == FAMILIES["sm_9"].fuses
+
+
+@pytest.mark.plain
+def test_rows_are_tiles_that_the_kernel_takes():
+    for family in FAMILIES.values():
+        for tile in (family.large, family.aux, family.small):
+            assert tile.parts in (1, 2, 4)
+            # What leaves through a descriptor is 16 bytes wide at least.
+            assert tile.block_n // tile.parts >= 16
+
+
+@pytest.mark.codegen
+def test_the_exact_gelu_keeps_the_matrix_instructions():
+    """Its slope has more terms than the tanh form's, which the table holds: a few may wait in memory, once a tile."""
+    x, w2, h = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((32768, 768), (768, 3072), (32768, 3072)))
+    with record_launches("sm_90") as launches:
+        gemm(x, w2, aux=h, epilogue=EPILOGUES["none"][1], needs_sums=True)
+    compiled = compile_launch(launches[0], "sm_90")
+    assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 4}
+    assert resources(compiled).spilled_bytes <= 16
