@@ -25,13 +25,15 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.heads, self.head_size = (config.n_head, config.kv_heads, config.kv_heads), config.head_size
-        self.c_attn = nn.Linear(config.d_model, sum(self.heads) * config.head_size, bias=config.bias)
+        self.head_size = config.head_size
+        self.widths = [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.c_attn = nn.Linear(config.d_model, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H + 2 G, T, K)
-        q, k, v = qkv.split(self.heads, dim=1)
+        # Split before the heads are moved forward: the three gradients are then joined in one copy, not in two.
+        parts = self.c_attn(x).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)  # (B, H or G, T, K)
         if turn is not None:
             q, k = _turned(q, *turn), _turned(k, *turn)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,6 +1,7 @@
 """tritium bench report: README's figures from bench/results, and nothing else; or, of a folder, what it holds in short.
 
-Every record below bench/results is read. Those measured on a GPU become tables; where there is none yet, a sentence says so.
+Every record below bench/results is read. Those measured on a GPU and those that need none become tables; where there
+is none of the former yet, a sentence says so.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from .record import FORMAT, kind_of, read_record
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- figures: written by tritium bench report -->", "<!-- end of figures -->"
-KINDS = ("kernels", "train", "codegen")
+KINDS = ("kernels", "train", "codegen", "traffic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def figures(results: Path = RESULTS) -> str:
         parts = [
             "No GPU has measured tritium yet: `bench/results` holds no file from one, so no speed on a GPU is stated here."
         ]
+    parts += [traffic_tables(record) for record in records if record["kind"] == "traffic"]
     newest = max(
         (record for record in records if record["kind"] == "codegen"), key=lambda record: record["triton"], default=None
     )
@@ -112,6 +114,40 @@ def _training_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def traffic_tables(record: dict[str, Any]) -> str:
+    """Bytes a token of each preset's block, in brackets over the width's; the perceptron's memory, alike presets in a line."""
+    names, directions = ("tritium", "eager"), ("forward", "backward")
+    heads = [f"{name} forward | backward | sum" for name in (*names, "least")]
+    lines = [
+        "Bytes that a block moves per token, counted from the operators that run, not timed",
+        f"({record['dtype'].removeprefix('torch.')}; commit {record['commit']}, torch {record['torch']}); in brackets over the "
+        "width's bytes. MB a step:",
+        "what does not grow with the tokens: weights, their gradients, partial sums. `bench/traffic.py` derives the least.",
+        "",
+        f"| | {' | '.join(heads)} | MB a step, {' / '.join(names)} |",
+        f"|---|{'--:|' * (3 * len(heads) + 1)}",
+    ]
+    for row in record["blocks"]:
+        pairs = [[row[name][direction]["token_bytes"] for direction in directions] for name in names]
+        pairs.append([row["least"][direction] for direction in directions])
+        width_bytes = row["d_model"] * record["itemsize"]
+        cells = [f"{count:,} ({count / width_bytes:.1f})" for pair in pairs for count in (*pair, sum(pair))]
+        steps = [f"{sum(row[name][direction]['step_bytes'] for direction in directions) / 1e6:.1f}" for name in names]
+        lines.append(f"| {row['preset']} | {' | '.join(cells)} | {' / '.join(steps)} |")
+    groups: dict[tuple, list[str]] = {}
+    for row in record["mlp"]:
+        groups.setdefault((row["way"], row["kept"], row["most"], row["allocated"]), []).append(row["preset"])
+    lines += [
+        "",
+        "Memory of the perceptron, forward and backward, in tensors of (N, F), counted in the same run:",
+        "",
+        "| | width of | kept for the backward | most at once | allocated in all |",
+        "|---|---|--:|--:|--:|",
+        *(f"| `{way}` | {', '.join(presets)} | {' | '.join(map(str, counts))} |" for (way, *counts), presets in groups.items()),
+    ]
+    return "\n".join(lines)
+
+
 def _codegen_table(record: dict[str, Any], arch: str = "sm_90") -> str:
     """The rows of one architecture, shapes of one kernel that came out alike in one line."""
     groups: dict[tuple, list[str]] = {}
@@ -150,6 +186,6 @@ def main(argv: Sequence[str]) -> int:
     records = _records(folder) if folder.is_dir() else []
     if not records:
         raise InputError(f"{folder}: expected a folder with records of format {FORMAT} of {', '.join(KINDS)}, found none")
-    shown = {"kernels": _kernel_tables, "train": _training_table, "codegen": _codegen_table}
+    shown = {"kernels": _kernel_tables, "train": _training_table, "codegen": _codegen_table, "traffic": traffic_tables}
     print("\n\n".join(shown[record["kind"]](record) for record in records))
     return 0

@@ -28,6 +28,8 @@ from ._triton import HAS_TRITON, triton
 INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Launchers by the name of their operator: the bench runs them where no GPU is.
+LAUNCHERS: dict[str, Callable] = {}
 # What passes for an annotation: an int for a float too, and what torch.compile has in place of numbers that vary.
 KINDS = {
     Tensor: (Tensor,),
@@ -64,6 +66,7 @@ def define_op(
     op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
     op.register_fake(reference if shapes is None else shapes)
     if launch is not None and HAS_TRITON:
+        LAUNCHERS[name] = launch
         launch = _without_float64(name.removesuffix("_fwd").removesuffix("_bwd"), launch)
         op.register_kernel("cuda")(_on_its_device(launch))
         if INTERPRET:

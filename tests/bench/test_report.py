@@ -79,6 +79,22 @@ def test_alike_machine_code_shares_a_line(tmp_path):
     ]
 
 
+def test_bytes_counted_become_tables(tmp_path):
+    passes = {"forward": {"token_bytes": 4000, "step_bytes": 10**6}, "backward": {"token_bytes": 500, "step_bytes": 10**5}}
+    row = {"d_model": 50, "tritium": passes, "eager": passes, "least": {"forward": 300, "backward": 100}}
+    memory = {"way": "gelu_mlp", "kept": 2.0, "most": 4.25, "allocated": 4.75}
+    counted = {
+        "dtype": "torch.bfloat16", "itemsize": 2, "blocks": [{**row, "preset": "gpt2"}],
+        "mlp": [{**memory, "preset": "gpt2"}, {**memory, "preset": "gpt2-xl"}, {**memory, "preset": "other", "kept": 1.0}],
+    }  # fmt: skip
+    write_record(tmp_path / "traffic.json", "traffic", counted)
+    lines = figures(tmp_path).splitlines()
+    ours = "4,000 (40.0) | 500 (5.0) | 4,500 (45.0)"
+    assert f"| gpt2 | {ours} | {ours} | 300 (3.0) | 100 (1.0) | 400 (4.0) | 1.1 / 1.1 |" in lines
+    assert "| `gelu_mlp` | gpt2, gpt2-xl | 2.0 | 4.25 | 4.75 |" in lines
+    assert "| `gelu_mlp` | other | 1.0 | 4.25 | 4.75 |" in lines
+
+
 def test_only_what_lies_between_the_markers_changes(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
@@ -102,7 +118,9 @@ def test_a_folder_is_shown_and_nothing_written(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["missing", "."])
 def test_a_folder_without_records_is_named(name, tmp_path):
-    with pytest.raises(InputError, match="expected a folder with records of format 1 of kernels, train, codegen, found none"):
+    with pytest.raises(
+        InputError, match="expected a folder with records of format 1 of kernels, train, codegen, traffic, found none"
+    ):
         main([str(tmp_path / name)])
 
 

@@ -12,6 +12,7 @@ from tritium import kernels
 from tritium.kernels._op import (
     FLOATS,
     INTERPRET,
+    LAUNCHERS,
     _on_its_device,
     _saying_so_once,
     _without_float64,
@@ -76,6 +77,12 @@ def test_kernels_are_not_given_float64():
     assert run(torch.ones(1)).item() == 2.5
     with pytest.raises(TypeError, match="test_double: the kernel takes float32, bfloat16 or float16, got float64"):
         run(torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.plain
+def test_launchers_are_known_by_name():
+    assert LAUNCHERS["test_double"] is double_launch
+    assert "test_product" not in LAUNCHERS
 
 
 @pytest.mark.plain

@@ -2,19 +2,17 @@
 
 import itertools
 import sys
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.cross_entropy_cases import torch_cross_entropy
 from tests.tolerance import assert_accurate
+from tritium.bench.memory import Held
 from tritium.kernels import linear_cross_entropy
 from tritium.kernels.linear_cross_entropy import (
     CHUNK_ROWS,
@@ -337,40 +335,11 @@ def test_a_second_derivative_is_refused(reduction, device):
         dx.sum().backward()
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made inside and are still there, and their most."""
-
-    now = most = 0
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata for tensor in inputs}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage):
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += nbytes
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._forget, key, nbytes)
-
-    def _forget(self, key, nbytes):
-        self.seen.discard(key)
-        self.now -= nbytes
-
-
 def peak(call, N, D, V, dtype):
     """The most bytes that call(x, weight, target) holds at once beside these. Tensors on "meta" cost nothing, but count."""
     x, weight = (torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size in ((N, D), (V, D)))
     target = torch.empty(N, dtype=torch.int64, device="meta")
-    with Peak(x, weight, target) as found:
+    with Held(x, weight, target) as found:
         call(x, weight, target)
     return found.most
 
