@@ -3,7 +3,8 @@
     resources     registers and spilled bytes a thread, shared bytes a block, as the assembler states them
     occupancy     blocks on one multiprocessor = least of what registers, shared memory, threads and slots allow
     hottest loop  the innermost loop with most matrix instructions, of equals the shortest, which is the one without masks;
-                  without any the one with most bytes loaded, else with most instructions
+                  without any the one with most bytes loaded, else with most instructions. Of a loop with products what a
+                  jump passes over is no part of a pass if it holds none: a persistent kernel goes there once a tile
     clocks        what one pass of a block through it occupies each pipe of a multiprocessor for, sm_80, sm_90 and sm_100. If
                   pipes never waited for one another the pass took the longest of them, if nothing overlapped their sum: two
                   bounds, both estimates. Memory is left out where there are products, whose tiles come out of the cache.
@@ -184,14 +185,20 @@ def disassembly(compiled) -> str:
     return compiled.asm["amdgcn"] if compiled.metadata.target.backend == "hip" else _cuobjdump(compiled, "--dump-sass")
 
 
-def hottest_loop(sass: str) -> list[str]:
-    """Instructions of the loop that matters most, without predicates and scheduling; the whole kernel if it has no loop."""
+def hottest_loop(sass: str) -> tuple[list[str], list[str]]:
+    """Instructions of the loop that matters most, without predicates and scheduling; the whole kernel if it has no loop.
+
+    Returns: those of each pass, those of now and then.
+    """
     lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ +)?(.*?)\s*;", sass, flags=re.MULTILINE)
     code, index_at = [text for _, text in lines], {int(address, 16): index for index, (address, _) in enumerate(lines)}
+    # A jump to itself is the trap at the end of every kernel.
+    jumps = [
+        index_at.get(int(text.split("0x")[-1], 16), index) if text.startswith("BRA") and "0x" in text else index
+        for index, text in enumerate(code)
+    ]
     loops = []
-    for index, text in enumerate(code):
-        # A jump to itself is the trap at the end of every kernel.
-        target = index_at.get(int(text.split("0x")[-1], 16), index) if text.startswith("BRA") and "0x" in text else index
+    for index, target in enumerate(jumps):
         # Nor is a jump back from behind the end: there stand the repeats of waits, out of the way.
         if target < index and not any(line.startswith("EXIT") for line in code[target:index]):
             loops.append((target, index + 1))
@@ -204,7 +211,7 @@ def hottest_loop(sass: str) -> list[str]:
     if not innermost:
         # Behind the last exit stand a trap and padding.
         ends = [index for index, text in enumerate(code) if text.startswith("EXIT")]
-        return code[: ends[-1] + 1] if ends else code
+        return (code[: ends[-1] + 1] if ends else code), []
 
     def weight(loop: tuple[int, int]) -> tuple[int, float, int]:
         body = code[slice(*loop)]
@@ -212,7 +219,14 @@ def hottest_loop(sass: str) -> list[str]:
             return products, 0, -len(body)
         return 0, _bytes(body, _GLOBAL), len(body)
 
-    return code[slice(*max(innermost, key=weight))]
+    start, stop = max(innermost, key=weight)
+    seldom: set[int] = set()
+    for index in range(start, stop) if products else ():
+        passed_over = range(index + 1, min(jumps[index], stop))
+        if not matrix_instructions("\n".join(code[passed_over.start : passed_over.stop])):
+            seldom.update(passed_over)
+    each, other = ([code[i] for i in range(start, stop) if (i in seldom) == wanted] for wanted in (False, True))
+    return each, other
 
 
 def _waits(loop: list[str]) -> bool:
@@ -252,10 +266,10 @@ def stated(ptx: str) -> Stated:
     return Stated(tcgen05_flops=flops / number, tcgen05_shared_bytes=shared / number, tma_bytes=expected / loads)
 
 
-def loop_clocks(compiled, sass: str, target: str) -> tuple[list[str], dict[str, float]]:
-    """The hottest loop of a compiled kernel, given its disassembly, and the loop's clocks on one of RATES."""
-    loop = hottest_loop(sass)
-    return loop, clocks(loop, compiled.metadata.num_warps, target, stated(compiled.asm["ptx"]))
+def loop_clocks(compiled, sass: str, target: str) -> list[tuple[list[str], dict[str, float]]]:
+    """The two parts of the hottest loop of a compiled kernel, given its disassembly, each with its clocks on one of RATES."""
+    said = stated(compiled.asm["ptx"])
+    return [(part, clocks(part, compiled.metadata.num_warps, target, said)) for part in hottest_loop(sass)]
 
 
 def clocks(loop: list[str], num_warps: int, target: str, said: Stated | None = None) -> dict[str, float]:
