@@ -32,6 +32,15 @@ def _liger(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return F.linear(LigerSiLUMulFunction.apply(F.linear(x, w_gate), F.linear(x, w_up)), w_down)
 
 
+def _forced(products: str) -> Contestant:
+    """Ours with products of one kind, whatever plan() says."""
+    return Contestant(
+        name=f"tritium, {products}",
+        call=lambda **inputs: torch.ops.tritium.swiglu_mlp_fwd(**inputs, products=products)[0],
+        cuda_only=True,
+    )
+
+
 def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
     N, D, width = shape
     x, w, down = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (width, D), (D, width)))
@@ -44,5 +53,5 @@ SWIGLU_MLP = Operator(
     shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=SHAPES[:1],
     check_shape=lambda shape: (min(shape[0], 257), *shape[1:]),
     cost=lambda shape, itemsize: cost(*shape, itemsize),
-    peers=(Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),),
+    peers=(_forced("fused"), _forced("cublas"), Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True)),
 )  # fmt: skip
