@@ -13,7 +13,12 @@ from tritium.kernels._op import INTERPRET
 from tritium.kernels._triton import tl, triton
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [(1, 1, 1), (17, 129, 1), (1, 17, 129), (129, 1, 17), (48, 64, 32)]
+ODD, ALIGNED = (33, 129, 17), (48, 64, 32)
+SIZES = [(1, 1, 1), (17, 129, 1), (1, 17, 129), (129, 1, 17), ODD, ALIGNED]
+LAYOUTS = ["NN", "TN", "TT", "SN", "NS"]
+# Every size in every dtype as a linear layer has it; every layout through pointers, and in 16 bits through descriptors.
+CASES = [(sizes, "NT", dtype) for sizes in SIZES for dtype in FLOATS]
+CASES += [(sizes, layout, torch.bfloat16) for sizes in (ODD, ALIGNED) for layout in LAYOUTS]
 
 kernel = pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU")
 
@@ -45,9 +50,7 @@ def operands(M, N, K, dtype, device, layout="NT"):
 
 
 @kernel
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT", "SN", "NS"])
+@pytest.mark.parametrize(("sizes", "layout", "dtype"), CASES, ids=str)
 def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
     a, b, bias, aux = operands(*sizes, dtype, device, layout)
     c, second, sums = gemm(a, b, bias, aux, epilogue=scaled, needs_second=True, needs_sums=True)
@@ -153,3 +156,13 @@ def test_the_exact_gelu_keeps_the_matrix_instructions():
     compiled = compile_launch(launches[0], "sm_90")
     assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 4}
     assert resources(compiled).spilled_bytes <= 16
+
+
+@pytest.mark.codegen
+def test_compiles_where_every_size_is_one():
+    """Triton makes constants of them."""
+    one, vector = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 1), (1,)))
+    with record_launches("sm_90") as launches:
+        gemm(one, one, vector, one, epilogue=scaled, needs_second=True, needs_sums=True)
+    for launch in launches:
+        assert resources(compile_launch(launch, "sm_90")).spilled_bytes == 0

@@ -46,14 +46,15 @@ def run(function, inputs, incoming, **options):
     return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], incoming.to(y.dtype))]
 
 
-def scales(inputs, incoming, truth, approximate):
-    """What each of NAMES is rounded of: itself, and twice the terms of its sum, for h and for dh or a."""
+def scales(inputs, incoming, truth, approximate="tanh"):
+    """What each of `truth` is rounded of, by name: itself, and twice the terms of its sum, for h and for dh or a."""
     x, w1, b1, w2, _ = double(inputs)
     h = F.linear(x, w1, b1).requires_grad_()
     a, dy, one = F.gelu(h, approximate=approximate), incoming.double(), torch.ones_like(x[:, :1])
     (dh,) = torch.autograd.grad(a, h, dy @ w2)
     products = ((a, w2.t()), (dh, w1), (dh.t(), x), (dh.t(), one), (dy.t(), a), (dy.t(), 0 * one))
-    return [value.abs().max().item() + 2 * walk(*factors) for value, factors in zip(truth, products, strict=True)]
+    walks = {name: walk(*factors) for name, factors in zip(NAMES, products, strict=True)}
+    return {name: value.abs().max().item() + 2 * walks[name] for name, value in truth.items()}
 
 
 # --- 1. math
@@ -114,10 +115,23 @@ def test_mlp_is_accurate(N, D, width, dtype, approximate, device, products):
     inputs, incoming = tensors(N, D, width, dtype, device)
     truth = run(torch_mlp, double(inputs), incoming, approximate=approximate)
     peer = run(torch_mlp, inputs, incoming, approximate=approximate)
+    bounds = scales(inputs, incoming, dict(zip(NAMES, truth, strict=True)), approximate)
     for recompute in (True, False):
         got = run(gelu_mlp, inputs, incoming, approximate=approximate, recompute=recompute)
-        for name, scale, *values in zip(NAMES, scales(inputs, incoming, truth, approximate), got, truth, peer, strict=True):
-            assert_accurate(name, *values, length=N + D + width, scale=scale)
+        for name, *values in zip(NAMES, got, truth, peer, strict=True):
+            assert_accurate(name, *values, length=N + D + width, scale=bounds[name])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_mlp_without_biases_is_accurate(dtype, device, products):
+    (x, w1, _, w2, _), incoming = tensors(17, 33, 65, dtype, device)
+    inputs = [x, w1, None, w2, None]
+    names = ["y", "dx", "dw1", "dw2"]
+    truth = dict(zip(names, run(torch_mlp, double(inputs), incoming), strict=True))
+    bounds = scales(inputs, incoming, truth)
+    got, peer = (run(function, inputs, incoming) for function in (gelu_mlp, torch_mlp))
+    for name, *values in zip(names, got, truth.values(), peer, strict=True):
+        assert_accurate(name, *values, length=17 + 33 + 65, scale=bounds[name])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
