@@ -7,12 +7,20 @@ from ..train.cli import near
 from ..train.config import InputError
 
 # Command -> module of this folder whose `main(argv)` runs it and returns the exit status.
-COMMANDS = {"kernels": "contest", "codegen": "codegen", "train": "training", "traffic": "traffic", "report": "report"}
+COMMANDS = {
+    "kernels": "contest",
+    "codegen": "codegen",
+    "train": "training",
+    "tune": "tune",
+    "traffic": "traffic",
+    "report": "report",
+}
 
 HELP = """usage: tritium bench COMMAND [options]
 
   kernels [OP ...]     each operator beside eager PyTorch, torch.compile, SDPA and what else is installed
   codegen [OP ...]     the machine code of every kernel, for GPUs that need not be there
+  tune OP              an operator's launch sizes against one another, on a GPU
   train                tokens a second beside a plain PyTorch GPT
   traffic              bytes of memory that a block moves per token, beside plain PyTorch and the least possible
   report               README's figures from bench/results

@@ -226,7 +226,8 @@ def _print(entry: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _shapes(operator: Operator, words: Sequence[str], device: torch.device) -> list[tuple[int, ...]]:
+def shapes_of(operator: Operator, words: Sequence[str], device: torch.device) -> list[tuple[int, ...]]:
+    """Shapes as typed, or the operator's own for the device. Raises: InputError if they are not of its kind."""
     if not words:
         return list(operator.shapes if device.type == "cuda" else operator.small_shapes)
     shapes = []
@@ -253,7 +254,7 @@ def main(argv: Sequence[str]) -> int:
     use_fast_matmul(device)
     dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
     operators = [OPERATORS[name] for name in options.operators or OPERATORS]
-    work = [(operator, shape) for operator in operators for shape in _shapes(operator, options.shape, device)]
+    work = [(operator, shape) for operator in operators for shape in shapes_of(operator, options.shape, device)]
     console = Console(width=None if Console().is_terminal else 160)
     if device.type != "cuda":
         print("No GPU: these are the references on small shapes. No Triton kernel runs, memory is not counted, and how the")

@@ -72,14 +72,15 @@ if [ -n "$rehearse" ]; then
 else
     tests=(-m "not codegen") kernels=() training=(gpt2 --out "$out/train.json")
     files=(layer_norm:"layer_norm add_layer_norm" attention:causal_attention mlp:gelu_mlp cross_entropy:cross_entropy
-        linear_cross_entropy:linear_cross_entropy)
+        linear_cross_entropy:linear_cross_entropy attention_varlen:causal_attention_varlen attention_decode:attention_decode
+        rms_norm:"rms_norm add_rms_norm" rotary:rotary swiglu_mlp:swiglu_mlp)
     run=(gpt2 --data stdlib --tokenizer bpe:4096 --steps 40 --batch-size 32 --eval-interval 40 --eval-tokens 65536)
 fi
 
 # Wrong comes before slow: only what is green is timed.
 green=() end=75
 for pair in "${files[@]}"; do
-    end=$((end + 35))
+    end=$((end + 32))
     if part "tests-${pair%%:*}" $end "$python" -m pytest -p no:cacheprovider "${tests[@]}" "tests/kernels/test_${pair%%:*}.py"; then
         # shellcheck disable=SC2206 # several operators share a test file
         green+=(${pair#*:})
