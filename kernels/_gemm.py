@@ -1,12 +1,12 @@
 """A persistent matrix product whose epilogue is the caller's: what follows a product elementwise happens in its registers.
 
-    acc = a b + bias        c, second = EPILOGUE(acc, aux)        sums = sum_m c, in two stages of fixed order
+    pre = a b + bias        c = EPILOGUE(pre, aux)        sums = sum_m c, in two stages of fixed order
 
 One program a multiprocessor walks the tiles of c, in groups of GROUP_M rows of tiles whose operands the L2 keeps; the loop over
 tiles and the one over K are one to the compiler, so that operands of the next tile are on their way during the epilogue. That
 takes a tile in PARTS pieces of columns: fewer registers and, where outputs leave through a descriptor, a smaller buffer.
 
-Shapes     a: (M, K)   b: (K, N)   c, second, aux: (M, N)   bias, sums: (N,)      a and b of any strides, transposed ones too
+Shapes     a: (M, K)   b: (K, N)   c, pre, aux: (M, N)   bias, sums: (N,)      a and b of any strides, transposed ones too
 Precision  operands and outputs of one dtype; sums over K, epilogue and sums over M in float32, float32 itself without TF32
 Cost       2 M N K FLOPs; gemm() says which tensors it reads and writes, each once but for what the L2 does not hold
 Source     Triton's tutorial on persistent matmul; grouping: its tutorial on matrix multiplication
@@ -120,8 +120,8 @@ def is_fused(products: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool
 
 
 @triton.jit
-def plain(acc, aux):
-    return acc, acc
+def plain(pre, _):
+    return pre
 
 
 # --- kernel: a program owns every P-th tile of c
@@ -147,30 +147,30 @@ def _operand(
 def _store(x, tile, row, column, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Write a tile of a contiguous matrix."""
     if isinstance(x, tl.tensor_descriptor):
-        x.store([row, column], tile)
+        x.store([row, column], tile.to(x.dtype))
     else:
         offs_r, offs_c = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_C)
         mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
-        tl.store(x + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :], tile, mask=mask)
+        tl.store(x + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :], tile.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _finish(
-    acc, beside, bias_ptr, c, second, sums_partial_ptr, row, column, M, N,
+    acc, beside, bias_ptr, c, pre, sums_partial_ptr, row, column, M, N,
     EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of BLOCK_N columns, from their sums over K to all that is stored of them."""
     offs_n = column + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    sums, other = EPILOGUE(acc, beside)
-    tile = sums.to(c.dtype if isinstance(c, tl.tensor_descriptor) else c.dtype.element_ty)
+    if pre is not None:
+        # First, so that it is on its way while the epilogue computes.
+        _store(pre, acc, row, column, M, N, BLOCK_M, BLOCK_N)
+    tile = EPILOGUE(acc, beside)
     _store(c, tile, row, column, M, N, BLOCK_M, BLOCK_N)
-    if second is not None:
-        _store(second, other.to(tile.dtype), row, column, M, N, BLOCK_M, BLOCK_N)
     if sums_partial_ptr is not None:
         # Rows behind the last are sums over K of zeros, and so is what aux holds there.
-        tl.store(sums_partial_ptr + (row // BLOCK_M).to(tl.int64) * N + offs_n, tl.sum(sums, axis=0), mask=offs_n < N)
+        tl.store(sums_partial_ptr + (row // BLOCK_M).to(tl.int64) * N + offs_n, tl.sum(tile, axis=0), mask=offs_n < N)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def _half(x, SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _gemm_kernel(
-    a, b, bias_ptr, aux_ptr, c, second, sums_partial_ptr,
+    a, b, bias_ptr, aux_ptr, c, pre, sums_partial_ptr,
     stride_am, stride_ak, stride_bk, stride_bn,
     M, N, K,
     EPILOGUE: tl.constexpr, IS_A_TRANSPOSED: tl.constexpr, IS_B_TRANSPOSED: tl.constexpr,
@@ -205,20 +205,20 @@ def _gemm_kernel(
             # All of it at once: its way from memory is waited for once, not in every part.
             beside = _operand(aux_ptr, row, column, M, N, N, 1, False, BLOCK_M, BLOCK_N)
         if PARTS == 1:
-            _finish(acc, beside, bias_ptr, c, second, sums_partial_ptr, row, column, M, N, EPILOGUE, BLOCK_M, BLOCK_N)
+            _finish(acc, beside, bias_ptr, c, pre, sums_partial_ptr, row, column, M, N, EPILOGUE, BLOCK_M, BLOCK_N)
         else:
             for side in tl.static_range(2):
                 half, half_beside = _half(acc, side, BLOCK_M, BLOCK_N), _half(beside, side, BLOCK_M, BLOCK_N)
                 if PARTS == 2:
                     _finish(
-                        half, half_beside, bias_ptr, c, second, sums_partial_ptr, row, column + side * (BLOCK_N // 2), M, N,
+                        half, half_beside, bias_ptr, c, pre, sums_partial_ptr, row, column + side * (BLOCK_N // 2), M, N,
                         EPILOGUE, BLOCK_M, BLOCK_N // 2,
                     )  # fmt: skip
                 else:
                     for inner in tl.static_range(2):
                         _finish(
                             _half(half, inner, BLOCK_M, BLOCK_N // 2), _half(half_beside, inner, BLOCK_M, BLOCK_N // 2),
-                            bias_ptr, c, second, sums_partial_ptr, row, column + (2 * side + inner) * (BLOCK_N // 4), M, N,
+                            bias_ptr, c, pre, sums_partial_ptr, row, column + (2 * side + inner) * (BLOCK_N // 4), M, N,
                             EPILOGUE, BLOCK_M, BLOCK_N // 4,
                         )  # fmt: skip
 
@@ -228,19 +228,19 @@ def _gemm_kernel(
 
 def gemm(
     a: Tensor, b: Tensor, bias: Tensor | None = None, aux: Tensor | None = None, *,
-    epilogue=plain, needs_second: bool = False, needs_sums: bool = False,
+    epilogue=plain, needs_pre: bool = False, needs_sums: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return c and what else of the epilogue is asked for: its second output, the sums of the columns of c.
+    """Return c and what else is asked for: what its epilogue was given, the sums of its columns.
 
     Args:
         a, b: (M, K) and (K, N), one dtype, any strides.
         bias: (N,), added before the epilogue.   aux: (M, N), contiguous, what the epilogue sees beside the sums over K.
-        epilogue: jitted function of two float32 tiles, sums over K with the bias and aux (or None), that returns two.
+        epilogue: jitted function of two tiles, a b + bias in float32 and aux (or None), that returns c's in float32.
     """
     (M, K), N = a.shape, b.shape[1]
     tile, _ = plan(M, N, a.dtype, arch(a.device), sm_count(a.device), has_aux=aux is not None)
     c = a.new_empty(M, N)
-    second = torch.empty_like(c) if needs_second else None
+    pre = torch.empty_like(c) if needs_pre else None
     blocks_m = cdiv(M, tile.block_m)
     sums_partial = empty_partials(blocks_m, c) if needs_sums else None
     (left, a_transposed), (right, b_transposed) = (
@@ -249,7 +249,7 @@ def gemm(
     )
     piece = (tile.block_m, tile.block_n // tile.parts)
     _gemm_kernel[(min(blocks_m * cdiv(N, tile.block_n), sm_count(a.device)),)](
-        a=left, b=right, bias_ptr=bias, aux_ptr=aux, c=_whole(c, piece), second=_whole(second, piece),
+        a=left, b=right, bias_ptr=bias, aux_ptr=aux, c=_whole(c, piece), pre=_whole(pre, piece),
         sums_partial_ptr=sums_partial,
         stride_am=a.stride(0), stride_ak=a.stride(1), stride_bk=b.stride(0), stride_bn=b.stride(1), M=M, N=N, K=K,
         EPILOGUE=epilogue, IS_A_TRANSPOSED=a_transposed, IS_B_TRANSPOSED=b_transposed, PARTS=tile.parts, GROUP_M=GROUP_M,
@@ -260,7 +260,7 @@ def gemm(
     if needs_sums:
         sums = a.new_empty(N)
         sum_partials(sums_partial, sums)
-    return c, second, sums
+    return c, pre, sums
 
 
 def _streamed(x: Tensor, rows: int, columns: int):

@@ -54,37 +54,33 @@ def gelu_erf(h):
     return h * normal, normal + h * SQRT_1_OVER_2PI * tl.exp2(h * h * (-0.5 * LOG2E))
 
 
-# --- epilogues of a product, see _gemm.py: sums over K and what stands beside them, to c and a second output
+# --- epilogues of a product, see _gemm.py
 
 
 @triton.jit
 def _gelu_tanh_fwd(h, _):
-    a, _ = gelu_tanh(h)
-    return a, h
+    return gelu_tanh(h)[0]
 
 
 @triton.jit
 def _gelu_erf_fwd(h, _):
-    a, _ = gelu_erf(h)
-    return a, h
+    return gelu_erf(h)[0]
 
 
 @triton.jit
 def _gelu_tanh_bwd(da, h):
-    a, slope = gelu_tanh(h.to(tl.float32))
-    return da * slope, a
+    return da * gelu_tanh(h.to(tl.float32))[1]
 
 
 @triton.jit
 def _gelu_erf_bwd(da, h):
-    a, slope = gelu_erf(h.to(tl.float32))
-    return da * slope, a
+    return da * gelu_erf(h.to(tl.float32))[1]
 
 
 @triton.jit
 def swiglu(up, gate):
     gate = gate.to(tl.float32)
-    return gate * _sigmoid(gate) * up, up
+    return gate * _sigmoid(gate) * up
 
 
 ACTIVATIONS = {"tanh": gelu_tanh, "none": gelu_erf}

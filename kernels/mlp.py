@@ -120,7 +120,7 @@ def launch_linear_gelu_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_linear_gelu_fwd`."""
     if is_fused(products, x, weight.shape[0]):
-        y, h, _ = gemm(x, weight.t(), bias, epilogue=EPILOGUES[approximate][0], needs_second=True)
+        y, h, _ = gemm(x, weight.t(), bias, epilogue=EPILOGUES[approximate][0], needs_pre=True)
         return y, h
     h = functional.linear(x, weight, bias)
     return launch_activation_fwd(h, approximate), h

@@ -24,9 +24,9 @@ kernel = pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason
 
 
 @triton.jit
-def scaled(acc, aux):
-    """An epilogue that shows what it is given: the sums and what stands beside them in one output, the sums in the other."""
-    return acc * (1.0 if aux is None else aux.to(tl.float32)), acc
+def scaled(pre, aux):
+    """An epilogue that shows both of what it is given."""
+    return pre * (1.0 if aux is None else aux.to(tl.float32))
 
 
 @pytest.fixture
@@ -53,10 +53,10 @@ def operands(M, N, K, dtype, device, layout="NT"):
 @pytest.mark.parametrize(("sizes", "layout", "dtype"), CASES, ids=str)
 def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
     a, b, bias, aux = operands(*sizes, dtype, device, layout)
-    c, second, sums = gemm(a, b, bias, aux, epilogue=scaled, needs_second=True, needs_sums=True)
+    c, pre, sums = gemm(a, b, bias, aux, epilogue=scaled, needs_pre=True, needs_sums=True)
     h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
     length = sum(sizes)
-    assert_accurate("second", second, h64, h, length=length)
+    assert_accurate("pre", pre, h64, h, length=length)
     assert_accurate("c", c, h64 * aux.double(), h * aux, length=length)
     # Sums over rows cancel: what they are of is no smaller than their root of squares.
     scale = (h64 * aux.double()).square().sum(0).max().sqrt().item()
@@ -67,8 +67,8 @@ def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_asked_for_is_not_there(dtype, device, small_tiles):
     a, b, bias, aux = operands(33, 65, 17, dtype, device)
-    c, second, sums = gemm(a, b)
-    assert second is sums is None
+    c, pre, sums = gemm(a, b)
+    assert pre is sums is None
     assert_accurate("c", c, a.double() @ b.double(), a @ b, length=17)
     with_bias, _, _ = gemm(a, b, bias)
     assert_accurate(
@@ -96,7 +96,7 @@ def test_empty_and_rerun(device, small_tiles):
     c, _, sums = gemm(a[:0], b, bias, aux[:0], epilogue=scaled, needs_sums=True)
     assert c.shape == (0, 65)
     assert not sums.any()
-    first, again = (gemm(a, b, bias, aux, epilogue=scaled, needs_second=True, needs_sums=True) for _ in range(2))
+    first, again = (gemm(a, b, bias, aux, epilogue=scaled, needs_pre=True, needs_sums=True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -163,6 +163,6 @@ def test_compiles_where_every_size_is_one():
     """Triton makes constants of them."""
     one, vector = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 1), (1,)))
     with record_launches("sm_90") as launches:
-        gemm(one, one, vector, one, epilogue=scaled, needs_second=True, needs_sums=True)
+        gemm(one, one, vector, one, epilogue=scaled, needs_pre=True, needs_sums=True)
     for launch in launches:
         assert resources(compile_launch(launch, "sm_90")).spilled_bytes == 0
