@@ -44,5 +44,6 @@ setup(
         "test": ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "transformers", "pyarrow", "ruff"],
         "hf": ["transformers", "datasets"],
         "log": ["tensorboard", "wandb"],
+        "flash-attn": ["flash-attn"],
     },
 )

@@ -21,9 +21,6 @@ from ..kernels import (
     add_layer_norm,
     add_rms_norm,
     attention_decode,
-    causal_attention,
-    causal_attention_qkvpacked,
-    causal_attention_varlen,
     gelu_mlp,
     layer_norm,
     linear,
@@ -32,6 +29,7 @@ from ..kernels import (
     rotary,
     swiglu_mlp,
 )
+from .attention import ATTENTIONS, Implementation, choose_attention
 from .config import GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
@@ -41,12 +39,13 @@ ROTARY_BASE = 10_000.0
 
 
 class Reading(NamedTuple):
-    """What every block is told of the tokens beside their stream: B and T, documents, tables that turn heads, the cache."""
+    """What every block is told beside the stream: B and T, documents, tables that turn heads, the cache, which attention."""
 
     sizes: tuple[int, int]
     cu_seqlens: Tensor | None = None
     turn: tuple[Tensor, Tensor] | None = None
     cache: KVCache | None = None
+    attention: Implementation = ATTENTIONS["tritium"]
 
 
 class Linear(nn.Module):
@@ -101,8 +100,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, reading: Reading, layer: int) -> Tensor:
         qkv = self.c_attn(x).unflatten(0, reading.sizes)  # (B, T, (H + 2 G) K)
-        if reading.turn is None and reading.cache is None:
-            o = causal_attention_qkvpacked(qkv, self.n_head, n_kv_head=self.kv_heads, cu_seqlens=reading.cu_seqlens)
+        if reading.turn is None and reading.cache is None and reading.attention.packed is not None:
+            o = reading.attention.packed(qkv, self.n_head, self.kv_heads, reading.cu_seqlens)
             return self.c_proj(o.flatten(0, 1))
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
         qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
@@ -112,10 +111,8 @@ class Attention(nn.Module):
         if reading.cache is not None:
             k, v, lengths = reading.cache.extend(layer, k, v)
             o = attention_decode(q, k, v, lengths)
-        elif reading.cu_seqlens is not None:
-            o = causal_attention_varlen(*(part.flatten(0, 1) for part in (q, k, v)), reading.cu_seqlens, x.shape[0])
         else:
-            o = causal_attention(q, k, v)
+            o = reading.attention.attend(q, k, v, reading.cu_seqlens)
         return self.c_proj(o.reshape(x.shape))
 
 
@@ -170,11 +167,13 @@ class GPT(nn.Module):
 
     Args:
         config: its shape.
+        attention: which of ATTENTIONS it computes with; generation with a cache takes ours.
+    Raises: ValueError if that attention is not known or not installed.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, *, attention: str = "tritium"):
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, choose_attention(attention)
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
         if config.position == "learned":
             self.wpe = _embedding(config.context_tokens, config.d_model)
@@ -213,7 +212,7 @@ class GPT(nn.Module):
         else:
             turn = _turn(position, self.config.head_size)
         branch, stream = None, stream.flatten(0, 1)
-        reading = Reading((B, T), cu_seqlens, turn, cache)
+        reading = Reading((B, T), cu_seqlens, turn, cache, self.attention)
         for block in self.h:
             branch, stream = block(branch, stream, reading)
         if cache is not None:
