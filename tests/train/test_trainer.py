@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from tritium.model import GPT, GPTConfig
+from tritium.train.config import TrainConfig
+from tritium.train.optim import Optimizer
+from tritium.train.trainer import Trainer
+
+pytestmark = pytest.mark.plain
+
+SHAPE = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
+
+
+def make(**options) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainConfig(**{"batch_size": 6} | options)
+    model = GPT(SHAPE)
+    return Trainer(model, Optimizer(model, config), config)
+
+
+def batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, targets = torch.randint(20, (2, rows, 8), generator=torch.Generator().manual_seed(1))
+    return tokens, targets
+
+
+def gradients(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+
+
+def test_micro_batches_add_up_to_the_batch():
+    tokens, targets = batch()
+    targets[1, 2:] = targets[4] = -100  # the last window of the data is padded: shares differ
+    results = []
+    for micro_batch in (6, 2, 1):
+        trainer = make(micro_batch_size=micro_batch)
+        trainer.model.double()
+        results.append((trainer.backward(tokens, targets), gradients(trainer)))
+    for loss, found in results[1:]:
+        torch.testing.assert_close(found, results[0][1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+
+
+def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
+    tokens, targets = batch(32)
+    exact, whole, parts = (
+        make(precision=precision, batch_size=32, micro_batch_size=size)
+        for precision, size in (("float32", 32), ("bfloat16", 32), ("bfloat16", 8))
+    )
+    losses = [trainer.backward(tokens, targets).item() for trainer in (exact, whole, parts)]
+    truth, once, four_times = map(gradients, (exact, whole, parts))
+    # Four sums of narrow gradients are no further from float32's than one.
+    assert 0 < (four_times - truth).norm() <= 1.1 * (once - truth).norm()
+    assert (once - truth).norm() <= 4 * torch.finfo(torch.bfloat16).eps * truth.norm()
+    assert losses[1] == pytest.approx(losses[2], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_short_training_is_like_that_in_float32(precision):
+    exact, narrow = make(), make(precision=precision)
+    tokens, _ = batch()
+    losses = [[], []]
+    for _ in range(30):
+        for trainer, found in zip((exact, narrow), losses, strict=True):
+            found.append(trainer.backward(tokens, tokens.roll(-1, 1)).item())
+            trainer.update(3e-3)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    states = [value for state in narrow.optimizer.states().values() for value in state.values()]
+    assert {value.dtype for value in (*narrow.model.parameters(), *states)} == {torch.float32}
+    # What the masters learned below a step of the narrow dtype is kept; the copy follows them.
+    weight, dtype = narrow.model.h[0].attn.c_attn.weight, getattr(torch, precision)
+    assert not torch.equal(weight, weight.to(dtype).float())
+    assert torch.equal(narrow.working.h[0].attn.c_attn.weight, weight.to(dtype))
+
+
+def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved():
+    trainer = make(precision="float16")
+    tokens, targets = batch()
+    trainer.backward(tokens, targets)
+    trainer.update(1e-3)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    scale = trainer.optimizer.scaler.get_scale()
+    trainer.backward(tokens, targets)
+    trainer.model.h[0].mlp.c_fc.weight.grad[0, 0] = torch.inf
+    assert not trainer.update(1e-3).isfinite()
+    assert trainer.optimizer.scaler.get_scale() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    trainer.backward(tokens, targets)
+    assert trainer.update(1e-3).isfinite()
+    assert not torch.equal(before[0], next(trainer.model.parameters()))
+
+
+def test_the_norm_in_float16_is_of_unscaled_gradients():
+    norms = []
+    for precision in ("float32", "float16"):
+        trainer = make(precision=precision)
+        trainer.backward(*batch())
+        norms.append(trainer.update(1e-3).item())
+    assert norms[0] == pytest.approx(norms[1], rel=4 * torch.finfo(torch.float16).eps)

@@ -1,0 +1,71 @@
+"""A training step: gradients of a batch summed over micro-batches, then the optimizer. Shared by the loop and the bench.
+
+    batch on the CPU -> micro-batches on the device -> working copy's loss, backward -> float32 gradients of the model -> update
+                                                        of the masters -> working copy cast anew
+
+Nothing between the first and the last of these waits for the device: what the host must know of a batch (how many targets
+count, where documents begin) it reads off CPU tensors, and loss and norm of the gradients are left on the device. Several
+devices have to sum the gradients of `model` between `backward` and `update`, and nothing else.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .evaluate import batch_loss
+from .loader import IGNORED
+from .optim import Optimizer
+from .precision import choose_dtype, refresh, working_copy
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        model: float32 weights on their device, as a checkpoint has them.
+        optimizer: of this model.
+        config: precision and sizes.
+        separator: the token that begins a document where documents do not see one another; None: rows are documents.
+    Attributes:
+        model, optimizer, separator: as given.
+        working: what computes, the model itself or its copy in the run's precision; for evaluations and samples too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        *,
+        separator: int | None = None,
+        compiled: bool = False,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.working = working_copy(model, choose_dtype(config.precision, model.wte.weight.device))
+        self.separator, self._micro_batch = separator, config.micro_batch
+        self._network = torch.compile(self.working, fullgraph=True) if compiled else self.working
+
+    def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Add to the gradients of `model` those of the mean loss over all counted targets of a batch.
+
+        Args:
+            tokens, targets: (B, T) int64 on the CPU, as a Loader gives them.
+        Returns: that loss, () float32 on the device.
+        """
+        # In numpy: no tensor of the device can slip in and be waited for.
+        counted = (targets.numpy() != IGNORED).sum(axis=1)
+        total = torch.zeros((), device=self.model.wte.weight.device)
+        for start in range(0, len(tokens), self._micro_batch):
+            rows = slice(start, start + self._micro_batch)
+            # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
+            share = float(counted[rows].sum() / counted.sum())
+            loss = batch_loss(self._network, tokens[rows], targets[rows], self.separator) * share
+            self.optimizer.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def update(self, lr: float) -> Tensor:
+        """Take an optimizer step with the gradients; returns their norm as Optimizer.update does."""
+        grad_norm = self.optimizer.update(lr)
+        refresh(self.working, self.model)
+        return grad_norm
