@@ -51,7 +51,7 @@ from ..train.precision import choose_dtype, computing
 from ..train.recipes import RECIPES, default_recipe, recipe
 from ..train.schedule import learning_rate
 from ..train.tokenizer import vocab_size_of
-from ..train.trainer import Trainer
+from ..train.trainer import Trainer, is_compiled_on
 from .baseline import Baseline
 from .record import provenance, writable, write_record
 
@@ -86,7 +86,7 @@ class Options:
     vocab_size: int | None = None
     """Tokens that can be predicted; default: as the recipe's tokenizer has."""
     compile: Literal["auto", "baseline", "both", "off"] = "auto"
-    """What torch.compile gets; auto: the baseline on CUDA, nothing on a CPU."""
+    """What torch.compile gets; auto: what the trainer compiles, both on CUDA and nothing on a CPU."""
     device: str = "auto"
     """cpu, cuda or cuda:1; auto: CUDA if there is one, else the CPU."""
     out: str | None = None
@@ -107,7 +107,7 @@ class Contestant:
 
     def __init__(self, name: str, model: nn.Module, config: TrainConfig, *, compiled: bool):
         self.name, self.model, self.compiled, self.losses, self._config = name, model, compiled, [], config
-        self.trainer = Trainer(model, Optimizer(model, config), config, compiled=compiled)
+        self.trainer = Trainer(model, Optimizer(model, config), replace(config, compile="on" if compiled else "off"))
 
     def step(self, tokens: Tensor, targets: Tensor) -> None:
         """Train one step."""
@@ -151,7 +151,7 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
     steps, warmup_steps, _, _ = PROTOCOL[device.type]
     steps = options.steps or steps
     warmup_steps = warmup_steps if options.warmup_steps is None else options.warmup_steps
-    compiled = ("baseline" if device.type == "cuda" else "off") if options.compile == "auto" else options.compile
+    compiled = ("both" if is_compiled_on(device) else "off") if options.compile == "auto" else options.compile
     pair = make_pair(config, shape, device, compiled)
     batch = functools.partial(random_batch, config, shape)
     agreement = check_agreement(config, *pair, batch(0))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch._inductor.runtime import cache_dir_utils
 
 from .. import __version__
 from ..kernels._device import ceiling, sm_count
@@ -195,6 +196,7 @@ def info(argv: Sequence[str]) -> int:
         "ceilings": _ceilings(device),
         "default recipe": default_recipe(),
         "caches": f"{cache_dir()} (datasets); set TRITIUM_HOME to move it",
+        "compile cache": f"{cache_dir_utils.cache_dir()} (torch.compile); set TORCHINDUCTOR_CACHE_DIR to move it",
         "kernel cache": f"{triton.knobs.cache.dir}; set TRITON_CACHE_DIR to move it" if HAS_TRITON else "none",
     }
     for name, value in rows.items():

@@ -32,6 +32,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1, mps ...; auto: CUDA if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float16 on GPUs without it, else float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch.compile makes one graph of model and loss. auto: on CUDA."""
     seed: int = 1337
     """Of initial weights, order of the data and samples."""
 

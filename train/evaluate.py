@@ -35,8 +35,11 @@ def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, separator: int | Non
         separator: the token that begins a document, none of which then sees another; None: a row is one document.
     Returns: () float32 on the model's device, in nats a token.
     """
-    device = model.wte.weight.device
-    documents = {} if separator is None else {"cu_seqlens": _moved(document_starts(tokens, separator), device)}
+    device, documents = model.wte.weight.device, {}
+    if separator is not None:
+        documents["cu_seqlens"] = _moved(document_starts(tokens, separator), device)
+        # The one size that differs between batches: code compiled for any.
+        torch._dynamo.mark_dynamic(documents["cu_seqlens"], 0)
     with computing(model):
         return model(_moved(tokens, device), _moved(targets, device), **documents)
 

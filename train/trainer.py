@@ -11,11 +11,17 @@ devices have to sum the gradients of `model` between `backward` and `update`, an
 import torch
 from torch import Tensor, nn
 
+from ..kernels._triton import HAS_TRITON
 from .config import TrainConfig
 from .evaluate import batch_loss
 from .loader import IGNORED
 from .optim import Optimizer
 from .precision import choose_dtype, refresh, working_copy
+
+
+def is_compiled_on(device: torch.device) -> bool:
+    """Whether --compile auto compiles: on CUDA, whose code Triton makes."""
+    return device.type == "cuda" and HAS_TRITON
 
 
 class Trainer:
@@ -24,26 +30,20 @@ class Trainer:
     Args:
         model: float32 weights on their device, as a checkpoint has them.
         optimizer: of this model.
-        config: precision and sizes.
+        config: precision, micro-batch, whether to compile.
         separator: the token that begins a document where documents do not see one another; None: rows are documents.
     Attributes:
         model, optimizer, separator: as given.
         working: what computes, the model itself or its copy in the run's precision; for evaluations and samples too.
+            These run it uncompiled, as their sizes vary: forward and loss of a micro-batch are the one graph ever compiled.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        config: TrainConfig,
-        *,
-        separator: int | None = None,
-        compiled: bool = False,
-    ):
-        self.model, self.optimizer = model, optimizer
-        self.working = working_copy(model, choose_dtype(config.precision, model.wte.weight.device))
-        self.separator, self._micro_batch = separator, config.micro_batch
-        self._network = torch.compile(self.working, fullgraph=True) if compiled else self.working
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, separator: int | None = None):
+        self.model, self.optimizer, self.separator, self._micro_batch = model, optimizer, separator, config.micro_batch
+        device = model.wte.weight.device
+        self.working = working_copy(model, choose_dtype(config.precision, device))
+        is_compiled = is_compiled_on(device) if config.compile == "auto" else config.compile == "on"
+        self._network = torch.compile(self.working, fullgraph=True) if is_compiled else self.working
 
     def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Add to the gradients of `model` those of the mean loss over all counted targets of a batch.

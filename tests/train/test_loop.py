@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import shutil
@@ -7,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tritium.train import loop
 from tritium.train.log import read_metrics
@@ -59,6 +61,23 @@ def test_resuming_a_finished_run_evaluates_it(tiny, tritium, tmp_path):
     assert status == 0
     assert "validation loss" in out
     assert weights(tmp_path / "run") == before
+
+
+def test_a_compiled_run_evaluates_samples_and_resumes(tiny, tritium, tmp_path, monkeypatch):
+    """By a backend without code generation, which takes longer than this run."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    assert tritium(*tiny, "--out", tmp_path / "plain")[0] == 0
+    status, _, err = tritium(*tiny, "--compile", "on")
+    assert status == 0, err
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    losses = [[row["val_loss"] for row in read_metrics(folder)[1]] for folder in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (run / "samples.txt").read_text().count("--- step") == 2
+    before = weights(run)
+    shutil.rmtree(run / "checkpoints" / "step-20")
+    assert tritium("train", "--resume", run)[0] == 0
+    assert weights(run) == before
+    assert tritium("sample", run, "--seed", 1)[0] == 0
 
 
 def test_same_seed_same_weights(tiny, tritium, tmp_path):

@@ -1,10 +1,16 @@
+import functools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tritium.model import GPT, GPTConfig
+from tritium.train import trainer as trainer_file
 from tritium.train.config import TrainConfig
+from tritium.train.evaluate import evaluate
 from tritium.train.optim import Optimizer
-from tritium.train.trainer import Trainer
+from tritium.train.precision import computing
+from tritium.train.trainer import Trainer, is_compiled_on
 
 pytestmark = pytest.mark.plain
 
@@ -98,3 +104,70 @@ def test_the_norm_in_float16_is_of_unscaled_gradients():
         trainer.backward(*batch())
         norms.append(trainer.update(1e-3).item())
     assert norms[0] == pytest.approx(norms[1], rel=4 * torch.finfo(torch.float16).eps)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> CompileCounterWithBackend:
+    """Counts compilations, by a backend that leaves out the slow half."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def losses_of(trainer: Trainer, batches) -> list[float]:
+    losses = []
+    for tokens, targets in batches:
+        losses.append(trainer.backward(tokens, targets).item())
+        trainer.update(3e-3)
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_one_graph_serves_micro_batches_evaluations_and_samples(precision, graphs):
+    plain, compiled = (make(micro_batch_size=2, precision=precision, compile=option) for option in ("off", "on"))
+    batches = [batch()] * 3
+    results = []
+    for trainer in (plain, compiled):
+        losses = losses_of(trainer, batches)
+        found = evaluate(trainer.working, (pair for pair in [batch(), batch(3)]), bytes_per_token=1.0).loss
+        with computing(trainer.working):
+            sampled = trainer.working.generate(batch()[0][:1, :2], 3, temperature=0)
+        losses += losses_of(trainer, batches)
+        results.append(([*losses, found], sampled))
+    assert graphs.frame_count == 1
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.equal(results[0][1], results[1][1])
+    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
+
+
+def test_another_size_is_compiled_once_more_and_then_any(graphs):
+    trainer = make(compile="on")
+    losses_of(trainer, [batch(rows) for rows in (6, 5, 4, 3, 2)])
+    assert graphs.frame_count == 2
+
+
+def test_documents_of_any_number_share_a_graph(graphs):
+    trainer = make(compile="on")
+    trainer.separator = 0
+    for documents in (1, 2, 5, 9, 17, 30):
+        tokens = torch.ones(6, 8, dtype=torch.int64)
+        tokens.view(-1)[torch.randperm(48)[:documents]] = 0
+        trainer.backward(tokens, batch()[1])
+    assert graphs.frame_count == 1
+
+
+def test_compiled_by_inductor_it_trains_the_same():
+    torch._dynamo.reset()
+    plain, compiled = (make(micro_batch_size=2, compile=option) for option in ("off", "on"))
+    assert losses_of(plain, [batch()] * 3) == pytest.approx(losses_of(compiled, [batch()] * 3), rel=1e-6)
+    for mine, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_triton", "compiles"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_auto_compiles_where_triton_can(device, has_triton, compiles, monkeypatch):
+    monkeypatch.setattr(trainer_file, "HAS_TRITON", has_triton)
+    assert is_compiled_on(torch.device(device)) is compiles
