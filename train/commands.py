@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch._inductor.runtime import cache_dir_utils
 
 from .. import __version__
 from ..kernels._device import ceiling, sm_count
@@ -184,6 +183,9 @@ def info(argv: Sequence[str]) -> int:
         return 0
     if argv:
         raise InputError(f"tritium info: takes no options, got {argv[0]!r}")
+    # Here, not above: it takes two seconds to import.
+    from torch._inductor.runtime import cache_dir_utils
+
     device = choose_device("auto")
     rows = {
         "tritium": __version__,

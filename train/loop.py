@@ -4,6 +4,7 @@ A run is a folder: config.json (all that is needed to repeat it), tokenizer.json
 checkpoints/step-N. On one CPU a resumed run has bitwise the weights of one that was never stopped.
 """
 
+import gc
 import itertools
 import shutil
 import signal
@@ -23,7 +24,7 @@ from .optim import Optimizer, refuse_missing_optimizer
 from .precision import choose_dtype, computing
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
-from .trainer import Trainer
+from .trainer import Trainer, quiet_collector
 
 
 class InterruptedRun(Exception):  # noqa: N818 - it is no error
@@ -74,8 +75,9 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
     metrics = Metrics(
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
+        skips_overflow=optimizer.scaler.is_enabled(),
     )  # fmt: skip
-    with metrics, _Signals() as signals:
+    with metrics, _Signals() as signals, quiet_collector():
 
         def evaluate_after(done: int) -> Evaluation | None:
             """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
@@ -88,6 +90,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
                 metrics.evaluation(done, result)
                 _write_sample(config, run, trainer.working, dataset, done)
                 plot_loss(run)
+                gc.collect()
             return result
 
         for step in range(first, config.steps):

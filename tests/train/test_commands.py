@@ -25,7 +25,16 @@ def test_info(tritium, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "elsewhere"))
     status, out, _ = tritium("info")
     assert status == 0
-    for name in ("tritium", "torch", "triton", "device", "ceilings", "default recipe", str(tmp_path / "elsewhere")):
+    for name in (
+        "tritium",
+        "torch",
+        "triton",
+        "device",
+        "ceilings",
+        "default recipe",
+        "compile cache",
+        str(tmp_path / "elsewhere"),
+    ):
         assert name in out
 
 

@@ -1,16 +1,20 @@
 import functools
+import gc
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.model import GPT, GPTConfig
 from tritium.train import trainer as trainer_file
 from tritium.train.config import TrainConfig
 from tritium.train.evaluate import evaluate
 from tritium.train.optim import Optimizer
-from tritium.train.precision import computing
-from tritium.train.trainer import Trainer, is_compiled_on
+from tritium.train.precision import computing, products, refresh, working_copy
+from tritium.train.trainer import Trainer, is_compiled_on, quiet_collector
 
 pytestmark = pytest.mark.plain
 
@@ -171,3 +175,81 @@ def test_compiled_by_inductor_it_trains_the_same():
 def test_auto_compiles_where_triton_can(device, has_triton, compiles, monkeypatch):
     monkeypatch.setattr(trainer_file, "HAS_TRITON", has_triton)
     assert is_compiled_on(torch.device(device)) is compiles
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("separator", [None, 0])
+def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch):
+    """On the meta device, whose tensors hold nothing: int, bool, tolist, nonzero and copies to the CPU all raise there."""
+    optimizers = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    config = TrainConfig(batch_size=6, micro_batch_size=2, optimizer=optimizer)
+    model = GPT(SHAPE).to("meta")
+    trainer = Trainer(model, Optimizer(model, config), config, separator=separator)
+    for _ in range(2):
+        loss = trainer.backward(*batch())
+        norm = trainer.update(1e-3)
+    assert loss.device == norm.device == torch.device("meta")
+    for read in (float, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read(loss)
+
+
+def test_casting_weights_and_summing_gradients_read_nothing():
+    model = GPT(SHAPE).to("meta")
+    copy = working_copy(model, torch.bfloat16)
+    for _ in range(2):
+        sum(weight.float().sum() for weight in products(copy)).backward()
+    refresh(copy, model)
+    assert all(weight.grad.dtype == torch.float32 for weight in products(model))
+
+
+def test_scaling_losses_reads_nothing():
+    """No value of a tensor becomes a number of Python's, from the backward to the end of the update."""
+
+    class Unread(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **kwargs or {})
+
+    trainer = make(precision="float16")
+    trainer.backward(*batch())
+    with Unread():
+        trainer.update(1e-3)
+    with pytest.raises(AssertionError), Unread():
+        float(torch.ones(()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_step_never_waits_for_the_gpu(precision):
+    config = TrainConfig(batch_size=8, micro_batch_size=4, precision=precision, compile="off")
+    # So many tokens that PyTorch sorts them for the embedding's gradient.
+    model = GPT(replace(SHAPE, context_tokens=1024)).cuda()
+    trainer = Trainer(model, Optimizer(model, config), config, separator=0)
+    tokens = torch.randint(20, (8, 1024))
+    losses_of(trainer, [(tokens, tokens)] * 2)  # kernels are compiled, moments made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            trainer.backward(tokens, tokens)
+            trainer.update(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_leave_no_tensor_to_the_garbage_collector():
+    trainer = make(micro_batch_size=2, precision="bfloat16")
+    losses_of(trainer, [batch()] * 2)
+    with quiet_collector():
+        assert not gc.isenabled()
+        losses_of(trainer, [batch()] * 3)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            gc.collect()
+            assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
