@@ -77,6 +77,8 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
         skips_overflow=optimizer.scaler.is_enabled(),
     )  # fmt: skip
+    if trainer.is_compiled:
+        console.print("compiling the model: the first step takes longer, less so once it is in the cache")
     with metrics, _Signals() as signals, quiet_collector():
 
         def evaluate_after(done: int) -> Evaluation | None:

@@ -54,14 +54,15 @@ class Trainer:
         model, optimizer, separator: as given.
         working: what computes, the model itself or its copy in the run's precision; for evaluations and samples too.
             These run it uncompiled, as their sizes vary: forward and loss of a micro-batch are the one graph ever compiled.
+        is_compiled: whether that is done, in the first step.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, separator: int | None = None):
         self.model, self.optimizer, self.separator, self._micro_batch = model, optimizer, separator, config.micro_batch
         device = model.wte.weight.device
         self.working = working_copy(model, choose_dtype(config.precision, device))
-        is_compiled = is_compiled_on(device) if config.compile == "auto" else config.compile == "on"
-        self._network = torch.compile(self.working, fullgraph=True) if is_compiled else self.working
+        self.is_compiled = is_compiled_on(device) if config.compile == "auto" else config.compile == "on"
+        self._network = torch.compile(self.working, fullgraph=True) if self.is_compiled else self.working
 
     def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Add to the gradients of `model` those of the mean loss over all counted targets of a batch.

@@ -100,10 +100,10 @@ def test_an_optimizer_that_pytorch_lacks_is_found_out_before_there_is_a_run(refu
 
 
 def test_a_missing_compiler_is_one_line(refused, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
-    assert "expected a working C++ compiler, found none; install g++" in refused(*tiny, "--compile", "on")
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        assert "expected a working C++ compiler, found none; install g++" in refused(*tiny, "--compile", "on")
 
 
 def test_bad_corpora(refused, tiny, tmp_path):

@@ -69,6 +69,7 @@ def test_a_compiled_run_evaluates_samples_and_resumes(tiny, tritium, tmp_path, m
     assert tritium(*tiny, "--out", tmp_path / "plain")[0] == 0
     status, _, err = tritium(*tiny, "--compile", "on")
     assert status == 0, err
+    assert err.startswith("compiling the model: the first step takes longer")
     run, plain = tmp_path / "run", tmp_path / "plain"
     losses = [[row["val_loss"] for row in read_metrics(folder)[1]] for folder in (run, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
