@@ -4,7 +4,7 @@
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))
     head       logits = ln_f(h) wte^T, of which the vocab_size real ones count
 
-Attention is F.scaled_dot_product_attention; bf16 autocast, fused AdamW and torch.compile are the caller's, see training.py. The
+Attention is F.scaled_dot_product_attention; precision, fused AdamW and torch.compile are the trainer's, see training.py. The
 product with wte takes the padded rows, whose alignment is worth more than they cost, and the logits are cut after it.
 
 Shapes     h (B, T, D), tokens (B, T), logits (B, T, V): B sequences, T tokens, D = d_model, V = vocab_size; H query heads, G

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..train.cli import near, parse
 from ..train.config import InputError
-from ..train.device import choose_device, use_fast_matmul
+from ..train.device import choose_device, choose_matmul
 from .case import Contestant, Operator
 from .kernels import OPERATORS
 from .plot import plot_contest
@@ -251,7 +251,7 @@ def main(argv: Sequence[str]) -> int:
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
     device = choose_device(options.device)
-    use_fast_matmul(device)
+    choose_matmul(device)
     dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
     operators = [OPERATORS[name] for name in options.operators or OPERATORS]
     work = [(operator, shape) for operator in operators for shape in shapes_of(operator, options.shape, device)]

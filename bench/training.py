@@ -1,10 +1,11 @@
 """Training speed beside a plain PyTorch GPT: tritium bench train [RECIPE] [--key value ...].
 
-Both start from the same weights and take the same batches, optimizer, clipping and schedule, in turn: rounds of a few steps,
-the order swapped from one to the next. A step is one micro-batch forward and backward, clipping and AdamW; a run that adds up
-several micro-batches has the last two less often. Tokens are drawn at random before the clock starts, frequent and rare as in
-text (Zipf: one over the rank), because repeated tokens meet in the embedding's gradient. Reading data, evaluations and
-checkpoints are not in the figures. TF32 and the allocator are set as the trainer sets them, for the whole process: for both.
+Both start from the same weights and take the same batches, in turn: rounds of a few steps, the order swapped from one to the
+next. Both are trained by train/trainer.py, in the same precision, by the same optimizer, clipping and schedule. A step is one
+micro-batch moved to the device, forward and backward, clipping and AdamW; a run that adds up several micro-batches has the last
+two less often. Tokens are drawn at random before the clock starts, frequent and rare as in text (Zipf: one over the rank), as
+repeated tokens meet in the embedding's gradient. Reading data, evaluations and checkpoints are not in the figures. Products of
+float32 and the allocator are set as the trainer sets them, for the whole process: for both.
 
 Before anything is timed both must agree on the first batch to what rounding explains:
 
@@ -44,11 +45,13 @@ from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token, parameters
 from ..train.cli import parse
 from ..train.config import InputError, TrainConfig
-from ..train.device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
-from ..train.optim import make_optimizer, update
+from ..train.device import choose_device, choose_matmul, keep_freed_memory
+from ..train.optim import Optimizer
+from ..train.precision import choose_dtype, computing
 from ..train.recipes import RECIPES, default_recipe, recipe
 from ..train.schedule import learning_rate
 from ..train.tokenizer import vocab_size_of
+from ..train.trainer import Trainer, is_compiled_on
 from .baseline import Baseline
 from .record import provenance, writable, write_record
 
@@ -83,7 +86,7 @@ class Options:
     vocab_size: int | None = None
     """Tokens that can be predicted; default: as the recipe's tokenizer has."""
     compile: Literal["auto", "baseline", "both", "off"] = "auto"
-    """What torch.compile gets; auto: the baseline on CUDA, nothing on a CPU."""
+    """What torch.compile gets; auto: what the trainer compiles, both on CUDA and nothing on a CPU."""
     device: str = "auto"
     """cpu, cuda or cuda:1; auto: CUDA if there is one, else the CPU."""
     out: str | None = None
@@ -97,33 +100,25 @@ class Options:
 
 
 class Contestant:
-    """A model and its optimizer, trained as train/loop.py trains.
+    """A model, trained as train/loop.py trains: by the same Trainer.
 
     Attributes: losses: of each step so far, on the device.
     """
 
     def __init__(self, name: str, model: nn.Module, config: TrainConfig, *, compiled: bool):
-        self.name, self.model, self.compiled, self.losses = name, model, compiled, []
-        self._config, self._optimizer = config, make_optimizer(model, config)
-        self._forward = torch.compile(model) if compiled else model
-
-    def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Add the gradients of the mean loss; returns the loss."""
-        with compute_dtype(tokens.device):
-            loss = self._forward(tokens, targets)
-        loss.backward()
-        return loss.detach()
+        self.name, self.model, self.compiled, self.losses, self._config = name, model, compiled, [], config
+        self.trainer = Trainer(model, Optimizer(model, config), replace(config, compile="on" if compiled else "off"))
 
     def step(self, tokens: Tensor, targets: Tensor) -> None:
         """Train one step."""
         lr = learning_rate(self._config, len(self.losses))
-        self.losses.append(self.backward(tokens, targets))
-        update(self._optimizer, lr=lr, grad_clip=self._config.grad_clip)
+        self.losses.append(self.trainer.backward(tokens, targets))
+        self.trainer.update(lr)
 
     def held_bytes(self) -> int:
-        """Weights and optimizer state: what stays allocated while the other one runs."""
-        state = [value for values in self._optimizer.state.values() for value in values.values()]
-        return sum(value.nbytes for value in (*self.model.parameters(), *state))
+        """Weights, their copies and optimizer state: what stays allocated while the other one runs."""
+        state = [value for values in self.trainer.optimizer.states().values() for value in values.values()]
+        return sum(value.nbytes for value in {*self.model.parameters(), *self.trainer.working.parameters(), *state})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -149,17 +144,17 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: torch.device) -> dict[str, Any]:
     """Train both, and return every figure of the record. Raises: InputError if they do not agree on the first batch."""
-    use_fast_matmul(device)
+    choose_matmul(device)
     keep_freed_memory()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     steps, warmup_steps, _, _ = PROTOCOL[device.type]
     steps = options.steps or steps
     warmup_steps = warmup_steps if options.warmup_steps is None else options.warmup_steps
-    compiled = ("baseline" if device.type == "cuda" else "off") if options.compile == "auto" else options.compile
+    compiled = ("both" if is_compiled_on(device) else "off") if options.compile == "auto" else options.compile
     pair = make_pair(config, shape, device, compiled)
-    batch = functools.partial(random_batch, config, shape, device)
-    agreement = check_agreement(*pair, batch(0))
+    batch = functools.partial(random_batch, config, shape)
+    agreement = check_agreement(config, *pair, batch(0))
     for step in range(warmup_steps):
         for contestant in pair:
             contestant.step(*batch(step))
@@ -177,7 +172,7 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
         "steps": steps,
         "warmup_steps": warmup_steps,
         "device": device.type,
-        "dtype": str(_product_dtype(device)).removeprefix("torch."),
+        "dtype": str(choose_dtype(config.precision, device)).removeprefix("torch."),
         "agreement": agreement,
         "contestants": contestants,
         "ratio": _spread(ratios),
@@ -197,32 +192,34 @@ def make_pair(config: TrainConfig, shape: GPTConfig, device: torch.device, compi
     )
 
 
-def random_batch(config: TrainConfig, shape: GPTConfig, device: torch.device, step: int) -> Batch:
-    """Tokens and targets (B, T) of a step, the same whoever asks."""
+def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
+    """Tokens and targets (B, T) of a step, on the CPU, the same whoever asks."""
     frequencies = 1 / torch.arange(1, shape.vocab_size + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(step)
     sizes = (config.micro_batch, config.context_tokens + 1)
-    drawn = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator).view(sizes).to(device)
+    drawn = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator).view(sizes)
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
-def check_agreement(ours: Contestant, baseline: Contestant, batch: Batch) -> dict[str, float]:
+def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant, batch: Batch) -> dict[str, float]:
     """Compare losses and gradients of a batch; returns the gaps and their bounds, see the top of this file.
 
     Raises: InputError if a gap is above its bound: speeds of different models are no comparison.
     """
-    losses = [contestant.backward(*batch).double().item() for contestant in (ours, baseline)]
+    losses = [contestant.trainer.backward(*batch).double().item() for contestant in (ours, baseline)]
     theirs = dict(baseline.model.named_parameters())
     pairs = [(parameter.grad, theirs[name].grad) for name, parameter in ours.model.named_parameters()]
     squares = torch.stack([torch.stack(((a - b).double().square().sum(), b.double().square().sum())) for a, b in pairs])
     gap, norm = squares.sum(dim=0).sqrt().tolist()
-    with torch.no_grad(), compute_dtype(batch[0].device):
-        largest = baseline.model(batch[0][:1]).abs().max().item()
+    plain = baseline.trainer.working
+    with torch.no_grad(), computing(plain):
+        largest = plain(batch[0][:1].to(plain.wte.weight.device)).abs().max().item()
+    dtype = choose_dtype(config.precision, plain.wte.weight.device)
     for contestant in (ours, baseline):
         contestant.model.zero_grad(set_to_none=True)
 
     shape, eps = ours.model.config, torch.finfo(torch.float32).eps
-    unit = torch.finfo(_product_dtype(batch[0].device)).eps / 2 + math.sqrt(shape.d_feedforward) * eps / 2
+    unit = torch.finfo(dtype).eps / 2 + math.sqrt(shape.d_feedforward) * eps / 2
     walk = math.sqrt(2 * (ROUNDINGS_A_BLOCK * shape.n_layer + ROUNDINGS_ELSEWHERE)) * unit
     found = {
         "loss_gap": abs(losses[0] - losses[1]),
@@ -238,12 +235,6 @@ def check_agreement(ours: Contestant, baseline: Contestant, batch: Batch) -> dic
                 "and reports no speed; run the tests: one of the two is wrong"
             )
     return found
-
-
-def _product_dtype(device: torch.device) -> torch.dtype:
-    """What the trainer multiplies in."""
-    with compute_dtype(device):
-        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def _rounds(pair: tuple[Contestant, Contestant], batch: Callable[[int], Batch], steps: int, device: torch.device) -> tuple:

@@ -51,7 +51,7 @@ def activation_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int) 
 
     A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K), with rotary positions q and k
     turned as well (D + G K), and the MLP's hidden layer before and after GELU, or gate and value (2 F), of `itemsize` bytes:
-    4, or 2 under autocast. In float32 either way: the residual stream that its two norms read (2 D), and statistics: mean,
+    4, or 2 in 16 bits. In float32 either way: the residual stream that its two norms read (2 D), and statistics: mean,
     unless of an rms norm, and deviation of two norms, log-sum-exp of H heads. The head keeps the gradients that it has formed
     already, in float32; rotary positions two tables of K / 2 columns.
     """
@@ -81,7 +81,7 @@ def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, acc
 
     Args:
         batch, tokens: sequences at once and their length.
-        itemsize: 4; 2 for products in bfloat16 under autocast, which makes copies of the float32 weights.
+        itemsize: 4; 2 for products in 16 bits, with copies of the float32 weights of all linear maps.
         accumulates: whether gradients exist before the forward: of micro-batches before this one, or in a reducer's buckets.
     Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
     """
@@ -105,16 +105,16 @@ def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, acc
     scaled = itemsize * N * D + embedding
     forward = (copies, before, activations, kept + max(logits + norm_and_branch, scaled), 0)
 
-    # The last MLP's da and dw2, then in float32 sigmoid and slope; under autocast h too, and dh rounded back.
+    # The last MLP's da and dw2, then in float32 sigmoid and slope; in 16 bits h too, and dh rounded back.
     mlp = itemsize * N * F + itemsize * F * D + 8 * N * F + ((4 + itemsize) * N * F if is_narrow else 0)
     if config.mlp == "swiglu":
-        # da, the gate's sigmoid and SiLU, both gradients and a; under autocast the gate too, and three of them rounded back.
+        # da, the gate's sigmoid and SiLU, both gradients and a; in 16 bits the gate too, and three of them rounded back.
         mlp = (4 * 4 + 4 + 3 * itemsize if is_narrow else 6 * 4) * N * F
     stream = 4 * N * D + (itemsize * N * D if is_narrow else 0)
     backward = (copies, before, activations, embedding + stream, mlp)
 
     # The embedding's gradients as the head's weight and as the input's table, of which one is in `weights` unless accumulated.
-    update = (0, weights, 0, embedding * (2 if accumulates else 1), 4 * N * D)
+    update = (copies, weights, 0, embedding * (2 if accumulates else 1), 4 * N * D)
     fullest = max(forward, backward, update, key=sum)
     names = ("copies", "gradients", "activations", "head", "temporaries")
     return {"weights": weights, "optimizer": 2 * weights, **dict(zip(names, fullest, strict=True))}

@@ -1,13 +1,15 @@
 """Checkpoints: what a run needs to go on as if it had never stopped, in a folder that is written whole or not at all.
 
     RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
-    RUN/checkpoints/step-N/optimizer.safetensors   AdamW's two moments and step counts, as NAME.exp_avg ...
-    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, SHA-256 of the two files above and of itself
+    RUN/checkpoints/step-N/optimizer.safetensors   AdamW's two moments and step counts, as NAME.exp_avg ..., Muon's momentum
+    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, float16's loss scale, SHA-256 of the two files
+                                                   above and of itself
 
 The loader needs no state of its own: its batches are a function of the step. A folder is filled under a hidden name, flushed
 to the disk and renamed: a checkpoint that has its name is complete.
 """
 
+import collections
 import hashlib
 import shutil
 from pathlib import Path
@@ -19,19 +21,19 @@ from torch import nn
 
 from .config import InputError
 from .files import flush_folder, seal, unseal, write_whole
+from .optim import Optimizer
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _FILES = ("model.safetensors", "optimizer.safetensors")
 _INSTEAD = "delete this checkpoint to go on from the one before"
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, *, keep: int) -> Path:
     """Write RUN/checkpoints/step-N and delete all but the `keep` newest.
 
     Args:
         run: the run's folder.
         step: optimizer steps done so far.
-        model, optimizer: made by GPT and make_optimizer.
+        model, optimizer: the float32 weights, and what changes them.
     Returns: the folder written.
     Raises: OSError as the disk gives it; nothing is left behind then, and older checkpoints stay.
     """
@@ -43,12 +45,13 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
         temporary.mkdir(parents=True)
         model_bytes = safetensors.torch.save(model.state_dict())
         write_whole(temporary / _FILES[0], [model_bytes])
-        optimizer_bytes = safetensors.torch.save(_moments(model, optimizer))
+        optimizer_bytes = safetensors.torch.save(_states(model, optimizer))
         write_whole(temporary / _FILES[1], [optimizer_bytes])
         state = {
             "format_version": 1,
             "step": step,
             "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
+            "loss_scale": optimizer.scaler.state_dict(),
             "files": {
                 name: hashlib.sha256(content).hexdigest()
                 for name, content in zip(_FILES, (model_bytes, optimizer_bytes), strict=True)
@@ -72,8 +75,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.tmp")))
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Load weights, and with an optimizer also its moments and PyTorch's generator, in place.
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -> int:
+    """Load weights, and with an optimizer also its state and PyTorch's generator, in place.
 
     Returns: steps done.
     Raises: InputError if a file is missing, cut, damaged or of another model.
@@ -94,7 +97,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         )
     model.load_state_dict(weights)
     if optimizer is not None:
-        _load_moments(model, optimizer, _read(folder / _FILES[1], sums[_FILES[1]]))
+        _load_states(model, optimizer, _read(folder / _FILES[1], sums[_FILES[1]]))
+        if state["loss_scale"]:  # else the run computed in another precision, on another device
+            optimizer.scaler.load_state_dict(state["loss_scale"])
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
     return step
 
@@ -128,18 +133,20 @@ def _read(file: Path, sha256: str) -> dict[str, torch.Tensor]:
         raise InputError(f"{file}: expected safetensors, got {error}; {_INSTEAD}") from None
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
-        if parameter in optimizer.state
+        f"{names[parameter]}.{key}": value for parameter, state in optimizer.states().items() for key, value in state.items()
     }
 
 
-def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
+def _load_states(model: nn.Module, optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    states = collections.defaultdict(dict)
+    for name, value in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        states[parameter][key] = value
     for name, parameter in model.named_parameters():
-        if f"{name}.step" in moments:
-            state = {moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}
+        if name in states:
             # Copies: safetensors' tensors are views of the file's bytes, and 0-dimensional ones may be unaligned.
-            optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in state.items()}
+            state = {key: value.to(parameter.device).clone() for key, value in states[name].items()}
+            optimizer.load_state(parameter, state)

@@ -15,6 +15,7 @@ import tyro
 from .config import InputError
 
 Options = TypeVar("Options")
+_NO_COMPILER = "--compile: expected a working C++ compiler, found none; install g++, or start anew with --compile off"
 _NO_MEMORY = "out of memory: give smaller sizes, such as --micro-batch-size, --context-tokens, --d-model or --shape"
 
 
@@ -57,9 +58,12 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
     except (MemoryError, torch.OutOfMemoryError):
         message = _NO_MEMORY
     except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+        if "No working C++ compiler" in str(error):
+            message = _NO_COMPILER
+        elif "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            message = _NO_MEMORY
+        else:
             raise
-        message = _NO_MEMORY
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"

@@ -22,9 +22,10 @@ from .checkpoint import load_checkpoint, newest_checkpoint
 from .cli import parse
 from .config import InputError, TrainConfig
 from .data import build, cache_dir
-from .device import choose_device, use_fast_matmul
+from .device import choose_device, choose_matmul
 from .loop import InterruptedRun, resume, sample_text, start
 from .plan import plan
+from .precision import choose_dtype, working_copy
 from .recipes import RECIPES, default_recipe, recipe
 from .run import read_run
 from .tokenizer import Tokenizer
@@ -160,12 +161,13 @@ def sample(argv: Sequence[str]) -> int:
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise InputError(f"--seed: expected a number from 0 to 2**63 - 1, got {options.seed}")
     device = choose_device(options.device)
-    use_fast_matmul(device)
+    choose_matmul(device)
     model = GPT(record.model)
     load_checkpoint(checkpoint, model)
+    model = working_copy(model.to(device), choose_dtype("auto", device))
     try:
         text = sample_text(
-            model.to(device), Tokenizer.load(run / "tokenizer.json"), options.prompt, max_new_tokens=options.max_new_tokens,
+            model, Tokenizer.load(run / "tokenizer.json"), options.prompt, max_new_tokens=options.max_new_tokens,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
         )  # fmt: skip
     except ValueError as error:
@@ -181,6 +183,9 @@ def info(argv: Sequence[str]) -> int:
         return 0
     if argv:
         raise InputError(f"tritium info: takes no options, got {argv[0]!r}")
+    # Here, not above: it takes two seconds to import.
+    from torch._inductor.runtime import cache_dir_utils
+
     device = choose_device("auto")
     rows = {
         "tritium": __version__,
@@ -193,6 +198,7 @@ def info(argv: Sequence[str]) -> int:
         "ceilings": _ceilings(device),
         "default recipe": default_recipe(),
         "caches": f"{cache_dir()} (datasets); set TRITIUM_HOME to move it",
+        "compile cache": f"{cache_dir_utils.cache_dir()} (torch.compile); set TORCHINDUCTOR_CACHE_DIR to move it",
         "kernel cache": f"{triton.knobs.cache.dir}; set TRITON_CACHE_DIR to move it" if HAS_TRITON else "none",
     }
     for name, value in rows.items():

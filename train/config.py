@@ -30,6 +30,10 @@ class TrainConfig:
     """Folder of the run; default: the next free runs/RECIPE-N."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto: CUDA if there is one, else the CPU."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float16 on GPUs without it, else float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch.compile makes one graph of model and loss. auto: on CUDA."""
     seed: int = 1337
     """Of initial weights, order of the data and samples."""
 
@@ -68,8 +72,10 @@ class TrainConfig:
     """Steps of linear warm-up from 0."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After warm-up: cosine to min_lr; constant; wsd: constant, then linear to min_lr over the last fifth."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of blocks, AdamW for all else, at the same learning rate."""
     weight_decay: float = 0.1
-    """AdamW's decay, of matrices only."""
+    """Decoupled decay, of matrices only."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's mean."""
     beta2: float = 0.95

@@ -1,6 +1,5 @@
-"""The device a run uses and how it multiplies there: the one place that decides."""
+"""The device a run uses and how float32 is multiplied there: the one place that decides."""
 
-import contextlib
 import ctypes
 
 import torch
@@ -25,17 +24,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def use_fast_matmul(device: torch.device) -> None:
-    """Set PyTorch's matrix products for training on `device`.
+def choose_matmul(device: torch.device) -> None:
+    """Set how PyTorch multiplies float32 matrices on `device`: always in float32.
 
-    CUDA: TF32 for what stays float32. CPU: where PyTorch's default library is MKL, x86 processors not made by Intel get its
-    slower code; the setting "bf16" hands float32 products to oneDNN instead, which keeps them in float32 unless the processor
-    has bf16 matrix units (AMX). So it is kept only if a product still comes out as accurate as float32: on an AMD EPYC of 2024
-    that is so, and products run at 440 instead of 200 GFLOP/s on two cores.
+    CUDA: no TF32. Products are float32 there only if --precision asked for it, and every GPU with TF32 has bfloat16 too.
+    CPU: where PyTorch's default library is MKL, x86 processors not made by Intel get its slower code; the setting "bf16" hands
+    float32 products to oneDNN instead, which keeps them in float32 unless the processor has bf16 matrix units (AMX). So it is
+    kept only if a product still comes out as accurate as float32: on an AMD EPYC of 2024 that is so, and products run at 440
+    instead of 200 GFLOP/s on two cores.
     """
     if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     before = torch.backends.mkldnn.matmul.fp32_precision
@@ -67,10 +66,3 @@ def _is_float32_accurate(n: int = 256) -> bool:
     a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
     error = (a @ b - a.double() @ b.double()).abs().max()
     return bool(error <= n * torch.finfo(torch.float32).eps / 2 * (a.double().abs() @ b.double().abs()).max())
-
-
-def compute_dtype(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context of a forward pass: bfloat16 products on CUDA, the parameters' float32 elsewhere."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return contextlib.nullcontext()

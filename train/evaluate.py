@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..model import GPT
 from .config import DIVERGED, InputError
-from .device import compute_dtype
 from .loader import IGNORED, document_starts
+from .precision import computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +28,25 @@ class Evaluation:
 
 
 def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, separator: int | None) -> Tensor:
-    """Mean cross-entropy of a batch as the model's device computes it.
+    """Mean cross-entropy of a batch, in the precision of the model's weights.
 
     Args:
         tokens, targets: (B, T) int64 on the CPU; targets of -100 do not count.
         separator: the token that begins a document, none of which then sees another; None: a row is one document.
     Returns: () float32 on the model's device, in nats a token.
     """
-    device = model.wte.weight.device
-    cu_seqlens = None if separator is None else document_starts(tokens, separator).to(device, non_blocking=True)
-    with compute_dtype(device):
-        return model(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True), cu_seqlens=cu_seqlens)
+    device, documents = model.wte.weight.device, {}
+    if separator is not None:
+        documents["cu_seqlens"] = _moved(document_starts(tokens, separator), device)
+        # The one size that differs between batches: code compiled for any.
+        torch._dynamo.mark_dynamic(documents["cu_seqlens"], 0)
+    with computing(model):
+        return model(_moved(tokens, device), _moved(targets, device), **documents)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: a copy from memory that is not pinned comes after all that is queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()

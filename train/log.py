@@ -17,7 +17,8 @@ from .config import DIVERGED, InputError
 from .evaluate import Evaluation
 from .files import write_whole
 
-# Losses are read back from the device this many steps at a time: reading one waits for the device.
+# Steps that are read back from the device at a time. On CUDA the newest one is left out, so that while the host waits for those
+# before it the device has work.
 STEPS_PER_READ = 10
 console = Console(stderr=True, highlight=False)
 
@@ -25,26 +26,31 @@ console = Console(stderr=True, highlight=False)
 class Metrics:
     """RUN/metrics.jsonl and the progress bar.
 
-    A training line holds step, tokens (seen so far), loss (nats), lr, grad_norm, tokens_per_second, mfu (share of the device's
-    bf16 peak; null where the table does not know it) and memory (bytes at most so far); an evaluation adds val_loss,
-    val_perplexity and val_bits_per_byte in a line of its own.
+    A training line holds step, tokens (seen so far), loss (nats), lr, grad_norm (null where float16 overflowed and the step was
+    left out), tokens_per_second, mfu (share of the device's bf16 peak; null where the table does not know it) and memory (bytes
+    at most so far); an evaluation adds val_loss, val_perplexity and val_bits_per_byte in a line of its own.
 
     Args:
         run: the run's folder; its metrics.jsonl is cut back to the lines before `start`.
         start, steps: first step of this process, and how many the whole run has.
         tokens_per_step: targets a step.
         flops_per_token: for mfu.
+        skips_overflow: whether a step with gradients that are not finite was left out; else the run has diverged.
     Attributes: evaluated: steps after which there has been an evaluation.
     """
 
-    def __init__(self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int, device: torch.device):
+    def __init__(
+        self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int, device: torch.device,
+        skips_overflow: bool,
+    ):  # fmt: skip
         self._path = run / "metrics.jsonl"
         self.evaluated = _cut_back(self._path, start, steps)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
         self._tokens_per_step, self._flops_per_token, self._device = tokens_per_step, flops_per_token, device
+        self._skips_overflow = skips_overflow
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = known and known.bf16_flops
-        self._waiting: list[tuple[int, Tensor, float, Tensor]] = []
+        self._waiting: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
         self._clock = time.perf_counter()
         self.seconds = 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
@@ -68,31 +74,41 @@ class Metrics:
         self._clock = time.perf_counter()
 
     def step(self, step: int, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
-        """Note one optimizer step; `loss` and `grad_norm` stay on the device until several can be read at once."""
-        self._waiting.append((step, loss, lr, grad_norm))
-        if len(self._waiting) >= STEPS_PER_READ:
-            self.flush()
+        """Note one optimizer step, whose `loss` and `grad_norm` are on the device; nothing waits for them here."""
+        values = torch.stack((loss, grad_norm)).float().to("cpu", non_blocking=True)
+        on_cuda, copied = self._device.type == "cuda", None
+        if on_cuda:
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self._device))
+        self._waiting.append((step, lr, values, copied))
+        if len(self._waiting) == STEPS_PER_READ + on_cuda:
+            self._read(STEPS_PER_READ)
 
     def flush(self) -> None:
-        """Read back the steps noted so far and write their lines; rates are means over them."""
-        if not self._waiting:
-            return
-        values = torch.stack([torch.stack((loss, norm)).float() for _, loss, _, norm in self._waiting]).tolist()
+        """Read back all steps noted so far and write their lines."""
+        if self._waiting:
+            self._read(len(self._waiting))
+
+    def _read(self, count: int) -> None:
+        """Write the lines of the first `count` steps noted, once they are done; rates are means over them."""
+        read, self._waiting = self._waiting[:count], self._waiting[count:]
+        if (copied := read[-1][3]) is not None:
+            copied.synchronize()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.seconds += seconds
-        rate = len(self._waiting) * self._tokens_per_step / seconds
+        rate = count * self._tokens_per_step / seconds
         mfu = rate * self._flops_per_token / self._peak if self._peak else None
         memory = _memory(self._device)
-        for (step, _, lr, _), (loss, norm) in zip(self._waiting, values, strict=True):
-            if not math.isfinite(loss):
-                raise InputError(f"{DIVERGED} (loss is {loss} at step {step}, learning rate {lr:.3g})")
+        for step, lr, values, _ in read:
+            loss, norm = values.tolist()
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self._skips_overflow):
+                raise InputError(f"{DIVERGED} (loss {loss}, gradients of norm {norm} at step {step}, learning rate {lr:.3g})")
             tokens = (step + 1) * self._tokens_per_step
-            row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm}
+            row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
             self._write(row | {"tokens_per_second": rate, "mfu": mfu, "memory": memory})
-        note = f"loss {values[-1][0]:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
-        self._bar.update(self._task, completed=self._waiting[-1][0] + 1, note=note)
-        self._waiting.clear()
+        note = f"loss {loss:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
+        self._bar.update(self._task, completed=step + 1, note=note)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Write and show an evaluation after `step` steps."""

@@ -4,6 +4,7 @@ A run is a folder: config.json (all that is needed to repeat it), tokenizer.json
 checkpoints/step-N. On one CPU a resumed run has bitwise the weights of one that was never stopped.
 """
 
+import gc
 import itertools
 import shutil
 import signal
@@ -16,13 +17,14 @@ from ..model.cost import flops_per_token
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import InputError, TrainConfig
 from .data import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
-from .device import choose_device, compute_dtype, keep_freed_memory, use_fast_matmul
-from .evaluate import Evaluation, batch_loss, evaluate
-from .loader import IGNORED
+from .device import choose_device, choose_matmul, keep_freed_memory
+from .evaluate import Evaluation, evaluate
 from .log import Metrics, console, plot_loss
-from .optim import make_optimizer, update
+from .optim import Optimizer, refuse_missing_optimizer
+from .precision import choose_dtype, computing
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
+from .trainer import Trainer, quiet_collector
 
 
 class InterruptedRun(Exception):  # noqa: N818 - it is no error
@@ -36,7 +38,8 @@ def start(config: TrainConfig, run: Path) -> Evaluation:
     Raises: InputError for a folder in use, bad data or a training that diverges; InterruptedRun after SIGINT or SIGTERM.
     """
     refuse_used_folder(run)
-    choose_device(config.device)
+    choose_dtype(config.precision, choose_device(config.device))
+    refuse_missing_optimizer(config)
     dataset = open_dataset(prepare(config.data, config.tokenizer, cache_dir() / "datasets", held_out=config.held_out))
     # What only an evaluation would find out, found out now.
     dataset.tokenizer.encode(config.prompt)
@@ -61,31 +64,35 @@ def resume(run: Path) -> Evaluation:
 
 def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None) -> Evaluation:
     device = choose_device(config.device)
-    use_fast_matmul(device)
+    choose_matmul(device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
     model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
-    optimizer = make_optimizer(model, config)
+    optimizer = Optimizer(model, config)
     first = _begin(config, run, model, optimizer) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
     loader = Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
-    separator = dataset.tokenizer.end_of_text if config.document_mask else None
+    trainer = Trainer(model, optimizer, config, separator=dataset.tokenizer.end_of_text if config.document_mask else None)
     metrics = Metrics(
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
+        skips_overflow=optimizer.scaler.is_enabled(),
     )  # fmt: skip
-    with metrics, _Signals() as signals:
+    if trainer.is_compiled:
+        console.print("compiling the model: the first step takes longer, less so once it is in the cache")
+    with metrics, _Signals() as signals, quiet_collector():
 
         def evaluate_after(done: int) -> Evaluation | None:
             """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
             with metrics.paused():
-                result = _evaluate(config, model, dataset, signals, None if done == config.steps else config.eval_tokens)
+                result = _evaluate(config, trainer, dataset, signals, None if done == config.steps else config.eval_tokens)
                 if signals.received:
                     if not (run / "checkpoints" / f"step-{done}").exists():
                         save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints)
                     raise InterruptedRun(run)
                 metrics.evaluation(done, result)
-                _write_sample(config, run, model, dataset, done)
+                _write_sample(config, run, trainer.working, dataset, done)
                 plot_loss(run)
+                gc.collect()
             return result
 
         for step in range(first, config.steps):
@@ -93,8 +100,8 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            loss = _accumulate_gradients(model, *loader.batch(step), config.micro_batch, separator)
-            metrics.step(step, loss, lr, update(optimizer, lr=lr, grad_clip=config.grad_clip))
+            loss = trainer.backward(*loader.batch(step))
+            metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1
             if done == config.steps or done % config.checkpoint_interval == 0:
@@ -103,7 +110,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
         return evaluate_after(config.steps)
 
 
-def _begin(config: TrainConfig, run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+def _begin(config: TrainConfig, run: Path, model: GPT, optimizer: Optimizer) -> int:
     """A checkpoint before the first step: from here on the run can be resumed, and a disk too small for it shows now."""
     try:
         save_checkpoint(run, 0, model, optimizer, keep=config.keep_checkpoints)
@@ -113,32 +120,16 @@ def _begin(config: TrainConfig, run: Path, model: GPT, optimizer: torch.optim.Op
     return 0
 
 
-def _accumulate_gradients(
-    model: GPT, tokens: torch.Tensor, targets: torch.Tensor, micro_batch: int, separator: int | None
-) -> torch.Tensor:
-    """Backward of the mean loss over all counted targets of the batch, `micro_batch` sequences at a time; returns that loss."""
-    counted = (targets != IGNORED).sum(dim=1)
-    total = torch.zeros((), device=model.wte.weight.device)
-    for rows, row_targets, count in zip(
-        tokens.split(micro_batch), targets.split(micro_batch), counted.split(micro_batch), strict=True
-    ):
-        # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
-        loss = batch_loss(model, rows, row_targets, separator) * (int(count.sum()) / int(counted.sum()))
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
 def _evaluate(
-    config: TrainConfig, model: GPT, dataset: Dataset, signals: "_Signals", max_tokens: int | None
+    config: TrainConfig, trainer: Trainer, dataset: Dataset, signals: "_Signals", max_tokens: int | None
 ) -> Evaluation | None:
     """None if a signal came first."""
     batches = evaluation_batches(
         dataset.val, context_tokens=config.context_tokens, batch_size=config.micro_batch, max_tokens=max_tokens
     )
     until_signal = itertools.takewhile(lambda _: not signals.received, batches)
-    separator = dataset.tokenizer.end_of_text if config.document_mask else None
-    return evaluate(model, until_signal, bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens, separator=separator)
+    bytes_per_token = dataset.info.val.bytes / dataset.info.val.tokens
+    return evaluate(trainer.working, until_signal, bytes_per_token=bytes_per_token, separator=trainer.separator)
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
@@ -153,7 +144,7 @@ def sample_text(model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
     device = model.wte.weight.device
     tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
-    with compute_dtype(device):
+    with computing(model):
         out = model.generate(tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options)
     new = out[0, tokens.shape[1] :].tolist()
     return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])

@@ -1,28 +1,87 @@
-"""AdamW with weight decay where it belongs, on matrices and not on gains and biases, and what a step does with gradients."""
+"""The optimizers of a run: AdamW, or Muon for the matrices of blocks and AdamW for all else.
+
+    AdamW      PyTorch's, fused; decoupled weight decay of matrices and embeddings, not of gains and biases
+    Muon       PyTorch's: W <- W - lr (decay W + 0.2 sqrt(max(rows, columns)) orthogonalized(momentum)). The factor gives its
+               updates the size of AdamW's, so that one learning rate, schedule and decay serve both. The matrix of queries,
+               keys and values is orthogonalized as one; in bfloat16, whatever the run's precision
+    float16    losses are scaled up before the backward, gradients down after it; a step whose gradients overflowed is left out
+               and the scale halved, all on the device (the host waits there for Muon only)
+
+Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025,
+           arXiv:2502.16982
+"""
 
 import torch
 from torch import Tensor, nn
 
-from .config import TrainConfig
+from .config import InputError, TrainConfig
+from .precision import choose_dtype, products
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW over every parameter of `model`, in a decayed and an undecayed group.
+def refuse_missing_optimizer(config: TrainConfig) -> None:
+    """Raise InputError if this PyTorch lacks what the options ask for."""
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"--optimizer: expected PyTorch 2.9 or newer for muon, got {torch.__version__}; update it, or take adamw"
+        )
 
-    Matrices and embeddings decay by config.weight_decay, vectors do not. The learning rate is set anew each step.
+
+class Optimizer:
+    """What turns gradients into a step: every parameter of a model in exactly one group of one of PyTorch's optimizers.
+
+    Args:
+        model: on its device; gradients of its parameters are what `update` reads.
+    Attributes:
+        parts: PyTorch's optimizers.
+        scaler: of float16's losses; does nothing in other precisions.
+    Raises: ValueError if a parameter would be missed or changed twice.
     """
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    undecayed = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        refuse_missing_optimizer(config)
+        device = next(model.parameters()).device
+        self._grad_clip = config.grad_clip or float("inf")
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        in_blocks = {id(parameter) for parameter in products(model)} if config.optimizer == "muon" else set()
+        of_muon = [parameter for parameter in self._parameters if parameter.ndim == 2 and id(parameter) in in_blocks]
+        others = [parameter for parameter in self._parameters if parameter.ndim != 2 or id(parameter) not in in_blocks]
+        groups = [
+            {"params": [parameter for parameter in others if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [parameter for parameter in others if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.parts = [torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
+        if of_muon:
+            options = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(of_muon, **options))
+        held = [id(parameter) for part in self.parts for group in part.param_groups for parameter in group["params"]]
+        if sorted(held) != sorted(map(id, self._parameters)):
+            raise ValueError(f"Optimizer: expected each of {len(self._parameters)} parameters once, got {len(held)} in groups")
+        is_scaled = choose_dtype(config.precision, device) == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
 
-def update(optimizer: torch.optim.Optimizer, *, lr: float, grad_clip: float) -> Tensor:
-    """Clip the gradients to a global norm (0: do not), take a step and drop them. Returns: the norm before clipping, ()."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    def update(self, lr: float) -> Tensor:
+        """Clip the gradients to config.grad_clip (0: do not), take a step and drop them.
+
+        Returns: their global norm before clipping, (); not finite where float16 overflowed and the step was left out.
+        """
+        for part in self.parts:
+            self.scaler.unscale_(part)
+            for group in part.param_groups:
+                group["lr"] = lr
+        # As a factor of at most 1 formed on the device, so that nothing waits for the norm.
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        for part in self.parts:
+            self.scaler.step(part)
+            part.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return grad_norm
+
+    def states(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """What is kept of each parameter from step to step: AdamW's two moments and count, Muon's momentum."""
+        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
+
+    def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Go on from what `states` gave for a parameter."""
+        for part in self.parts:
+            if any(parameter is held for group in part.param_groups for held in group["params"]):
+                part.state[parameter] = state

@@ -10,7 +10,7 @@ Step time  a range: everything at a good rate at once, and everything at a poor 
     products      6 N n / (share of the bf16 peak)
     attention     7 L D T n / (share of the bf16 peak): 2 products forward, 5 backward, 2 D T FLOPs each, over the visible half
     activations   n (L D bytes + V bytes of logits) / (share of the memory's bandwidth)
-    parameters    P (bytes a step + m bytes a micro-batch) / (share of the memory's bandwidth)
+    parameters    (P + blocks' matrices + m (blocks' matrices + head)) bytes / (share of the memory's bandwidth)
     all-reduce    2 (g - 1) / g 4 P bytes / (share of one direction of the link): a ring over g GPUs of one node, float32.
                   At best it is hidden behind the rest, at worst it is added
            Launches, data and evaluations are left out; where launches would take longer than the rest, the answer says so.
@@ -31,7 +31,7 @@ import tyro
 
 from ..kernels._device import CEILINGS, Ceiling, ceiling
 from ..model import PRESETS, GPTConfig
-from ..model.cost import flops_per_token, parameters, positions, step_bytes
+from ..model.cost import flops_per_token, matrices, parameters, positions, step_bytes
 from .cli import near, parse
 from .config import InputError, TrainConfig
 from .recipes import RECIPES, recipe
@@ -62,8 +62,10 @@ _LAYER_BYTES = (2 * (22 + 20 + 9 + 12 + 16), 2 * (16 + 12))
 _LOGIT_BYTES = (8, 0)
 # AdamW reads and writes weight and two moments and reads the gradient, all float32: 28; clipping as a pass of its own: 12.
 _STEP_BYTES = (28 + 12, 28)
-# Weight cast to bf16 (6) and its gradient back (6), added to the sum (12).
-_MICRO_BATCH_BYTES = 24
+# Of each weight in a block: cast to bf16 once a step; its bf16 gradient added to the float32 sum in each micro-batch.
+_CAST_BYTES, _SUM_BYTES = 6, 10
+# Of the head's, which is the embedding's, in each micro-batch: cast, its gradient widened, then added.
+_HEAD_BYTES = 6 + 6 + 12
 # Kernels a layer in forward and backward, and seconds that PyTorch takes to launch one: about, only to tell what they bound.
 _KERNELS_A_LAYER, _LAUNCH_SECONDS = 40, 5e-6
 
@@ -166,7 +168,8 @@ def _seconds(plan: Plan, known: Ceiling, end: int) -> float:
     products = 6 * (P - positions(model)) * n / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
     attention = 7 * L * D * T * n / (_shares(_ATTENTION, known)[end] * known.bf16_flops)
     activations = n * (L * D * _LAYER_BYTES[end] + model.vocab_size * _LOGIT_BYTES[end]) / bandwidth
-    updates = P * (_STEP_BYTES[end] + micro_batches * _MICRO_BATCH_BYTES) / bandwidth
+    moved = P * _STEP_BYTES[end] + matrices(model) * (_CAST_BYTES + micro_batches * _SUM_BYTES)
+    updates = (moved + micro_batches * model.vocab_size * D * _HEAD_BYTES) / bandwidth
     reduction = 2 * (gpus - 1) / gpus * 4 * P / (_LINK[end] * known.link_bytes_per_second / 2)
     alone = products + attention + activations + updates
     return max(alone, reduction) if end else alone + reduction

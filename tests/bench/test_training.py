@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -107,17 +108,16 @@ def test_a_gradient_alone_that_is_wrong_is_refused(monkeypatch):
 
 
 def test_a_missing_mask_is_beyond_the_rounding_of_bf16(monkeypatch):
-    monkeypatch.setattr(training, "compute_dtype", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
-    shape, device = TINY.gpt(vocab_size=300), torch.device("cpu")
-    batch = random_batch(TINY, shape, device, 0)
-    pair = make_pair(TINY, shape, device, "off")
-    found = check_agreement(*pair, batch)
+    config, shape, device = replace(TINY, precision="bfloat16"), TINY.gpt(vocab_size=300), torch.device("cpu")
+    batch = random_batch(config, shape, 0)
+    pair = make_pair(config, shape, device, "off")
+    found = check_agreement(config, *pair, batch)
     assert all(parameter.grad is None for contestant in pair for parameter in contestant.model.parameters())
-    assert found["gradient_gap"] > 1e-4, "autocast had no effect"
+    assert found["gradient_gap"] > 1e-4, "bfloat16 had no effect"
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: attend(q, k, v))
     with pytest.raises(InputError, match="gradient"):
-        check_agreement(*make_pair(TINY, shape, device, "off"), batch)
+        check_agreement(config, *make_pair(config, shape, device, "off"), batch)
 
 
 def test_a_slow_baseline_is_reported_slower(monkeypatch, tmp_path):
@@ -139,7 +139,7 @@ def test_a_slow_baseline_is_reported_slower(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("choice", "names"), [("off", []), ("baseline", ["Baseline"]), ("both", ["GPT", "Baseline"])])
 def test_what_is_compiled(monkeypatch, choice, names):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiled.append(type(model).__name__) or model)
     pair = make_pair(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), choice)
     assert compiled == names
     assert [contestant.compiled for contestant in pair] == [name in names for name in ("GPT", "Baseline")]
@@ -172,7 +172,7 @@ def test_on_a_gpu_the_first_step_of_a_round_is_not_timed_and_the_others_state_is
 
     def batch(step):
         asked.append(step)
-        return random_batch(TINY, shape, torch.device("cpu"), step)
+        return random_batch(TINY, shape, step)
 
     seconds, peaks = training._rounds(pair, batch, 13, torch.device("cuda"))
     assert seconds == [[[1.0] * 10, [1.0] * 3]] * 2
@@ -224,18 +224,18 @@ def test_what_stays_allocated_is_weights_and_both_moments():
     contestant = Contestant("baseline", Baseline(shape), TINY, compiled=False)
     weights = sum(parameter.nbytes for parameter in contestant.model.parameters())
     assert contestant.held_bytes() == weights
-    contestant.step(*random_batch(TINY, shape, torch.device("cpu"), 0))
+    contestant.step(*random_batch(TINY, shape, 0))
     counters = 4 * len(list(contestant.model.parameters()))
     assert contestant.held_bytes() == 3 * weights + counters
 
 
 def test_batches_repeat_and_have_frequent_and_rare_tokens():
-    shape, device = TINY.gpt(vocab_size=300), torch.device("cpu")
-    (tokens, targets), again, other = (random_batch(TINY, shape, device, step) for step in (0, 0, 1))
+    shape = TINY.gpt(vocab_size=300)
+    (tokens, targets), again, other = (random_batch(TINY, shape, step) for step in (0, 0, 1))
     assert torch.equal(tokens, again[0])
     assert not torch.equal(tokens, other[0])
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    many = torch.cat([random_batch(TINY, shape, device, step)[0].flatten() for step in range(100)]).bincount(minlength=300)
+    many = torch.cat([random_batch(TINY, shape, step)[0].flatten() for step in range(100)]).bincount(minlength=300)
     assert many[0] > 5 * many[9] > 0
 
 

@@ -5,6 +5,7 @@ import torch
 
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
+from tritium.train.precision import computing, working_copy
 
 pytestmark = pytest.mark.plain
 
@@ -38,7 +39,7 @@ def test_flops_are_counted_as_for_mfu():
     assert flops_per_token(PRESETS["gpt2"], 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("config", "B", "T"),
     [
@@ -49,8 +50,8 @@ def test_flops_are_counted_as_for_mfu():
         (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7),
     ],
 )
-def test_activation_bytes_are_those_autograd_keeps(config, B, T, autocast):
-    model = GPT(config)
+def test_activation_bytes_are_those_autograd_keeps(config, B, T, dtype):
+    model = working_copy(GPT(config), dtype)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -61,18 +62,13 @@ def test_activation_bytes_are_those_autograd_keeps(config, B, T, autocast):
         return tensor
 
     tokens = torch.randint(config.vocab_size, (B, T))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), computing(model):
         loss = model(tokens, tokens)
-    itemsize = 2 if autocast else 4
-    copies = itemsize * matrices(config) if autocast else 0
-    assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, itemsize) + copies
+    assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, dtype.itemsize)
     assert loss.ndim == 0
 
 
-def test_a_step_holds_all_gradients_if_it_accumulates_and_copies_under_autocast():
+def test_a_step_holds_all_gradients_if_it_accumulates_and_copies_in_16_bits():
     """What a whole step allocates is compared with a measurement in tests/train/test_plan.py."""
     config = PRESETS["gpt2"]
     padded = 4 * (parameters(config) + (config.padded_vocab_size - config.vocab_size) * config.d_model)

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.plain
 
@@ -24,7 +25,16 @@ def test_info(tritium, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "elsewhere"))
     status, out, _ = tritium("info")
     assert status == 0
-    for name in ("tritium", "torch", "triton", "device", "ceilings", "default recipe", str(tmp_path / "elsewhere")):
+    for name in (
+        "tritium",
+        "torch",
+        "triton",
+        "device",
+        "ceilings",
+        "default recipe",
+        "compile cache",
+        str(tmp_path / "elsewhere"),
+    ):
         assert name in out
 
 
@@ -73,12 +83,27 @@ def test_unknown_words_are_answered_with_the_near_ones(refused):
         (["--context-tokens", "1000000"], "context_tokens 1000000 needs 1000001 training tokens"),
         (["--tokenizer", "bpe:10"], "bpe:10"),
         (["--tokenizer", "words"], "words"),
+        (["--precision", "float8"], "invalid choice 'float8'"),
+        (["--optimizer", "sgd"], "invalid choice 'sgd'"),
         (["--resume", "x"], "--resume RUN_DIR stands alone"),
     ],
 )
 def test_bad_options_of_train(words, message, refused, tiny, tmp_path):
     assert message in refused(*tiny, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_that_pytorch_lacks_is_found_out_before_there_is_a_run(refused, tiny, tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert "--optimizer: expected PyTorch 2.9 or newer for muon" in refused(*tiny, "--optimizer", "muon")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_compiler_is_one_line(refused, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        assert "expected a working C++ compiler, found none; install g++" in refused(*tiny, "--compile", "on")
 
 
 def test_bad_corpora(refused, tiny, tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tritium.train.config import InputError
-from tritium.train.device import _is_float32_accurate, choose_device, compute_dtype, use_fast_matmul
+from tritium.train.device import _is_float32_accurate, choose_device, choose_matmul
 
 pytestmark = pytest.mark.plain
 
@@ -18,7 +18,7 @@ def test_devices_that_are_not_there_are_refused():
 def test_products_on_the_cpu_stay_float32_accurate():
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
-        use_fast_matmul(torch.device("cpu"))
+        choose_matmul(torch.device("cpu"))
         assert _is_float32_accurate()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
@@ -34,6 +34,11 @@ def test_the_probe_finds_bfloat16(monkeypatch):
     assert not _is_float32_accurate()
 
 
-def test_the_cpu_computes_in_float32():
-    with compute_dtype(torch.device("cpu")):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+def test_products_of_float32_are_float32_on_cuda_too():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        choose_matmul(torch.device("cuda"))
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.plain
 CPU = torch.device("cpu")
 
 
-def metrics(run, start=0):
-    return Metrics(run, start=start, steps=30, tokens_per_step=100, flops_per_token=10, device=CPU)
+def metrics(run, start=0, **options):
+    sizes = {"steps": 30, "tokens_per_step": 100, "flops_per_token": 10, "device": CPU, "skips_overflow": False}
+    return Metrics(run, start=start, **sizes | options)
 
 
 def note(m, steps):
@@ -54,13 +55,52 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [row["step"] for row in evaluations] == [10]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (5.0, torch.nan), (5.0, torch.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, tmp_path):
     with metrics(tmp_path) as m:
         note(m, range(3))
-        m.step(3, torch.tensor(float("nan")), 1e-3, torch.tensor(1.0))
+        m.step(3, torch.tensor(loss), 1e-3, torch.tensor(norm))
         with pytest.raises(InputError, match=r"training diverged: .* at step 3, learning rate 0\.001"):
             m.flush()
     assert len(read_metrics(tmp_path)[0]) == 3
+
+
+def test_a_step_that_float16_left_out_has_no_norm(tmp_path):
+    with metrics(tmp_path, skips_overflow=True) as m:
+        m.step(0, torch.tensor(5.0), 1e-3, torch.tensor(torch.inf))
+        m.flush()
+        m.step(1, torch.tensor(torch.nan), 1e-3, torch.tensor(1.0))
+        with pytest.raises(InputError, match="training diverged"):
+            m.flush()
+    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path)[0]] == [(5.0, None)]
+
+
+def test_on_a_gpu_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
+    """A stand-in for CUDA's events: what has been waited for, in order."""
+    waited = []
+
+    class Event:
+        def record(self, stream):
+            self.number = len(recorded)
+            recorded.append(self)
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    recorded = []
+    calls = {"Event": Event, "current_stream": lambda device: None, "get_device_name": lambda device: "a GPU"}
+    for name, call in (calls | {"max_memory_allocated": lambda device: 7}).items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    with metrics(tmp_path, device=torch.device("cuda")) as m:
+        note(m, range(STEPS_PER_READ))
+        assert not waited
+        note(m, range(STEPS_PER_READ, 2 * STEPS_PER_READ + 1))
+        assert waited == [STEPS_PER_READ - 1, 2 * STEPS_PER_READ - 1]
+        assert len(read_metrics(tmp_path)[0]) == 2 * STEPS_PER_READ
+        m.flush()
+    rows, _ = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(2 * STEPS_PER_READ + 1))
+    assert rows[0]["memory"] == 7
 
 
 def test_plot_is_a_picture(tmp_path):

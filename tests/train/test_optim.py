@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tritium.model import GPT, GPTConfig
-from tritium.train.config import TrainConfig
-from tritium.train.optim import make_optimizer, update
+from tritium.train.config import InputError, TrainConfig
+from tritium.train.optim import Optimizer
 
 pytestmark = pytest.mark.plain
 
@@ -13,35 +13,85 @@ def model() -> GPT:
     return GPT(GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8))
 
 
-def test_matrices_decay_and_vectors_do_not(model):
-    decayed, undecayed = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
-    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0.0)
-    assert all(parameter.ndim == 2 for parameter in decayed["params"])
-    assert all(parameter.ndim == 1 for parameter in undecayed["params"])
-    assert len(decayed["params"]) + len(undecayed["params"]) == len(list(model.parameters()))
+def with_gradients(model: GPT) -> list[torch.Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(model, optimizer):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for part in Optimizer(model, TrainConfig(weight_decay=0.3, optimizer=optimizer)).parts:
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                assert name not in found
+                found[name] = type(part).__name__
+                assert group["weight_decay"] == (0.3 if parameter.ndim == 2 else 0.0), name
+    assert set(found) == set(names.values())
+    linear = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    matrices = {f"h.{layer}.{name}.weight" for layer in (0, 1) for name in linear}
+    assert {name for name, kind in found.items() if kind == "Muon"} == (matrices if optimizer == "muon" else set())
+
+
+def test_a_parameter_that_no_group_holds_is_noticed(model, monkeypatch):
+    original = torch.optim.AdamW
+
+    def forgetful(groups, **options):
+        return original([groups[0], groups[1] | {"params": groups[1]["params"][1:]}], **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", forgetful)
+    with pytest.raises(ValueError, match="expected each of 28 parameters once, got 27 in groups"):
+        Optimizer(model, TrainConfig())
+
+
+def test_frozen_parameters_are_left_alone(model):
+    model.wte.weight.requires_grad_(False)
+    parts = Optimizer(model, TrainConfig()).parts
+    assert not any(model.wte.weight is held for part in parts for group in part.param_groups for held in group["params"])
 
 
 def test_a_step_is_adamw(model):
     """Against the formula, for one step from zero moments: p (1 - lr wd) - lr g / (|g| + eps)."""
-    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.1, beta1=0.9, beta2=0.99))
+    optimizer = Optimizer(model, TrainConfig(weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=0))
     weight = model.h[0].mlp.c_fc.weight
     before = weight.detach().clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
+    with_gradients(model)
     grad = weight.grad.clone()
-    update(optimizer, lr=0.01, grad_clip=0.0)
+    optimizer.update(0.01)
     torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.1) - 0.01 * grad / (grad.abs() + 1e-8))
 
 
-def test_gradients_are_clipped_by_their_norm_over_everything_and_dropped(model):
-    optimizer = make_optimizer(model, TrainConfig())
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    kept = [parameter.grad for parameter in parameters]
+def test_muon_makes_steps_of_adamws_size(model):
+    """Orthogonal up to what its iteration leaves, singular values of 0.5 to 1.5, and about 0.2 at root mean square."""
+    optimizer = Optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1, grad_clip=0))
+    weight, gain = model.h[0].mlp.c_fc.weight, model.ln_f.weight
+    before = weight.detach().clone(), gain.detach().clone()
+    with_gradients(model)
+    optimizer.update(0.01)
+    change = (before[0] * (1 - 0.01 * 0.1) - weight.detach()) / 0.01
+    singular = torch.linalg.svdvals(change / (0.2 * 64**0.5))
+    assert singular.min() > 0.5
+    assert singular.max() < 1.5
+    assert change.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
+    torch.testing.assert_close((gain.detach() - before[1]).abs(), torch.full_like(gain, 0.01))
+
+
+def test_a_pytorch_without_muon_is_named(model, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(InputError, match=r"--optimizer: expected PyTorch 2\.9 or newer for muon, got"):
+        Optimizer(model, TrainConfig(optimizer="muon"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_clipped_by_their_norm_over_everything_and_dropped(model, optimizer):
+    optimizer = Optimizer(model, TrainConfig(optimizer=optimizer, grad_clip=0.5))
+    kept = with_gradients(model)
     before = torch.cat([grad.flatten().clone() for grad in kept])
-    norm = update(optimizer, lr=0.01, grad_clip=0.5)
+    norm = optimizer.update(0.01)
     torch.testing.assert_close(norm, before.norm())
     torch.testing.assert_close(torch.cat([grad.flatten() for grad in kept]), before * 0.5 / norm)
-    assert all(parameter.grad is None for parameter in parameters)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.01}

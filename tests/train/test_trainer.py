@@ -1,0 +1,255 @@
+import functools
+import gc
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tritium.model import GPT, GPTConfig
+from tritium.train import trainer as trainer_file
+from tritium.train.config import TrainConfig
+from tritium.train.evaluate import evaluate
+from tritium.train.optim import Optimizer
+from tritium.train.precision import computing, products, refresh, working_copy
+from tritium.train.trainer import Trainer, is_compiled_on, quiet_collector
+
+pytestmark = pytest.mark.plain
+
+SHAPE = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
+
+
+def make(**options) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainConfig(**{"batch_size": 6} | options)
+    model = GPT(SHAPE)
+    return Trainer(model, Optimizer(model, config), config)
+
+
+def batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, targets = torch.randint(20, (2, rows, 8), generator=torch.Generator().manual_seed(1))
+    return tokens, targets
+
+
+def gradients(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+
+
+def test_micro_batches_add_up_to_the_batch():
+    tokens, targets = batch()
+    targets[1, 2:] = targets[4] = -100  # the last window of the data is padded: shares differ
+    results = []
+    for micro_batch in (6, 2, 1):
+        trainer = make(micro_batch_size=micro_batch)
+        trainer.model.double()
+        results.append((trainer.backward(tokens, targets), gradients(trainer)))
+    for loss, found in results[1:]:
+        torch.testing.assert_close(found, results[0][1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+
+
+def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
+    tokens, targets = batch(32)
+    exact, whole, parts = (
+        make(precision=precision, batch_size=32, micro_batch_size=size)
+        for precision, size in (("float32", 32), ("bfloat16", 32), ("bfloat16", 8))
+    )
+    losses = [trainer.backward(tokens, targets).item() for trainer in (exact, whole, parts)]
+    truth, once, four_times = map(gradients, (exact, whole, parts))
+    # Four sums of narrow gradients are no further from float32's than one.
+    assert 0 < (four_times - truth).norm() <= 1.1 * (once - truth).norm()
+    assert (once - truth).norm() <= 4 * torch.finfo(torch.bfloat16).eps * truth.norm()
+    assert losses[1] == pytest.approx(losses[2], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_short_training_is_like_that_in_float32(precision):
+    exact, narrow = make(), make(precision=precision)
+    tokens, _ = batch()
+    losses = [[], []]
+    for _ in range(30):
+        for trainer, found in zip((exact, narrow), losses, strict=True):
+            found.append(trainer.backward(tokens, tokens.roll(-1, 1)).item())
+            trainer.update(3e-3)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    states = [value for state in narrow.optimizer.states().values() for value in state.values()]
+    assert {value.dtype for value in (*narrow.model.parameters(), *states)} == {torch.float32}
+    # What the masters learned below a step of the narrow dtype is kept; the copy follows them.
+    weight, dtype = narrow.model.h[0].attn.c_attn.weight, getattr(torch, precision)
+    assert not torch.equal(weight, weight.to(dtype).float())
+    assert torch.equal(narrow.working.h[0].attn.c_attn.weight, weight.to(dtype))
+
+
+def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved():
+    trainer = make(precision="float16")
+    tokens, targets = batch()
+    trainer.backward(tokens, targets)
+    trainer.update(1e-3)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    scale = trainer.optimizer.scaler.get_scale()
+    trainer.backward(tokens, targets)
+    trainer.model.h[0].mlp.c_fc.weight.grad[0, 0] = torch.inf
+    assert not trainer.update(1e-3).isfinite()
+    assert trainer.optimizer.scaler.get_scale() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    trainer.backward(tokens, targets)
+    assert trainer.update(1e-3).isfinite()
+    assert not torch.equal(before[0], next(trainer.model.parameters()))
+
+
+def test_the_norm_in_float16_is_of_unscaled_gradients():
+    norms = []
+    for precision in ("float32", "float16"):
+        trainer = make(precision=precision)
+        trainer.backward(*batch())
+        norms.append(trainer.update(1e-3).item())
+    assert norms[0] == pytest.approx(norms[1], rel=4 * torch.finfo(torch.float16).eps)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> CompileCounterWithBackend:
+    """Counts compilations, by a backend that leaves out the slow half."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def losses_of(trainer: Trainer, batches) -> list[float]:
+    losses = []
+    for tokens, targets in batches:
+        losses.append(trainer.backward(tokens, targets).item())
+        trainer.update(3e-3)
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_one_graph_serves_micro_batches_evaluations_and_samples(precision, graphs):
+    plain, compiled = (make(micro_batch_size=2, precision=precision, compile=option) for option in ("off", "on"))
+    batches = [batch()] * 3
+    results = []
+    for trainer in (plain, compiled):
+        losses = losses_of(trainer, batches)
+        found = evaluate(trainer.working, (pair for pair in [batch(), batch(3)]), bytes_per_token=1.0).loss
+        with computing(trainer.working):
+            sampled = trainer.working.generate(batch()[0][:1, :2], 3, temperature=0)
+        losses += losses_of(trainer, batches)
+        results.append(([*losses, found], sampled))
+    assert graphs.frame_count == 1
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.equal(results[0][1], results[1][1])
+    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
+
+
+def test_another_size_is_compiled_once_more_and_then_any(graphs):
+    trainer = make(compile="on")
+    losses_of(trainer, [batch(rows) for rows in (6, 5, 4, 3, 2)])
+    assert graphs.frame_count == 2
+
+
+def test_documents_of_any_number_share_a_graph(graphs):
+    trainer = make(compile="on")
+    trainer.separator = 0
+    for documents in (1, 2, 5, 9, 17, 30):
+        tokens = torch.ones(6, 8, dtype=torch.int64)
+        tokens.view(-1)[torch.randperm(48)[:documents]] = 0
+        trainer.backward(tokens, batch()[1])
+    assert graphs.frame_count == 1
+
+
+def test_compiled_by_inductor_it_trains_the_same():
+    torch._dynamo.reset()
+    plain, compiled = (make(micro_batch_size=2, compile=option) for option in ("off", "on"))
+    assert losses_of(plain, [batch()] * 3) == pytest.approx(losses_of(compiled, [batch()] * 3), rel=1e-6)
+    for mine, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_triton", "compiles"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_auto_compiles_where_triton_can(device, has_triton, compiles, monkeypatch):
+    monkeypatch.setattr(trainer_file, "HAS_TRITON", has_triton)
+    assert is_compiled_on(torch.device(device)) is compiles
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("separator", [None, 0])
+def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch):
+    """On the meta device, whose tensors hold nothing: int, bool, tolist, nonzero and copies to the CPU all raise there."""
+    optimizers = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    config = TrainConfig(batch_size=6, micro_batch_size=2, optimizer=optimizer)
+    model = GPT(SHAPE).to("meta")
+    trainer = Trainer(model, Optimizer(model, config), config, separator=separator)
+    for _ in range(2):
+        loss = trainer.backward(*batch())
+        norm = trainer.update(1e-3)
+    assert loss.device == norm.device == torch.device("meta")
+    for read in (float, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read(loss)
+
+
+def test_casting_weights_and_summing_gradients_read_nothing():
+    model = GPT(SHAPE).to("meta")
+    copy = working_copy(model, torch.bfloat16)
+    for _ in range(2):
+        sum(weight.float().sum() for weight in products(copy)).backward()
+    refresh(copy, model)
+    assert all(weight.grad.dtype == torch.float32 for weight in products(model))
+
+
+def test_scaling_losses_reads_nothing():
+    """No value of a tensor becomes a number of Python's, from the backward to the end of the update."""
+
+    class Unread(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **kwargs or {})
+
+    trainer = make(precision="float16")
+    trainer.backward(*batch())
+    with Unread():
+        trainer.update(1e-3)
+    with pytest.raises(AssertionError), Unread():
+        float(torch.ones(()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_step_never_waits_for_the_gpu(precision):
+    config = TrainConfig(batch_size=8, micro_batch_size=4, precision=precision, compile="off")
+    # So many tokens that PyTorch sorts them for the embedding's gradient.
+    model = GPT(replace(SHAPE, context_tokens=1024)).cuda()
+    trainer = Trainer(model, Optimizer(model, config), config, separator=0)
+    tokens = torch.randint(20, (8, 1024))
+    losses_of(trainer, [(tokens, tokens)] * 2)  # kernels are compiled, moments made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            trainer.backward(tokens, tokens)
+            trainer.update(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_leave_no_tensor_to_the_garbage_collector():
+    trainer = make(micro_batch_size=2, precision="bfloat16")
+    losses_of(trainer, [batch()] * 2)
+    with quiet_collector():
+        assert not gc.isenabled()
+        losses_of(trainer, [batch()] * 3)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            gc.collect()
+            assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

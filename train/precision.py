@@ -1,0 +1,91 @@
+"""In what precision a run computes: one place that decides, and the copy of the weights that it computes with.
+
+    weights      float32, in the model that optimizers change and checkpoints hold: the masters
+    products     in the run's dtype: the linear maps of a working copy have it, cast from the masters once a step; activations
+                 are cast by torch.autocast on their way into a product
+    float32      all else: norms, embeddings, the residual stream, losses, the sum of gradients over micro-batches
+
+torch.autocast alone casts each weight anew in each micro-batch, 6 bytes a number to read and write, widens its gradient, 6, and
+adds that to the sum, 12: neither compiled code nor tritium's operators use autocast's own cache. Here a micro-batch adds the
+narrow gradient to the float32 sum, 10, and the 6 are paid once a step. Of the 85 million weights in GPT-2's blocks that is
+1.2 GB less a micro-batch, 0.25 ms of an H200's bandwidth, and two launches less for each of 96 tensors. Losses and gradients
+are bitwise those of autocast. The head shares its weight with the embedding, of whose rows the float32 stream is made: it is
+cast in each micro-batch, as before.
+
+float16 overflows where bfloat16 does not, so its losses are scaled: see train/optim.py.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .config import InputError
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of products: as named, or for auto bfloat16 on CUDA, float16 on a GPU without it, float32 elsewhere.
+
+    Raises: InputError for bfloat16 on a GPU that has none.
+    """
+    # Without emulation, which is slow and which Triton does not have.
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        precision = "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
+    if precision == "bfloat16" and not has_bfloat16:
+        raise InputError("--precision: expected float16 or float32 on this GPU, which has no bfloat16; leave the option out")
+    return getattr(torch, precision)
+
+
+def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model that computes with the weights of `model`, those of its linear maps in `dtype`; float32: the model itself.
+
+    All other parameters are shared. What a backward finds for a narrow parameter is added, in float32, to the gradient of the
+    one it was made of.
+    """
+    if dtype == torch.float32:
+        return model
+    copies = {id(parameter): parameter for parameter in model.parameters()}
+    for parameter in products(model):
+        narrow = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+        if parameter.requires_grad:
+            narrow.register_post_accumulate_grad_hook(functools.partial(_add_gradient, parameter))
+        copies[id(parameter)] = narrow
+    return copy.deepcopy(model, copies)
+
+
+def refresh(working: nn.Module, model: nn.Module) -> None:
+    """Cast the weights of `model` into its working copy again, after a change."""
+    if working is model:
+        return
+    pairs = zip(working.parameters(), model.parameters(), strict=True)
+    narrow, wide = zip(*((mine, other) for mine, other in pairs if mine is not other), strict=True)
+    with torch.no_grad():
+        torch._foreach_copy_(narrow, wide)
+
+
+def computing(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Context of a forward pass: activations are cast to the dtype of the linear maps' weights."""
+    weight = next(products(model))
+    if weight.dtype.itemsize > 2:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, weight.dtype)
+
+
+def products(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights and biases of all linear maps: of modules with a matrix, but embeddings."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            yield from module.parameters(recurse=False)
+
+
+def _add_gradient(wide: nn.Parameter, narrow: nn.Parameter) -> None:
+    if wide.grad is None:
+        wide.grad = narrow.grad.to(wide.dtype)
+    else:
+        wide.grad += narrow.grad
+    narrow.grad = None
