@@ -113,16 +113,33 @@ class Baseline(nn.Module):
             pair = torch.arange(0, self.config.head_size, 2, device=tokens.device)
             angle = position[:, None] * 10_000.0 ** (-pair / self.config.head_size)  # (T, K / 2)
             turn = angle.cos(), angle.sin()
+        # The blocks' linear maps may be narrower than the rest, as train/precision.py makes them.
+        x = x.to(self.h[0].attn.c_attn.weight.dtype)
         for block in self.h:
             x = block(x, turn)
-        logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.config.vocab_size]
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = F.linear(self.ln_f(x), self.wte.weight.to(x.dtype))[..., : self.config.vocab_size]
+        # PyTorch's cross-entropy of 16 bits would give a loss of 16 bits.
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, of inputs in any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, of inputs in any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def _norm(config: GPTConfig) -> nn.Module:
-    if config.norm == "layer":
-        return nn.LayerNorm(config.d_model, bias=config.bias)
-    return nn.RMSNorm(config.d_model, eps=1e-6)
+    return LayerNorm(config.d_model, bias=config.bias) if config.norm == "layer" else RMSNorm(config.d_model, eps=1e-6)
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

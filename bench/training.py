@@ -17,7 +17,7 @@ Before anything is timed both must agree on the first batch to what rounding exp
     gradients   |g - g'| <= sqrt(3) r |g|, over all parameters at once: the backward has twice the roundings again
 
 In bf16 the gradients' bound is the sharper: a baseline without causal mask or with ReLU is off by 0.4 or more where 0.07 is
-allowed, a right one by 0.004 (laptop's shape, autocast on a CPU). Later losses are shown and not judged: AdamW's first steps
+allowed, a right one by 0.004 (laptop's shape, bfloat16 on a CPU). Later losses are shown and not judged: AdamW's first steps
 have the size of the learning rate even where a gradient is all rounding.
 
 MFU        tokens a second x flops_per_token (model/cost.py) / the device's bf16 peak (kernels/_device.py)
@@ -47,7 +47,7 @@ from ..train.cli import parse
 from ..train.config import InputError, TrainConfig
 from ..train.device import choose_device, choose_matmul, keep_freed_memory
 from ..train.optim import Optimizer
-from ..train.precision import choose_dtype, computing
+from ..train.precision import choose_dtype
 from ..train.recipes import RECIPES, default_recipe, recipe
 from ..train.schedule import learning_rate
 from ..train.tokenizer import vocab_size_of
@@ -212,7 +212,7 @@ def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant,
     squares = torch.stack([torch.stack(((a - b).double().square().sum(), b.double().square().sum())) for a, b in pairs])
     gap, norm = squares.sum(dim=0).sqrt().tolist()
     plain = baseline.trainer.working
-    with torch.no_grad(), computing(plain):
+    with torch.no_grad():
         largest = plain(batch[0][:1].to(plain.wte.weight.device)).abs().max().item()
     dtype = choose_dtype(config.precision, plain.wte.weight.device)
     for contestant in (ours, baseline):

@@ -50,16 +50,16 @@ def activation_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int) 
     """Bytes kept between forward and backward of the loss of `batch` sequences of `tokens`, weights not counted.
 
     A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K), with rotary positions q and k
-    turned as well (D + G K), and the MLP's hidden layer before and after GELU, or gate and value (2 F), of `itemsize` bytes:
-    4, or 2 in 16 bits. In float32 either way: the residual stream that its two norms read (2 D), and statistics: mean,
-    unless of an rms norm, and deviation of two norms, log-sum-exp of H heads. The head keeps the gradients that it has formed
+    turned as well (D + G K), the MLP's hidden layer before and after GELU, or gate and value (2 F), and the residual stream
+    that its two norms read (2 D), of `itemsize` bytes: 4, or 2 in 16 bits. In float32 either way are statistics: mean, unless
+    of an rms norm, and deviation of two norms, log-sum-exp of H heads. The head keeps the gradients that it has formed
     already, in float32; rotary positions two tables of K / 2 columns.
     """
     D, F, KV, rotary = config.d_model, config.d_feedforward, _kv_width(config), config.position == "rotary"
     statistics = 2 if config.norm == "layer" else 1
     turned = D + KV if rotary else 0
-    block = (3 * D + D + 2 * KV + turned + 2 * F) * itemsize + 4 * (2 * D + 2 * statistics + config.n_head)
-    final_norm = 4 * (D + statistics)
+    block = (5 * D + D + 2 * KV + turned + 2 * F) * itemsize + 4 * (2 * statistics + config.n_head)
+    final_norm = itemsize * D + 4 * statistics
     token_ids = 8
     per_token = config.n_layer * block + final_norm + token_ids
     positions, divisor = tokens * (4 * config.head_size if rotary else 8), 8
@@ -110,8 +110,7 @@ def step_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, *, acc
     if config.mlp == "swiglu":
         # da, the gate's sigmoid and SiLU, both gradients and a; in 16 bits the gate too, and three of them rounded back.
         mlp = (4 * 4 + 4 + 3 * itemsize if is_narrow else 6 * 4) * N * F
-    stream = 4 * N * D + (itemsize * N * D if is_narrow else 0)
-    backward = (copies, before, activations, embedding + stream, mlp)
+    backward = (copies, before, activations, embedding + itemsize * N * D, mlp)
 
     # The embedding's gradients as the head's weight and as the input's table, of which one is in `weights` unless accumulated.
     update = (copies, weights, 0, embedding * (2 if accumulates else 1), 4 * N * D)

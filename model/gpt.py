@@ -211,7 +211,8 @@ class GPT(nn.Module):
             stream = stream + self.wpe(position)
         else:
             turn = _turn(position, self.config.head_size)
-        branch, stream = None, stream.flatten(0, 1)
+        # Embeddings may be wider than what the blocks compute in, see train/precision.py.
+        branch, stream = None, stream.flatten(0, 1).to(self.h[0].attn.c_attn.weight.dtype)
         reading = Reading((B, T), cu_seqlens, turn, cache, self.attention)
         for block in self.h:
             branch, stream = block(branch, stream, reading)
@@ -219,7 +220,7 @@ class GPT(nn.Module):
             cache.length += T
         y, _ = self.ln_f(branch, stream)
         # The rows added for alignment take no part, so they never get probability.
-        head = self.wte.weight[: self.config.vocab_size]
+        head = self.wte.weight[: self.config.vocab_size].to(y.dtype)
         return (
             linear(y, head).view(B, T, self.config.vocab_size)
             if targets is None

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..model import GPT
 from .config import DIVERGED, InputError
 from .loader import IGNORED, document_starts
-from .precision import computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,7 @@ def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, separator: int | Non
         documents["cu_seqlens"] = _moved(document_starts(tokens, separator), device)
         # The one size that differs between batches: code compiled for any.
         torch._dynamo.mark_dynamic(documents["cu_seqlens"], 0)
-    with computing(model):
-        return model(_moved(tokens, device), _moved(targets, device), **documents)
+    return model(_moved(tokens, device), _moved(targets, device), **documents)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from .device import choose_device, choose_matmul, keep_freed_memory
 from .evaluate import Evaluation, evaluate
 from .log import Metrics, console, plot_loss
 from .optim import Optimizer, refuse_missing_optimizer
-from .precision import choose_dtype, computing
+from .precision import choose_dtype
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
 from .trainer import Trainer, quiet_collector
@@ -144,8 +144,7 @@ def sample_text(model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
     device = model.wte.weight.device
     tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
-    with computing(model):
-        out = model.generate(tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options)
+    out = model.generate(tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options)
     new = out[0, tokens.shape[1] :].tolist()
     return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
 

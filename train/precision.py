@@ -1,21 +1,20 @@
 """In what precision a run computes: one place that decides, and the copy of the weights that it computes with.
 
     weights      float32, in the model that optimizers change and checkpoints hold: the masters
-    products     in the run's dtype: the linear maps of a working copy have it, cast from the masters once a step; activations
-                 are cast by torch.autocast on their way into a product
-    float32      all else: norms, embeddings, the residual stream, losses, the sum of gradients over micro-batches
+    blocks       in the run's dtype: the linear maps of a working copy have it, cast from the masters once a step, and so have
+                 all activations, the residual stream among them
+    float32      gains and biases of norms, embeddings until their sum enters the blocks, statistics, losses, what products sum,
+                 the sum of gradients over micro-batches
 
-torch.autocast alone casts each weight anew in each micro-batch, 6 bytes a number to read and write, widens its gradient, 6, and
-adds that to the sum, 12: neither compiled code nor tritium's operators use autocast's own cache. Here a micro-batch adds the
-narrow gradient to the float32 sum, 10, and the 6 are paid once a step. Of the 85 million weights in GPT-2's blocks that is
-1.2 GB less a micro-batch, 0.25 ms of an H200's bandwidth, and two launches less for each of 96 tensors. Losses and gradients
-are bitwise those of autocast. The head shares its weight with the embedding, of whose rows the float32 stream is made: it is
-cast in each micro-batch, as before.
+torch.autocast would keep the stream in float32, 32 D bytes a token and block more to move, and cast each weight anew in each
+micro-batch, 6 bytes a number to read and write, widen its gradient, 6, and add that to the sum, 12: neither compiled code nor
+tritium's operators use autocast's own cache. Here a micro-batch adds the narrow gradient to the float32 sum, 10, and the 6 are
+paid once a step: for the 85 million weights of GPT-2's blocks 1.2 GB less a micro-batch. The head shares its weight with the
+embedding, whose gradient is better summed in float32: it is cast in each micro-batch.
 
 float16 overflows where bfloat16 does not, so its losses are scaled: see train/optim.py.
 """
 
-import contextlib
 import copy
 import functools
 from collections.abc import Iterator
@@ -65,14 +64,6 @@ def refresh(working: nn.Module, model: nn.Module) -> None:
     narrow, wide = zip(*((mine, other) for mine, other in pairs if mine is not other), strict=True)
     with torch.no_grad():
         torch._foreach_copy_(narrow, wide)
-
-
-def computing(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Context of a forward pass: activations are cast to the dtype of the linear maps' weights."""
-    weight = next(products(model))
-    if weight.dtype.itemsize > 2:
-        return contextlib.nullcontext()
-    return torch.autocast(weight.device.type, weight.dtype)
 
 
 def products(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -5,7 +5,7 @@ import torch
 
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
-from tritium.train.precision import computing, working_copy
+from tritium.train.precision import working_copy
 
 pytestmark = pytest.mark.plain
 
@@ -62,7 +62,7 @@ def test_activation_bytes_are_those_autograd_keeps(config, B, T, dtype):
         return tensor
 
     tokens = torch.randint(config.vocab_size, (B, T))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), computing(model):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(tokens, tokens)
     assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, dtype.itemsize)
     assert loss.ndim == 0

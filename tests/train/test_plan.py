@@ -185,7 +185,7 @@ def test_what_does_not_fit_says_what_to_change(tritium):
     status, out, _ = tritium("plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size", 64)
     assert status == 0
     assert "does not fit" in out.splitlines()[0]
-    assert "--micro-batch-size 8 does (at most" in out.splitlines()[0]
+    assert "--micro-batch-size 16 does (at most" in out.splitlines()[0]
     assert "nor does a single sequence" in tritium("plan", "gpt2-xl", "--gpu", "rtx-4090")[1].splitlines()[0]
 
 

@@ -3,12 +3,13 @@ import torch
 
 from tritium.model import GPT, GPTConfig
 from tritium.train.config import InputError
-from tritium.train.precision import choose_dtype, computing, products, refresh, working_copy
+from tritium.train.precision import choose_dtype, products, refresh, working_copy
 
 pytestmark = pytest.mark.plain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOKENS = torch.arange(32).view(4, 8) % 20
+LLAMA = {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False}
 
 
 @pytest.fixture
@@ -43,26 +44,39 @@ def test_only_linear_maps_are_narrow(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loss_and_gradients_are_bitwise_those_of_autocast(model, dtype):
-    """Also summed over micro-batches, and after the weights have changed."""
+@pytest.mark.parametrize(
+    "options", [{}, {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False}], ids=["gpt2", "llama"]
+)
+def test_loss_and_gradients_are_those_of_float32_to_rounding(dtype, options):
+    """Also after the weights have changed. A value is rounded about 11 times a block, and as often again in the backward."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8, **options))
     copy = working_copy(model, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn_like(parameter)
     refresh(copy, model)
     results = []
-    for network, context in ((copy, computing(copy)), (model, torch.autocast("cpu", dtype))):
+    for network in (copy, model):
         model.zero_grad()
-        with context:
-            losses = [network(rows, rows.flip(1)) for rows in TOKENS.split(2)]
-        for loss in losses:
-            loss.backward()
-        results.append((losses, [parameter.grad for parameter in model.parameters()]))
-    assert [loss.item() for loss in results[0][0]] == [loss.item() for loss in results[1][0]]
-    for mine, autocasts in zip(results[0][1], results[1][1], strict=True):
-        assert mine.dtype == torch.float32
-        assert torch.equal(mine, autocasts)
+        loss = network(TOKENS, TOKENS.flip(1))
+        loss.backward()
+        results.append((loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
+    assert results[0][1].dtype == torch.float32
+    rounding = (4 * 11 * 2) ** 0.5 * torch.finfo(dtype).eps / 2
+    assert abs(results[0][0] - results[1][0]) <= rounding * results[1][0]
+    assert (results[0][1] - results[1][1]).norm() <= 3**0.5 * rounding * results[1][1].norm()
     assert all(parameter.grad is None for parameter in products(copy)), "each sum is kept once"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_compute_in_the_dtype_of_their_linear_maps(model, dtype):
+    copy, seen = working_copy(model, dtype), []
+    for block in copy.h:
+        block.register_forward_hook(lambda module, inputs, outputs: seen.extend([*outputs, inputs[1]]))
+    logits = copy(TOKENS)
+    assert {value.dtype for value in (*seen, logits)} == {dtype}
+    assert copy(TOKENS, TOKENS).dtype == torch.float32
 
 
 def test_many_micro_batches_are_summed_in_float32():
@@ -77,15 +91,6 @@ def test_many_micro_batches_are_summed_in_float32():
 def test_frozen_weights_get_no_gradient(model):
     model.h[0].mlp.c_fc.weight.requires_grad_(False)
     copy = working_copy(model, torch.bfloat16)
-    with computing(copy):
-        copy(TOKENS, TOKENS).backward()
+    copy(TOKENS, TOKENS).backward()
     assert model.h[0].mlp.c_fc.weight.grad is None
     assert model.h[1].mlp.c_fc.weight.grad is not None
-
-
-def test_a_copy_samples_what_autocast_would(model):
-    copy = working_copy(model, torch.bfloat16)
-    with computing(copy):
-        mine = copy.generate(TOKENS[:1, :3], 4, temperature=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(mine, model.generate(TOKENS[:1, :3], 4, temperature=0))
