@@ -4,7 +4,8 @@
     occupancy     blocks on one multiprocessor = least of what registers, shared memory, threads and slots allow
     hottest loop  the innermost loop with most matrix instructions, of equals the shortest, which is the one without masks;
                   without any the one with most bytes loaded, else with most instructions. Of a loop with products what a
-                  jump passes over is no part of a pass if it holds none: a persistent kernel goes there once a tile
+                  jump inside it passes over is no part of a pass if it holds none: a persistent kernel goes there once
+                  a tile
     clocks        what one pass of a block through it occupies each pipe of a multiprocessor for, sm_80, sm_90 and sm_100. If
                   pipes never waited for one another the pass took the longest of them, if nothing overlapped their sum: two
                   bounds, both estimates. Memory is left out where there are products, whose tiles come out of the cache.
@@ -222,8 +223,9 @@ def hottest_loop(sass: str) -> tuple[list[str], list[str]]:
     start, stop = max(innermost, key=weight)
     seldom: set[int] = set()
     for index in range(start, stop) if products else ():
-        passed_over = range(index + 1, min(jumps[index], stop))
-        if not matrix_instructions("\n".join(code[passed_over.start : passed_over.stop])):
+        # A jump out of the loop ends it, or waits elsewhere and comes back: it passes nothing over.
+        passed_over = range(index + 1, jumps[index]) if jumps[index] < stop else ()
+        if not matrix_instructions("\n".join(code[i] for i in passed_over)):
             seldom.update(passed_over)
     each, other = ([code[i] for i in range(start, stop) if (i in seldom) == wanted] for wanted in (False, True))
     return each, other

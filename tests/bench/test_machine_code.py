@@ -275,6 +275,10 @@ def test_what_a_jump_passes_over_is_done_now_and_then_unless_it_holds_products()
     body = ["@P1 BRA 0x20", product, "@P2 BRA 0x50", "MOV R1, R2", "STG.E [R4], R1", "@P0 BRA 0x0"]
     found = hottest_loop(listing(*body, "EXIT"))
     assert found == (["BRA 0x20", product, "BRA 0x50", "BRA 0x0"], body[3:5])
+    # The rest of a pass is behind a jump to a wait out of the way, which comes back.
+    load = "UTMALDG.2D [UR4], [UR6]"
+    found = hottest_loop(listing(product, "@!P4 BRA 0x50", load, "@P0 BRA 0x0", "EXIT", "BRA 0x20"))
+    assert found == ([product, "BRA 0x50", load, "BRA 0x0"], [])
     # Without products a pass is all that the loop has.
     copy = ["@P2 BRA 0x20", "MOV R1, R2", "STG.E [R4], R1", "@P0 BRA 0x0"]
     assert hottest_loop(listing(*copy, "EXIT")) == (["BRA 0x20", *copy[1:3], "BRA 0x0"], [])
