@@ -2,15 +2,13 @@
 
     python -m tritium.bench.attention_peers [--tutorial PATH/06-fused-attention.py] [--fla CHECKOUT] [--out FILE.json]
 
-The tutorial is python/tutorials/06-fused-attention.py of triton-lang/triton, fla a checkout of fla-org/flash-linear-attention;
-nothing is downloaded. Their own launchers run on meta tensors while torch and Triton answer as on a machine with the
-architecture's GPU, so that tiles and warps are what they would choose there. Kernels under triton.autotune are compiled in each
-of the configurations they keep, and the best of those that fit and spill nothing is shown: here a GPU cannot choose. The
-tutorial computes in float16, which tensor pipes take at the rate of bfloat16; fla and ours run in bfloat16.
+The tutorial is python/tutorials/06-fused-attention.py of triton-lang/triton, fla a checkout of fla-org/flash-linear-attention.
+How their launchers come to run, and which of an autotuner's configurations is shown, says peers.py. The tutorial computes in
+float16, which tensor pipes take at the rate of bfloat16; fla and ours run in bfloat16.
 
 No figure here is a measurement. All clocks are estimates by one reading of the machine code (machine_code.py), equally blind to
 latency for all: `overlapped` is the share of the tensor peak if no pipe ever waited for another, `serial` if nothing
-overlapped. Both are ratios, so that tiles of different sizes compare. Of the configurations the best `serial` is shown.
+overlapped. Both are ratios, so that tiles of different sizes compare.
 
     useful   Attention needs 2 products per query and key forward and 5 backward. A kernel that does p_i, some of them again,
              takes p_i / share_i times as long as one product at the peak takes, and a direction the sum over its kernels:
@@ -22,32 +20,25 @@ different loops side by side. Of their configurations the one with most blocks' 
 """
 
 import argparse
-import contextlib
-import contextvars
-import hashlib
-import importlib.util
 import re
 import subprocess
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from triton.errors import TritonError
 
 from ..train.cli import run
 from ..train.config import InputError
 from .codegen import DTYPE, describe
 from .kernels.attention import ATTENTION
-from .launches import TARGETS, Launch, compile_launch, record_launches
-from .machine_code import MULTIPROCESSORS, RATES
+from .launches import Launch
+from .machine_code import RATES
+from .peers import Peer, best, function, imported, kernels_of, tutorial_version
 from .record import writable, write_record
 
 Shape = tuple[int, int, int, int]
@@ -58,101 +49,19 @@ LEAST_PRODUCTS = {"fwd": 2, "bwd": 5}
 PRODUCTS = {"_attn_bwd": 7}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """A project: `version` goes into the record, `launches(shape)` runs its launchers forward and backward on meta tensors."""
-
-    name: str
-    version: dict[str, str]
-    launches: Callable[[Shape], None]
-    archs: tuple[str, ...] = tuple(RATES)
-
-
-# --- machines that are not there
-
-
-@contextlib.contextmanager
-def pretend_gpu(arch: str) -> Iterator[None]:
-    """Let torch and Triton answer as on a machine with one GPU of this architecture, without being able to launch on it."""
-    capability = divmod(TARGETS[arch].arch, 10)
-    limit = MULTIPROCESSORS[arch].shared_bytes - MULTIPROCESSORS[arch].shared_reserved
-
-    def try_once(kernel_call, quantiles=(0.5,), **_):
-        """In place of the autotuner's stopwatch: every configuration is launched, so that it is noted, and none is faster."""
-        kernel_call()
-        return [0.0] * len(quantiles)
-
-    driver = types.SimpleNamespace(
-        get_current_target=lambda: TARGETS[arch],
-        get_active_torch_device=lambda: torch.device("meta"),
-        get_current_device=lambda: 0,
-        get_benchmarker=lambda: try_once,
-        utils=types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": limit}),
-    )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
-        for name, answer in {"get_device_capability": capability, "get_device_name": arch, "device_count": 1}.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
-        yield
-
-
-@contextlib.contextmanager
-def imported(
-    name: str, folder: Path, packages: Sequence[str] = (), stand_ins: Sequence[str] = ()
-) -> Iterator[types.ModuleType]:
-    """A module of a folder's, imported anew and forgotten afterwards: it may decide by the GPU that it finds at import.
-
-    `packages` are known by their folders alone, so that their __init__ does not import all the rest of the project; modules
-    named in `stand_ins` that are not installed become ones whose functions return their first argument.
-    """
-    roots = {name.split(".")[0], *stand_ins}
-    kept = {key: value for key, value in sys.modules.items() if key.split(".")[0] in roots}
-    for key in kept:
-        del sys.modules[key]
-    try:
-        for package in packages:
-            sys.modules[package] = types.ModuleType(package)
-            sys.modules[package].__path__ = [str(folder / package.replace(".", "/"))]
-            sys.modules[package].__version__ = "unknown"
-        for missing in (stand_in for stand_in in stand_ins if importlib.util.find_spec(stand_in) is None):
-            sys.modules[missing] = types.ModuleType(missing)
-            sys.modules[missing].__getattr__ = _first_argument
-        path = folder / f"{name.replace('.', '/')}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{path}: expected a module that can be imported, got {type(error).__name__}: {error}") from None
-        yield module
-    finally:
-        for key in [key for key in sys.modules if key.split(".")[0] in roots]:
-            del sys.modules[key]
-        sys.modules.update(kept)
-
-
-def _first_argument(name: str) -> Callable:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return lambda first, *_, **__: first
-
-
 # --- the projects
 
 
 def tutorial_peers(path: Path) -> list[Peer]:
     """The tutorial as it benchmarks itself: plain, and with specialized warps."""
-    if not path.is_file():
-        raise InputError(f"--tutorial: expected the file 06-fused-attention.py, found none at {path}")
-    version = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    version = tutorial_version(path, "06-fused-attention.py")
 
     def launches(shape: Shape, specialized: bool) -> None:
         B, T, H, K = shape
         with imported(path.stem, path.parent) as module:
-            if not hasattr(module, "attention"):
-                raise InputError(f"{path}: expected a function `attention`, found none")
+            attention = function(module, "attention")
             q, k, v = (torch.empty(B, H, T, K, dtype=torch.float16, device="meta", requires_grad=True) for _ in range(3))
-            o = module.attention(q, k, v, True, K**-0.5, specialized)
+            o = attention(q, k, v, True, K**-0.5, specialized)
             if not specialized:
                 o.backward(torch.empty_like(o))
 
@@ -203,60 +112,15 @@ def our_peer() -> Peer | None:
 def rows_of(peer: Peer, shape: Shape, arch: str) -> list[dict[str, Any]]:
     """Compile a peer's launches at one shape for one architecture; one row a kernel."""
 
-    def note() -> list[Launch]:
-        with pretend_gpu(arch), record_launches(arch) as launches:
-            try:
-                peer.launches(shape)
-            except (AttributeError, AssertionError, NotImplementedError, TypeError, RuntimeError) as error:
-                raise InputError(f"{peer.name}: expected launchers that run on meta tensors, got: {error}") from None
-        return launches
+    def row(launch: Launch, compiled) -> dict[str, Any]:
+        count = PRODUCTS.get(launch.kernel.__name__, products(compiled.asm["ttir"]))
+        return {**describe(compiled, arch), "products": count}
 
-    # In a context of its own: projects leave allocators behind.
-    launches = contextvars.copy_context().run(note)
-    kernels: dict[str, list[Launch]] = {}
-    for launch in launches:
-        kernels.setdefault(launch.kernel.__name__, []).append(launch)
     return [
         {"peer": peer.name, "head": shape[-1], "arch": arch, "kernel": kernel, "direction": "bwd" if "bwd" in kernel else "fwd"}
-        | _best(kernel, candidates, arch)
-        for kernel, candidates in kernels.items()
+        | best(candidates, arch, row)
+        for kernel, candidates in kernels_of(peer, shape, arch).items()
     ]
-
-
-def _best(kernel: str, candidates: Sequence[Launch], arch: str) -> dict[str, Any]:
-    """The best of a kernel's configurations, with how many there were; without resources where none compiled."""
-    unique = {repr(sorted(_config(launch).items())): launch for launch in candidates}
-    rows, errors = [], []
-    for launch in unique.values():
-        try:
-            compiled = compile_launch(launch, arch)
-        # As autotuners do; a failed pass of the compiler is a RuntimeError.
-        except (TritonError, RuntimeError) as error:
-            errors.append(" ".join(str(error).split())[-200:])
-            continue
-        row = {"config": _config(launch), **describe(compiled, arch)}
-        row["products"] = PRODUCTS.get(kernel, products(compiled.asm["ttir"]))
-        rows.append(row)
-    counts = {"configs": len(unique), "failed": len(errors)}
-    if not rows:
-        return counts | {"error": errors[-1]}
-    return counts | max(rows, key=_rank)
-
-
-def _rank(row: dict[str, Any]) -> tuple:
-    estimate = row.get("hottest_loop", {}).get("estimate", {"serial": 0.0, "overlapped": 0.0})
-    warps = row["blocks_per_sm"] * row["num_warps"]
-    return row["blocks_per_sm"] > 0, -row["spilled_bytes"], estimate["serial"], estimate["overlapped"], warps
-
-
-def _config(launch: Launch) -> dict[str, Any]:
-    """Tiles and options of a launch: numbers that the kernel or the compiler takes as constants."""
-    names = {parameter.name: parameter.is_constexpr for parameter in launch.kernel.params}
-    return {
-        name: value
-        for name, value in launch.arguments.items()
-        if names.get(name, True) and isinstance(value, int) and not isinstance(value, bool)
-    }
 
 
 def products(ttir: str) -> int:

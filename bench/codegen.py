@@ -88,24 +88,25 @@ def describe(compiled, arch: str) -> dict[str, Any]:
         "matrix_instructions": machine_code.matrix_instructions(text), "tma_loads": machine_code.tma_loads(text),
     }  # fmt: skip
     if arch in machine_code.RATES and not machine_code.specialized(compiled):
-        (loop, clocks), (seldom, seldom_clocks) = machine_code.loop_clocks(compiled, text, arch)
+        (loop, clocks), (seldom, seldom_clocks), _ = machine_code.loop_clocks(compiled, text, arch)
         moved_bytes, access_bytes = machine_code.moved(loop, num_warps)
         row["hottest_loop"] = {
             "instructions": len(loop),
             "moved_bytes": moved_bytes,
             "access_bytes": access_bytes,
-            "clocks": _rounded(clocks),
+            "clocks": rounded(clocks),
             "estimate": {
                 name: round(value, 3) if isinstance(value, float) else value
                 for name, value in machine_code.bounds(clocks).items()
             },
         }
         if seldom:
-            row["hottest_loop"]["now_and_then"] = {"instructions": len(seldom), "clocks": _rounded(seldom_clocks)}
+            row["hottest_loop"]["now_and_then"] = {"instructions": len(seldom), "clocks": rounded(seldom_clocks)}
     return row
 
 
-def _rounded(clocks: dict[str, float]) -> dict[str, float]:
+def rounded(clocks: dict[str, float]) -> dict[str, float]:
+    """Clocks as a row holds them."""
     return {pipe: round(value, 1) for pipe, value in clocks.items()}
 
 

@@ -4,7 +4,8 @@
     occupancy     blocks on one multiprocessor = least of what registers, shared memory, threads and slots allow
     hottest loop  the innermost loop with most matrix instructions, of equals the shortest, which is the one without masks;
                   without any the one with most bytes loaded, else with most instructions. Of a loop with products what a
-                  jump passes over is no part of a pass if it holds none: a persistent kernel goes there once a tile
+                  jump inside it passes over is no part of a pass if it holds none: a persistent kernel goes there once
+                  a tile
     clocks        what one pass of a block through it occupies each pipe of a multiprocessor for, sm_80, sm_90 and sm_100. If
                   pipes never waited for one another the pass took the longest of them, if nothing overlapped their sum: two
                   bounds, both estimates. Memory is left out where there are products, whose tiles come out of the cache.
@@ -97,8 +98,9 @@ _STEP_BYTES, _STEP_BF16 = 32, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one multiprocessor does in a clock: FLOPs of dense bf16 products, lanes of the other pipes, bytes."""
+    """What one of a device's multiprocessors does in a clock: FLOPs of dense bf16 products, lanes of other pipes, bytes."""
 
+    multiprocessors: int
     tensor_flops: int
     fma_lanes: int
     imad_lanes: int = 64  # guests in the pipe of fma
@@ -109,15 +111,16 @@ class Rates:
     memory_bytes: float
 
 
-def _memory_bytes(device: str, multiprocessors: int, hertz: float) -> float:
-    return CEILINGS[device].bytes_per_second / multiprocessors / hertz
+def _rates(device: str, multiprocessors: int, hertz: float, **rates: int) -> Rates:
+    memory_bytes = CEILINGS[device].bytes_per_second / multiprocessors / hertz
+    return Rates(multiprocessors=multiprocessors, memory_bytes=memory_bytes, **rates)
 
 
-# The memory of the device that most know the architecture by, at its boost clock.
+# Of the device that most know the architecture by, at its boost clock.
 RATES = {
-    "sm_80": Rates(tensor_flops=2048, fma_lanes=64, memory_bytes=_memory_bytes("a100-80gb", 108, 1.41e9)),
-    "sm_90": Rates(tensor_flops=4096, fma_lanes=128, memory_bytes=_memory_bytes("h200", 132, 1.98e9)),
-    "sm_100": Rates(tensor_flops=8192, fma_lanes=128, memory_bytes=_memory_bytes("b200", 148, 1.965e9)),
+    "sm_80": _rates("a100-80gb", 108, 1.41e9, tensor_flops=2048, fma_lanes=64),
+    "sm_90": _rates("h200", 132, 1.98e9, tensor_flops=4096, fma_lanes=128),
+    "sm_100": _rates("b200", 148, 1.965e9, tensor_flops=8192, fma_lanes=128),
 }
 _FMA = ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2")
 # Two float32 results a lane, at the rate of one.
@@ -185,10 +188,10 @@ def disassembly(compiled) -> str:
     return compiled.asm["amdgcn"] if compiled.metadata.target.backend == "hip" else _cuobjdump(compiled, "--dump-sass")
 
 
-def hottest_loop(sass: str) -> tuple[list[str], list[str]]:
+def hottest_loop(sass: str) -> tuple[list[str], list[str], list[str]]:
     """Instructions of the loop that matters most, without predicates and scheduling; the whole kernel if it has no loop.
 
-    Returns: those of each pass, those of now and then.
+    Returns: those of each pass, those of now and then, those before and behind the loop.
     """
     lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ +)?(.*?)\s*;", sass, flags=re.MULTILINE)
     code, index_at = [text for _, text in lines], {int(address, 16): index for index, (address, _) in enumerate(lines)}
@@ -208,10 +211,10 @@ def hottest_loop(sass: str) -> tuple[list[str], list[str]]:
     products = matrix_instructions("\n".join(code))
     if products and not any(matrix_instructions("\n".join(code[slice(*loop)])) for loop in innermost):
         innermost = []
+    # Behind the last exit stand a trap and padding.
+    end = max((index + 1 for index, text in enumerate(code) if text.startswith("EXIT")), default=len(code))
     if not innermost:
-        # Behind the last exit stand a trap and padding.
-        ends = [index for index, text in enumerate(code) if text.startswith("EXIT")]
-        return (code[: ends[-1] + 1] if ends else code), []
+        return code[:end], [], []
 
     def weight(loop: tuple[int, int]) -> tuple[int, float, int]:
         body = code[slice(*loop)]
@@ -222,11 +225,12 @@ def hottest_loop(sass: str) -> tuple[list[str], list[str]]:
     start, stop = max(innermost, key=weight)
     seldom: set[int] = set()
     for index in range(start, stop) if products else ():
-        passed_over = range(index + 1, min(jumps[index], stop))
-        if not matrix_instructions("\n".join(code[passed_over.start : passed_over.stop])):
+        # A jump out of the loop ends it, or waits elsewhere and comes back: it passes nothing over.
+        passed_over = range(index + 1, jumps[index]) if jumps[index] < stop else ()
+        if not matrix_instructions("\n".join(code[i] for i in passed_over)):
             seldom.update(passed_over)
     each, other = ([code[i] for i in range(start, stop) if (i in seldom) == wanted] for wanted in (False, True))
-    return each, other
+    return each, other, code[:start] + code[stop:end]
 
 
 def _waits(loop: list[str]) -> bool:
@@ -267,7 +271,7 @@ def stated(ptx: str) -> Stated:
 
 
 def loop_clocks(compiled, sass: str, target: str) -> list[tuple[list[str], dict[str, float]]]:
-    """The two parts of the hottest loop of a compiled kernel, given its disassembly, each with its clocks on one of RATES."""
+    """The parts of a compiled kernel that hottest_loop tells apart, given its disassembly, with clocks on one of RATES."""
     said = stated(compiled.asm["ptx"])
     return [(part, clocks(part, compiled.metadata.num_warps, target, said)) for part in hottest_loop(sass)]
 

@@ -18,7 +18,7 @@ from .record import FORMAT, kind_of, read_record
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- figures: written by tritium bench report -->", "<!-- end of figures -->"
-KINDS = ("kernels", "train", "codegen", "traffic")
+KINDS = ("kernels", "train", "codegen", "traffic", "gemm_peers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ def figures(results: Path = RESULTS) -> str:
     parts += [_training_table(record) for record in on_a_gpu if record["kind"] == "train"]
     if not parts:
         parts = [
-            "No GPU has measured tritium yet: `bench/results` holds no file from one, so no speed on a GPU is stated here."
+            "No GPU has measured tritium yet: `bench/results` holds no file from one, so no speed on a GPU is stated here.",
+            # Estimates never stand beside measurements.
+            *(_gemm_table(record) for record in records if record["kind"] == "gemm_peers"),
         ]
     parts += [traffic_tables(record) for record in records if record["kind"] == "traffic"]
     newest = max(
@@ -175,6 +177,28 @@ def _codegen_table(record: dict[str, Any], arch: str = "sm_90") -> str:
     return "\n".join(lines)
 
 
+def _gemm_table(record: dict[str, Any], arch: str = "sm_90") -> str:
+    """Products of one architecture, ours and Triton's tutorial's: what they compile to, estimated shares at each width."""
+    rows = [row for row in record["rows"] if row["arch"] == arch and row["widths"]]
+    widths = sorted({entry["d_model"] for row in rows for entry in row["widths"]})
+    lines = [
+        f"ESTIMATES, not measurements: products (N, D) times (D, 4 D), N = {record['n_rows']:,}, compiled for {arch} without a",
+        "GPU, ours and Triton's tutorial's in the best of its configurations; shares of the tensor peak by one reading of the",
+        "machine code, blind to latency: of a step over D if no pipe waits for another; of the device at each D, epilogue and",
+        f"idle multiprocessors included (triton {record['triton']}, commit {record['commit']}). From `bench/gemm_peers.py`.",
+        "",
+        f"| | tile | registers | spilled B | blocks/SM | step | {' | '.join(f'D = {D}' for D in widths)} |",
+        f"|---|---|{'--:|' * (4 + len(widths))}",
+    ]
+    for row in rows:
+        shares = {entry["d_model"]: f"{entry['device_share']:.0%}" for entry in row["widths"]}
+        step = f"{row['hottest_loop']['estimate']['overlapped']:.0%}"
+        cells = ["x".join(map(str, row["tile"])), row["registers"], row["spilled_bytes"], row["blocks_per_sm"], step]
+        cells += [shares.get(D, "") for D in widths]
+        lines.append(f"| {row['peer']} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench report`. Returns: exit status."""
     options = parse(ReportOptions, argv, prog="tritium bench report", description="Write README's figures from bench/results.")
@@ -186,6 +210,7 @@ def main(argv: Sequence[str]) -> int:
     records = _records(folder) if folder.is_dir() else []
     if not records:
         raise InputError(f"{folder}: expected a folder with records of format {FORMAT} of {', '.join(KINDS)}, found none")
-    shown = {"kernels": _kernel_tables, "train": _training_table, "codegen": _codegen_table, "traffic": traffic_tables}
+    tables = (_kernel_tables, _training_table, _codegen_table, traffic_tables, _gemm_table)
+    shown = dict(zip(KINDS, tables, strict=True))
     print("\n\n".join(shown[record["kind"]](record) for record in records))
     return 0

@@ -76,7 +76,7 @@ def test_the_loop_of_a_product_takes_the_tensor_clocks_that_its_flops_take(dtype
     assert RATES[target].tensor_flops == flops
     block = 128 if dtype is torch.bfloat16 else 64
     compiled = product(dtype, target, block)
-    (_, found), _ = loop_clocks(compiled, disassembly(compiled), target)
+    (_, found), *_ = loop_clocks(compiled, disassembly(compiled), target)
     # block x block x 64 multiply-adds, a multiple of it where the loop was unrolled; TF32 at half the rate.
     passes = found["tensor"] / (2 * block * block * 64 / flops) / (1 if dtype is torch.bfloat16 else 2)
     assert passes == round(passes) >= 1
@@ -102,7 +102,7 @@ def test_two_products_of_unlike_shapes_count_each_with_its_own(target):
     with record_launches(target) as launches:
         _two_products_kernel[(1,)](a, a, c, K=4096, BLOCK=128, BLOCK_N=64, WIDTH=128, num_warps=4)
     compiled = compile_launch(launches[0], target)
-    (loop, found), _ = loop_clocks(compiled, disassembly(compiled), target)
+    (loop, found), *_ = loop_clocks(compiled, disassembly(compiled), target)
     assert found["tensor"] == 2 * 2 * 128 * 64 * 128 / RATES[target].tensor_flops
     # A thread of 128 has its share of 128 x 64.
     assert sum(text.startswith("MUFU.EX2") for text in loop) == 128 * 64 // 128
@@ -153,7 +153,7 @@ def test_the_loop_of_exponentials_is_bound_by_them():
     x = torch.empty(1024, device="meta")
     with record_launches("sm_90") as launches:
         _exponentials_kernel[(1,)](x, n=1000, BLOCK=1024, num_warps=4)
-    loop, _ = hottest_loop(disassembly(compile_launch(launches[0], "sm_90")))
+    loop, *_ = hottest_loop(disassembly(compile_launch(launches[0], "sm_90")))
     found = clocks(loop, 4, "sm_90")
     exponentials = sum(text.startswith("MUFU.EX2") for text in loop)
     assert exponentials
@@ -258,15 +258,15 @@ def test_the_loop_without_masks_is_hottest_and_waits_are_no_loops():
     bare = [product, "SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR15], R22", "@!P4 BRA 0x60", "@P0 BRA 0x50"]
     # What stands behind the end jumps back into the middle of the loop.
     wait = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR15], R22", "@!P4 BRA 0xa0", "BRA 0x60"]
-    found, _ = hottest_loop(listing(*masked, *bare, "EXIT", *wait))
+    found, *_ = hottest_loop(listing(*masked, *bare, "EXIT", *wait))
     assert found == [*bare[:2], "BRA 0x60", "BRA 0x50"]
 
 
 @pytest.mark.plain
 def test_of_two_loops_the_one_with_products_is_hottest_and_traps_do_not_count():
     lines = ["LDG.E R0, [R2]", "BRA 0x0", "HGMMA.64x8x16.F32.BF16 R0, gdesc[UR8], R0", "BRA 0x20", "EXIT", "BRA 0x50", "NOP"]
-    assert hottest_loop(listing(*lines)) == (lines[2:4], [])
-    assert hottest_loop(listing("MOV R1, R2", "EXIT", "BRA 0x20", "NOP")) == (["MOV R1, R2", "EXIT"], [])
+    assert hottest_loop(listing(*lines)) == (lines[2:4], [], [*lines[:2], "EXIT"])
+    assert hottest_loop(listing("MOV R1, R2", "EXIT", "BRA 0x20", "NOP")) == (["MOV R1, R2", "EXIT"], [], [])
 
 
 @pytest.mark.plain
@@ -274,10 +274,14 @@ def test_what_a_jump_passes_over_is_done_now_and_then_unless_it_holds_products()
     product = "HGMMA.64x8x16.F32.BF16 R0, gdesc[UR8], R0"
     body = ["@P1 BRA 0x20", product, "@P2 BRA 0x50", "MOV R1, R2", "STG.E [R4], R1", "@P0 BRA 0x0"]
     found = hottest_loop(listing(*body, "EXIT"))
-    assert found == (["BRA 0x20", product, "BRA 0x50", "BRA 0x0"], body[3:5])
+    assert found == (["BRA 0x20", product, "BRA 0x50", "BRA 0x0"], body[3:5], ["EXIT"])
+    # The rest of a pass is behind a jump to a wait out of the way, which comes back.
+    load = "UTMALDG.2D [UR4], [UR6]"
+    found = hottest_loop(listing(product, "@!P4 BRA 0x50", load, "@P0 BRA 0x0", "EXIT", "BRA 0x20"))
+    assert found == ([product, "BRA 0x50", load, "BRA 0x0"], [], ["EXIT"])
     # Without products a pass is all that the loop has.
     copy = ["@P2 BRA 0x20", "MOV R1, R2", "STG.E [R4], R1", "@P0 BRA 0x0"]
-    assert hottest_loop(listing(*copy, "EXIT")) == (["BRA 0x20", *copy[1:3], "BRA 0x0"], [])
+    assert hottest_loop(listing(*copy, "EXIT")) == (["BRA 0x20", *copy[1:3], "BRA 0x0"], [], ["EXIT"])
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -95,6 +95,22 @@ def test_bytes_counted_become_tables(tmp_path):
     assert "| `gelu_mlp` | other | 1.0 | 4.25 | 4.75 |" in lines
 
 
+def test_estimates_stand_where_nothing_is_measured(tmp_path, on_a_gpu):
+    row = {
+        "peer": "tritium", "arch": "sm_90", "tile": [128, 256, 64], "registers": 160, "spilled_bytes": 0, "blocks_per_sm": 1,
+        "hottest_loop": {"estimate": {"overlapped": 0.948}},
+        "widths": [{"d_model": 768, "device_share": 0.384}, {"d_model": 1600, "device_share": 0.8}],
+    }  # fmt: skip
+    rows = [row, {**row, "arch": "sm_80"}, {"peer": "tutorial", "arch": "sm_90", "error": "out of registers", "widths": []}]
+    write_record(tmp_path / "peers.json", "gemm_peers", {"n_rows": 32_768, "rows": rows})
+    text = figures(tmp_path)
+    assert "ESTIMATES, not measurements" in text
+    lines = [line for line in text.splitlines() if line.startswith("| t")]
+    assert lines == ["| tritium | 128x256x64 | 160 | 0 | 1 | 95% | 38% | 80% |"]
+    write_record(tmp_path / "train.json", "train", TRAIN)
+    assert "ESTIMATES" not in figures(tmp_path)
+
+
 def test_only_what_lies_between_the_markers_changes(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
@@ -119,7 +135,8 @@ def test_a_folder_is_shown_and_nothing_written(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["missing", "."])
 def test_a_folder_without_records_is_named(name, tmp_path):
     with pytest.raises(
-        InputError, match="expected a folder with records of format 1 of kernels, train, codegen, traffic, found none"
+        InputError,
+        match="expected a folder with records of format 1 of kernels, train, codegen, traffic, gemm_peers, found none",
     ):
         main([str(tmp_path / name)])
 
