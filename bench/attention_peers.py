@@ -47,7 +47,7 @@ from ..train.config import InputError
 from .codegen import DTYPE, describe
 from .kernels.attention import ATTENTION
 from .launches import TARGETS, Launch, compile_launch, record_launches
-from .machine_code import MULTIPROCESSORS, RATES
+from .machine_code import MULTIPROCESSORS, RATES, disassemblies
 from .record import writable, write_record
 
 Shape = tuple[int, int, int, int]
@@ -226,17 +226,22 @@ def rows_of(peer: Peer, shape: Shape, arch: str) -> list[dict[str, Any]]:
 def _best(kernel: str, candidates: Sequence[Launch], arch: str) -> dict[str, Any]:
     """The best of a kernel's configurations, with how many there were; without resources where none compiled."""
     unique = {repr(sorted(_config(launch).items())): launch for launch in candidates}
-    rows, errors = [], []
+    compiled, errors = [], []
     for launch in unique.values():
         try:
-            compiled = compile_launch(launch, arch)
+            compiled.append((launch, compile_launch(launch, arch)))
         # As autotuners do; a failed pass of the compiler is a RuntimeError.
         except (TritonError, RuntimeError) as error:
             errors.append(" ".join(str(error).split())[-200:])
-            continue
-        row = {"config": _config(launch), **describe(compiled, arch)}
-        row["products"] = PRODUCTS.get(kernel, products(compiled.asm["ttir"]))
-        rows.append(row)
+    texts = disassemblies([found for _, found in compiled])
+    rows = [
+        {
+            "config": _config(launch),
+            **describe(found, text, arch),
+            "products": PRODUCTS.get(kernel, products(found.asm["ttir"])),
+        }
+        for (launch, found), text in zip(compiled, texts, strict=True)
+    ]
     counts = {"configs": len(unique), "failed": len(errors)}
     if not rows:
         return counts | {"error": errors[-1]}

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tritium.bench.machine_code import (
     Stated,
     bounds,
     clocks,
+    disassemblies,
     disassembly,
     hottest_loop,
     loop_clocks,
@@ -63,6 +66,20 @@ def product(dtype, target, block=128):
 )
 def test_matrix_instructions_are_found(target, name):
     assert set(matrix_instructions(disassembly(product(torch.bfloat16, target)))) == {name}
+
+
+def test_many_kernels_at_once_are_what_they_are_alone():
+    """But for addresses, of instructions and of jumps: code stands behind code."""
+    kernels = [product(torch.bfloat16, *case) for case in (("sm_90", 64), ("gfx942", 32), ("sm_80", 32), ("sm_90", 32))]
+    together = disassemblies(kernels)
+    assert "v_mfma" in together[1]
+    assert "HMMA.16816" in together[2]
+    for index in (0, 3):
+        many, one = together[index], disassembly(kernels[index])
+        assert re.sub(r"/\*\w+\*/|BRA.*", "", many) == re.sub(r"/\*\w+\*/|BRA.*", "", one)
+        loops = [[text.split("0x")[0] for text in hottest_loop(text)] for text in (many, one)]
+        assert loops[0] == loops[1]
+        assert len(loops[0]) < one.count("\n")
 
 
 def test_a_product_in_float32_has_no_hgmma_in_bfloat16_but_still_a_matrix_instruction():
