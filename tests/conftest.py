@@ -88,9 +88,17 @@ if INTERPRET:
     _multiply_bfloat16_like_a_gpu()
 
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "plain: says nothing about kernels, so the run under TRITON_INTERPRET=1 leaves it out")
     config.addinivalue_line("markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed")
+
+
+def pytest_make_parametrize_id(val):
+    """Dtypes by name, so that -k can choose among them."""
+    return NAMES.get(val) if isinstance(val, torch.dtype) else None
 
 
 def pytest_collection_modifyitems(config, items):
