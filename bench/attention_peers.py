@@ -112,9 +112,9 @@ def our_peer() -> Peer | None:
 def rows_of(peer: Peer, shape: Shape, arch: str) -> list[dict[str, Any]]:
     """Compile a peer's launches at one shape for one architecture; one row a kernel."""
 
-    def row(launch: Launch, compiled) -> dict[str, Any]:
+    def row(launch: Launch, compiled, text: str) -> dict[str, Any]:
         count = PRODUCTS.get(launch.kernel.__name__, products(compiled.asm["ttir"]))
-        return {**describe(compiled, arch), "products": count}
+        return {**describe(compiled, text, arch), "products": count}
 
     return [
         {"peer": peer.name, "head": shape[-1], "arch": arch, "kernel": kernel, "direction": "bwd" if "bwd" in kernel else "fwd"}

@@ -7,7 +7,6 @@ bytes that a pass of a block moves, how many a lane takes at once, and estimated
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from ..train.cli import near, parse
 from ..train.config import InputError
-from . import machine_code
+from . import disassembly, machine_code
 from .case import Operator
 from .kernels import OPERATORS
 from .launches import TARGETS, compile_launch, record_launches
@@ -51,9 +50,12 @@ class CodegenOptions:
 
 def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[str, Any]]:
     """Compile the operators' launches for each architecture; one row each, as in the JSON."""
-    with ThreadPoolExecutor(2) as pool:  # Triton compiles in this thread while the disassembler runs in another
-        pending = [pool.submit(_row, keys, compiled, seconds) for keys, compiled, seconds in _compiled(operators, archs)]
-        return [row.result() for row in pending]
+    found = list(_compiled(operators, archs))
+    texts = disassembly.disassemblies([compiled for _, compiled, _ in found])
+    return [
+        {**keys, **describe(compiled, text, keys["arch"]), "compile_seconds": round(seconds, 3)}
+        for (keys, compiled, seconds), text in zip(found, texts, strict=True)
+    ]
 
 
 def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[tuple[dict, Any, float]]:
@@ -65,22 +67,15 @@ def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[t
                 # A kernel that is launched again for another part of the same work has one row.
                 for launch in {launch.kernel.__name__: launch for launch in reversed(launches)}.values():
                     began = time.perf_counter()
-                    # Anew each time: a kernel out of the cache would be said to compile in no time.
-                    with triton.knobs.compilation.scope():
-                        triton.knobs.compilation.always_compile = True
-                        compiled = compile_launch(launch, arch)
+                    compiled = compile_launch(launch, arch)
                     values = (operator.name, operator.label(shape), launch.kernel.__name__, arch)
                     yield dict(zip(KEYS, values, strict=True)), compiled, time.perf_counter() - began
 
 
-def _row(keys: dict[str, str], compiled, seconds: float) -> dict[str, Any]:
-    return {**keys, **describe(compiled, keys["arch"]), "compile_seconds": round(seconds, 3)}
-
-
-def describe(compiled, arch: str) -> dict[str, Any]:
-    """What a row says of the compiled kernel itself; `hottest_loop` only where it can be estimated."""
+def describe(compiled, text: str, arch: str) -> dict[str, Any]:
+    """What a row says of the compiled kernel itself, given its disassembly; `hottest_loop` only where it can be estimated."""
     num_warps = machine_code.all_warps(compiled)
-    found, text = machine_code.resources(compiled), machine_code.disassembly(compiled)
+    found = disassembly.resources(compiled)
     blocks, limit = machine_code.occupancy(found, num_warps, arch)
     row = {
         "num_warps": num_warps, "registers": found.registers, "spilled_bytes": found.spilled_bytes,
@@ -216,7 +211,10 @@ def main(argv: Sequence[str]) -> int:
     if out and out.exists():
         _refuse_to_cut(out, chosen, options.arch)
     began = time.perf_counter()
-    rows = rows_of(chosen, options.arch)
+    # Anew each time: a kernel out of the cache would be said to compile in no time.
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        rows = rows_of(chosen, options.arch)
     _print_table(rows)
     print(f"{len(rows)} rows in {time.perf_counter() - began:.0f} s; commit {provenance()['commit']}")
     if old:

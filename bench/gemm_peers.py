@@ -40,7 +40,7 @@ from ..kernels.mlp import launch_gelu_mlp_bwd, launch_linear_gelu_fwd
 from ..train.cli import run
 from .codegen import DTYPE, describe, rounded
 from .launches import Launch
-from .machine_code import RATES, disassembly, loop_clocks
+from .machine_code import RATES, loop_clocks
 from .peers import Peer, best, function, imported, kernels_of, tutorial_version
 from .record import writable, write_record
 
@@ -92,9 +92,9 @@ def rows_of(peer: Peer, arch: str) -> list[dict[str, Any]]:
     """A peer's product at all widths for one architecture: a row, or one for each machine code if widths differ in it."""
     read: dict[str, dict] = {}
 
-    def once(launch: Launch, compiled) -> dict[str, Any]:
+    def once(launch: Launch, compiled, text: str) -> dict[str, Any]:
         if compiled.hash not in read:
-            read[compiled.hash] = _describe(launch, compiled, arch)
+            read[compiled.hash] = _describe(launch, compiled, text, arch)
         return read[compiled.hash]
 
     rows: dict[str, dict] = {}
@@ -108,16 +108,16 @@ def rows_of(peer: Peer, arch: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _describe(launch: Launch, compiled, arch: str) -> dict[str, Any]:
+def _describe(launch: Launch, compiled, text: str, arch: str) -> dict[str, Any]:
     sizes = launch.arguments.items()
     tile = [next(value for name, value in sizes if re.fullmatch(f"BLOCK_(SIZE_)?{axis}", name)) for axis in "MNK"]
-    row = {"tile": tile, **describe(compiled, arch)}
+    row = {"tile": tile, **describe(compiled, text, arch)}
     loop = row.get("hottest_loop", {})
     # A program for each multiprocessor walks several tiles.
     if math.prod(launch.grid) <= DEFAULT_SM_COUNT and "now_and_then" in loop:
         row["once_a_tile"] = loop.pop("now_and_then")
     elif loop:
-        *_, (around, clocks) = loop_clocks(compiled, disassembly(compiled), arch)
+        *_, (around, clocks) = loop_clocks(compiled, text, arch)
         row["once_a_tile"] = {"instructions": len(around), "clocks": rounded(clocks)}
     return row
 

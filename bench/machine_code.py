@@ -21,24 +21,11 @@ Source     NVIDIA, CUDA C++ Programming Guide, tables "Technical Specifications 
 """
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-
-import triton
 
 from ..kernels._device import CEILINGS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Of one compiled kernel: registers a thread, bytes a thread spilled to memory, shared memory a block."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
+from .disassembly import Resources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,20 +118,6 @@ _GLOBAL, _SHARED = ("LDG", "STG", "LDGSTS"), ("LDS", "STS", "LDSM", "STSM", "LDG
 _WIDTH = re.compile(r"\.(128|64|U8|S8|U16|S16)\b")
 
 
-def resources(compiled) -> Resources:
-    """Read registers and spills off the machine code of a compiled kernel."""
-    shared = compiled.metadata.shared
-    if compiled.metadata.target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        find = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", text).group(1))  # noqa: E731
-        spilled = 4 * (find("vgpr_spill_count") + find("sgpr_spill_count"))
-        return Resources(registers=find("vgpr_count"), spilled_bytes=spilled, shared_bytes=shared)
-    usage = _cuobjdump(compiled, "--dump-resource-usage")
-    # These kernels take no local arrays: a stack frame holds spilled registers and nothing else.
-    registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
-    return Resources(registers=registers, spilled_bytes=stack, shared_bytes=shared)
-
-
 def specialized(compiled) -> bool:
     """Whether some of a block's warps run code of their own: no loop alone then says what the block does."""
     return "ttg.warp_specialize" in compiled.asm.get("ttgir", "")
@@ -181,11 +154,6 @@ def matrix_instructions(text: str) -> dict[str, int]:
 def tma_loads(text: str) -> int:
     """How many bulk tensor loads the machine code has."""
     return len(re.findall(_TMA_LOAD, text))
-
-
-def disassembly(compiled) -> str:
-    """The machine code as text: SASS, or AMD's assembly."""
-    return compiled.asm["amdgcn"] if compiled.metadata.target.backend == "hip" else _cuobjdump(compiled, "--dump-sass")
 
 
 def hottest_loop(sass: str) -> tuple[list[str], list[str], list[str]]:
@@ -371,12 +339,3 @@ def _tensor_flops(loop: list[str], num_warps: int) -> float:
             issues = num_warps / 4 if opcode.startswith("HGMMA") else num_warps
             total += issues * 2 * m * n * k * (2 if "TF32" in opcode else 1)
     return total
-
-
-def _cuobjdump(compiled, what: str) -> str:
-    """What Triton's own copy of NVIDIA's tool prints of a kernel's machine code."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        return subprocess.run([tool, what, cubin.name], capture_output=True, text=True, check=True).stdout

@@ -24,6 +24,7 @@ import triton
 from triton.errors import TritonError
 
 from ..train.config import InputError
+from .disassembly import disassemblies
 from .launches import TARGETS, Launch, compile_launch, record_launches
 from .machine_code import MULTIPROCESSORS, RATES
 
@@ -150,21 +151,24 @@ def kernels_of(peer: Peer, shape: Any, arch: str) -> dict[str, list[Launch]]:
     return kernels
 
 
-def best(candidates: Sequence[Launch], arch: str, describe: Callable[[Launch, Any], dict[str, Any]]) -> dict[str, Any]:
+def best(candidates: Sequence[Launch], arch: str, describe: Callable[[Launch, Any, str], dict[str, Any]]) -> dict[str, Any]:
     """The best of a kernel's configurations, with how many there were; without resources where none compiled.
 
-    `describe` makes a row, as codegen.describe does, of a launch and what it was compiled to.
+    `describe` makes a row, as codegen.describe does, of a launch, what it was compiled to and its disassembly.
     """
     unique = {repr(sorted(_config(launch).items())): launch for launch in candidates}
-    rows, errors = [], []
+    compiled, errors = [], []
     for launch in unique.values():
         try:
-            compiled = compile_launch(launch, arch)
+            compiled.append((launch, compile_launch(launch, arch)))
         # As autotuners do; a failed pass of the compiler is a RuntimeError.
         except (TritonError, RuntimeError) as error:
             errors.append(" ".join(str(error).split())[-200:])
-            continue
-        rows.append({"config": _config(launch), **describe(launch, compiled)})
+    texts = disassemblies([found for _, found in compiled])
+    rows = [
+        {"config": _config(launch), **describe(launch, found, text)}
+        for (launch, found), text in zip(compiled, texts, strict=True)
+    ]
     counts = {"configs": len(unique), "failed": len(errors)}
     if not rows:
         return counts | {"error": errors[-1]}

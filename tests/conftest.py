@@ -1,6 +1,7 @@
 """Settings every test runs under."""
 
 import os
+from dataclasses import replace
 
 # The suite runs on one process a core. More threads each, here or in the programs that tests start, would wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -51,14 +52,53 @@ def _multiply_bfloat16_like_a_gpu() -> None:
     interpreter.InterpreterBuilder.create_dot = multiply
 
 
+def _leave_out_what_comes_to_nothing() -> None:
+    """Half of the time of Triton's interpreter goes into what it does anew at each operation or call, to no effect."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # It looks for overflows of integers, but tells of them only in a mode for debugging that cannot be chosen.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    numpy_dtypes, numpy_dtype = {}, interpreter._get_np_dtype
+
+    def known_numpy_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in numpy_dtypes:
+            numpy_dtypes[name] = numpy_dtype(dtype)
+        return numpy_dtypes[name]
+
+    some_builtin, patch = {}, interpreter._patch_builtin
+
+    def patch_once(package, builder, scope):
+        """A function that a kernel calls finds the language as the launch of the kernel has patched it."""
+        name = some_builtin.get(package)
+        if name and not tl.core.is_builtin(getattr(package, name)):
+            return
+        some_builtin[package] = next((name for name, member in vars(package).items() if tl.core.is_builtin(member)), None)
+        patch(package, builder, scope)
+
+    interpreter._get_np_dtype, interpreter._patch_builtin = known_numpy_dtype, patch_once
+
+
 if INTERPRET:
+    _leave_out_what_comes_to_nothing()
     _round_to_bfloat16_like_a_gpu()
     _multiply_bfloat16_like_a_gpu()
+
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "plain: says nothing about kernels, so the run under TRITON_INTERPRET=1 leaves it out")
     config.addinivalue_line("markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed")
+
+
+def pytest_make_parametrize_id(val):
+    """Dtypes by name, so that -k can choose among them."""
+    return NAMES.get(val) if isinstance(val, torch.dtype) else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -26,13 +26,16 @@ HELD = RESULTS / f"codegen-triton-{installed_triton.__version__}.json"
 @pytest.mark.parametrize("arch", TARGETS)
 def test_shipped_configurations_hold_the_committed_table(arch):
     """A new spill, a lost matrix instruction or bulk load, a new or missing row: run `tritium bench codegen` and look."""
-    held = [row for row in read_record(HELD, "codegen")["rows"] if row["arch"] == arch]
-    rows = rows_of([operator for operator in OPERATORS.values() if operator.launches], [arch])
+    operators = {name: operator for name, operator in OPERATORS.items() if operator.launches}
+    if arch == "gfx950":  # but for matrix products it is as gfx942
+        operators = {name: operator for name, operator in operators.items() if "attention" in name}
+    held = [row for row in read_record(HELD, "codegen")["rows"] if row["arch"] == arch and row["operator"] in operators]
+    rows = rows_of(list(operators.values()), [arch])
+    assert not regressions(rows, held)
     compiled, sources = {row["kernel"] for row in rows}, Path(codegen.__file__).parents[1] / "kernels"
-    assert compiled == {
+    assert arch == "gfx950" or compiled == {
         name for path in sources.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
     }
-    assert not regressions(rows, held)
 
 
 @triton.jit
@@ -130,10 +133,10 @@ def test_specialized_warps_are_counted_and_their_loops_not_estimated():
 
 def test_command_writes_rows_and_compares(tmp_path, capsys):
     out = tmp_path / "codegen.json"
-    assert main(["layer_norm", "--arch", "sm_90", "--out", str(out)]) == 0
+    assert main(["attention_decode", "--arch", "sm_90", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "ESTIMATED" in shown
-    assert "9 rows" in shown
+    assert "2 rows" in shown
     row = read_record(out, "codegen")["rows"][0]
     assert {"registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "limited_by", "compile_seconds"} <= set(row)
     assert set(row["hottest_loop"]["clocks"]) == {"tensor", "mufu", "fma", "alu", "issue", "shared", "memory"}
@@ -141,7 +144,7 @@ def test_command_writes_rows_and_compares(tmp_path, capsys):
     record = json.loads(out.read_text())
     record["rows"][0]["registers"] += 5
     out.write_text(json.dumps(record))
-    assert main(["layer_norm", "--arch", "sm_90", "--compare", str(out)]) == 0
+    assert main(["attention_decode", "--arch", "sm_90", "--compare", str(out)]) == 0
     changes = capsys.readouterr().out.split("since commit")[1].splitlines()[1:]
     assert len(changes) == 1
     assert "registers" in changes[0]
@@ -175,18 +178,18 @@ def test_rows_of_another_shape_and_folders_are_refused_before_the_work(tmp_path)
 
 def test_a_held_table_is_not_cut_short_and_gone_rows_are_named(tmp_path, capsys):
     path = tmp_path / "x.json"
-    assert main(["layer_norm", "--arch", "sm_80", "--out", str(path)]) == 0
+    assert main(["rotary", "--arch", "sm_80", "--out", str(path)]) == 0
     record = json.loads(path.read_text())
     record["rows"].append(record["rows"][0] | {"kernel": "_other_kernel"})
     path.write_text(json.dumps(record))
     capsys.readouterr()
-    assert main(["layer_norm", "--arch", "sm_80", "--compare", str(path)]) == 0
+    assert main(["rotary", "--arch", "sm_80", "--compare", str(path)]) == 0
     assert "_other_kernel sm_80: gone" in capsys.readouterr().out
 
     record["rows"].append(record["rows"][0] | {"arch": "sm_90"})
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match="expected no row of other operators or architectures, got 1; name another file"):
-        main(["layer_norm", "--arch", "sm_80", "--out", str(path)])
+        main(["rotary", "--arch", "sm_80", "--out", str(path)])
     assert json.loads(path.read_text()) == record
 
 

@@ -1,7 +1,7 @@
 """The comparison, run for real against a stand-in with nanoGPT's interface: its numbers, not its speed, are under test."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -68,7 +68,10 @@ def test_a_folder_that_is_no_checkout(tmp_path):
         prepare_checkout(tmp_path, tmp_path / "text.txt", tmp_path)
 
 
-def test_help():
-    done = subprocess.run([sys.executable, "-m", "tritium.bench.nanogpt", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "nanoGPT checkout" in done.stdout
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanogpt", "--help"])
+    monkeypatch.delitem(sys.modules, "tritium.bench.nanogpt")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("tritium.bench.nanogpt", run_name="__main__")
+    assert stop.value.code == 0
+    assert "nanoGPT checkout" in capsys.readouterr().out

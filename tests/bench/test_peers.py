@@ -59,12 +59,13 @@ def test_of_configurations_those_that_fit_and_do_not_spill_are_better(monkeypatc
             raise RuntimeError("PassManager::run failed")
         return rows[launch.arguments["BLOCK"]]
 
-    def describe(launch, compiled):
+    def describe(launch, compiled, text):
         blocks, spilled, serial = compiled
         estimate = {"serial": serial, "overlapped": 1.0}
         return {"num_warps": 4, "blocks_per_sm": blocks, "spilled_bytes": spilled, "hottest_loop": {"estimate": estimate}}
 
     monkeypatch.setattr(peers, "compile_launch", compile_launch)
+    monkeypatch.setattr(peers, "disassemblies", lambda kernels: [""] * len(kernels))
     launches = [Launch(kernel=kernel, grid=(1,), arguments={"BLOCK": block, "num_warps": 4}) for block in (*rows, 256, 64)]
     found = best(launches, "sm_90", describe)
     assert found["config"] == {"BLOCK": 128, "num_warps": 4}

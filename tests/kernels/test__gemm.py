@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.tolerance import assert_accurate
+from tritium.bench.disassembly import disassembly, resources
 from tritium.bench.launches import compile_launch, record_launches
-from tritium.bench.machine_code import disassembly, matrix_instructions, resources
+from tritium.bench.machine_code import matrix_instructions
 from tritium.kernels import _gemm
 from tritium.kernels._gemm import FAMILIES, gemm, is_fused, plan
 from tritium.kernels._mlp_kernels import EPILOGUES

@@ -14,8 +14,9 @@ from tests.kernels.attention_cases import (
     sdpa,
     tensors,
 )
+from tritium.bench.disassembly import resources
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
-from tritium.bench.machine_code import MULTIPROCESSORS, resources
+from tritium.bench.machine_code import MULTIPROCESSORS
 from tritium.kernels import _attention_launch, causal_attention, causal_attention_qkvpacked
 from tritium.kernels._attention_launch import FLOAT32_TILES, TILES, launch_bwd, launch_fwd, padded, plan
 from tritium.kernels._attention_reference import BLOCK_QUERIES
@@ -41,7 +42,6 @@ SHAPES = [
     (1, 40, 40, 1, 1, 111),
     (1, 131, 131, 1, 1, 128),
     (1, 65, 65, 1, 1, 256),
-    (1, 1000, 1000, 1, 1, 64),
 ]
 needs_kernels = pytest.mark.skipif(
     not (INTERPRET or torch.cuda.is_available()), reason="compares kernels: needs CUDA or TRITON_INTERPRET=1"
@@ -72,8 +72,13 @@ def test_reference_is_the_definition(shape, options):
 # --- 2. accuracy
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, dtype) for shape in SHAPES for dtype in FLOATS),
+        ((1, 1000, 1000, 1, 1, 64), torch.bfloat16),  # many tiles; those of float32 are many in 300 already
+    ],
+)
 def test_accuracy_beside_torch(shape, dtype, device):
     q, k, v, *incoming = tensors(*shape, dtype, device)
     got = run(ours(), (q, k, v), incoming)
@@ -126,6 +131,8 @@ def test_a_lone_key_gives_its_value_exactly(dtype, device):
 
 # --- 3. layouts and special shapes
 
+PACKED_OPTIONS = [{}, {"window": 7, "softcap": 3.0, "scale": 0.5}, {"dropout_p": 0.2, "seed": 9}]
+
 
 def test_views_of_a_packed_projection_and_strided_gradients(device):
     B, T, H, K = 2, 20, 3, 8
@@ -138,9 +145,18 @@ def test_views_of_a_packed_projection_and_strided_gradients(device):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 7, "softcap": 3.0, "scale": 0.5}, {"dropout_p": 0.2, "seed": 9}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("T", "H", "G", "K"), [(1, 1, 1, 16), (17, 3, 3, 40), (BLOCK_QUERIES + 1, 2, 1, 16), (33, 4, 1, 24)])
+@pytest.mark.parametrize(
+    ("T", "H", "G", "K", "dtype", "options"),
+    [
+        *((17, 3, 3, 40, dtype, options) for dtype in (torch.float32, torch.bfloat16) for options in PACKED_OPTIONS),
+        *((BLOCK_QUERIES + 1, 2, 1, 16, torch.bfloat16, options) for options in PACKED_OPTIONS),
+        (33, 4, 1, 24, torch.bfloat16, PACKED_OPTIONS[0]),
+        (33, 4, 1, 24, torch.float32, PACKED_OPTIONS[1]),
+        (33, 4, 1, 24, torch.bfloat16, PACKED_OPTIONS[2]),
+        (1, 1, 1, 16, torch.float32, PACKED_OPTIONS[1]),
+        (1, 1, 1, 16, torch.bfloat16, PACKED_OPTIONS[2]),
+    ],
+)
 def test_packed_gives_what_the_parts_give(T, H, G, K, dtype, options, device):
     q, k, v, do, _ = tensors(2, T, T, H, G, K, dtype, device)
     o, *grads = run(lambda *x: (causal_attention(*x, **options),), (q, k, v), [do])
@@ -239,8 +255,14 @@ def keep_mask(p, seed, B, H, T, S, device):
     return (random_bits(torch.tensor(seed, device=device), index) >= p * 2**32 - 2**31).double() / (1 - p)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("T", "S", "window"), [(30, 30, None), (140, 141, None), (130, 139, 37)])
+@pytest.mark.parametrize(
+    ("T", "S", "window", "dtype"),
+    [
+        *((30, 30, None, dtype) for dtype in FLOATS),
+        *((140, 141, None, dtype) for dtype in (torch.float32, torch.bfloat16)),
+        *((130, 139, 37, dtype) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
 def test_dropout_is_the_mask_of_its_seed(T, S, window, dtype, device):
     B, H, K, p, seed = 2, 2, 16, 0.25, 2**61 + 11
     q, k, v, *incoming = tensors(B, T, S, H, 1, K, dtype, device)
@@ -506,7 +528,7 @@ def test_cost_counts_visible_pairs():
 
 
 @pytest.mark.codegen
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("arch", [name for name in TARGETS if name != "gfx950"])
 def test_every_option_at_once_fits_the_machine(arch):
     """The largest head size, with a window, softcap, dropout and documents: no kernel is cut down to a trap."""
 

@@ -84,7 +84,7 @@ def meta(*shape, dtype=torch.bfloat16):
 @pytest.mark.codegen
 @pytest.mark.parametrize(
     ("T", "S", "documents", "window", "dropout_p"),
-    [(1, 1, 0, 1, 0.0), (1, 300, 0, 300, 0.0), (1, 300, 0, 1, 0.1), (1, 1, 1, 1, 0.0), (1, 1, 2, 1, 0.1)],
+    [(1, 1, 0, 1, 0.1), (1, 300, 0, 1, 0.0), (1, 1, 1, 1, 0.0)],
 )
 def test_one_of_everything_compiles(T, S, documents, window, dropout_p):
     q, k, lse = meta(1, T, 1, 16), meta(1, S, 1, 16), meta(1, 1, T, dtype=torch.float32)

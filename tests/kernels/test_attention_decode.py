@@ -18,9 +18,9 @@ SHAPES = [
     (3, 1, 300, 4, 2, 64),
     (2, 5, 70, 4, 1, 40),
     (2, 130, 140, 2, 2, 16),
-    (1, 3, 1000, 6, 2, 59),
     (2, 1, 33, 2, 2, 128),
     (1, 2, 40, 1, 1, 256),
+    (1, 3, 1000, 3, 1, 59),
 ]
 OPTIONS = [{}, {"window": 7}, {"window": 129, "scale": 0.1}, {"softcap": 2.0}]
 
@@ -37,8 +37,11 @@ def caches(B, T, S, H, G, K, dtype, device):
 @pytest.mark.parametrize(
     ("shape", "options", "dtype"),
     [
-        *((shape, options, torch.bfloat16) for shape in SHAPES for options in OPTIONS),
-        *((shape, {}, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float16)),
+        # The longest, of which most of the programs that share it see nothing through a window, last and not with all.
+        *((shape, options, torch.bfloat16) for shape in SHAPES[:-1] for options in OPTIONS),
+        *((shape, {}, dtype) for shape in SHAPES[:-1] for dtype in (torch.float32, torch.float16)),
+        *((SHAPES[-1], options, torch.bfloat16) for options in OPTIONS[:3]),
+        (SHAPES[-1], {}, torch.float32),
         *((SHAPES[2], options, torch.float32) for options in OPTIONS),
     ],
 )

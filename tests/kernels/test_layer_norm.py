@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate
+from tritium.bench.disassembly import resources
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
-from tritium.bench.machine_code import resources
 from tritium.kernels import add_layer_norm, layer_norm
 from tritium.kernels._layer_norm_checks import MAX_WIDTH
 from tritium.kernels._layer_norm_launch import MAX_RESIDENT_WIDTH, plan
@@ -92,8 +92,14 @@ def test_reference_is_torch_layer_norm():
 # --- 2. kernel against the float64 reference
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("M", "N"), SHAPES + WIDE)
+@pytest.mark.parametrize(
+    ("M", "N", "dtype"),
+    [
+        *((*shape, dtype) for shape in SHAPES for dtype in FLOATS),
+        *((*WIDE[0], dtype) for dtype in (torch.float32, torch.bfloat16)),
+        (*WIDE[1], torch.float16),
+    ],
+)
 def test_add_layer_norm_is_accurate(M, N, dtype, device):
     x, residual, weight, bias, *incoming = tensors(M, N, dtype, device)
     names = ["y", "h", "dx", "dresidual", "dweight", "dbias"]
@@ -166,16 +172,11 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(index, device):
 
 
 @pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
-@pytest.mark.parametrize("strided", ["x", "residual", "dy", "dh"])
-def test_rows_may_lie_apart(strided, N, device):
+def test_rows_may_lie_apart(N, device):
     """Each stride on its own: rows of one tensor are parts of longer rows, and nothing is copied."""
     M = 3
     x, residual, weight, bias, dy, dh = tensors(M, N, torch.float32, device)
     values = {"x": x, "residual": residual, "dy": dy, "dh": dh}
-    longer = torch.full((M, N + 7), 1e3, device=device)
-    longer[:, 5 : 5 + N] = values[strided]
-    apart = values | {strided: longer[:, 5 : 5 + N]}
-    assert apart[strided].stride(0) == N + 7
     weight.requires_grad_()
     bias.requires_grad_()
 
@@ -185,8 +186,14 @@ def test_rows_may_lie_apart(strided, N, device):
         grads = torch.autograd.grad(both, (x, residual, weight, bias), (dy, dh))
         return [*both, alone, *grads, *torch.autograd.grad(alone, (x, weight, bias), dy)]
 
-    for got, expected in zip(outputs_and_gradients(**apart), outputs_and_gradients(**values), strict=True):
-        assert torch.equal(got, expected)
+    expected = outputs_and_gradients(**values)
+    for name, value in values.items():
+        longer = torch.full((M, N + 7), 1e3, device=device)
+        longer[:, 5 : 5 + N] = value
+        apart = values | {name: longer[:, 5 : 5 + N]}
+        assert apart[name].stride(0) == N + 7
+        for a, b in zip(outputs_and_gradients(**apart), expected, strict=True):
+            assert torch.equal(a, b), name
 
 
 def test_leading_axes_empty_inputs_and_expanded_gradients(device):
@@ -321,11 +328,10 @@ def test_compiles_for_every_target_without_spills(N, target):
     with record_launches(target) as launches:
         for dtype in (torch.bfloat16, torch.float32):
             h, w = x.to(dtype), weight.to(dtype)
-            launch_fwd(h, w, None, 1e-5)
+            # With all that there may be: it takes most registers. The bench's held table has the others.
             launch_add_fwd(h, h, w, w, 1e-5)
-            launch_bwd(h, None, h, w, statistics, statistics, False)
             launch_bwd(h, h, h, w, statistics, statistics, True)
-    assert len(launches) == 12
+    assert len(launches) == 6
     for launch in launches:
         found = resources(compile_launch(launch, target))
         # With triton 3.7.1 the walking backward has 8 bytes of stack on sm_100, whatever the tile: not held to none yet.

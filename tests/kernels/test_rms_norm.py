@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate
+from tritium.bench.disassembly import resources
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
-from tritium.bench.machine_code import resources
 from tritium.kernels import add_rms_norm, rms_norm
 from tritium.kernels._layer_norm_launch import MAX_RESIDENT_WIDTH
 from tritium.kernels._op import INTERPRET
-from tritium.kernels.rms_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
+from tritium.kernels.rms_norm import cost, launch_add_fwd, launch_bwd
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One element, odd, one past a power of two, several rows a program, and rows too wide for registers.
@@ -210,9 +210,8 @@ def test_compiles_for_every_target_without_spills(N, arch):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((8192, N), (N,)))
         rstd = torch.empty(8192, device="meta")
         with record_launches(arch) as launches:
-            launch_fwd(x, weight, 1e-6)
+            # With a residual: it takes most registers. The bench's held table has the others.
             launch_add_fwd(x, x, weight, 1e-6)
-            launch_bwd(x, None, x, weight, rstd)
             launch_bwd(x, x, x, weight, rstd)
         for launch in launches:
             assert resources(compile_launch(launch, arch)).spilled_bytes == 0, launch.kernel.__name__

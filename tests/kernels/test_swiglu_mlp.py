@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate, walk
+from tritium.bench.disassembly import resources
 from tritium.bench.launches import TARGETS, compile_launch, record_launches
-from tritium.bench.machine_code import resources
 from tritium.kernels._op import INTERPRET
 from tritium.kernels.swiglu_mlp import cost, launch_bwd, launch_fwd, swiglu_mlp
 

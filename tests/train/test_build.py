@@ -17,6 +17,8 @@ from tritium.train.config import InputError
 from tritium.train.corpus import Corpus
 from tritium.train.dataset import open_dataset
 
+pytestmark = pytest.mark.plain
+
 DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 
 

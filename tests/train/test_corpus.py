@@ -11,6 +11,8 @@ import pytest
 from tritium.train.config import InputError
 from tritium.train.corpus import Corpus
 
+pytestmark = pytest.mark.plain
+
 
 def _texts(corpus):
     return [document.text for document in corpus.documents()]

@@ -9,6 +9,8 @@ from tritium.train import data as module
 from tritium.train.config import InputError
 from tritium.train.data import Loader, build, cache_dir, evaluation_batches, open_dataset, prepare
 
+pytestmark = pytest.mark.plain
+
 
 @pytest.fixture
 def book(tmp_path):

@@ -10,6 +10,8 @@ from tritium.train.config import InputError
 from tritium.train.dataset import open_dataset, read_info
 from tritium.train.files import seal, unseal
 
+pytestmark = pytest.mark.plain
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 
 from tritium.train import files
 
+pytestmark = pytest.mark.plain
+
 
 def test_writes_pieces_in_order_and_replaces(tmp_path):
     path = tmp_path / "a.bin"

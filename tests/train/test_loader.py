@@ -10,6 +10,8 @@ from tritium.train.config import InputError
 from tritium.train.loader import IGNORED, Loader, document_starts, evaluation_batches, permute
 from tritium.train.shards import TokenStream
 
+pytestmark = pytest.mark.plain
+
 
 def _stream(n):
     """Tokens counting up, so that a token is its own place, in parts with seams anywhere."""

@@ -12,6 +12,8 @@ from tritium.train import files
 from tritium.train.config import InputError
 from tritium.train.shards import HEADER_BYTES, Shard, TokenStream, write_shard
 
+pytestmark = pytest.mark.plain
+
 SHA = "ab" * 32
 
 

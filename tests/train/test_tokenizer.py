@@ -15,6 +15,8 @@ from tritium.train.config import InputError
 from tritium.train.recipes import RECIPES
 from tritium.train.tokenizer import Tokenizer, cut, from_spec, needs_corpus, vocab_size_of
 
+pytestmark = pytest.mark.plain
+
 DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 GPT2 = DATA / "gpt2.tiktoken"
 needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason=f"needs {GPT2.name} in ../shared/data or $TRITIUM_DATA")
