@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from .config import InputError
+from .distributed import speaks
 
 Options = TypeVar("Options")
 _NO_COMPILER = "--compile: expected a working C++ compiler, found none; install g++, or start anew with --compile off"
@@ -47,7 +48,7 @@ def near(word: str, words: Sequence[str]) -> str:
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Run a command; what a user can mend becomes one line on stderr.
+    """Run a command; what a user can mend becomes one line on stderr, of one process a node.
 
     Returns: exit status: 0, 2 for bad input, a full disk or too little memory, 130 for an interruption.
     """
@@ -70,7 +71,8 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
     except KeyboardInterrupt:
         print("tritium: interrupted", file=sys.stderr)
         return 130
-    print("tritium: " + " ".join(message.split()), file=sys.stderr)
+    if speaks():
+        print("tritium: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
 

@@ -85,7 +85,7 @@ def test_unknown_words_are_answered_with_the_near_ones(refused):
         (["--tokenizer", "words"], "words"),
         (["--precision", "float8"], "invalid choice 'float8'"),
         (["--optimizer", "sgd"], "invalid choice 'sgd'"),
-        (["--resume", "x"], "--resume RUN_DIR stands alone"),
+        (["--resume", "x"], "--resume RUN_DIR comes first"),
     ],
 )
 def test_bad_options_of_train(words, message, refused, tiny, tmp_path):
