@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import tyro
 
-from .config import InputError
+from .config import InputError, described
 from .distributed import speaks
 
 Options = TypeVar("Options")
@@ -48,13 +48,15 @@ def near(word: str, words: Sequence[str]) -> str:
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Run a command; what a user can mend becomes one line on stderr, of one process a node.
+    """Run a command; what a user can mend becomes one line on stderr.
 
     Returns: exit status: 0, 2 for bad input, a full disk or too little memory, 130 for an interruption.
     """
     try:
         return command(argv) or 0
     except InputError as error:
+        if not speaks():  # of several processes all have it
+            return 2
         message = str(error)
     except (MemoryError, torch.OutOfMemoryError):
         message = _NO_MEMORY
@@ -66,13 +68,11 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
         else:
             raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}"
+        message = described(error)
     except KeyboardInterrupt:
         print("tritium: interrupted", file=sys.stderr)
         return 130
-    if speaks():
-        print("tritium: " + " ".join(message.split()), file=sys.stderr)
+    print("tritium: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
 

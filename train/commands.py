@@ -138,7 +138,8 @@ def _report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
         result = work()
     except InterruptedRun:
         if world.is_first:
-            print(f"stopped; go on with: {_program()} train --resume {shlex.quote(str(run))}")
+            program = f"{_program()} train" if world.engine is None else "torchrun ... -m tritium.train"
+            print(f"stopped; go on with: {program} --resume {shlex.quote(str(run))}")
         return 130
     if not world.is_first:
         return 0

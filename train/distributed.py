@@ -11,9 +11,11 @@ What the ranks share of a model is in train/sharding.py.
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .config import InputError, TrainConfig
+from .config import InputError, TrainConfig, described
 from .device import choose_device
 
 Result = TypeVar("Result")
@@ -39,12 +41,11 @@ class Launch:
     """Options of `tritium train` that belong to the launch and not to the run: a run may be resumed with others."""
 
     parallel: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
-    """What torchrun's ranks divide: ddp: the batch; zero1: optimizer state too; fsdp: gradients and weights too. auto: ddp,
-    with --shard-ranks or --tensor-parallel fsdp."""
+    """What ranks divide: the batch; with zero1 optimizer state too; with fsdp weights too. auto: ddp or what others need."""
     shard_ranks: int | None = None
-    """With fsdp, ranks that hold one copy of the weights together, such as those of a node. Default: all."""
+    """With fsdp, ranks that hold a copy of the weights together, such as a node's. Default: all."""
     tensor_parallel: int = 1
-    """Neighbouring ranks that compute each layer together, with fsdp between such groups."""
+    """With fsdp, neighbouring ranks that compute each layer together."""
 
 
 class World:
@@ -103,18 +104,19 @@ class World:
         return micro
 
     def agree(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on every rank; what fails on one as a user's or the system's error is raised on all."""
+        """Run `work` on every rank; what a user or the system did wrong on one is an InputError on all."""
         if self.size == 1:
             return work()
         result, error, errors = None, None, [None] * self.size
         try:
             result = work()
-        except (InputError, OSError) as caught:
-            error = caught
+        except InputError as caught:
+            error = str(caught)
+        except OSError as caught:
+            error = described(caught)
         dist.all_gather_object(errors, error)
-        for error in errors:
-            if error is not None:
-                raise error
+        if any(errors):
+            raise InputError(next(filter(None, errors)))
         return result
 
     def first(self, work: Callable[[], Result]) -> Result:
@@ -149,6 +151,14 @@ class World:
             asked[0].wait()
             answer = bool(asked[1])
         return answer
+
+    def leave(self) -> None:
+        """Part from the others, when all do."""
+        if self._asked is not None:
+            self._asked[0].wait()
+        # Else a model's engine may be what lets go of the connection last, and wait for its threads while they wait for Python.
+        gc.collect()
+        dist.destroy_process_group()
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over data ranks of a tensor that is equal on ranks that share layers, in place."""
@@ -209,14 +219,15 @@ def join(launch: Launch) -> Iterator[World]:
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield world
-    except InputError:  # the same on all ranks; after any other error the rest may be waiting for this one
-        dist.destroy_process_group()
+    except InputError as error:  # the same on all ranks; after any other error the rest may be waiting for this one
+        traceback.clear_frames(error.__traceback__)
+        world.leave()
         raise
-    dist.destroy_process_group()
+    world.leave()
 
 
 def speaks() -> bool:
-    """Whether this process prints what all processes of its node have to say."""
+    """Whether this process says what all of its node have to say."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

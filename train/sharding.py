@@ -12,6 +12,7 @@ Checkpoints are whole whatever the engine, so that any other resumes them: `whol
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -139,15 +140,22 @@ def divide_weights(weights: dict[str, Tensor] | None, model: GPT, world: World) 
 
 def divide_states(states: dict[str, dict[str, Tensor]] | None, model: GPT, optimizer: Optimizer, world: World) -> None:
     """Load what whole_states gave; None on all ranks but the first."""
-    if not world.first(lambda: bool(states)):
+    kinds = world.first(
+        lambda: {name: {key: (value.shape, value.dtype) for key, value in state.items()} for name, state in states.items()}
+    )
+    if not kinds:
         return
     if world.engine in (None, "zero1"):
-        states = world.first(lambda: states)
         for name, parameter in model.named_parameters():
-            if name in states:
-                # Copies: safetensors' tensors are views of the file's bytes, and 0-dimensional ones may be unaligned.
-                state = {key: value.to(parameter.device).clone() for key, value in states[name].items()}
-                optimizer.load_state(parameter, state)
+            state = {}
+            for key, (shape, dtype) in kinds.get(name, {}).items():
+                # A copy: safetensors' tensors are views of the file's bytes, and 0-dimensional ones may be unaligned.
+                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
+                if world.is_first:
+                    state[key].copy_(states[name][key])
+                if world.size > 1:
+                    dist.broadcast(state[key], src=0)
+            optimizer.load_state(parameter, state)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 

@@ -7,6 +7,7 @@ torch.compile.
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from tritium.train.commands import train
 for name in ("_dynamo", "distributed.checkpoint.state_dict", "distributed.fsdp", "distributed.optim"):
     importlib.import_module(f"torch.{name}")
 loop.plot_loss = lambda run: None  # takes longer than the run
+gc.freeze()  # or every rank would look through all that was imported
 
 SECONDS = 100
 

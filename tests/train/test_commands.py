@@ -129,8 +129,8 @@ def test_a_run_is_never_overwritten(refused, tritium, tiny, tmp_path):
 
 def test_bad_resumes(refused, tritium, tiny, tmp_path):
     assert "expected the folder of a run" in refused("train", "--resume", tmp_path)
-    assert "expected one folder" in refused("train", "--resume")
-    assert "expected one folder" in refused("train", "--resume", "a", "--steps", "3")
+    assert "expected a folder of a run, got none" in refused("train", "--resume")
+    assert "expected nothing after it but how processes share the run" in refused("train", "--resume", "a", "--steps", "3")
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     record = json.loads((run / "config.json").read_text())
