@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tritium.train.log import read_metrics
@@ -14,6 +15,7 @@ STEPS = 20
 MODELS = {
     "gpt2": [],
     "llama": ["--position", "rotary", "--norm", "rms", "--mlp", "swiglu", "--n-kv-head", 2, "--micro-batch-size", 2],
+    "bfloat16": ["--precision", "bfloat16"],
 }
 ENGINES = {
     "alone": (0, []),
@@ -26,13 +28,13 @@ ENGINES = {
 }
 
 
-def losses(run, start: int = 0) -> list[float]:
+def losses(run) -> list[float]:
     rows = read_metrics(run)[0]
     assert [row["step"] for row in rows] == list(range(STEPS))
-    return [row["loss"] for row in rows][start:]
+    return [row["loss"] for row in rows]
 
 
-def assert_same(found: list[float], expected: list[float]) -> None:
+def assert_same(found, expected) -> None:
     """In each step gradients and loss are summed in another order, off by a rounding of their size; 20 of these add up."""
     np.testing.assert_allclose(found, expected, rtol=STEPS * np.finfo(np.float32).eps, atol=0)
 
@@ -60,35 +62,47 @@ def words(runs, monkeypatch) -> list:
 def once(runs, words, launch):
     """The folder of a run of a model by an engine, done when first asked for."""
 
-    def run(model: str, engine: str):
+    def run(model: str, engine: str, *, compiled: bool = False):
         folder = runs / f"{model}-{engine}"
         if not folder.exists():
             ranks, options = ENGINES[engine]
-            status, _, err = launch(ranks, *words, *MODELS[model], *options, "--out", folder)
+            # By a backend without code generation, which takes longer than the run.
+            compiling, backend = (["--compile", "on"], {"backend": "aot_eager"}) if compiled else ([], {})
+            status, _, err = launch(ranks, *words, *MODELS[model], *options, *compiling, "--out", folder, **backend)
             assert status == [0] * len(status), err
         return folder
 
     return run
 
 
-@pytest.mark.parametrize(
-    ("model", "engine"),
-    [("gpt2", engine) for engine in ENGINES if engine != "alone"]
-    + [("llama", engine) for engine in ("ddp", "hsdp", "fsdp-tensor")],
-)
-def test_losses_are_those_of_one_process(model, engine, once):
-    alone, run = once(model, "alone"), once(model, engine)
+def assert_like_one_process(run, alone) -> None:
     assert_same(losses(run), losses(alone))
-    found, expected = (read_metrics(folder)[1][-1]["val_loss"] for folder in (run, alone))
-    assert_same(found, expected)
-    norms = [[row["grad_norm"] for row in read_metrics(folder)[0]] for folder in (run, alone)]
-    assert_same(*norms)
+    assert_same(*([row["grad_norm"] for row in read_metrics(folder)[0]] for folder in (run, alone)))
+    assert_same(*(read_metrics(folder)[1][-1]["val_loss"] for folder in (run, alone)))
     assert (run / "samples.txt").read_text() == (alone / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "alone"])
+def test_a_run_is_that_of_one_process(engine, once):
+    assert_like_one_process(once("gpt2", engine), once("gpt2", "alone"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "hsdp", "fsdp-tensor"])
+def test_micro_batches_grouped_heads_and_compiled_code_are_too(engine, once):
+    assert_like_one_process(once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "alone"))
+
+
+def test_shards_are_gathered_in_the_precision_of_the_run(once):
+    """Before the first update losses are alike to float32's rounding; then to bfloat16's, of gradients."""
+    exact, alone, run = (losses(once(*pair)) for pair in (("gpt2", "alone"), ("bfloat16", "alone"), ("bfloat16", "fsdp")))
+    assert_same(run[:1], alone[:1])
+    assert abs(run[0] - exact[0]) > 10 * abs(run[0] - alone[0])
+    np.testing.assert_allclose(run, alone, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("alone", "fsdp"), ("fsdp", "alone"), ("fsdp", "fsdp-tensor"), ("zero1", "hsdp"), ("tensor", "zero1"), ("ddp", "tensor")],
+    [("fsdp", "alone"), ("fsdp-tensor", "ddp"), ("hsdp", "zero1"), ("zero1", "fsdp-tensor"), ("tensor", "hsdp")],
 )
 def test_any_ranks_resume_a_run_of_others(before, after, once, launch, tmp_path):
     broken = tmp_path / "run"
@@ -98,13 +112,12 @@ def test_any_ranks_resume_a_run_of_others(before, after, once, launch, tmp_path)
     status, _, err = launch(ranks, "--resume", broken, *options)
     assert status == [0] * len(status), err
     assert_same(losses(broken), losses(once("gpt2", "alone")))
-    contents = []
-    for run in (broken, once("gpt2", "alone")):
-        folder = run / "checkpoints" / "step-20"
-        contents.append([load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")])
-    for found, expected in zip(*contents, strict=True):
-        assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in expected.items()}
-    assert contents[0][1]["wte.weight.step"] == STEPS
+    for name in ("model", "optimizer"):
+        found, expected = (
+            load_file(run / "checkpoints" / "step-20" / f"{name}.safetensors") for run in (broken, once("gpt2", "alone"))
+        )
+        assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+    assert found["wte.weight.step"] == STEPS
 
 
 def test_weights_are_the_same_before_the_first_step(once):
