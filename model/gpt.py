@@ -113,7 +113,7 @@ class Attention(nn.Module):
             o = attention_decode(q, k, v, lengths)
         else:
             o = reading.attention.attend(q, k, v, reading.cu_seqlens)
-        return self.c_proj(o.reshape(x.shape))
+        return self.c_proj(o.reshape(len(x), -1))
 
 
 class MLP(nn.Module):

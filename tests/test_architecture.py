@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tritium.train.config import TrainConfig
+from tritium.train.distributed import Launch
 
 pytestmark = pytest.mark.plain
 
@@ -106,7 +107,7 @@ def test_only_these_read_the_environment_or_ask_for_the_device():
         if re.search(r"\.is_cuda|is_cpu\b", text):
             device.add(str(path))
     # train/data.py finds the cache folder, and nothing else, in the environment.
-    assert environment == {"train/data.py"}
+    assert environment == {"train/data.py", "train/distributed.py"}
     assert not device, "the dispatcher chooses by device, in kernels/_op.py"
 
 
@@ -119,6 +120,10 @@ def test_the_options_of_train_are_these():
         *("beta1", "beta2", "grad_clip"),
         *("eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "prompt", "sample_tokens"),
     }
+
+
+def test_the_options_of_a_launch_are_these():
+    assert {field.name for field in fields(Launch)} == {"parallel", "shard_ranks", "tensor_parallel"}
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:

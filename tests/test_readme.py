@@ -52,7 +52,7 @@ def test_commands_shown_are_parsed(tmp_path, monkeypatch):
     from tritium.train import commands
 
     understood = []
-    monkeypatch.setattr(commands, "_report", lambda run, work: understood.append(run) or 0)
+    monkeypatch.setattr(commands, "_report", lambda run, world, work: understood.append(run) or 0)
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^tritium (train(?= +[a-z-]).*?)(?:  .*)?$", README, flags=re.MULTILINE)
     for line in lines:

@@ -17,35 +17,45 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
+from ..model import GPT
 from .config import InputError
+from .distributed import ALONE, World
 from .files import flush_folder, seal, unseal, write_whole
 from .optim import Optimizer
+from .sharding import divide_states, divide_weights, whole_states, whole_weights
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
 _INSTEAD = "delete this checkpoint to go on from the one before"
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, *, keep: int) -> Path:
-    """Write RUN/checkpoints/step-N and delete all but the `keep` newest.
+def save_checkpoint(run: Path, step: int, model: GPT, optimizer: Optimizer, *, keep: int, world: World = ALONE) -> Path:
+    """Write RUN/checkpoints/step-N and delete all but the `keep` newest. The first rank writes, with the help of all.
 
     Args:
         run: the run's folder.
         step: optimizer steps done so far.
         model, optimizer: the float32 weights, and what changes them.
+        world: ranks that hold them; default: a process alone.
     Returns: the folder written.
     Raises: OSError as the disk gives it; nothing is left behind then, and older checkpoints stay.
     """
+    weights = whole_weights(model, world)
+    states = whole_states(model, optimizer, world)
+    return world.first(lambda: _write(run, step, weights, states, optimizer, keep))
+
+
+def _write(run: Path, step: int, weights: dict, states: dict, optimizer: Optimizer, keep: int) -> Path:
     folder = run / "checkpoints" / f"step-{step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     for left in folder.parent.glob(".step-*.tmp"):  # by a process that was killed while it wrote or deleted
         shutil.rmtree(left)
     try:
         temporary.mkdir(parents=True)
-        model_bytes = safetensors.torch.save(model.state_dict())
+        model_bytes = safetensors.torch.save(weights)
         write_whole(temporary / _FILES[0], [model_bytes])
-        optimizer_bytes = safetensors.torch.save(_states(model, optimizer))
+        named = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        optimizer_bytes = safetensors.torch.save(named)
         write_whole(temporary / _FILES[1], [optimizer_bytes])
         state = {
             "format_version": 1,
@@ -75,12 +85,26 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.tmp")))
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -> int:
-    """Load weights, and with an optimizer also its state and PyTorch's generator, in place.
+def load_checkpoint(folder: Path, model: GPT, optimizer: Optimizer | None = None, *, world: World = ALONE) -> int:
+    """Load weights, and with an optimizer also its state and PyTorch's generator, in place. The first rank reads for all.
 
     Returns: steps done.
     Raises: InputError if a file is missing, cut, damaged or of another model.
     """
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    content = world.agree(lambda: _read(folder, shapes, has_states=optimizer is not None) if world.is_first else (None,) * 3)
+    state = world.first(lambda: content[0])
+    divide_weights(content[1], model, world)
+    if optimizer is not None:
+        divide_states(content[2], model, optimizer, world)
+        if state["loss_scale"]:  # else the run computed in another precision, on another device
+            optimizer.scaler.load_state_dict(state["loss_scale"])
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
+    return state["step"]
+
+
+def _read(folder: Path, shapes: dict[str, tuple[int, ...]], *, has_states: bool) -> tuple[dict, dict, dict]:
+    """state.json, weights by name, and states by parameter's name where asked for."""
     try:
         state = unseal((folder / "state.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -88,20 +112,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer | None 
     step, sums = state["step"], state["files"]
     if folder.name != f"step-{step}":
         raise InputError(f"{folder}: expected the checkpoint of that step, got that of step {step}; {_INSTEAD}")
-    weights = _read(folder / _FILES[0], sums[_FILES[0]])
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if (found := {name: tuple(value.shape) for name, value in weights.items()}) != expected:
-        name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
+    weights = _read_tensors(folder / _FILES[0], sums[_FILES[0]])
+    if (found := {name: tuple(value.shape) for name, value in weights.items()}) != shapes:
+        name = next(name for name in sorted({*found, *shapes}) if found.get(name) != shapes.get(name))
         raise InputError(
-            f"{folder}: expected {name} of shape {expected.get(name)}, got {found.get(name)}; it belongs to another model"
+            f"{folder}: expected {name} of shape {shapes.get(name)}, got {found.get(name)}; it belongs to another model"
         )
-    model.load_state_dict(weights)
-    if optimizer is not None:
-        _load_states(model, optimizer, _read(folder / _FILES[1], sums[_FILES[1]]))
-        if state["loss_scale"]:  # else the run computed in another precision, on another device
-            optimizer.scaler.load_state_dict(state["loss_scale"])
-        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
-    return step
+    states = collections.defaultdict(dict)
+    for name, value in (_read_tensors(folder / _FILES[1], sums[_FILES[1]]) if has_states else {}).items():
+        parameter, key = name.rsplit(".", 1)
+        states[parameter][key] = value
+    return state, weights, states
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -118,7 +139,7 @@ def _folders(run: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _read(file: Path, sha256: str) -> dict[str, torch.Tensor]:
+def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -131,22 +152,3 @@ def _read(file: Path, sha256: str) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(content)
     except SafetensorError as error:
         raise InputError(f"{file}: expected safetensors, got {error}; {_INSTEAD}") from None
-
-
-def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}.{key}": value for parameter, state in optimizer.states().items() for key, value in state.items()
-    }
-
-
-def _load_states(model: nn.Module, optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    states = collections.defaultdict(dict)
-    for name, value in tensors.items():
-        parameter, key = name.rsplit(".", 1)
-        states[parameter][key] = value
-    for name, parameter in model.named_parameters():
-        if name in states:
-            # Copies: safetensors' tensors are views of the file's bytes, and 0-dimensional ones may be unaligned.
-            state = {key: value.to(parameter.device).clone() for key, value in states[name].items()}
-            optimizer.load_state(parameter, state)

@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 import tyro
 
-from .config import InputError
+from .config import InputError, described
+from .distributed import speaks
 
 Options = TypeVar("Options")
 _NO_COMPILER = "--compile: expected a working C++ compiler, found none; install g++, or start anew with --compile off"
@@ -54,6 +55,8 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
     try:
         return command(argv) or 0
     except InputError as error:
+        if not speaks():  # of several processes all have it
+            return 2
         message = str(error)
     except (MemoryError, torch.OutOfMemoryError):
         message = _NO_MEMORY
@@ -65,8 +68,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
         else:
             raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}"
+        message = described(error)
     except KeyboardInterrupt:
         print("tritium: interrupted", file=sys.stderr)
         return 130

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from .cli import parse
 from .config import InputError, TrainConfig
 from .data import build, cache_dir
 from .device import choose_device, choose_matmul
+from .distributed import Launch, World, join
+from .evaluate import Evaluation
+from .log import console
 from .loop import InterruptedRun, resume, sample_text, start
 from .plan import plan
 from .precision import choose_dtype, working_copy
@@ -35,7 +38,10 @@ TRAIN_HELP = f"""Train a GPT on text. Without a recipe: the best one for this ma
 
 tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
 
-tritium train --resume RUN_DIR                go on with a stopped run, exactly where it was"""
+tritium train --resume RUN_DIR                go on with a stopped run, exactly where it was
+
+
+torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of a machine"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,38 +82,67 @@ class SampleOptions:
     """cpu, cuda ...; auto: CUDA if there is one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `tritium train`."""
+
+    run: tyro.conf.OmitArgPrefixes[TrainConfig]
+    """What decides the run."""
+    launch: tyro.conf.OmitArgPrefixes[Launch]
+    """How several processes share it."""
+
+
 def train(argv: Sequence[str]) -> int:
     """tritium train"""
     if argv and argv[0].split("=")[0] == "--resume":
-        return _report(*_resume_argument(argv))
+        run, launch = _resume_arguments(argv)
+        with join(launch) as world:
+            return _report(run, world, lambda: resume(run, world))
     if "--resume" in argv:
-        raise InputError("--resume RUN_DIR stands alone: a resumed run keeps the options it was started with")
+        raise InputError("--resume RUN_DIR comes first: a resumed run keeps the options it was started with")
     named = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if named else default_recipe()
-    default = recipe(name)
-    config = parse(TrainConfig, argv[named:], prog="tritium train", description=TRAIN_HELP, default=default)
+    default = TrainOptions(run=recipe(name), launch=Launch())
+    options = parse(TrainOptions, argv[named:], prog="tritium train", description=TRAIN_HELP, default=default)
+    config = options.run
     if (Path(config.data[0]) / "dataset.json").is_file() and not any(word.startswith("--tokenizer") for word in argv):
         config = replace(config, tokenizer=None)  # a dataset brings its own; the recipe's is for its own text
-    run = Path(config.out) if config.out else _free_run(name)
-    print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
-    return _report(run, lambda: start(config, run))
+    with join(options.launch) as world:
+        run = world.first(lambda: Path(config.out) if config.out else _free_run(name))
+        if world.is_first:
+            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
+            _say_how_to_use_all(world, config)
+        return _report(run, world, lambda: start(config, run, world))
 
 
-def _resume_argument(argv: Sequence[str]):
+def _resume_arguments(argv: Sequence[str]) -> tuple[Path, Launch]:
     words = argv[0].split("=", 1) + list(argv[1:])
-    if len(words) != 2:
-        raise InputError(f"--resume: expected one folder of a run and nothing else, got {' '.join(words[1:]) or 'none'}")
-    run = Path(words[1])
-    return run, lambda: resume(run)
+    if len(words) < 2:
+        raise InputError("--resume: expected a folder of a run, got none")
+    try:
+        return Path(words[1]), parse(Launch, words[2:], prog="tritium train --resume", description=TRAIN_HELP)
+    except InputError as error:
+        raise InputError(f"--resume RUN_DIR: expected nothing after it but how processes share the run: {error}") from None
 
 
-def _report(run: Path, work) -> int:
+def _say_how_to_use_all(world: World, config: TrainConfig) -> None:
+    count = torch.cuda.device_count()
+    if world.engine is None and count > 1 and config.device in ("auto", "cuda"):
+        print(f"training on 1 of {count} GPUs; for all: torchrun --nproc-per-node {count} -m tritium.train and the same words")
+
+
+def _report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
     began = time.perf_counter()
+    console.quiet = not world.is_first
     try:
         result = work()
     except InterruptedRun:
-        print(f"stopped; go on with: {_program()} train --resume {shlex.quote(str(run))}")
+        if world.is_first:
+            program = f"{_program()} train" if world.engine is None else "torchrun ... -m tritium.train"
+            print(f"stopped; go on with: {program} --resume {shlex.quote(str(run))}")
         return 130
+    if not world.is_first:
+        return 0
     seconds = time.perf_counter() - began
     shown = (run / "samples.txt").read_text(encoding="utf-8").rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
     record = read_run(run)

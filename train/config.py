@@ -16,6 +16,12 @@ class InputError(ValueError):
     """
 
 
+def described(error: OSError) -> str:
+    """What the system says of a file, for a message."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a run. Each field is an option of `tritium train`; recipes.py holds filled-in rows."""

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model import GPT
 from .config import DIVERGED, InputError
+from .distributed import ALONE, World
 from .loader import IGNORED, document_starts
 
 
@@ -26,15 +27,16 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
-def batch_loss(model: GPT, tokens: Tensor, targets: Tensor, separator: int | None) -> Tensor:
-    """Mean cross-entropy of a batch, in the precision of the model's weights.
+def batch_loss(model: nn.Module, tokens: Tensor, targets: Tensor, separator: int | None) -> Tensor:
+    """Mean cross-entropy of a batch.
 
     Args:
+        model: a GPT, or what wraps one.
         tokens, targets: (B, T) int64 on the CPU; targets of -100 do not count.
         separator: the token that begins a document, none of which then sees another; None: a row is one document.
     Returns: () float32 on the model's device, in nats a token.
     """
-    device, documents = model.wte.weight.device, {}
+    device, documents = next(model.parameters()).device, {}
     if separator is not None:
         documents["cu_seqlens"] = _moved(document_starts(tokens, separator), device)
         # The one size that differs between batches: code compiled for any.
@@ -49,25 +51,28 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float, separator: int | None = None
-) -> Evaluation | None:
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float, separator: int | None = None,
+    world: World = ALONE,
+) -> Evaluation | None:  # fmt: skip
     """Mean cross-entropy over the targets of all batches, each target counted once.
 
     Args:
-        batches: (tokens, targets) (B, T) int64 on the CPU; targets of -100 do not count.
+        batches: (tokens, targets) (B, T) int64 on the CPU; targets of -100 do not count. As many on every rank.
         separator: as for batch_loss.
         bytes_per_token: of the text behind them.
+        world: ranks that have a part of the batches each.
     Returns: the evaluation; None if there was no batch.
     Raises: InputError if the loss is not finite.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = 0.0, 0
     for tokens, targets in batches:
-        counted = int((targets != IGNORED).sum())
-        total += batch_loss(model, tokens, targets, separator).cpu().double() * counted
-        count += counted
+        loss = batch_loss(model, tokens, targets, separator).item()
+        if counted := int((targets != IGNORED).sum()):  # else the mean over none; the other ranks needed this one's help
+            total, count = total + loss * counted, count + counted
+    total, count = world.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:
         return None
-    loss = total.item() / count
+    loss = total / count
     if not math.isfinite(loss):
         raise InputError(f"{DIVERGED} (validation loss is {loss})")
-    return Evaluation(loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token, tokens=count)
+    return Evaluation(loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token, tokens=round(count))

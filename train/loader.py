@@ -101,11 +101,22 @@ class Loader:
         here = slice(place * self._rows, (place + 1) * self._rows)
         return block[1][here].clone(), block[2][here].clone()
 
+    def counted(self, step: int) -> int:
+        """How many targets of the batch of `step` count, over all ranks: without asking them."""
+        full, last = self.context_tokens, len(self.stream) - 1 - (self.windows - 1) * self.context_tokens
+        if last == full:
+            return self.batch_size * full
+        short = self._windows_of(0, self.batch_size, step, 1) == self.windows - 1
+        return self.batch_size * full - int(short.sum()) * (full - last)
+
     def window_indices(self, first_step: int, steps: int) -> np.ndarray:
         """Which windows this rank reads in some steps in a row: (steps, batch_size // world_size) int64 in [0, windows)."""
+        return self._windows_of(self._first_row, self._rows, first_step, steps)
+
+    def _windows_of(self, first_row: int, rows: int, first_step: int, steps: int) -> np.ndarray:
         # Python integers up to here: first_step * batch_size may pass 2**63.
-        epoch, offset = divmod(first_step * self.batch_size + self._first_row, self.windows)
-        positions = offset + np.arange(steps)[:, None] * self.batch_size + np.arange(self._rows)
+        epoch, offset = divmod(first_step * self.batch_size + first_row, self.windows)
+        positions = offset + np.arange(steps)[:, None] * self.batch_size + np.arange(rows)
         epochs, indices = np.divmod(positions, self.windows)
         result = np.empty_like(indices)
         for later in np.unique(epochs).tolist():
@@ -119,13 +130,15 @@ class Loader:
 
 
 def evaluation_batches(
-    stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the windows in order: every token but the first is a target once.
+    stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None, rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yield the windows in order: every token but the first is a target once, on one of the ranks.
 
-    Args:    context_tokens: T; the stream may be shorter.   batch_size: rows.   max_tokens: most targets, in windows spread
-             evenly over the stream, always the same ones; at least one window is read. None: all.
-    Yields:  tokens, targets: (rows, T) int64, rows <= batch_size in the last; padding is 0 in tokens and -100 in targets.
+    Args:    context_tokens: T; the stream may be shorter.   batch_size: rows of a rank.   max_tokens: most targets, in windows
+             spread evenly over the stream, always the same ones; at least one window is read. None: all.
+    Yields:  tokens, targets: (rows, T) int64, rows <= batch_size in the last; padding is 0 in tokens and -100 in targets. As
+             many on every rank: one for which no window is left gets one without targets.
     Raises:  InputError if the stream holds fewer than two tokens.
     """
     if len(stream) < 2:
@@ -133,8 +146,10 @@ def evaluation_batches(
     windows = -(-(len(stream) - 1) // context_tokens)
     count = windows if max_tokens is None else min(windows, max(1, max_tokens // context_tokens))
     chosen = np.arange(count) * windows // count
-    for start in range(0, count, batch_size):
-        yield _windows(stream, chosen[start : start + batch_size], context_tokens)
+    for start in range(0, count, batch_size * world_size):
+        mine = chosen[start + rank * batch_size :][:batch_size]
+        tokens, targets = _windows(stream, mine if len(mine) else chosen[:1], context_tokens)
+        yield tokens, targets if len(mine) else torch.full_like(targets, IGNORED)
 
 
 def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> tuple[Tensor, Tensor]:

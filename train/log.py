@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..kernels._device import ceiling
 from .config import DIVERGED, InputError
+from .distributed import ALONE, World
 from .evaluate import Evaluation
 from .files import write_whole
 
@@ -24,11 +26,11 @@ console = Console(stderr=True, highlight=False)
 
 
 class Metrics:
-    """RUN/metrics.jsonl and the progress bar.
+    """RUN/metrics.jsonl and the progress bar, of the first rank; the others keep step, so that a diverged run ends on all.
 
     A training line holds step, tokens (seen so far), loss (nats), lr, grad_norm (null where float16 overflowed and the step was
-    left out), tokens_per_second, mfu (share of the device's bf16 peak; null where the table does not know it) and memory (bytes
-    at most so far); an evaluation adds val_loss, val_perplexity and val_bits_per_byte in a line of its own.
+    left out), tokens_per_second, mfu (share of the devices' bf16 peak; null where the table does not know it) and memory (bytes
+    at most so far, on the first rank); an evaluation adds val_loss, val_perplexity and val_bits_per_byte in a line of its own.
 
     Args:
         run: the run's folder; its metrics.jsonl is cut back to the lines before `start`.
@@ -36,26 +38,29 @@ class Metrics:
         tokens_per_step: targets a step.
         flops_per_token: for mfu.
         skips_overflow: whether a step with gradients that are not finite was left out; else the run has diverged.
+        world: ranks that train together, each of which has one.
     Attributes: evaluated: steps after which there has been an evaluation.
     """
 
     def __init__(
         self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int, device: torch.device,
-        skips_overflow: bool,
+        skips_overflow: bool, world: World = ALONE,
     ):  # fmt: skip
-        self._path = run / "metrics.jsonl"
-        self.evaluated = _cut_back(self._path, start, steps)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
+        path = run / "metrics.jsonl"
+        self.evaluated = world.first(lambda: _cut_back(path, start, steps))
+        path = path if world.is_first else os.devnull
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
         self._tokens_per_step, self._flops_per_token, self._device = tokens_per_step, flops_per_token, device
         self._skips_overflow = skips_overflow
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self._peak = known and known.bf16_flops
+        self._peak = known and known.bf16_flops * world.size
         self._waiting: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
         self._clock = time.perf_counter()
         self.seconds = 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         # In a file the bar would be one line at the end; evaluations are printed either way.
-        self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal)
+        silent = console.quiet or not console.is_terminal
+        self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console, disable=silent)
         self._task = self._bar.add_task("train", total=steps, completed=start, note="")
 
     def __enter__(self) -> "Metrics":

@@ -7,7 +7,7 @@ checkpoints/step-N. On one CPU a resumed run has bitwise the weights of one that
 import gc
 import itertools
 import shutil
-import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,81 +17,103 @@ from ..model.cost import flops_per_token
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import InputError, TrainConfig
 from .data import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
-from .device import choose_device, choose_matmul, keep_freed_memory
-from .evaluate import Evaluation, evaluate
+from .device import choose_matmul, keep_freed_memory
+from .distributed import ALONE, Signals, World
+from .evaluate import Evaluation
 from .log import Metrics, console, plot_loss
-from .optim import Optimizer, refuse_missing_optimizer
-from .precision import choose_dtype
+from .optim import Optimizer
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
-from .trainer import Trainer, quiet_collector
+from .sharding import choose_fitting, shard
+from .trainer import Trainer, is_compiled, quiet_collector
 
 
 class InterruptedRun(Exception):  # noqa: N818 - it is no error
     """The run was stopped by a signal, after writing a checkpoint. Its argument is the run's folder."""
 
 
-def start(config: TrainConfig, run: Path) -> Evaluation:
-    """Train a new model into the folder `run`.
+def start(config: TrainConfig, run: Path, world: World = ALONE) -> Evaluation:
+    """Train a new model into the folder `run`, which the first rank alone writes.
 
     Returns: the evaluation of the finished model on all held-out text.
-    Raises: InputError for a folder in use, bad data or a training that diverges; InterruptedRun after SIGINT or SIGTERM.
+    Raises: InputError for a folder in use, bad data, a world that does not fit or a training that diverges; InterruptedRun
+        after SIGINT or SIGTERM.
     """
-    refuse_used_folder(run)
-    choose_dtype(config.precision, choose_device(config.device))
-    refuse_missing_optimizer(config)
-    dataset = open_dataset(prepare(config.data, config.tokenizer, cache_dir() / "datasets", held_out=config.held_out))
-    # What only an evaluation would find out, found out now.
-    dataset.tokenizer.encode(config.prompt)
-    next(evaluation_batches(dataset.val, context_tokens=config.context_tokens, batch_size=1, max_tokens=1))
-    Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
-    claim_folder(run, config, dataset)
-    return _train(config, run, dataset, None)
+    world.first(lambda: refuse_used_folder(run))
+    device = choose_fitting(config, world)
+
+    def prepared() -> Dataset:
+        folder = cache_dir() / "datasets"
+        path = prepare(config.data, config.tokenizer, folder, held_out=config.held_out, progress=world.is_first)
+        dataset = open_dataset(path)
+        # What only an evaluation would find out, found out now.
+        dataset.tokenizer.encode(config.prompt)
+        next(evaluation_batches(dataset.val, context_tokens=config.context_tokens, batch_size=1, max_tokens=1))
+        Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
+        return dataset
+
+    # One rank of a node builds it, the others find it.
+    dataset = world.agree(lambda: prepared() if world.local_rank == 0 else None)
+    dataset = world.agree(lambda: dataset or prepared())
+    world.first(lambda: claim_folder(run, config, dataset))
+    return _train(config, run, dataset, None, device, world)
 
 
-def resume(run: Path) -> Evaluation:
+def resume(run: Path, world: World = ALONE) -> Evaluation:
     """Go on with a stopped run from its newest checkpoint, with the very next batch. Returns and raises as `start`."""
-    record = read_run(run)
-    checkpoint = newest_checkpoint(run)
-    dataset = open_dataset(record.dataset)
+    record = world.first(lambda: read_run(run))
+    checkpoint = world.first(lambda: newest_checkpoint(run))
+    device = choose_fitting(record.train, world)
+    dataset = world.agree(lambda: open_dataset(record.dataset))
     if dataset.tokenizer.sha256 != record.tokenizer_sha256:
         raise InputError(
             f"{record.dataset}: expected shards of tokenizer {record.tokenizer_sha256[:12]} as {run} was trained on, "
             f"got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or start a new run"
         )
-    return _train(record.train, run, dataset, checkpoint)
+    return _train(record.train, run, dataset, checkpoint, device, world)
 
 
-def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None) -> Evaluation:
-    device = choose_device(config.device)
+def _train(
+    config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None, device: torch.device, world: World
+) -> Evaluation:
+    world.refuse_difference("data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val)))
     choose_matmul(device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
     model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
-    optimizer = Optimizer(model, config)
-    first = _begin(config, run, model, optimizer) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
-    loader = Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
-    trainer = Trainer(model, optimizer, config, separator=dataset.tokenizer.end_of_text if config.document_mask else None)
+    shard(model, config, world, compiled=is_compiled(config, device))
+    optimizer = Optimizer(model, config, world)
+
+    def save(done: int) -> None:
+        save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints, world=world)
+
+    first = _begin(run, save, world) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, world=world)
+    loader = Loader(
+        dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed,
+        rank=world.data_rank, world_size=world.data_ranks,
+    )  # fmt: skip
+    separator = dataset.tokenizer.end_of_text if config.document_mask else None
+    trainer = Trainer(model, optimizer, config, separator=separator, world=world)
     metrics = Metrics(
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
-        skips_overflow=optimizer.scaler.is_enabled(),
+        skips_overflow=optimizer.scaler.is_enabled(), world=world,
     )  # fmt: skip
     if trainer.is_compiled:
         console.print("compiling the model: the first step takes longer, less so once it is in the cache")
-    with metrics, _Signals() as signals, quiet_collector():
+    with metrics, Signals(world) as signals, quiet_collector():
 
         def evaluate_after(done: int) -> Evaluation | None:
             """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
             with metrics.paused():
                 result = _evaluate(config, trainer, dataset, signals, None if done == config.steps else config.eval_tokens)
                 if signals.received:
-                    if not (run / "checkpoints" / f"step-{done}").exists():
-                        save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints)
+                    if not world.first(lambda: (run / "checkpoints" / f"step-{done}").exists()):
+                        save(done)
                     raise InterruptedRun(run)
                 metrics.evaluation(done, result)
-                _write_sample(config, run, trainer.working, dataset, done)
-                plot_loss(run)
+                sampled = trainer.on_first_rank()
+                world.first(lambda: _write_sample(config, run, sampled, dataset, done))
                 gc.collect()
             return result
 
@@ -100,36 +122,39 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            loss = trainer.backward(*loader.batch(step))
+            loss = trainer.backward(*loader.batch(step), loader.counted(step) if world.size > 1 else None)
             metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1
             if done == config.steps or done % config.checkpoint_interval == 0:
                 with metrics.paused():
-                    save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints)
+                    save(done)
         return evaluate_after(config.steps)
 
 
-def _begin(config: TrainConfig, run: Path, model: GPT, optimizer: Optimizer) -> int:
+def _begin(run: Path, save: Callable[[int], None], world: World) -> int:
     """A checkpoint before the first step: from here on the run can be resumed, and a disk too small for it shows now."""
     try:
-        save_checkpoint(run, 0, model, optimizer, keep=config.keep_checkpoints)
+        save(0)
     except BaseException:
-        shutil.rmtree(run)
+        if world.is_first:
+            shutil.rmtree(run)
         raise
     return 0
 
 
 def _evaluate(
-    config: TrainConfig, trainer: Trainer, dataset: Dataset, signals: "_Signals", max_tokens: int | None
+    config: TrainConfig, trainer: Trainer, dataset: Dataset, signals: Signals, max_tokens: int | None
 ) -> Evaluation | None:
     """None if a signal came first."""
+    world = trainer.world
     batches = evaluation_batches(
-        dataset.val, context_tokens=config.context_tokens, batch_size=config.micro_batch, max_tokens=max_tokens
-    )
+        dataset.val, context_tokens=config.context_tokens, batch_size=world.micro_batch(config), max_tokens=max_tokens,
+        rank=world.data_rank, world_size=world.data_ranks,
+    )  # fmt: skip
     until_signal = itertools.takewhile(lambda _: not signals.received, batches)
     bytes_per_token = dataset.info.val.bytes / dataset.info.val.tokens
-    return evaluate(trainer.working, until_signal, bytes_per_token=bytes_per_token, separator=trainer.separator)
+    return trainer.evaluate(until_signal, bytes_per_token=bytes_per_token)
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
@@ -137,6 +162,7 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
     text = sample_text(model, dataset.tokenizer, config.prompt, **options)
     with open(run / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{text}\n")
+    plot_loss(run)
 
 
 def sample_text(model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed: int | None, **options) -> str:
@@ -147,26 +173,3 @@ def sample_text(model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed
     out = model.generate(tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options)
     new = out[0, tokens.shape[1] :].tolist()
     return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
-
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into a note, read between steps and between batches of an evaluation.
-
-    A second SIGINT interrupts at once.
-    """
-
-    received = False
-
-    def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        console.print("stopping; a checkpoint will be written")

@@ -11,34 +11,42 @@ Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024, kellerjordan
            arXiv:2502.16982
 """
 
+import collections
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .config import InputError, TrainConfig
+from .distributed import ALONE, World
 from .precision import choose_dtype, products
 
 
-def refuse_missing_optimizer(config: TrainConfig) -> None:
-    """Raise InputError if this PyTorch lacks what the options ask for."""
+def refuse_missing_optimizer(config: TrainConfig, world: World = ALONE) -> None:
+    """Raise InputError if this PyTorch, or what the ranks of a world divide, lacks what the options ask for."""
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise InputError(
             f"--optimizer: expected PyTorch 2.9 or newer for muon, got {torch.__version__}; update it, or take adamw"
         )
+    if config.optimizer == "muon" and world.engine == "fsdp":
+        raise InputError("--optimizer: expected adamw with --parallel fsdp, got muon, which needs whole matrices; take ddp")
 
 
 class Optimizer:
     """What turns gradients into a step: every parameter of a model in exactly one group of one of PyTorch's optimizers.
 
     Args:
-        model: on its device; gradients of its parameters are what `update` reads.
+        model: on its device, sharded if it is to be; gradients of its parameters are what `update` reads.
+        world: whose ranks divide the parameters' states with zero1.
     Attributes:
         parts: PyTorch's optimizers.
         scaler: of float16's losses; does nothing in other precisions.
     Raises: ValueError if a parameter would be missed or changed twice.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
-        refuse_missing_optimizer(config)
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World = ALONE):
+        refuse_missing_optimizer(config, world)
         device = next(model.parameters()).device
         self._grad_clip = config.grad_clip or float("inf")
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -46,13 +54,19 @@ class Optimizer:
         of_muon = [parameter for parameter in self._parameters if parameter.ndim == 2 and id(parameter) in in_blocks]
         others = [parameter for parameter in self._parameters if parameter.ndim != 2 or id(parameter) not in in_blocks]
         groups = [
-            {"params": [parameter for parameter in others if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [parameter for parameter in others if parameter.ndim < 2], "weight_decay": 0.0},
+            {"params": alike, "weight_decay": config.weight_decay if is_matrix else 0.0}
+            for is_matrix in (True, False)
+            for alike in _on_one_mesh([parameter for parameter in others if (parameter.ndim >= 2) == is_matrix])
         ]
-        self.parts = [torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
+        adamw, muon = torch.optim.AdamW, getattr(torch.optim, "Muon", None)
+        if world.engine == "zero1":
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # here, not above: it takes a second to import
+
+            adamw, muon = (functools.partial(ZeroRedundancyOptimizer, optimizer_class=kind) for kind in (adamw, muon))
+        self.parts = [adamw(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
         if of_muon:
             options = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(torch.optim.Muon(of_muon, **options))
+            self.parts.append(muon(of_muon, **options))
         held = [id(parameter) for part in self.parts for group in part.param_groups for parameter in group["params"]]
         if sorted(held) != sorted(map(id, self._parameters)):
             raise ValueError(f"Optimizer: expected each of {len(self._parameters)} parameters once, got {len(held)} in groups")
@@ -68,8 +82,13 @@ class Optimizer:
             self.scaler.unscale_(part)
             for group in part.param_groups:
                 group["lr"] = lr
-        # As a factor of at most 1 formed on the device, so that nothing waits for the norm.
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        meshes = list(_on_one_mesh(self._parameters))
+        norms = [torch.nn.utils.get_total_norm([parameter.grad for parameter in alike]) for alike in meshes]
+        norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+        grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        for alike in meshes:
+            # As a factor of at most 1 formed on the device, so that nothing waits for the norm.
+            torch.nn.utils.clip_grads_with_norm_(alike, self._grad_clip, grad_norm)
         for part in self.parts:
             self.scaler.step(part)
             part.zero_grad(set_to_none=True)
@@ -77,11 +96,23 @@ class Optimizer:
         return grad_norm
 
     def states(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """What is kept of each parameter from step to step: AdamW's two moments and count, Muon's momentum."""
-        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
+        """What this rank keeps of each parameter from step to step: AdamW's two moments and count, Muon's momentum."""
+        return {parameter: state for part in self._local() for parameter, state in part.state.items()}
 
     def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Go on from what `states` gave for a parameter."""
-        for part in self.parts:
+        """Go on from what `states` gave for a parameter; with zero1 where it is this rank's."""
+        for part in self._local():
             if any(parameter is held for group in part.param_groups for held in group["params"]):
                 part.state[parameter] = state
+
+    def _local(self) -> list[torch.optim.Optimizer]:
+        """PyTorch's optimizers of the parameters whose state this rank keeps: with zero1 each part has one of these inside."""
+        return [getattr(part, "optim", part) for part in self.parts]
+
+
+def _on_one_mesh(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """Parameters apart by the ranks they are divided among: PyTorch's functions of many tensors take one kind at a time."""
+    alike = collections.defaultdict(list)
+    for parameter in parameters:
+        alike[getattr(parameter, "device_mesh", None)].append(parameter)
+    return alike.values()

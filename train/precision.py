@@ -12,6 +12,9 @@ tritium's operators use autocast's own cache. Here a micro-batch adds the narrow
 paid once a step: for the 85 million weights of GPT-2's blocks 1.2 GB less a micro-batch. The head shares its weight with the
 embedding, whose gradient is better summed in float32: it is cast in each micro-batch.
 
+Several ranks have no working copy, as their engines know the masters only. fully_shard casts what it gathers, once a pass;
+with DistributedDataParallel each pass casts all, at autocast's price. Losses and gradients are the same.
+
 float16 overflows where bfloat16 does not, so its losses are scaled: see train/optim.py.
 """
 
@@ -21,6 +24,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from .config import InputError
 
@@ -64,6 +68,20 @@ def refresh(working: nn.Module, model: nn.Module) -> None:
     narrow, wide = zip(*((mine, other) for mine, other in pairs if mine is not other), strict=True)
     with torch.no_grad():
         torch._foreach_copy_(narrow, wide)
+
+
+class Narrowed(nn.Module):
+    """A model that computes as its working copy would, on weights it casts in each pass: gradients reach the masters' hooks."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self._dtype = model, dtype
+        of_products = {id(parameter) for parameter in products(model)}
+        self._names = [name for name, parameter in model.named_parameters() if id(parameter) in of_products]
+
+    def forward(self, *args, **options):
+        narrow = {name: self.model.get_parameter(name).to(self._dtype) for name in self._names}
+        return functional_call(self.model, narrow, args, options)
 
 
 def products(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -4,27 +4,36 @@
                                                         of the masters -> working copy cast anew
 
 Nothing between the first and the last of these waits for the device: what the host must know of a batch (how many targets
-count, where documents begin) it reads off CPU tensors, and loss and norm of the gradients are left on the device. Several
-devices have to sum the gradients of `model` between `backward` and `update`, and nothing else.
+count, where documents begin) it reads off CPU tensors, and loss and norm of the gradients are left on the device. Of several
+ranks each has a part of the batch; their engine (train/sharding.py) sums the gradients during the last micro-batch's backward.
 """
 
 import contextlib
 import gc
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels._triton import HAS_TRITON
+from ..model import GPT
 from .config import TrainConfig
-from .evaluate import batch_loss
+from .distributed import ALONE, World
+from .evaluate import Evaluation, batch_loss, evaluate
 from .loader import IGNORED
 from .optim import Optimizer
-from .precision import choose_dtype, refresh, working_copy
+from .precision import Narrowed, choose_dtype, refresh, working_copy
+from .sharding import micro_step, replicate, whole_weights
 
 
 def is_compiled_on(device: torch.device) -> bool:
     """Whether --compile auto compiles: on CUDA, whose code Triton makes."""
     return device.type == "cuda" and HAS_TRITON
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run compiles."""
+    return is_compiled_on(device) if config.compile == "auto" else config.compile == "on"
 
 
 @contextlib.contextmanager
@@ -46,45 +55,76 @@ class Trainer:
     """A model in training.
 
     Args:
-        model: float32 weights on their device, as a checkpoint has them.
+        model: float32 weights on their device, as a checkpoint has them; sharded if they are to be.
         optimizer: of this model.
         config: precision, micro-batch, whether to compile.
         separator: the token that begins a document where documents do not see one another; None: rows are documents.
+        world: ranks that train it together.
     Attributes:
-        model, optimizer, separator: as given.
+        model, optimizer, separator, world: as given.
+        dtype: of products.
         working: what computes, the model itself or its copy in the run's precision; for evaluations and samples too.
             These run it uncompiled, as their sizes vary: forward and loss of a micro-batch are the one graph ever compiled.
         is_compiled: whether that is done, in the first step.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, separator: int | None = None):
-        self.model, self.optimizer, self.separator, self._micro_batch = model, optimizer, separator, config.micro_batch
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, separator: int | None = None,
+        world: World = ALONE,
+    ):  # fmt: skip
+        self.model, self.optimizer, self.separator, self.world = model, optimizer, separator, world
+        self._micro_batch = world.micro_batch(config)
         device = model.wte.weight.device
-        self.working = working_copy(model, choose_dtype(config.precision, device))
-        self.is_compiled = is_compiled_on(device) if config.compile == "auto" else config.compile == "on"
-        self._network = torch.compile(self.working, fullgraph=True) if self.is_compiled else self.working
+        self.dtype = choose_dtype(config.precision, device)
+        if world.engine is None:
+            self.working = working_copy(model, self.dtype)
+        else:
+            self.working = model if world.engine == "fsdp" or self.dtype == torch.float32 else Narrowed(model, self.dtype)
+        self.is_compiled = is_compiled(config, device)
+        is_one_graph = self.is_compiled and world.engine != "fsdp"  # of which `shard` compiles the parts
+        self._network = replicate(torch.compile(self.working, fullgraph=True) if is_one_graph else self.working, world)
 
-    def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def backward(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> Tensor:
         """Add to the gradients of `model` those of the mean loss over all counted targets of a batch.
 
         Args:
             tokens, targets: (B, T) int64 on the CPU, as a Loader gives them.
-        Returns: that loss, () float32 on the device.
+            counted: targets that count in the batch of all ranks; default: in this one.
+        Returns: that loss, of all ranks, () float32 on the device.
         """
         # In numpy: no tensor of the device can slip in and be waited for.
-        counted = (targets.numpy() != IGNORED).sum(axis=1)
+        mine = (targets.numpy() != IGNORED).sum(axis=1)
+        counted = mine.sum() if counted is None else counted
         total = torch.zeros((), device=self.model.wte.weight.device)
         for start in range(0, len(tokens), self._micro_batch):
             rows = slice(start, start + self._micro_batch)
             # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
-            share = float(counted[rows].sum() / counted.sum())
-            loss = batch_loss(self._network, tokens[rows], targets[rows], self.separator) * share
-            self.optimizer.scaler.scale(loss).backward()
+            share = float(mine[rows].sum() / counted)
+            with micro_step(self._network, self.world, is_last=rows.stop >= len(tokens)):
+                loss = batch_loss(self._network, tokens[rows], targets[rows], self.separator) * share
+                # Engines take the mean of the ranks' gradients, where their sum is meant.
+                self.optimizer.scaler.scale(loss * self.world.data_ranks).backward()
             total += loss.detach()
-        return total
+        return self.world.sum(total)
 
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step with the gradients; returns their norm as Optimizer.update does."""
         grad_norm = self.optimizer.update(lr)
         refresh(self.working, self.model)
         return grad_norm
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float) -> Evaluation | None:
+        """As evaluate of a model that is read as this one is."""
+        return evaluate(self.working, batches, bytes_per_token=bytes_per_token, separator=self.separator, world=self.world)
+
+    def on_first_rank(self) -> GPT | None:
+        """What samples on the first rank alone; None on the others, whose help it needs. Until the next update."""
+        if self.world.engine is None:
+            return self.working
+        weights = whole_weights(self.model, self.world)
+        if not self.world.is_first:
+            return None
+        with torch.device("meta"):  # nothing is drawn
+            model = GPT(self.model.config)
+        model.load_state_dict(weights, assign=True)
+        return working_copy(model.to(next(self.model.parameters()).device), self.dtype)

@@ -1,5 +1,10 @@
 """A corpus and a model small enough to train in a blink."""
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,5 +62,31 @@ def refused(tritium):
         assert len(lines) == 1, err
         assert "Traceback" not in err
         return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def forking():
+    """The program that forks ranks, started once: importing PyTorch takes longer than a run."""
+    program = Path(__file__).with_name("ranks.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, program], **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def launch(forking, tmp_path):
+    """Call train on several ranks, 0: without torchrun: launch(2, *words) -> (statuses, stdout and stderr of each)."""
+
+    def call(ranks: int, *words, environment=None, **more) -> tuple[list[int], list[str], list[str]]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        environment = {"TRITIUM_HOME": os.environ.get("TRITIUM_HOME")} | (environment or {})
+        job = {"words": [str(word) for word in words], "ranks": ranks, "folder": str(folder), "environment": environment}
+        job |= {name: str(value) for name, value in more.items()}
+        print(json.dumps(job), file=forking.stdin, flush=True)
+        status = json.loads(forking.stdout.readline())["status"]
+        return status, *([(folder / f"{rank}.{name}").read_text() for rank in range(len(status))] for name in ("out", "err"))
 
     return call

@@ -85,7 +85,7 @@ def test_unknown_words_are_answered_with_the_near_ones(refused):
         (["--tokenizer", "words"], "words"),
         (["--precision", "float8"], "invalid choice 'float8'"),
         (["--optimizer", "sgd"], "invalid choice 'sgd'"),
-        (["--resume", "x"], "--resume RUN_DIR stands alone"),
+        (["--resume", "x"], "--resume RUN_DIR comes first"),
     ],
 )
 def test_bad_options_of_train(words, message, refused, tiny, tmp_path):
@@ -129,8 +129,8 @@ def test_a_run_is_never_overwritten(refused, tritium, tiny, tmp_path):
 
 def test_bad_resumes(refused, tritium, tiny, tmp_path):
     assert "expected the folder of a run" in refused("train", "--resume", tmp_path)
-    assert "expected one folder" in refused("train", "--resume")
-    assert "expected one folder" in refused("train", "--resume", "a", "--steps", "3")
+    assert "expected a folder of a run, got none" in refused("train", "--resume")
+    assert "expected nothing after it but how processes share the run" in refused("train", "--resume", "a", "--steps", "3")
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     record = json.loads((run / "config.json").read_text())

@@ -163,3 +163,22 @@ def test_documents_begin_with_rows_and_separators():
         assert (len(starts) - 1).bit_count() == 1
         assert starts.diff()[:documents].min() > 0
         assert starts.unique().numel() == documents + 1
+
+
+@pytest.mark.parametrize("n", [1001, 1005])
+def test_ranks_know_how_many_targets_count_in_all(n):
+    loaders = [Loader(_stream(n), context_tokens=10, batch_size=6, seed=5, rank=rank, world_size=3) for rank in range(3)]
+    for step in range(40):  # 2 epochs of 100 or 101 windows, of which one may be short
+        found = sum(int((loader.batch(step)[1] != IGNORED).sum()) for loader in loaders)
+        assert [loader.counted(step) for loader in loaders] == [found] * 3
+
+
+@pytest.mark.parametrize(("n", "batch_size", "max_tokens"), [(1005, 4, None), (1005, 40, None), (1005, 4, 300), (95, 4, None)])
+def test_ranks_evaluate_every_target_once_in_as_many_batches(n, batch_size, max_tokens):
+    options = {"context_tokens": 10, "max_tokens": max_tokens}
+    (whole,) = evaluation_batches(_stream(n), batch_size=1000, **options)
+    parts = [list(evaluation_batches(_stream(n), batch_size=batch_size, rank=r, world_size=3, **options)) for r in range(3)]
+    assert len({len(part) for part in parts}) == 1
+    targets = torch.cat([targets.flatten() for part in parts for _, targets in part])
+    expected = whole[1].flatten()
+    assert torch.equal(targets[targets != IGNORED].sort().values, expected[expected != IGNORED].sort().values)

@@ -1,0 +1,85 @@
+"""Runs `tritium train` on several ranks as torchrun would, each forked from this process, which has imported all they need.
+
+Reads a job a line from stdin and answers with a line: {"words", "ranks", "folder", "environment"} -> {"status": one a rank}.
+Rank i writes to FOLDER/i.out and FOLDER/i.err. 0 ranks: one process without torchrun. "environment": further variables of all
+ranks; null unsets one. "stop": SIGTERM reaches the last rank alone once the run in this folder has metrics. "backend": of
+torch.compile.
+"""
+
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tritium.train import loop
+from tritium.train.cli import run
+from tritium.train.commands import train
+
+for name in ("_dynamo", "distributed.checkpoint.state_dict", "distributed.fsdp", "distributed.optim"):
+    importlib.import_module(f"torch.{name}")
+loop.plot_loss = lambda run: None  # takes longer than the run
+gc.freeze()  # or every rank would look through all that was imported
+
+SECONDS = 100
+
+
+def work(job: dict, rank: int, port: int) -> int:
+    variables = {}
+    if ranks := job["ranks"]:
+        variables |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in (variables | job["environment"]).items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = str(value)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if "backend" in job:
+        torch.compile = functools.partial(torch.compile, backend=job["backend"])
+    status = run(train, job["words"])
+    sys.stdout.flush()
+    return status
+
+
+def answer(job: dict) -> dict:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    left, status = {}, [None] * max(1, job["ranks"])
+    for rank in range(len(status)):
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = work(job, rank, port)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        left[pid] = rank
+    deadline = time.monotonic() + SECONDS
+    stop = Path(job["stop"]) / "metrics.jsonl" if "stop" in job else None
+    while left and time.monotonic() < deadline:
+        pid, code = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            status[left.pop(pid)] = os.waitstatus_to_exitcode(code)
+        elif stop is not None and stop.exists() and stop.stat().st_size:
+            os.kill(max(left, key=left.get), signal.SIGTERM)
+            stop = None
+        else:
+            time.sleep(0.01)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return {"status": status}
+
+
+for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), flush=True)
