@@ -21,9 +21,11 @@ from .device import choose_device, choose_matmul, keep_freed_memory
 from .evaluate import Evaluation, evaluate
 from .log import Metrics, console, plot_loss
 from .optim import Optimizer, refuse_missing_optimizer
-from .precision import choose_dtype
+from .precision import refuse_missing_attention
+from .profile import profiled, refuse_no_room
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
+from .trackers import open_trackers, refuse_missing_trackers
 from .trainer import Trainer, quiet_collector
 
 
@@ -38,8 +40,8 @@ def start(config: TrainConfig, run: Path) -> Evaluation:
     Raises: InputError for a folder in use, bad data or a training that diverges; InterruptedRun after SIGINT or SIGTERM.
     """
     refuse_used_folder(run)
-    choose_dtype(config.precision, choose_device(config.device))
-    refuse_missing_optimizer(config)
+    _refuse_missing(config)
+    refuse_no_room(config)
     dataset = open_dataset(prepare(config.data, config.tokenizer, cache_dir() / "datasets", held_out=config.held_out))
     # What only an evaluation would find out, found out now.
     dataset.tokenizer.encode(config.prompt)
@@ -52,6 +54,7 @@ def start(config: TrainConfig, run: Path) -> Evaluation:
 def resume(run: Path) -> Evaluation:
     """Go on with a stopped run from its newest checkpoint, with the very next batch. Returns and raises as `start`."""
     record = read_run(run)
+    _refuse_missing(record.train)
     checkpoint = newest_checkpoint(run)
     dataset = open_dataset(record.dataset)
     if dataset.tokenizer.sha256 != record.tokenizer_sha256:
@@ -62,12 +65,19 @@ def resume(run: Path) -> Evaluation:
     return _train(record.train, run, dataset, checkpoint)
 
 
+def _refuse_missing(config: TrainConfig) -> None:
+    """Raise InputError for what the options ask of this machine and it does not have."""
+    refuse_missing_attention(config, choose_device(config.device))
+    refuse_missing_optimizer(config)
+    refuse_missing_trackers(config)
+
+
 def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | None) -> Evaluation:
     device = choose_device(config.device)
     choose_matmul(device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
+    model = GPT(config.gpt(dataset.tokenizer.vocab_size), attention=config.attention).to(device)
     optimizer = Optimizer(model, config)
     first = _begin(config, run, model, optimizer) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
     loader = Loader(dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed)
@@ -75,7 +85,7 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
     metrics = Metrics(
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
-        skips_overflow=optimizer.scaler.is_enabled(),
+        skips_overflow=optimizer.scaler.is_enabled(), trackers=open_trackers(config, run, first),
     )  # fmt: skip
     if trainer.is_compiled:
         console.print("compiling the model: the first step takes longer, less so once it is in the cache")
@@ -95,12 +105,14 @@ def _train(config: TrainConfig, run: Path, dataset: Dataset, checkpoint: Path | 
                 gc.collect()
             return result
 
-        for step in range(first, config.steps):
+        for step in profiled(range(first, config.steps), config, run, metrics, device):
             # Before the step, not after the one before: a run stopped in between makes up for it when it is resumed.
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            loss = trainer.backward(*loader.batch(step))
+            with metrics.waiting():
+                batch = loader.batch(step)
+            loss = trainer.backward(*batch)
             metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1
