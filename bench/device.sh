@@ -70,7 +70,8 @@ if [ -n "$rehearse" ]; then
     training=(shakespeare-char --device cpu --steps 2 --out "$out/train.json")
     run=(shakespeare-char --data train --tokenizer bytes --device cpu --steps 2 --eval-tokens 64 --n-layer 1 --sample-tokens 2)
 else
-    tests=(-m "not codegen") kernels=() training=(gpt2 --out "$out/train.json")
+    # Ours alone beside the baseline: each other attention is one more model to compile.
+    tests=(-m "not codegen") kernels=() training=(gpt2 --attention --out "$out/train.json")
     files=(layer_norm:"layer_norm add_layer_norm" attention:causal_attention mlp:gelu_mlp cross_entropy:cross_entropy
         linear_cross_entropy:linear_cross_entropy attention_varlen:causal_attention_varlen attention_decode:attention_decode
         rms_norm:"rms_norm add_rms_norm" rotary:rotary swiglu_mlp:swiglu_mlp)

@@ -1,17 +1,17 @@
 """Training speed beside a plain PyTorch GPT: tritium bench train [RECIPE] [--key value ...].
 
-Both start from the same weights and take the same batches, in turn: rounds of a few steps, the order swapped from one to the
-next. Both are trained by train/trainer.py, in the same precision, by the same optimizer, clipping and schedule. A step is one
-micro-batch moved to the device, forward and backward, clipping and AdamW; a run that adds up several micro-batches has the last
-two less often. Tokens are drawn at random before the clock starts, frequent and rare as in text (Zipf: one over the rank), as
-repeated tokens meet in the embedding's gradient. Reading data, evaluations and checkpoints are not in the figures. Products of
-float32 and the allocator are set as the trainer sets them, for the whole process: for both.
+On a GPU tritium's model takes part with each other attention that is installed, too. All have the same weights, precision,
+optimizer, clipping and schedule, are trained by train/trainer.py and take the same batches, in turn: rounds of a few steps, the
+order reversed from one to the next. A step is one micro-batch moved to the device, forward and backward, clipping and AdamW; a
+run that adds up several micro-batches has the last two less often. Tokens are drawn at random before the clock starts, frequent
+and rare as in text (Zipf: one over the rank), as repeated tokens meet in the embedding's gradient. Reading data, evaluations
+and checkpoints are not in the figures. Products of float32 and the allocator are set as the trainer sets them, for all.
 
-Before anything is timed both must agree on the first batch to what rounding explains:
+Before anything is timed all must agree with the baseline on the first batch to what rounding explains:
 
     roundings   a value on its way from embedding to logit is rounded R = 11 L + 3 times, each time by at most u = eps / 2 of
                 the products' dtype + sqrt(F) eps / 2 of float32 for the sum inside the longest product. They add up like a
-                random walk, in both programs: a logit is off by r = sqrt(2 R) u of the largest
+                random walk, in two programs: a logit is off by r = sqrt(2 R) u of the largest
     loss        |l - l'| <= 2 r max|logit| + (8 + sqrt(N)) eps l, eps of float32: a token's loss has the gradient p - onehot by
                 its logits, of absolute sum 2 at most; the mean sums N of them
     gradients   |g - g'| <= sqrt(3) r |g|, over all parameters at once: the backward has twice the roundings again
@@ -21,9 +21,10 @@ allowed, a right one by 0.004 (laptop's shape, bfloat16 on a CPU). Later losses 
 have the size of the learning rate even where a gradient is all rounding.
 
 MFU        tokens a second x flops_per_token (model/cost.py) / the device's bf16 peak (kernels/_device.py)
-Memory     CUDA: most bytes that PyTorch had allocated in a contestant's rounds, less the other's weights and optimizer state
+Memory     CUDA: most bytes that PyTorch had allocated in a contestant's rounds, less the others' weights and optimizer state
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -37,17 +38,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from ..kernels._device import ceiling
 from ..model import GPT, GPTConfig
+from ..model.attention import ATTENTIONS
 from ..model.cost import flops_per_token, parameters
 from ..train.cli import parse
 from ..train.config import InputError, TrainConfig
 from ..train.device import choose_device, choose_matmul, keep_freed_memory
 from ..train.optim import Optimizer
-from ..train.precision import choose_dtype
+from ..train.precision import choose_dtype, refuse_missing_attention
+from ..train.profile import Row, activities, operators
 from ..train.recipes import RECIPES, default_recipe, recipe
 from ..train.schedule import learning_rate
 from ..train.tokenizer import vocab_size_of
@@ -87,6 +88,8 @@ class Options:
     """Tokens that can be predicted; default: as the recipe's tokenizer has."""
     compile: Literal["auto", "baseline", "both", "off"] = "auto"
     """What torch.compile gets; auto: what the trainer compiles, both on CUDA and nothing on a CPU."""
+    attention: tuple[Literal["sdpa", "flash-attn"], ...] | None = None
+    """What else tritium's model is trained with beside its own; default: on CUDA each that is installed, on a CPU none."""
     device: str = "auto"
     """cpu, cuda or cuda:1; auto: CUDA if there is one, else the CPU."""
     out: str | None = None
@@ -116,7 +119,7 @@ class Contestant:
         self.trainer.update(lr)
 
     def held_bytes(self) -> int:
-        """Weights, their copies and optimizer state: what stays allocated while the other one runs."""
+        """Weights, their copies and optimizer state: what stays allocated while another one runs."""
         state = [value for values in self.trainer.optimizer.states().values() for value in values.values()]
         return sum(value.nbytes for value in {*self.model.parameters(), *self.trainer.working.parameters(), *state})
 
@@ -143,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: torch.device) -> dict[str, Any]:
-    """Train both, and return every figure of the record. Raises: InputError if they do not agree on the first batch."""
+    """Train all, and return every figure of the record. Raises: InputError if they do not agree on the first batch."""
     choose_matmul(device)
     keep_freed_memory()
     if device.type == "cuda" and device.index is not None:
@@ -152,18 +155,21 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
     steps = options.steps or steps
     warmup_steps = warmup_steps if options.warmup_steps is None else options.warmup_steps
     compiled = ("both" if is_compiled_on(device) else "off") if options.compile == "auto" else options.compile
-    pair = make_pair(config, shape, device, compiled)
+    contestants = make_contestants(config, shape, device, compiled, chosen_attentions(config, options, device))
+    ours, *others, baseline = contestants
     batch = functools.partial(random_batch, config, shape)
-    agreement = check_agreement(config, *pair, batch(0))
+    agreement = {other.name: check_agreement(config, other, baseline, batch(0)) for other in (ours, *others)}
     for step in range(warmup_steps):
-        for contestant in pair:
+        for contestant in contestants:
             contestant.step(*batch(step))
-    seconds, peaks = _rounds(pair, batch, steps, device)
-    ratios = [statistics.median(theirs) / statistics.median(ours) for ours, theirs in zip(*seconds, strict=True)]
-    contestants = {
+    seconds, peaks = _rounds(contestants, batch, steps, device)
+    medians = [[statistics.median(times) for times in rounds] for rounds in seconds]
+    figures = {
         contestant.name: _figures(contestant, config, [time for times in rounds for time in times], peak, device)
-        for contestant, rounds, peak in zip(pair, seconds, peaks, strict=True)
+        for contestant, rounds, peak in zip(contestants, seconds, peaks, strict=True)
     }
+    for name, theirs in zip(figures, medians, strict=True):
+        figures[name]["ratio"] = _spread([other / mine for mine, other in zip(medians[0], theirs, strict=True)])
     return {
         "shape": asdict(shape),
         "parameters": parameters(shape),
@@ -174,22 +180,36 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
         "device": device.type,
         "dtype": str(choose_dtype(config.precision, device)).removeprefix("torch."),
         "agreement": agreement,
-        "contestants": contestants,
-        "ratio": _spread(ratios),
+        "contestants": figures,
         # After all timing: once used, a profiler may slow what follows.
-        "profile": {contestant.name: profiled(contestant, batch(0), device) for contestant in pair},
+        "profile": {contestant.name: profiled(contestant, batch(0), device) for contestant in (ours, baseline)},
     }
 
 
-def make_pair(config: TrainConfig, shape: GPTConfig, device: torch.device, compiled: str) -> tuple[Contestant, Contestant]:
-    """Tritium's model and the baseline, with the same weights."""
+def chosen_attentions(config: TrainConfig, options: Options, device: torch.device) -> list[str]:
+    """Those beside ours. Raises: InputError for one that is asked for and cannot run here."""
+    default, chosen = list(ATTENTIONS)[1:] if device.type == "cuda" else [], []
+    for name in dict.fromkeys(default if options.attention is None else options.attention):
+        with contextlib.suppress(InputError) if options.attention is None else contextlib.nullcontext():
+            refuse_missing_attention(replace(config, attention=name), device)
+            chosen.append(name)
+    return chosen
+
+
+def make_contestants(
+    config: TrainConfig, shape: GPTConfig, device: torch.device, compiled: str, attentions: Sequence[str] = ()
+) -> list[Contestant]:
+    """Tritium's model, the same with each of the other attentions, and the baseline last; all with the same weights."""
     torch.manual_seed(config.seed)
-    ours, baseline = GPT(shape).to(device), Baseline(shape).to(device)
-    baseline.load_state_dict(ours.state_dict())
-    return (
-        Contestant("tritium", ours, config, compiled=compiled == "both"),
-        Contestant("baseline", baseline, config, compiled=compiled in ("both", "baseline")),
-    )
+    models = {"tritium": GPT(shape)}
+    models |= {f"tritium, {name}": GPT(shape, attention=name) for name in attentions}
+    models["baseline"] = Baseline(shape)
+    contestants = []
+    for name, model in models.items():
+        model.load_state_dict(models["tritium"].state_dict())
+        is_compiled = compiled == "both" or (compiled == "baseline" and name == "baseline")
+        contestants.append(Contestant(name, model.to(device), config, compiled=is_compiled))
+    return contestants
 
 
 def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
@@ -230,27 +250,29 @@ def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant,
     for what in ("loss", "gradient"):
         if not found[f"{what}_gap"] <= found[f"{what}_bound"]:  # not >: a NaN is no agreement
             raise InputError(
-                f"bench train: expected tritium's and the baseline's {what} on the first batch to part by rounding, up to "
+                f"bench train: expected {ours.name}'s and the baseline's {what} on the first batch to part by rounding, up to "
                 f"{found[f'{what}_bound']:.2g}, got {found[f'{what}_gap']:.2g} (losses {losses[0]:.6f} and {losses[1]:.6f}), "
                 "and reports no speed; run the tests: one of the two is wrong"
             )
     return found
 
 
-def _rounds(pair: tuple[Contestant, Contestant], batch: Callable[[int], Batch], steps: int, device: torch.device) -> tuple:
-    """Train both in turn; returns for each its rounds' lists of seconds a step, and its peak bytes, None on a CPU."""
+def _rounds(contestants: Sequence[Contestant], batch: Callable[[int], Batch], steps: int, device: torch.device) -> tuple:
+    """Train all in turn; returns for each its rounds' lists of seconds a step, and its peak bytes, None on a CPU."""
     on_cuda = device.type == "cuda"
     _, _, size, untimed = PROTOCOL[device.type]
-    seconds, peaks = [[], []], [0, 0] if on_cuda else [None, None]
+    places = range(len(contestants))
+    seconds, peaks = [[] for _ in places], [0 if on_cuda else None for _ in places]
     for number, start in enumerate(range(0, steps, size)):
-        first = len(pair[0].losses)
+        first = len(contestants[0].losses)
         batches = [batch(first + step) for step in range(untimed + min(size, steps - start))]
-        for place in (0, 1) if number % 2 == 0 else (1, 0):
+        for place in places if number % 2 == 0 else reversed(places):
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats(device)
-            seconds[place].append(_timed(pair[place], batches, device)[untimed:])
+            seconds[place].append(_timed(contestants[place], batches, device)[untimed:])
             if on_cuda:
-                peaks[place] = max(peaks[place], torch.cuda.max_memory_allocated(device) - pair[1 - place].held_bytes())
+                held = sum(contestants[other].held_bytes() for other in places if other != place)
+                peaks[place] = max(peaks[place], torch.cuda.max_memory_allocated(device) - held)
     return seconds, peaks
 
 
@@ -295,38 +317,22 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def profiled(contestant: Contestant, batch: Batch, device: torch.device) -> list[dict[str, Any]]:
-    """Where a step's time goes, the longest first: operator, seconds a step, share of all, calls a step.
-
-    Times are an operator's own, without those that it calls; on CUDA those of the kernels that it launched.
-    """
-    on_cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as trace:
+    """Where a step's time goes, the longest first, as train/profile.py tells it; the last row is all that is not shown."""
+    with torch.profiler.profile(activities=activities(device)) as trace:
         for _ in range(PROFILED_STEPS):
             contestant.step(*batch)
-        if on_cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
-    rows = [row for row in trace.key_averages() if not row.is_user_annotation]
-    field = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    operators = [(row.key, getattr(row, field), row.count) for row in rows if row.device_type == DeviceType.CPU]
-    # Kernels have rows of their own: what no operator was seen to launch is in these alone.
-    total = sum(getattr(row, field) for row in rows if (row.device_type != DeviceType.CPU) == on_cuda)
-    operators.sort(key=lambda row: row[1], reverse=True)
-    shown = operators[:PROFILE_ROWS]
-    shown.append(("everything else", max(0.0, total - sum(time for _, time, _ in shown)), None))
-    return [
-        {
-            "operator": key,
-            "seconds": microseconds / 1e6 / PROFILED_STEPS,
-            "share": microseconds / total if total else 0.0,
-            "calls": None if count is None else count / PROFILED_STEPS,
-        }
-        for key, microseconds, count in shown
-    ]
+    rows = operators(trace.events(), PROFILED_STEPS, device)
+    shown, left = rows[:PROFILE_ROWS], rows[PROFILE_ROWS:]
+    seconds, share = (sum(getattr(row, name) for row in left) for name in ("seconds", "share"))
+    rest = Row(part="everything else", operator="", seconds=seconds, share=share, calls=None)
+    return [asdict(row) for row in (*shown, rest)]
 
 
 def render(figures: dict[str, Any]) -> str:
     """A record of main's, with its provenance, as the terminal shows it."""
-    shape, pair = figures["shape"], figures["contestants"]
+    shape, contestants = figures["shape"], figures["contestants"]
     machine = figures["gpu"] if figures["device"] == "cuda" else f"{figures['cpu']}, {figures['threads']} threads"
     lines = [
         f"{figures['recipe']} on {machine}: {figures['parameters']:,} parameters, vocabulary {shape['vocab_size']:,}, "
@@ -334,48 +340,60 @@ def render(figures: dict[str, Any]) -> str:
         f"{figures['micro_batch_size']} x {figures['context_tokens']} random tokens a step, {figures['steps']} timed steps of "
         f"each, in turn, after {figures['warmup_steps']}",
         "",
-        f"{'':10}{'compiled':>9}{'tokens/s':>12}{'step ms':>10}{'p10 to p90':>18}{'MFU':>7}{'peak memory':>14}",
+        f"{'':20}{'compiled':>9}{'tokens/s':>12}{'step ms':>10}{'p10 to p90':>18}{'MFU':>7}{'peak memory':>14}",
     ]
-    for name, row in pair.items():
+    for name, row in contestants.items():
         median, p10, p90 = (1e3 * row["step_seconds"][key] for key in ("median", "p10", "p90"))
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
         lines.append(
-            f"{name:10}{'yes' if row['compiled'] else 'no':>9}{row['tokens_per_second']:12,.0f}{median:10.2f}"
+            f"{name:20}{'yes' if row['compiled'] else 'no':>9}{row['tokens_per_second']:12,.0f}{median:10.2f}"
             f"{f'{p10:.2f} to {p90:.2f}':>18}{mfu:>7}{memory:>14}"
         )
-    ratio, p10, p90 = (figures["ratio"][key] for key in ("median", "p10", "p90"))
+    ratio, p10, p90 = (contestants["baseline"]["ratio"][key] for key in ("median", "p10", "p90"))
     lines.append(f"tritium makes {ratio:.2f} times the baseline's tokens/s (p10 to p90 of the rounds: {p10:.2f} to {p90:.2f})")
+    # In nine of ten rounds, so that it is no noise.
+    faster = {
+        name: row["ratio"]["median"] for name, row in contestants.items() if row["ratio"]["p90"] < 1 and name != "baseline"
+    }
+    if faster:
+        name = min(faster, key=faster.get)
+        lines.append(
+            f"train with --attention {name.split()[-1]} here: {1 / faster[name]:.2f} times the tokens/s of tritium's own"
+        )
     if figures["device"] == "cpu":
         lines.append("no Triton kernel runs on a CPU, so the ratio says nothing of a GPU; peak memory is not measured here")
-    if pair["tritium"]["mfu"] is None:
+    if contestants["tritium"]["mfu"] is None:
         lines.append("no MFU: device not in the table of kernels/_device.py")
     return "\n".join([*lines, "", *_loss_table(figures), "", *_profile_table(figures["profile"])])
 
 
 def _loss_table(figures: dict[str, Any]) -> list[str]:
-    losses, found = {name: row["losses"] for name, row in figures["contestants"].items()}, figures["agreement"]
+    losses = {name: row["losses"] for name, row in figures["contestants"].items()}
     steps = sorted({round(place * (len(losses["tritium"]) - 1) / 5) for place in range(6)})
-    apart = max(abs(a - b) / b for a, b in zip(losses["tritium"], losses["baseline"], strict=True))
-    return [
-        f"{'loss, step':10}" + "".join(f"{step + 1:>10}" for step in steps),
-        *(f"{name:10}" + "".join(f"{values[step]:10.4f}" for step in steps) for name, values in losses.items()),
-        f"apart by {apart:.1e} of the loss at most",
-        f"on the first batch by {found['loss_gap']:.1e} (rounding explains up to {found['loss_bound']:.1e}), gradients by "
-        f"{found['gradient_gap']:.1e} of their norm (up to {found['gradient_bound']:.1e})",
-    ]
+    lines = [f"{'loss, step':20}" + "".join(f"{step + 1:>10}" for step in steps)]
+    lines += [f"{name:20}" + "".join(f"{values[step]:10.4f}" for step in steps) for name, values in losses.items()]
+    for name, found in figures["agreement"].items():
+        apart = max(abs(a - b) / b for a, b in zip(losses[name], losses["baseline"], strict=True))
+        lines += [
+            f"{name} and baseline: apart by {apart:.1e} of the loss at most",
+            f"on the first batch by {found['loss_gap']:.1e} (rounding explains up to {found['loss_bound']:.1e}), gradients by "
+            f"{found['gradient_gap']:.1e} of their norm (up to {found['gradient_bound']:.1e})",
+        ]
+    return lines
 
 
 def _profile_table(profiles: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Both profiles side by side."""
     columns = [
         [f"{f'{name}: where a step goes':42}{'ms':>8}{'share':>7}"]
-        + [f"{_shortened(row['operator']):42}{1e3 * row['seconds']:8.2f}{row['share']:7.1%}" for row in rows]
+        + [f"{_shortened(row):42}{1e3 * row['seconds']:8.2f}{row['share']:7.1%}" for row in rows]
         for name, rows in profiles.items()
     ]
     return ["   ".join(pair).rstrip() for pair in itertools.zip_longest(*columns, fillvalue="")]
 
 
-def _shortened(name: str) -> str:
-    """At most 40 characters of an operator's name: its start and its end, which tells forward from backward."""
+def _shortened(row: dict[str, Any]) -> str:
+    """At most 40 characters of part and operator: start and end, which tells forward from backward."""
+    name = f"{row['part']}: {row['operator']}".removesuffix(": ")
     return name if len(name) <= 40 else f"{name[:19]}...{name[-18:]}"

@@ -40,6 +40,8 @@ class TrainConfig:
     """Of products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float16 on GPUs without it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile makes one graph of model and loss. auto: on CUDA."""
+    attention: Literal["tritium", "sdpa", "flash-attn"] = "tritium"
+    """Whose attention the model trains with: ours, PyTorch's, or the package flash-attn's, on CUDA in 16 bits."""
     seed: int = 1337
     """Of initial weights, order of the data and samples."""
 
@@ -102,12 +104,19 @@ class TrainConfig:
     sample_tokens: int = 200
     """Tokens of a sample."""
 
+    profile: int = 0
+    """Steps, after the first 10, whose time goes to RUN/profile: a trace for Perfetto and a table of operators."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets what metrics.jsonl gets."""
+    tensorboard: bool = False
+    """Whether RUN/tensorboard gets it too."""
+
     def __post_init__(self):
         if not self.data:
             raise InputError("--data: expected files, folders, a dataset, stdlib or python, got none")
         least = {"steps": 1, "batch_size": 1, "eval_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 1}
         least |= {"eval_tokens": 1, "warmup_steps": 0, "sample_tokens": 0}
-        least |= {"lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0}
+        least |= {"lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "profile": 0}
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
                 raise InputError(f"--{_dashed(name)}: expected {bound} or more, and finite, got {getattr(self, name)}")

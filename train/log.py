@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .config import DIVERGED, InputError
 from .distributed import ALONE, World
 from .evaluate import Evaluation
 from .files import write_whole
+from .trackers import Tracker
 
 # Steps that are read back from the device at a time. On CUDA the newest one is left out, so that while the host waits for those
 # before it the device has work.
@@ -29,8 +31,9 @@ class Metrics:
     """RUN/metrics.jsonl and the progress bar, of the first rank; the others keep step, so that a diverged run ends on all.
 
     A training line holds step, tokens (seen so far), loss (nats), lr, grad_norm (null where float16 overflowed and the step was
-    left out), tokens_per_second, mfu (share of the devices' bf16 peak; null where the table does not know it) and memory (bytes
-    at most so far, on the first rank); an evaluation adds val_loss, val_perplexity and val_bits_per_byte in a line of its own.
+    left out), tokens_per_second, mfu (share of the devices' bf16 peak; null where the table does not know it), memory (bytes
+    at most so far) and data_wait (share of the time that the host waited for batches), both of the first rank; an evaluation
+    adds val_loss, val_perplexity and val_bits_per_byte in a line of its own.
 
     Args:
         run: the run's folder; its metrics.jsonl is cut back to the lines before `start`.
@@ -39,23 +42,24 @@ class Metrics:
         flops_per_token: for mfu.
         skips_overflow: whether a step with gradients that are not finite was left out; else the run has diverged.
         world: ranks that train together, each of which has one.
+        trackers: get each line too.
     Attributes: evaluated: steps after which there has been an evaluation.
     """
 
     def __init__(
         self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int, device: torch.device,
-        skips_overflow: bool, world: World = ALONE,
+        skips_overflow: bool, world: World = ALONE, trackers: Sequence[Tracker] = (),
     ):  # fmt: skip
         path = run / "metrics.jsonl"
         self.evaluated = world.first(lambda: _cut_back(path, start, steps))
         path = path if world.is_first else os.devnull
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
         self._tokens_per_step, self._flops_per_token, self._device = tokens_per_step, flops_per_token, device
-        self._skips_overflow = skips_overflow
+        self._skips_overflow, self._trackers = skips_overflow, trackers
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = known and known.bf16_flops * world.size
         self._waiting: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
-        self._clock = time.perf_counter()
+        self._clock, self._waited = time.perf_counter(), 0.0
         self.seconds = 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         # In a file the bar would be one line at the end; evaluations are printed either way.
@@ -70,6 +74,8 @@ class Metrics:
     def __exit__(self, *_) -> None:
         self._bar.stop()
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @contextlib.contextmanager
     def paused(self):
@@ -77,6 +83,14 @@ class Metrics:
         self.flush()
         yield
         self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Count what happens inside as waiting for a batch."""
+        began = time.perf_counter()
+        with torch.profiler.record_function("data"):
+            yield
+        self._waited += time.perf_counter() - began
 
     def step(self, step: int, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
         """Note one optimizer step, whose `loss` and `grad_norm` are on the device; nothing waits for them here."""
@@ -103,6 +117,7 @@ class Metrics:
         seconds, self._clock = now - self._clock, now
         self.seconds += seconds
         rate = count * self._tokens_per_step / seconds
+        waited, self._waited = self._waited / seconds, 0.0
         mfu = rate * self._flops_per_token / self._peak if self._peak else None
         memory = _memory(self._device)
         for step, lr, values, _ in read:
@@ -111,7 +126,7 @@ class Metrics:
                 raise InputError(f"{DIVERGED} (loss {loss}, gradients of norm {norm} at step {step}, learning rate {lr:.3g})")
             tokens = (step + 1) * self._tokens_per_step
             row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
-            self._write(row | {"tokens_per_second": rate, "mfu": mfu, "memory": memory})
+            self._write(row | {"tokens_per_second": rate, "mfu": mfu, "memory": memory, "data_wait": waited})
         note = f"loss {loss:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
         self._bar.update(self._task, completed=step + 1, note=note)
 
@@ -125,6 +140,8 @@ class Metrics:
     def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(row)
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:

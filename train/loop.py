@@ -22,9 +22,11 @@ from .distributed import ALONE, Signals, World
 from .evaluate import Evaluation
 from .log import Metrics, console, plot_loss
 from .optim import Optimizer
+from .profile import profiled, refuse_no_room
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
 from .sharding import choose_fitting, shard
+from .trackers import open_trackers
 from .trainer import Trainer, is_compiled, quiet_collector
 
 
@@ -41,6 +43,7 @@ def start(config: TrainConfig, run: Path, world: World = ALONE) -> Evaluation:
     """
     world.first(lambda: refuse_used_folder(run))
     device = choose_fitting(config, world)
+    refuse_no_room(config)
 
     def prepared() -> Dataset:
         folder = cache_dir() / "datasets"
@@ -80,7 +83,7 @@ def _train(
     choose_matmul(device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
+    model = GPT(config.gpt(dataset.tokenizer.vocab_size), attention=config.attention).to(device)
     shard(model, config, world, compiled=is_compiled(config, device))
     optimizer = Optimizer(model, config, world)
 
@@ -98,6 +101,7 @@ def _train(
         run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
         flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
         skips_overflow=optimizer.scaler.is_enabled(), world=world,
+        trackers=open_trackers(config, run, first) if world.is_first else (),
     )  # fmt: skip
     if trainer.is_compiled:
         console.print("compiling the model: the first step takes longer, less so once it is in the cache")
@@ -117,12 +121,15 @@ def _train(
                 gc.collect()
             return result
 
-        for step in range(first, config.steps):
+        steps = range(first, config.steps)
+        for step in profiled(steps, config, run, metrics, device) if world.is_first else steps:
             # Before the step, not after the one before: a run stopped in between makes up for it when it is resumed.
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            loss = trainer.backward(*loader.batch(step), loader.counted(step) if world.size > 1 else None)
+            with metrics.waiting():
+                batch = loader.batch(step)
+            loss = trainer.backward(*batch, loader.counted(step) if world.size > 1 else None)
             metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .config import InputError
+from ..model.attention import choose_attention
+from .config import InputError, TrainConfig
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -41,6 +42,19 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bfloat16" and not has_bfloat16:
         raise InputError("--precision: expected float16 or float32 on this GPU, which has no bfloat16; leave the option out")
     return getattr(torch, precision)
+
+
+def refuse_missing_attention(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError if --attention is not installed, or cannot compute on this device in the run's precision."""
+    dtype = choose_dtype(config.precision, device)
+    try:
+        row = choose_attention(config.attention)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    if row.needs == "flash_attn" and not (device.type == "cuda" and dtype.itemsize == 2):
+        raise InputError(
+            f"--attention: expected a GPU and 16 bits for flash-attn, got {device.type} and {dtype}; take tritium or sdpa"
+        )
 
 
 def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -20,7 +20,8 @@ from ..model import GPT
 from .config import TrainConfig
 from .distributed import World
 from .optim import Optimizer, refuse_missing_optimizer
-from .precision import choose_dtype
+from .precision import choose_dtype, refuse_missing_attention
+from .trackers import refuse_missing_trackers
 
 # PyTorch's packages beyond the first are imported where they are needed: that takes them a second or more.
 
@@ -31,7 +32,9 @@ def choose_fitting(config: TrainConfig, world: World) -> torch.device:
     def choose() -> torch.device:
         device = world.device(config.device)
         dtype = choose_dtype(config.precision, device)
+        refuse_missing_attention(config, device)
         refuse_missing_optimizer(config, world)
+        refuse_missing_trackers(config)
         world.micro_batch(config)
         if world.tensor_ranks > 1:
             from .tensor_parallel import refuse_misfit

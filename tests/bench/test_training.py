@@ -1,19 +1,30 @@
 """The comparison, run for real on a tiny model: its figures, its refusals and its printing, not its speed."""
 
 import json
+import sys
 import time
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import DeviceType
 
 from tritium.bench import training
 from tritium.bench.baseline import Baseline
 from tritium.bench.record import read_record
-from tritium.bench.training import Contestant, check_agreement, main, make_pair, profiled, random_batch, render
+from tritium.bench.training import (
+    Contestant,
+    Options,
+    check_agreement,
+    chosen_attentions,
+    main,
+    make_contestants,
+    profiled,
+    random_batch,
+    render,
+)
+from tritium.model.attention import ATTENTIONS
 from tritium.train.config import InputError, TrainConfig
 from tritium.train.recipes import RECIPES
 
@@ -61,10 +72,10 @@ def test_figures_are_written_and_both_losses_printed(tmp_path, capsys):
         assert found["peak_memory_bytes"] is None
         assert len(found["losses"]) == 1 + 3
         assert found["losses"][-1] < found["losses"][0]
-        assert f"{name:10}" + "".join(f"{loss:10.4f}" for loss in found["losses"]) in shown
+        assert f"{name:20}" + "".join(f"{loss:10.4f}" for loss in found["losses"]) in shown
         rows = record["profile"][name]
         assert sum(row["share"] for row in rows) == pytest.approx(1)
-        assert any(row["operator"] == "aten::mm" and row["calls"] > 0 for row in rows)
+        assert any(row["operator"].startswith("aten::") and row["calls"] > 0 for row in rows)
     assert record["contestants"]["tritium"]["losses"] == pytest.approx(record["contestants"]["baseline"]["losses"], rel=1e-5)
     assert "no MFU: device not in the table" in shown
     assert "no Triton kernel runs on a CPU" in shown
@@ -110,14 +121,14 @@ def test_a_gradient_alone_that_is_wrong_is_refused(monkeypatch):
 def test_a_missing_mask_is_beyond_the_rounding_of_bf16(monkeypatch):
     config, shape, device = replace(TINY, precision="bfloat16"), TINY.gpt(vocab_size=300), torch.device("cpu")
     batch = random_batch(config, shape, 0)
-    pair = make_pair(config, shape, device, "off")
+    pair = make_contestants(config, shape, device, "off")
     found = check_agreement(config, *pair, batch)
     assert all(parameter.grad is None for contestant in pair for parameter in contestant.model.parameters())
     assert found["gradient_gap"] > 1e-4, "bfloat16 had no effect"
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: attend(q, k, v))
     with pytest.raises(InputError, match="gradient"):
-        check_agreement(config, *make_pair(config, shape, device, "off"), batch)
+        check_agreement(config, *make_contestants(config, shape, device, "off"), batch)
 
 
 def test_a_slow_baseline_is_reported_slower(monkeypatch, tmp_path):
@@ -133,14 +144,14 @@ def test_a_slow_baseline_is_reported_slower(monkeypatch, tmp_path):
     ours, theirs = (record["contestants"][name]["tokens_per_second"] for name in ("tritium", "baseline"))
     assert theirs < 2 * 16 / 0.05
     assert ours > theirs
-    assert record["ratio"]["median"] > 1
+    assert record["contestants"]["baseline"]["ratio"]["median"] > 1
 
 
 @pytest.mark.parametrize(("choice", "names"), [("off", []), ("baseline", ["Baseline"]), ("both", ["GPT", "Baseline"])])
 def test_what_is_compiled(monkeypatch, choice, names):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiled.append(type(model).__name__) or model)
-    pair = make_pair(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), choice)
+    pair = make_contestants(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), choice)
     assert compiled == names
     assert [contestant.compiled for contestant in pair] == [name in names for name in ("GPT", "Baseline")]
 
@@ -167,7 +178,7 @@ def test_on_a_gpu_the_first_step_of_a_round_is_not_timed_and_the_others_state_is
     for name in ("Event", "synchronize", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, calls.get(name, lambda device: None))
     shape = TINY.gpt(vocab_size=300)
-    pair = make_pair(TINY, shape, torch.device("cpu"), "off")
+    pair = make_contestants(TINY, shape, torch.device("cpu"), "off")
     asked = []
 
     def batch(step):
@@ -183,40 +194,57 @@ def test_on_a_gpu_the_first_step_of_a_round_is_not_timed_and_the_others_state_is
     assert peaks == [10_000_000 - weights, 10_000_000 - pair[0].held_bytes()]
 
 
-def test_operators_own_times_on_a_gpu_are_those_of_their_kernels(monkeypatch):
-    """A stand-in for the profiler's rows on CUDA: kernels have rows of their own, some that no operator launched."""
-    row = {"self_cpu_time_total": 1e6, "count": 6, "is_user_annotation": False, "device_type": DeviceType.CPU}
-    kernel = row | {"device_type": DeviceType.CUDA}
-    rows = [
-        SimpleNamespace(**row | {"key": "aten::mm", "self_device_time_total": 60.0}),
-        SimpleNamespace(**row | {"key": "tritium::attention_fwd", "self_device_time_total": 30.0}),
-        SimpleNamespace(**row | {"key": "Optimizer.step", "self_device_time_total": 50.0, "is_user_annotation": True}),
-        SimpleNamespace(**kernel | {"key": "gemm_kernel", "self_device_time_total": 60.0}),
-        SimpleNamespace(**kernel | {"key": "_attention_fwd_kernel", "self_device_time_total": 30.0}),
-        SimpleNamespace(**kernel | {"key": "Memcpy", "self_device_time_total": 10.0}),
-    ]
+def test_other_attentions_take_part_where_they_are_asked_for(tmp_path, capsys):
+    path = tmp_path / "train.json"
+    assert on_cpu("--attention", "sdpa", "--out", str(path)) == 0
+    record = read_record(path, "train")
+    assert list(record["contestants"]) == ["tritium", "tritium, sdpa", "baseline"]
+    assert list(record["agreement"]) == ["tritium", "tritium, sdpa"]
+    assert record["contestants"]["tritium"]["ratio"] == {"median": 1, "p10": 1, "p90": 1}
+    losses = [row["losses"] for row in record["contestants"].values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    shown = capsys.readouterr().out
+    assert "\ntritium, sdpa " in shown
+    other = record["contestants"]["tritium, sdpa"]
+    advice = "train with --attention sdpa here: "
+    for spread, is_told in (({"median": 0.8, "p10": 0.7, "p90": 0.9}, True), ({"median": 0.8, "p10": 0.7, "p90": 1.1}, False)):
+        other["ratio"] = spread
+        assert (f"{advice}1.25 times the tokens/s" in render(record)) == is_told
+        assert is_told or advice not in render(record)
 
-    class Trace:
-        def __init__(self, activities): ...
-        def __enter__(self):
-            return self
 
-        def __exit__(self, *_): ...
-        def key_averages(self):
-            return rows
+def test_another_attention_that_is_wrong_is_refused(monkeypatch):
+    row = ATTENTIONS["sdpa"]
+    monkeypatch.setitem(
+        ATTENTIONS, "sdpa", replace(row, attend=lambda q, k, v, documents: row.attend(q, k, v, documents) * 1.1)
+    )
+    with pytest.raises(InputError, match="expected tritium, sdpa's and the baseline's"):
+        on_cpu("--attention", "sdpa")
 
-    monkeypatch.setattr(training, "profile", Trace)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+def test_on_a_gpu_each_attention_that_is_installed_takes_part(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    module = ModuleType("flash_attn")
+    module.__spec__ = SimpleNamespace(name="flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    assert chosen_attentions(TINY, Options(), cuda) == ["sdpa", "flash-attn"]
+    assert chosen_attentions(TINY, Options(), cpu) == []
+    assert chosen_attentions(TINY, Options(attention=()), cuda) == []
+    assert chosen_attentions(replace(TINY, precision="float32"), Options(), cuda) == ["sdpa"]
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert chosen_attentions(TINY, Options(), cuda) == ["sdpa"]
+    with pytest.raises(InputError, match="--attention: expected an installed flash-attn"):
+        chosen_attentions(TINY, Options(attention=("flash-attn",)), cuda)
+
+
+def test_a_profile_ends_with_what_it_leaves_out(monkeypatch):
     monkeypatch.setattr(training, "PROFILE_ROWS", 2)
-    contestant = SimpleNamespace(step=lambda *batch: None)
-    found = profiled(contestant, (), torch.device("cuda"))
-    assert [(row["operator"], row["share"]) for row in found] == [
-        ("aten::mm", 0.6),
-        ("tritium::attention_fwd", 0.3),
-        ("everything else", 0.1),
-    ]
-    assert found[0]["seconds"] == pytest.approx(60e-6 / 3)
-    assert found[0]["calls"] == 2
+    contestant = make_contestants(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), "off")[0]
+    first, second, rest = profiled(contestant, random_batch(TINY, contestant.model.config, 0), torch.device("cpu"))
+    assert first["seconds"] >= second["seconds"] > 0
+    assert (rest["part"], rest["operator"], rest["calls"]) == ("everything else", "", None)
+    assert rest["share"] == pytest.approx(1 - first["share"] - second["share"])
 
 
 def test_what_stays_allocated_is_weights_and_both_moments():

@@ -1,8 +1,11 @@
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tritium.kernels._device import ceiling
 from tritium.train.config import InputError
 from tritium.train.evaluate import Evaluation
 from tritium.train.log import STEPS_PER_READ, Metrics, _running_mean, plot_loss, read_metrics
@@ -31,11 +34,47 @@ def test_a_line_a_step(tmp_path):
     assert [row["step"] for row in rows] == list(range(STEPS_PER_READ + 2))
     assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
         "step": 3, "tokens": 400, "loss": pytest.approx(4.7), "lr": 1e-3, "grad_norm": 0.5,
-        "tokens_per_second": 0, "mfu": None, "memory": 0,
+        "tokens_per_second": 0, "mfu": None, "memory": 0, "data_wait": 0,
     }  # fmt: skip
     assert rows[3]["tokens_per_second"] > 0
     assert rows[3]["memory"] > 0
     assert evaluations == [{"step": 12, "val_loss": 3.0, "val_perplexity": pytest.approx(20.0855369), "val_bits_per_byte": 1.5}]
+
+
+def test_waiting_for_batches_is_a_share_of_the_time(tmp_path, monkeypatch):
+    """By a clock that only this test moves: 1 s of 4 waiting; evaluations in between count for nothing."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with metrics(tmp_path) as m:
+        for step in range(2):
+            with m.waiting():
+                now[0] += 1
+            now[0] += 3
+            note(m, [step])
+            with m.paused():
+                now[0] += 100
+        with m.waiting():
+            now[0] += 2
+        note(m, [2])
+        m.flush()
+    assert [row["data_wait"] for row in read_metrics(tmp_path)[0]] == [0.25, 0.25, 1.0]
+
+
+def test_mfu_is_a_share_of_the_peak_of_known_gpus_alone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda _: None, synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    for name, mfu in (("NVIDIA H200", 0.5), ("NVIDIA Unheard-of", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        (tmp_path / name).mkdir()
+        flops = ceiling("NVIDIA H200").bf16_flops
+        with metrics(tmp_path / name, device=torch.device("cuda"), tokens_per_step=10, flops_per_token=flops / 10) as m:
+            now[0] += 2
+            note(m, [0])
+            m.flush()
+        assert read_metrics(tmp_path / name)[0][0]["mfu"] == mfu
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tritium.model.attention import ATTENTIONS
 from tritium.train import loop
 from tritium.train.log import read_metrics
 
@@ -103,6 +105,31 @@ def test_documents_kept_apart_train_another_model_and_resume_as_such(tiny, triti
     shutil.rmtree(masked / "checkpoints" / "step-20")
     assert tritium("train", "--resume", masked)[0] == 0
     assert weights(masked) == before
+
+
+def test_a_run_trains_with_the_attention_asked_for_and_keeps_it(tiny, tritium, refused, tmp_path, monkeypatch):
+    assert tritium(*tiny)[0] == 0
+    used = []
+    row = ATTENTIONS["sdpa"]
+    noted = replace(row, attend=lambda *arguments: used.append(torch.is_grad_enabled()) or row.attend(*arguments))
+    monkeypatch.setitem(ATTENTIONS, "sdpa", noted)
+    sdpa = tmp_path / "sdpa"
+    assert tritium(*tiny, "--out", sdpa, "--attention", "sdpa")[0] == 0
+    assert set(used) == {True, False}, "trained and evaluated with it"
+    losses = [[row["loss"] for row in read_metrics(folder)[0]] for folder in (tmp_path / "run", sdpa)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    used.clear()
+    before = weights(sdpa)
+    shutil.rmtree(sdpa / "checkpoints" / "step-20")
+    assert tritium("train", "--resume", sdpa)[0] == 0
+    assert weights(sdpa) == before
+    assert used
+    assert tritium("sample", sdpa, "--seed", 1)[0] == 0
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "--attention: expected an installed flash-attn" in refused(
+        *tiny, "--out", tmp_path / "flash", "--attention", "flash-attn"
+    )
+    assert not (tmp_path / "flash").exists()
 
 
 def stopped_after(calls: int, name: str, monkeypatch) -> None:

@@ -1,9 +1,13 @@
+import sys
+import types
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tritium.model import GPT, GPTConfig
-from tritium.train.config import InputError
-from tritium.train.precision import choose_dtype, products, refresh, working_copy
+from tritium.train.config import InputError, TrainConfig
+from tritium.train.precision import choose_dtype, products, refresh, refuse_missing_attention, working_copy
 
 pytestmark = pytest.mark.plain
 
@@ -28,6 +32,26 @@ def test_auto_takes_the_narrowest_that_the_device_is_good_at(monkeypatch):
     assert choose_dtype("auto", CUDA) == torch.float16
     with pytest.raises(InputError, match="expected float16 or float32 on this GPU, which has no bfloat16"):
         choose_dtype("bfloat16", CUDA)
+
+
+def test_flash_attn_needs_its_package_a_gpu_and_16_bits(monkeypatch):
+    config = TrainConfig(attention="flash-attn", precision="bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(
+        InputError, match=r"--attention: expected an installed flash-attn, found none; pip install 'tritium\[fl"
+    ):
+        refuse_missing_attention(config, CUDA)
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = types.SimpleNamespace(name="flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    refuse_missing_attention(config, CUDA)
+    for precision, device in (("bfloat16", CPU), ("float32", CUDA)):
+        with pytest.raises(
+            InputError, match=f"a GPU and 16 bits for flash-attn, got {device} and torch.{precision}; take trit"
+        ):
+            refuse_missing_attention(replace(config, precision=precision), device)
+    refuse_missing_attention(TrainConfig(attention="sdpa"), CPU)
 
 
 def test_only_linear_maps_are_narrow(model):
