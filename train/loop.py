@@ -121,8 +121,7 @@ def _train(
                 gc.collect()
             return result
 
-        steps = range(first, config.steps)
-        for step in profiled(steps, config, run, metrics, device) if world.is_first else steps:
+        for step in profiled(range(first, config.steps), config, run, metrics, device, world):
             # Before the step, not after the one before: a run stopped in between makes up for it when it is resumed.
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from .config import InputError, TrainConfig
+from .distributed import ALONE, World
 from .files import write_whole
 from .log import Metrics, console
 
@@ -71,11 +72,13 @@ def refuse_no_room(config: TrainConfig) -> None:
         )
 
 
-def profiled(steps: range, config: TrainConfig, run: Path, metrics: Metrics, device: torch.device) -> Iterator[int]:
-    """Yield the steps; what the caller does in --profile of them is watched. A run's profile is made once, though resumed."""
+def profiled(
+    steps: range, config: TrainConfig, run: Path, metrics: Metrics, device: torch.device, world: World = ALONE
+) -> Iterator[int]:
+    """Yield the steps; what the first rank does in --profile of them is watched. A run's profile is made once, though resumed."""
     begin, folder = first_profiled(config, steps.start), run / "profile"
     done = folder / "operators.txt"
-    if begin is None or done.exists():
+    if begin is None or not world.is_first or done.exists():
         yield from steps
         return
     yield from range(steps.start, begin)
