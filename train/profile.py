@@ -75,7 +75,7 @@ def refuse_no_room(config: TrainConfig) -> None:
 def profiled(
     steps: range, config: TrainConfig, run: Path, metrics: Metrics, device: torch.device, world: World = ALONE
 ) -> Iterator[int]:
-    """Yield the steps; what the first rank does in --profile of them is watched. A run's profile is made once, though resumed."""
+    """Yield the steps; the first rank is watched in --profile of them. A run's profile is made once, though resumed."""
     begin, folder = first_profiled(config, steps.start), run / "profile"
     done = folder / "operators.txt"
     if begin is None or not world.is_first or done.exists():
