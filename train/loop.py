@@ -22,6 +22,7 @@ from .distributed import ALONE, Signals, World
 from .evaluate import Evaluation
 from .log import Metrics, console, plot_loss
 from .optim import Optimizer
+from .prefetch import Prefetch
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
 from .sharding import choose_fitting, shard
@@ -90,7 +91,7 @@ def _train(
     first = _begin(run, save, world) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, world=world)
     loader = Loader(
         dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed,
-        rank=world.data_rank, world_size=world.data_ranks,
+        rank=world.data_rank, world_size=world.data_ranks, pinned=device.type == "cuda",
     )  # fmt: skip
     separator = dataset.tokenizer.end_of_text if config.document_mask else None
     trainer = Trainer(model, optimizer, config, separator=separator, world=world)
@@ -101,7 +102,7 @@ def _train(
     )  # fmt: skip
     if trainer.is_compiled:
         console.print("compiling the model: the first step takes longer, less so once it is in the cache")
-    with metrics, Signals(world) as signals, quiet_collector():
+    with metrics, Signals(world) as signals, quiet_collector(), Prefetch(loader.batch, first) as batches:
 
         def evaluate_after(done: int) -> Evaluation | None:
             """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
@@ -122,7 +123,7 @@ def _train(
             if signals.received or (step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated):
                 evaluate_after(step)
             lr = learning_rate(config, step)
-            loss = trainer.backward(*loader.batch(step), loader.counted(step) if world.size > 1 else None)
+            loss = trainer.backward(next(batches), loader.counted(step) if world.size > 1 else None)
             metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1

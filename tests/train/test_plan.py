@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +13,7 @@ from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import flops_per_token, step_bytes
 from tritium.train import plan as planner
 from tritium.train.config import TrainConfig
+from tritium.train.loader import Batch
 from tritium.train.optim import Optimizer
 from tritium.train.plan import RESERVE, Machine, Plan, PlanOptions, describe, make_plan
 from tritium.train.recipes import RECIPES
@@ -32,10 +34,10 @@ def measured_peak(config: GPTConfig, batch: int, micro_batch: int, precision: st
     model = GPT(config)
     options = TrainConfig(batch_size=batch, micro_batch_size=micro_batch, precision=precision)
     trainer = Trainer(model, Optimizer(model, options), options)
-    tokens = torch.randint(config.vocab_size, (batch, config.context_tokens))
+    batch = Batch(torch.randint(config.vocab_size, (batch, config.context_tokens + 1)), np.full(batch, config.context_tokens))
 
     def step():
-        trainer.backward(tokens, tokens)
+        trainer.backward(batch)
         trainer.update(1e-3)
 
     step()  # afterwards there are moments, and nothing else but the weights and their copies
