@@ -81,7 +81,7 @@ def _train(
     choose_matmul(device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = GPT(config.gpt(dataset.tokenizer.vocab_size)).to(device)
+    model = GPT(config.gpt(dataset.tokenizer.vocab_size), recompute=config.recompute).to(device)
     shard(model, config, world, compiled=is_compiled(config, device))
     optimizer = Optimizer(model, config, world)
 
