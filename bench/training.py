@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels._device import ceiling
 from ..model import GPT, GPTConfig
@@ -46,6 +46,7 @@ from ..model.cost import flops_per_token, parameters
 from ..train.cli import parse
 from ..train.config import InputError, TrainConfig
 from ..train.device import choose_device, choose_matmul, keep_freed_memory
+from ..train.loader import Batch
 from ..train.optim import Optimizer
 from ..train.precision import choose_dtype, refuse_missing_attention
 from ..train.profile import Row, activities, operators
@@ -63,8 +64,6 @@ PROTOCOL = {"cuda": (100, 10, 10, 1), "cpu": (10, 2, 1, 0)}
 # Norm, qkv, probabilities, sum of values, projection, addition; norm, product, GELU, product, addition.
 # Embedding, last norm, logits.
 ROUNDINGS_A_BLOCK, ROUNDINGS_ELSEWHERE = 11, 3
-
-Batch = tuple[Tensor, Tensor]
 
 HELP = f"""Tokens a second, MFU, memory and losses of training beside a plain PyTorch GPT.
 
@@ -112,10 +111,10 @@ class Contestant:
         self.name, self.model, self.compiled, self.losses, self._config = name, model, compiled, [], config
         self.trainer = Trainer(model, Optimizer(model, config), replace(config, compile="on" if compiled else "off"))
 
-    def step(self, tokens: Tensor, targets: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Train one step."""
         lr = learning_rate(self._config, len(self.losses))
-        self.losses.append(self.trainer.backward(tokens, targets))
+        self.losses.append(self.trainer.backward(batch))
         self.trainer.update(lr)
 
     def held_bytes(self) -> int:
@@ -161,7 +160,7 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
     agreement = {other.name: check_agreement(config, other, baseline, batch(0)) for other in (ours, *others)}
     for step in range(warmup_steps):
         for contestant in contestants:
-            contestant.step(*batch(step))
+            contestant.step(batch(step))
     seconds, peaks = _rounds(contestants, batch, steps, device)
     medians = [[statistics.median(times) for times in rounds] for rounds in seconds]
     figures = {
@@ -213,12 +212,12 @@ def make_contestants(
 
 
 def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
-    """Tokens and targets (B, T) of a step, on the CPU, the same whoever asks."""
+    """A batch of a step, the same whoever asks."""
     frequencies = 1 / torch.arange(1, shape.vocab_size + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(step)
     sizes = (config.micro_batch, config.context_tokens + 1)
     drawn = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator).view(sizes)
-    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    return Batch(drawn, np.full(len(drawn), config.context_tokens))
 
 
 def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant, batch: Batch) -> dict[str, float]:
@@ -226,14 +225,14 @@ def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant,
 
     Raises: InputError if a gap is above its bound: speeds of different models are no comparison.
     """
-    losses = [contestant.trainer.backward(*batch).double().item() for contestant in (ours, baseline)]
+    losses = [contestant.trainer.backward(batch).double().item() for contestant in (ours, baseline)]
     theirs = dict(baseline.model.named_parameters())
     pairs = [(parameter.grad, theirs[name].grad) for name, parameter in ours.model.named_parameters()]
     squares = torch.stack([torch.stack(((a - b).double().square().sum(), b.double().square().sum())) for a, b in pairs])
     gap, norm = squares.sum(dim=0).sqrt().tolist()
     plain = baseline.trainer.working
     with torch.no_grad():
-        largest = plain(batch[0][:1].to(plain.wte.weight.device)).abs().max().item()
+        largest = plain(batch[:1].on(plain.wte.weight.device)[0]).abs().max().item()
     dtype = choose_dtype(config.precision, plain.wte.weight.device)
     for contestant in (ours, baseline):
         contestant.model.zero_grad(set_to_none=True)
@@ -243,7 +242,7 @@ def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant,
     walk = math.sqrt(2 * (ROUNDINGS_A_BLOCK * shape.n_layer + ROUNDINGS_ELSEWHERE)) * unit
     found = {
         "loss_gap": abs(losses[0] - losses[1]),
-        "loss_bound": 2 * walk * largest + (8 + math.sqrt(batch[1].numel())) * eps * abs(losses[1]),
+        "loss_bound": 2 * walk * largest + (8 + math.sqrt(batch.inputs.numel())) * eps * abs(losses[1]),
         "gradient_gap": gap / norm,
         "gradient_bound": math.sqrt(3) * walk,
     }
@@ -281,14 +280,14 @@ def _timed(contestant: Contestant, batches: list[Batch], device: torch.device) -
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for batch in batches:
-            contestant.step(*batch)
+            contestant.step(batch)
             marks.append(time.perf_counter())
         return [after - before for before, after in itertools.pairwise(marks)]
     torch.cuda.synchronize(device)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)]
     events[0].record()
     for batch, event in zip(batches, events[1:], strict=True):
-        contestant.step(*batch)
+        contestant.step(batch)
         event.record()
     torch.cuda.synchronize(device)
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
@@ -320,7 +319,7 @@ def profiled(contestant: Contestant, batch: Batch, device: torch.device) -> list
     """Where a step's time goes, the longest first, as train/profile.py tells it; the last row is all that is not shown."""
     with torch.profiler.profile(activities=activities(device)) as trace:
         for _ in range(PROFILED_STEPS):
-            contestant.step(*batch)
+            contestant.step(batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     rows = operators(trace.events(), PROFILED_STEPS, device)

@@ -33,6 +33,7 @@ from .attention import ATTENTIONS, Implementation, choose_attention
 from .config import GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
+from .recompute import RECOMPUTATIONS, check_recompute
 
 # Angles of rotary positions: of pair i of K / 2 position / ROTARY_BASE^(2 i / K).
 ROTARY_BASE = 10_000.0
@@ -117,7 +118,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with GELU (tanh form) between them."""
+    """Two linear maps with GELU (tanh form) between them.
+
+    recomputes: whether the backward forms GELU's output again.
+    """
+
+    recomputes = False
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -125,7 +131,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.d_feedforward, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        c_fc, c_proj = self.c_fc, self.c_proj
+        return gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, recompute=self.recomputes)
 
 
 class GatedMLP(nn.Module):
@@ -168,16 +175,20 @@ class GPT(nn.Module):
     Args:
         config: its shape.
         attention: which of ATTENTIONS it computes with; generation with a cache takes ours.
-    Raises: ValueError if that attention is not known or not installed.
+        recompute: which of RECOMPUTATIONS its backward does instead of keeping what the forward made.
+    Raises: ValueError if that attention is not known or not installed, or that recomputation not known or not for this MLP.
     """
 
-    def __init__(self, config: GPTConfig, *, attention: str = "tritium"):
+    def __init__(self, config: GPTConfig, *, attention: str = "tritium", recompute: str = "none"):
         super().__init__()
-        self.config, self.attention = config, choose_attention(attention)
+        check_recompute(recompute, config)
+        self.config, self.attention, self._apply_block = config, choose_attention(attention), RECOMPUTATIONS[recompute]
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
         if config.position == "learned":
             self.wpe = _embedding(config.context_tokens, config.d_model)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        for block in self.h if recompute == "gelu" else ():
+            block.mlp.recomputes = True
         self.ln_f = NORMS[config.norm](config)
         init_weights(self, config.n_layer)
 
@@ -215,7 +226,7 @@ class GPT(nn.Module):
         branch, stream = None, stream.flatten(0, 1).to(self.h[0].attn.c_attn.weight.dtype)
         reading = Reading((B, T), cu_seqlens, turn, cache, self.attention)
         for block in self.h:
-            branch, stream = block(branch, stream, reading)
+            branch, stream = self._apply_block(block, branch, stream, reading)
         if cache is not None:
             cache.length += T
         y, _ = self.ln_f(branch, stream)

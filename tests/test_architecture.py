@@ -114,7 +114,7 @@ def test_only_these_read_the_environment_or_ask_for_the_device():
 def test_the_options_of_train_are_these():
     """A new option is a decision: it changes this list."""
     assert {field.name for field in fields(TrainConfig)} == {
-        *("data", "tokenizer", "held_out", "out", "device", "precision", "compile", "attention", "seed"),
+        *("data", "tokenizer", "held_out", "out", "device", "precision", "compile", "attention", "recompute", "seed"),
         *("n_layer", "n_head", "d_model", "n_kv_head", "bias", "position", "norm", "mlp", "context_tokens", "document_mask"),
         *("steps", "batch_size", "micro_batch_size", "lr", "min_lr", "warmup_steps", "schedule", "optimizer", "weight_decay"),
         *("beta1", "beta2", "grad_clip"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..model import GPTConfig
+from ..model.recompute import check_recompute
 
 DIVERGED = "training diverged: give a lower --lr, more --warmup-steps or a --grad-clip"
 
@@ -42,6 +43,8 @@ class TrainConfig:
     """Whether torch.compile makes one graph of model and loss. auto: on CUDA."""
     attention: Literal["tritium", "sdpa", "flash-attn"] = "tritium"
     """Whose attention the model trains with: ours, PyTorch's, or the package flash-attn's, on CUDA in 16 bits."""
+    recompute: Literal["none", "gelu", "selective", "block"] = "none"
+    """What the backward computes again, to save memory: GELU, blocks without attention, or whole blocks."""
     seed: int = 1337
     """Of initial weights, order of the data and samples."""
 
@@ -139,7 +142,9 @@ class TrainConfig:
         """The model's shape for a vocabulary. Raises: InputError if the sizes do not fit together."""
         names = ("n_layer", "n_head", "d_model", "n_kv_head", "bias", "position", "norm", "mlp", "context_tokens")
         try:
-            return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+            config = GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+            check_recompute(self.recompute, config)
+            return config
         except ValueError as error:
             raise InputError(f"model: {str(error).removeprefix('GPTConfig: ')}") from None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..model import GPT
 from .config import DIVERGED, InputError
 from .distributed import ALONE, World
-from .loader import IGNORED, document_starts
+from .loader import Batch, document_starts, moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,37 +27,30 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
-def batch_loss(model: nn.Module, tokens: Tensor, targets: Tensor, separator: int | None) -> Tensor:
+def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
     """Mean cross-entropy of a batch.
 
     Args:
         model: a GPT, or what wraps one.
-        tokens, targets: (B, T) int64 on the CPU; targets of -100 do not count.
         separator: the token that begins a document, none of which then sees another; None: a row is one document.
     Returns: () float32 on the model's device, in nats a token.
     """
     device, documents = next(model.parameters()).device, {}
     if separator is not None:
-        documents["cu_seqlens"] = _moved(document_starts(tokens, separator), device)
+        documents["cu_seqlens"] = moved(document_starts(batch.inputs, separator), device)
         # The one size that differs between batches: code compiled for any.
         torch._dynamo.mark_dynamic(documents["cu_seqlens"], 0)
-    return model(_moved(tokens, device), _moved(targets, device), **documents)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it: a copy from memory that is not pinned comes after all that is queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return model(*batch.on(device), **documents)
 
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float, separator: int | None = None,
-    world: World = ALONE,
-) -> Evaluation | None:  # fmt: skip
+    model: GPT, batches: Iterable[Batch], *, bytes_per_token: float, separator: int | None = None, world: World = ALONE
+) -> Evaluation | None:
     """Mean cross-entropy over the targets of all batches, each target counted once.
 
     Args:
-        batches: (tokens, targets) (B, T) int64 on the CPU; targets of -100 do not count. As many on every rank.
+        batches: as many on every rank.
         separator: as for batch_loss.
         bytes_per_token: of the text behind them.
         world: ranks that have a part of the batches each.
@@ -65,9 +58,9 @@ def evaluate(
     Raises: InputError if the loss is not finite.
     """
     total, count = 0.0, 0
-    for tokens, targets in batches:
-        loss = batch_loss(model, tokens, targets, separator).item()
-        if counted := int((targets != IGNORED).sum()):  # else the mean over none; the other ranks needed this one's help
+    for batch in batches:
+        loss = batch_loss(model, batch, separator).item()
+        if counted := int(batch.counted.sum()):  # else the mean over none; the other ranks needed this one's help
             total, count = total + loss * counted, count + counted
     total, count = world.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:

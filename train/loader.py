@@ -6,12 +6,14 @@
 
 So every token but the first is a target exactly once an epoch, nothing is drawn twice within one, ranks never meet, and step
 10**9 costs what step 0 costs: a resumed run needs the step and nothing else. The last window is filled up with ignored targets
-(-100). The permutation of an epoch is a balanced Feistel network (Luby & Rackoff 1988) on the smallest 4**h >= W, walked along
+(-100). Inputs and targets are one window of T + 1 tokens, in the type of the shards: it is widened where it is computed with.
+The permutation of an epoch is a balanced Feistel network (Luby & Rackoff 1988) on the smallest 4**h >= W, walked along
 its cycle until it lands below W (Black & Rogaway 2002, under 4 walks on average), so no table of W entries exists anywhere.
 """
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,6 +54,42 @@ def _feistel(x: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndarray) 
     return (left << half) | right
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens on the CPU; `len(batch)` of them, and `batch[2:4]` is a batch of two.
+
+    windows: (B, T + 1), of the type of the shards, read-only: inputs and, one further, targets; padding is 0.
+    counted: (B,) int64: how many targets of a row there are before its padding.
+    """
+
+    windows: Tensor
+    counted: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(self.windows[rows], self.counted[rows])
+
+    @property
+    def inputs(self) -> Tensor:
+        """(B, T), of the type of the windows, on the CPU."""
+        return self.windows[:, :-1]
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (B, T) int64 on the device, without waiting for it; padding is 0 in inputs, -100 in targets."""
+        windows = moved(self.windows, torch.device(device))
+        tokens, targets = (half.to(torch.int64, copy=True) for half in (windows[:, :-1], windows[:, 1:]))
+        for row in np.flatnonzero(self.counted < targets.shape[1]).tolist():
+            targets[row, self.counted[row] :] = IGNORED
+        return tokens, targets
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: a copy from memory that is not pinned comes after all that is queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Loader:
     """Training batches of one rank; see the top of this file.
 
@@ -59,11 +97,13 @@ class Loader:
     """
 
     def __init__(
-        self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ):
+        self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
+        pinned: bool = False,
+    ):  # fmt: skip
         """Check the sizes; reads nothing.
 
         Args:    context_tokens: T.   batch_size: rows of a step, all ranks together.   seed: chooses the order of every epoch.
+                 pinned: whether batches are in memory that CUDA copies from without waiting.
         Raises:  InputError if the ranks cannot share batch_size equally, a size is below 1 or the data is shorter than T + 1.
         """
         if batch_size < 1 or context_tokens < 1:
@@ -81,25 +121,20 @@ class Loader:
                 "give more text or a shorter context"
             )
         self.stream, self.context_tokens, self.batch_size, self.seed = stream, context_tokens, batch_size, seed
-        self.windows = -(-(len(stream) - 1) // context_tokens)
+        self.windows, self._pinned = -(-(len(stream) - 1) // context_tokens), pinned
         self._rows = batch_size // world_size
         self._first_row = rank * self._rows
         # ... but not for many short epochs, of which each has its own permutation to set up.
         self._block_steps = max(1, min(_BLOCK_TOKENS // (self._rows * context_tokens), 16 * self.windows // batch_size))
-        self._block: tuple[int, Tensor, Tensor] | None = None
+        self._block: tuple[int, Batch] | None = None
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of `step` (0, 1, 2 … without end), the same whenever it is asked for.
-
-        Returns: tokens, targets: (batch_size // world_size, context_tokens) int64 on the CPU, yours to change; padding is 0 in
-                 tokens and -100 in targets.
-        """
+    def batch(self, step: int) -> Batch:
+        """The batch_size // world_size rows of `step` (0, 1, 2 … without end), the same whenever they are asked for."""
         number, place = divmod(step, self._block_steps)
-        block = self._block
-        if block is None or block[0] != number:
-            block = self._block = (number, *self._gather(number))
-        here = slice(place * self._rows, (place + 1) * self._rows)
-        return block[1][here].clone(), block[2][here].clone()
+        if self._block is None or self._block[0] != number:
+            indices = self.window_indices(number * self._block_steps, self._block_steps).reshape(-1)
+            self._block = number, _read(self.stream, indices, self.context_tokens, self._pinned)
+        return self._block[1][place * self._rows : (place + 1) * self._rows]
 
     def counted(self, step: int) -> int:
         """How many targets of the batch of `step` count, over all ranks: without asking them."""
@@ -124,21 +159,17 @@ class Loader:
             result[here] = permute(indices[here], self.windows, self.seed, epoch + later)
         return result
 
-    def _gather(self, number: int) -> tuple[Tensor, Tensor]:
-        indices = self.window_indices(number * self._block_steps, self._block_steps).reshape(-1)
-        return _windows(self.stream, indices, self.context_tokens)
-
 
 def evaluation_batches(
     stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None, rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> Iterator[Batch]:  # fmt: skip
     """Yield the windows in order: every token but the first is a target once, on one of the ranks.
 
     Args:    context_tokens: T; the stream may be shorter.   batch_size: rows of a rank.   max_tokens: most targets, in windows
              spread evenly over the stream, always the same ones; at least one window is read. None: all.
-    Yields:  tokens, targets: (rows, T) int64, rows <= batch_size in the last; padding is 0 in tokens and -100 in targets. As
-             many on every rank: one for which no window is left gets one without targets.
+    Yields:  batches of batch_size rows, the last one of as many as there are. As many batches on every rank: one for which no
+             window is left gets one without targets.
     Raises:  InputError if the stream holds fewer than two tokens.
     """
     if len(stream) < 2:
@@ -148,27 +179,21 @@ def evaluation_batches(
     chosen = np.arange(count) * windows // count
     for start in range(0, count, batch_size * world_size):
         mine = chosen[start + rank * batch_size :][:batch_size]
-        tokens, targets = _windows(stream, mine if len(mine) else chosen[:1], context_tokens)
-        yield tokens, targets if len(mine) else torch.full_like(targets, IGNORED)
+        batch = _read(stream, mine if len(mine) else chosen[:1], context_tokens)
+        yield batch if len(mine) else Batch(batch.windows, np.zeros_like(batch.counted))
 
 
-def _windows(stream: TokenStream, indices: np.ndarray, context_tokens: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of some windows: two (len(indices), T) int64, the last window of the stream padded."""
+def _read(stream: TokenStream, indices: np.ndarray, context_tokens: int, pinned: bool = False) -> Batch:
+    """Some windows of the stream."""
     starts = indices * context_tokens
-    full = starts + context_tokens < len(stream)
-    tokens = torch.zeros(len(indices), context_tokens, dtype=torch.int64)
-    targets = torch.full_like(tokens, IGNORED)
-    if full.all():  # nearly always: the stream's one short window is elsewhere
-        rows = stream.gather(starts, context_tokens + 1)
-        return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
-    whole = np.flatnonzero(full)
-    rows = stream.gather(starts[whole], context_tokens + 1)
-    tokens.numpy()[whole], targets.numpy()[whole] = rows[:, :-1], rows[:, 1:]
-    tail = stream.read(int(starts[~full][0]), len(stream))
-    for row in np.flatnonzero(~full):
-        tokens.numpy()[row, : len(tail) - 1] = tail[:-1]
-        targets.numpy()[row, : len(tail) - 1] = tail[1:]
-    return tokens, targets
+    counted = np.minimum(len(stream) - 1 - starts, context_tokens)
+    shape, dtype = (len(indices), context_tokens + 1), getattr(torch, stream.dtype.name)
+    windows = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    # By numpy, which starts no threads of its own in the one that reads ahead, and leaves Python to others while it copies.
+    for row, start, count in zip(windows.numpy(), starts.tolist(), counted.tolist(), strict=True):
+        row[: count + 1] = stream.read(start, start + count + 1)
+        row[count + 1 :] = 0
+    return Batch(windows, counted)
 
 
 def document_starts(tokens: Tensor, separator: int) -> Tensor:
@@ -177,7 +202,7 @@ def document_starts(tokens: Tensor, separator: int) -> Tensor:
     A separator is read as the first token of the document after it, as when a model is asked to begin one.
 
     Args:
-        tokens: (B, T) int64 on the CPU.
+        tokens: (B, T), any integers, on the CPU.
     Returns: (documents + 1,) int32, 0 first and B T last. Empty documents at the end make its length one more than a power of
         two, so that few lengths occur.
     """

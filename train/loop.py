@@ -22,6 +22,7 @@ from .distributed import ALONE, Signals, World
 from .evaluate import Evaluation
 from .log import Metrics, console, plot_loss
 from .optim import Optimizer
+from .prefetch import Prefetch
 from .profile import profiled, refuse_no_room
 from .run import claim_folder, read_run, refuse_used_folder
 from .schedule import learning_rate
@@ -82,9 +83,7 @@ def _train(
     world.refuse_difference("data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val)))
     choose_matmul(device)
     keep_freed_memory()
-    torch.manual_seed(config.seed)
-    model = GPT(config.gpt(dataset.tokenizer.vocab_size), attention=config.attention).to(device)
-    shard(model, config, world, compiled=is_compiled(config, device))
+    model = _model(config, dataset.tokenizer.vocab_size, device, world)
     optimizer = Optimizer(model, config, world)
 
     def save(done: int) -> None:
@@ -93,7 +92,7 @@ def _train(
     first = _begin(run, save, world) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, world=world)
     loader = Loader(
         dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed,
-        rank=world.data_rank, world_size=world.data_ranks,
+        rank=world.data_rank, world_size=world.data_ranks, pinned=device.type == "cuda",
     )  # fmt: skip
     separator = dataset.tokenizer.end_of_text if config.document_mask else None
     trainer = Trainer(model, optimizer, config, separator=separator, world=world)
@@ -105,7 +104,7 @@ def _train(
     )  # fmt: skip
     if trainer.is_compiled:
         console.print("compiling the model: the first step takes longer, less so once it is in the cache")
-    with metrics, Signals(world) as signals, quiet_collector():
+    with metrics, Signals(world) as signals, quiet_collector(), Prefetch(loader.batch, first) as batches:
 
         def evaluate_after(done: int) -> Evaluation | None:
             """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
@@ -127,8 +126,8 @@ def _train(
                 evaluate_after(step)
             lr = learning_rate(config, step)
             with metrics.waiting():
-                batch = loader.batch(step)
-            loss = trainer.backward(*batch, loader.counted(step) if world.size > 1 else None)
+                batch = next(batches)
+            loss = trainer.backward(batch, loader.counted(step) if world.size > 1 else None)
             metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1
@@ -136,6 +135,14 @@ def _train(
                 with metrics.paused():
                     save(done)
         return evaluate_after(config.steps)
+
+
+def _model(config: TrainConfig, vocab_size: int, device: torch.device, world: World) -> GPT:
+    """A new model, of which each rank has its share."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.gpt(vocab_size), attention=config.attention, recompute=config.recompute).to(device)
+    shard(model, config, world, compiled=is_compiled(config, device))
+    return model
 
 
 def _begin(run: Path, save: Callable[[int], None], world: World) -> int:

@@ -7,8 +7,9 @@ Memory     the fullest moment of a step by model/cost.step_bytes, which tests ho
 
 Step time  a range: everything at a good rate at once, and everything at a poor one. Seconds of one GPU for n tokens in
            m micro-batches, in a model of N parameters, without positions, and P with them:
-    products      6 N n / (share of the bf16 peak)
-    attention     7 L D T n / (share of the bf16 peak): 2 products forward, 5 backward, 2 D T FLOPs each, over the visible half
+    products      6 N n / (share of the bf16 peak); where blocks are recomputed, the 2 n of their matrices once more
+    attention     7 L D T n / (share of the bf16 peak): 2 products forward, 5 backward, 2 D T FLOPs each, over the visible half;
+                  9 where all of a block is recomputed
     activations   n (L D bytes + V bytes of logits) / (share of the memory's bandwidth)
     parameters    (P + blocks' matrices + m (blocks' matrices + head)) bytes / (share of the memory's bandwidth)
     all-reduce    2 (g - 1) / g 4 P bytes / (share of one direction of the link): a ring over g GPUs of one node, float32.
@@ -19,12 +20,14 @@ MFU        counts 6 N + 12 L D T FLOPs a token (model/cost.flops_per_token), as 
 Source     rates: public measurements, beside each constant; anchors: llm.c's scripts and modded-nanogpt's first record
 """
 
+import itertools
 import math
 import os
 import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import tyro
@@ -32,6 +35,7 @@ import tyro
 from ..kernels._device import CEILINGS, Ceiling, ceiling
 from ..model import PRESETS, GPTConfig
 from ..model.cost import flops_per_token, matrices, parameters, positions, step_bytes
+from ..model.recompute import RECOMPUTATIONS
 from .cli import near, parse
 from .config import InputError, TrainConfig
 from .recipes import RECIPES, recipe
@@ -92,6 +96,8 @@ class PlanOptions:
     """Sequences at once on a GPU; default: the recipe's."""
     context_tokens: int | None = None
     """Tokens a sequence; default: the recipe's."""
+    recompute: Literal["none", "gelu", "selective", "block"] | None = None
+    """What the backward computes again; default: the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,7 @@ class Plan:
     context_tokens: int
     tokens: int
     """To train on."""
+    recompute: str = "none"
 
     @property
     def tokens_per_step(self) -> int:
@@ -127,7 +134,8 @@ class Plan:
         """Bytes on each GPU by part with that many sequences at once."""
         # With several GPUs the gradients stay where they are reduced.
         accumulates = micro_batch < self.sequences or self.machine.gpus > 1
-        parts = step_bytes(self.model, micro_batch, self.context_tokens, self.machine.itemsize, accumulates=accumulates)
+        sizes = (self.model, micro_batch, self.context_tokens, self.machine.itemsize)
+        parts = step_bytes(*sizes, accumulates=accumulates, recompute=self.recompute)
         return {**parts, "process": PROCESS_BYTES}
 
     def fits(self, micro_batch: int) -> bool:
@@ -165,8 +173,11 @@ def _seconds(plan: Plan, known: Ceiling, end: int) -> float:
     L, D, T, P = model.n_layer, model.d_model, plan.context_tokens, parameters(model)
     n, micro_batches = plan.sequences * T, plan.sequences // plan.micro_batch
     bandwidth = _BANDWIDTH[end] * known.bytes_per_second
-    products = 6 * (P - positions(model)) * n / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
-    attention = 7 * L * D * T * n / (_shares(_ATTENTION, known)[end] * known.bf16_flops)
+    again = {"selective": (1, 0), "block": (1, 1)}.get(plan.recompute, (0, 0))  # forwards of products, of attention
+    products = (
+        (6 * (P - positions(model)) + 2 * again[0] * matrices(model)) * n / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
+    )
+    attention = (7 + 2 * again[1]) * L * D * T * n / (_shares(_ATTENTION, known)[end] * known.bf16_flops)
     activations = n * (L * D * _LAYER_BYTES[end] + model.vocab_size * _LOGIT_BYTES[end]) / bandwidth
     moved = P * _STEP_BYTES[end] + matrices(model) * (_CAST_BYTES + micro_batches * _SUM_BYTES)
     updates = (moved + micro_batches * model.vocab_size * D * _HEAD_BYTES) / bandwidth
@@ -189,7 +200,8 @@ def make_plan(options: PlanOptions) -> Plan:
     if options.price is not None and not 0 <= options.price < math.inf:
         raise InputError(f"--price: expected 0 or more, and finite, got {options.price}")
     T = options.context_tokens or config.context_tokens
-    model = replace(config, context_tokens=T).gpt(_vocabulary(options.recipe, config))
+    recompute = options.recompute or config.recompute
+    model = replace(config, context_tokens=T, recompute=recompute).gpt(_vocabulary(options.recipe, config))
     machine = _machine(options.gpu, options.gpus)
     step = _count("--tokens-per-step", options.tokens_per_step) or config.batch_size * T
     sequences, rest = divmod(step, T * machine.gpus)
@@ -205,7 +217,10 @@ def make_plan(options: PlanOptions) -> Plan:
             f"take {_divisor(sequences, micro_batch)}"
         )
     tokens = _count("--tokens", options.tokens) or config.steps * step
-    return Plan(model=model, machine=machine, sequences=sequences, micro_batch=micro_batch, context_tokens=T, tokens=tokens)
+    return Plan(
+        model=model, machine=machine, sequences=sequences, micro_batch=micro_batch, context_tokens=T, tokens=tokens,
+        recompute=recompute,
+    )  # fmt: skip
 
 
 def _vocabulary(name: str, config: TrainConfig) -> int:
@@ -283,8 +298,17 @@ def _verdict(plan: Plan) -> str:
     if plan.fits(plan.micro_batch):
         return f"fits, {sizes}; at most {most} sequences at once" + (" (all of a step)" if most == plan.sequences else "")
     if most:
-        return f"does not fit, {sizes}; --micro-batch-size {_divisor(plan.sequences, most)} does (at most {most} at once)"
-    return f"does not fit, {sizes}, nor does a single sequence; take more memory, a smaller model or fewer --context-tokens"
+        less = f"--micro-batch-size {_divisor(plan.sequences, most)} does (at most {most} at once)"
+        return f"does not fit, {sizes}; {less}{_leaner(plan, plan.micro_batch, ', and so does ')}"
+    less = _leaner(plan, 1, "; one does with ") or "; take more memory, a smaller model or fewer --context-tokens"
+    return f"does not fit, {sizes}, nor does a single sequence{less}"
+
+
+def _leaner(plan: Plan, micro_batch: int, words: str) -> str:
+    """The cheapest recomputation with which that many sequences fit, after `words`; nothing if there is none."""
+    modes = [name for name in RECOMPUTATIONS if name != "gelu" or plan.model.mlp == "gelu"]
+    fitting = (name for name in modes if replace(plan, recompute=name).fits(micro_batch))
+    return "".join(f"{words}--recompute {name}" for name in itertools.islice(fitting, 1))
 
 
 def _describe_memory(plan: Plan) -> list[str]:

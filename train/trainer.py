@@ -4,8 +4,9 @@
                                                         of the masters -> working copy cast anew
 
 Nothing between the first and the last of these waits for the device: what the host must know of a batch (how many targets
-count, where documents begin) it reads off CPU tensors, and loss and norm of the gradients are left on the device. Of several
-ranks each has a part of the batch; their engine (train/sharding.py) sums the gradients during the last micro-batch's backward.
+count, where documents begin) it reads off the batch on the CPU, and loss and norm of the gradients are left on the device. Of
+several ranks each has a part of the batch; their engine (train/sharding.py) sums the gradients during the last micro-batch's
+backward.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from ..model import GPT
 from .config import TrainConfig
 from .distributed import ALONE, World
 from .evaluate import Evaluation, batch_loss, evaluate
-from .loader import IGNORED
+from .loader import Batch
 from .optim import Optimizer
 from .precision import Narrowed, choose_dtype, refresh, working_copy
 from .sharding import micro_step, replicate, whole_weights
@@ -84,24 +85,21 @@ class Trainer:
         is_one_graph = self.is_compiled and world.engine != "fsdp"  # of which `shard` compiles the parts
         self._network = replicate(torch.compile(self.working, fullgraph=True) if is_one_graph else self.working, world)
 
-    def backward(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> Tensor:
+    def backward(self, batch: Batch, counted: int | None = None) -> Tensor:
         """Add to the gradients of `model` those of the mean loss over all counted targets of a batch.
 
         Args:
-            tokens, targets: (B, T) int64 on the CPU, as a Loader gives them.
             counted: targets that count in the batch of all ranks; default: in this one.
         Returns: that loss, of all ranks, () float32 on the device.
         """
-        # In numpy: no tensor of the device can slip in and be waited for.
-        mine = (targets.numpy() != IGNORED).sum(axis=1)
-        counted = mine.sum() if counted is None else counted
+        counted = batch.counted.sum() if counted is None else counted
         total = torch.zeros((), device=self.model.wte.weight.device)
-        for start in range(0, len(tokens), self._micro_batch):
-            rows = slice(start, start + self._micro_batch)
+        for start in range(0, len(batch), self._micro_batch):
+            part = batch[start : start + self._micro_batch]
             # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
-            share = float(mine[rows].sum() / counted)
-            with micro_step(self._network, self.world, is_last=rows.stop >= len(tokens)):
-                loss = batch_loss(self._network, tokens[rows], targets[rows], self.separator) * share
+            share = float(part.counted.sum() / counted)
+            with micro_step(self._network, self.world, is_last=start + self._micro_batch >= len(batch)):
+                loss = batch_loss(self._network, part, self.separator) * share
                 # Engines take the mean of the ranks' gradients, where their sum is meant.
                 self.optimizer.scaler.scale(loss * self.world.data_ranks).backward()
             total += loss.detach()
@@ -113,7 +111,7 @@ class Trainer:
         refresh(self.working, self.model)
         return grad_norm
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], *, bytes_per_token: float) -> Evaluation | None:
+    def evaluate(self, batches: Iterable[Batch], *, bytes_per_token: float) -> Evaluation | None:
         """As evaluate of a model that is read as this one is."""
         return evaluate(self.working, batches, bytes_per_token=bytes_per_token, separator=self.separator, world=self.world)
 

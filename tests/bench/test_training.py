@@ -252,18 +252,17 @@ def test_what_stays_allocated_is_weights_and_both_moments():
     contestant = Contestant("baseline", Baseline(shape), TINY, compiled=False)
     weights = sum(parameter.nbytes for parameter in contestant.model.parameters())
     assert contestant.held_bytes() == weights
-    contestant.step(*random_batch(TINY, shape, 0))
+    contestant.step(random_batch(TINY, shape, 0))
     counters = 4 * len(list(contestant.model.parameters()))
     assert contestant.held_bytes() == 3 * weights + counters
 
 
 def test_batches_repeat_and_have_frequent_and_rare_tokens():
     shape = TINY.gpt(vocab_size=300)
-    (tokens, targets), again, other = (random_batch(TINY, shape, step) for step in (0, 0, 1))
-    assert torch.equal(tokens, again[0])
-    assert not torch.equal(tokens, other[0])
-    assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    many = torch.cat([random_batch(TINY, shape, step)[0].flatten() for step in range(100)]).bincount(minlength=300)
+    first, again, other = (random_batch(TINY, shape, step) for step in (0, 0, 1))
+    assert torch.equal(first.windows, again.windows)
+    assert not torch.equal(first.windows, other.windows)
+    many = torch.cat([random_batch(TINY, shape, step).windows.flatten() for step in range(100)]).bincount(minlength=300)
     assert many[0] > 5 * many[9] > 0
 
 

@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tritium.bench.memory import Held
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
+from tritium.model.recompute import RECOMPUTATIONS
 from tritium.train.precision import working_copy
 
 pytestmark = pytest.mark.plain
@@ -50,22 +52,17 @@ def test_flops_are_counted_as_for_mfu():
         (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7),
     ],
 )
-def test_activation_bytes_are_those_autograd_keeps(config, B, T, dtype):
-    model = working_copy(GPT(config), dtype)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
+def test_activation_bytes_are_those_held_between_forward_and_backward(config, B, T, dtype):
     tokens = torch.randint(config.vocab_size, (B, T))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model(tokens, tokens)
-    assert sum(nbytes for nbytes, _ in kept.values()) == activation_bytes(config, B, T, dtype.itemsize)
-    assert loss.ndim == 0
+    for mode in RECOMPUTATIONS:
+        if mode == "gelu" and config.mlp != "gelu":
+            continue
+        model = GPT(config, recompute=mode)
+        working = working_copy(model, dtype)
+        with Held(tokens, *model.parameters(), *working.parameters()) as seen:
+            loss = working(tokens, tokens)
+        kept = seen.now - loss.nbytes + tokens.nbytes
+        assert kept == activation_bytes(config, B, T, dtype.itemsize, mode)
 
 
 def test_a_step_holds_all_gradients_if_it_accumulates_and_copies_in_16_bits():

@@ -53,26 +53,26 @@ def test_every_token_is_a_target_once_an_epoch(n, context):
     for epoch in range(2):
         seen = []
         for step in range(epoch * loader.windows, (epoch + 1) * loader.windows):
-            tokens, targets = loader.batch(step)
+            tokens, targets = loader.batch(step).on("cpu")
             assert tokens.shape == targets.shape == (1, context)
             assert tokens.dtype == targets.dtype == torch.int64
             kept = targets != IGNORED
             assert torch.equal(tokens[kept] + 1, targets[kept])
-            assert not tokens[~kept].any()
+            assert tokens[~kept].tolist() == [n - 1, *[0] * (context - 1)][: int((~kept).sum())]
             seen += targets[kept].tolist()
         assert sorted(seen) == list(range(1, n))
 
 
 def test_epochs_run_on_across_batches():
     loader = Loader(_stream(101), context_tokens=10, batch_size=4, seed=0)  # 10 windows, 4 a step
-    starts = [row[0].item() // 10 for step in range(5) for row in loader.batch(step)[0]]
+    starts = [row[0].item() // 10 for step in range(5) for row in loader.batch(step).inputs]
     assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(10))
     assert starts[:10] != starts[10:]
 
 
 def test_a_batch_larger_than_the_epoch():
     loader = Loader(_stream(21), context_tokens=10, batch_size=6, seed=0)
-    assert sorted(loader.batch(3)[0][:, 0].tolist()) == [0, 0, 0, 10, 10, 10]
+    assert sorted(loader.batch(3).inputs[:, 0].tolist()) == [0, 0, 0, 10, 10, 10]
 
 
 def test_batches_do_not_depend_on_what_was_asked_before():
@@ -82,18 +82,29 @@ def test_batches_do_not_depend_on_what_was_asked_before():
     for step in reversed(steps):
         fresh = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
         for loader in (one, fresh):
-            assert all(torch.equal(a, b) for a, b in zip(loader.batch(step), forth[step], strict=True))
+            assert torch.equal(loader.batch(step).windows, forth[step].windows)
     other_seed = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=2)
-    assert not torch.equal(other_seed.batch(0)[0], forth[0][0])
+    assert not torch.equal(other_seed.batch(0).windows, forth[0].windows)
 
 
-def test_changing_a_batch_changes_no_other():
-    loader = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
-    tokens, targets = loader.batch(0)
-    kept = tokens.clone()
-    tokens.zero_()
-    assert torch.equal(loader.batch(0)[0], kept)
-    assert torch.equal(targets, loader.batch(0)[1])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+def test_widening_a_part_of_a_batch_leaves_it_as_it_is(dtype):
+    stream = TokenStream([np.arange(60_000, 60_025).astype(dtype)])
+    batch = Loader(stream, context_tokens=10, batch_size=3, seed=1).batch(0)
+    assert len(batch) == 3
+    before = batch.windows.clone()
+    for start in range(3):
+        row = batch[start : start + 1]
+        tokens, targets = row.on("cpu")
+        assert tokens.is_contiguous()
+        assert targets.is_contiguous()
+        assert (targets != IGNORED).sum() == row.counted.sum() in (10, 4)
+        assert torch.equal(tokens[0, 1 : row.counted[0]], targets[0, : row.counted[0] - 1])
+        assert tokens[0, 0] in (60_000, 60_010, 60_020)
+        tokens.zero_()
+        targets.zero_()
+    assert torch.equal(batch.windows, before)
+    assert batch.windows.numpy().dtype == dtype
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -103,10 +114,9 @@ def test_ranks_share_the_batches_of_one(world_size):
     ranks = [Loader(_stream(1000), **sizes, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in (*range(25), 10**9):
         parts = [loader.batch(step) for loader in ranks]
-        assert all(tokens.shape == (6 // world_size, 8) for tokens, _ in parts)
-        for i in range(2):
-            assert torch.equal(torch.cat([part[i] for part in parts]), whole.batch(step)[i])
-    rows = [{int(row[0]) for step in range(20) for row in loader.batch(step)[0]} for loader in ranks]  # within one epoch
+        assert all(part.inputs.shape == (6 // world_size, 8) for part in parts)
+        assert torch.equal(torch.cat([part.windows for part in parts]), whole.batch(step).windows)
+    rows = [{int(row[0]) for step in range(20) for row in loader.batch(step).inputs} for loader in ranks]  # within one epoch
     for one, other in itertools.combinations(rows, 2):
         assert not one & other
 
@@ -129,7 +139,7 @@ def test_loader_refuses_impossible_sizes():
 @pytest.mark.parametrize("n", [2, 7, 11, 101, 105, 110])
 def test_evaluation_reads_everything_in_order(n):
     stream = TokenStream([np.arange(n, dtype=np.uint16)])
-    batches = list(evaluation_batches(stream, context_tokens=10, batch_size=4))
+    batches = [batch.on("cpu") for batch in evaluation_batches(stream, context_tokens=10, batch_size=4)]
     targets = torch.cat([targets for _, targets in batches])
     assert targets.shape == (-(-(n - 1) // 10), 10)
     assert targets[targets != IGNORED].tolist() == list(range(1, n))
@@ -141,7 +151,7 @@ def test_evaluation_reads_everything_in_order(n):
 def test_evaluation_stops_at_max_tokens():
     def count(max_tokens):
         batches = evaluation_batches(_stream(1000), context_tokens=10, batch_size=4, max_tokens=max_tokens)
-        return sum(int((targets != IGNORED).sum()) for _, targets in batches)
+        return sum(int(batch.counted.sum()) for batch in batches)
 
     assert [count(limit) for limit in (1, 10, 59, 60, 10**9)] == [10, 10, 50, 60, 999]
     with pytest.raises(InputError, match="at least 2 tokens, got 1"):
@@ -169,7 +179,7 @@ def test_documents_begin_with_rows_and_separators():
 def test_ranks_know_how_many_targets_count_in_all(n):
     loaders = [Loader(_stream(n), context_tokens=10, batch_size=6, seed=5, rank=rank, world_size=3) for rank in range(3)]
     for step in range(40):  # 2 epochs of 100 or 101 windows, of which one may be short
-        found = sum(int((loader.batch(step)[1] != IGNORED).sum()) for loader in loaders)
+        found = sum(int(loader.batch(step).counted.sum()) for loader in loaders)
         assert [loader.counted(step) for loader in loaders] == [found] * 3
 
 
@@ -179,6 +189,6 @@ def test_ranks_evaluate_every_target_once_in_as_many_batches(n, batch_size, max_
     (whole,) = evaluation_batches(_stream(n), batch_size=1000, **options)
     parts = [list(evaluation_batches(_stream(n), batch_size=batch_size, rank=r, world_size=3, **options)) for r in range(3)]
     assert len({len(part) for part in parts}) == 1
-    targets = torch.cat([targets.flatten() for part in parts for _, targets in part])
-    expected = whole[1].flatten()
+    targets = torch.cat([batch.on("cpu")[1].flatten() for part in parts for batch in part])
+    expected = whole.on("cpu")[1].flatten()
     assert torch.equal(targets[targets != IGNORED].sort().values, expected[expected != IGNORED].sort().values)

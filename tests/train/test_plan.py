@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +13,7 @@ from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import flops_per_token, step_bytes
 from tritium.train import plan as planner
 from tritium.train.config import TrainConfig
+from tritium.train.loader import Batch
 from tritium.train.optim import Optimizer
 from tritium.train.plan import RESERVE, Machine, Plan, PlanOptions, describe, make_plan
 from tritium.train.recipes import RECIPES
@@ -27,15 +29,15 @@ LLAMA = replace(DEEP, position="rotary", norm="rms", mlp="swiglu", bias=False)
 LARGE_VOCABULARY = GPTConfig(n_layer=2, n_head=1, d_model=64, vocab_size=5000, context_tokens=64, bias=False)
 
 
-def measured_peak(config: GPTConfig, batch: int, micro_batch: int, precision: str) -> int:
+def measured_peak(config: GPTConfig, batch: int, micro_batch: int, precision: str, recompute: str = "none") -> int:
     """Bytes of all tensors at the fullest moment of the second step, as PyTorch's allocator counts them."""
-    model = GPT(config)
+    model = GPT(config, recompute=recompute)
     options = TrainConfig(batch_size=batch, micro_batch_size=micro_batch, precision=precision)
     trainer = Trainer(model, Optimizer(model, options), options)
-    tokens = torch.randint(config.vocab_size, (batch, config.context_tokens))
+    batch = Batch(torch.randint(config.vocab_size, (batch, config.context_tokens + 1)), np.full(batch, config.context_tokens))
 
     def step():
-        trainer.backward(tokens, tokens)
+        trainer.backward(batch)
         trainer.update(1e-3)
 
     step()  # afterwards there are moments, and nothing else but the weights and their copies
@@ -81,6 +83,28 @@ def test_formula_is_the_measured_peak(config, batch, micro_batch, precision, lib
     accumulates, itemsize = micro_batch < batch, getattr(torch, precision).itemsize
     parts = step_bytes(config, micro_batch, config.context_tokens, itemsize, accumulates=accumulates)
     assert 0.98 <= sum(parts.values()) / measured_peak(config, batch, micro_batch, precision) <= 1.02
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("config", "batch", "micro_batch", "recompute"),
+    [
+        (DEEP, 4, 4, "gelu"),
+        (DEEP, 4, 2, "selective"),
+        (DEEP, 4, 4, "selective"),
+        (DEEP, 4, 4, "block"),
+        (LLAMA, 4, 2, "block"),
+        (LARGE_VOCABULARY, 4, 4, "block"),
+    ],
+)
+def test_formula_is_the_measured_peak_where_blocks_are_computed_again(
+    config, batch, micro_batch, recompute, precision, library_defaults
+):
+    accumulates, itemsize = micro_batch < batch, getattr(torch, precision).itemsize
+    sizes = (config, micro_batch, config.context_tokens, itemsize)
+    parts = step_bytes(*sizes, accumulates=accumulates, recompute=recompute)
+    assert 0.98 <= sum(parts.values()) / measured_peak(config, batch, micro_batch, precision, recompute) <= 1.02
+    assert sum(parts.values()) < sum(step_bytes(*sizes, accumulates=accumulates).values()) or config is LARGE_VOCABULARY
 
 
 def test_largest_micro_batch_is_the_last_that_fits():
@@ -187,6 +211,25 @@ def test_what_does_not_fit_says_what_to_change(tritium):
     assert "does not fit" in out.splitlines()[0]
     assert "--micro-batch-size 16 does (at most" in out.splitlines()[0]
     assert "nor does a single sequence" in tritium("plan", "gpt2-xl", "--gpu", "rtx-4090")[1].splitlines()[0]
+
+
+def test_recomputation_is_suggested_where_it_makes_room(tritium):
+    words = ["plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size"]
+    assert "(at most 16 at once), and so does --recompute selective" in tritium(*words, 64)[1].splitlines()[0]
+    assert "fits" in tritium(*words, 64, "--recompute", "selective")[1].splitlines()[0].split(": ")[1]
+    assert "recompute" not in tritium(*words, 512)[1].splitlines()[0]
+    long = ["plan", "gpt2-medium", "--gpu", "rtx-4090", "--context-tokens", 32_768, "--micro-batch-size", 1]
+    assert "nor does a single sequence; one does with --recompute selective" in tritium(*long)[1].splitlines()[0]
+
+
+def test_recomputing_costs_a_forward():
+    plans = [
+        make_plan(PlanOptions(recipe="gpt2", gpu="h100", recompute=mode)) for mode in ("none", "gelu", "selective", "block")
+    ]
+    none, gelu, selective, block = (plan.seconds()[0] for plan in plans)
+    assert none == gelu
+    assert selective - none == pytest.approx(2 * 84_934_656 * 524_288 / 750e12)
+    assert block - selective == pytest.approx(2 * 12 * 768 * 1024 * 524_288 / 400e12)
 
 
 def test_a_small_model_is_bound_by_launches(tritium):

@@ -138,17 +138,6 @@ def test_reads_over_the_seams(stream):
             stream.read(start, stop)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 400, 1000])
-def test_gathers_rows_over_the_seams(stream, length):
-    starts = np.random.default_rng(0).integers(0, 1000 - length + 1, 200)
-    rows = stream.gather(starts, length)
-    np.testing.assert_array_equal(rows, starts[:, None] + np.arange(length))
-    assert stream.gather(starts[:0], length).shape == (0, length)
-    for wrong in (-1, 1001 - length):
-        with pytest.raises(IndexError):
-            stream.gather(np.array([0, wrong]), length)
-
-
 def test_a_damaged_shard_stops_the_stream(stream, tmp_path):
     bad = bytearray((tmp_path / "3.bin").read_bytes())
     bad[-1] ^= 1

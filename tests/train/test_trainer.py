@@ -3,6 +3,7 @@ import gc
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,6 +13,7 @@ from tritium.model import GPT, GPTConfig
 from tritium.train import trainer as trainer_file
 from tritium.train.config import TrainConfig
 from tritium.train.evaluate import evaluate
+from tritium.train.loader import Batch
 from tritium.train.optim import Optimizer
 from tritium.train.precision import products, refresh, working_copy
 from tritium.train.trainer import Trainer, is_compiled_on, quiet_collector
@@ -28,9 +30,9 @@ def make(**options) -> Trainer:
     return Trainer(model, Optimizer(model, config), config)
 
 
-def batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, targets = torch.randint(20, (2, rows, 8), generator=torch.Generator().manual_seed(1))
-    return tokens, targets
+def batch(rows: int = 6) -> Batch:
+    windows = torch.randint(20, (rows, 9), generator=torch.Generator().manual_seed(1))
+    return Batch(windows, np.full(rows, 8))
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
@@ -38,25 +40,23 @@ def gradients(trainer: Trainer) -> torch.Tensor:
 
 
 def test_micro_batches_add_up_to_the_batch():
-    tokens, targets = batch()
-    targets[1, 2:] = targets[4] = -100  # the last window of the data is padded: shares differ
+    padded = Batch(batch().windows, np.array([8, 2, 8, 8, 0, 8]))  # the last window of the data is: shares differ
     results = []
     for micro_batch in (6, 2, 1):
         trainer = make(micro_batch_size=micro_batch)
         trainer.model.double()
-        results.append((trainer.backward(tokens, targets), gradients(trainer)))
+        results.append((trainer.backward(padded), gradients(trainer)))
     for loss, found in results[1:]:
         torch.testing.assert_close(found, results[0][1], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
 
 
 def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
-    tokens, targets = batch(32)
     exact, whole, parts = (
         make(precision=precision, batch_size=32, micro_batch_size=size)
         for precision, size in (("float32", 32), ("bfloat16", 32), ("bfloat16", 8))
     )
-    losses = [trainer.backward(tokens, targets).item() for trainer in (exact, whole, parts)]
+    losses = [trainer.backward(batch(32)).item() for trainer in (exact, whole, parts)]
     truth, once, four_times = map(gradients, (exact, whole, parts))
     # Four sums of narrow gradients are no further from float32's than one.
     assert 0 < (four_times - truth).norm() <= 1.1 * (once - truth).norm()
@@ -68,11 +68,10 @@ def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_short_training_is_like_that_in_float32(precision):
     exact, narrow = make(), make(precision=precision)
-    tokens, _ = batch()
     losses = [[], []]
     for _ in range(30):
         for trainer, found in zip((exact, narrow), losses, strict=True):
-            found.append(trainer.backward(tokens, tokens.roll(-1, 1)).item())
+            found.append(trainer.backward(batch()).item())
             trainer.update(3e-3)
     assert losses[0][-1] < 0.9 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
@@ -86,17 +85,16 @@ def test_a_short_training_is_like_that_in_float32(precision):
 
 def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved():
     trainer = make(precision="float16")
-    tokens, targets = batch()
-    trainer.backward(tokens, targets)
+    trainer.backward(batch())
     trainer.update(1e-3)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     scale = trainer.optimizer.scaler.get_scale()
-    trainer.backward(tokens, targets)
+    trainer.backward(batch())
     trainer.model.h[0].mlp.c_fc.weight.grad[0, 0] = torch.inf
     assert not trainer.update(1e-3).isfinite()
     assert trainer.optimizer.scaler.get_scale() == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    trainer.backward(tokens, targets)
+    trainer.backward(batch())
     assert trainer.update(1e-3).isfinite()
     assert not torch.equal(before[0], next(trainer.model.parameters()))
 
@@ -105,7 +103,7 @@ def test_the_norm_in_float16_is_of_unscaled_gradients():
     norms = []
     for precision in ("float32", "float16"):
         trainer = make(precision=precision)
-        trainer.backward(*batch())
+        trainer.backward(batch())
         norms.append(trainer.update(1e-3).item())
     assert norms[0] == pytest.approx(norms[1], rel=4 * torch.finfo(torch.float16).eps)
 
@@ -121,8 +119,8 @@ def graphs(monkeypatch) -> CompileCounterWithBackend:
 
 def losses_of(trainer: Trainer, batches) -> list[float]:
     losses = []
-    for tokens, targets in batches:
-        losses.append(trainer.backward(tokens, targets).item())
+    for each in batches:
+        losses.append(trainer.backward(each).item())
         trainer.update(3e-3)
     return losses
 
@@ -134,8 +132,8 @@ def test_one_graph_serves_micro_batches_evaluations_and_samples(precision, graph
     results = []
     for trainer in (plain, compiled):
         losses = losses_of(trainer, batches)
-        found = evaluate(trainer.working, (pair for pair in [batch(), batch(3)]), bytes_per_token=1.0).loss
-        sampled = trainer.working.generate(batch()[0][:1, :2], 3, temperature=0)
+        found = evaluate(trainer.working, [batch(), batch(3)], bytes_per_token=1.0).loss
+        sampled = trainer.working.generate(batch().inputs[:1, :2], 3, temperature=0)
         losses += losses_of(trainer, batches)
         results.append(([*losses, found], sampled))
     assert graphs.frame_count == 1
@@ -154,9 +152,9 @@ def test_documents_of_any_number_share_a_graph(graphs):
     trainer = make(compile="on")
     trainer.separator = 0
     for documents in (1, 2, 5, 9, 17, 30):
-        tokens = torch.ones(6, 8, dtype=torch.int64)
-        tokens.view(-1)[torch.randperm(48)[:documents]] = 0
-        trainer.backward(tokens, batch()[1])
+        windows = torch.ones(6, 9, dtype=torch.int64)
+        windows.view(-1)[torch.randperm(54)[:documents]] = 0
+        trainer.backward(Batch(windows, np.full(6, 8)))
     assert graphs.frame_count == 1
 
 
@@ -186,7 +184,7 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
     model = GPT(SHAPE).to("meta")
     trainer = Trainer(model, Optimizer(model, config), config, separator=separator)
     for _ in range(2):
-        loss = trainer.backward(*batch())
+        loss = trainer.backward(batch())
         norm = trainer.update(1e-3)
     assert loss.device == norm.device == torch.device("meta")
     for read in (float, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero):
@@ -212,7 +210,7 @@ def test_scaling_losses_reads_nothing():
             return func(*args, **kwargs or {})
 
     trainer = make(precision="float16")
-    trainer.backward(*batch())
+    trainer.backward(batch())
     with Unread():
         trainer.update(1e-3)
     with pytest.raises(AssertionError), Unread():
@@ -226,12 +224,13 @@ def test_a_step_never_waits_for_the_gpu(precision):
     # So many tokens that PyTorch sorts them for the embedding's gradient.
     model = GPT(replace(SHAPE, context_tokens=1024)).cuda()
     trainer = Trainer(model, Optimizer(model, config), config, separator=0)
-    tokens = torch.randint(20, (8, 1024))
-    losses_of(trainer, [(tokens, tokens)] * 2)  # kernels are compiled, moments made
+    # The last window of the data is padded.
+    padded = Batch(torch.randint(20, (8, 1025)), np.array([1024] * 7 + [5]))
+    losses_of(trainer, [padded] * 2)  # kernels are compiled, moments made
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            trainer.backward(tokens, tokens)
+            trainer.backward(padded)
             trainer.update(1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
