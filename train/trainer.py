@@ -108,7 +108,8 @@ class Trainer:
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step with the gradients; returns their norm as Optimizer.update does."""
         grad_norm = self.optimizer.update(lr)
-        refresh(self.working, self.model)
+        if self.world.engine is None:
+            refresh(self.working, self.model)
         return grad_norm
 
     def evaluate(self, batches: Iterable[Batch], *, bytes_per_token: float) -> Evaluation | None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -60,6 +61,8 @@ def answer(job: dict) -> dict:
             code = 70
             try:
                 code = work(job, rank, port)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)

@@ -92,9 +92,10 @@ def test_micro_batches_grouped_heads_and_compiled_code_are_too(engine, once):
     assert_like_one_process(once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "alone"))
 
 
-def test_shards_are_gathered_in_the_precision_of_the_run(once):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_ranks_compute_in_the_precision_of_the_run(engine, once):
     """Before the first update losses are alike to float32's rounding; then to bfloat16's, of gradients."""
-    exact, alone, run = (losses(once(*pair)) for pair in (("gpt2", "alone"), ("bfloat16", "alone"), ("bfloat16", "fsdp")))
+    exact, alone, run = (losses(once(*pair)) for pair in (("gpt2", "alone"), ("bfloat16", "alone"), ("bfloat16", engine)))
     assert_same(run[:1], alone[:1])
     assert abs(run[0] - exact[0]) > 10 * abs(run[0] - alone[0])
     np.testing.assert_allclose(run, alone, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
