@@ -75,7 +75,8 @@ def test_figures_are_written_and_both_losses_printed(tmp_path, capsys):
         assert f"{name:20}" + "".join(f"{loss:10.4f}" for loss in found["losses"]) in shown
         rows = record["profile"][name]
         assert sum(row["share"] for row in rows) == pytest.approx(1)
-        assert any(row["operator"].startswith("aten::") and row["calls"] > 0 for row in rows)
+        # Which operators are the slowest is as the machine has it; that some ran at all is not.
+        assert any(row["calls"] for row in rows)
     assert record["contestants"]["tritium"]["losses"] == pytest.approx(record["contestants"]["baseline"]["losses"], rel=1e-5)
     assert "no MFU: device not in the table" in shown
     assert "no Triton kernel runs on a CPU" in shown
