@@ -22,7 +22,7 @@ from ..train.config import InputError
 from . import disassembly, machine_code
 from .case import Operator
 from .kernels import OPERATORS
-from .launches import TARGETS, compile_launch, record_launches
+from .launches import TARGETS, Launch, compile_launch, record_launches
 from .record import provenance, read_record, writable, write_record
 
 # What the trainer runs the kernels in.
@@ -65,11 +65,17 @@ def _compiled(operators: Sequence[Operator], archs: Sequence[str]) -> Iterator[t
                 with record_launches(arch) as launches:
                     operator.launches(shape, DTYPE)
                 # A kernel that is launched again for another part of the same work has one row.
-                for launch in {launch.kernel.__name__: launch for launch in reversed(launches)}.values():
+                for kernel, launch in {_name(launch): launch for launch in reversed(launches)}.items():
                     began = time.perf_counter()
                     compiled = compile_launch(launch, arch)
-                    values = (operator.name, operator.label(shape), launch.kernel.__name__, arch)
+                    values = (operator.name, operator.label(shape), kernel, arch)
                     yield dict(zip(KEYS, values, strict=True)), compiled, time.perf_counter() - began
+
+
+def _name(launch: Launch) -> str:
+    """A kernel's name, with the epilogue that it was given, where it has one."""
+    epilogue = launch.arguments.get("EPILOGUE")
+    return launch.kernel.__name__ + (f" with {epilogue.__name__}" if epilogue else "")
 
 
 def describe(compiled, text: str, arch: str) -> dict[str, Any]:
