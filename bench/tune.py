@@ -21,7 +21,7 @@ from rich.table import Table
 from ..kernels import _attention_launch, _gemm
 from ..train.cli import near, parse
 from ..train.config import InputError
-from ..train.device import choose_device, use_fast_matmul
+from ..train.device import choose_device, choose_matmul
 from .case import Contestant, Operator
 from .contest import directions_of, refusal, rotated_inputs, shapes_of, timed
 from .kernels import OPERATORS
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device("auto")
     if device.type != "cuda":
         raise InputError("tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs none")
-    use_fast_matmul(device)
+    choose_matmul(device)
     operator, out = OPERATORS[name], None if options.out is None else writable(Path(options.out))
     console, entries = Console(width=None if Console().is_terminal else 140), []
     for shape in shapes_of(operator, options.shape, device):

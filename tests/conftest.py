@@ -88,7 +88,7 @@ if INTERPRET:
     _multiply_bfloat16_like_a_gpu()
 
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def pytest_configure(config):
@@ -98,7 +98,7 @@ def pytest_configure(config):
 
 def pytest_make_parametrize_id(val):
     """Dtypes by name, so that -k can choose among them."""
-    return NAMES.get(val) if isinstance(val, torch.dtype) else None
+    return DTYPE_IDS.get(val) if isinstance(val, torch.dtype) else None
 
 
 def pytest_collection_modifyitems(config, items):
