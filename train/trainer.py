@@ -99,13 +99,13 @@ class Trainer:
         for start in range(0, len(tokens), self._micro_batch):
             rows = slice(start, start + self._micro_batch)
             # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
-            share = float(mine[rows].sum() / counted)
+            # Engines take the mean of the ranks' gradients, where their sum is meant.
+            share = float(mine[rows].sum() / counted) * self.world.data_ranks
             with micro_step(self._network, self.world, is_last=rows.stop >= len(tokens)):
                 loss = batch_loss(self._network, tokens[rows], targets[rows], self.separator) * share
-                # Engines take the mean of the ranks' gradients, where their sum is meant.
-                self.optimizer.scaler.scale(loss * self.world.data_ranks).backward()
+                self.optimizer.scaler.scale(loss).backward()
             total += loss.detach()
-        return self.world.sum(total)
+        return self.world.mean(total)
 
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step with the gradients; returns their norm as Optimizer.update does."""
