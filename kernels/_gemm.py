@@ -175,11 +175,8 @@ def _finish(
 
 @triton.jit
 def _half(x, SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left (0) or the right (1) half of a tile; None of None."""
-    if x is None:
-        return None
-    else:
-        return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()[SIDE]
+    """The left (0) or the right (1) half of a tile."""
+    return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()[SIDE]
 
 
 @triton.jit
@@ -208,7 +205,9 @@ def _gemm_kernel(
             _finish(acc, beside, bias_ptr, c, pre, sums_partial_ptr, row, column, M, N, EPILOGUE, BLOCK_M, BLOCK_N)
         else:
             for side in tl.static_range(2):
-                half, half_beside = _half(acc, side, BLOCK_M, BLOCK_N), _half(beside, side, BLOCK_M, BLOCK_N)
+                half, half_beside = _half(acc, side, BLOCK_M, BLOCK_N), None
+                if aux_ptr is not None:
+                    half_beside = _half(beside, side, BLOCK_M, BLOCK_N)
                 if PARTS == 2:
                     _finish(
                         half, half_beside, bias_ptr, c, pre, sums_partial_ptr, row, column + side * (BLOCK_N // 2), M, N,
@@ -216,10 +215,12 @@ def _gemm_kernel(
                     )  # fmt: skip
                 else:
                     for inner in tl.static_range(2):
+                        quarter, quarter_beside = _half(half, inner, BLOCK_M, BLOCK_N // 2), None
+                        if aux_ptr is not None:
+                            quarter_beside = _half(half_beside, inner, BLOCK_M, BLOCK_N // 2)
                         _finish(
-                            _half(half, inner, BLOCK_M, BLOCK_N // 2), _half(half_beside, inner, BLOCK_M, BLOCK_N // 2),
-                            bias_ptr, c, pre, sums_partial_ptr, row, column + (2 * side + inner) * (BLOCK_N // 4), M, N,
-                            EPILOGUE, BLOCK_M, BLOCK_N // 4,
+                            quarter, quarter_beside, bias_ptr, c, pre, sums_partial_ptr,
+                            row, column + (2 * side + inner) * (BLOCK_N // 4), M, N, EPILOGUE, BLOCK_M, BLOCK_N // 4,
                         )  # fmt: skip
 
 

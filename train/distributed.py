@@ -160,11 +160,11 @@ class World:
         gc.collect()
         dist.destroy_process_group()
 
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum over data ranks of a tensor that is equal on ranks that share layers, in place."""
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(value)
-            value /= self.tensor_ranks
+            value /= self.size
         return value
 
 

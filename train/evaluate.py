@@ -62,10 +62,10 @@ def evaluate(
         loss = batch_loss(model, batch, separator).item()
         if counted := int(batch.counted.sum()):  # else the mean over none; the other ranks needed this one's help
             total, count = total + loss * counted, count + counted
-    total, count = world.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
+    total, count = world.mean(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:
         return None
     loss = total / count
     if not math.isfinite(loss):
         raise InputError(f"{DIVERGED} (validation loss is {loss})")
-    return Evaluation(loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token, tokens=round(count))
+    return Evaluation(loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token, tokens=round(count * world.data_ranks))

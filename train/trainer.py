@@ -97,13 +97,13 @@ class Trainer:
         for start in range(0, len(batch), self._micro_batch):
             part = batch[start : start + self._micro_batch]
             # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
-            share = float(part.counted.sum() / counted)
+            # Engines take the mean of the ranks' gradients, where their sum is meant.
+            share = float(part.counted.sum() / counted) * self.world.data_ranks
             with micro_step(self._network, self.world, is_last=start + self._micro_batch >= len(batch)):
                 loss = batch_loss(self._network, part, self.separator) * share
-                # Engines take the mean of the ranks' gradients, where their sum is meant.
-                self.optimizer.scaler.scale(loss * self.world.data_ranks).backward()
+                self.optimizer.scaler.scale(loss).backward()
             total += loss.detach()
-        return self.world.sum(total)
+        return self.world.mean(total)
 
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step with the gradients; returns their norm as Optimizer.update does."""
