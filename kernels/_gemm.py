@@ -53,11 +53,10 @@ def _tile(*sizes: int) -> Tile:
 
 
 # By the start of an architecture's name. NOTHING HERE IS MEASURED YET. Tiles are ranked by their machine code (`tritium bench
-# codegen`): no spilled registers, then the tensor pipe's share. `fuses` compares estimates of h = x w^T with GELU and of its
-# gradient, 32,768 x 3,072 x 768: cuBLAS at the rate it is known for and an elementwise kernel at 90 % of the bandwidth, with
-# 80 % of the tensor pipe in the loop over K and an epilogue that nothing overlaps. H200: 273 and 318 us fused, 315 and 361 not;
-# A100: 0.68 against 0.82 ms; the consumer cards' tensor pipes are slow enough to leave less to the epilogue. B200: 128 and 162
-# against 153 and 181 us, less than the estimate can tell. AMD: no estimate.
+# codegen`): no spilled registers, then the tensor pipe's share. `fuses` weighs what is spared, an elementwise kernel's two or
+# three passes over (N, F), 94 and 140 us of an H200 at 32,768 x 3,072, against an epilogue that nothing overlaps, a third of
+# the loop's clocks over K = 768 and a sixth over 1,600 (bench/gemm_peers.py). These estimates favour it by a tenth on H200 and
+# A100, by more on consumer cards, whose tensor pipes are slower; on B200 by less than they can tell; for AMD there is none.
 FAMILIES = {
     "sm_9": Family(
         fuses=True,
@@ -113,7 +112,8 @@ def is_fused(products: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool
     """Whether a (M, K) times (K, N) is to be a product of ours: as `plan` says, or as "fused" or "cublas" asks for."""
     if products != "auto":
         return products == "fused"
-    return plan(a.shape[0], N, a.dtype, arch(a.device), sm_count(a.device), has_aux=has_aux)[1]
+    # Rows that do not begin at 16 bytes can neither stream nor be loaded whole.
+    return a.shape[1] % 8 == N % 8 == 0 and plan(a.shape[0], N, a.dtype, arch(a.device), sm_count(a.device), has_aux=has_aux)[1]
 
 
 # --- what a product may end with
@@ -169,7 +169,9 @@ def _finish(
     tile = EPILOGUE(acc, beside)
     _store(c, tile, row, column, M, N, BLOCK_M, BLOCK_N)
     if sums_partial_ptr is not None:
-        # Rows behind the last are sums over K of zeros, and so is what aux holds there.
+        # Rows behind the last are sums over K of zeros, and so is what aux holds there; but a bias is added to them too.
+        if bias_ptr is not None:
+            tile = tl.where((row + tl.arange(0, BLOCK_M) < M)[:, None], tile, 0.0)
         tl.store(sums_partial_ptr + (row // BLOCK_M).to(tl.int64) * N + offs_n, tl.sum(tile, axis=0), mask=offs_n < N)
 
 
@@ -250,7 +252,8 @@ def gemm(
     )
     piece = (tile.block_m, tile.block_n // tile.parts)
     _gemm_kernel[(min(blocks_m * cdiv(N, tile.block_n), sm_count(a.device)),)](
-        a=left, b=right, bias_ptr=bias, aux_ptr=aux, c=_whole(c, piece), pre=_whole(pre, piece),
+        a=left, b=right, bias_ptr=None if bias is None else bias.contiguous(),
+        aux_ptr=aux, c=_whole(c, piece), pre=_whole(pre, piece),
         sums_partial_ptr=sums_partial,
         stride_am=a.stride(0), stride_ak=a.stride(1), stride_bk=b.stride(0), stride_bn=b.stride(1), M=M, N=N, K=K,
         EPILOGUE=epilogue, IS_A_TRANSPOSED=a_transposed, IS_B_TRANSPOSED=b_transposed, PARTS=tile.parts, GROUP_M=GROUP_M,

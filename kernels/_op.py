@@ -67,7 +67,7 @@ def define_op(
     op.register_fake(reference if shapes is None else shapes)
     if launch is not None and HAS_TRITON:
         LAUNCHERS[name] = launch
-        launch = _without_float64(name.removesuffix("_fwd").removesuffix("_bwd"), launch)
+        launch = _without_autocast(_without_float64(name.removesuffix("_fwd").removesuffix("_bwd"), launch))
         op.register_kernel("cuda")(_on_its_device(launch))
         if INTERPRET:
             op.register_kernel("cpu")(launch)
@@ -143,15 +143,15 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> N
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
-def _without_autocast(reference: Callable) -> Callable:
-    """References choose their own precision; an active autocast must not lower the products inside them."""
+def _without_autocast(function: Callable) -> Callable:
+    """References and launches choose their own precision; an active autocast must not lower the products inside them."""
 
-    @functools.wraps(reference)
+    @functools.wraps(function)
     def run(*args):
         if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
-            return reference(*args)
+            return function(*args)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return reference(*args)
+            return function(*args)
 
     return run
 

@@ -10,7 +10,8 @@
 Shapes     x, dx: (N, D)   w1, dw1: (F, D)   h, a, dh: (N, F)   w2, dw2: (D, F)   y, dy: (N, D)   N = leading axes, flattened
 Precision  any float dtype in and out; products in it, summed in float32; h and a are stored in it; GELU itself in float32
 Fusion     a and h come out of one product of ours, dh and db1 out of another, or of cuBLAS's and a kernel each: _gemm.plan
-Memory     keeps h and a; recompute keeps h alone and forms a again before dh is there, one more pass over h
+Memory     keeps h and a; recompute keeps h alone and forms a again before dh is there, one more pass over h. Of its rounded
+           copy: fused forwards form a of h itself, so that dw2 then differs by rounding
 Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
 Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
 """

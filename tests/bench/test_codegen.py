@@ -30,10 +30,15 @@ def test_shipped_configurations_hold_the_committed_table(arch):
     if arch == "gfx950":  # but for matrix products it is as gfx942
         operators = {name: operator for name, operator in operators.items() if "attention" in name}
     held = [row for row in read_record(HELD, "codegen")["rows"] if row["arch"] == arch and row["operator"] in operators]
-    rows = rows_of(list(operators.values()), [arch])
-    assert not regressions(rows, held)
-    compiled, sources = {row["kernel"].split()[0] for row in rows}, Path(codegen.__file__).parents[1] / "kernels"
-    assert arch == "gfx950" or compiled == {
+    assert not regressions(rows_of(list(operators.values()), [arch]), held)
+
+
+@pytest.mark.plain
+@pytest.mark.skipif(not HELD.exists(), reason="no table is held for this Triton")
+def test_every_kernel_has_held_rows():
+    """On the architectures where it is launched: what follows a product is a kernel of its own on some, and fused on others."""
+    held, sources = read_record(HELD, "codegen")["rows"], Path(codegen.__file__).parents[1] / "kernels"
+    assert {row["kernel"].split()[0] for row in held} == {
         name for path in sources.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
     }
 

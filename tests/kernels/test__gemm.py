@@ -1,5 +1,7 @@
 """The product that epilogues ride on: layouts, tails, epilogues, the choice of tiles and whether to fuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tritium.bench.disassembly import disassembly, resources
 from tritium.bench.launches import compile_launch, record_launches
 from tritium.bench.machine_code import matrix_instructions
 from tritium.kernels import _gemm
+from tritium.kernels._device import arch
 from tritium.kernels._gemm import FAMILIES, gemm, is_fused, plan
 from tritium.kernels._mlp_kernels import EPILOGUES
 from tritium.kernels._op import INTERPRET
@@ -65,18 +68,22 @@ def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
 
 
 @kernel
+@pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_asked_for_is_not_there(dtype, device, small_tiles):
+def test_what_is_not_asked_for_is_not_there(dtype, parts, device, small_tiles, small_tile, monkeypatch):
+    monkeypatch.setattr(_gemm, "plan", lambda *_, **__: (replace(small_tile, parts=parts), True))
     a, b, bias, aux = operands(33, 65, 17, dtype, device)
     c, pre, sums = gemm(a, b)
     assert pre is sums is None
     assert_accurate("c", c, a.double() @ b.double(), a @ b, length=17)
-    with_bias, _, _ = gemm(a, b, bias)
-    assert_accurate(
-        "with bias", with_bias, torch.addmm(bias.double(), a.double(), b.double()), torch.addmm(bias, a, b), length=17
-    )
-    beside, _, _ = gemm(a, b, aux=aux, epilogue=scaled)
-    assert_accurate("beside", beside, (a.double() @ b.double()) * aux.double(), (a @ b) * aux, length=17)
+    h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
+    for like in (bias, torch.stack([bias, bias], dim=1)[:, 0]):
+        c, _, sums = gemm(a, b, like, needs_sums=True)
+        assert_accurate("with a bias", c, h64, h, length=17)
+        scale = h64.square().sum(0).max().sqrt().item()
+        assert_accurate("sums", sums, h64.sum(0), h.sum(0), length=50, scale=scale)
+    c, _, _ = gemm(a, b, aux=aux, epilogue=scaled)
+    assert_accurate("with aux", c, (a.double() @ b.double()) * aux.double(), (a @ b) * aux, length=17)
 
 
 @kernel
@@ -102,17 +109,17 @@ def test_empty_and_rerun(device, small_tiles):
 
 
 @kernel
-@pytest.mark.parametrize("shape", [(130, 257, 65), (300, 64, 32)])
-def test_shipped_tiles(shape, device):
-    """One past a tile of each class, as `plan` chooses on the device of these tests."""
+@pytest.mark.parametrize("shape", [(257, 257, 65), (130, 264, 64)])
+@pytest.mark.parametrize("name", ["large", "aux", "small"])
+def test_shipped_tiles(shape, name, device, monkeypatch):
+    """One past a tile, through pointers and descriptors, in programs that own several."""
+    family = next(family for start, family in FAMILIES.items() if arch(device).startswith(start))
+    monkeypatch.setattr(_gemm, "plan", lambda *_, **__: (getattr(family, name), True))
+    monkeypatch.setattr(_gemm, "sm_count", lambda device: 2)
     a, b, bias, aux = operands(*shape, torch.bfloat16, device)
-    for beside in (None, aux):
-        c, _, _ = gemm(a, b, bias, beside, epilogue=scaled)
-        factor = 1 if beside is None else aux
-        h64 = torch.addmm(bias.double(), a.double(), b.double())
-        assert_accurate(
-            "c", c, h64 * (factor if beside is None else factor.double()), torch.addmm(bias, a, b) * factor, length=shape[2]
-        )
+    h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
+    assert_accurate("c", gemm(a, b, bias, epilogue=scaled)[0], h64, h, length=shape[2])
+    assert_accurate("c", gemm(a, b, bias, aux, epilogue=scaled)[0], h64 * aux.double(), h * aux, length=shape[2])
 
 
 # --- what is chosen
@@ -120,12 +127,13 @@ def test_shipped_tiles(shape, device):
 
 @pytest.mark.plain
 def test_large_products_of_16_bits_are_fused_where_the_row_says_so():
-    for arch, multiprocessors in {"sm_90": 132, "sm_100": 148, "sm_80": 108, "sm_86": 82, "sm_120": 170, "gfx942": 304}.items():
-        family = FAMILIES[next(name for name in FAMILIES if arch.startswith(name))]
+    counts = {"sm_90": 132, "sm_100": 148, "sm_80": 108, "sm_86": 82, "sm_120": 170, "gfx942": 304}
+    for target, multiprocessors in counts.items():
+        family = FAMILIES[next(name for name in FAMILIES if target.startswith(name))]
         for has_aux, tile in ((False, family.large), (True, family.aux)):
-            assert plan(32768, 3072, torch.bfloat16, arch, multiprocessors, has_aux=has_aux) == (tile, family.fuses)
-        assert plan(128, 3072, torch.float16, arch, multiprocessors) == (family.small, False)
-        assert plan(32768, 3072, torch.float32, arch, multiprocessors)[1] is False
+            assert plan(32768, 3072, torch.bfloat16, target, multiprocessors, has_aux=has_aux) == (tile, family.fuses)
+        assert plan(128, 3072, torch.float16, target, multiprocessors) == (family.small, False)
+        assert plan(32768, 3072, torch.float32, target, multiprocessors)[1] is False
     # One tile for each multiprocessor is enough, one fewer is not.
     assert plan(128 * 11, 256 * 12, torch.bfloat16, "sm_90", 132)[1]
     assert not plan(128 * 11, 256 * 11, torch.bfloat16, "sm_90", 132)[1]
@@ -137,6 +145,8 @@ def test_the_choice_can_be_forced():
     assert is_fused("fused", a[:1], 1)
     assert not is_fused("cublas", a, 3072)
     assert is_fused("auto", a, 3072) == FAMILIES["sm_9"].fuses
+    assert not is_fused("auto", a, 3073)
+    assert not is_fused("auto", a[:, :767], 3072)
 
 
 @pytest.mark.plain
