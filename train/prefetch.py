@@ -4,7 +4,6 @@ What it calls is a pure function of the step, so whatever it has read ahead when
 """
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,7 @@ class Prefetch:
     """`next(prefetch)`: read(first), read(first + 1) … without end; as a context, which ends its thread.
 
     An error of `read` is raised where its step is asked for.
-
-    Attributes: wait_seconds: how long the latest `next` waited for its batch.
     """
-
-    wait_seconds = 0.0
 
     def __init__(self, read: Callable[[int], Batch], first: int):
         self._read, self._steps, self._ready = read, itertools.count(first), deque()
@@ -38,9 +33,7 @@ class Prefetch:
         self._thread.shutdown(cancel_futures=True)
 
     def __next__(self) -> Batch:
-        began = time.perf_counter()
         batch = self._ready.popleft().result()
-        self.wait_seconds = time.perf_counter() - began
         self._submit()
         return batch
 

@@ -46,18 +46,6 @@ def test_it_reads_ahead_in_another_thread_but_not_without_end():
         assert seen == [(5, False), (6, False), (7, False)]
 
 
-def test_waiting_is_measured():
-    read = threading.Event()
-    with Prefetch(lambda step: step == 1 or read.wait(30), 0) as batches:
-        threading.Timer(0.1, read.set).start()
-        next(batches)
-        assert batches.wait_seconds > 0.05
-        waited = batches.wait_seconds
-        time.sleep(0.1)
-        next(batches)
-        assert batches.wait_seconds < waited
-
-
 def test_an_error_is_raised_where_its_step_is_asked_for():
     def read(step):
         if step == 1:
