@@ -1,6 +1,9 @@
 """The model against Hugging Face's GPT-2, its padding, its packing of heads."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +240,18 @@ def test_training_goes_as_with_a_plain_head(device, monkeypatch):
     )
     assert fused[-1] < 0.95 * fused[0]
     torch.testing.assert_close(fused, list(losses()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.plain
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """Replicated and sharded; the head's weight, which is the embedding's too, is a plain tensor inside."""
+    program = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
+    both = [
+        subprocess.Popen([*program, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 @pytest.mark.plain

@@ -232,6 +232,8 @@ def test_a_step_never_waits_for_the_gpu(precision):
         for _ in range(2):
             trainer.backward(padded)
             trainer.update(1e-3)
+        with pytest.raises(RuntimeError, match="synchroniz"):  # or nothing above was watched
+            torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
