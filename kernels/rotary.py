@@ -154,5 +154,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
             raise ValueError(f"rotary: {label} must be on {x.device} like x, got {table.device}; move it")
         if table.requires_grad:
             raise ValueError(f"rotary: {label} must not need a gradient, got one that does; detach it")
+    if x.dtype != torch.float64:
+        # Kernels take no float64, and would not gain by it.
+        cos, sin = (table.float() if table.dtype == torch.float64 else table for table in (cos, sin))
     x, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
     return _rotary(x, cos, sin, interleaved, False)
