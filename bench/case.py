@@ -80,6 +80,16 @@ class Operator:
         return " ".join(f"{name}={size}" for name, size in zip(self.sizes, shape, strict=True))
 
 
+def forced(operator: str, products: str, **options: Any) -> Contestant:
+    """One of our operators with products of one kind, whatever plan() says; `options` are its forward's other arguments."""
+    forward = getattr(torch.ops.tritium, f"{operator}_fwd")
+    return Contestant(
+        name=f"tritium, {products}",
+        call=lambda **inputs: forward(**inputs, **options, products=products)[0],
+        cuda_only=True,
+    )
+
+
 def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
     """Normal numbers that need gradients: zeros would let a GPU clock higher than any real run."""
     return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype).requires_grad_()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels import swiglu_mlp
 from ...kernels.swiglu_mlp import cost, launch_bwd, launch_fwd
-from ..case import Contestant, Operator, randn
+from ..case import Contestant, Operator, forced, randn
 
 # N, D, F: GPT-2's smallest and largest width with as many weights as their perceptrons have, at 32 sequences of 1,024 tokens.
 SHAPES = ((32768, 768, 2048), (32768, 1600, 4288))
@@ -32,15 +32,6 @@ def _liger(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return F.linear(LigerSiLUMulFunction.apply(F.linear(x, w_gate), F.linear(x, w_up)), w_down)
 
 
-def _forced(products: str) -> Contestant:
-    """Ours with products of one kind, whatever plan() says."""
-    return Contestant(
-        name=f"tritium, {products}",
-        call=lambda **inputs: torch.ops.tritium.swiglu_mlp_fwd(**inputs, products=products)[0],
-        cuda_only=True,
-    )
-
-
 def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
     N, D, width = shape
     x, w, down = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (width, D), (D, width)))
@@ -51,7 +42,11 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
 SWIGLU_MLP = Operator(
     name="swiglu_mlp", sizes=("N", "D", "F"), inputs=_inputs, ours=swiglu_mlp, eager=_eager,
     shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=SHAPES[:1],
-    check_shape=lambda shape: (min(shape[0], 257), *shape[1:]),
+    # So many rows that plan() fuses, where it does.
+    check_shape=lambda shape: (min(shape[0], 4097), *shape[1:]),
     cost=lambda shape, itemsize: cost(*shape, itemsize),
-    peers=(_forced("fused"), _forced("cublas"), Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True)),
+    peers=(
+        *(forced("swiglu_mlp", products) for products in ("fused", "cublas")),
+        Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),
+    ),
 )  # fmt: skip
