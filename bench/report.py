@@ -139,13 +139,17 @@ def traffic_tables(record: dict[str, Any]) -> str:
     groups: dict[tuple, list[str]] = {}
     for row in record["mlp"]:
         groups.setdefault((row["way"], row["kept"], row["most"], row["allocated"]), []).append(row["preset"])
+    memory = [
+        f"| `{way}` | {', '.join(presets)} | {' | '.join(f'{count:.2f}' for count in counts)} |"
+        for (way, *counts), presets in groups.items()
+    ]
     lines += [
         "",
         "Memory of the perceptron, forward and backward, in tensors of (N, F), counted in the same run:",
         "",
         "| | width of | kept for the backward | most at once | allocated in all |",
         "|---|---|--:|--:|--:|",
-        *(f"| `{way}` | {', '.join(presets)} | {' | '.join(map(str, counts))} |" for (way, *counts), presets in groups.items()),
+        *memory,
     ]
     return "\n".join(lines)
 

@@ -52,44 +52,24 @@ def _tile(*sizes: int) -> Tile:
     return Tile(**dict(zip(names, sizes, strict=True)))
 
 
+def _family(fuses: bool, large: tuple[int, ...], *, small: tuple[int, ...], aux: tuple[int, ...] | None = None) -> Family:
+    return Family(fuses=fuses, large=_tile(*large), aux=_tile(*(aux or large)), small=_tile(*small))
+
+
 # By the start of an architecture's name. NOTHING HERE IS MEASURED YET. Tiles are ranked by their machine code (`tritium bench
 # codegen`): no spilled registers, then the tensor pipe's share. `fuses` weighs what is spared, an elementwise kernel's two or
 # three passes over (N, F), 94 and 140 us of an H200 at 32,768 x 3,072, against an epilogue that nothing overlaps, a third of
 # the loop's clocks over K = 768 and a sixth over 1,600 (bench/gemm_peers.py). These estimates favour it by a tenth on H200 and
 # A100, by more on consumer cards, whose tensor pipes are slower; on B200 by less than they can tell; for AMD there is none.
 FAMILIES = {
-    "sm_9": Family(
-        fuses=True,
-        large=_tile(128, 256, 64, 4, 8, 3),
-        aux=_tile(128, 256, 64, 4, 8, 3),
-        small=_tile(64, 128, 64, 1, 4, 4),
-    ),
-    "sm_10": Family(
-        fuses=False,
-        large=_tile(128, 256, 64, 4, 8, 3),
-        # 128 x 256 sums and what stands beside them are more than the registers hold.
-        aux=_tile(128, 128, 64, 1, 8, 4),
-        small=_tile(64, 128, 64, 1, 4, 4),
-    ),
-    # These and the next keep to the 99 KB of shared memory that a program has on consumer cards.
-    "sm_12": Family(
-        fuses=True,
-        large=_tile(128, 128, 32, 2, 8, 3),
-        aux=_tile(128, 128, 32, 2, 8, 3),
-        small=_tile(64, 64, 32, 1, 4, 4),
-    ),
-    "sm_": Family(
-        fuses=True,
-        large=_tile(128, 256, 32, 4, 8, 3),
-        aux=_tile(128, 256, 32, 4, 8, 3),
-        small=_tile(64, 64, 64, 1, 4, 4),
-    ),
-    "gfx": Family(
-        fuses=False,
-        large=_tile(128, 256, 32, 1, 8, 2),
-        aux=_tile(128, 128, 64, 1, 8, 2),
-        small=_tile(64, 64, 64, 1, 4, 2),
-    ),
+    "sm_7": _family(False, (64, 128, 32, 1, 4, 2), small=(64, 64, 32, 1, 4, 2)),
+    "sm_9": _family(True, (128, 256, 64, 4, 8, 3), small=(64, 128, 64, 1, 4, 4)),
+    # Sums of 128 x 256 and what stands beside them are more than the registers hold.
+    "sm_10": _family(False, (128, 256, 64, 4, 8, 3), small=(64, 128, 64, 1, 4, 4), aux=(128, 128, 64, 1, 8, 4)),
+    # This and the next keep to the 99 KB of shared memory that a program has on consumer cards.
+    "sm_12": _family(True, (128, 128, 32, 2, 8, 3), small=(64, 64, 32, 1, 4, 4)),
+    "sm_": _family(True, (128, 256, 32, 4, 8, 3), small=(64, 64, 64, 1, 4, 4)),
+    "gfx": _family(False, (128, 256, 32, 1, 8, 2), small=(64, 64, 64, 1, 4, 2), aux=(128, 128, 64, 1, 8, 2)),
 }
 # Products of float32 are not the matrix pipe's.
 FLOAT32_TILE = _tile(64, 64, 32, 1, 8, 2)
@@ -111,7 +91,7 @@ def plan(
 def is_fused(products: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
     """Whether a (M, K) times (K, N) is to be a product of ours: as `plan` says, or as "fused" or "cublas" asks for."""
     if products != "auto":
-        return products == "fused"
+        return {"fused": True, "cublas": False}[products]
     # Rows that do not begin at 16 bytes can neither stream nor be loaded whole.
     return a.shape[1] % 8 == N % 8 == 0 and plan(a.shape[0], N, a.dtype, arch(a.device), sm_count(a.device), has_aux=has_aux)[1]
 
@@ -231,21 +211,21 @@ def _gemm_kernel(
 
 def gemm(
     a: Tensor, b: Tensor, bias: Tensor | None = None, aux: Tensor | None = None, *,
-    epilogue=plain, needs_pre: bool = False, needs_sums: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return c and what else is asked for: what its epilogue was given, the sums of its columns.
+    epilogue=plain, pre: Tensor | None = None, sums: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return c, and write what else is asked for.
 
     Args:
         a, b: (M, K) and (K, N), one dtype, any strides.
         bias: (N,), added before the epilogue.   aux: (M, N), contiguous, what the epilogue sees beside the sums over K.
         epilogue: jitted function of two tiles, a b + bias in float32 and aux (or None), that returns c's in float32.
+        pre: (M, N), contiguous, gets what the epilogue was given.   sums: (N,), any float dtype, gets those of c's columns.
     """
     (M, K), N = a.shape, b.shape[1]
     tile, _ = plan(M, N, a.dtype, arch(a.device), sm_count(a.device), has_aux=aux is not None)
     c = a.new_empty(M, N)
-    pre = torch.empty_like(c) if needs_pre else None
     blocks_m = cdiv(M, tile.block_m)
-    sums_partial = empty_partials(blocks_m, c) if needs_sums else None
+    sums_partial = None if sums is None else empty_partials(blocks_m, c)
     (left, a_transposed), (right, b_transposed) = (
         _streamed(a, tile.block_m, tile.block_k),
         _streamed(b, tile.block_k, tile.block_n),
@@ -260,11 +240,9 @@ def gemm(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    sums = None
-    if needs_sums:
-        sums = a.new_empty(N)
+    if sums is not None:
         sum_partials(sums_partial, sums)
-    return c, pre, sums
+    return c
 
 
 def _streamed(x: Tensor, rows: int, columns: int):

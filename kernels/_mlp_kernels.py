@@ -157,20 +157,20 @@ def launch_activation_fwd(h: Tensor, approximate: str) -> Tensor:
     return a
 
 
-def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, *, needs_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return dh, and the sum of its columns (empty unless `needs_bias`)."""
+def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, db: Tensor | None) -> Tensor:
+    """Return dh; `db` gets the sum of its columns."""
     M, N = h.shape
-    dh, db = torch.empty_like(h), h.new_empty(N if needs_bias else 0)
+    dh = torch.empty_like(h)
     column_blocks = cdiv(N, COLUMNS)
     programs = max(1, min(cdiv(M, BLOCK // COLUMNS), PROGRAMS_PER_SM * sm_count(h.device) // column_blocks))
-    db_partial = empty_partials(programs, h) if needs_bias else None
+    db_partial = None if db is None else empty_partials(programs, h)
     _mlp_activation_bwd_kernel[(programs, column_blocks)](
         da_ptr=da, h_ptr=h, dh_ptr=dh, db_partial_ptr=db_partial, M=M, N=N,
         ACTIVATION=ACTIVATIONS[approximate], BLOCK_M=BLOCK // COLUMNS, BLOCK_N=COLUMNS,
     )  # fmt: skip
-    if needs_bias:
+    if db is not None:
         sum_partials(db_partial, db)
-    return dh, db
+    return dh
 
 
 def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:

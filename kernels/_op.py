@@ -136,7 +136,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> N
     beta = int(accumulate)
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.device.type == "cuda" and not torch.version.hip:
+    elif a.device.type in ("cuda", "meta") and not torch.version.hip:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     else:
         # Only cuBLAS multiplies 16 bits into 32.

@@ -10,8 +10,9 @@
 Shapes     x, dx: (N, D)   w1, dw1: (F, D)   h, a, dh: (N, F)   w2, dw2: (D, F)   y, dy: (N, D)   N = leading axes, flattened
 Precision  any float dtype in and out; products in it, summed in float32; h and a are stored in it; GELU itself in float32
 Fusion     a and h come out of one product of ours, dh and db1 out of another, or of cuBLAS's and a kernel each: _gemm.plan
-Memory     keeps h and a; recompute keeps h alone and forms a again before dh is there, one more pass over h. Of its rounded
-           copy: fused forwards form a of h itself, so that dw2 then differs by rounding
+Memory     keeps h and a. recompute keeps h alone and goes through RECOMPUTE_ROWS rows at a time, forward and backward, so that
+           no other (N, F) tensor is ever there: a is formed again, of rounded h where fused forwards form it of h itself, and
+           weights' gradients are summed over chunks in float32, so that they differ by rounding
 Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
 Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
 """
@@ -27,10 +28,13 @@ from ._gemm import gemm, is_fused
 from ._layout import as_rows, like_rows_of, wide
 from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import EPILOGUES, launch_activation_bwd, launch_activation_fwd
-from ._op import autocast, define_op, public
+from ._op import autocast, define_op, product, public
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
+# Where a is not kept. ESTIMATE for an H200 at D = 768: a tenth more time than all rows at once. Half of it adds to dw1 and dw2
+# in float32, half are multiprocessors that idle while dx and y are formed, of which so few rows have 1.5 tiles for each.
+RECOMPUTE_ROWS = 8_192
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 APPROXIMATE = ("tanh", "none")
 
@@ -120,11 +124,8 @@ def launch_linear_gelu_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, products: str
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_linear_gelu_fwd`."""
-    if is_fused(products, x, weight.shape[0]):
-        y, h, _ = gemm(x, weight.t(), bias, epilogue=EPILOGUES[approximate][0], needs_pre=True)
-        return y, h
-    h = functional.linear(x, weight, bias)
-    return launch_activation_fwd(h, approximate), h
+    h = x.new_empty(x.shape[0], weight.shape[0])
+    return _activated(x, weight, bias, approximate, products, h), h
 
 
 def launch_linear_gelu_bwd(
@@ -132,7 +133,8 @@ def launch_linear_gelu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_linear_gelu_bwd`."""
     needs_x, needs_weight, needs_bias = needs
-    dh, db = launch_activation_bwd(dy.contiguous(), h, approximate, needs_bias=needs_bias)
+    db = h.new_empty(h.shape[1] if needs_bias else 0)
+    dh = launch_activation_bwd(dy.contiguous(), h, approximate, db if needs_bias else None)
     dx, dw, _ = _linear_bwd(dh, x, weight, (needs_x, needs_weight, False))
     return dx, dw, db
 
@@ -141,8 +143,11 @@ def launch_gelu_mlp_fwd(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, recompute: bool, products: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_gelu_mlp_fwd`."""
-    a, h = launch_linear_gelu_fwd(x, w1, b1, approximate, products)
-    return functional.linear(a, w2, b2), h, a.new_empty(0) if recompute else a
+    y, h = (x.new_empty(x.shape[0], weight.shape[0]) for weight in (w2, w1))
+    for rows in _chunks(x.shape[0], recompute):
+        a = _activated(x[rows], w1, b1, approximate, products, h[rows])
+        _linear(a, w2, b2, y[rows])
+    return y, h, x.new_empty(0) if recompute else a
 
 
 def launch_gelu_mlp_bwd(
@@ -151,19 +156,54 @@ def launch_gelu_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel counterpart of `reference_gelu_mlp_bwd`."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
-    if a is None and needs_w2:
-        a = launch_activation_fwd(h, approximate)
-    _, dw2, db2 = _linear_bwd(dy, a, w2, (False, needs_w2, needs_b2))
-    del a  # formed again, it is freed before dh is there
-    dh, db1 = dy.new_empty(0), dy.new_empty(0)
-    if needs_x or needs_w1 or needs_b1:
-        if is_fused(products, dy, w2.shape[1], has_aux=True):
-            dh, _, db = gemm(dy, w2, aux=h, epilogue=EPILOGUES[approximate][1], needs_sums=needs_b1)
-            db1 = db if needs_b1 else db1
-        else:
-            dh, db1 = launch_activation_bwd(torch.mm(dy, w2), h, approximate, needs_bias=needs_b1)
-    dx, dw1, _ = _linear_bwd(dh, x, w1, (needs_x, needs_w1, False))
-    return dx, dw1, db1, dw2, db2
+    chunks = _chunks(x.shape[0], a is None)
+    # What chunks add to is rounded once, at the end.
+    dtype = x.dtype if len(chunks) == 1 else torch.float32
+    dx = x.new_empty(x.shape if needs_x else 0)
+    dw1, dw2 = (w.new_empty(w.shape if needed else 0, dtype=dtype) for w, needed in ((w1, needs_w1), (w2, needs_w2)))
+    db1 = x.new_empty((len(chunks), h.shape[1]) if needs_b1 else 0, dtype=dtype)
+    for chunk, rows in enumerate(chunks):
+        if needs_w2:
+            formed = launch_activation_fwd(h[rows], approximate) if a is None else a
+            product(dy[rows].t(), formed, dw2, accumulate=chunk > 0)
+            del formed  # before dh is there
+        if needs_x or needs_w1 or needs_b1:
+            dh = _dh(dy[rows], w2, h[rows], approximate, products, db1[chunk] if needs_b1 else None)
+            if needs_x:
+                torch.mm(dh, w1, out=dx[rows])
+            if needs_w1:
+                product(dh.t(), x[rows], dw1, accumulate=chunk > 0)
+            del dh
+    _, _, db2 = _linear_bwd(dy, None, w2, (False, False, needs_b2))
+    return dx, dw1.to(x.dtype), db1.sum(0).to(x.dtype) if len(chunks) > 1 else db1.view(-1), dw2.to(x.dtype), db2
+
+
+def _chunks(N: int, recompute: bool) -> list[slice]:
+    """Rows that are gone through at a time: all of them, or where a is not kept so few that it hardly shows."""
+    step = RECOMPUTE_ROWS if recompute else N
+    return [slice(start, start + step) for start in range(0, N, step or 1)] or [slice(0, 0)]
+
+
+def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, products: str, h: Tensor) -> Tensor:
+    """Return gelu(h), and write h."""
+    if is_fused(products, x, weight.shape[0]):
+        return gemm(x, weight.t(), bias, epilogue=EPILOGUES[approximate][0], pre=h)
+    _linear(x, weight, bias, h)
+    return launch_activation_fwd(h, approximate)
+
+
+def _dh(dy: Tensor, w2: Tensor, h: Tensor, approximate: str, products: str, db: Tensor | None) -> Tensor:
+    """Return (dy w2) g'(h); `db` gets the sums of its columns."""
+    if is_fused(products, dy, w2.shape[1], has_aux=True):
+        return gemm(dy, w2, aux=h, epilogue=EPILOGUES[approximate][1], sums=db)
+    return launch_activation_bwd(torch.mm(dy, w2), h, approximate, db)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> dict[str, int]:

@@ -56,7 +56,8 @@ def launch_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, products
     """Kernel counterpart of `reference_fwd`."""
     gate = functional.linear(x, w_gate)
     if is_fused(products, x, w_up.shape[0], has_aux=True):
-        a, up, _ = gemm(x, w_up.t(), aux=gate, epilogue=swiglu, needs_pre=True)
+        up = torch.empty_like(gate)
+        a = gemm(x, w_up.t(), aux=gate, epilogue=swiglu, pre=up)
     else:
         up = functional.linear(x, w_up)
         a = launch_swiglu_fwd(gate, up)

@@ -19,7 +19,7 @@ from tritium.kernels._triton import tl, triton
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 ODD, ALIGNED = (33, 129, 17), (48, 64, 32)
 SIZES = [(1, 1, 1), (17, 129, 1), (1, 17, 129), (129, 1, 17), ODD, ALIGNED]
-LAYOUTS = ["NN", "TN", "TT", "SN", "NS"]
+LAYOUTS = ["NN", "TN", "TT", "SN", "NS", "EN", "NE"]
 # Every size in every dtype as a linear layer has it; every layout through pointers, and in 16 bits through descriptors.
 CASES = [(sizes, "NT", dtype) for sizes in SIZES for dtype in FLOATS]
 CASES += [(sizes, layout, torch.bfloat16) for sizes in (ODD, ALIGNED) for layout in LAYOUTS]
@@ -50,14 +50,22 @@ def operands(M, N, K, dtype, device, layout="NT"):
             made[index] = made[index].t().contiguous().t()
         elif letter == "S":  # no unit stride
             made[index] = torch.stack([made[index]] * 2, dim=-1).flatten(1)[:, ::2]
+        elif letter == "E":  # one row, or for b one column, again and again
+            made[index] = (made[index][:1] if index == 0 else made[index][:, :1]).expand(made[index].shape)
     return made
+
+
+def everything(a, b, bias, aux):
+    """c, what its epilogue was given, and the sums of its columns."""
+    pre, sums = torch.empty_like(aux), torch.empty_like(bias)
+    return gemm(a, b, bias, aux, epilogue=scaled, pre=pre, sums=sums), pre, sums
 
 
 @kernel
 @pytest.mark.parametrize(("sizes", "layout", "dtype"), CASES, ids=str)
 def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
     a, b, bias, aux = operands(*sizes, dtype, device, layout)
-    c, pre, sums = gemm(a, b, bias, aux, epilogue=scaled, needs_pre=True, needs_sums=True)
+    c, pre, sums = everything(a, b, bias, aux)
     h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
     length = sum(sizes)
     assert_accurate("pre", pre, h64, h, length=length)
@@ -73,16 +81,14 @@ def test_products_are_accurate(sizes, layout, dtype, device, small_tiles):
 def test_what_is_not_asked_for_is_not_there(dtype, parts, device, small_tiles, small_tile, monkeypatch):
     monkeypatch.setattr(_gemm, "plan", lambda *_, **__: (replace(small_tile, parts=parts), True))
     a, b, bias, aux = operands(33, 65, 17, dtype, device)
-    c, pre, sums = gemm(a, b)
-    assert pre is sums is None
-    assert_accurate("c", c, a.double() @ b.double(), a @ b, length=17)
+    assert_accurate("c", gemm(a, b), a.double() @ b.double(), a @ b, length=17)
     h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
     for like in (bias, torch.stack([bias, bias], dim=1)[:, 0]):
-        c, _, sums = gemm(a, b, like, needs_sums=True)
-        assert_accurate("with a bias", c, h64, h, length=17)
+        sums = torch.empty_like(bias)
+        assert_accurate("with a bias", gemm(a, b, like, sums=sums), h64, h, length=17)
         scale = h64.square().sum(0).max().sqrt().item()
         assert_accurate("sums", sums, h64.sum(0), h.sum(0), length=50, scale=scale)
-    c, _, _ = gemm(a, b, aux=aux, epilogue=scaled)
+    c = gemm(a, b, aux=aux, epilogue=scaled)
     assert_accurate("with aux", c, (a.double() @ b.double()) * aux.double(), (a @ b) * aux, length=17)
 
 
@@ -95,16 +101,16 @@ def test_views_into_larger_matrices(device, small_tiles):
         (whole[8:40, 16:48], whole[:32, 32:96]),
         (whole[:32, :48].t(), whole[32:64]),
     ):
-        assert_accurate("c", gemm(a, b)[0], a.double() @ b.double(), a @ b, length=a.shape[1])
+        assert_accurate("c", gemm(a, b), a.double() @ b.double(), a @ b, length=a.shape[1])
 
 
 @kernel
 def test_empty_and_rerun(device, small_tiles):
     a, b, bias, aux = operands(33, 65, 17, torch.bfloat16, device)
-    c, _, sums = gemm(a[:0], b, bias, aux[:0], epilogue=scaled, needs_sums=True)
+    c, _, sums = everything(a[:0], b, bias, aux[:0])
     assert c.shape == (0, 65)
     assert not sums.any()
-    first, again = (gemm(a, b, bias, aux, epilogue=scaled, needs_pre=True, needs_sums=True) for _ in range(2))
+    first, again = (everything(a, b, bias, aux) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -118,8 +124,8 @@ def test_shipped_tiles(shape, name, device, monkeypatch):
     monkeypatch.setattr(_gemm, "sm_count", lambda device: 2)
     a, b, bias, aux = operands(*shape, torch.bfloat16, device)
     h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
-    assert_accurate("c", gemm(a, b, bias, epilogue=scaled)[0], h64, h, length=shape[2])
-    assert_accurate("c", gemm(a, b, bias, aux, epilogue=scaled)[0], h64 * aux.double(), h * aux, length=shape[2])
+    assert_accurate("c", gemm(a, b, bias, epilogue=scaled), h64, h, length=shape[2])
+    assert_accurate("c", gemm(a, b, bias, aux, epilogue=scaled), h64 * aux.double(), h * aux, length=shape[2])
 
 
 # --- what is chosen
@@ -163,7 +169,7 @@ def test_the_exact_gelu_keeps_the_matrix_instructions():
     """Its slope has more terms than the tanh form's, which the table holds: a few may wait in memory, once a tile."""
     x, w2, h = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((32768, 768), (768, 3072), (32768, 3072)))
     with record_launches("sm_90") as launches:
-        gemm(x, w2, aux=h, epilogue=EPILOGUES["none"][1], needs_sums=True)
+        gemm(x, w2, aux=h, epilogue=EPILOGUES["none"][1], sums=h[0])
     compiled = compile_launch(launches[0], "sm_90")
     assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 4}
     # 16 with triton 3.7.1, 32 with 3.6.0.
@@ -171,10 +177,29 @@ def test_the_exact_gelu_keeps_the_matrix_instructions():
 
 
 @pytest.mark.codegen
+def test_products_beside_an_aux_have_a_tile_of_their_own():
+    a, b, aux = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((32768, 768), (768, 3072), (32768, 3072)))
+    family = FAMILIES["sm_10"]
+    assert family.aux != family.large
+    with record_launches("sm_100") as launches:
+        gemm(a, b, aux=aux, epilogue=scaled)
+        gemm(a, b)
+    assert [launch.arguments["BLOCK_N"] for launch in launches] == [family.aux.block_n, family.large.block_n]
+
+
+@pytest.mark.codegen
+def test_float32_is_not_rounded_to_what_the_matrix_pipe_takes():
+    a, b = (torch.empty(size, device="meta") for size in ((256, 64), (64, 256)))
+    with record_launches("sm_90") as launches:
+        gemm(a, b)
+    assert matrix_instructions(disassembly(compile_launch(launches[0], "sm_90"))) == {}
+
+
+@pytest.mark.codegen
 def test_compiles_where_every_size_is_one():
     """Triton makes constants of them."""
     one, vector = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 1), (1,)))
     with record_launches("sm_90") as launches:
-        gemm(one, one, vector, one, epilogue=scaled, needs_pre=True, needs_sums=True)
+        everything(one, one, vector, one)
     for launch in launches:
         assert resources(compile_launch(launch, "sm_90")).spilled_bytes == 0
