@@ -20,6 +20,18 @@ _NO_COMPILER = "--compile: expected a working C++ compiler, found none; install 
 _NO_MEMORY = "out of memory: give smaller sizes, such as --micro-batch-size, --context-tokens, --d-model or --shape"
 
 
+class NoMemoryError(MemoryError):
+    """Too little memory, and in its message what to do about it."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the system had no more memory to give."""
+    told = ("not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
 def parse(
     options: type[Options], argv: Sequence[str], *, prog: str, description: str, default: Options | None = None
 ) -> Options:
@@ -58,13 +70,11 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
         if not speaks():  # of several processes all have it
             return 2
         message = str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        message = _NO_MEMORY
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if "No working C++ compiler" in str(error):
             message = _NO_COMPILER
-        elif "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            message = _NO_MEMORY
+        elif is_out_of_memory(error):
+            message = str(error) if isinstance(error, NoMemoryError) else _NO_MEMORY
         else:
             raise
     except OSError as error:

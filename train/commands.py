@@ -19,7 +19,7 @@ from ..kernels._triton import HAS_TRITON, triton
 from ..model import GPT
 from ..model.cost import parameters
 from .checkpoint import load_checkpoint, newest_checkpoint
-from .cli import parse
+from .cli import NoMemoryError, is_out_of_memory, parse
 from .config import InputError, TrainConfig
 from .data import build, cache_dir
 from .device import choose_device, choose_matmul
@@ -27,7 +27,7 @@ from .distributed import Launch, World, join
 from .evaluate import Evaluation
 from .log import console
 from .loop import InterruptedRun, resume, sample_text, start
-from .plan import plan
+from .plan import plan, what_fits
 from .precision import choose_dtype, working_copy
 from .recipes import RECIPES, default_recipe, recipe
 from .run import read_run
@@ -141,6 +141,11 @@ def _report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
             program = f"{_program()} train" if world.engine is None else "torchrun ... -m tritium.train"
             print(f"stopped; go on with: {program} --resume {shlex.quote(str(run))}")
         return 130
+    except Exception as error:
+        # On the rank that ran out alone: the others wait for it until torchrun ends them.
+        if is_out_of_memory(error) and (run / "config.json").exists():
+            raise NoMemoryError(what_fits(read_run(run), world)) from error
+        raise
     if not world.is_first:
         return 0
     seconds = time.perf_counter() - began

@@ -38,7 +38,10 @@ from ..model.cost import flops_per_token, matrices, parameters, positions, step_
 from ..model.recompute import RECOMPUTATIONS
 from .cli import near, parse
 from .config import InputError, TrainConfig
+from .distributed import World
+from .precision import choose_dtype
 from .recipes import RECIPES, recipe
+from .run import RunRecord
 from .tokenizer import vocab_size_of
 
 # A CUDA context with the libraries' code and workspaces, or Python with PyTorch on a CPU: about half a gigabyte. An estimate.
@@ -241,11 +244,17 @@ def _machine(gpu: str | None, gpus: int) -> Machine:
         return Machine(name=name, gpus=gpus, memory_bytes=memory, itemsize=2, ceiling=ceiling(name))
     if gpus > 1:
         raise InputError(f"--gpus: expected 1 on a machine without a GPU, got {gpus}; name one with --gpu")
+    return _this_cpu()
+
+
+def _this_cpu(processes: int = 1) -> Machine:
+    """What one of several processes has of this machine."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # Windows
         raise InputError("--gpu: expected a GPU here, or its name, got neither; name one, such as h100") from None
-    return Machine(name=f"this {platform.machine()} CPU", gpus=1, memory_bytes=memory, itemsize=4, ceiling=None)
+    name = f"this {platform.machine()} CPU"
+    return Machine(name=name, gpus=1, memory_bytes=memory // processes, itemsize=4, ceiling=None)
 
 
 def _count(option: str, text: str | None) -> int | None:
@@ -302,6 +311,21 @@ def _verdict(plan: Plan) -> str:
         return f"does not fit, {sizes}; {less}{_leaner(plan, plan.micro_batch, ', and so does ')}"
     less = _leaner(plan, 1, "; one does with ") or "; take more memory, a smaller model or fewer --context-tokens"
     return f"does not fit, {sizes}, nor does a single sequence{less}"
+
+
+def what_fits(record: RunRecord, world: World) -> str:
+    """What to say of a run that found no more memory: the plan of it on this machine."""
+    config, device = record.train, world.device(record.train.device)
+    itemsize = choose_dtype(config.precision, device).itemsize
+    machine = _machine(None, 1) if device.type == "cuda" else _this_cpu(world.local_size)
+    plan = Plan(
+        model=record.model, machine=replace(machine, gpus=world.data_ranks, itemsize=itemsize),
+        sequences=config.batch_size // world.data_ranks, micro_batch=world.micro_batch(config),
+        context_tokens=config.context_tokens, tokens=config.steps, recompute=config.recompute,
+    )  # fmt: skip
+    undivided = ", nothing divided between ranks," if world.engine in ("zero1", "fsdp") else ""
+    advice = "; free what else is in it, or start anew with a smaller --micro-batch-size" if plan.fits(plan.micro_batch) else ""
+    return f"out of memory: by the formulas of `tritium plan`{undivided} a step {_verdict(plan)}{advice}"
 
 
 def _leaner(plan: Plan, micro_batch: int, words: str) -> str:

@@ -2,9 +2,16 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import torch
+
+from tritium.model.cost import step_bytes
+from tritium.train import plan as planner
+from tritium.train.plan import RESERVE, Machine
+from tritium.train.run import read_run
+from tritium.train.trainer import Trainer
 
 pytestmark = pytest.mark.plain
 
@@ -104,6 +111,35 @@ def test_a_missing_compiler_is_one_line(refused, tiny, tmp_path, monkeypatch):
     torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
         assert "expected a working C++ compiler, found none; install g++" in refused(*tiny, "--compile", "on")
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        (0, "does not fit, .* nor does a single sequence"),
+        (2, "does not fit, .*; --micro-batch-size 2 does [(]at most 2 at once[)]"),
+        (
+            4,
+            "fits, .*; at most 4 sequences at once .*; free what else is in it, or start anew with a smaller --micro.*",
+        ),
+    ],
+)
+def test_out_of_memory_names_what_the_plan_thinks_fits(sequences, message, refused, tiny, tmp_path, monkeypatch):
+    """On a machine that holds so many sequences, by the plan."""
+
+    def machine(processes):
+        need = sum(step_bytes(read_run(tmp_path / "run").model, sequences, 16, 4, accumulates=sequences < 4).values())
+        return Machine(name="this CPU", gpus=1, memory_bytes=int(need / (1 - RESERVE)) + 1, itemsize=4, ceiling=None)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(planner, "_this_cpu", machine)
+    monkeypatch.setattr(planner, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(Trainer, "backward", full)
+    answer = refused(*tiny)
+    assert re.fullmatch("tritium: out of memory: by the formulas of `tritium plan` a step " + message + ".*", answer), answer
+    assert re.search(message, refused("train", "--resume", tmp_path / "run"))
 
 
 def test_bad_corpora(refused, tiny, tmp_path):
