@@ -1,11 +1,12 @@
 """Training speed beside a plain PyTorch GPT: tritium bench train [RECIPE] [--key value ...].
 
-On a GPU tritium's model takes part with each other attention that is installed, too. All have the same weights, precision,
-optimizer, clipping and schedule, are trained by train/trainer.py and take the same batches, in turn: rounds of a few steps, the
-order reversed from one to the next. A step is one micro-batch moved to the device, forward and backward, clipping and AdamW; a
-run that adds up several micro-batches has the last two less often. Tokens are drawn at random before the clock starts, frequent
-and rare as in text (Zipf: one over the rank), as repeated tokens meet in the embedding's gradient. Reading data, evaluations
-and checkpoints are not in the figures. Products of float32 and the allocator are set as the trainer sets them, for all.
+On a GPU tritium's model takes part with each other attention that is installed, too, and anywhere the model of a nanoGPT
+checkout with --nanogpt; contestants.py says who trains how. All have the same weights, schedule, decay and clipping and take
+the same batches, in turn: rounds of a few steps, the order reversed from one to the next. A step is one micro-batch moved to
+the device, forward and backward, clipping and AdamW; a run that adds up several micro-batches has the last two less often.
+Tokens are drawn at random before the clock starts, frequent and rare as in text (Zipf: one over the rank), as repeated tokens
+meet in the embedding's gradient. Reading data, evaluations and checkpoints are not in the figures. Products of float32 and the
+allocator are set as the trainer sets them, for all.
 
 Before anything is timed all must agree with the baseline on the first batch to what rounding explains:
 
@@ -24,7 +25,6 @@ MFU        tokens a second x flops_per_token (model/cost.py) / the device's bf16
 Memory     CUDA: most bytes that PyTorch had allocated in a contestant's rounds, less the others' weights and optimizer state
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -37,24 +37,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..kernels._device import ceiling
-from ..model import GPT, GPTConfig
-from ..model.attention import ATTENTIONS
+from ..model import GPTConfig
 from ..model.cost import flops_per_token, parameters
 from ..train.cli import parse
 from ..train.config import InputError, TrainConfig
 from ..train.device import choose_device, choose_matmul, keep_freed_memory
 from ..train.loader import Batch
-from ..train.optim import Optimizer
-from ..train.precision import choose_dtype, refuse_missing_attention
+from ..train.precision import choose_dtype
 from ..train.profile import Row, activities, operators
 from ..train.recipes import RECIPES, default_recipe, recipe
-from ..train.schedule import learning_rate
 from ..train.tokenizer import vocab_size_of
-from ..train.trainer import Trainer, is_compiled_on
-from .baseline import Baseline
+from ..train.trainer import is_compiled_on
+from .contestants import Contestant, checkout_model, chosen_attentions, make_contestants, nanogpt_shape
 from .record import provenance, writable, write_record
 
 PROFILED_STEPS = 3
@@ -85,10 +81,12 @@ class Options:
     """Tokens a sequence; default: the recipe's."""
     vocab_size: int | None = None
     """Tokens that can be predicted; default: as the recipe's tokenizer has."""
-    compile: Literal["auto", "baseline", "both", "off"] = "auto"
-    """What torch.compile gets; auto: what the trainer compiles, both on CUDA and nothing on a CPU."""
+    compile: Literal["auto", "on", "off", "each"] = "auto"
+    """Whether torch.compile is used; each: all take part twice, with and without; auto: as the trainer, on CUDA only."""
     attention: tuple[Literal["sdpa", "flash-attn"], ...] | None = None
     """What else tritium's model is trained with beside its own; default: on CUDA each that is installed, on a CPU none."""
+    nanogpt: str | None = None
+    """Folder of a nanoGPT checkout, whose model then takes part, trained as its train.py does."""
     device: str = "auto"
     """cpu, cuda or cuda:1; auto: CUDA if there is one, else the CPU."""
     out: str | None = None
@@ -99,28 +97,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
-
-
-class Contestant:
-    """A model, trained as train/loop.py trains: by the same Trainer.
-
-    Attributes: losses: of each step so far, on the device.
-    """
-
-    def __init__(self, name: str, model: nn.Module, config: TrainConfig, *, compiled: bool):
-        self.name, self.model, self.compiled, self.losses, self._config = name, model, compiled, [], config
-        self.trainer = Trainer(model, Optimizer(model, config), replace(config, compile="on" if compiled else "off"))
-
-    def step(self, batch: Batch) -> None:
-        """Train one step."""
-        lr = learning_rate(self._config, len(self.losses))
-        self.losses.append(self.trainer.backward(batch))
-        self.trainer.update(lr)
-
-    def held_bytes(self) -> int:
-        """Weights, their copies and optimizer state: what stays allocated while another one runs."""
-        state = [value for values in self.trainer.optimizer.states().values() for value in values.values()]
-        return sum(value.nbytes for value in {*self.model.parameters(), *self.trainer.working.parameters(), *state})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,6 +111,7 @@ def main(argv: Sequence[str]) -> int:
     micro, context = options.micro_batch_size or config.micro_batch, options.context_tokens or config.context_tokens
     config = replace(config, micro_batch_size=micro, batch_size=micro, context_tokens=context)
     shape = config.gpt(options.vocab_size or vocab_size_of(config.tokenizer))
+    shape = shape if options.nanogpt is None else nanogpt_shape(shape)
     out = None if options.out is None else writable(Path(options.out))
     figures = {"recipe": name, **measure(config, shape, options, device)}
     print(render(provenance() | figures))
@@ -153,11 +130,14 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
     steps, warmup_steps, _, _ = PROTOCOL[device.type]
     steps = options.steps or steps
     warmup_steps = warmup_steps if options.warmup_steps is None else options.warmup_steps
-    compiled = ("both" if is_compiled_on(device) else "off") if options.compile == "auto" else options.compile
-    contestants = make_contestants(config, shape, device, compiled, chosen_attentions(config, options, device))
-    ours, *others, baseline = contestants
+    compiled = {"on": [True], "off": [False], "each": [False, True]}.get(options.compile, [is_compiled_on(device)])
+    attentions = chosen_attentions(config, options.attention, device)
+    nanogpt = None if options.nanogpt is None else checkout_model(Path(options.nanogpt))
+    contestants = make_contestants(config, shape, device, compiled, attentions, nanogpt)
+    ours, baseline = contestants[0], next(contestant for contestant in contestants if contestant.kind == "baseline")
     batch = functools.partial(random_batch, config, shape)
-    agreement = {other.name: check_agreement(config, other, baseline, batch(0)) for other in (ours, *others)}
+    others = (contestant for contestant in contestants if contestant is not baseline)
+    agreement = {other.name: check_agreement(config, other, baseline, batch(0)) for other in others}
     for step in range(warmup_steps):
         for contestant in contestants:
             contestant.step(batch(step))
@@ -167,8 +147,11 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
         contestant.name: _figures(contestant, config, [time for times in rounds for time in times], peak, device)
         for contestant, rounds, peak in zip(contestants, seconds, peaks, strict=True)
     }
-    for name, theirs in zip(figures, medians, strict=True):
-        figures[name]["ratio"] = _spread([other / mine for mine, other in zip(medians[0], theirs, strict=True)])
+    # Compiled ones beside tritium's compiled.
+    mine = {c.compiled: times for c, times in zip(contestants, medians, strict=True) if c.kind == "tritium"}
+    for contestant, theirs in zip(contestants, medians, strict=True):
+        ratios = [other / own for own, other in zip(mine[contestant.compiled], theirs, strict=True)]
+        figures[contestant.name] |= {"kind": contestant.kind, "ratio": _spread(ratios)}
     return {
         "shape": asdict(shape),
         "parameters": parameters(shape),
@@ -185,32 +168,6 @@ def measure(config: TrainConfig, shape: GPTConfig, options: Options, device: tor
     }
 
 
-def chosen_attentions(config: TrainConfig, options: Options, device: torch.device) -> list[str]:
-    """Those beside ours. Raises: InputError for one that is asked for and cannot run here."""
-    default, chosen = list(ATTENTIONS)[1:] if device.type == "cuda" else [], []
-    for name in dict.fromkeys(default if options.attention is None else options.attention):
-        with contextlib.suppress(InputError) if options.attention is None else contextlib.nullcontext():
-            refuse_missing_attention(replace(config, attention=name), device)
-            chosen.append(name)
-    return chosen
-
-
-def make_contestants(
-    config: TrainConfig, shape: GPTConfig, device: torch.device, compiled: str, attentions: Sequence[str] = ()
-) -> list[Contestant]:
-    """Tritium's model, the same with each of the other attentions, and the baseline last; all with the same weights."""
-    torch.manual_seed(config.seed)
-    models = {"tritium": GPT(shape)}
-    models |= {f"tritium, {name}": GPT(shape, attention=name) for name in attentions}
-    models["baseline"] = Baseline(shape)
-    contestants = []
-    for name, model in models.items():
-        model.load_state_dict(models["tritium"].state_dict())
-        is_compiled = compiled == "both" or (compiled == "baseline" and name == "baseline")
-        contestants.append(Contestant(name, model.to(device), config, compiled=is_compiled))
-    return contestants
-
-
 def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
     """A batch of a step, the same whoever asks."""
     frequencies = 1 / torch.arange(1, shape.vocab_size + 1, dtype=torch.float64)
@@ -225,19 +182,17 @@ def check_agreement(config: TrainConfig, ours: Contestant, baseline: Contestant,
 
     Raises: InputError if a gap is above its bound: speeds of different models are no comparison.
     """
-    losses = [contestant.trainer.backward(batch).double().item() for contestant in (ours, baseline)]
-    theirs = dict(baseline.model.named_parameters())
-    pairs = [(parameter.grad, theirs[name].grad) for name, parameter in ours.model.named_parameters()]
+    (ours_loss, ours_grads), (their_loss, their_grads) = (each.gradients(batch) for each in (ours, baseline))
+    losses = [loss.double().item() for loss in (ours_loss, their_loss)]
+    pairs = [(gradient, their_grads[name]) for name, gradient in ours_grads.items()]
     squares = torch.stack([torch.stack(((a - b).double().square().sum(), b.double().square().sum())) for a, b in pairs])
     gap, norm = squares.sum(dim=0).sqrt().tolist()
     plain = baseline.trainer.working
     with torch.no_grad():
         largest = plain(batch[:1].on(plain.wte.weight.device)[0]).abs().max().item()
     dtype = choose_dtype(config.precision, plain.wte.weight.device)
-    for contestant in (ours, baseline):
-        contestant.model.zero_grad(set_to_none=True)
 
-    shape, eps = ours.model.config, torch.finfo(torch.float32).eps
+    shape, eps = ours.shape, torch.finfo(torch.float32).eps
     unit = torch.finfo(dtype).eps / 2 + math.sqrt(shape.d_feedforward) * eps / 2
     walk = math.sqrt(2 * (ROUNDINGS_A_BLOCK * shape.n_layer + ROUNDINGS_ELSEWHERE)) * unit
     found = {
@@ -295,7 +250,7 @@ def _timed(contestant: Contestant, batches: list[Batch], device: torch.device) -
 
 def _figures(contestant: Contestant, config: TrainConfig, seconds: list[float], peak: int | None, device: torch.device) -> dict:
     rate = config.micro_batch * config.context_tokens / statistics.median(seconds)
-    flops = flops_per_token(contestant.model.config, config.context_tokens)
+    flops = flops_per_token(contestant.shape, config.context_tokens)
     known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     losses = torch.stack(contestant.losses).tolist()
     if not all(map(math.isfinite, losses)):
@@ -349,16 +304,18 @@ def render(figures: dict[str, Any]) -> str:
             f"{name:20}{'yes' if row['compiled'] else 'no':>9}{row['tokens_per_second']:12,.0f}{median:10.2f}"
             f"{f'{p10:.2f} to {p90:.2f}':>18}{mfu:>7}{memory:>14}"
         )
-    ratio, p10, p90 = (contestants["baseline"]["ratio"][key] for key in ("median", "p10", "p90"))
-    lines.append(f"tritium makes {ratio:.2f} times the baseline's tokens/s (p10 to p90 of the rounds: {p10:.2f} to {p90:.2f})")
+    for name, row in contestants.items():
+        if row["kind"] in ("baseline", "nanoGPT"):
+            ratio, p10, p90 = (row["ratio"][key] for key in ("median", "p10", "p90"))
+            spread = f"(p10 to p90 of the rounds: {p10:.2f} to {p90:.2f})"
+            lines.append(f"tritium makes {ratio:.2f} times the tokens/s of {name} {spread}")
     # In nine of ten rounds, so that it is no noise.
-    faster = {
-        name: row["ratio"]["median"] for name, row in contestants.items() if row["ratio"]["p90"] < 1 and name != "baseline"
-    }
-    if faster:
-        name = min(faster, key=faster.get)
+    ours = [row for row in contestants.values() if row["kind"].startswith("tritium, ") and row["ratio"]["p90"] < 1]
+    if ours:
+        fastest = min(ours, key=lambda row: row["ratio"]["median"])
+        times = 1 / fastest["ratio"]["median"]
         lines.append(
-            f"train with --attention {name.split()[-1]} here: {1 / faster[name]:.2f} times the tokens/s of tritium's own"
+            f"train with --attention {fastest['kind'].split()[-1]} here: {times:.2f} times the tokens/s of tritium's own"
         )
     if figures["device"] == "cpu":
         lines.append("no Triton kernel runs on a CPU, so the ratio says nothing of a GPU; peak memory is not measured here")

@@ -1,10 +1,8 @@
 """The comparison, run for real on a tiny model: its figures, its refusals and its printing, not its speed."""
 
 import json
-import sys
 import time
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,18 +10,9 @@ import torch.nn.functional as F
 
 from tritium.bench import training
 from tritium.bench.baseline import Baseline
+from tritium.bench.contestants import make_contestants
 from tritium.bench.record import read_record
-from tritium.bench.training import (
-    Contestant,
-    Options,
-    check_agreement,
-    chosen_attentions,
-    main,
-    make_contestants,
-    profiled,
-    random_batch,
-    render,
-)
+from tritium.bench.training import check_agreement, main, profiled, random_batch, render
 from tritium.model.attention import ATTENTIONS
 from tritium.train.config import InputError, TrainConfig
 from tritium.train.recipes import RECIPES
@@ -104,6 +93,27 @@ def test_runs_on_this_device(device, tmp_path):
         assert (row["peak_memory_bytes"] is None) == (device.type == "cpu")
 
 
+def test_with_and_without_compilation_in_one_run(monkeypatch, tmp_path, capsys):
+    """Each is compared with tritium as it is itself compiled."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(type(model).__name__) or model)
+    path = tmp_path / "train.json"
+    assert on_cpu("--compile", "each", "--out", str(path)) == 0
+    assert compiled == ["GPT", "Baseline"]
+    rows = read_record(path, "train")["contestants"]
+    assert {name: (row["kind"], row["compiled"]) for name, row in rows.items()} == {
+        "tritium": ("tritium", False),
+        "baseline": ("baseline", False),
+        "tritium, compiled": ("tritium", True),
+        "baseline, compiled": ("baseline", True),
+    }
+    for name in ("tritium", "tritium, compiled"):
+        assert rows[name]["ratio"] == {"median": 1, "p10": 1, "p90": 1}
+    shown = capsys.readouterr().out
+    for name in ("baseline", "baseline, compiled"):
+        assert f"times the tokens/s of {name} (p10" in shown
+
+
 @pytest.mark.parametrize("change", [lambda z: 1.01 * z, lambda z: z.roll(1, dims=1), lambda z: z * torch.nan])
 def test_another_model_is_refused(monkeypatch, tmp_path, change):
     change_logits(monkeypatch, change)
@@ -122,14 +132,14 @@ def test_a_gradient_alone_that_is_wrong_is_refused(monkeypatch):
 def test_a_missing_mask_is_beyond_the_rounding_of_bf16(monkeypatch):
     config, shape, device = replace(TINY, precision="bfloat16"), TINY.gpt(vocab_size=300), torch.device("cpu")
     batch = random_batch(config, shape, 0)
-    pair = make_contestants(config, shape, device, "off")
+    pair = make_contestants(config, shape, device, [False])
     found = check_agreement(config, *pair, batch)
     assert all(parameter.grad is None for contestant in pair for parameter in contestant.model.parameters())
     assert found["gradient_gap"] > 1e-4, "bfloat16 had no effect"
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: attend(q, k, v))
     with pytest.raises(InputError, match="gradient"):
-        check_agreement(config, *make_contestants(config, shape, device, "off"), batch)
+        check_agreement(config, *make_contestants(config, shape, device, [False]), batch)
 
 
 def test_a_slow_baseline_is_reported_slower(monkeypatch, tmp_path):
@@ -146,15 +156,6 @@ def test_a_slow_baseline_is_reported_slower(monkeypatch, tmp_path):
     assert theirs < 2 * 16 / 0.05
     assert ours > theirs
     assert record["contestants"]["baseline"]["ratio"]["median"] > 1
-
-
-@pytest.mark.parametrize(("choice", "names"), [("off", []), ("baseline", ["Baseline"]), ("both", ["GPT", "Baseline"])])
-def test_what_is_compiled(monkeypatch, choice, names):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiled.append(type(model).__name__) or model)
-    pair = make_contestants(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), choice)
-    assert compiled == names
-    assert [contestant.compiled for contestant in pair] == [name in names for name in ("GPT", "Baseline")]
 
 
 def test_training_that_diverges_is_an_error(monkeypatch):
@@ -179,7 +180,7 @@ def test_on_a_gpu_the_first_step_of_a_round_is_not_timed_and_the_others_state_is
     for name in ("Event", "synchronize", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, calls.get(name, lambda device: None))
     shape = TINY.gpt(vocab_size=300)
-    pair = make_contestants(TINY, shape, torch.device("cpu"), "off")
+    pair = make_contestants(TINY, shape, torch.device("cpu"), [False])
     asked = []
 
     def batch(step):
@@ -223,39 +224,13 @@ def test_another_attention_that_is_wrong_is_refused(monkeypatch):
         on_cpu("--attention", "sdpa")
 
 
-def test_on_a_gpu_each_attention_that_is_installed_takes_part(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    module = ModuleType("flash_attn")
-    module.__spec__ = SimpleNamespace(name="flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    assert chosen_attentions(TINY, Options(), cuda) == ["sdpa", "flash-attn"]
-    assert chosen_attentions(TINY, Options(), cpu) == []
-    assert chosen_attentions(TINY, Options(attention=()), cuda) == []
-    assert chosen_attentions(replace(TINY, precision="float32"), Options(), cuda) == ["sdpa"]
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert chosen_attentions(TINY, Options(), cuda) == ["sdpa"]
-    with pytest.raises(InputError, match="--attention: expected an installed flash-attn"):
-        chosen_attentions(TINY, Options(attention=("flash-attn",)), cuda)
-
-
 def test_a_profile_ends_with_what_it_leaves_out(monkeypatch):
     monkeypatch.setattr(training, "PROFILE_ROWS", 2)
-    contestant = make_contestants(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), "off")[0]
-    first, second, rest = profiled(contestant, random_batch(TINY, contestant.model.config, 0), torch.device("cpu"))
+    contestant = make_contestants(TINY, TINY.gpt(vocab_size=300), torch.device("cpu"), [False])[0]
+    first, second, rest = profiled(contestant, random_batch(TINY, contestant.shape, 0), torch.device("cpu"))
     assert first["seconds"] >= second["seconds"] > 0
     assert (rest["part"], rest["operator"], rest["calls"]) == ("everything else", "", None)
     assert rest["share"] == pytest.approx(1 - first["share"] - second["share"])
-
-
-def test_what_stays_allocated_is_weights_and_both_moments():
-    shape = TINY.gpt(vocab_size=300)
-    contestant = Contestant("baseline", Baseline(shape), TINY, compiled=False)
-    weights = sum(parameter.nbytes for parameter in contestant.model.parameters())
-    assert contestant.held_bytes() == weights
-    contestant.step(random_batch(TINY, shape, 0))
-    counters = 4 * len(list(contestant.model.parameters()))
-    assert contestant.held_bytes() == 3 * weights + counters
 
 
 def test_batches_repeat_and_have_frequent_and_rare_tokens():
