@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.cross_entropy_cases import torch_cross_entropy
-from tests.tolerance import assert_accurate
+from tests.tolerance import assert_accurate, walk
 from tritium.bench.memory import Held
 from tritium.kernels import linear_cross_entropy
 from tritium.kernels.linear_cross_entropy import (
@@ -30,7 +30,7 @@ from tritium.kernels.linear_cross_entropy import (
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, width, vocabulary: one element, odd, one past a power of two.
-SHAPES = [(1, 1, 1), (1, 5, 3), (33, 17, 65), (7, 64, 257), (70, 3, 5)]
+SHAPES = [(1, 1, 1), (1, 5, 3), (33, 17, 65), (7, 64, 257), (70, 3, 5), (15, 3, 5)]
 EVERYTHING = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0, "ignore_index": 1}
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"softcap": 3.0}, EVERYTHING]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -68,13 +68,19 @@ def run_backward(function, inputs, target):
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def largest_dlogits(inputs, target, incoming=None, **options):
-    """The largest gradient of a logit, in float64."""
+def scales(inputs, target, incoming=None, **options):
+    """What the gradients are rounded of beside themselves: the terms of their sums, gradients of logits in the dtype of x."""
     x, weight, bias = (value.detach().double() for value in inputs)
     logits = F.linear(x, weight, bias).requires_grad_()
     loss = torch_cross_entropy(logits, target, **options)
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
-    return torch.autograd.grad(loss, logits, incoming)[0].abs().max().item()
+    (dlogits,) = torch.autograd.grad(loss, logits, incoming)
+    # Those of dbias cancel: that each was rounded does not.
+    return {
+        "dx": walk(dlogits, weight),
+        "dweight": walk(dlogits.t(), x),
+        "dbias": len(x) ** 0.5 * dlogits.abs().max().item(),
+    }
 
 
 @pytest.fixture
@@ -134,10 +140,10 @@ def test_is_accurate(N, D, V, dtype, options, device, chunks_of):
         got = run(linear_cross_entropy, inputs, target, **given)
         truth = run(by_torch, [value.double() for value in inputs], target, **given)
         peer = run(by_torch, inputs, target, **given)
-        # An element of dbias is a sum of N gradients of logits, which cancel; that each was rounded does not.
-        scales = {"dbias": N**0.5 * largest_dlogits(inputs, target, **given)}
+        of = scales(inputs, target, **given)
         for name, *values in zip(NAMES, got, truth, peer, strict=True):
-            assert_accurate(f"{name} {reduction}", *values, length=max(N, V) + D, scale=scales.get(name, 0.0))
+            size = values[1].abs().max().item() if name in ("dx", "dweight") else 0.0
+            assert_accurate(f"{name} {reduction}", *values, length=max(N, V) + D, scale=size + of.get(name, 0.0))
 
 
 def test_gradients_of_many_rows_are_not_lost_in_16_bits(device):
