@@ -145,7 +145,8 @@ def traffic_tables(record: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "Memory of the perceptron, forward and backward, in tensors of (N, F), counted in the same run:",
+        "Memory of the perceptron, forward and backward, in tensors of (N, F), counted in the same run. With recompute all but",
+        "what is kept comes in chunks of rows, which `allocated` counts each anew:",
         "",
         "| | width of | kept for the backward | most at once | allocated in all |",
         "|---|---|--:|--:|--:|",

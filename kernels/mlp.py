@@ -4,7 +4,7 @@
     gelu_mlp   h = x w1^T + b1    a = g(h)    y = a w2^T + b2
                da = dy w2    dh = da g'(h)    dx = dh w1    dw1 = dh^T x    db1 = sum_n dh    dw2 = dy^T a    db2 = sum_n dy
     GELU       g(h) = h Phi(h), Phi the normal distribution; "tanh": h (1 + tanh(u / 2)) / 2, u = 2 sqrt(2 / pi) (h + C h^3).
-               (1 + tanh(u / 2)) / 2 is sigmoid(u), the same function, which a CPU computes in a fraction of the time:
+               (1 + tanh(u / 2)) / 2 is sigmoid(u), the same function in fewer instructions:
                with s = sigmoid(u)    g(h) = h s    g'(h) = s + s (1 - s) h du/dh
 
 Shapes     x, dx: (N, D)   w1, dw1: (F, D)   h, a, dh: (N, F)   w2, dw2: (D, F)   y, dy: (N, D)   N = leading axes, flattened
@@ -17,7 +17,6 @@ Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
 Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._gemm import gemm, is_fused
-from ._layout import as_rows, like_rows_of, wide
+from ._layout import as_rows, like_rows_of
 from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import EPILOGUES, launch_activation_bwd, launch_activation_fwd
 from ._op import autocast, define_op, product, public
 
-TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
-CUBIC = 0.044715
 # Where a is not kept. ESTIMATE for an H200 at D = 768: a tenth more time than all rows at once. Half of it adds to dw1 and dw2
 # in float32, half are multiprocessors that idle while dx and y are formed, of which so few rows have 1.5 tiles for each.
 RECOMPUTE_ROWS = 8_192
@@ -47,14 +44,14 @@ def reference_linear_gelu_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return y = gelu(h) and h, in x's dtype. `products` says how kernels form them, here as in all that follow."""
     h = functional.linear(x, weight, bias)
-    return _gelu(h, approximate), h
+    return functional.gelu(h, approximate=approximate), h
 
 
 def reference_linear_gelu_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, approximate: str, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias; empty for those that `needs` does not name."""
-    return _linear_bwd(_gelu_bwd(dy, h, approximate), x, weight, needs)
+    return _linear_bwd(torch.ops.aten.gelu_backward(dy, h, approximate=approximate), x, weight, needs)
 
 
 def reference_gelu_mlp_fwd(
@@ -62,7 +59,7 @@ def reference_gelu_mlp_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, h and a, which is empty if the backward is to form it again."""
     h = functional.linear(x, w1, b1)
-    a = _gelu(h, approximate)
+    a = functional.gelu(h, approximate=approximate)
     return functional.linear(a, w2, b2), h, a.new_empty(0) if recompute else a
 
 
@@ -73,10 +70,10 @@ def reference_gelu_mlp_bwd(
     """Return the gradients of x, w1, b1, w2 and b2; empty for those that `needs` does not name."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
     if a is None and needs_w2:
-        a = _gelu(h, approximate)
+        a = functional.gelu(h, approximate=approximate)
     needs_h = needs_x or needs_w1 or needs_b1
     da, dw2, db2 = _linear_bwd(dy, a, w2, (needs_h, needs_w2, needs_b2))
-    dh = _gelu_bwd(da, h, approximate) if needs_h else dy.new_empty(0)
+    dh = torch.ops.aten.gelu_backward(da, h, approximate=approximate) if needs_h else dy.new_empty(0)
     return *_linear_bwd(dh, x, w1, (needs_x, needs_w1, needs_b1)), dw2, db2
 
 
@@ -87,34 +84,6 @@ def _linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bo
         torch.mm(dy.t(), x) if needs_weight else dy.new_empty(0),
         dy.sum(0) if needs_bias else dy.new_empty(0),
     )
-
-
-def _gelu(h: Tensor, approximate: str) -> Tensor:
-    if approximate == "none":
-        return functional.gelu(h)
-    wide_h = wide(h)
-    return _sigmoid_of_u(wide_h).mul_(wide_h).to(h.dtype)
-
-
-def _gelu_bwd(da: Tensor, h: Tensor, approximate: str) -> Tensor:
-    """da g'(h)."""
-    if approximate == "none":
-        return torch.ops.aten.gelu_backward(da, h)
-    wide_h = wide(h)
-    s = _sigmoid_of_u(wide_h)
-    slope = _polynomial(wide_h, 3 * CUBIC)  # du/dh
-    # h last: du/dh grows with h^2, and s (1 - s) has vanished before their product with h leaves float32.
-    slope.addcmul_(slope, s, value=-1).mul_(s)
-    return torch.addcmul(s, slope, wide_h, out=slope).mul_(da).to(h.dtype)
-
-
-def _sigmoid_of_u(h: Tensor) -> Tensor:
-    return _polynomial(h, CUBIC).mul_(h).sigmoid_()
-
-
-def _polynomial(h: Tensor, coefficient: float) -> Tensor:
-    """2 sqrt(2 / pi) (1 + coefficient h^2)."""
-    return torch.addcmul(h.new_full((), TWO_SQRT_2_OVER_PI), h, h, value=TWO_SQRT_2_OVER_PI * coefficient)
 
 
 # --- launchers: products by _gemm.py with what follows them, or by cuBLAS and what stands between them by _mlp_kernels.py

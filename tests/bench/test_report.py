@@ -92,7 +92,7 @@ def test_bytes_counted_become_tables(tmp_path):
     ours = "4,000 (40.0) | 500 (5.0) | 4,500 (45.0)"
     assert f"| gpt2 | {ours} | {ours} | 300 (3.0) | 100 (1.0) | 400 (4.0) | 1.1 / 1.1 |" in lines
     assert "| `gelu_mlp` | gpt2, gpt2-xl | 2.00 | 4.25 | 4.75 |" in lines
-    assert "| `gelu_mlp` | other | 1.0 | 4.25 | 4.75 |" in lines
+    assert "| `gelu_mlp` | other | 1.00 | 4.25 | 4.75 |" in lines
 
 
 def test_estimates_stand_where_nothing_is_measured(tmp_path, on_a_gpu):
