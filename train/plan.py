@@ -244,10 +244,10 @@ def _machine(gpu: str | None, gpus: int) -> Machine:
         return Machine(name=name, gpus=gpus, memory_bytes=memory, itemsize=2, ceiling=ceiling(name))
     if gpus > 1:
         raise InputError(f"--gpus: expected 1 on a machine without a GPU, got {gpus}; name one with --gpu")
-    return _this_cpu()
+    return _cpu_machine()
 
 
-def _this_cpu(processes: int = 1) -> Machine:
+def _cpu_machine(processes: int = 1) -> Machine:
     """What one of several processes has of this machine."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -317,7 +317,7 @@ def what_fits(record: RunRecord, world: World) -> str:
     """What to say of a run that found no more memory: the plan of it on this machine."""
     config, device = record.train, world.device(record.train.device)
     itemsize = choose_dtype(config.precision, device).itemsize
-    machine = _machine(None, 1) if device.type == "cuda" else _this_cpu(world.local_size)
+    machine = _machine(None, 1) if device.type == "cuda" else _cpu_machine(world.local_size)
     plan = Plan(
         model=record.model, machine=replace(machine, gpus=world.data_ranks, itemsize=itemsize),
         sequences=config.batch_size // world.data_ranks, micro_batch=world.micro_batch(config),

@@ -134,7 +134,7 @@ def test_out_of_memory_names_what_the_plan_thinks_fits(sequences, message, refus
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(planner, "_this_cpu", machine)
+    monkeypatch.setattr(planner, "_cpu_machine", machine)
     monkeypatch.setattr(planner, "PROCESS_BYTES", 0)
     monkeypatch.setattr(Trainer, "backward", full)
     answer = refused(*tiny)
