@@ -78,6 +78,8 @@ else
         rms_norm:"rms_norm add_rms_norm" rotary:rotary swiglu_mlp:swiglu_mlp)
     run=(gpt2 --data stdlib --tokenizer bpe:4096 --steps 40 --batch-size 32 --eval-interval 40 --eval-tokens 65536
         --compile off)
+    # A checkout that travelled along.
+    [ -d .nanogpt ] && training+=(--nanogpt .nanogpt)
 fi
 
 # Wrong comes before slow: only what is green is timed.
