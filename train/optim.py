@@ -5,7 +5,7 @@
                updates the size of AdamW's, so that one learning rate, schedule and decay serve both. The matrix of queries,
                keys and values is orthogonalized as one; in bfloat16, whatever the run's precision
     float16    losses are scaled up before the backward, gradients down after it; a step whose gradients overflowed is left out
-               and the scale halved, all on the device (the host waits there for Muon only)
+               and the scale halved, all on the device (the host waits there for Muon and zero1 only)
 
 Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025,
            arXiv:2502.16982
@@ -89,6 +89,10 @@ class Optimizer:
         for alike in meshes:
             # As a factor of at most 1 formed on the device, so that nothing waits for the norm.
             torch.nn.utils.clip_grads_with_norm_(alike, self._grad_clip, grad_norm)
+        if len(self.parts) > 1 and self.scaler.is_enabled() and not grad_norm.isfinite():
+            # The scaler leaves out the parts that hold an overflow; without gradients the others change nothing either.
+            for part in self.parts:
+                part.zero_grad(set_to_none=True)
         for part in self.parts:
             self.scaler.step(part)
             part.zero_grad(set_to_none=True)

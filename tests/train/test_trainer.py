@@ -83,14 +83,17 @@ def test_a_short_training_is_like_that_in_float32(precision):
     assert torch.equal(narrow.working.h[0].attn.c_attn.weight, weight.to(dtype))
 
 
-def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved():
-    trainer = make(precision="float16")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight"])
+def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved(optimizer, name):
+    """All of it, whichever of PyTorch's optimizers holds the overflow."""
+    trainer = make(precision="float16", optimizer=optimizer)
     trainer.backward(batch())
     trainer.update(1e-3)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     scale = trainer.optimizer.scaler.get_scale()
     trainer.backward(batch())
-    trainer.model.h[0].mlp.c_fc.weight.grad[0, 0] = torch.inf
+    trainer.model.get_parameter(name).grad[0, 0] = torch.inf
     assert not trainer.update(1e-3).isfinite()
     assert trainer.optimizer.scaler.get_scale() == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
