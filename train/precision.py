@@ -23,8 +23,8 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..model.attention import choose_attention
 from .config import InputError, TrainConfig
@@ -84,26 +84,36 @@ def refresh(working: nn.Module, model: nn.Module) -> None:
         torch._foreach_copy_(narrow, wide)
 
 
-class Narrowed(nn.Module):
-    """A model that computes as its working copy would, on weights it casts in each pass: gradients reach the masters' hooks."""
+def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model on the parameters of `model` that computes as its working copy would: each pass casts weights where it uses them.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
+    Not all at its start: autograd would cast their gradients back after everything else, and engines could only then send them.
+    """
+    lazy = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in [module for module in lazy.modules() if _is_product(module)]:
+        for name, _ in list(module.named_parameters(recurse=False)):
+            parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
+    return lazy
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.model, self._dtype = model, dtype
-        of_products = {id(parameter) for parameter in products(model)}
-        self._names = [name for name, parameter in model.named_parameters() if id(parameter) in of_products]
+        self._dtype = dtype
 
-    def forward(self, *args, **options):
-        narrow = {name: self.model.get_parameter(name).to(self._dtype) for name in self._names}
-        return functional_call(self.model, narrow, args, options)
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self._dtype)
 
 
 def products(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights and biases of all linear maps: of modules with a matrix, but embeddings."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            yield from module.parameters(recurse=False)
+    for module in filter(_is_product, model.modules()):
+        yield from module.parameters(recurse=False)
+
+
+def _is_product(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def _add_gradient(wide: nn.Parameter, narrow: nn.Parameter) -> None:

@@ -23,7 +23,7 @@ from .distributed import ALONE, World
 from .evaluate import Evaluation, batch_loss, evaluate
 from .loader import Batch
 from .optim import Optimizer
-from .precision import Narrowed, choose_dtype, refresh, working_copy
+from .precision import choose_dtype, narrowed, refresh, working_copy
 from .sharding import micro_step, replicate, whole_weights
 
 
@@ -80,7 +80,7 @@ class Trainer:
         if world.engine is None:
             self.working = working_copy(model, self.dtype)
         else:
-            self.working = model if world.engine == "fsdp" or self.dtype == torch.float32 else Narrowed(model, self.dtype)
+            self.working = model if world.engine == "fsdp" or self.dtype == torch.float32 else narrowed(model, self.dtype)
         self.is_compiled = is_compiled(config, device)
         is_one_graph = self.is_compiled and world.engine != "fsdp"  # of which `shard` compiles the parts
         self._network = replicate(torch.compile(self.working, fullgraph=True) if is_one_graph else self.working, world)

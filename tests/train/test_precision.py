@@ -7,7 +7,7 @@ import torch
 
 from tritium.model import GPT, GPTConfig
 from tritium.train.config import InputError, TrainConfig
-from tritium.train.precision import choose_dtype, products, refresh, refuse_missing_attention, working_copy
+from tritium.train.precision import choose_dtype, narrowed, products, refresh, refuse_missing_attention, working_copy
 
 pytestmark = pytest.mark.plain
 
@@ -118,3 +118,17 @@ def test_frozen_weights_get_no_gradient(model):
     copy(TOKENS, TOKENS).backward()
     assert model.h[0].mlp.c_fc.weight.grad is None
     assert model.h[1].mlp.c_fc.weight.grad is not None
+
+
+def test_weights_cast_in_each_pass_have_their_gradients_before_the_backward_goes_on(model):
+    """So that ranks can send them meanwhile; and the same gradients as the working copy's."""
+    order, results = [], []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    for network in (working_copy(model, torch.bfloat16), narrowed(model, torch.bfloat16)):
+        network(TOKENS, TOKENS.flip(1)).backward()
+        results.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        model.zero_grad()
+        last, order = order, []
+    assert torch.equal(*results)
+    assert max(last.index(name) for name in last if "h.1." in name) < min(last.index(name) for name in last if "h.0." in name)
