@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritium import kernels
 from tritium.train.recipes import RECIPES
+from tritium.train.tensor_parallel import refuse_misfit
 
 pytestmark = pytest.mark.plain
 
@@ -59,3 +61,10 @@ def test_commands_shown_are_parsed(tmp_path, monkeypatch):
         assert commands.train(line.split()[1:]) == 0
     assert len(lines) >= 4
     assert len(understood) == len(lines)
+
+
+def test_tensor_ranks_shown_divide_the_heads_of_the_run():
+    shown = re.findall(r"runs/([a-z0-9-]+)-\d+ --tensor-parallel (\d+)", README)
+    assert shown
+    for name, ranks in shown:
+        refuse_misfit(RECIPES[name].gpt(vocab_size=1), torch.bfloat16, int(ranks))
