@@ -227,8 +227,8 @@ def join(launch: Launch) -> Iterator[World]:
 
 
 def speaks() -> bool:
-    """Whether this process says what all of its node have to say."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process says what all of its node have to say: it does where torchrun started none."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _ranks() -> dict[str, int] | None:

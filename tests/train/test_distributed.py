@@ -73,6 +73,11 @@ def test_torchruns_variables_half_set_are_refused(environment, message, tiny, la
     assert message in refused_on_all(launch(2, *tiny[1:], environment=environment))
 
 
+def test_a_rank_left_over_from_elsewhere_is_refused_aloud(refused, tiny, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "RANK is not set; start with torchrun, or unset LOCAL_RANK" in refused(*tiny)
+
+
 def test_what_the_first_rank_finds_wrong_stops_all(tiny, launch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("x")
