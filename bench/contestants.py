@@ -161,9 +161,9 @@ def make_contestants(
 
 
 def checkout_model(checkout: Path) -> ModuleType:
-    """The model.py of a nanoGPT checkout. Raises: InputError if there is none."""
+    """The model.py of a nanoGPT checkout. Raises: InputError if there is none; another model.py is not run."""
     file = checkout / "model.py"
-    if not file.is_file():
+    if not file.is_file() or b"class GPTConfig" not in file.read_bytes():
         raise InputError(f"--nanogpt: expected a nanoGPT checkout with model.py, found none in {checkout}")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -99,8 +99,10 @@ def test_a_checkout_of_nanogpt_trains_as_itself(checkout, capsys):
 
 
 def test_what_is_no_nanogpt_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--nanogpt: expected a nanoGPT checkout with model\.py, found none in"):
-        checkout_model(tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"--nanogpt: expected a nanoGPT checkout with model\.py, found none in"):
+            checkout_model(tmp_path)
+        (tmp_path / "model.py").write_text("raise SystemExit(3)  # another project's")
     plain = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=64)
     assert nanogpt_shape(plain) == plain
     assert nanogpt_shape(replace(plain, n_kv_head=2)) == replace(plain, n_kv_head=2)
