@@ -92,6 +92,15 @@ def test_more_ranks_than_gpus(monkeypatch):
         World(size=2, local_size=2, engine="ddp").device("cuda")
 
 
+def test_a_rank_has_the_gpu_of_its_number_in_the_node(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("tritium.train.distributed.choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert World(rank=3, size=4, local_rank=1, local_size=2, engine="ddp").device("cuda") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_data_ranks_share_the_batch():
     world = World(rank=5, size=8, engine="fsdp", shard_ranks=2, tensor_ranks=2)
     assert (world.data_ranks, world.data_rank) == (4, 2)

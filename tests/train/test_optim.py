@@ -67,7 +67,7 @@ def test_a_step_is_adamw(model):
 def test_muon_makes_steps_of_adamws_size(model):
     """Orthogonal up to what its iteration leaves, singular values of 0.5 to 1.5, and about 0.2 at root mean square."""
     optimizer = Optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1, grad_clip=0))
-    weight, gain = model.h[0].mlp.c_fc.weight, model.ln_f.weight
+    weight, gain = model.h[0].mlp.c_proj.weight, model.ln_f.weight
     before = weight.detach().clone(), gain.detach().clone()
     with_gradients(model)
     optimizer.update(0.01)
