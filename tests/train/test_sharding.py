@@ -1,13 +1,16 @@
 """Whatever ranks divide, and however many, a run is that of one process, to float32's rounding."""
 
 import shutil
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tritium.train.distributed import World
 from tritium.train.log import read_metrics
+from tritium.train.sharding import micro_step
 
 pytestmark = pytest.mark.plain
 
@@ -125,3 +128,13 @@ def test_weights_are_the_same_before_the_first_step(once):
     """Whoever divides them: no row changes place."""
     folders = [once("gpt2", engine) / "checkpoints" / "step-0" for engine in ("alone", "tensor", "hsdp")]
     assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_gradients_travel_with_the_last_micro_batch_alone(is_last):
+    """They are the same if they do with each, but slower."""
+    network = MagicMock()
+    micro_step(network, World(size=2, engine="fsdp"), is_last=is_last)
+    network.set_requires_gradient_sync.assert_called_once_with(is_last)
+    micro_step(network, World(size=2, engine="ddp"), is_last=is_last)
+    assert network.no_sync.called is not is_last

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gc
 import sys
@@ -49,6 +50,18 @@ def test_micro_batches_add_up_to_the_batch():
     for loss, found in results[1:]:
         torch.testing.assert_close(found, results[0][1], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+
+
+def test_ranks_hear_which_micro_batch_is_the_last(monkeypatch):
+    seen = []
+
+    def micro_step(network, world, *, is_last):
+        seen.append(is_last)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(trainer_file, "micro_step", micro_step)
+    make(micro_batch_size=2).backward(batch())
+    assert seen == [False, False, True]
 
 
 def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
