@@ -120,7 +120,7 @@ def _resume_arguments(argv: Sequence[str]) -> tuple[Path, Launch]:
     if len(words) < 2:
         raise InputError("--resume: expected a folder of a run, got none")
     try:
-        return Path(words[1]), parse(Launch, words[2:], prog="tritium train --resume", description=TRAIN_HELP)
+        return Path(words[1]), parse(Launch, words[2:], prog="tritium train --resume RUN_DIR", description=TRAIN_HELP)
     except InputError as error:
         raise InputError(f"--resume RUN_DIR: expected nothing after it but how processes share the run: {error}") from None
 

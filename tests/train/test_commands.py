@@ -166,7 +166,10 @@ def test_a_run_is_never_overwritten(refused, tritium, tiny, tmp_path):
 def test_bad_resumes(refused, tritium, tiny, tmp_path):
     assert "expected the folder of a run" in refused("train", "--resume", tmp_path)
     assert "expected a folder of a run, got none" in refused("train", "--resume")
-    assert "expected nothing after it but how processes share the run" in refused("train", "--resume", "a", "--steps", "3")
+    answer = refused("train", "--resume", "a", "--steps", "3")
+    assert "expected nothing after it but how processes share the run" in answer
+    assert answer.endswith("see tritium train --resume RUN_DIR --help")
+    assert tritium("train", "--resume", "RUN_DIR", "--help")[0] == 0
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     record = json.loads((run / "config.json").read_text())
