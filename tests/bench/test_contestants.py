@@ -12,6 +12,7 @@ from tritium.bench.contestants import Contestant, checkout_model, chosen_attenti
 from tritium.bench.training import check_agreement, random_batch
 from tritium.model import GPTConfig
 from tritium.train.config import InputError, TrainConfig
+from tritium.train.schedule import learning_rate
 
 pytestmark = pytest.mark.plain
 
@@ -96,6 +97,30 @@ def test_a_checkout_of_nanogpt_trains_as_itself(checkout, capsys):
     assert all(parameter.grad is None for parameter in theirs.model.parameters())
     assert theirs.held_bytes() > 3 * sum(parameter.nbytes for parameter in theirs.model.parameters())
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_nanogpt_is_cast_clipped_and_scheduled_as_by_its_train_py(precision, checkout, monkeypatch):
+    config, batch = replace(TINY, precision=precision, grad_clip=0.5), random_batch(TINY, TINY.gpt(vocab_size=320), 0)
+    theirs = make_contestants(config, TINY.gpt(vocab_size=320), CPU, [False], nanogpt=checkout_model(checkout))[-1]
+    expected = torch.autograd.grad(theirs.model(*batch.on(CPU))[1], list(theirs.model.parameters()))
+    clip, clipped, cast = torch.nn.utils.clip_grad_norm_, [], []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clipped.append((clip(*args).item(), args[1])))
+    theirs.model.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
+    for step in range(2):
+        theirs.step(batch)
+        assert {group["lr"] for group in theirs._optimizer.param_groups} == {learning_rate(config, step)}
+    norm = torch.nn.utils.get_total_norm(expected).item()
+    assert clipped[0] == (pytest.approx(norm, rel=4 * torch.finfo(torch.bfloat16).eps), 0.5)
+    assert cast == [precision != "float32"] * 2
+
+
+def test_nanogpt_is_compiled_where_the_others_are(checkout, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    shape = TINY.gpt(vocab_size=320)
+    made = make_contestants(TINY, shape, CPU, [True], nanogpt=checkout_model(checkout))
+    assert compiled == [contestant.model for contestant in made]
 
 
 def test_what_is_no_nanogpt_is_refused(tmp_path):

@@ -154,6 +154,8 @@ def test_evaluation_stops_at_max_tokens():
         return sum(int(batch.counted.sum()) for batch in batches)
 
     assert [count(limit) for limit in (1, 10, 59, 60, 10**9)] == [10, 10, 50, 60, 999]
+    (spread,) = evaluation_batches(_stream(1000), context_tokens=10, batch_size=8, max_tokens=50)
+    assert spread.inputs[:, 0].tolist() == [0, 200, 400, 600, 800]
     with pytest.raises(InputError, match="at least 2 tokens, got 1"):
         next(evaluation_batches(TokenStream([np.zeros(1, np.uint16)]), context_tokens=10, batch_size=4))
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tritium.model import GPT, GPTConfig
+from tritium.train.config import TrainConfig
 from tritium.train.distributed import World
 from tritium.train.log import read_metrics
-from tritium.train.sharding import micro_step
+from tritium.train.sharding import micro_step, shard
 
 pytestmark = pytest.mark.plain
 
@@ -138,3 +140,14 @@ def test_gradients_travel_with_the_last_micro_batch_alone(is_last):
     network.set_requires_gradient_sync.assert_called_once_with(is_last)
     micro_step(network, World(size=2, engine="ddp"), is_last=is_last)
     assert network.no_sync.called is not is_last
+
+
+def test_shards_compute_in_16_bits_sum_in_float32_and_are_compiled_by_parts(monkeypatch):
+    policies, compiled = [], []
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda *_, mp_policy, **options: policies.append(mp_policy))
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: compiled.append(forward.__self__) or forward)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8))
+    shard(model, TrainConfig(precision="bfloat16"), MagicMock(engine="fsdp", tensor_ranks=1), compiled=True)
+    assert [policy.param_dtype for policy in policies] == [torch.bfloat16, None]
+    assert {policy.reduce_dtype for policy in policies} == {torch.float32}
+    assert compiled == [model.h[0].attn, model.h[0].mlp]
