@@ -88,6 +88,7 @@ def test_a_checkout_of_nanogpt_trains_as_itself(checkout, capsys):
     batch = random_batch(TINY, shape, 0)
     found = check_agreement(TINY, theirs, baseline, batch)
     assert found["gradient_gap"] <= found["gradient_bound"]
+    assert all(parameter.grad is None for each in (baseline, theirs) for parameter in each.model.parameters())
     assert theirs.held_bytes() == sum(parameter.nbytes for parameter in theirs.model.parameters())
     for _ in range(3):
         for contestant in (ours, theirs):
