@@ -83,3 +83,10 @@ def test_a_batch_is_forgotten_once_it_was_given_out():
             assert old() is None
     finally:
         gc.enable()
+
+
+def test_what_was_not_begun_is_not_read_when_training_stops():
+    read = []
+    with Prefetch(lambda step: read.append(step) or time.sleep(0.2), 0):
+        pass
+    assert len(read) < 2
