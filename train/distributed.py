@@ -241,12 +241,13 @@ def _ranks() -> dict[str, int] | None:
             f"unset {next(name for name in _RANKS if name in os.environ)}"
         )
     try:
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in _RANKS)
-        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        rank, size, local_rank, local_size, port = (int(os.environ[name]) for name in (*_RANKS, "MASTER_PORT"))
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size and 0 < port < 1 << 16):
             raise ValueError
     except ValueError:
-        found = ", ".join(f"{name}={os.environ[name]}" for name in _RANKS)
-        raise InputError(f"torchrun: expected ranks from 0 below their number, got {found}; start with torchrun") from None
+        found = ", ".join(f"{name}={os.environ[name]}" for name in (*_RANKS, "MASTER_PORT"))
+        message = f"torchrun: expected ranks from 0 below their number and a port, got {found}; start with torchrun"
+        raise InputError(message) from None
     return {"rank": rank, "size": size, "local_rank": local_rank, "local_size": local_size}
 
 

@@ -65,7 +65,8 @@ def test_cuda_that_is_not_there_is_refused_on_all_ranks(tiny, launch):
     [
         ({"MASTER_PORT": None}, "MASTER_PORT is not set; start with torchrun, or unset RANK"),
         ({"WORLD_SIZE": None}, "WORLD_SIZE is not set; start with torchrun, or unset RANK"),
-        ({"RANK": 2}, "expected ranks from 0 below their number, got RANK=2, WORLD_SIZE=2"),
+        ({"RANK": 2}, "expected ranks from 0 below their number and a port, got RANK=2, WORLD_SIZE=2"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc; start with torchrun"),
         ({"LOCAL_WORLD_SIZE": "two"}, "expected ranks from 0 below their number"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tritium.model import GPT, GPTConfig
 from tritium.train import trainer as trainer_file
 from tritium.train.config import TrainConfig
+from tritium.train.distributed import World
 from tritium.train.evaluate import evaluate
 from tritium.train.loader import Batch
 from tritium.train.optim import Optimizer
@@ -252,6 +253,14 @@ def test_a_step_never_waits_for_the_gpu(precision):
             torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_ranks_sample_in_the_precision_of_the_run(monkeypatch):
+    monkeypatch.setattr("tritium.train.trainer.replicate", lambda network, world: network)
+    config = TrainConfig(batch_size=6, precision="bfloat16")
+    model = GPT(SHAPE)
+    sampled = Trainer(model, Optimizer(model, config), config, world=World(engine="ddp")).on_first_rank()
+    assert sampled.h[0].attn.c_attn.weight.dtype == torch.bfloat16
 
 
 def test_steps_leave_no_tensor_to_the_garbage_collector():
