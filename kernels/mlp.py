@@ -130,7 +130,7 @@ def launch_gelu_mlp_bwd(
     dtype = x.dtype if len(chunks) == 1 else torch.float32
     dx = x.new_empty(x.shape if needs_x else 0)
     dw1, dw2 = (w.new_empty(w.shape if needed else 0, dtype=dtype) for w, needed in ((w1, needs_w1), (w2, needs_w2)))
-    db1 = x.new_empty((len(chunks), h.shape[1]) if needs_b1 else 0, dtype=dtype)
+    db1 = x.new_empty(len(chunks), h.shape[1] if needs_b1 else 0, dtype=dtype)
     for chunk, rows in enumerate(chunks):
         if needs_w2:
             formed = launch_activation_fwd(h[rows], approximate) if a is None else a

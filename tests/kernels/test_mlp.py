@@ -157,6 +157,16 @@ def test_linear_is_accurate(N, D, width, dtype, activation, device, products):
             assert_accurate(name, *values, length=N + D + width)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recompute_is_as_accurate_over_many_chunks(dtype, device, chunks):
+    """Gradients that chunks add to are not rounded in between."""
+    inputs, incoming = tensors(256, 8, 12, dtype, device)
+    truth = run(torch_mlp, double(inputs), incoming)
+    formed, kept = (run(gelu_mlp, inputs, incoming, recompute=recompute) for recompute in (True, False))
+    for name, *values in zip(NAMES, formed, truth, kept, strict=True):
+        assert_accurate(name, *values, length=256)
+
+
 @pytest.mark.parametrize("width", [257, 3000])
 def test_a_program_sums_the_bias_gradient_over_all_of_its_rows(width, device, monkeypatch):
     """On one multiprocessor, each program has several blocks of rows; all where there are more columns than programs."""
@@ -214,17 +224,18 @@ def test_leading_axes_and_empty_inputs(recompute, device, products):
 # --- 4. contract
 
 
-def test_opcheck(device):
-    inputs, dy = tensors(6, 8, 12, torch.float32, device)
+def test_opcheck(device, chunks):
+    inputs, dy = tensors(11, 8, 12, torch.float32, device)
     x, w1, b1, w2, b2 = (value.requires_grad_() for value in inputs)
     ops = torch.ops.tritium
     torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w1, b1, "none", "auto"))
     torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", False, "auto"))
     torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "none", True, "fused"))
     x, w1, w2 = (value.detach() for value in (x, w1, w2))
-    h, a = torch.randn(6, 12, device=device), torch.randn(6, 12, device=device)
+    h, a = torch.randn(11, 12, device=device), torch.randn(11, 12, device=device)
     torch.library.opcheck(ops.linear_gelu_bwd.default, (h, x, w1, a, "tanh", [True, True, False]))
-    for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, [False, False, False, True, False])):
+    only_x, only_w2 = ([index == needed for index in range(5)] for needed in (0, 3))
+    for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, only_x), (None, only_w2)):
         torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "tanh", "auto", needs))
 
 
