@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate, walk
+from tritium.bench.launches import record_launches
 from tritium.kernels import gelu_mlp, linear
 from tritium.kernels._op import INTERPRET
-from tritium.kernels.mlp import cost
+from tritium.kernels.mlp import cost, launch_gelu_mlp_bwd, launch_gelu_mlp_fwd
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, width, feed-forward width: one element, odd, one past a tile, GPT-2's ratio.
@@ -380,6 +381,17 @@ def test_bad_input_of_linear_is_named(change, message, activation):
     good = {"x": torch.ones(2, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6), "activation": activation}
     with pytest.raises(ValueError, match="^linear: " + message):
         linear(**good | change)
+
+
+@pytest.mark.plain
+def test_products_are_those_asked_for():
+    x, w1, w2, h = (torch.empty(shape, device="meta") for shape in ((64, 8), (12, 8), (8, 12), (64, 12)))
+    ours, between = ["_gemm_kernel"] * 2, ["_mlp_activation_fwd_kernel", "_mlp_activation_bwd_kernel"]
+    for products, kernels in (("fused", ours), ("cublas", between)):
+        with record_launches("sm_90") as launches:
+            launch_gelu_mlp_fwd(x, w1, None, w2, None, "tanh", False, products)
+            launch_gelu_mlp_bwd(x, x, w1, w2, h, h, "tanh", products, [True] * 5)
+        assert [launch.kernel.__name__ for launch in launches] == [*kernels, "_partial_sums_kernel"]
 
 
 @pytest.mark.plain
