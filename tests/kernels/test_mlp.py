@@ -229,12 +229,12 @@ def test_opcheck(device, chunks):
     inputs, dy = tensors(11, 8, 12, torch.float32, device)
     x, w1, b1, w2, b2 = (value.requires_grad_() for value in inputs)
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w1, b1, "none", "auto"))
+    torch.library.opcheck(ops.linear_fwd.default, (x, w1, b1, "none", "auto"))
     torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", False, "auto"))
     torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "none", True, "fused"))
     x, w1, w2 = (value.detach() for value in (x, w1, w2))
     h, a = torch.randn(11, 12, device=device), torch.randn(11, 12, device=device)
-    torch.library.opcheck(ops.linear_gelu_bwd.default, (h, x, w1, a, "tanh", [True, True, False]))
+    torch.library.opcheck(ops.linear_bwd.default, (h, x, w1, a, "tanh", [True, True, False]))
     only_x, only_w2 = ([index == needed for index in range(5)] for needed in (0, 3))
     for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, only_x), (None, only_w2)):
         torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "tanh", "auto", needs))
@@ -331,6 +331,16 @@ def test_a_second_derivative_is_refused(function, device):
     (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         dx.sum().backward()
+
+
+def test_kernels_refuse_float64(device):
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("float64 on the CPU runs the reference")
+    inputs, _ = tensors(2, 4, 6, torch.float64, device)
+    with pytest.raises(TypeError, match=r"^gelu_mlp: the kernel takes float32, bfloat16 or float16, got float64"):
+        gelu_mlp(*inputs)
+    with pytest.raises(TypeError, match=r"^linear: the kernel takes"):
+        linear(*inputs[:3], activation="gelu")
 
 
 @pytest.mark.plain
