@@ -130,7 +130,7 @@ def launch_gelu_mlp_bwd(
     dtype = x.dtype if len(chunks) == 1 else torch.float32
     dx = x.new_empty(x.shape if needs_x else 0)
     dw1, dw2 = (w.new_empty(w.shape if needed else 0, dtype=dtype) for w, needed in ((w1, needs_w1), (w2, needs_w2)))
-    db1 = x.new_empty((len(chunks), h.shape[1]) if needs_b1 else 0, dtype=dtype)
+    db1 = x.new_empty(len(chunks), h.shape[1] if needs_b1 else 0, dtype=dtype)
     for chunk, rows in enumerate(chunks):
         if needs_w2:
             formed = launch_activation_fwd(h[rows], approximate) if a is None else a
@@ -192,8 +192,8 @@ def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> d
 
 # --- operator
 
-_linear_fwd = define_op("linear_gelu_fwd", launch=launch_linear_gelu_fwd, reference=reference_linear_gelu_fwd)
-_linear_bwd_op = define_op("linear_gelu_bwd", launch=launch_linear_gelu_bwd, reference=reference_linear_gelu_bwd)
+_linear_fwd = define_op("linear_fwd", launch=launch_linear_gelu_fwd, reference=reference_linear_gelu_fwd)
+_linear_bwd_op = define_op("linear_bwd", launch=launch_linear_gelu_bwd, reference=reference_linear_gelu_bwd)
 _mlp_fwd = define_op("gelu_mlp_fwd", launch=launch_gelu_mlp_fwd, reference=reference_gelu_mlp_fwd)
 _mlp_bwd = define_op("gelu_mlp_bwd", launch=launch_gelu_mlp_bwd, reference=reference_gelu_mlp_bwd)
 
@@ -247,7 +247,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
         bias: (F,), dtype and device of x, or None.
         activation: None (then this is torch.nn.functional.linear), "gelu" or "gelu_tanh".
     Returns: (..., F), dtype of x, or the autocast dtype.
-    Raises: ValueError if shapes, dtypes or devices do not match, or for another activation.
+    Raises: ValueError if shapes, dtypes or devices do not match, or for another activation; TypeError for float64 and one of
+        these on a GPU.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be None, {' or '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
@@ -283,7 +284,7 @@ def gelu_mlp(
         approximate: "tanh", GPT-2's GELU, or "none", the exact one.
         recompute: keep one (..., F) tensor for the backward, not two: GELU is computed again there.
     Returns: (..., D), dtype of x, or the autocast dtype.
-    Raises: ValueError if shapes, dtypes or devices do not match, or for another approximate.
+    Raises: ValueError if shapes, dtypes or devices do not match, or for another approximate; TypeError for float64 on a GPU.
     """
     if approximate not in APPROXIMATE:
         raise ValueError(f"gelu_mlp: approximate must be {' or '.join(map(repr, APPROXIMATE))}, got {approximate!r}")

@@ -138,7 +138,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos, sin: (S, K / 2) with S at least T, or (B, T, K / 2); any float dtype, device of x. They get no gradient.
         interleaved: pairs are neighbours; else number i and i + K / 2.
     Returns: (B, T, H, K), dtype of x, contiguous.
-    Raises: ValueError if K is odd, or the tables do not match x, each other, or have fewer rows than x has tokens.
+    Raises: ValueError if K is odd, or if a table does not match x, has fewer rows than x has tokens, or needs a gradient;
+        TypeError for float64 x on a GPU.
     """
     if x.ndim != 4 or x.shape[-1] < 2 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(f"rotary: x must be floating point (B, T, H, K) with K even, got {x.dtype} {tuple(x.shape)}")

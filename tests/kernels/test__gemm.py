@@ -84,10 +84,11 @@ def test_what_is_not_asked_for_is_not_there(dtype, parts, device, small_tiles, s
     assert_accurate("c", gemm(a, b), a.double() @ b.double(), a @ b, length=17)
     h, h64 = torch.addmm(bias, a, b), torch.addmm(bias.double(), a.double(), b.double())
     for like in (bias, torch.stack([bias, bias], dim=1)[:, 0]):
-        sums = torch.empty_like(bias)
+        # Wider than what they are sums of, they show that nothing of it was rounded.
+        sums = torch.empty_like(bias, dtype=torch.float32)
         assert_accurate("with a bias", gemm(a, b, like, sums=sums), h64, h, length=17)
-        scale = h64.square().sum(0).max().sqrt().item()
-        assert_accurate("sums", sums, h64.sum(0), h.sum(0), length=50, scale=scale)
+        scale, peer = h64.square().sum(0).max().sqrt().item(), torch.addmm(bias.float(), a.float(), b.float()).sum(0)
+        assert_accurate("sums", sums, h64.sum(0), peer, length=50, scale=scale)
     c = gemm(a, b, aux=aux, epilogue=scaled)
     assert_accurate("with aux", c, (a.double() @ b.double()) * aux.double(), (a @ b) * aux, length=17)
 
@@ -193,6 +194,8 @@ def test_float32_is_not_rounded_to_what_the_matrix_pipe_takes():
     with record_launches("sm_90") as launches:
         gemm(a, b)
     assert matrix_instructions(disassembly(compile_launch(launches[0], "sm_90"))) == {}
+    # What comes through a descriptor takes more registers on its way to them.
+    assert launches[0].arguments["a"] is a
 
 
 @pytest.mark.codegen

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate, walk
+from tritium.bench.launches import record_launches
 from tritium.kernels import gelu_mlp, linear
 from tritium.kernels._op import INTERPRET
-from tritium.kernels.mlp import cost
+from tritium.kernels.mlp import cost, launch_gelu_mlp_bwd, launch_gelu_mlp_fwd
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, width, feed-forward width: one element, odd, one past a tile, GPT-2's ratio.
@@ -157,6 +158,16 @@ def test_linear_is_accurate(N, D, width, dtype, activation, device, products):
             assert_accurate(name, *values, length=N + D + width)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recompute_is_as_accurate_over_many_chunks(dtype, device, chunks):
+    """Gradients that chunks add to are not rounded in between."""
+    inputs, incoming = tensors(256, 8, 12, dtype, device)
+    truth = run(torch_mlp, double(inputs), incoming)
+    formed, kept = (run(gelu_mlp, inputs, incoming, recompute=recompute) for recompute in (True, False))
+    for name, *values in zip(NAMES, formed, truth, kept, strict=True):
+        assert_accurate(name, *values, length=256)
+
+
 @pytest.mark.parametrize("width", [257, 3000])
 def test_a_program_sums_the_bias_gradient_over_all_of_its_rows(width, device, monkeypatch):
     """On one multiprocessor, each program has several blocks of rows; all where there are more columns than programs."""
@@ -214,17 +225,18 @@ def test_leading_axes_and_empty_inputs(recompute, device, products):
 # --- 4. contract
 
 
-def test_opcheck(device):
-    inputs, dy = tensors(6, 8, 12, torch.float32, device)
+def test_opcheck(device, chunks):
+    inputs, dy = tensors(11, 8, 12, torch.float32, device)
     x, w1, b1, w2, b2 = (value.requires_grad_() for value in inputs)
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.linear_gelu_fwd.default, (x, w1, b1, "none", "auto"))
+    torch.library.opcheck(ops.linear_fwd.default, (x, w1, b1, "none", "auto"))
     torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", False, "auto"))
     torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "none", True, "fused"))
     x, w1, w2 = (value.detach() for value in (x, w1, w2))
-    h, a = torch.randn(6, 12, device=device), torch.randn(6, 12, device=device)
-    torch.library.opcheck(ops.linear_gelu_bwd.default, (h, x, w1, a, "tanh", [True, True, False]))
-    for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, [False, False, False, True, False])):
+    h, a = torch.randn(11, 12, device=device), torch.randn(11, 12, device=device)
+    torch.library.opcheck(ops.linear_bwd.default, (h, x, w1, a, "tanh", [True, True, False]))
+    only_x, only_w2 = ([index == needed for index in range(5)] for needed in (0, 3))
+    for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, only_x), (None, only_w2)):
         torch.library.opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "tanh", "auto", needs))
 
 
@@ -321,6 +333,16 @@ def test_a_second_derivative_is_refused(function, device):
         dx.sum().backward()
 
 
+def test_kernels_refuse_float64(device):
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("float64 on the CPU runs the reference")
+    inputs, _ = tensors(2, 4, 6, torch.float64, device)
+    with pytest.raises(TypeError, match=r"^gelu_mlp: the kernel takes float32, bfloat16 or float16, got float64"):
+        gelu_mlp(*inputs)
+    with pytest.raises(TypeError, match=r"^linear: the kernel takes"):
+        linear(*inputs[:3], activation="gelu")
+
+
 @pytest.mark.plain
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -369,6 +391,17 @@ def test_bad_input_of_linear_is_named(change, message, activation):
     good = {"x": torch.ones(2, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6), "activation": activation}
     with pytest.raises(ValueError, match="^linear: " + message):
         linear(**good | change)
+
+
+@pytest.mark.plain
+def test_products_are_those_asked_for():
+    x, w1, w2, h = (torch.empty(shape, device="meta") for shape in ((64, 8), (12, 8), (8, 12), (64, 12)))
+    ours, between = ["_gemm_kernel"] * 2, ["_mlp_activation_fwd_kernel", "_mlp_activation_bwd_kernel"]
+    for products, kernels in (("fused", ours), ("cublas", between)):
+        with record_launches("sm_90") as launches:
+            launch_gelu_mlp_fwd(x, w1, None, w2, None, "tanh", False, products)
+            launch_gelu_mlp_bwd(x, x, w1, w2, h, h, "tanh", products, [True] * 5)
+        assert [launch.kernel.__name__ for launch in launches] == [*kernels, "_partial_sums_kernel"]
 
 
 @pytest.mark.plain

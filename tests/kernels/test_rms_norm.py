@@ -87,6 +87,14 @@ def test_is_accurate(M, N, dtype, device):
     check(rms_norm, torch_rms_norm, (x, weight), incoming, ["y", "dx", "dweight"])
 
 
+@pytest.mark.parametrize("N", [33, MAX_RESIDENT_WIDTH + 1])
+def test_eps_is_added_to_the_mean_square(N, device):
+    x, residual, weight, *_ = tensors(3, N, torch.float32, device)
+    for h, y in ((x, rms_norm(x, weight, eps=2.0)), (x + residual, add_rms_norm(x, residual, weight, eps=2.0)[0])):
+        truth, peer = (F.rms_norm(h.to(dtype), (N,), weight.to(dtype), 2.0) for dtype in (torch.float64, torch.float32))
+        assert_accurate("y", y, truth, peer, length=N)
+
+
 # --- 3. layouts
 
 
@@ -101,6 +109,7 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(N, device):
     transposed = run(add_rms_norm, (x.t().contiguous().t(), residual, weight), [dy, dh.t().contiguous().t()])
     for got, value in zip(transposed, expected, strict=True):
         assert torch.equal(got, value)
+    assert torch.equal(rms_norm(x, strided), rms_norm(x, weight))
 
 
 def test_leading_axes_and_empty_inputs(device):
@@ -148,6 +157,14 @@ def test_reruns_are_bitwise_equal(device):
     x, residual, weight, *incoming = tensors(300, 48, torch.bfloat16, device)
     for a, b in zip(*(run(add_rms_norm, (x, residual, weight), incoming) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_wider_residual_keeps_its_dtype(device):
+    x, residual, weight, dy, dh = tensors(4, 12, torch.float32, device)
+    y, h, *grads = run(add_rms_norm, (x.bfloat16(), residual, weight), [dy.bfloat16(), dh])
+    assert torch.equal(h, x.bfloat16() + residual)
+    assert torch.equal(y, rms_norm(h, weight).bfloat16())
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize("used", [0, 1])
