@@ -219,7 +219,8 @@ def gemm(
         a, b: (M, K) and (K, N), one dtype, any strides.
         bias: (N,), added before the epilogue.   aux: (M, N), contiguous, what the epilogue sees beside the sums over K.
         epilogue: jitted function of two tiles, a b + bias in float32 and aux (or None), that returns c's in float32.
-        pre: (M, N), contiguous, gets what the epilogue was given.   sums: (N,), any float dtype, gets those of c's columns.
+        pre: (M, N), contiguous, gets what the epilogue was given.   sums: (N,), any float dtype, gets those of c's columns;
+            of an epilogue that gives 0 for 0 and 0, unless there is a bias.
     """
     (M, K), N = a.shape, b.shape[1]
     tile, _ = plan(M, N, a.dtype, arch(a.device), sm_count(a.device), has_aux=aux is not None)

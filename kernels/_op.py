@@ -131,6 +131,11 @@ def can_look(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def only_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None in place of gradients that nobody needs, which operators return empty."""
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """Write a @ b to `out`, or add it there. Into a float32 `out` factors of 16 bits are summed without rounding in between."""
     beta = int(accumulate)

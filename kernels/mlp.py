@@ -27,7 +27,7 @@ from ._gemm import gemm, is_fused
 from ._layout import as_rows, like_rows_of
 from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import EPILOGUES, launch_activation_bwd, launch_activation_fwd
-from ._op import autocast, define_op, product, public
+from ._op import autocast, define_op, only_needed, product, public
 
 # Where a is not kept. ESTIMATE for an H200 at D = 768: a tenth more time than all rows at once. Half of it adds to dw1 and dw2
 # in float32, half are multiprocessors that idle while dx and y are formed, of which so few rows have 1.5 tiles for each.
@@ -209,7 +209,7 @@ def _grad_linear(ctx, dy, _dh):
     if dy is None:
         return (None,) * 5
     needs = ctx.needs_input_grad[:3]
-    return *_needed(_linear_bwd_op(dy, *ctx.saved_tensors, ctx.approximate, needs), needs), None, None
+    return *only_needed(_linear_bwd_op(dy, *ctx.saved_tensors, ctx.approximate, needs), needs), None, None
 
 
 def _save_mlp(ctx, inputs, output):
@@ -226,11 +226,7 @@ def _grad_mlp(ctx, dy, _dh, _da):
     x, w1, w2, h, *a = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
     grads = _mlp_bwd(dy, x, w1, w2, h, a[0] if a else None, ctx.approximate, ctx.products, needs)
-    return *_needed(grads, needs), None, None, None
-
-
-def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    return *only_needed(grads, needs), None, None, None
 
 
 _linear_fwd.register_autograd(_grad_linear, setup_context=_save_linear)

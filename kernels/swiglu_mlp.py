@@ -11,6 +11,8 @@ Cost       compute-bound: 6 N D F FLOPs forward, 12 N D F backward; see cost()
 Source     Shazeer 2020, arXiv:2002.05202
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +21,7 @@ from ._gemm import gemm, is_fused
 from ._layout import as_rows, like_rows_of, wide
 from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import launch_swiglu_bwd, launch_swiglu_fwd, swiglu
-from ._op import autocast, define_op, public
+from ._op import autocast, define_op, only_needed, public
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
@@ -32,21 +34,23 @@ def reference_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, produ
 
 
 def reference_bwd(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gate: Tensor, up: Tensor
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w_gate, w_up and w_down."""
+    """Return the gradients of x, w_gate, w_up and w_down; empty for those that `needs` does not name."""
     da, g = wide(torch.mm(dy, w_down)), wide(gate)
     s = torch.sigmoid(g)
     silu = g * s
     dgate = torch.addcmul(s, silu, 1 - s).mul_(da * up).to(x.dtype)
-    return _products(dy, x, w_gate, w_up, dgate, (da * silu).to(x.dtype), (silu * up).to(x.dtype))
+    return _products(dy, x, w_gate, w_up, dgate, (da * silu).to(x.dtype), (silu * up).to(x.dtype), needs)
 
 
 def _products(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, dgate: Tensor, dup: Tensor, a: Tensor
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, dgate: Tensor, dup: Tensor, a: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.mm(dgate, w_gate).addmm_(dup, w_up)
-    return dx, torch.mm(dgate.t(), x), torch.mm(dup.t(), x), torch.mm(dy.t(), a)
+    dx = torch.mm(dgate, w_gate).addmm_(dup, w_up) if needs[0] else dy.new_empty(0)
+    factors = ((dgate, x), (dup, x), (dy, a))
+    dw = (torch.mm(dh.t(), h) if needed else dy.new_empty(0) for (dh, h), needed in zip(factors, needs[1:], strict=True))
+    return dx, *dw
 
 
 # --- launchers: products by cuBLAS, but u's with what follows it by _gemm.py where that pays; the rest in _mlp_kernels.py
@@ -65,10 +69,10 @@ def launch_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, products
 
 
 def launch_bwd(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gate: Tensor, up: Tensor
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_bwd`."""
-    return _products(dy, x, w_gate, w_up, *launch_swiglu_bwd(torch.mm(dy, w_down), gate, up))
+    return _products(dy, x, w_gate, w_up, *launch_swiglu_bwd(torch.mm(dy, w_down), gate, up), needs)
 
 
 def cost(N: int, D: int, F: int, itemsize: int) -> dict[str, int]:
@@ -98,7 +102,10 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, dy, _dgate, _dup):
-    return (None,) * 5 if dy is None else (*_bwd(dy, *ctx.saved_tensors), None)
+    needs = ctx.needs_input_grad[:4]
+    if dy is None:
+        return (None,) * 5
+    return *only_needed(_bwd(dy, *ctx.saved_tensors, needs), needs), None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)

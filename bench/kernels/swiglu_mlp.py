@@ -36,7 +36,7 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
     N, D, width = shape
     x, w, down = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (width, D), (D, width)))
     _, gate, up = launch_fwd(x, w, w, down, "auto")
-    launch_bwd(x, x, w, w, down, gate, up)
+    launch_bwd(x, x, w, w, down, gate, up, [True] * 4)
 
 
 SWIGLU_MLP = Operator(

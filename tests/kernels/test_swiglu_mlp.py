@@ -94,7 +94,19 @@ def test_opcheck(device):
     for products in ("auto", "fused"):
         leaves = [value.clone().requires_grad_() for value in inputs]
         torch.library.opcheck(torch.ops.tritium.swiglu_mlp_fwd.default, (*leaves, products))
-    torch.library.opcheck(torch.ops.tritium.swiglu_mlp_bwd.default, (dy, *inputs, g, u))
+    for needs in ([True] * 4, [False, True, False, False], [True, False, False, True]):
+        torch.library.opcheck(torch.ops.tritium.swiglu_mlp_bwd.default, (dy, *inputs, g, u, needs))
+
+
+@pytest.mark.parametrize("needed", [{0}, {1}, {2}, {3}, {0, 2}])
+def test_only_some_inputs_need_gradients(needed, device):
+    inputs, incoming = tensors(6, 8, 12, torch.float32, device)
+    _, *expected = run(swiglu_mlp, inputs, incoming)
+    leaves = [value.clone().requires_grad_(index in needed) for index, value in enumerate(inputs)]
+    swiglu_mlp(*leaves).backward(incoming)
+    assert {index for index, leaf in enumerate(leaves) if leaf.grad is not None} == needed
+    for index in needed:
+        assert torch.equal(leaves[index].grad, expected[index])
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows(device):
@@ -173,6 +185,6 @@ def test_compiles_for_every_target_without_spills(arch):
         x, w, down, wide = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
         with record_launches(arch) as launches:
             launch_fwd(x, w, w, down, "cublas")
-            launch_bwd(x, x, w, w, down, wide, wide)
+            launch_bwd(x, x, w, w, down, wide, wide, [True] * 4)
         for launch in launches:
             assert resources(compile_launch(launch, arch)).spilled_bytes == 0, launch.kernel.__name__
