@@ -1,7 +1,5 @@
 """The definition of causal attention in PyTorch: what attention.py says, one block of queries' scores at a time.
 
-Where there is none of its options and a query for each key, a CPU has a fused operator of PyTorch's for it, and uses that.
-
 Beside each function that computes stands one that only allocates what it returns, `shapes_*`: blocks are a Python loop over the
 queries, which torch.compile would unroll for each length anew.
 """
@@ -41,8 +39,6 @@ def reference_fwd(
     With cu_seqlens B is 1, its documents do not see one another, and tokens of no document have zeros, as have their gradients.
     """
     refuse_bad_documents("causal_attention_varlen", cu_seqlens, q.shape[1])
-    if _is_plain(q, k, cu_seqlens, window, softcap, dropout_p):
-        return _plain_fwd(q, k, v, scale)
     o, lse = _attend(_by_head(q), _by_head(k), _by_head(v), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(o, q.dtype), lse
 
@@ -61,8 +57,6 @@ def reference_bwd(
     seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, dk, dv."""
-    if dlse is None and _is_plain(q, k, cu_seqlens, window, softcap, dropout_p):
-        return tuple(grad.contiguous() for grad in _plain_bwd(do, q, k, v, o, lse, scale))
     do, o, *heads = (_by_head(x) for x in (do, o, q, k, v))
     grads = tuple(torch.zeros_like(x) for x in heads)
     _fill_grads(grads, do, dlse, o, *heads, cu_seqlens, seed, scale, window, softcap, dropout_p)
@@ -84,11 +78,8 @@ def reference_qkvpacked_fwd(
     """Return o (B, T, H K) and lse of q, k and v lying side by side in the last axis of qkv."""
     refuse_bad_documents("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     counts = n_head, n_kv_head, n_kv_head
-    heads = qkv.unflatten(-1, (sum(counts), -1))
-    if _is_plain(qkv, qkv, cu_seqlens, window, softcap, dropout_p):
-        o, lse = _plain_fwd(*heads.split(counts, dim=2), scale)
-        return o.flatten(2), lse
-    o, lse = _attend(*_by_head(heads).split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)
+    heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
+    o, lse = _attend(*heads.split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(o, qkv.dtype).flatten(2), lse
 
 
@@ -108,10 +99,8 @@ def reference_qkvpacked_bwd(
 ) -> Tensor:  # fmt: skip
     """Return dqkv, laid out as qkv."""
     counts = n_head, n_kv_head, n_kv_head
-    heads, do, o = qkv.unflatten(-1, (sum(counts), -1)), do.unflatten(-1, (n_head, -1)), o.unflatten(-1, (n_head, -1))
-    if _is_plain(qkv, qkv, cu_seqlens, window, softcap, dropout_p):
-        return torch.cat(_plain_bwd(do, *heads.split(counts, dim=2), o, lse, scale), dim=2).flatten(2)
-    heads, do, o = (_by_head(x) for x in (heads, do, o))
+    heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
+    do, o = (_by_head(x.unflatten(-1, (n_head, -1))) for x in (do, o))
     dheads = torch.zeros_like(heads)
     _fill_grads(dheads.split(counts), do, None, o, *heads.split(counts), cu_seqlens, seed, scale, window, softcap, dropout_p)
     return _by_token(dheads, qkv.dtype).flatten(2)
@@ -123,36 +112,6 @@ def shapes_qkvpacked_bwd(
 ) -> Tensor:  # fmt: skip
     """Room for what `reference_qkvpacked_bwd` returns."""
     return qkv.new_empty(qkv.shape)
-
-
-def _is_plain(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int, softcap: float, dropout_p: float) -> bool:
-    T, S = q.shape[1], k.shape[1]
-    has_options = cu_seqlens is not None or window < S or softcap > 0 or dropout_p > 0
-    return q.device.type == "cpu" and T == S and q.numel() > 0 and not has_options
-
-
-def _plain_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, K) and lse (B, H, T) of q (B, T, H, K), k and v (B, T, G, K), of any strides but the last."""
-    H = q.shape[2]
-    heads = (x.transpose(1, 2) for x in (q, _repeated(k, H), _repeated(v, H)))
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, is_causal=True, scale=scale)
-    return o.transpose(1, 2).contiguous(), lse.contiguous()
-
-
-def _plain_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B, T, H, K), dk and dv (B, T, G, K)."""
-    H, G = q.shape[2], k.shape[2]
-    heads = (x.transpose(1, 2) for x in (do, q, _repeated(k, H), _repeated(v, H), o))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, True, scale=scale)
-    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-    return dq, *(grad if G == H else grad.unflatten(2, (G, H // G)).sum(3) for grad in (dk, dv))
-
-
-def _repeated(x: Tensor, H: int) -> Tensor:
-    """(B, T, G, K) as (B, T, H, K), each head repeated for its group of H / G."""
-    return x if x.shape[2] == H else x.repeat_interleave(H // x.shape[2], 2)
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._attention_launch import launch_bwd, launch_fwd, launch_qkvpacked_bwd, launch_qkvpacked_fwd
 from ._attention_reference import (
@@ -38,7 +39,7 @@ from ._attention_reference import (
     shapes_qkvpacked_bwd,
     shapes_qkvpacked_fwd,
 )
-from ._op import autocast, define_op, public
+from ._op import autocast, define_op, public, runs_reference
 
 MAX_HEAD_SIZE = 256
 
@@ -164,6 +165,18 @@ def _settled(
     return seed, float(scale), keys if window is None else min(window, keys), float(softcap), float(dropout_p)
 
 
+def _is_plain(q: Tensor, k: Tensor, seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float) -> bool:
+    """Whether a CPU computes what PyTorch has a fused operator for: as many queries as keys, none of the options."""
+    T, S = q.shape[1], k.shape[1]
+    return runs_reference(q) and T == S <= window and softcap == dropout_p == 0 and q.numel() > 0
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2).contiguous()
+
+
 @public
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None, softcap: float = 0.0,
@@ -194,7 +207,10 @@ def causal_attention(
         expected = f"there must be at least as many keys as the {q.shape[1]} queries (they are aligned at the end)"
         _fail(name, expected, k.shape[1])
     options = _settled(name, q.shape[-1], k.shape[1], q.device, scale, window, softcap, dropout_p, seed)
-    o, lse = _fwd(*map(_unit_stride, (q, k, v)), None, *options)
+    q, k, v = map(_unit_stride, (q, k, v))
+    if not return_lse and _is_plain(q, k, *options):
+        return _plain(q, k, v, options[1])
+    o, lse = _fwd(q, k, v, None, *options)
     return (o, lse) if return_lse else o
 
 
@@ -260,5 +276,8 @@ def causal_attention_qkvpacked(
         _check_documents(name, cu_seqlens, qkv.device)
         qkv, cu_seqlens, keys = qkv.reshape(1, B * T, width), cu_seqlens.contiguous(), B * T
     options = _settled(name, width // (n_head + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed)
-    o, _ = _packed_fwd(_unit_stride(qkv), n_head, G, cu_seqlens, *options)
+    qkv = _unit_stride(qkv)
+    if cu_seqlens is None and _is_plain(qkv, qkv, *options):
+        return _plain(*qkv.unflatten(-1, (n_head + 2 * G, -1)).split((n_head, G, G), dim=2), options[1]).flatten(2)
+    o, _ = _packed_fwd(qkv, n_head, G, cu_seqlens, *options)
     return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._layer_norm_checks import check, check_residual
 from ._layer_norm_launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 from ._layout import as_rows, like_rows_of, wide
-from ._op import define_op, public
+from ._op import define_op, differentiable, public
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
@@ -25,7 +25,8 @@ from ._op import define_op, public
 def reference_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in x's dtype, and the mean and reciprocal standard deviation of each row."""
     h = wide(x)
-    mean = h.mean(-1, keepdim=True)
+    # No gradient: what is the same for all of a row goes as it came.
+    mean = h.detach().mean(-1, keepdim=True)
     # PyTorch's operator forms h r - mu r, whose terms cancel where the mean is far from zero: it gets h - mu.
     w, b = (None if parameter is None else parameter.to(h.dtype) for parameter in (weight, bias))
     y, _, rstd = torch.native_layer_norm(h - mean, h.shape[-1:], w, b, eps)
@@ -142,7 +143,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
         float64 on a GPU.
     """
     check("layer_norm", x, weight, bias)
-    y, _, _ = _fwd(as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
+    y, _, _ = differentiable(_fwd, as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps)
     return like_rows_of(x, y)
 
 
@@ -162,5 +163,5 @@ def add_layer_norm(
     check("add_layer_norm", x, weight, bias)
     check_residual("add_layer_norm", x, residual)
     bias = None if bias is None else bias.contiguous()
-    y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
+    y, h, _, _ = differentiable(_add_fwd, as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
     return like_rows_of(x, y), like_rows_of(x, h)

@@ -27,7 +27,7 @@ from ._gemm import gemm, is_fused
 from ._layout import as_rows, like_rows_of
 from ._mlp_checks import check_parameter, check_x
 from ._mlp_kernels import EPILOGUES, launch_activation_bwd, launch_activation_fwd
-from ._op import autocast, define_op, only_needed, product, public
+from ._op import autocast, define_op, differentiable, only_needed, product, public
 
 # Where a is not kept. ESTIMATE for an H200 at D = 768: a tenth more time than all rows at once. Half of it adds to dw1 and dw2
 # in float32, half are multiprocessors that idle while dx and y are formed, of which so few rows have 1.5 tiles for each.
@@ -254,7 +254,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     check_parameter("linear", "bias", bias, (weight.shape[0],), x)
     if activation is None:
         return functional.linear(x, weight, bias)
-    y, _ = _linear_fwd(as_rows(x), weight, bias, ACTIVATIONS[activation], "auto")
+    y, _ = differentiable(_linear_fwd, as_rows(x), weight, bias, ACTIVATIONS[activation], "auto")
     return like_rows_of(x, y)
 
 
@@ -291,5 +291,7 @@ def gelu_mlp(
     check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
     check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
     check_parameter("gelu_mlp", "b2", b2, (D,), x)
-    y, _, _ = _mlp_fwd(as_rows(x), w1, b1, w2, b2, approximate, recompute, "auto")
+    args = as_rows(x), w1, b1, w2, b2, approximate, recompute, "auto"
+    # Autograd would keep a in any case.
+    y, _, _ = _mlp_fwd(*args) if recompute else differentiable(_mlp_fwd, *args)
     return like_rows_of(x, y)

@@ -125,8 +125,8 @@ def step_bytes(
     scaled = itemsize * N * D + embedding
     forward = (copies, before, activations, kept + max(logits + norm_and_branch, scaled), 0)
 
-    # An MLP's da, dw2 and dh.
-    mlp = 2 * itemsize * N * F + itemsize * F * D
+    # An MLP's da, dw2 and dh, before which autograd lets go of a where it differentiates PyTorch's functions.
+    mlp = (2 if is_narrow or recompute == "gelu" else 1) * itemsize * N * F + itemsize * F * D
     if config.mlp == "swiglu":
         # da, the gate's sigmoid and SiLU, both gradients and a; in 16 bits the gate too, and three of them rounded back. Then
         # weights' gradients beside all of it but, in 16 bits, one.

@@ -4,8 +4,8 @@
     RUN/profile/operators.txt      milliseconds a step and share of each part of a step, and of each operator in it
 
 Times on CUDA are those of the kernels that an operator launched, elsewhere an operator's own, without the ones that it calls. A
-part has all that runs inside one of its operators, in forward and backward: attention on a CPU the products of its reference.
-What is left of the steps, when nothing ran, is a row too: on CUDA the device was idle, on a CPU Python was between operators.
+part has all that runs inside one of its operators, in forward and backward. What is left of the steps, when nothing ran, is a
+row too: on CUDA the device was idle, on a CPU Python was between operators.
 """
 
 import re

@@ -19,6 +19,7 @@ from tritium.kernels._op import (
     autocast,
     can_look,
     define_op,
+    differentiable,
     public,
 )
 
@@ -43,6 +44,16 @@ def test_the_dispatcher_chooses():
     x = torch.ones(3)
     assert double(x).tolist() == [2.5] * 3 if INTERPRET else [2.0] * 3
     assert double(torch.ones(3, device="meta")).shape == (3,)
+
+
+def test_on_a_cpu_autograd_differentiates_the_reference_itself():
+    """The operator has no gradient of its own. In 16 bits it is called in any case, and by the interpreter."""
+    if not INTERPRET:
+        (gradient,) = torch.autograd.grad(differentiable(double, x := torch.ones(3, requires_grad=True)).sum(), x)
+        assert gradient.tolist() == [2.0] * 3
+    for dtype in (torch.bfloat16, torch.float32) if INTERPRET else (torch.bfloat16,):
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            differentiable(double, torch.ones(3, dtype=dtype, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

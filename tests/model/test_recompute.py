@@ -62,8 +62,10 @@ def test_attention_is_computed_again_only_with_the_whole_block(mode, times):
     model, tokens = GPT(SMALL, recompute=mode), torch.randint(50, (2, 16))
     with Calls():
         model(tokens, tokens).backward()
-    assert calls["causal_attention_qkvpacked_fwd"] == times * SMALL.n_layer
-    assert calls["gelu_mlp_fwd"] == (2 if mode in ("selective", "block") else 1) * SMALL.n_layer
+    # Ours, and what a CPU has in their place.
+    attention = calls["causal_attention_qkvpacked_fwd"] + calls["_scaled_dot_product_flash_attention_for_cpu"]
+    assert attention == times * SMALL.n_layer
+    assert calls["gelu_mlp_fwd"] + calls["gelu"] == (2 if mode in ("selective", "block") else 1) * SMALL.n_layer
 
 
 def test_samples_are_the_same():
