@@ -57,12 +57,14 @@ def evaluate(
     Returns: the evaluation; None if there was no batch.
     Raises: InputError if the loss is not finite.
     """
-    total, count = 0.0, 0
+    losses, counts = [], []
     for batch in batches:
-        loss = batch_loss(model, batch, separator).item()
-        if counted := int(batch.counted.sum()):  # else the mean over none; the other ranks needed this one's help
-            total, count = total + loss * counted, count + counted
-    total, count = world.mean(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        losses.append(batch_loss(model, batch, separator))
+        counts.append(int(batch.counted.sum()))
+    # Read at the end: until then nothing waits for the device. Where no target counts, other ranks needed this one's help.
+    means = torch.stack(losses).tolist() if losses else []
+    total = sum(loss * count for loss, count in zip(means, counts, strict=True) if count)
+    total, count = world.mean(torch.tensor([total, sum(counts)], dtype=torch.float64)).tolist()
     if not count:
         return None
     loss = total / count
