@@ -173,7 +173,7 @@ def _is_plain(q: Tensor, k: Tensor, seed: Tensor | None, scale: float, window: i
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    o = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return o.transpose(1, 2).contiguous()
 
 

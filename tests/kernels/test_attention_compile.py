@@ -14,6 +14,10 @@ def dense(q, k, v, _):
     return causal_attention(q, k, v, window=5, return_lse=True)
 
 
+def without_options(q, k, v, _):
+    return (causal_attention(q, k, v),)
+
+
 def dropped(q, k, v, _):
     return (causal_attention(q, k, v, dropout_p=0.3, seed=7),)
 
@@ -36,7 +40,7 @@ def decode(q, k, v, cu_seqlens):
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("function", [dense, dropped, varlen, qkvpacked, packed_documents, decode])
+@pytest.mark.parametrize("function", [dense, without_options, dropped, varlen, qkvpacked, packed_documents, decode])
 def test_ten_lengths_compile_at_most_twice(function):
     """Once for the first length, once for any; forward and backward."""
     torch._dynamo.reset()
@@ -54,6 +58,16 @@ def test_ten_lengths_compile_at_most_twice(function):
             results.append([*outputs, *(leaf.grad for leaf in leaves if function is not decode)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("function", [dense, without_options, dropped, varlen])
+def test_one_graph_for_any_number_of_heads(function):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for H, G in ((4, 2), (3, 3)):
+        inputs = *tensors(1, 9, 9, H, G, 8, torch.float32, "cpu")[:3], torch.tensor([0, 4, 9], dtype=torch.int32)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*inputs), function(*inputs), strict=True))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
