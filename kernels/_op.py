@@ -30,7 +30,6 @@ INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Launchers by the name of their operator: the bench runs them where no GPU is.
 LAUNCHERS: dict[str, Callable] = {}
-REFERENCES: dict[str, Callable] = {}
 # What passes for an annotation: an int for a float too, and what torch.compile has in place of numbers that vary.
 KINDS = {
     Tensor: (Tensor,),
@@ -63,7 +62,7 @@ def define_op(
                 f"define_op: {name}: {role} must have the signature of reference, {inspect.signature(reference)}, "
                 f"got {inspect.signature(function)}; make them equal"
             )
-    reference = REFERENCES[name] = _without_autocast(reference)
+    reference = _without_autocast(reference)
     op = torch.library.custom_op(f"tritium::{name}", reference, mutates_args=tuple(mutates))
     op.register_fake(reference if shapes is None else shapes)
     if launch is not None and HAS_TRITON:
@@ -89,7 +88,7 @@ def differentiable(op: torch.library.CustomOpDef, *args):
     bits, of which autograd would keep what references widen.
     """
     plain = runs_reference(args[0]) and args[0].dtype.itemsize > 2
-    return REFERENCES[op._opoverload._opname](*args) if plain else op(*args)
+    return op._init_fn(*args) if plain else op(*args)
 
 
 def public(function: Callable) -> Callable:
