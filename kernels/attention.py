@@ -168,7 +168,7 @@ def _settled(
 def _is_plain(q: Tensor, k: Tensor, seed: Tensor | None, scale: float, window: int, softcap: float, dropout_p: float) -> bool:
     """Whether a CPU computes what PyTorch has a fused operator for: as many queries as keys, none of the options."""
     T, S = q.shape[1], k.shape[1]
-    return runs_reference(q) and T == S <= window and softcap == dropout_p == 0 and q.numel() > 0
+    return runs_reference(q) and T == S <= window and softcap == dropout_p == 0
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

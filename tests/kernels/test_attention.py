@@ -70,6 +70,21 @@ def test_reference_is_the_definition(shape, options):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", [(2, 17, 17, 6, 2, 5), (2, 9, 20, 4, 2, 16), (0, 3, 3, 2, 1, 4), (2, 0, 0, 2, 1, 4)])
+def test_so_is_what_runs_where_no_lse_is_asked_for(shape, options):
+    """PyTorch's fused operator, where there are as many keys as queries and no options that it lacks."""
+    (_, T, S, H, G, _), (q, k, v, do, _) = shape, tensors(*shape, torch.float64, "cpu")
+    expected = run(lambda *x: naive(*x, **options)[:1], (q, k, v), [do])
+    functions = [lambda *x: [causal_attention(*x, **options)]]
+    if T == S:
+        functions.append(lambda *x: [causal_attention_qkvpacked(packed(*x), H, n_kv_head=G, **options).view(do.shape)])
+    for function in functions:
+        for a, b in zip(run(function, (q, k, v), [do]), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 # --- 2. accuracy
 
 
