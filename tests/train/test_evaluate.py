@@ -18,7 +18,9 @@ def test_every_target_counts_once():
     batches = []
     for rows in (4, 1):
         batches.append(Batch(torch.randint(30, (rows, 9)), np.array([3, *[8] * (rows - 1)])))
-    result = evaluate(model, batches, bytes_per_token=2.5)
+    nothing = Batch(batches[1].windows, np.array([0]))
+    assert evaluate(model, [], bytes_per_token=2.5) is None
+    result = evaluate(model, [*batches, nothing], bytes_per_token=2.5)
     pairs = [batch.on("cpu") for batch in batches]
     logits = torch.cat([model(tokens).flatten(0, 1) for tokens, _ in pairs])
     targets = torch.cat([targets.flatten() for _, targets in pairs])
