@@ -61,9 +61,9 @@ def evaluate(
     for batch in batches:
         losses.append(batch_loss(model, batch, separator))
         counts.append(int(batch.counted.sum()))
-    # Read at the end: until then nothing waits for the device. Where no target counts, other ranks needed this one's help.
+    # Read at the end: until then nothing waits for the device. The mean over no targets is 0.
     means = torch.stack(losses).tolist() if losses else []
-    total = sum(loss * count for loss, count in zip(means, counts, strict=True) if count)
+    total = sum(loss * count for loss, count in zip(means, counts, strict=True))
     total, count = world.mean(torch.tensor([total, sum(counts)], dtype=torch.float64)).tolist()
     if not count:
         return None
