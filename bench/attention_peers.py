@@ -38,8 +38,8 @@ from .codegen import DTYPE, describe
 from .kernels.attention import ATTENTION
 from .launches import Launch
 from .machine_code import RATES
-from .peers import Peer, best, function, imported, kernels_of, tutorial_version
-from .record import writable, write_record
+from .peers import Peer, best, function, imported, kernels_of, tutorial_version, write_rows
+from .record import writable
 
 Shape = tuple[int, int, int, int]
 # B, T, H, K: only the head size and, through masks of whole tiles, the length reach the machine code.
@@ -221,9 +221,7 @@ def compare(argv: Sequence[str]) -> int:
     ]
     shares = shares_of(rows)
     print_tables(rows, shares)
-    if out:
-        versions = {peer.name: peer.version for peer in peers}
-        write_record(out, "attention_peers", {"peers": versions, "rows": rows, "useful": shares})
+    write_rows(out, "attention_peers", peers, {"rows": rows, "useful": shares})
     return 0
 
 

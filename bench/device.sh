@@ -78,14 +78,14 @@ else
         rms_norm:"rms_norm add_rms_norm" rotary:rotary swiglu_mlp:swiglu_mlp)
     run=(gpt2 --data stdlib --tokenizer bpe:4096 --steps 40 --batch-size 32 --eval-interval 40 --eval-tokens 65536
         --compile off)
+    # Most of a test's time is compilation, on one core.
+    "$python" -c "import xdist" 2>/dev/null && tests+=(-n 8)
     # A checkout that travelled along.
     [ -d .nanogpt ] && training+=(--nanogpt .nanogpt)
 fi
 
 # Wrong comes before slow: only what is green is timed.
 green=() end=75
-# Most of a test's time is compilation, on one core.
-"$python" -c "import xdist" 2>/dev/null && tests+=(-n 8)
 for pair in "${files[@]}"; do
     end=$((end + 32))
     IFS=, read -ra names <<<"${pair%%:*}"

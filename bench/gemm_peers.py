@@ -41,8 +41,8 @@ from ..train.cli import run
 from .codegen import DTYPE, describe, rounded
 from .launches import Launch
 from .machine_code import RATES, loop_clocks
-from .peers import Peer, best, function, imported, kernels_of, tutorial_version
-from .record import writable, write_record
+from .peers import Peer, best, function, imported, kernels_of, tutorial_version, write_rows
+from .record import writable
 
 N, WIDTHS = 32_768, (768, 1024, 1280, 1600)
 
@@ -181,9 +181,7 @@ def compare(argv: Sequence[str]) -> int:
     out = None if options.out is None else writable(options.out)
     rows = [row for peer in peers for arch in options.arch for row in rows_of(peer, arch)]
     print_table(rows)
-    if out:
-        versions = {peer.name: peer.version for peer in peers}
-        write_record(out, "gemm_peers", {"n_rows": N, "peers": versions, "rows": rows})
+    write_rows(out, "gemm_peers", peers, {"n_rows": N, "rows": rows})
     return 0
 
 

@@ -27,6 +27,7 @@ from ..train.config import InputError
 from .disassembly import disassemblies
 from .launches import TARGETS, Launch, compile_launch, record_launches
 from .machine_code import MULTIPROCESSORS, RATES
+from .record import write_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,3 +190,12 @@ def _config(launch: Launch) -> dict[str, Any]:
         for name, value in launch.arguments.items()
         if names.get(name, True) and isinstance(value, int) and not isinstance(value, bool)
     }
+
+
+# --- their records
+
+
+def write_rows(out: Path | None, kind: str, peers: Sequence[Peer], figures: dict[str, Any]) -> None:
+    """Write the figures with the peers' versions, if a file was asked for."""
+    if out:
+        write_record(out, kind, {"peers": {peer.name: peer.version for peer in peers}, **figures})

@@ -25,7 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _inverse(x):
-    """1 / x of x >= 1: two instructions where a division takes six, no less accurate."""
+    """1 / x of x >= 1: two instructions where a division takes six; the error of rsqrt counts twice."""
     root = tl.rsqrt(x)
     return root * root
 

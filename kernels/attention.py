@@ -17,6 +17,7 @@ Determinism  no atomics: one backward kernel owns queries (dq: 3 products), one 
            order. Two of the seven products and the exponentials are done twice for it. A single pass of 5 would have to order
            its additions to dq across programs; published ones lose 18 % and more to that, where this scheme has no waiting at
            all and no float32 copy of dq. lse's gradient and D ride in the kernel that owns queries
+CPU        the definition; without options, and a query for each key, PyTorch's fused operator
 Files      definition _attention_reference.py, kernels _attention_kernels.py, tiles and launches _attention_launch.py
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691
 """
