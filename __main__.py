@@ -20,9 +20,9 @@ def dispatch(argv: Sequence[str]) -> int:
     """Run one command. Returns: exit status."""
     from . import __version__
     from .bench.commands import bench
-    from .train.cli import near
-    from .train.commands import COMMANDS
-    from .train.config import InputError
+    from .errors import InputError
+    from .train.commands.cli import near
+    from .train.commands.commands import COMMANDS
 
     commands = {**COMMANDS, "bench": bench}
     if not argv or argv[0] in ("-h", "--help"):
@@ -38,7 +38,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    from .train.cli import run
+    from .train.commands.cli import run
 
     sys.exit(run(dispatch, sys.argv[1:]))
 

@@ -5,6 +5,10 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+FOLDERS = [
+    f"{name}{rest}" for name in ("kernels", "model", "train", "bench") for rest in ("", ".*")
+]
+
 
 class BuildPackages(build_py):
     """The root folder is a package, but its setup.py is no module of it, nor is what only pytest runs."""
@@ -25,7 +29,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=["tritium", "tritium.kernels", "tritium.model", "tritium.train", "tritium.bench", "tritium.bench.kernels"],
+    packages=[
+        "tritium",
+        "tritium.kernels",
+        "tritium.model",
+        "tritium.train",
+        "tritium.bench",
+        "tritium.bench.ops",
+    ],
     package_dir={"tritium": "."},
     cmdclass={"build_py": BuildPackages},
     entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},
@@ -41,7 +52,15 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "transformers", "pyarrow", "ruff"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "pytest-benchmark",
+            "hypothesis",
+            "transformers",
+            "pyarrow",
+            "ruff",
+        ],
         "hf": ["transformers", "datasets"],
         "log": ["tensorboard", "wandb"],
         "flash-attn": ["flash-attn"],

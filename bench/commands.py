@@ -3,16 +3,16 @@
 import importlib
 from collections.abc import Sequence
 
-from ..train.cli import near
-from ..train.config import InputError
+from ..errors import InputError
+from ..train.commands.cli import near
 
 # Command -> module of this folder whose `main(argv)` runs it and returns the exit status.
 COMMANDS = {
-    "kernels": "contest",
-    "codegen": "codegen",
-    "train": "training",
-    "tune": "tune",
-    "traffic": "traffic",
+    "kernels": "ops.compare",
+    "codegen": "codegen.table",
+    "train": "training.training",
+    "tune": "ops.tune",
+    "traffic": "training.traffic",
     "report": "report",
 }
 
@@ -34,5 +34,7 @@ def bench(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     if argv[0] not in COMMANDS:
-        raise InputError(f"tritium bench: no command {argv[0]!r}; near: {near(argv[0], list(COMMANDS))}")
+        raise InputError(
+            f"tritium bench: no command {argv[0]!r}; near: {near(argv[0], list(COMMANDS))}"
+        )
     return importlib.import_module(f".{COMMANDS[argv[0]]}", __package__).main(argv[1:])

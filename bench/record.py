@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..kernels._triton import HAS_TRITON, triton
-from ..train.config import InputError
+from ..errors import InputError
+from ..kernels.core.triton import HAS_TRITON, triton
 from ..train.files import write_whole
 
 # Raised whenever a field changes its meaning: old and new figures are never compared silently.
@@ -50,7 +50,9 @@ def writable(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(f"{path}: expected a file that can be written, got: {error.strerror}") from None
+        raise InputError(
+            f"{path}: expected a file that can be written, got: {error.strerror}"
+        ) from None
     return path
 
 
@@ -68,7 +70,9 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, IsADirectoryError):
-        raise InputError(f"{path}: expected JSON written by tritium bench {kind}, got something else") from None
+        raise InputError(
+            f"{path}: expected JSON written by tritium bench {kind}, got something else"
+        ) from None
     found = (record.get("kind"), record.get("format")) if isinstance(record, dict) else (None, None)
     if found != (kind, FORMAT):
         raise InputError(
@@ -81,7 +85,11 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
 def _cpu() -> str:
     """The processor's name as Linux gives it, else what Python knows."""
     file = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", file.read_text(), flags=re.MULTILINE) if file.exists() else []
+    names = (
+        re.findall(r"^model name\s*: (.+)$", file.read_text(), flags=re.MULTILINE)
+        if file.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -89,8 +97,12 @@ def _commit() -> str | None:
     """The commit of the checkout this file is in, "+changes" if it has any."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None
     if done.returncode:

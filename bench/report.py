@@ -11,8 +11,8 @@ from typing import Any
 
 import tyro
 
-from ..train.cli import parse
-from ..train.config import InputError
+from ..errors import InputError
+from ..train.commands.cli import parse
 from .record import FORMAT, kind_of, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,9 @@ def figures(results: Path = RESULTS) -> str:
         ]
     parts += [traffic_tables(record) for record in records if record["kind"] == "traffic"]
     newest = max(
-        (record for record in records if record["kind"] == "codegen"), key=lambda record: record["triton"], default=None
+        (record for record in records if record["kind"] == "codegen"),
+        key=lambda record: record["triton"],
+        default=None,
     )
     if newest:
         parts.append(_codegen_table(newest))
@@ -56,7 +58,9 @@ def write_readme(readme: Path, text: str) -> bool:
     """Put `text` between the markers. Returns: whether that changed the file. Raises: InputError without markers."""
     old = readme.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise InputError(f"{readme}: expected one line {BEGIN!r} and one {END!r} around the figures, found none or several")
+        raise InputError(
+            f"{readme}: expected one line {BEGIN!r} and one {END!r} around the figures, found none or several"
+        )
     head, rest = old.split(BEGIN)
     new = f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
     if new != old:
@@ -71,13 +75,19 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _provenance(record: dict[str, Any]) -> str:
-    where = record["gpu"] if record.get("device") == "cuda" else f"{record['cpu']}, {record['threads']} threads"
+    where = (
+        record["gpu"]
+        if record.get("device") == "cuda"
+        else f"{record['cpu']}, {record['threads']} threads"
+    )
     return f"{where}; {record['date']}, commit {record['commit']}, torch {record['torch']}, triton {record['triton']}"
 
 
 def _kernel_tables(record: dict[str, Any]) -> str:
     """Median microseconds of each contestant at each shape, backward included where there is one, and ours as a share."""
-    names = list(dict.fromkeys(row["contestant"] for entry in record["entries"] for row in entry["rows"]))
+    names = list(
+        dict.fromkeys(row["contestant"] for entry in record["entries"] for row in entry["rows"])
+    )
     copy, product = (record["ceilings"][f"{unit}_per_second"] / 1e12 for unit in ("bytes", "flops"))
     lines = [
         f"Kernels, forward + backward (attention_decode: forward), median µs ({_provenance(record)};",
@@ -89,9 +99,14 @@ def _kernel_tables(record: dict[str, Any]) -> str:
     for entry in record["entries"]:
         # The last of a contestant's rows has all the directions it has.
         whole = {row["contestant"]: row for row in entry["rows"]}
-        cells = [f"{whole[name]['seconds']['median'] * 1e6:,.1f}" if name in whole else _why(entry, name) for name in names]
+        cells = [
+            f"{whole[name]['seconds']['median'] * 1e6:,.1f}" if name in whole else _why(entry, name)
+            for name in names
+        ]
         share = f"{whole['tritium']['share']:.0%}" if "tritium" in whole else "refused"
-        lines.append(f"| `{entry['operator']}` | {entry['label']} | {' | '.join(cells)} | {share} |")
+        lines.append(
+            f"| `{entry['operator']}` | {entry['label']} | {' | '.join(cells)} | {share} |"
+        )
     return "\n".join(lines)
 
 
@@ -130,15 +145,26 @@ def traffic_tables(record: dict[str, Any]) -> str:
         f"|---|{'--:|' * (3 * len(heads) + 1)}",
     ]
     for row in record["blocks"]:
-        pairs = [[row[name][direction]["token_bytes"] for direction in directions] for name in names]
+        pairs = [
+            [row[name][direction]["token_bytes"] for direction in directions] for name in names
+        ]
         pairs.append([row["least"][direction] for direction in directions])
         width_bytes = row["d_model"] * record["itemsize"]
-        cells = [f"{count:,} ({count / width_bytes:.1f})" for pair in pairs for count in (*pair, sum(pair))]
-        steps = [f"{sum(row[name][direction]['step_bytes'] for direction in directions) / 1e6:.1f}" for name in names]
+        cells = [
+            f"{count:,} ({count / width_bytes:.1f})"
+            for pair in pairs
+            for count in (*pair, sum(pair))
+        ]
+        steps = [
+            f"{sum(row[name][direction]['step_bytes'] for direction in directions) / 1e6:.1f}"
+            for name in names
+        ]
         lines.append(f"| {row['preset']} | {' | '.join(cells)} | {' / '.join(steps)} |")
     groups: dict[tuple, list[str]] = {}
     for row in record["mlp"]:
-        groups.setdefault((row["way"], row["kept"], row["most"], row["allocated"]), []).append(row["preset"])
+        groups.setdefault((row["way"], row["kept"], row["most"], row["allocated"]), []).append(
+            row["preset"]
+        )
     memory = [
         f"| `{way}` | {', '.join(presets)} | {' | '.join(f'{count:.2f}' for count in counts)} |"
         for (way, *counts), presets in groups.items()
@@ -178,7 +204,9 @@ def _codegen_table(record: dict[str, Any], arch: str = "sm_90") -> str:
         "|---|---|---|--:|--:|--:|--:|---|---|",
     ]
     for (operator, kernel, cells), shapes in groups.items():
-        lines.append(f"| `{operator}` | `{kernel}` | {', '.join(shapes)} | {' | '.join(map(str, cells))} |")
+        lines.append(
+            f"| `{operator}` | `{kernel}` | {', '.join(shapes)} | {' | '.join(map(str, cells))} |"
+        )
     return "\n".join(lines)
 
 
@@ -198,7 +226,13 @@ def _gemm_table(record: dict[str, Any], arch: str = "sm_90") -> str:
     for row in rows:
         shares = {entry["d_model"]: f"{entry['device_share']:.0%}" for entry in row["widths"]}
         step = f"{row['hottest_loop']['estimate']['overlapped']:.0%}"
-        cells = ["x".join(map(str, row["tile"])), row["registers"], row["spilled_bytes"], row["blocks_per_sm"], step]
+        cells = [
+            "x".join(map(str, row["tile"])),
+            row["registers"],
+            row["spilled_bytes"],
+            row["blocks_per_sm"],
+            step,
+        ]
         cells += [shares.get(D, "") for D in widths]
         lines.append(f"| {row['peer']} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -206,7 +240,12 @@ def _gemm_table(record: dict[str, Any], arch: str = "sm_90") -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench report`. Returns: exit status."""
-    options = parse(ReportOptions, argv, prog="tritium bench report", description="Write README's figures from bench/results.")
+    options = parse(
+        ReportOptions,
+        argv,
+        prog="tritium bench report",
+        description="Write README's figures from bench/results.",
+    )
     if options.folder is None:
         changed = write_readme(Path(options.readme), figures())
         print(f"{options.readme}: {'figures written' if changed else 'figures are up to date'}")
@@ -214,7 +253,9 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.folder)
     records = _records(folder) if folder.is_dir() else []
     if not records:
-        raise InputError(f"{folder}: expected a folder with records of format {FORMAT} of {', '.join(KINDS)}, found none")
+        raise InputError(
+            f"{folder}: expected a folder with records of format {FORMAT} of {', '.join(KINDS)}, found none"
+        )
     tables = (_kernel_tables, _training_table, _codegen_table, traffic_tables, _gemm_table)
     shown = dict(zip(KINDS, tables, strict=True))
     print("\n\n".join(shown[record["kind"]](record) for record in records))

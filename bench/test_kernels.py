@@ -9,14 +9,18 @@ import itertools
 import pytest
 import torch
 
-from tritium.bench.contest import directions_of, refusal, rotated_inputs, timed
-from tritium.bench.kernels import OPERATORS
+from tritium.bench.ops import OPERATORS
+from tritium.bench.ops.compare import directions_of, refusal, rotated_inputs, timed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 CASES = [
     pytest.param(
-        operator, shape, contestant, direction, id=f"{operator.name}-{'x'.join(map(str, shape))}-{contestant.name}-{direction}"
+        operator,
+        shape,
+        contestant,
+        direction,
+        id=f"{operator.name}-{'x'.join(map(str, shape))}-{contestant.name}-{direction}",
     )
     for operator in OPERATORS.values()
     for shape in (operator.shapes if DEVICE.type == "cuda" else operator.small_shapes)

@@ -37,7 +37,11 @@ def summary(seconds: Sequence[float]) -> Sample:
     """Median and spread of samples."""
     ordered = sorted(seconds)
     last = len(ordered) - 1
-    return Sample(median=statistics.median(ordered), p10=ordered[round(0.1 * last)], p90=ordered[round(0.9 * last)])
+    return Sample(
+        median=statistics.median(ordered),
+        p10=ordered[round(0.1 * last)],
+        p90=ordered[round(0.9 * last)],
+    )
 
 
 def time_in_turn(
@@ -57,7 +61,9 @@ def time_in_turn(
         for number in range(warmup):
             call(number)
         once = take(call, 1)
-        counts[name] = 1 if device.type == "cpu" else min(MAX_CALLS, max(1, round(RUN_SECONDS / once)))
+        counts[name] = (
+            1 if device.type == "cpu" else min(MAX_CALLS, max(1, round(RUN_SECONDS / once)))
+        )
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -82,7 +88,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     copy = time_in_turn({"copy": lambda _: target.copy_(source)}, device, rounds=rounds)["copy"]
     product = time_in_turn({"product": lambda _: torch.mm(a, b)}, device, rounds=rounds)["product"]
     return Ceilings(
-        bytes_per_second=2 * source.numel() * source.itemsize / copy.median, flops_per_second=2 * side**3 / product.median
+        bytes_per_second=2 * source.numel() * source.itemsize / copy.median,
+        flops_per_second=2 * side**3 / product.median,
     )
 
 

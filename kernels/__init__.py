@@ -4,17 +4,19 @@ Needs torch and triton only. Every operator is differentiable, deterministic, op
 """
 
 if "." not in __name__:
-    raise ImportError("this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'")
+    raise ImportError(
+        "this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'"
+    )
 
-from .attention import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
-from .attention_decode import attention_decode
-from .cross_entropy import cross_entropy
-from .layer_norm import add_layer_norm, layer_norm
-from .linear_cross_entropy import linear_cross_entropy
-from .mlp import gelu_mlp, linear
-from .rms_norm import add_rms_norm, rms_norm
+from .attention.causal import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
+from .attention.decode import attention_decode
+from .loss.cross_entropy import cross_entropy
+from .loss.linear_cross_entropy import linear_cross_entropy
+from .mlp.gelu_mlp import gelu_mlp, linear
+from .mlp.swiglu_mlp import swiglu_mlp
+from .norm.layer_norm import add_layer_norm, layer_norm
+from .norm.rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary
-from .swiglu_mlp import swiglu_mlp
 
 __all__ = [
     "add_layer_norm",

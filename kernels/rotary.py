@@ -13,9 +13,9 @@ Source     Su et al. 2021, arXiv:2104.09864
 import torch
 from torch import Tensor
 
-from ._layout import strides_bth, wide
-from ._op import define_op, public
-from ._triton import cdiv, next_power_of_2, tl, triton
+from .core.layout import strides_bth, wide
+from .core.op import define_op, public
+from .core.triton import cdiv, next_power_of_2, tl, triton
 
 # Numbers of a program's tile: 16 for each of 128 threads.
 TILE_ELEMENTS = 2_048
@@ -24,7 +24,9 @@ TILE_ELEMENTS = 2_048
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
-def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool) -> Tensor:
+def reference_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool
+) -> Tensor:
     """Turn the pairs of x by the angles, or back."""
     T = x.shape[1]
     cos, sin = (wide(table if table.ndim == 3 else table[:T]).unsqueeze(-2) for table in (cos, sin))
@@ -51,8 +53,16 @@ def _rotary_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_m, mask_p = offs_m < M, offs_p < HEAD // 2
     mask = mask_m[:, None] & mask_p[None, :]
-    cos = tl.load(cos_ptr + (batch * stride_cosb + t * stride_cost)[:, None] + offs_p[None, :], mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + (batch * stride_sinb + t * stride_sint)[:, None] + offs_p[None, :], mask=mask, other=0.0)
+    cos = tl.load(
+        cos_ptr + (batch * stride_cosb + t * stride_cost)[:, None] + offs_p[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    sin = tl.load(
+        sin_ptr + (batch * stride_sinb + t * stride_sint)[:, None] + offs_p[None, :],
+        mask=mask,
+        other=0.0,
+    )
     cos, sin = cos.to(tl.float32), sin.to(tl.float32) * sign
     x_ptr += (batch * stride_xb + t * stride_xt + head * stride_xh)[:, None]
     y_ptr += (offs_m * HEAD)[:, None]
@@ -67,8 +77,14 @@ def _rotary_kernel(
     else:
         x1 = tl.load(x_ptr + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + HEAD // 2 + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offs_p[None, :], (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_ptr + HEAD // 2 + offs_p[None, :], (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            y_ptr + offs_p[None, :], (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask
+        )
+        tl.store(
+            y_ptr + HEAD // 2 + offs_p[None, :],
+            (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 # --- launcher: allocate, plan, launch by keyword
@@ -80,7 +96,9 @@ def plan(M: int, K: int) -> tuple[int, int]:
     return max(1, min(TILE_ELEMENTS // (2 * pairs), next_power_of_2(M))), pairs
 
 
-def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool) -> Tensor:
+def launch_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool
+) -> Tensor:
     """Kernel counterpart of `reference_rotary`."""
     B, T, H, K = x.shape
     y = torch.empty((B, T, H, K), dtype=x.dtype, device=x.device)
@@ -88,7 +106,9 @@ def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_rev
     tables = {
         f"stride_{name}{axis}": stride
         for name, table in (("cos", cos), ("sin", sin))
-        for axis, stride in zip("bt", table.stride()[:2] if table.ndim == 3 else (0, table.stride(0)), strict=True)
+        for axis, stride in zip(
+            "bt", table.stride()[:2] if table.ndim == 3 else (0, table.stride(0)), strict=True
+        )
     }
     _rotary_kernel[(cdiv(B * T * H, block_m),)](
         x_ptr=x, cos_ptr=cos, sin_ptr=sin, y_ptr=y, **strides_bth(x=x), **tables,
@@ -120,7 +140,13 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, dy):
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    return _rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.is_reversed), None, None, None, None
+    return (
+        _rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.is_reversed),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _rotary.register_autograd(_grad, setup_context=_save)
@@ -142,21 +168,33 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         TypeError for float64 x on a GPU.
     """
     if x.ndim != 4 or x.shape[-1] < 2 or x.shape[-1] % 2 or not x.is_floating_point():
-        raise ValueError(f"rotary: x must be floating point (B, T, H, K) with K even, got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"rotary: x must be floating point (B, T, H, K) with K even, got {x.dtype} {tuple(x.shape)}"
+        )
     B, T, _, K = x.shape
     for label, table in (("cos", cos), ("sin", sin)):
-        fits = table.shape == (B, T, K // 2) or (table.ndim == 2 and table.shape[0] >= T and table.shape[1] == K // 2)
+        fits = table.shape == (B, T, K // 2) or (
+            table.ndim == 2 and table.shape[0] >= T and table.shape[1] == K // 2
+        )
         if not fits or not table.is_floating_point():
             raise ValueError(
                 f"rotary: {label} must be floating point ({T} or more, {K // 2}) or ({B}, {T}, {K // 2}) to match "
                 f"x {tuple(x.shape)}, got {table.dtype} {tuple(table.shape)}; make longer tables"
             )
         if table.device != x.device:
-            raise ValueError(f"rotary: {label} must be on {x.device} like x, got {table.device}; move it")
+            raise ValueError(
+                f"rotary: {label} must be on {x.device} like x, got {table.device}; move it"
+            )
         if table.requires_grad:
-            raise ValueError(f"rotary: {label} must not need a gradient, got one that does; detach it")
+            raise ValueError(
+                f"rotary: {label} must not need a gradient, got one that does; detach it"
+            )
     if x.dtype != torch.float64:
         # Kernels take no float64, and would not gain by it.
-        cos, sin = (table.float() if table.dtype == torch.float64 else table for table in (cos, sin))
-    x, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
+        cos, sin = (
+            table.float() if table.dtype == torch.float64 else table for table in (cos, sin)
+        )
+    x, cos, sin = (
+        tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin)
+    )
     return _rotary(x, cos, sin, interleaved, False)

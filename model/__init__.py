@@ -1,7 +1,9 @@
 """GPT models: configurations are data, modules are thin layers over `tritium.kernels`."""
 
 if "." not in __name__:
-    raise ImportError("this folder is part of the package 'tritium': write 'import tritium.model', not 'import model'")
+    raise ImportError(
+        "this folder is part of the package 'tritium': write 'import tritium.model', not 'import model'"
+    )
 
 from .config import GPTConfig
 from .gpt import GPT

@@ -33,7 +33,9 @@ def choose_attention(name: str) -> Implementation:
         raise ValueError(f"attention: expected {', '.join(ATTENTIONS)}, got {name!r}")
     row = ATTENTIONS[name]
     if row.needs is not None and importlib.util.find_spec(row.needs) is None:
-        raise ValueError(f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', or take tritium")
+        raise ValueError(
+            f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', or take tritium"
+        )
     return row
 
 
@@ -41,7 +43,9 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return causal_attention(q, k, v)
     B, T = q.shape[:2]
-    return causal_attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, B * T).unflatten(0, (B, T))
+    return causal_attention_varlen(
+        *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, B * T
+    ).unflatten(0, (B, T))
 
 
 def _ours_packed(qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None) -> Tensor:

@@ -45,14 +45,22 @@ class GPTConfig:
             if size < 1:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
         if self.d_model % self.n_head:
-            raise ValueError(f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), got {self.d_model}")
+            raise ValueError(
+                f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), got {self.d_model}"
+            )
         if self.n_head % self.kv_heads:
-            raise ValueError(f"GPTConfig: n_head must be a multiple of n_kv_head ({self.n_kv_head}), got {self.n_head}")
+            raise ValueError(
+                f"GPTConfig: n_head must be a multiple of n_kv_head ({self.n_kv_head}), got {self.n_head}"
+            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"GPTConfig: {name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"GPTConfig: {name} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
+                )
         if self.position == "rotary" and self.head_size % 2:
-            raise ValueError(f"GPTConfig: rotary positions need heads of an even size, got {self.head_size}; change n_head")
+            raise ValueError(
+                f"GPTConfig: rotary positions need heads of an even size, got {self.head_size}; change n_head"
+            )
 
     @property
     def kv_heads(self) -> int:

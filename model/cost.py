@@ -11,7 +11,7 @@
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
-from ..kernels.linear_cross_entropy import block_rows, cost
+from ..kernels.loss.linear_cross_entropy import block_rows, cost
 from .config import GPTConfig
 
 
@@ -22,7 +22,14 @@ def parameters(config: GPTConfig) -> int:
     outputs += config.d_feedforward + D if config.mlp == "gelu" else 0
     norm_biases = config.n_layer * gains + D if config.norm == "layer" else 0
     biases = norm_biases + config.n_layer * outputs if config.bias else 0
-    return config.vocab_size * D + positions(config) + matrices(config) + config.n_layer * gains + D + biases
+    return (
+        config.vocab_size * D
+        + positions(config)
+        + matrices(config)
+        + config.n_layer * gains
+        + D
+        + biases
+    )
 
 
 def matrices(config: GPTConfig) -> int:
@@ -43,10 +50,14 @@ def _kv_width(config: GPTConfig) -> int:
 
 def flops_per_token(config: GPTConfig, tokens: int) -> int:
     """FLOPs of forward and backward for each token of a sequence of `tokens`."""
-    return 6 * (parameters(config) - positions(config)) + 12 * config.n_layer * config.d_model * tokens
+    return (
+        6 * (parameters(config) - positions(config)) + 12 * config.n_layer * config.d_model * tokens
+    )
 
 
-def activation_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int, recompute: str = "none") -> int:
+def activation_bytes(
+    config: GPTConfig, batch: int, tokens: int, itemsize: int, recompute: str = "none"
+) -> int:
     """Bytes kept between forward and backward of the loss of `batch` sequences of `tokens`, weights not counted.
 
     A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K), with rotary positions q and k
@@ -73,13 +84,20 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
     D, KV = config.d_model, _kv_width(config)
     statistics = 2 if config.norm == "layer" else 1
     turned = D + KV if config.position == "rotary" else 0
-    return (5 * D + D + 2 * KV + turned + 2 * config.d_feedforward) * itemsize + 4 * (2 * statistics + config.n_head)
+    return (5 * D + D + 2 * KV + turned + 2 * config.d_feedforward) * itemsize + 4 * (
+        2 * statistics + config.n_head
+    )
 
 
 def _recomputed_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
     """What of that it does not keep, but makes again in its backward."""
     block, attention = _block_bytes(config, itemsize), config.d_model * itemsize + 4 * config.n_head
-    return {"none": 0, "gelu": config.d_feedforward * itemsize, "selective": block - attention, "block": block}[recompute]
+    return {
+        "none": 0,
+        "gelu": config.d_feedforward * itemsize,
+        "selective": block - attention,
+        "block": block,
+    }[recompute]
 
 
 def _head_bytes(config: GPTConfig, rows: int) -> int:
@@ -88,7 +106,13 @@ def _head_bytes(config: GPTConfig, rows: int) -> int:
 
 
 def step_bytes(
-    config: GPTConfig, batch: int, tokens: int, itemsize: int, *, accumulates: bool, recompute: str = "none"
+    config: GPTConfig,
+    batch: int,
+    tokens: int,
+    itemsize: int,
+    *,
+    accumulates: bool,
+    recompute: str = "none",
 ) -> dict[str, int]:
     """Bytes alive at the fullest moment of a training step with AdamW, by part: what they are for.
 
@@ -119,7 +143,9 @@ def step_bytes(
     logits = 4 * rows * V * (2 if rows == N else 3)
     if is_narrow:
         # The head's weight is cast, and its reference widens it again; the kernels do not, but hold more logits.
-        logits = itemsize * V * D + max(logits + 4 * V * D, cost(N, D, V, itemsize)["workspace_bytes"])
+        logits = itemsize * V * D + max(
+            logits + 4 * V * D, cost(N, D, V, itemsize)["workspace_bytes"]
+        )
     norm_and_branch = 2 * itemsize * N * D
     # Scaling the gradients of the head makes new ones, the weight's then as long as the padded embedding.
     scaled = itemsize * N * D + embedding

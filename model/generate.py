@@ -82,7 +82,9 @@ def generate(
     return out
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator
+) -> Tensor:
     """One token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -96,13 +98,19 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
         probability = ordered.softmax(-1)
         # A token stays if those before it have not reached top_p: the likeliest always does.
         dropped = probability.cumsum(-1) - probability >= top_p
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
+        logits = logits.masked_fill(
+            torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf
+        )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _check(tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; give a prompt")
+        raise ValueError(
+            f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; give a prompt"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
     if not 0 <= temperature < torch.inf:

@@ -39,7 +39,7 @@ from .recompute import RECOMPUTATIONS, check_recompute
 ROTARY_BASE = 10_000.0
 
 
-class Reading(NamedTuple):
+class ForwardContext(NamedTuple):
     """What every block is told beside the stream: B and T, documents, tables that turn heads, the cache, which attention."""
 
     sizes: tuple[int, int]
@@ -96,24 +96,28 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.kv_heads = config.n_head, config.kv_heads
-        self.c_attn = Linear(config.d_model, (config.n_head + 2 * config.kv_heads) * config.head_size, bias=config.bias)
+        self.c_attn = Linear(
+            config.d_model,
+            (config.n_head + 2 * config.kv_heads) * config.head_size,
+            bias=config.bias,
+        )
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, reading: Reading, layer: int) -> Tensor:
-        qkv = self.c_attn(x).unflatten(0, reading.sizes)  # (B, T, (H + 2 G) K)
-        if reading.turn is None and reading.cache is None and reading.attention.packed is not None:
-            o = reading.attention.packed(qkv, self.n_head, self.kv_heads, reading.cu_seqlens)
+    def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
+        qkv = self.c_attn(x).unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
+        if context.turn is None and context.cache is None and context.attention.packed is not None:
+            o = context.attention.packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens)
             return self.c_proj(o.flatten(0, 1))
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
         qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
-        qk = qk if reading.turn is None else rotary(qk, *reading.turn)
+        qk = qk if context.turn is None else rotary(qk, *context.turn)
         q, k = qk.split((self.n_head, self.kv_heads), dim=2)
         # q (B, T, H, K)   k, v (B, T, G, K), from the cache (B, S, G, K)
-        if reading.cache is not None:
-            k, v, lengths = reading.cache.extend(layer, k, v)
+        if context.cache is not None:
+            k, v, lengths = context.cache.extend(layer, k, v)
             o = attention_decode(q, k, v, lengths)
         else:
-            o = reading.attention.attend(q, k, v, reading.cu_seqlens)
+            o = context.attention.attend(q, k, v, context.cu_seqlens)
         return self.c_proj(o.reshape(len(x), -1))
 
 
@@ -132,7 +136,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c_fc, c_proj = self.c_fc, self.c_proj
-        return gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, recompute=self.recomputes)
+        return gelu_mlp(
+            x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, recompute=self.recomputes
+        )
 
 
 class GatedMLP(nn.Module):
@@ -163,9 +169,11 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, branch: Tensor | None, stream: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor | None, stream: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
         y, stream = self.ln_1(branch, stream)
-        y, stream = self.ln_2(self.attn(y, reading, self.layer), stream)
+        y, stream = self.ln_2(self.attn(y, context, self.layer), stream)
         return self.mlp(y), stream
 
 
@@ -182,7 +190,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, attention: str = "tritium", recompute: str = "none"):
         super().__init__()
         check_recompute(recompute, config)
-        self.config, self.attention, self._apply_block = config, choose_attention(attention), RECOMPUTATIONS[recompute]
+        self.config, self.attention, self._apply_block = (
+            config,
+            choose_attention(attention),
+            RECOMPUTATIONS[recompute],
+        )
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
         if config.position == "learned":
             self.wpe = _embedding(config.context_tokens, config.d_model)
@@ -193,7 +205,12 @@ class GPT(nn.Module):
         init_weights(self, config.n_layer)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Predict the token that follows each position.
 
@@ -210,9 +227,13 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         B, T = tokens.shape
         if past + T > self.config.context_tokens:
-            raise ValueError(f"GPT: context_tokens is {self.config.context_tokens}, got {past + T} tokens; shorten the input")
+            raise ValueError(
+                f"GPT: context_tokens is {self.config.context_tokens}, got {past + T} tokens; shorten the input"
+            )
         if cu_seqlens is not None and cache is not None:
-            raise ValueError("GPT: expected cu_seqlens or a cache, got both; generate from one document at a time")
+            raise ValueError(
+                "GPT: expected cu_seqlens or a cache, got both; generate from one document at a time"
+            )
         position = torch.arange(past, past + T, device=tokens.device)
         if cu_seqlens is not None:
             starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=B * T)
@@ -224,9 +245,9 @@ class GPT(nn.Module):
             turn = _turn(position, self.config.head_size)
         # Embeddings may be wider than what the blocks compute in, see train/precision.py.
         branch, stream = None, stream.flatten(0, 1).to(self.h[0].attn.c_attn.weight.dtype)
-        reading = Reading((B, T), cu_seqlens, turn, cache, self.attention)
+        context = ForwardContext((B, T), cu_seqlens, turn, cache, self.attention)
         for block in self.h:
-            branch, stream = self._apply_block(block, branch, stream, reading)
+            branch, stream = self._apply_block(block, branch, stream, context)
         if cache is not None:
             cache.length += T
         y, _ = self.ln_f(branch, stream)

@@ -18,6 +18,14 @@ PRESETS: dict[str, GPTConfig] = _Presets(
         "gpt2-large": GPTConfig(n_layer=36, n_head=20, d_model=1280),
         "gpt2-xl": GPTConfig(n_layer=48, n_head=25, d_model=1600),
         # The smallest GPT-2 with what Llama changed.
-        "llama-124m": GPTConfig(n_layer=12, n_head=12, d_model=768, bias=False, position="rotary", norm="rms", mlp="swiglu"),
+        "llama-124m": GPTConfig(
+            n_layer=12,
+            n_head=12,
+            d_model=768,
+            bias=False,
+            position="rotary",
+            norm="rms",
+            mlp="swiglu",
+        ),
     }
 )

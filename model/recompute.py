@@ -14,7 +14,11 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from .config import GPTConfig
 
@@ -43,7 +47,8 @@ RECOMPUTATIONS = {
     "none": _plain,
     "gelu": _plain,
     "selective": functools.partial(
-        _checkpointed, context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+        _checkpointed,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention),
     ),
     "block": _checkpointed,
 }
@@ -54,4 +59,6 @@ def check_recompute(name: str, config: GPTConfig) -> None:
     if name not in RECOMPUTATIONS:
         raise ValueError(f"recompute: expected {', '.join(RECOMPUTATIONS)}, got {name!r}")
     if name == "gelu" and config.mlp != "gelu":
-        raise ValueError(f"recompute: gelu needs an MLP with GELU, got {config.mlp!r}; take none, selective or block")
+        raise ValueError(
+            f"recompute: gelu needs an MLP with GELU, got {config.mlp!r}; take none, selective or block"
+        )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritium.kernels._op import INTERPRET
+from tritium.kernels.core.op import INTERPRET
 
 # Fills torch.empty with NaN, so that an output a kernel forgot to write shows.
 torch.use_deterministic_algorithms(True)
@@ -43,7 +43,9 @@ def _multiply_bfloat16_like_a_gpu() -> None:
 
     def in_float32(handle):
         if handle.dtype.scalar == tl.bfloat16:
-            return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            return interpreter.TensorHandle(
+                (handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32
+            )
         return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
 
     def multiply(self, a, b, *rest):
@@ -76,7 +78,9 @@ def _leave_out_what_comes_to_nothing() -> None:
         name = some_builtin.get(package)
         if name and not tl.core.is_builtin(getattr(package, name)):
             return
-        some_builtin[package] = next((name for name, member in vars(package).items() if tl.core.is_builtin(member)), None)
+        some_builtin[package] = next(
+            (name for name, member in vars(package).items() if tl.core.is_builtin(member)), None
+        )
         patch(package, builder, scope)
 
     interpreter._get_np_dtype, interpreter._patch_builtin = known_numpy_dtype, patch_once
@@ -92,8 +96,13 @@ DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "plain: says nothing about kernels, so the run under TRITON_INTERPRET=1 leaves it out")
-    config.addinivalue_line("markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed")
+    config.addinivalue_line(
+        "markers",
+        "plain: says nothing about kernels, so the run under TRITON_INTERPRET=1 leaves it out",
+    )
+    config.addinivalue_line(
+        "markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed"
+    )
 
 
 def pytest_make_parametrize_id(val):
@@ -105,7 +114,11 @@ def pytest_collection_modifyitems(config, items):
     """Under the interpreter only what reaches a kernel is run: the plain run has covered the rest."""
     if not INTERPRET:
         return
-    left_out = [item for item in items if item.get_closest_marker("plain") or item.get_closest_marker("codegen")]
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("plain") or item.get_closest_marker("codegen")
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

@@ -16,9 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_wheel_holds_every_package_and_no_tests(tmp_path):
     pytest.importorskip("setuptools")
     copy = tmp_path / "copy"  # builds leave folders behind that a later wheel would pick up
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__"),
+    )
     words = ["wheel", str(copy), "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(tmp_path.glob("tritium-*.whl"))) as wheel:
         names = [name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")]

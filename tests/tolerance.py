@@ -33,15 +33,26 @@ def assert_accurate(
         scale: magnitude of the terms that cancel on the way, where it is above that of the truth itself.
         terms: the dtype in which these are rounded; that of got by default.
     """
-    assert got.shape == truth.shape, f"{name}: shape {tuple(truth.shape)} expected, got {tuple(got.shape)}"
+    assert got.shape == truth.shape, (
+        f"{name}: shape {tuple(truth.shape)} expected, got {tuple(got.shape)}"
+    )
     assert got.dtype == peer.dtype, f"{name}: {peer.dtype} expected, got {got.dtype}"
     if got.numel() == 0:
         return
-    got, truth, peer, eps = got.double().cpu(), truth.double().cpu(), peer.double().cpu(), torch.finfo(got.dtype).eps
-    assert torch.equal(got.isfinite(), truth.isfinite()), f"{name}: {(~got.isfinite()).sum()} elements are not finite"
+    got, truth, peer, eps = (
+        got.double().cpu(),
+        truth.double().cpu(),
+        peer.double().cpu(),
+        torch.finfo(got.dtype).eps,
+    )
+    assert torch.equal(got.isfinite(), truth.isfinite()), (
+        f"{name}: {(~got.isfinite()).sum()} elements are not finite"
+    )
     error, peer_error = (got - truth).abs().max().item(), (peer - truth).abs().max().item()
     size, terms_eps = truth.abs().max().item(), eps if terms is None else torch.finfo(terms).eps
     in_float32 = (ROUNDINGS + math.sqrt(length)) * torch.finfo(torch.float32).eps
     rounding = max(eps * size, terms_eps * scale) / 2 + in_float32 * max(scale, size) / 2
     bar = max(FACTOR * peer_error, rounding)
-    assert error <= bar, f"{name}: error {error:.3g} is above {bar:.3g} (PyTorch's {peer_error:.3g}, rounding {rounding:.3g})"
+    assert error <= bar, (
+        f"{name}: error {error:.3g} is above {bar:.3g} (PyTorch's {peer_error:.3g}, rounding {rounding:.3g})"
+    )

@@ -2,8 +2,8 @@
 
 import sys
 
-from .cli import run
-from .commands import train
+from .commands.cli import run
+from .commands.commands import train
 
 if __name__ == "__main__":
     sys.exit(run(train, sys.argv[1:]))

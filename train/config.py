@@ -1,26 +1,14 @@
-"""Errors that a user can mend, and the typed configuration of a run."""
+"""The typed configuration of a run."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import InputError
 from ..model import GPTConfig
 from ..model.recompute import check_recompute
 
 DIVERGED = "training diverged: give a lower --lr, more --warmup-steps or a --grad-clip"
-
-
-class InputError(ValueError):
-    """Bad input from outside: the command prints it as one line and exits with status 2.
-
-    The message says what was expected, what was found and what to do.
-    """
-
-
-def described(error: OSError) -> str:
-    """What the system says of a file, for a message."""
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,21 +104,35 @@ class TrainConfig:
 
     def __post_init__(self):
         if not self.data:
-            raise InputError("--data: expected files, folders, a dataset, stdlib or python, got none")
-        least = {"steps": 1, "batch_size": 1, "eval_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 1}
+            raise InputError(
+                "--data: expected files, folders, a dataset, stdlib or python, got none"
+            )
+        least = {
+            "steps": 1,
+            "batch_size": 1,
+            "eval_interval": 1,
+            "checkpoint_interval": 1,
+            "keep_checkpoints": 1,
+        }
         least |= {"eval_tokens": 1, "warmup_steps": 0, "sample_tokens": 0}
         least |= {"lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "profile": 0}
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
-                raise InputError(f"--{_dashed(name)}: expected {bound} or more, and finite, got {getattr(self, name)}")
+                raise InputError(
+                    f"--{_dashed(name)}: expected {bound} or more, and finite, got {getattr(self, name)}"
+                )
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed: expected a number from 0 to 2**63 - 1, got {self.seed}")
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{_dashed(name)}: expected a number in [0, 1), got {getattr(self, name)}")
+                raise InputError(
+                    f"--{_dashed(name)}: expected a number in [0, 1), got {getattr(self, name)}"
+                )
         micro = self.micro_batch
         if micro < 1 or self.batch_size % micro:
-            raise InputError(f"--micro-batch-size: expected a divisor of the batch size {self.batch_size}, got {micro}")
+            raise InputError(
+                f"--micro-batch-size: expected a divisor of the batch size {self.batch_size}, got {micro}"
+            )
         self.gpt(vocab_size=1)
 
     @property
@@ -140,9 +142,21 @@ class TrainConfig:
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """The model's shape for a vocabulary. Raises: InputError if the sizes do not fit together."""
-        names = ("n_layer", "n_head", "d_model", "n_kv_head", "bias", "position", "norm", "mlp", "context_tokens")
+        names = (
+            "n_layer",
+            "n_head",
+            "d_model",
+            "n_kv_head",
+            "bias",
+            "position",
+            "norm",
+            "mlp",
+            "context_tokens",
+        )
         try:
-            config = GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+            config = GPTConfig(
+                vocab_size=vocab_size, **{name: getattr(self, name) for name in names}
+            )
             check_recompute(self.recompute, config)
             return config
         except ValueError as error:

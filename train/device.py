@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from .config import InputError
+from ..errors import InputError
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -65,4 +65,7 @@ def _is_float32_accurate(n: int = 256) -> bool:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
     error = (a @ b - a.double() @ b.double()).abs().max()
-    return bool(error <= n * torch.finfo(torch.float32).eps / 2 * (a.double().abs() @ b.double().abs()).max())
+    return bool(
+        error
+        <= n * torch.finfo(torch.float32).eps / 2 * (a.double().abs() @ b.double().abs()).max()
+    )

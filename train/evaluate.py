@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..model import GPT
-from .config import DIVERGED, InputError
-from .distributed import ALONE, World
-from .loader import Batch, document_starts, moved
+from .config import DIVERGED
+from .data.loader import Batch, document_starts, moved
+from .distributed.world import SINGLE_PROCESS, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,12 @@ def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[Batch], *, bytes_per_token: float, separator: int | None = None, world: World = ALONE
+    model: GPT,
+    batches: Iterable[Batch],
+    *,
+    bytes_per_token: float,
+    separator: int | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> Evaluation | None:
     """Mean cross-entropy over the targets of all batches, each target counted once.
 
@@ -60,7 +66,7 @@ def evaluate(
     losses, counts = [], []
     for batch in batches:
         losses.append(batch_loss(model, batch, separator))
-        counts.append(int(batch.counted.sum()))
+        counts.append(int(batch.num_targets.sum()))
     # Read at the end: until then nothing waits for the device. The mean over no targets is 0.
     means = torch.stack(losses).tolist() if losses else []
     total = sum(loss * count for loss, count in zip(means, counts, strict=True))
@@ -70,4 +76,8 @@ def evaluate(
     loss = total / count
     if not math.isfinite(loss):
         raise InputError(f"{DIVERGED} (validation loss is {loss})")
-    return Evaluation(loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token, tokens=round(count * world.data_ranks))
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        tokens=round(count * world.data_ranks),
+    )

@@ -18,19 +18,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .config import InputError, TrainConfig
-from .distributed import ALONE, World
-from .precision import choose_dtype, products
+from ..errors import InputError
+from .config import TrainConfig
+from .distributed.world import SINGLE_PROCESS, World
+from .precision import choose_dtype, linear_parameters
 
 
-def refuse_missing_optimizer(config: TrainConfig, world: World = ALONE) -> None:
+def check_optimizer(config: TrainConfig, world: World = SINGLE_PROCESS) -> None:
     """Raise InputError if this PyTorch, or what the ranks of a world divide, lacks what the options ask for."""
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise InputError(
             f"--optimizer: expected PyTorch 2.9 or newer for muon, got {torch.__version__}; update it, or take adamw"
         )
     if config.optimizer == "muon" and world.engine == "fsdp":
-        raise InputError("--optimizer: expected adamw with --parallel fsdp, got muon, which needs whole matrices; take ddp")
+        raise InputError(
+            "--optimizer: expected adamw with --parallel fsdp, got muon, which needs whole matrices; take ddp"
+        )
 
 
 class Optimizer:
@@ -45,31 +48,63 @@ class Optimizer:
     Raises: ValueError if a parameter would be missed or changed twice.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World = ALONE):
-        refuse_missing_optimizer(config, world)
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World = SINGLE_PROCESS):
+        check_optimizer(config, world)
         device = next(model.parameters()).device
         self._grad_clip = config.grad_clip or float("inf")
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        in_blocks = {id(parameter) for parameter in products(model)} if config.optimizer == "muon" else set()
-        of_muon = [parameter for parameter in self._parameters if parameter.ndim == 2 and id(parameter) in in_blocks]
-        others = [parameter for parameter in self._parameters if parameter.ndim != 2 or id(parameter) not in in_blocks]
+        self._parameters = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
+        in_blocks = (
+            {id(parameter) for parameter in linear_parameters(model)}
+            if config.optimizer == "muon"
+            else set()
+        )
+        of_muon = [
+            parameter
+            for parameter in self._parameters
+            if parameter.ndim == 2 and id(parameter) in in_blocks
+        ]
+        others = [
+            parameter
+            for parameter in self._parameters
+            if parameter.ndim != 2 or id(parameter) not in in_blocks
+        ]
         groups = [
             {"params": alike, "weight_decay": config.weight_decay if is_matrix else 0.0}
             for is_matrix in (True, False)
-            for alike in _on_one_mesh([parameter for parameter in others if (parameter.ndim >= 2) == is_matrix])
+            for alike in _on_one_mesh(
+                [parameter for parameter in others if (parameter.ndim >= 2) == is_matrix]
+            )
         ]
         adamw, muon = torch.optim.AdamW, getattr(torch.optim, "Muon", None)
         if world.engine == "zero1":
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # here, not above: it takes a second to import
+            from torch.distributed.optim import (
+                ZeroRedundancyOptimizer,  # here, not above: it takes a second to import
+            )
 
-            adamw, muon = (functools.partial(ZeroRedundancyOptimizer, optimizer_class=kind) for kind in (adamw, muon))
+            adamw, muon = (
+                functools.partial(ZeroRedundancyOptimizer, optimizer_class=kind)
+                for kind in (adamw, muon)
+            )
         self.parts = [adamw(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
         if of_muon:
-            options = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            options = {
+                "lr": config.lr,
+                "weight_decay": config.weight_decay,
+                "adjust_lr_fn": "match_rms_adamw",
+            }
             self.parts.append(muon(of_muon, **options))
-        held = [id(parameter) for part in self.parts for group in part.param_groups for parameter in group["params"]]
+        held = [
+            id(parameter)
+            for part in self.parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        ]
         if sorted(held) != sorted(map(id, self._parameters)):
-            raise ValueError(f"Optimizer: expected each of {len(self._parameters)} parameters once, got {len(held)} in groups")
+            raise ValueError(
+                f"Optimizer: expected each of {len(self._parameters)} parameters once, got {len(held)} in groups"
+            )
         is_scaled = choose_dtype(config.precision, device) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
 
@@ -83,7 +118,10 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr
         meshes = list(_on_one_mesh(self._parameters))
-        norms = [torch.nn.utils.get_total_norm([parameter.grad for parameter in alike]) for alike in meshes]
+        norms = [
+            torch.nn.utils.get_total_norm([parameter.grad for parameter in alike])
+            for alike in meshes
+        ]
         norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
         grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         for alike in meshes:
@@ -101,7 +139,9 @@ class Optimizer:
 
     def states(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """What this rank keeps of each parameter from step to step: AdamW's two moments and count, Muon's momentum."""
-        return {parameter: state for part in self._local() for parameter, state in part.state.items()}
+        return {
+            parameter: state for part in self._local() for parameter, state in part.state.items()
+        }
 
     def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Go on from what `states` gave for a parameter; with zero1 where it is this rank's."""

@@ -32,17 +32,18 @@ from typing import Literal
 import torch
 import tyro
 
-from ..kernels._device import CEILINGS, Ceiling, ceiling
+from ..errors import InputError
+from ..kernels.core.device import CEILINGS, Ceiling, ceiling
 from ..model import PRESETS, GPTConfig
 from ..model.cost import flops_per_token, matrices, parameters, positions, step_bytes
 from ..model.recompute import RECOMPUTATIONS
-from .cli import near, parse
-from .config import InputError, TrainConfig
-from .distributed import World
+from .commands.cli import near, parse
+from .config import TrainConfig
+from .data.tokenizer import vocab_size_of
+from .distributed.world import World
 from .precision import choose_dtype
 from .recipes import RECIPES, recipe
-from .run import RunRecord
-from .tokenizer import vocab_size_of
+from .run.folder import RunRecord
 
 # A CUDA context with the libraries' code and workspaces, or Python with PyTorch on a CPU: about half a gigabyte. An estimate.
 PROCESS_BYTES = 0.5e9
@@ -176,11 +177,17 @@ def _seconds(plan: Plan, known: Ceiling, end: int) -> float:
     L, D, T, P = model.n_layer, model.d_model, plan.context_tokens, parameters(model)
     n, micro_batches = plan.sequences * T, plan.sequences // plan.micro_batch
     bandwidth = _BANDWIDTH[end] * known.bytes_per_second
-    again = {"selective": (1, 0), "block": (1, 1)}.get(plan.recompute, (0, 0))  # forwards of products, of attention
+    again = {"selective": (1, 0), "block": (1, 1)}.get(
+        plan.recompute, (0, 0)
+    )  # forwards of products, of attention
     products = (
-        (6 * (P - positions(model)) + 2 * again[0] * matrices(model)) * n / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
+        (6 * (P - positions(model)) + 2 * again[0] * matrices(model))
+        * n
+        / (_shares(_PRODUCTS, known)[end] * known.bf16_flops)
     )
-    attention = (7 + 2 * again[1]) * L * D * T * n / (_shares(_ATTENTION, known)[end] * known.bf16_flops)
+    attention = (
+        (7 + 2 * again[1]) * L * D * T * n / (_shares(_ATTENTION, known)[end] * known.bf16_flops)
+    )
     activations = n * (L * D * _LAYER_BYTES[end] + model.vocab_size * _LOGIT_BYTES[end]) / bandwidth
     moved = P * _STEP_BYTES[end] + matrices(model) * (_CAST_BYTES + micro_batches * _SUM_BYTES)
     updates = (moved + micro_batches * model.vocab_size * D * _HEAD_BYTES) / bandwidth
@@ -204,7 +211,9 @@ def make_plan(options: PlanOptions) -> Plan:
         raise InputError(f"--price: expected 0 or more, and finite, got {options.price}")
     T = options.context_tokens or config.context_tokens
     recompute = options.recompute or config.recompute
-    model = replace(config, context_tokens=T, recompute=recompute).gpt(_vocabulary(options.recipe, config))
+    model = replace(config, context_tokens=T, recompute=recompute).gpt(
+        _vocabulary(options.recipe, config)
+    )
     machine = _machine(options.gpu, options.gpus)
     step = _count("--tokens-per-step", options.tokens_per_step) or config.batch_size * T
     sequences, rest = divmod(step, T * machine.gpus)
@@ -236,14 +245,27 @@ def _vocabulary(name: str, config: TrainConfig) -> int:
 def _machine(gpu: str | None, gpus: int) -> Machine:
     if gpu is not None:
         if gpu.lower() not in CEILINGS:
-            raise InputError(f"--gpu: expected a GPU of known ceilings, got {gpu!r}; near: {near(gpu.lower(), list(CEILINGS))}")
+            raise InputError(
+                f"--gpu: expected a GPU of known ceilings, got {gpu!r}; near: {near(gpu.lower(), list(CEILINGS))}"
+            )
         known = CEILINGS[gpu.lower()]
-        return Machine(name=gpu.lower(), gpus=gpus, memory_bytes=int(known.memory_bytes), itemsize=2, ceiling=known)
+        return Machine(
+            name=gpu.lower(),
+            gpus=gpus,
+            memory_bytes=int(known.memory_bytes),
+            itemsize=2,
+            ceiling=known,
+        )
     if torch.cuda.is_available():
-        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+        name, memory = (
+            torch.cuda.get_device_name(),
+            torch.cuda.get_device_properties(0).total_memory,
+        )
         return Machine(name=name, gpus=gpus, memory_bytes=memory, itemsize=2, ceiling=ceiling(name))
     if gpus > 1:
-        raise InputError(f"--gpus: expected 1 on a machine without a GPU, got {gpus}; name one with --gpu")
+        raise InputError(
+            f"--gpus: expected 1 on a machine without a GPU, got {gpus}; name one with --gpu"
+        )
     return _cpu_machine()
 
 
@@ -252,7 +274,9 @@ def _cpu_machine(processes: int = 1) -> Machine:
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # Windows
-        raise InputError("--gpu: expected a GPU here, or its name, got neither; name one, such as h100") from None
+        raise InputError(
+            "--gpu: expected a GPU here, or its name, got neither; name one, such as h100"
+        ) from None
     name = f"this {platform.machine()} CPU"
     return Machine(name=name, gpus=1, memory_bytes=memory // processes, itemsize=4, ceiling=None)
 
@@ -261,10 +285,15 @@ def _count(option: str, text: str | None) -> int | None:
     """A number of tokens as people write it."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d{1,2})?)([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
+    match = re.fullmatch(
+        r"(\d+(?:\.\d*)?(?:e\d{1,2})?)([kmbt]?)",
+        text.strip().lower().replace(",", "").replace("_", ""),
+    )
     count = round(float(match[1]) * _UNITS[match[2]]) if match else 0
     if count < 1:
-        raise InputError(f"{option}: expected a number of tokens such as 10B, 500M, 1.5e9 or 524288, got {text!r}")
+        raise InputError(
+            f"{option}: expected a number of tokens such as 10B, 500M, 1.5e9 or 524288, got {text!r}"
+        )
     return count
 
 
@@ -275,7 +304,10 @@ def _divisor(number: int, most: int) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """tritium plan"""
-    description = "What a run needs: does it fit, how long does it take, what does it cost.\n\n\nrecipes: " + ", ".join(RECIPES)
+    description = (
+        "What a run needs: does it fit, how long does it take, what does it cost.\n\n\nrecipes: "
+        + ", ".join(RECIPES)
+    )
     description += "\n\ngpus: " + ", ".join(CEILINGS)
     options = parse(PlanOptions, argv, prog="tritium plan", description=description)
     print("\n".join(describe(make_plan(options), options.recipe, options.price)))
@@ -305,11 +337,16 @@ def _verdict(plan: Plan) -> str:
     most = plan.largest_micro_batch()
     sizes = f"{_size(need)} of {_size(memory)}"
     if plan.fits(plan.micro_batch):
-        return f"fits, {sizes}; at most {most} sequences at once" + (" (all of a step)" if most == plan.sequences else "")
+        return f"fits, {sizes}; at most {most} sequences at once" + (
+            " (all of a step)" if most == plan.sequences else ""
+        )
     if most:
         less = f"--micro-batch-size {_divisor(plan.sequences, most)} does (at most {most} at once)"
         return f"does not fit, {sizes}; {less}{_leaner(plan, plan.micro_batch, ', and so does ')}"
-    less = _leaner(plan, 1, "; one does with ") or "; take more memory, a smaller model or fewer --context-tokens"
+    less = (
+        _leaner(plan, 1, "; one does with ")
+        or "; take more memory, a smaller model or fewer --context-tokens"
+    )
     return f"does not fit, {sizes}, nor does a single sequence{less}"
 
 
@@ -324,7 +361,11 @@ def what_fits(record: RunRecord, world: World) -> str:
         context_tokens=config.context_tokens, tokens=config.steps, recompute=config.recompute,
     )  # fmt: skip
     undivided = ", nothing divided between ranks," if world.engine in ("zero1", "fsdp") else ""
-    advice = "; free what else is in it, or start anew with a smaller --micro-batch-size" if plan.fits(plan.micro_batch) else ""
+    advice = (
+        "; free what else is in it, or start anew with a smaller --micro-batch-size"
+        if plan.fits(plan.micro_batch)
+        else ""
+    )
     return f"out of memory: by the formulas of `tritium plan`{undivided} a step {_verdict(plan)}{advice}"
 
 
@@ -347,7 +388,11 @@ def _describe_memory(plan: Plan) -> list[str]:
         "process": "context and libraries: an estimate",
     }
     parts = plan.memory(plan.micro_batch)
-    rows = [f"  {name:12}{_size(parts[name]):>10}  {note}" for name, note in notes.items() if parts[name]]
+    rows = [
+        f"  {name:12}{_size(parts[name]):>10}  {note}"
+        for name, note in notes.items()
+        if parts[name]
+    ]
     total = f"  {'total':12}{_size(sum(parts.values())):>10}  {RESERVE:.0%} of the memory has to stay free: an estimate"
     return ["memory of each device at a step's fullest moment, by formula:", *rows, total]
 
@@ -363,14 +408,20 @@ def _describe_time(plan: Plan, price: float | None) -> list[str]:
     rows = {
         "step": _time_range(*seconds),
         "tokens/s": f"{_number(slow)} to {_number(fast)}",
-        "MFU": " to ".join(f"{speed * flops / (gpus * known.bf16_flops):.0%}" for speed in (slow, fast)),
+        "MFU": " to ".join(
+            f"{speed * flops / (gpus * known.bf16_flops):.0%}" for speed in (slow, fast)
+        ),
         f"{plan.tokens:,} tokens": _time_range(*whole),
     }
     if price is not None:
         low, high = (each / 3600 * gpus * price for each in whole)
         rows["price"] = f"{_number(low)} to {_number(high)}, at {price:g} for a GPU and hour"
     width = max(map(len, rows)) + 2
-    assumed = "" if known.generation in _PRODUCTS else f"; shares of {known.generation} taken as {_DEFAULT}'s"
+    assumed = (
+        ""
+        if known.generation in _PRODUCTS
+        else f"; shares of {known.generation} taken as {_DEFAULT}'s"
+    )
     title = f"time, an estimate from the device's ceilings, without launches, data and evaluations{assumed}:"
     last = f"a run at less than {_number(slow)} tokens/s on this hardware is leaving speed behind"
     if plan.is_launch_bound():

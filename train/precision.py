@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import InputError
 from ..model.attention import choose_attention
-from .config import InputError, TrainConfig
+from .config import TrainConfig
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -38,13 +39,17 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     # Without emulation, which is slow and which Triton does not have.
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        precision = "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
+        precision = (
+            "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
+        )
     if precision == "bfloat16" and not has_bfloat16:
-        raise InputError("--precision: expected float16 or float32 on this GPU, which has no bfloat16; leave the option out")
+        raise InputError(
+            "--precision: expected float16 or float32 on this GPU, which has no bfloat16; leave the option out"
+        )
     return getattr(torch, precision)
 
 
-def refuse_missing_attention(config: TrainConfig, device: torch.device) -> None:
+def check_attention(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError if --attention is not installed, or cannot compute on this device in the run's precision."""
     dtype = choose_dtype(config.precision, device)
     try:
@@ -66,7 +71,7 @@ def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype == torch.float32:
         return model
     copies = {id(parameter): parameter for parameter in model.parameters()}
-    for parameter in products(model):
+    for parameter in linear_parameters(model):
         narrow = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
         if parameter.requires_grad:
             narrow.register_post_accumulate_grad_hook(functools.partial(_add_gradient, parameter))
@@ -90,7 +95,7 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Not all at its start: autograd would cast their gradients back after everything else, and engines could only then send them.
     """
     lazy = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for module in [module for module in lazy.modules() if _is_product(module)]:
+    for module in [module for module in lazy.modules() if _is_linear(module)]:
         for name, _ in list(module.named_parameters(recurse=False)):
             parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
     return lazy
@@ -105,13 +110,13 @@ class _Cast(nn.Module):
         return x.to(self._dtype)
 
 
-def products(model: nn.Module) -> Iterator[nn.Parameter]:
+def linear_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights and biases of all linear maps: of modules with a matrix, but embeddings."""
-    for module in filter(_is_product, model.modules()):
+    for module in filter(_is_linear, model.modules()):
         yield from module.parameters(recurse=False)
 
 
-def _is_product(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 

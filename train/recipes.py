@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from .config import InputError, TrainConfig
+from ..errors import InputError
+from .config import TrainConfig
 
 _GPT2 = TrainConfig(
     data=("python",),
@@ -57,9 +58,15 @@ RECIPES: dict[str, TrainConfig] = {
         checkpoint_interval=1_000,
     ),
     "gpt2": _GPT2,
-    "gpt2-medium": replace(_GPT2, n_layer=24, n_head=16, d_model=1024, micro_batch_size=16, lr=3e-4, min_lr=3e-5),
-    "gpt2-large": replace(_GPT2, n_layer=36, n_head=20, d_model=1280, micro_batch_size=8, lr=2.5e-4, min_lr=2.5e-5),
-    "gpt2-xl": replace(_GPT2, n_layer=48, n_head=25, d_model=1600, micro_batch_size=4, lr=2e-4, min_lr=2e-5),
+    "gpt2-medium": replace(
+        _GPT2, n_layer=24, n_head=16, d_model=1024, micro_batch_size=16, lr=3e-4, min_lr=3e-5
+    ),
+    "gpt2-large": replace(
+        _GPT2, n_layer=36, n_head=20, d_model=1280, micro_batch_size=8, lr=2.5e-4, min_lr=2.5e-5
+    ),
+    "gpt2-xl": replace(
+        _GPT2, n_layer=48, n_head=25, d_model=1600, micro_batch_size=4, lr=2e-4, min_lr=2e-5
+    ),
     "llama-124m": replace(_GPT2, bias=False, position="rotary", norm="rms", mlp="swiglu"),
 }
 

@@ -16,15 +16,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..kernels._triton import HAS_TRITON
+from ..kernels.core.triton import HAS_TRITON
 from ..model import GPT
 from .config import TrainConfig
-from .distributed import ALONE, World
+from .data.loader import Batch
+from .distributed.engines import gather_weights, micro_step, replicate
+from .distributed.world import SINGLE_PROCESS, World
 from .evaluate import Evaluation, batch_loss, evaluate
-from .loader import Batch
 from .optim import Optimizer
 from .precision import choose_dtype, narrowed, refresh, working_copy
-from .sharding import micro_step, replicate, whole_weights
 
 
 def is_compiled_on(device: torch.device) -> bool:
@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, separator: int | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ):  # fmt: skip
         self.model, self.optimizer, self.separator, self.world = model, optimizer, separator, world
         self._micro_batch = world.micro_batch(config)
@@ -80,26 +80,36 @@ class Trainer:
         if world.engine is None:
             self.working = working_copy(model, self.dtype)
         else:
-            self.working = model if world.engine == "fsdp" or self.dtype == torch.float32 else narrowed(model, self.dtype)
+            self.working = (
+                model
+                if world.engine == "fsdp" or self.dtype == torch.float32
+                else narrowed(model, self.dtype)
+            )
         self.is_compiled = is_compiled(config, device)
-        is_one_graph = self.is_compiled and world.engine != "fsdp"  # of which `shard` compiles the parts
-        self._network = replicate(torch.compile(self.working, fullgraph=True) if is_one_graph else self.working, world)
+        is_one_graph = (
+            self.is_compiled and world.engine != "fsdp"
+        )  # of which `shard` compiles the parts
+        self._network = replicate(
+            torch.compile(self.working, fullgraph=True) if is_one_graph else self.working, world
+        )
 
-    def backward(self, batch: Batch, counted: int | None = None) -> Tensor:
+    def backward(self, batch: Batch, num_targets: int | None = None) -> Tensor:
         """Add to the gradients of `model` those of the mean loss over all counted targets of a batch.
 
         Args:
-            counted: targets that count in the batch of all ranks; default: in this one.
+            num_targets: targets that count in the batch of all ranks; default: in this one.
         Returns: that loss, of all ranks, () float32 on the device.
         """
-        counted = batch.counted.sum() if counted is None else counted
+        num_targets = batch.num_targets.sum() if num_targets is None else num_targets
         total = torch.zeros((), device=self.model.wte.weight.device)
         for start in range(0, len(batch), self._micro_batch):
             part = batch[start : start + self._micro_batch]
             # The model's loss is the mean over its own targets: weighed by their share, the sum is the batch's mean.
             # Engines take the mean of the ranks' gradients, where their sum is meant.
-            share = float(part.counted.sum() / counted) * self.world.data_ranks
-            with micro_step(self._network, self.world, is_last=start + self._micro_batch >= len(batch)):
+            share = float(part.num_targets.sum() / num_targets) * self.world.data_ranks
+            with micro_step(
+                self._network, self.world, is_last=start + self._micro_batch >= len(batch)
+            ):
                 loss = batch_loss(self._network, part, self.separator) * share
                 self.optimizer.scaler.scale(loss).backward()
             total += loss.detach()
@@ -114,14 +124,20 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Batch], *, bytes_per_token: float) -> Evaluation | None:
         """As evaluate of a model that is read as this one is."""
-        return evaluate(self.working, batches, bytes_per_token=bytes_per_token, separator=self.separator, world=self.world)
+        return evaluate(
+            self.working,
+            batches,
+            bytes_per_token=bytes_per_token,
+            separator=self.separator,
+            world=self.world,
+        )
 
     def on_first_rank(self) -> GPT | None:
         """What samples on the first rank alone; None on the others, whose help it needs. Until the next update."""
         if self.world.engine is None:
             return self.working
-        weights = whole_weights(self.model, self.world)
-        if not self.world.is_first:
+        weights = gather_weights(self.model, self.world)
+        if not self.world.is_rank0:
             return None
         with torch.device("meta"):  # nothing is drawn
             model = GPT(self.model.config)

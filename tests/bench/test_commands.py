@@ -1,7 +1,7 @@
 import pytest
 
 from tritium.bench.commands import COMMANDS, bench
-from tritium.train.config import InputError
+from tritium.errors import InputError
 
 pytestmark = pytest.mark.plain
 

@@ -16,8 +16,15 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "device.sh"
 
 
 def device(*words, cache):
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "TRITIUM_HOME": str(cache)}
-    return subprocess.run([str(SCRIPT), *map(str, words)], capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITIUM_HOME": str(cache),
+    }
+    return subprocess.run(
+        [str(SCRIPT), *map(str, words)], capture_output=True, text=True, env=environment
+    )
 
 
 def test_every_part_ends_within_nine_minutes():
@@ -25,7 +32,10 @@ def test_every_part_ends_within_nine_minutes():
     text = SCRIPT.read_text()
     ends = [int(end) for end in re.findall(r"\bpart [\w-]+ (\d+) ", text)]
     first, step = (
-        int(number) for number in re.search(r"green=\(\) end=(\d+)[\s\S]*?end=\$\(\(end \+ (\d+)\)\)", text).groups()
+        int(number)
+        for number in re.search(
+            r"green=\(\) end=(\d+)[\s\S]*?end=\$\(\(end \+ (\d+)\)\)", text
+        ).groups()
     )
     tested = len(re.findall(r"\w+:\S", text.split("files=(layer_norm")[2].split(")")[0])) + 1
     assert ends == sorted(ends)
@@ -56,7 +66,9 @@ def test_every_part_runs_and_leaves_its_results(tmp_path):
     ],
 )
 def test_bad_input(words, message, tmp_path):
-    done = device(*(word.replace("{tmp}", str(tmp_path)) for word in words), cache=tmp_path / "cache")
+    done = device(
+        *(word.replace("{tmp}", str(tmp_path)) for word in words), cache=tmp_path / "cache"
+    )
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import torch
 
 from tritium.bench import record
 from tritium.bench.record import kind_of, provenance, read_record, writable, write_record
-from tritium.train.config import InputError
+from tritium.errors import InputError
 
 pytestmark = pytest.mark.plain
 
@@ -24,18 +24,32 @@ def test_kinds_are_told_apart_and_paths_tried_before_the_work(tmp_path):
     write_record(tmp_path / "x.json", "train", {})
     (tmp_path / "y.json").write_text("not json")
     (tmp_path / "z.json").write_text("[1]")
-    assert [kind_of(tmp_path / name) for name in ("x.json", "y.json", "z.json")] == ["train", None, None]
+    assert [kind_of(tmp_path / name) for name in ("x.json", "y.json", "z.json")] == [
+        "train",
+        None,
+        None,
+    ]
     assert writable(tmp_path / "new" / "a.json") == tmp_path / "new" / "a.json"
     assert not list((tmp_path / "new").iterdir())
-    for bad, why in ((tmp_path, "a folder"), (Path("/proc/a.json"), ": "), (tmp_path / "y.json" / "a.json", ": ")):
-        with pytest.raises(InputError, match=f"expected a file that can be written, got{why if why == ': ' else ' ' + why}"):
+    for bad, why in (
+        (tmp_path, "a folder"),
+        (Path("/proc/a.json"), ": "),
+        (tmp_path / "y.json" / "a.json", ": "),
+    ):
+        with pytest.raises(
+            InputError,
+            match=f"expected a file that can be written, got{why if why == ': ' else ' ' + why}",
+        ):
             writable(bad)
 
 
 def test_another_kind_format_or_no_json_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_record(path, "kernels", {})
-    with pytest.raises(InputError, match=r"expected a record of kind 'codegen', format 1, got kind 'kernels', format 1"):
+    with pytest.raises(
+        InputError,
+        match=r"expected a record of kind 'codegen', format 1, got kind 'kernels', format 1",
+    ):
         read_record(path, "codegen")
     monkeypatch.setattr(record, "FORMAT", 2)
     with pytest.raises(InputError, match="format 2, got kind 'kernels', format 1; measure again"):

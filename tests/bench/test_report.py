@@ -5,16 +5,25 @@ import pytest
 from tritium.bench import record, report
 from tritium.bench.record import write_record
 from tritium.bench.report import BEGIN, END, figures, main, write_readme
-from tritium.train.config import InputError
+from tritium.errors import InputError
 
 pytestmark = pytest.mark.plain
 
-ROW = {"seconds": {"median": 1e-4, "p10": 9e-5, "p90": 2e-4}, "rate": 3e12, "share": 0.75, "peak_bytes": 10}
+ROW = {
+    "seconds": {"median": 1e-4, "p10": 9e-5, "p90": 2e-4},
+    "rate": 3e12,
+    "share": 0.75,
+    "peak_bytes": 10,
+}
 ENTRY = {
     "operator": "layer_norm", "shape": [8, 64], "label": "M=8 N=64", "bound": "bytes", "absent": {"liger": "absent"},
     "refused": {"quack": "off"}, "rows": [{**ROW, "contestant": name, "direction": "both"} for name in ("tritium", "eager")],
 }  # fmt: skip
-OTHER = {**ENTRY, "label": "M=8 N=65", "rows": [*ENTRY["rows"], {**ROW, "contestant": "quack", "direction": "both"}]}
+OTHER = {
+    **ENTRY,
+    "label": "M=8 N=65",
+    "rows": [*ENTRY["rows"], {**ROW, "contestant": "quack", "direction": "both"}],
+}
 KERNELS = {
     "device": "cuda",
     "dtype": "torch.bfloat16",
@@ -30,7 +39,10 @@ CONTESTANT = {
 TRAIN = {
     "device": "cuda",
     "recipe": "gpt2",
-    "contestants": {"tritium": CONTESTANT, "baseline": {**CONTESTANT, "mfu": None, "peak_memory_bytes": None}},
+    "contestants": {
+        "tritium": CONTESTANT,
+        "baseline": {**CONTESTANT, "mfu": None, "peak_memory_bytes": None},
+    },
 }
 
 
@@ -70,8 +82,16 @@ def test_alike_machine_code_shares_a_line(tmp_path):
         "operator": "layer_norm", "kernel": "_k", "arch": "sm_90", "registers": 40, "spilled_bytes": 0, "shared_bytes": 32,
         "blocks_per_sm": 12, "limited_by": "registers", "matrix_instructions": {}, "tma_loads": 0,
     }  # fmt: skip
-    rows = [{**row, "shape": "M=8 N=64"}, {**row, "shape": "M=8 N=65"}, {**row, "shape": "M=8 N=66", "registers": 50}]
-    write_record(tmp_path / "codegen.json", "codegen", {"rows": [*rows, {**row, "shape": "M=8 N=64", "arch": "sm_80"}]})
+    rows = [
+        {**row, "shape": "M=8 N=64"},
+        {**row, "shape": "M=8 N=65"},
+        {**row, "shape": "M=8 N=66", "registers": 50},
+    ]
+    write_record(
+        tmp_path / "codegen.json",
+        "codegen",
+        {"rows": [*rows, {**row, "shape": "M=8 N=64", "arch": "sm_80"}]},
+    )
     lines = [line for line in figures(tmp_path).splitlines() if "`_k`" in line]
     assert lines == [
         "| `layer_norm` | `_k` | N=64, N=65 | 40 | 0 | 32 | 12 | registers | - |",
@@ -80,8 +100,16 @@ def test_alike_machine_code_shares_a_line(tmp_path):
 
 
 def test_bytes_counted_become_tables(tmp_path):
-    passes = {"forward": {"token_bytes": 4000, "step_bytes": 10**6}, "backward": {"token_bytes": 500, "step_bytes": 10**5}}
-    row = {"d_model": 50, "tritium": passes, "eager": passes, "least": {"forward": 300, "backward": 100}}
+    passes = {
+        "forward": {"token_bytes": 4000, "step_bytes": 10**6},
+        "backward": {"token_bytes": 500, "step_bytes": 10**5},
+    }
+    row = {
+        "d_model": 50,
+        "tritium": passes,
+        "eager": passes,
+        "least": {"forward": 300, "backward": 100},
+    }
     memory = {"way": "gelu_mlp", "kept": 2.0, "most": 4.25, "allocated": 4.75}
     counted = {
         "dtype": "torch.bfloat16", "itemsize": 2, "blocks": [{**row, "preset": "gpt2"}],
@@ -101,7 +129,11 @@ def test_estimates_stand_where_nothing_is_measured(tmp_path, on_a_gpu):
         "hottest_loop": {"estimate": {"overlapped": 0.948}},
         "widths": [{"d_model": 768, "device_share": 0.384}, {"d_model": 1600, "device_share": 0.8}],
     }  # fmt: skip
-    rows = [row, {**row, "arch": "sm_80"}, {"peer": "tutorial", "arch": "sm_90", "error": "out of registers", "widths": []}]
+    rows = [
+        row,
+        {**row, "arch": "sm_80"},
+        {"peer": "tutorial", "arch": "sm_90", "error": "out of registers", "widths": []},
+    ]
     write_record(tmp_path / "peers.json", "gemm_peers", {"n_rows": 32_768, "rows": rows})
     text = figures(tmp_path)
     assert "ESTIMATES, not measurements" in text

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tritium.kernels import _gemm
-from tritium.kernels._op import INTERPRET
+from tritium.kernels.core.op import INTERPRET
+from tritium.kernels.mlp import _gemm
 
 
 @pytest.fixture

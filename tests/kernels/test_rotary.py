@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.tolerance import assert_accurate
-from tritium.bench.disassembly import resources
-from tritium.bench.launches import TARGETS, compile_launch, record_launches
-from tritium.kernels._op import INTERPRET
+from tritium.bench.codegen.disassembly import resources
+from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
+from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.rotary import cost, launch_rotary, plan, rotary
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,7 +38,10 @@ def by_complex_numbers(x, cos, sin, *, interleaved=False):
 def by_torch(x, cos, sin, *, interleaved=False):
     """As model code writes it, in the dtype of x."""
     T = x.shape[1]
-    cos, sin = (table[..., -T:, :].to(x.dtype) if table.ndim == 3 else table[:T].to(x.dtype) for table in (cos, sin))
+    cos, sin = (
+        table[..., -T:, :].to(x.dtype) if table.ndim == 3 else table[:T].to(x.dtype)
+        for table in (cos, sin)
+    )
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     x1, x2 = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
@@ -59,7 +62,9 @@ def run(function, x, cos, sin, dy, **options):
 def test_gradient_is_that_of_the_forward(interleaved):
     x, cos, sin, _ = tensors(2, 3, 2, 6, torch.float64, "cpu")
     cos, sin = cos.double(), sin.double()
-    assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin, interleaved=interleaved), x.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: rotary(x, cos, sin, interleaved=interleaved), x.requires_grad_()
+    )
     assert torch.autograd.gradgradcheck(lambda x: rotary(x, cos, sin, interleaved=interleaved), x)
     torch.testing.assert_close(
         rotary(x, cos, sin, interleaved=interleaved),
@@ -74,7 +79,9 @@ def test_products_of_turned_heads_depend_on_the_distance_alone():
     """What it is for: q at t times k at s is the same wherever t - s is."""
     _, cos, sin, _ = tensors(1, 20, 1, 8, torch.float64, "cpu")
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    turned = [rotary(head.expand(1, 20, 1, 8), cos.double(), sin.double())[0, :, 0] for head in (q, k)]
+    turned = [
+        rotary(head.expand(1, 20, 1, 8), cos.double(), sin.double())[0, :, 0] for head in (q, k)
+    ]
     products = turned[0] @ turned[1].t()
     for distance in range(5):
         diagonal = products.diagonal(-distance)
@@ -114,7 +121,11 @@ def test_any_layout_gives_what_the_contiguous_copy_gives(interleaved, device):
     expected = run(rotary, x, cos, sin, dy, interleaved=interleaved)
     sliced = torch.cat([cos, sin], dim=-1)[:, : K // 2]
     # Each table has its own strides, and may have more digits than are made use of.
-    tables = [(sliced, sin), (cos, torch.cat([cos, sin], dim=-1)[:, K // 2 :]), (cos.double(), sin.double())]
+    tables = [
+        (sliced, sin),
+        (cos, torch.cat([cos, sin], dim=-1)[:, K // 2 :]),
+        (cos.double(), sin.double()),
+    ]
     for view, incoming, (cos, sin) in itertools.product([x, *views], [dy, views_of(dy)], tables):
         got = run(rotary, view, cos, sin, incoming, interleaved=interleaved)
         for a, b in zip(got, expected, strict=True):
@@ -133,8 +144,13 @@ def test_offsets_and_positions_of_their_own(device):
     assert torch.equal(rotary(x, cos[position], sin[position]), whole)
     lengths = [3, 6], [8, 1]  # of each sequence's documents
     anew = torch.stack([torch.cat([position[0, :length] for length in row]) for row in lengths])
-    documents = [[rotary(part[None], cos, sin)[0] for part in one.split(row)] for one, row in zip(x, lengths, strict=True)]
-    assert torch.equal(rotary(x, cos[anew], sin[anew]), torch.stack([torch.cat(parts) for parts in documents]))
+    documents = [
+        [rotary(part[None], cos, sin)[0] for part in one.split(row)]
+        for one, row in zip(x, lengths, strict=True)
+    ]
+    assert torch.equal(
+        rotary(x, cos[anew], sin[anew]), torch.stack([torch.cat(parts) for parts in documents])
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4)])
@@ -151,7 +167,8 @@ def test_opcheck(device):
     x, cos, sin, _ = tensors(2, 5, 3, 8, torch.float32, device)
     for interleaved, is_reversed in ((False, True), (True, False)):
         torch.library.opcheck(
-            torch.ops.tritium.rotary.default, (x.clone().requires_grad_(), cos, sin, interleaved, is_reversed)
+            torch.ops.tritium.rotary.default,
+            (x.clone().requires_grad_(), cos, sin, interleaved, is_reversed),
         )
 
 
@@ -160,7 +177,9 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(device):
     for T in (6, 9, 12):
         x, cos, sin, dy = tensors(2, T, 3, 8, torch.float32, device)
         with torch.compiler.set_stance("default" if T == 6 else "fail_on_recompile"):
-            for a, b in zip(run(compiled, x, cos, sin, dy), run(rotary, x, cos, sin, dy), strict=True):
+            for a, b in zip(
+                run(compiled, x, cos, sin, dy), run(rotary, x, cos, sin, dy), strict=True
+            ):
                 assert torch.equal(a, b)
 
 
@@ -182,8 +201,14 @@ def test_reruns_are_bitwise_equal(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(2, 3, 8)}, r"x must be floating point \(B, T, H, K\) with K even, got torch.float32 \(2, 3, 8\)"),
-        ({"x": torch.ones(2, 3, 4, 7)}, r"x must be .* with K even, got torch.float32 \(2, 3, 4, 7\)"),
+        (
+            {"x": torch.ones(2, 3, 8)},
+            r"x must be floating point \(B, T, H, K\) with K even, got torch.float32 \(2, 3, 8\)",
+        ),
+        (
+            {"x": torch.ones(2, 3, 4, 7)},
+            r"x must be .* with K even, got torch.float32 \(2, 3, 4, 7\)",
+        ),
         ({"x": torch.ones(2, 3, 4, 8).long()}, r"x must be floating point .*, got torch.int64"),
         (
             {"cos": torch.ones(2, 4)},
@@ -191,13 +216,20 @@ def test_reruns_are_bitwise_equal(device):
         ),
         ({"sin": torch.ones(3, 8)}, r"sin must be .*, got torch.float32 \(3, 8\)"),
         ({"sin": torch.ones(1, 3, 4)}, r"sin must be .*, got torch.float32 \(1, 3, 4\)"),
-        ({"cos": torch.ones(3, 4).long()}, r"cos must be floating point .*, got torch.int64 \(3, 4\)"),
+        (
+            {"cos": torch.ones(3, 4).long()},
+            r"cos must be floating point .*, got torch.int64 \(3, 4\)",
+        ),
         ({"cos": torch.ones(3, 4, device="meta")}, r"cos must be on cpu like x, got meta"),
         ({"cos": torch.ones(3, 4, requires_grad=True)}, r"cos must not need a gradient"),
     ],
 )
 def test_bad_input_is_named(change, message):
-    arguments = {"x": torch.ones(2, 3, 4, 8), "cos": torch.ones(3, 4), "sin": torch.ones(3, 4)} | change
+    arguments = {
+        "x": torch.ones(2, 3, 4, 8),
+        "cos": torch.ones(3, 4),
+        "sin": torch.ones(3, 4),
+    } | change
     with pytest.raises(ValueError, match="^rotary: " + message):
         rotary(**arguments)
 
@@ -206,7 +238,9 @@ def test_kernels_refuse_float64(device):
     if device.type == "cpu" and not INTERPRET:
         pytest.skip("float64 on the CPU runs the reference")
     x, cos, sin, _ = tensors(1, 2, 1, 4, torch.float64, device)
-    with pytest.raises(TypeError, match="rotary: the kernel takes float32, bfloat16 or float16, got float64"):
+    with pytest.raises(
+        TypeError, match="rotary: the kernel takes float32, bfloat16 or float16, got float64"
+    ):
         rotary(x, cos, sin)
 
 

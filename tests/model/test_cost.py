@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritium.bench.memory import Held
+from tritium.bench.training.memory import Held
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
 from tritium.model.recompute import RECOMPUTATIONS
@@ -18,7 +18,12 @@ LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *[("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+        *[
+            ("gpt2", 124_439_808),
+            ("gpt2-medium", 354_823_168),
+            ("gpt2-large", 774_030_080),
+            ("gpt2-xl", 1_557_611_200),
+        ],
         ("llama-124m", 123_551_232),
     ],
 )
@@ -27,13 +32,23 @@ def test_presets_have_their_published_parameters(name, count):
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, replace(SMALL, bias=False), PRESETS["gpt2"], LLAMA, replace(LLAMA, bias=True), PRESETS["llama-124m"]]
+    "config",
+    [
+        SMALL,
+        replace(SMALL, bias=False),
+        PRESETS["gpt2"],
+        LLAMA,
+        replace(LLAMA, bias=True),
+        PRESETS["llama-124m"],
+    ],
 )
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = GPT(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
-    assert sum(parameter.numel() for parameter in model.parameters()) - padding == parameters(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) - padding == parameters(
+        config
+    )
 
 
 def test_flops_are_counted_as_for_mfu():
@@ -68,7 +83,9 @@ def test_activation_bytes_are_those_held_between_forward_and_backward(config, B,
 def test_a_step_holds_all_gradients_if_it_accumulates_and_copies_in_16_bits():
     """What a whole step allocates is compared with a measurement in tests/train/test_plan.py."""
     config = PRESETS["gpt2"]
-    padded = 4 * (parameters(config) + (config.padded_vocab_size - config.vocab_size) * config.d_model)
+    padded = 4 * (
+        parameters(config) + (config.padded_vocab_size - config.vocab_size) * config.d_model
+    )
     parts = step_bytes(config, 8, 1024, 2, accumulates=True)
     assert parts["weights"] == parts["gradients"] == parts["optimizer"] / 2 == padded
     assert parts["copies"] == 2 * matrices(config)

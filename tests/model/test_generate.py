@@ -73,7 +73,9 @@ def test_under_autocast(model):
 def test_a_context_of_one_token_and_tiny_temperatures(model):
     from dataclasses import replace
 
-    assert GPT(replace(CONFIG, context_tokens=1)).generate(torch.zeros(1, 1, dtype=torch.int64), 3).shape == (1, 4)
+    assert GPT(replace(CONFIG, context_tokens=1)).generate(
+        torch.zeros(1, 1, dtype=torch.int64), 3
+    ).shape == (1, 4)
     prompt = torch.randint(50, (2, 3))
     greedy = model.generate(prompt, 5, temperature=0)
     assert torch.equal(model.generate(prompt, 5, temperature=1e-40, seed=0), greedy)

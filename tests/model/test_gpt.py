@@ -67,10 +67,17 @@ def test_logits_loss_and_gradients_are_those_of_hugging_face():
     expected = F.cross_entropy(other(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model.wte.weight.grad[:90], other.transformer.wte.weight.grad, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(model.h[0].ln_1.bias.grad, other.transformer.h[0].ln_1.bias.grad, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(
-        model.h[1].attn.c_attn.weight.grad, other.transformer.h[1].attn.c_attn.weight.grad.t(), rtol=1e-8, atol=1e-10
+        model.wte.weight.grad[:90], other.transformer.wte.weight.grad, rtol=1e-8, atol=1e-10
+    )
+    torch.testing.assert_close(
+        model.h[0].ln_1.bias.grad, other.transformer.h[0].ln_1.bias.grad, rtol=1e-8, atol=1e-10
+    )
+    torch.testing.assert_close(
+        model.h[1].attn.c_attn.weight.grad,
+        other.transformer.h[1].attn.c_attn.weight.grad.t(),
+        rtol=1e-8,
+        atol=1e-10,
     )
 
 
@@ -79,22 +86,33 @@ def test_runs_forward_and_backward_on_this_device(config, device):
     model = random_model(config).to(device)
     tokens = torch.randint(90, (2, 12), device=device)
     model(tokens, tokens).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
 
 
 @pytest.mark.plain
 def test_names_are_those_of_the_checkpoint():
     names = {
-        name for name, _ in GPT(GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=8, context_tokens=4)).named_parameters()
+        name
+        for name, _ in GPT(
+            GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=8, context_tokens=4)
+        ).named_parameters()
     }
     block = [f"{part}.{kind}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for kind in
              ("weight", "bias")]  # fmt: skip
-    assert names == {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"} | {"h.0." + name for name in block}
+    assert names == {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"} | {
+        "h.0." + name for name in block
+    }
 
 
 def test_without_biases_it_is_the_model_whose_biases_are_zero(device):
     sizes = {"n_layer": 2, "n_head": 2, "d_model": 16, "vocab_size": 50, "context_tokens": 8}
-    model, biased = GPT(GPTConfig(**sizes, bias=False)).to(device), GPT(GPTConfig(**sizes)).to(device)
+    model, biased = (
+        GPT(GPTConfig(**sizes, bias=False)).to(device),
+        GPT(GPTConfig(**sizes)).to(device),
+    )
     names = {name for name, _ in model.named_parameters()}
     assert {name for name, _ in biased.named_parameters()} - names == {
         name for name, _ in biased.named_parameters() if name.endswith("bias")
@@ -144,12 +162,19 @@ def test_what_llama_changed_is_what_hugging_face_computes(n_kv_head):
             attn_implementation="eager",
         )
     ).double()
-    weights = {"model.embed_tokens.weight": model.wte.weight[: config.vocab_size], "model.norm.weight": model.ln_f.weight}
+    weights = {
+        "model.embed_tokens.weight": model.wte.weight[: config.vocab_size],
+        "model.norm.weight": model.ln_f.weight,
+    }
     for index, block in enumerate(model.h):
         kv = config.kv_heads * config.head_size
         q, k, v = block.attn.c_attn.weight.split([config.d_model, kv, kv])
         attention = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": block.attn.c_proj.weight}
-        mlp = {"gate_proj": block.mlp.c_gate, "up_proj": block.mlp.c_fc, "down_proj": block.mlp.c_proj}
+        mlp = {
+            "gate_proj": block.mlp.c_gate,
+            "up_proj": block.mlp.c_fc,
+            "down_proj": block.mlp.c_proj,
+        }
         norms = {"input_layernorm": block.ln_1, "post_attention_layernorm": block.ln_2}
         for name, weight in {
             **{f"self_attn.{name}": weight for name, weight in attention.items()},
@@ -175,7 +200,10 @@ def test_grouped_heads_are_full_heads_that_repeat():
         for kind in ("weight", "bias"):
             name = f"h.{layer}.attn.c_attn.{kind}"
             q, k, v = weights[name].split([32, 16, 16])
-            k, v = (part.unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1) for part in (k, v))
+            k, v = (
+                part.unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
+                for part in (k, v)
+            )
             weights[name] = torch.cat([q, k, v])
     full.load_state_dict(weights)
     tokens = torch.randint(90, (2, 10))
@@ -191,13 +219,19 @@ def test_documents_of_a_batch_are_what_they_are_alone(config, device):
     lengths = (5, 0, 7, 1, 11)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     got = model(tokens, cu_seqlens=cu_seqlens)
-    alone = [model(document[None])[0] for document in tokens.flatten().split(lengths) if len(document)]
+    alone = [
+        model(document[None])[0] for document in tokens.flatten().split(lengths) if len(document)
+    ]
     torch.testing.assert_close(got.flatten(0, 1), torch.cat(alone), rtol=1e-4, atol=1e-5)
     targets = torch.randint(SMALL.vocab_size, (2, 12), device=device)
-    grads = torch.autograd.grad(model(tokens, targets, cu_seqlens=cu_seqlens), list(model.parameters()))
+    grads = torch.autograd.grad(
+        model(tokens, targets, cu_seqlens=cu_seqlens), list(model.parameters())
+    )
     losses = [
         model(document[None], target[None]) * len(document) / 24
-        for document, target in zip(tokens.flatten().split(lengths), targets.flatten().split(lengths), strict=True)
+        for document, target in zip(
+            tokens.flatten().split(lengths), targets.flatten().split(lengths), strict=True
+        )
         if len(document)
     ]
     for a, b in zip(grads, torch.autograd.grad(sum(losses), list(model.parameters())), strict=True):
@@ -226,7 +260,9 @@ def test_training_goes_as_with_a_plain_head(device, monkeypatch):
         torch.manual_seed(0)
         model = GPT(SMALL).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        tokens = torch.randint(SMALL.vocab_size, (4, 25), generator=torch.Generator().manual_seed(1)).to(device)
+        tokens = torch.randint(
+            SMALL.vocab_size, (4, 25), generator=torch.Generator().manual_seed(1)
+        ).to(device)
         for _ in range(30):
             loss = model(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
@@ -236,7 +272,8 @@ def test_training_goes_as_with_a_plain_head(device, monkeypatch):
 
     fused = list(losses())
     monkeypatch.setattr(
-        "tritium.model.gpt.linear_cross_entropy", lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target)
+        "tritium.model.gpt.linear_cross_entropy",
+        lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
     )
     assert fused[-1] < 0.95 * fused[0]
     torch.testing.assert_close(fused, list(losses()), rtol=1e-5, atol=0)
@@ -247,7 +284,10 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     """Replicated and sharded; the head's weight, which is the embedding's too, is a plain tensor inside."""
     program = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
     both = [
-        subprocess.Popen([*program, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen(
+            [*program, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
     ]
     for process in both:
         _, errors = process.communicate(timeout=120)

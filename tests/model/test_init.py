@@ -19,7 +19,9 @@ def test_deviations_are_those_of_gpt2():
         else:
             expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
             # The deviation of n normal draws is known to one part in sqrt(2 n): allow five of these.
-            assert abs(parameter.std().item() / expected - 1) < 5 / math.sqrt(2 * parameter.numel()), name
+            assert abs(parameter.std().item() / expected - 1) < 5 / math.sqrt(
+                2 * parameter.numel()
+            ), name
 
 
 def test_same_seed_same_weights():

@@ -18,7 +18,9 @@ LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 DOCUMENTS = torch.tensor([0, 5, 16, 25, 32], dtype=torch.int32)
 
 
-def gradients(config, mode, *, attention="tritium", dtype=torch.float32, cu_seqlens=None, compiled=False):
+def gradients(
+    config, mode, *, attention="tritium", dtype=torch.float32, cu_seqlens=None, compiled=False
+):
     """Loss and gradients, in one row."""
     torch.manual_seed(0)
     model = GPT(config, attention=attention, recompute=mode)
@@ -29,7 +31,9 @@ def gradients(config, mode, *, attention="tritium", dtype=torch.float32, cu_seql
     tokens, targets = torch.randint(50, (2, 2, 16))
     loss = network(tokens, targets, cu_seqlens=cu_seqlens)
     loss.backward()
-    return torch.cat([loss.detach()[None], *(parameter.grad.flatten() for parameter in model.parameters())])
+    return torch.cat(
+        [loss.detach()[None], *(parameter.grad.flatten() for parameter in model.parameters())]
+    )
 
 
 @pytest.mark.parametrize("attention", ["tritium", "sdpa"])
@@ -47,10 +51,14 @@ def test_gradients_are_bitwise_those_of_no_recomputation(config, dtype, cu_seqle
 @pytest.mark.parametrize("mode", ["gelu", "selective", "block"])
 def test_one_graph_has_the_same_bits(mode):
     options = {"dtype": torch.bfloat16, "cu_seqlens": DOCUMENTS}
-    assert torch.equal(gradients(SMALL, mode, compiled=True, **options), gradients(SMALL, "none", **options))
+    assert torch.equal(
+        gradients(SMALL, mode, compiled=True, **options), gradients(SMALL, "none", **options)
+    )
 
 
-@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("gelu", 1), ("selective", 1), ("block", 2)])
+@pytest.mark.parametrize(
+    ("mode", "times"), [("none", 1), ("gelu", 1), ("selective", 1), ("block", 2)]
+)
 def test_attention_is_computed_again_only_with_the_whole_block(mode, times):
     calls = Counter()
 
@@ -63,9 +71,15 @@ def test_attention_is_computed_again_only_with_the_whole_block(mode, times):
     with Calls():
         model(tokens, tokens).backward()
     # Ours, and what a CPU has in their place.
-    attention = calls["causal_attention_qkvpacked_fwd"] + calls["_scaled_dot_product_flash_attention_for_cpu"]
+    attention = (
+        calls["causal_attention_qkvpacked_fwd"]
+        + calls["_scaled_dot_product_flash_attention_for_cpu"]
+    )
     assert attention == times * SMALL.n_layer
-    assert calls["gelu_mlp_fwd"] + calls["gelu"] == (2 if mode in ("selective", "block") else 1) * SMALL.n_layer
+    assert (
+        calls["gelu_mlp_fwd"] + calls["gelu"]
+        == (2 if mode in ("selective", "block") else 1) * SMALL.n_layer
+    )
 
 
 def test_samples_are_the_same():
@@ -77,7 +91,11 @@ def test_samples_are_the_same():
 
 
 def test_what_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="recompute: expected none, gelu, selective, block, got 'all'"):
+    with pytest.raises(
+        ValueError, match="recompute: expected none, gelu, selective, block, got 'all'"
+    ):
         GPT(SMALL, recompute="all")
-    with pytest.raises(ValueError, match="gelu needs an MLP with GELU, got 'swiglu'; take none, selective or block"):
+    with pytest.raises(
+        ValueError, match="gelu needs an MLP with GELU, got 'swiglu'; take none, selective or block"
+    ):
         check_recompute("gelu", LLAMA)

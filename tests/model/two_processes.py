@@ -28,7 +28,9 @@ for part in (*sharded.h, sharded):
     fully_shard(part)
 for model in (replicated, sharded):
     model(mine[:, :-1], mine[:, 1:]).backward()
-for one, copy, shard in zip(alone.parameters(), replicated.parameters(), sharded.parameters(), strict=True):
+for one, copy, shard in zip(
+    alone.parameters(), replicated.parameters(), sharded.parameters(), strict=True
+):
     torch.testing.assert_close(copy.grad, one.grad, rtol=1e-4, atol=1e-6)
     assert shard.grad.to_local().numel() < one.numel()
     torch.testing.assert_close(shard.grad.full_tensor(), one.grad, rtol=1e-4, atol=1e-6)

@@ -10,16 +10,33 @@ from pathlib import Path
 import pytest
 
 from tritium.__main__ import dispatch
-from tritium.train.cli import run
+from tritium.train.commands.cli import run
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "potions"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "mix",
+    "potions",
+]
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     """One text file of about 20 kB."""
     file = tmp_path / "corpus.txt"
-    file.write_text("\n".join(" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(300)))
+    file.write_text(
+        "\n".join(" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(300))
+    )
     return file
 
 
@@ -32,7 +49,11 @@ def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
         "d-model": 16, "context-tokens": 16, "steps": 20, "batch-size": 4, "warmup-steps": 2, "eval-interval": 10,
         "eval-tokens": 64, "checkpoint-interval": 10, "keep-checkpoints": 5, "sample-tokens": 5,
     }  # fmt: skip
-    return ["train", "laptop", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    return [
+        "train",
+        "laptop",
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
 
 
 @pytest.fixture
@@ -80,13 +101,23 @@ def forking():
 def launch(forking, tmp_path):
     """Call train on several ranks, 0: without torchrun: launch(2, *words) -> (statuses, stdout and stderr of each)."""
 
-    def call(ranks: int, *words, environment=None, **more) -> tuple[list[int], list[str], list[str]]:
+    def call(
+        ranks: int, *words, environment=None, **more
+    ) -> tuple[list[int], list[str], list[str]]:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         environment = {"TRITIUM_HOME": os.environ.get("TRITIUM_HOME")} | (environment or {})
-        job = {"words": [str(word) for word in words], "ranks": ranks, "folder": str(folder), "environment": environment}
+        job = {
+            "words": [str(word) for word in words],
+            "ranks": ranks,
+            "folder": str(folder),
+            "environment": environment,
+        }
         job |= {name: str(value) for name, value in more.items()}
         print(json.dumps(job), file=forking.stdin, flush=True)
         status = json.loads(forking.stdout.readline())["status"]
-        return status, *([(folder / f"{rank}.{name}").read_text() for rank in range(len(status))] for name in ("out", "err"))
+        return status, *(
+            [(folder / f"{rank}.{name}").read_text() for rank in range(len(status))]
+            for name in ("out", "err")
+        )
 
     return call

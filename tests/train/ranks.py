@@ -21,10 +21,15 @@ from pathlib import Path
 import torch
 
 from tritium.train import loop
-from tritium.train.cli import run
-from tritium.train.commands import train
+from tritium.train.commands.cli import run
+from tritium.train.commands.commands import train
 
-for name in ("_dynamo", "distributed.checkpoint.state_dict", "distributed.fsdp", "distributed.optim"):
+for name in (
+    "_dynamo",
+    "distributed.checkpoint.state_dict",
+    "distributed.fsdp",
+    "distributed.optim",
+):
     importlib.import_module(f"torch.{name}")
 loop.plot_loss = lambda run: None  # takes longer than the run
 gc.freeze()  # or every rank would look through all that was imported
@@ -35,14 +40,21 @@ SECONDS = 100
 def work(job: dict, rank: int, port: int) -> int:
     variables = {}
     if ranks := job["ranks"]:
-        variables |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables |= {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+        }
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     for name, value in (variables | job["environment"]).items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = str(value)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{job['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(
+            os.open(f"{job['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number
+        )
     if "backend" in job:
         torch.compile = functools.partial(torch.compile, backend=job["backend"])
     status = run(train, job["words"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tritium.train.config import InputError
+from tritium.errors import InputError
 from tritium.train.device import _is_float32_accurate, choose_device, choose_matmul
 
 pytestmark = pytest.mark.plain
@@ -28,7 +28,11 @@ def test_the_probe_finds_bfloat16(monkeypatch):
     multiply = torch.Tensor.__matmul__
 
     def rounded(a, b):
-        return multiply(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else multiply(a, b)
+        return (
+            multiply(a.bfloat16(), b.bfloat16()).float()
+            if a.dtype == torch.float32
+            else multiply(a, b)
+        )
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not _is_float32_accurate()

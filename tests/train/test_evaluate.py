@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from tritium.model import GPT, GPTConfig
+from tritium.train.data.loader import Batch
 from tritium.train.evaluate import batch_loss, evaluate
-from tritium.train.loader import Batch
 
 pytestmark = pytest.mark.plain
 
@@ -42,5 +42,7 @@ def test_with_a_separator_documents_are_scored_alone():
     logits = torch.cat([model(flat[None, span])[0] for span in documents])
     expected = F.cross_entropy(logits, flat_targets).item()
     assert batch_loss(model, batch, 29).item() == pytest.approx(expected, rel=1e-5)
-    assert evaluate(model, [batch], bytes_per_token=1, separator=29).loss == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, [batch], bytes_per_token=1, separator=29).loss == pytest.approx(
+        expected, rel=1e-5
+    )
     assert batch_loss(model, batch, None).item() != pytest.approx(expected, rel=1e-3)

@@ -50,7 +50,9 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
         "try:\n    write_whole(sys.argv[1], [bytes(1_000_000)])\n"
         "except OSError:\n    sys.exit(7)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True
+    )
     assert done.returncode == 7, done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -60,7 +62,14 @@ def test_a_sealed_record_is_found_changed():
     content = files.seal(record)
     assert files.unseal(content) == record
     assert json.loads(content)["step"] == 20
-    for changed in (content.replace(b"20", b"60"), content.replace(b'"b"', b'"c"'), content[:-3], b"[]", b"{}", b"\xff"):
+    for changed in (
+        content.replace(b"20", b"60"),
+        content.replace(b'"b"', b'"c"'),
+        content[:-3],
+        b"[]",
+        b"{}",
+        b"\xff",
+    ):
         with pytest.raises(ValueError, match=r"checksum|JSON|Expecting|decode|delimiter"):
             files.unseal(changed)
 

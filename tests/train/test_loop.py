@@ -14,7 +14,7 @@ import torch
 
 from tritium.model.attention import ATTENTIONS
 from tritium.train import loop
-from tritium.train.log import read_metrics
+from tritium.train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.plain
 
@@ -39,7 +39,9 @@ def test_a_run_learns_and_leaves_its_files(tiny, tritium, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--precision", "bfloat16"], ["--precision", "float16"], ["--optimizer", "muon"]], ids=str
+    "words",
+    [[], ["--precision", "bfloat16"], ["--precision", "float16"], ["--optimizer", "muon"]],
+    ids=str,
 )
 def test_resuming_gives_bitwise_the_weights_of_an_unbroken_run(words, tiny, tritium, tmp_path):
     assert tritium(*tiny, *words)[0] == 0
@@ -107,16 +109,23 @@ def test_documents_kept_apart_train_another_model_and_resume_as_such(tiny, triti
     assert weights(masked) == before
 
 
-def test_a_run_trains_with_the_attention_asked_for_and_keeps_it(tiny, tritium, refused, tmp_path, monkeypatch):
+def test_a_run_trains_with_the_attention_asked_for_and_keeps_it(
+    tiny, tritium, refused, tmp_path, monkeypatch
+):
     assert tritium(*tiny)[0] == 0
     used = []
     row = ATTENTIONS["sdpa"]
-    noted = replace(row, attend=lambda *arguments: used.append(torch.is_grad_enabled()) or row.attend(*arguments))
+    noted = replace(
+        row,
+        attend=lambda *arguments: used.append(torch.is_grad_enabled()) or row.attend(*arguments),
+    )
     monkeypatch.setitem(ATTENTIONS, "sdpa", noted)
     sdpa = tmp_path / "sdpa"
     assert tritium(*tiny, "--out", sdpa, "--attention", "sdpa")[0] == 0
     assert set(used) == {True, False}, "trained and evaluated with it"
-    losses = [[row["loss"] for row in read_metrics(folder)[0]] for folder in (tmp_path / "run", sdpa)]
+    losses = [
+        [row["loss"] for row in read_metrics(folder)[0]] for folder in (tmp_path / "run", sdpa)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     used.clear()
     before = weights(sdpa)
@@ -147,9 +156,17 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [("learning_rate", 7), ("learning_rate", 10), ("_evaluate", 1), ("_evaluate", 2), ("save_checkpoint", 3)],
+    [
+        ("learning_rate", 7),
+        ("learning_rate", 10),
+        ("_evaluate", 1),
+        ("_evaluate", 2),
+        ("save_checkpoint", 3),
+    ],
 )
-def test_a_run_stopped_anywhere_ends_like_one_that_was_not(name, calls, tiny, tritium, tmp_path, monkeypatch):
+def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
+    name, calls, tiny, tritium, tmp_path, monkeypatch
+):
     """In a step, in the step before an evaluation, in an evaluation, in the last one, in the last checkpoint."""
     assert tritium(*tiny)[0] == 0
     run, broken = tmp_path / "run", tmp_path / "broken"
@@ -160,13 +177,21 @@ def test_a_run_stopped_anywhere_ends_like_one_that_was_not(name, calls, tiny, tr
     assert tritium("train", "--resume", broken)[0] == 0
     assert weights(run) == weights(broken)
     (rows, evaluations), (broken_rows, broken_evaluations) = read_metrics(run), read_metrics(broken)
-    assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in broken_rows]
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (row["step"], row["loss"]) for row in broken_rows
+    ]
     assert evaluations == broken_evaluations
-    assert (broken / "samples.txt").read_text().endswith((run / "samples.txt").read_text().split("--- step 20")[-1])
+    assert (
+        (broken / "samples.txt")
+        .read_text()
+        .endswith((run / "samples.txt").read_text().split("--- step 20")[-1])
+    )
 
 
 def test_divergence_is_one_line(tiny, refused):
-    assert "training diverged: give a lower --lr" in refused(*tiny, "--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0)
+    assert "training diverged: give a lower --lr" in refused(
+        *tiny, "--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0
+    )
 
 
 def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkeypatch):
@@ -184,9 +209,21 @@ def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkey
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path):
     """SIGINT, from outside; SIGTERM is what the runs above were stopped with."""
     run = tmp_path / "run"
-    words = [*tiny, "--steps", "1000000", "--checkpoint-interval", "1000000", "--eval-interval", "1000000"]
+    words = [
+        *tiny,
+        "--steps",
+        "1000000",
+        "--checkpoint-interval",
+        "1000000",
+        "--eval-interval",
+        "1000000",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tritium", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-m", "tritium", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
     deadline = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
@@ -203,7 +240,9 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path):
     assert [row["step"] for row in rows] == list(range(step))
 
 
-@pytest.mark.parametrize(("limit", "file"), [(10_000, "train-00000.bin"), (30_000, "model.safetensors")])
+@pytest.mark.parametrize(
+    ("limit", "file"), [(10_000, "train-00000.bin"), (30_000, "model.safetensors")]
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(limit, file, tiny, tritium, tmp_path):
     """A limit on the size of files stands in for the disk: the write fails in the middle in the same way."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
-from tritium.train.config import InputError, TrainConfig
+from tritium.train.config import TrainConfig
 from tritium.train.optim import Optimizer
 
 pytestmark = pytest.mark.plain
@@ -33,7 +34,9 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(model, optimiz
     assert set(found) == set(names.values())
     linear = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     matrices = {f"h.{layer}.{name}.weight" for layer in (0, 1) for name in linear}
-    assert {name for name, kind in found.items() if kind == "Muon"} == (matrices if optimizer == "muon" else set())
+    assert {name for name, kind in found.items() if kind == "Muon"} == (
+        matrices if optimizer == "muon" else set()
+    )
 
 
 def test_a_parameter_that_no_group_holds_is_noticed(model, monkeypatch):
@@ -50,7 +53,12 @@ def test_a_parameter_that_no_group_holds_is_noticed(model, monkeypatch):
 def test_frozen_parameters_are_left_alone(model):
     model.wte.weight.requires_grad_(False)
     parts = Optimizer(model, TrainConfig()).parts
-    assert not any(model.wte.weight is held for part in parts for group in part.param_groups for held in group["params"])
+    assert not any(
+        model.wte.weight is held
+        for part in parts
+        for group in part.param_groups
+        for held in group["params"]
+    )
 
 
 def test_a_step_is_adamw(model):
@@ -61,7 +69,9 @@ def test_a_step_is_adamw(model):
     with_gradients(model)
     grad = weight.grad.clone()
     optimizer.update(0.01)
-    torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.1) - 0.01 * grad / (grad.abs() + 1e-8))
+    torch.testing.assert_close(
+        weight.detach(), before * (1 - 0.01 * 0.1) - 0.01 * grad / (grad.abs() + 1e-8)
+    )
 
 
 def test_muon_makes_steps_of_adamws_size(model):
@@ -81,7 +91,9 @@ def test_muon_makes_steps_of_adamws_size(model):
 
 def test_a_pytorch_without_muon_is_named(model, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(InputError, match=r"--optimizer: expected PyTorch 2\.9 or newer for muon, got"):
+    with pytest.raises(
+        InputError, match=r"--optimizer: expected PyTorch 2\.9 or newer for muon, got"
+    ):
         Optimizer(model, TrainConfig(optimizer="muon"))
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tritium.kernels._device import CEILINGS
+from tritium.kernels.core.device import CEILINGS
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import flops_per_token, step_bytes
 from tritium.train import plan as planner
 from tritium.train.config import TrainConfig
-from tritium.train.loader import Batch
+from tritium.train.data.loader import Batch
 from tritium.train.optim import Optimizer
 from tritium.train.plan import RESERVE, Machine, Plan, PlanOptions, describe, make_plan
 from tritium.train.recipes import RECIPES
@@ -26,15 +26,22 @@ pytestmark = pytest.mark.plain
 DEEP = GPTConfig(n_layer=6, n_head=4, d_model=256, vocab_size=300, context_tokens=128)
 WIDE = GPTConfig(n_layer=4, n_head=2, d_model=128, vocab_size=1000, context_tokens=128)
 LLAMA = replace(DEEP, position="rotary", norm="rms", mlp="swiglu", bias=False)
-LARGE_VOCABULARY = GPTConfig(n_layer=2, n_head=1, d_model=64, vocab_size=5000, context_tokens=64, bias=False)
+LARGE_VOCABULARY = GPTConfig(
+    n_layer=2, n_head=1, d_model=64, vocab_size=5000, context_tokens=64, bias=False
+)
 
 
-def measured_peak(config: GPTConfig, batch: int, micro_batch: int, precision: str, recompute: str = "none") -> int:
+def measured_peak(
+    config: GPTConfig, batch: int, micro_batch: int, precision: str, recompute: str = "none"
+) -> int:
     """Bytes of all tensors at the fullest moment of the second step, as PyTorch's allocator counts them."""
     model = GPT(config, recompute=recompute)
     options = TrainConfig(batch_size=batch, micro_batch_size=micro_batch, precision=precision)
     trainer = Trainer(model, Optimizer(model, options), options)
-    batch = Batch(torch.randint(config.vocab_size, (batch, config.context_tokens + 1)), np.full(batch, config.context_tokens))
+    batch = Batch(
+        torch.randint(config.vocab_size, (batch, config.context_tokens + 1)),
+        np.full(batch, config.context_tokens),
+    )
 
     def step():
         trainer.backward(batch)
@@ -46,7 +53,9 @@ def measured_peak(config: GPTConfig, batch: int, micro_batch: int, precision: st
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     assert sum(changes) == 0, "a step leaves as much as it found"
     return held + max(itertools.accumulate(changes))
@@ -81,8 +90,12 @@ def library_defaults():
 )
 def test_formula_is_the_measured_peak(config, batch, micro_batch, precision, library_defaults):
     accumulates, itemsize = micro_batch < batch, getattr(torch, precision).itemsize
-    parts = step_bytes(config, micro_batch, config.context_tokens, itemsize, accumulates=accumulates)
-    assert 0.98 <= sum(parts.values()) / measured_peak(config, batch, micro_batch, precision) <= 1.02
+    parts = step_bytes(
+        config, micro_batch, config.context_tokens, itemsize, accumulates=accumulates
+    )
+    assert (
+        0.98 <= sum(parts.values()) / measured_peak(config, batch, micro_batch, precision) <= 1.02
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -103,8 +116,15 @@ def test_formula_is_the_measured_peak_where_blocks_are_computed_again(
     accumulates, itemsize = micro_batch < batch, getattr(torch, precision).itemsize
     sizes = (config, micro_batch, config.context_tokens, itemsize)
     parts = step_bytes(*sizes, accumulates=accumulates, recompute=recompute)
-    assert 0.98 <= sum(parts.values()) / measured_peak(config, batch, micro_batch, precision, recompute) <= 1.02
-    assert sum(parts.values()) < sum(step_bytes(*sizes, accumulates=accumulates).values()) or config is LARGE_VOCABULARY
+    assert (
+        0.98
+        <= sum(parts.values()) / measured_peak(config, batch, micro_batch, precision, recompute)
+        <= 1.02
+    )
+    assert (
+        sum(parts.values()) < sum(step_bytes(*sizes, accumulates=accumulates).values())
+        or config is LARGE_VOCABULARY
+    )
 
 
 def test_largest_micro_batch_is_the_last_that_fits():
@@ -168,7 +188,9 @@ def test_a_step_is_the_sum_of_its_terms(tritium):
         + 65_536 * 12 * 768 * 56 / (0.9 * 3.35e12)
         + (124_439_808 * 28 + 84_934_656 * (6 + 2 * 10) + 2 * 50_257 * 768 * 24) / (0.9 * 3.35e12)
     )
-    _, out, _ = tritium("plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5)
+    _, out, _ = tritium(
+        "plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5
+    )
     hours = [seconds * 1e10 / 524_288 / 3600 for seconds in (good, poor)]
     low, high = (float(word) for word in out.split("price")[1].split(",")[0].split(" to "))
     assert (low, high) == pytest.approx([8 * 2.5 * each for each in hours], rel=5e-3)
@@ -179,7 +201,9 @@ def test_more_gpus_are_faster_and_pay_for_the_reduction():
     for a, b in zip(one.seconds(), eight.seconds(), strict=True):
         assert b < a < 8 * b
     slow = make_plan(PlanOptions(recipe="gpt2", gpu="h100-pcie", gpus=8)).seconds()[1]
-    fast = replace(CEILINGS["h100-pcie"], link_bytes_per_second=CEILINGS["h100"].link_bytes_per_second)
+    fast = replace(
+        CEILINGS["h100-pcie"], link_bytes_per_second=CEILINGS["h100"].link_bytes_per_second
+    )
     plan = make_plan(PlanOptions(recipe="gpt2", gpu="h100-pcie", gpus=8))
     assert replace(plan, machine=replace(plan.machine, ceiling=fast)).seconds()[1] < slow
 
@@ -188,20 +212,31 @@ def test_more_gpus_are_faster_and_pay_for_the_reduction():
 
 
 def test_presets_are_planned_as_published_and_recipes_by_their_tokenizer():
-    sizes = {name: make_plan(PlanOptions(recipe=name, gpu="h100")).model.vocab_size for name in RECIPES}
+    sizes = {
+        name: make_plan(PlanOptions(recipe=name, gpu="h100")).model.vocab_size for name in RECIPES
+    }
     assert sizes.pop("laptop") == 4096
     assert sizes.pop("shakespeare-char") == 66
     assert set(sizes.values()) == {50_257}
 
 
 def test_the_answer_begins_with_memory_and_ends_with_speed(tritium):
-    status, out, err = tritium("plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5)
+    status, out, err = tritium(
+        "plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5
+    )
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0].startswith("gpt2 on 8 x h100: fits, ")
     assert "at most 64 sequences at once" in lines[0]
     assert lines[-1].startswith("a run at less than 3,")
-    for words in ("524,288 tokens", "10,000,000,000 tokens", "hours", "MFU", "at 2.5 for a GPU and hour", "an estimate"):
+    for words in (
+        "524,288 tokens",
+        "10,000,000,000 tokens",
+        "hours",
+        "MFU",
+        "at 2.5 for a GPU and hour",
+        "an estimate",
+    ):
         assert words in out
 
 
@@ -210,21 +245,42 @@ def test_what_does_not_fit_says_what_to_change(tritium):
     assert status == 0
     assert "does not fit" in out.splitlines()[0]
     assert "--micro-batch-size 16 does (at most" in out.splitlines()[0]
-    assert "nor does a single sequence" in tritium("plan", "gpt2-xl", "--gpu", "rtx-4090")[1].splitlines()[0]
+    assert (
+        "nor does a single sequence"
+        in tritium("plan", "gpt2-xl", "--gpu", "rtx-4090")[1].splitlines()[0]
+    )
 
 
 def test_recomputation_is_suggested_where_it_makes_room(tritium):
     words = ["plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size"]
-    assert "(at most 16 at once), and so does --recompute selective" in tritium(*words, 64)[1].splitlines()[0]
-    assert "fits" in tritium(*words, 64, "--recompute", "selective")[1].splitlines()[0].split(": ")[1]
+    assert (
+        "(at most 16 at once), and so does --recompute selective"
+        in tritium(*words, 64)[1].splitlines()[0]
+    )
+    assert (
+        "fits" in tritium(*words, 64, "--recompute", "selective")[1].splitlines()[0].split(": ")[1]
+    )
     assert "recompute" not in tritium(*words, 512)[1].splitlines()[0]
-    long = ["plan", "gpt2-medium", "--gpu", "rtx-4090", "--context-tokens", 32_768, "--micro-batch-size", 1]
-    assert "nor does a single sequence; one does with --recompute selective" in tritium(*long)[1].splitlines()[0]
+    long = [
+        "plan",
+        "gpt2-medium",
+        "--gpu",
+        "rtx-4090",
+        "--context-tokens",
+        32_768,
+        "--micro-batch-size",
+        1,
+    ]
+    assert (
+        "nor does a single sequence; one does with --recompute selective"
+        in tritium(*long)[1].splitlines()[0]
+    )
 
 
 def test_recomputing_costs_a_forward():
     plans = [
-        make_plan(PlanOptions(recipe="gpt2", gpu="h100", recompute=mode)) for mode in ("none", "gelu", "selective", "block")
+        make_plan(PlanOptions(recipe="gpt2", gpu="h100", recompute=mode))
+        for mode in ("none", "gelu", "selective", "block")
     ]
     none, gelu, selective, block = (plan.seconds()[0] for plan in plans)
     assert none == gelu
@@ -233,7 +289,10 @@ def test_recomputing_costs_a_forward():
 
 
 def test_a_small_model_is_bound_by_launches(tritium):
-    assert "bound by launching kernels" in tritium("plan", "shakespeare-char", "--gpu", "h100")[1].splitlines()[-1]
+    assert (
+        "bound by launching kernels"
+        in tritium("plan", "shakespeare-char", "--gpu", "h100")[1].splitlines()[-1]
+    )
 
 
 def test_without_a_gpu_memory_is_this_machines_and_no_time_is_claimed(tritium, monkeypatch):
@@ -245,20 +304,37 @@ def test_without_a_gpu_memory_is_this_machines_and_no_time_is_claimed(tritium, m
     assert make_plan(PlanOptions(recipe="laptop")).machine.memory_bytes > 1e9
 
 
-@pytest.mark.parametrize(("name", "is_known"), [("NVIDIA A100-SXM4-80GB", True), ("NVIDIA GeForce GT 710", False)])
+@pytest.mark.parametrize(
+    ("name", "is_known"), [("NVIDIA A100-SXM4-80GB", True), ("NVIDIA GeForce GT 710", False)]
+)
 def test_the_present_gpu_is_planned_for(name, is_known, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"total_memory": 85 * 10**9}))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: type("Properties", (), {"total_memory": 85 * 10**9}),
+    )
     plan = make_plan(PlanOptions(recipe="gpt2"))
     assert plan.machine == Machine(
-        name=name, gpus=1, memory_bytes=85 * 10**9, itemsize=2, ceiling=CEILINGS["a100-80gb"] if is_known else None
+        name=name,
+        gpus=1,
+        memory_bytes=85 * 10**9,
+        itemsize=2,
+        ceiling=CEILINGS["a100-80gb"] if is_known else None,
     )
     assert (plan.seconds() is not None) == is_known
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("10B", 10**10), ("500M", 5 * 10**8), ("1.5e9", 15 * 10**8), ("524,288", 524_288), ("2.5k", 2500)]
+    ("text", "count"),
+    [
+        ("10B", 10**10),
+        ("500M", 5 * 10**8),
+        ("1.5e9", 15 * 10**8),
+        ("524,288", 524_288),
+        ("2.5k", 2500),
+    ],
 )
 def test_tokens_as_people_write_them(text, count):
     assert make_plan(PlanOptions(recipe="gpt2", gpu="h100", tokens=text)).tokens == count
@@ -268,16 +344,43 @@ def test_tokens_as_people_write_them(text, count):
     ("words", "message"),
     [
         (["gpt-2"], "no recipe 'gpt-2'; near: gpt2"),
-        (["gpt2", "--gpu", "a100"], "--gpu: expected a GPU of known ceilings, got 'a100'; near: h100, a100-80gb, a100-40gb"),
+        (
+            ["gpt2", "--gpu", "a100"],
+            "--gpu: expected a GPU of known ceilings, got 'a100'; near: h100, a100-80gb, a100-40gb",
+        ),
         (["gpt2", "--gpu", "h100", "--gpus", "0"], "--gpus: expected 1 or more, got 0"),
-        (["gpt2", "--gpu", "h100", "--gpus", "3"], "expected a multiple of 3 GPUs x 1024 tokens, got 524288; take 525312"),
-        (["gpt2", "--gpu", "h100", "--tokens", "many"], "--tokens: expected a number of tokens such as 10B"),
-        (["gpt2", "--gpu", "h100", "--tokens", "0"], "--tokens: expected a number of tokens such as 10B"),
-        (["gpt2", "--gpu", "h100", "--tokens-per-step", "1000"], "expected a multiple of 1 GPUs x 1024 tokens, got 1000"),
-        (["gpt2", "--gpu", "h100", "--price", "-1"], "--price: expected 0 or more, and finite, got -1.0"),
-        (["gpt2", "--gpu", "h100", "--price", "nan"], "--price: expected 0 or more, and finite, got nan"),
-        (["gpt2", "--gpu", "h100", "--micro-batch-size", "48"], "a divisor of the 512 sequences that a GPU has in a step"),
-        (["gpt2", "--gpu", "h100", "--context-tokens", "0"], "--context-tokens: expected 1 or more, got 0"),
+        (
+            ["gpt2", "--gpu", "h100", "--gpus", "3"],
+            "expected a multiple of 3 GPUs x 1024 tokens, got 524288; take 525312",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--tokens", "many"],
+            "--tokens: expected a number of tokens such as 10B",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--tokens", "0"],
+            "--tokens: expected a number of tokens such as 10B",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--tokens-per-step", "1000"],
+            "expected a multiple of 1 GPUs x 1024 tokens, got 1000",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--price", "-1"],
+            "--price: expected 0 or more, and finite, got -1.0",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--price", "nan"],
+            "--price: expected 0 or more, and finite, got nan",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--micro-batch-size", "48"],
+            "a divisor of the 512 sequences that a GPU has in a step",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--context-tokens", "0"],
+            "--context-tokens: expected 1 or more, got 0",
+        ),
         (["gpt2", "--gpuz", "2"], "near: --gpu"),
         ([], "see tritium plan --help"),
     ],
@@ -288,7 +391,9 @@ def test_bad_options_are_one_line(words, message, refused):
 
 def test_two_cpus_are_refused(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--gpus: expected 1 on a machine without a GPU, got 2" in refused("plan", "laptop", "--gpus", "2")
+    assert "--gpus: expected 1 on a machine without a GPU, got 2" in refused(
+        "plan", "laptop", "--gpus", "2"
+    )
 
 
 def test_a_machine_that_does_not_tell_its_memory_needs_a_name(refused, monkeypatch):

@@ -5,9 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
-from tritium.train.config import InputError, TrainConfig
-from tritium.train.precision import choose_dtype, narrowed, products, refresh, refuse_missing_attention, working_copy
+from tritium.train.config import TrainConfig
+from tritium.train.precision import (
+    check_attention,
+    choose_dtype,
+    narrowed,
+    products,
+    refresh,
+    working_copy,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -28,9 +36,13 @@ def test_auto_takes_the_narrowest_that_the_device_is_good_at(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_dtype("auto", CUDA) == choose_dtype("bfloat16", CUDA) == torch.bfloat16
     assert choose_dtype("float32", CUDA) == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
     assert choose_dtype("auto", CUDA) == torch.float16
-    with pytest.raises(InputError, match="expected float16 or float32 on this GPU, which has no bfloat16"):
+    with pytest.raises(
+        InputError, match="expected float16 or float32 on this GPU, which has no bfloat16"
+    ):
         choose_dtype("bfloat16", CUDA)
 
 
@@ -39,24 +51,28 @@ def test_flash_attn_needs_its_package_a_gpu_and_16_bits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(
-        InputError, match=r"--attention: expected an installed flash-attn, found none; pip install 'tritium\[fl"
+        InputError,
+        match=r"--attention: expected an installed flash-attn, found none; pip install 'tritium\[fl",
     ):
-        refuse_missing_attention(config, CUDA)
+        check_attention(config, CUDA)
     module = types.ModuleType("flash_attn")
     module.__spec__ = types.SimpleNamespace(name="flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    refuse_missing_attention(config, CUDA)
+    check_attention(config, CUDA)
     for precision, device in (("bfloat16", CPU), ("float32", CUDA)):
         with pytest.raises(
-            InputError, match=f"a GPU and 16 bits for flash-attn, got {device} and torch.{precision}; take trit"
+            InputError,
+            match=f"a GPU and 16 bits for flash-attn, got {device} and torch.{precision}; take trit",
         ):
-            refuse_missing_attention(replace(config, precision=precision), device)
-    refuse_missing_attention(TrainConfig(attention="sdpa"), CPU)
+            check_attention(replace(config, precision=precision), device)
+    check_attention(TrainConfig(attention="sdpa"), CPU)
 
 
 def test_only_linear_maps_are_narrow(model):
     copy = working_copy(model, torch.bfloat16)
-    for (name, mine), (same, wide) in zip(copy.named_parameters(), model.named_parameters(), strict=True):
+    for (name, mine), (same, wide) in zip(
+        copy.named_parameters(), model.named_parameters(), strict=True
+    ):
         assert name == same
         assert wide.dtype == torch.float32
         if ".attn." in name or ".mlp." in name:
@@ -69,12 +85,16 @@ def test_only_linear_maps_are_narrow(model):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options", [{}, {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False}], ids=["gpt2", "llama"]
+    "options",
+    [{}, {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False}],
+    ids=["gpt2", "llama"],
 )
 def test_loss_and_gradients_are_those_of_float32_to_rounding(dtype, options):
     """Also after the weights have changed. A value is rounded about 11 times a block, and as often again in the backward."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8, **options))
+    model = GPT(
+        GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8, **options)
+    )
     copy = working_copy(model, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +105,9 @@ def test_loss_and_gradients_are_those_of_float32_to_rounding(dtype, options):
         model.zero_grad()
         loss = network(TOKENS, TOKENS.flip(1))
         loss.backward()
-        results.append((loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
+        results.append(
+            (loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        )
     assert results[0][1].dtype == torch.float32
     rounding = (4 * 11 * 2) ** 0.5 * torch.finfo(dtype).eps / 2
     assert abs(results[0][0] - results[1][0]) <= rounding * results[1][0]
@@ -97,7 +119,9 @@ def test_loss_and_gradients_are_those_of_float32_to_rounding(dtype, options):
 def test_blocks_compute_in_the_dtype_of_their_linear_maps(model, dtype):
     copy, seen = working_copy(model, dtype), []
     for block in copy.h:
-        block.register_forward_hook(lambda module, inputs, outputs: seen.extend([*outputs, inputs[1]]))
+        block.register_forward_hook(
+            lambda module, inputs, outputs: seen.extend([*outputs, inputs[1]])
+        )
     logits = copy(TOKENS)
     assert {value.dtype for value in (*seen, logits)} == {dtype}
     assert copy(TOKENS, TOKENS).dtype == torch.float32
@@ -131,4 +155,6 @@ def test_weights_cast_in_each_pass_have_their_gradients_before_the_backward_goes
         model.zero_grad()
         last, order = order, []
     assert torch.equal(*results)
-    assert max(last.index(name) for name in last if "h.1." in name) < min(last.index(name) for name in last if "h.0." in name)
+    assert max(last.index(name) for name in last if "h.1." in name) < min(
+        last.index(name) for name in last if "h.0." in name
+    )

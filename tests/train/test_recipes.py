@@ -1,7 +1,7 @@
 import pytest
 
+from tritium.errors import InputError
 from tritium.model import PRESETS
-from tritium.train.config import InputError
 from tritium.train.recipes import RECIPES, default_recipe, recipe
 
 pytestmark = pytest.mark.plain

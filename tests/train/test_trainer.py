@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tritium.model import GPT, GPTConfig
 from tritium.train import trainer as trainer_file
 from tritium.train.config import TrainConfig
-from tritium.train.distributed import World
+from tritium.train.data.loader import Batch
+from tritium.train.distributed.world import World
 from tritium.train.evaluate import evaluate
-from tritium.train.loader import Batch
 from tritium.train.optim import Optimizer
-from tritium.train.precision import products, refresh, working_copy
+from tritium.train.precision import linear_parameters, refresh, working_copy
 from tritium.train.trainer import Trainer, is_compiled_on, quiet_collector
 
 pytestmark = pytest.mark.plain
@@ -42,7 +42,9 @@ def gradients(trainer: Trainer) -> torch.Tensor:
 
 
 def test_micro_batches_add_up_to_the_batch():
-    padded = Batch(batch().windows, np.array([8, 2, 8, 8, 0, 8]))  # the last window of the data is: shares differ
+    padded = Batch(
+        batch().windows, np.array([8, 2, 8, 8, 0, 8])
+    )  # the last window of the data is: shares differ
     results = []
     for micro_batch in (6, 2, 1):
         trainer = make(micro_batch_size=micro_batch)
@@ -144,7 +146,9 @@ def losses_of(trainer: Trainer, batches) -> list[float]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_one_graph_serves_micro_batches_evaluations_and_samples(precision, graphs):
-    plain, compiled = (make(micro_batch_size=2, precision=precision, compile=option) for option in ("off", "on"))
+    plain, compiled = (
+        make(micro_batch_size=2, precision=precision, compile=option) for option in ("off", "on")
+    )
     batches = [batch()] * 3
     results = []
     for trainer in (plain, compiled):
@@ -178,13 +182,16 @@ def test_documents_of_any_number_share_a_graph(graphs):
 def test_compiled_by_inductor_it_trains_the_same():
     torch._dynamo.reset()
     plain, compiled = (make(micro_batch_size=2, compile=option) for option in ("off", "on"))
-    assert losses_of(plain, [batch()] * 3) == pytest.approx(losses_of(compiled, [batch()] * 3), rel=1e-6)
+    assert losses_of(plain, [batch()] * 3) == pytest.approx(
+        losses_of(compiled, [batch()] * 3), rel=1e-6
+    )
     for mine, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize(
-    ("device", "has_triton", "compiles"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+    ("device", "has_triton", "compiles"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],
 )
 def test_auto_compiles_where_triton_can(device, has_triton, compiles, monkeypatch):
     monkeypatch.setattr(trainer_file, "HAS_TRITON", has_triton)
@@ -213,9 +220,9 @@ def test_casting_weights_and_summing_gradients_read_nothing():
     model = GPT(SHAPE).to("meta")
     copy = working_copy(model, torch.bfloat16)
     for _ in range(2):
-        sum(weight.float().sum() for weight in products(copy)).backward()
+        sum(weight.float().sum() for weight in linear_parameters(copy)).backward()
     refresh(copy, model)
-    assert all(weight.grad.dtype == torch.float32 for weight in products(model))
+    assert all(weight.grad.dtype == torch.float32 for weight in linear_parameters(model))
 
 
 def test_scaling_losses_reads_nothing():
@@ -223,7 +230,10 @@ def test_scaling_losses_reads_nothing():
 
     class Unread(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            assert func not in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+            )
             return func(*args, **kwargs or {})
 
     trainer = make(precision="float16")
@@ -259,7 +269,9 @@ def test_ranks_sample_in_the_precision_of_the_run(monkeypatch):
     monkeypatch.setattr("tritium.train.trainer.replicate", lambda network, world: network)
     config = TrainConfig(batch_size=6, precision="bfloat16")
     model = GPT(SHAPE)
-    sampled = Trainer(model, Optimizer(model, config), config, world=World(engine="ddp")).on_first_rank()
+    sampled = Trainer(
+        model, Optimizer(model, config), config, world=World(engine="ddp")
+    ).on_first_rank()
     assert sampled.h[0].attn.c_attn.weight.dtype == torch.bfloat16
 
 

@@ -1,0 +1,27 @@
+"""The operators that are measured: one module each, a row here."""
+
+from . import cross_entropy, layer_norm, linear_cross_entropy, mlp, rms_norm
+from .attention import ATTENTION
+from .attention_decode import ATTENTION_DECODE
+from .attention_varlen import ATTENTION_VARLEN
+from .case import Operator
+from .rotary import ROTARY
+from .swiglu_mlp import SWIGLU_MLP
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        layer_norm.LAYER_NORM,
+        layer_norm.ADD_LAYER_NORM,
+        rms_norm.RMS_NORM,
+        rms_norm.ADD_RMS_NORM,
+        ROTARY,
+        ATTENTION,
+        ATTENTION_VARLEN,
+        ATTENTION_DECODE,
+        mlp.GELU_MLP,
+        SWIGLU_MLP,
+        cross_entropy.CROSS_ENTROPY,
+        linear_cross_entropy.LINEAR_CROSS_ENTROPY,
+    )
+}

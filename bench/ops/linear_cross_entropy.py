@@ -1,0 +1,65 @@
+"""The language-model head with its loss beside the unfused pair, PyTorch's own fused one and Liger's."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import linear_cross_entropy
+from ...kernels.loss.linear_cross_entropy import cost, launch_fwd, launch_scale
+from .case import Contestant, Operator, randn
+
+# N, D, V: 16 and 64 sequences of 1,024 tokens at GPT-2's smallest and largest width.
+SHAPES = ((16384, 768, 50304), (65536, 768, 50304), (16384, 1600, 50304))
+SMALL_SHAPES = ((128, 64, 4096), (64, 64, 8191))
+
+
+def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    N, D, V = shape
+    return {
+        "x": randn(N, D, dtype=dtype, device=device),
+        "weight": randn(V, D, dtype=dtype, device=device, scale=D**-0.5),
+        "target": torch.randint(V, (N,), device=device),
+    }
+
+
+def _eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    logits = F.linear(x, weight)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
+
+
+def _native(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.linear_cross_entropy(x, weight, target)
+
+
+def _liger(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(x, weight, target)[0]
+
+
+def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
+    N, D, V = shape
+    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (V, D)))
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    loss, divisor, *grads = launch_fwd(
+        x, weight, target, None, -100, 0.0, 0.0, 0.0, "mean", True, True
+    )
+    launch_scale(loss, divisor, *grads, dtype)
+
+
+# torch 2.13 brought it.
+_NATIVE = (
+    (Contestant(name="F.linear_cross_entropy", call=_native),)
+    if hasattr(F, "linear_cross_entropy")
+    else ()
+)
+
+LINEAR_CROSS_ENTROPY = Operator(
+    name="linear_cross_entropy", sizes=("N", "D", "V"), inputs=_inputs, ours=linear_cross_entropy, eager=_eager,
+    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=SHAPES[:1],
+    check_shape=lambda shape: (min(shape[0], 613), *shape[1:]),
+    cost=lambda shape, itemsize: cost(*shape, itemsize),
+    peers=(*_NATIVE, Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True)),
+)  # fmt: skip

@@ -1,0 +1,34 @@
+"""The exceptions that users see, and the words that their messages share."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input from outside: the command prints it as one line and exits with status 2.
+
+    The message says what was expected, what was found and what to do.
+    """
+
+
+class NoMemoryError(MemoryError):
+    """The device or the system ran out of memory; the message says what to do about it."""
+
+
+class InterruptedRun(Exception):  # noqa: N818 - a requested stop is not an error
+    """A signal stopped the run, after it wrote a checkpoint. The argument is the run's folder."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is in no table: `unknown recipe 'gtp2'; did you mean 'gpt2'?`"""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    if near:
+        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
+    return f"unknown {kind} {name!r}; expected one of {', '.join(known)}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """The system's description of a file error, with the file's name where it is known."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

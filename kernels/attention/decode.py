@@ -1,0 +1,339 @@
+"""Attention of new tokens to a cache of keys and values: what generation does at every step. Inference only.
+
+    position   of new token t of sequence b: p = cache_lengths[b] - T + t
+    scores     s_j = scale q k_j^T    t_j = c tanh(s_j / c) (softcap c > 0, else s_j)    for keys j with 0 <= p - j < window
+    output     o = softmax(t) v, zero where a token sees no key
+
+Shapes     q, o: (B, T, H, K)   k_cache, v_cache: (B, S, G, K), G divides H   cache_lengths: (B,), the T new tokens included
+Precision  any float dtype in and out; scores, softmax and sums in float32
+Cost       memory-bound: every visible key and value is read once for the H / G heads and 16 to 64 rows of a tile, see cost()
+Splits     the keys of a tile are shared out over programs, as many as fill the GPU; each leaves o and its log-sum-exp in
+           float32, a second kernel joins them. No atomics; the order of summation depends on shapes, lengths and SMs alone
+Source     Dao, Haziza, Massa & Sizov 2023, "Flash-Decoding for long-context inference"
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.device import DEFAULT_SM_COUNT, sm_count
+from ..core.layout import strides_bth, wide
+from ..core.matmul import autocast
+from ..core.op import can_read_values, define_op, public
+from ..core.triton import cdiv, next_power_of_2, tl, triton
+from ._tiles import LOWEST, _capped, _exponent, _rows, _visible, _weights
+
+MAX_HEAD_SIZE, MAX_SPLITS = 256, 64
+
+
+# --- reference: the definition; also the CPU implementation and the test oracle
+
+
+def reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Return o in q's dtype."""
+    (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
+    _refuse_bad_lengths(cache_lengths, S)
+    keys = torch.arange(S, device=q.device)
+    position = (cache_lengths.long() - T)[:, None] + torch.arange(T, device=q.device)
+    ahead = position[:, None, :, None] - keys  # (B, 1, T, S)
+    seen = (ahead >= 0) & (ahead < window)
+    # (B, G, H / G, T, K) against (B, G, 1, S, K). What lies behind a sequence's last key may be anything, NaN too.
+    heads = wide(q).unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)
+    k, v = (wide(x).permute(0, 2, 1, 3).unsqueeze(2) for x in (k_cache, v_cache))
+    s = heads @ k.mT * scale
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    p = torch.softmax(s.masked_fill(~seen[:, :, None], -math.inf), -1)
+    p = p.masked_fill(~seen.any(-1, keepdim=True)[:, :, None], 0.0)
+    o = p @ v.masked_fill((keys >= cache_lengths[:, None])[:, None, None, :, None], 0.0)
+    return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, K).to(q.dtype).contiguous()
+
+
+def shapes(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Room for what `reference` returns."""
+    return q.new_empty(q.shape)
+
+
+def _refuse_bad_lengths(cache_lengths: Tensor, S: int) -> None:
+    """Raise for lengths that the cache does not have, where looking costs no synchronization."""
+    if not can_read_values(cache_lengths):
+        return
+    if ((cache_lengths < 0) | (cache_lengths > S)).any():
+        raise ValueError(
+            f"attention_decode: cache_lengths must be from 0 to the cache's {S}, got {cache_lengths.tolist()[:20]}"
+        )
+
+
+# --- kernels: a program owns a tile of (token, head) rows of one key head and a share of their keys; or one row's shares
+
+
+@triton.jit
+def _attention_decode_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    B, T, S, H, group, splits, scale, window, softcap,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Sequences and tiles may be many: they share the one axis that takes more than 65,535.
+    pid, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(T * group, BLOCK_M)
+    batch, pid_m = pid // tiles, pid % tiles
+    # Row r is token r / group of head r % group: all heads of a group read the same keys.
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens, heads = rows // group, kv_head * group + rows % group
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = (tokens < T)[:, None] & (offs_k < HEAD)[None, :]
+    base = (
+        batch.to(tl.int64) * stride_qb
+        + tokens.to(tl.int64) * stride_qt
+        + heads.to(tl.int64) * stride_qh
+    )
+    q = tl.load(q_ptr + base[:, None] + offs_k[None, :], mask=mask, other=0.0)
+
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), S).to(tl.int32)
+    shift = length - T
+    first, last = (
+        pid_m * BLOCK_M // group,
+        tl.minimum((pid_m * BLOCK_M + BLOCK_M - 1) // group, T - 1),
+    )
+    hi = last + shift + 1
+    lo = 0 if window is None else tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), splits) * BLOCK_N
+    lo += split * share
+    hi = tl.minimum(lo + share, hi)
+
+    c = _exponent(scale, softcap)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    total, m = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
+    for first_key in tl.range(lo, hi, BLOCK_N):
+        keys = _rows(
+            k_ptr,
+            batch,
+            first_key,
+            hi,
+            kv_head,
+            stride_kb,
+            stride_kt,
+            stride_kh,
+            HEAD,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        s = _capped(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
+        offs_n = first_key + tl.arange(0, BLOCK_N)
+        seen = _visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
+        s = tl.where(seen, s, -float("inf"))
+        p, shrink, m = _weights(s, m, c, True)
+        total = total * shrink + tl.sum(p, 1)
+        values = _rows(
+            v_ptr,
+            batch,
+            first_key,
+            hi,
+            kv_head,
+            stride_vb,
+            stride_vt,
+            stride_vh,
+            HEAD,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    out = ((split * B + batch).to(tl.int64) * T + tokens) * H + heads
+    tl.store(lse_ptr + out, m + tl.log2(total), mask=tokens < T)
+    o = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(o_ptr + out[:, None] * HEAD + offs_k[None, :], o.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attention_decode_join_kernel(
+    o_partial_ptr, lse_ptr, o_ptr,
+    rows, splits,
+    HEAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weigh the shares of one row by their part of its sum of exponentials."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_s, offs_k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
+    offs = offs_s.to(tl.int64) * rows + row
+    lse = tl.load(lse_ptr + offs, mask=offs_s < splits, other=-float("inf"))
+    # No share has seen a key where all are -inf.
+    weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), LOWEST))
+    mask = (offs_s < splits)[:, None] & (offs_k < HEAD)[None, :]
+    partial = tl.load(o_partial_ptr + offs[:, None] * HEAD + offs_k[None, :], mask=mask, other=0.0)
+    total = tl.sum(weight, 0)
+    o = tl.sum(partial * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(o_ptr + row * HEAD + offs_k, o.to(o_ptr.dtype.element_ty), mask=offs_k < HEAD)
+
+
+# --- launchers: allocate, plan, launch by keyword
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Launch sizes: rows and keys of a tile, padded head size, programs that share a tile's keys."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+
+
+def plan(
+    B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int, sms: int = DEFAULT_SM_COUNT
+) -> Plan:
+    """Choose tiles, and splits that give every SM two programs where the cache is long enough."""
+    rows, block_k = T * H // G, max(16, next_power_of_2(K))
+    block_m = min(64, max(16, next_power_of_2(rows)))
+    # A tile of keys takes 16 KB, and its values as much.
+    block_n = max(16, min(128, 16_384 // (block_k * itemsize)))
+    programs = B * G * cdiv(rows, block_m)
+    splits = max(1, min(MAX_SPLITS, 2 * sms // max(1, programs), cdiv(S, block_n)))
+    return Plan(block_m=block_m, block_n=block_n, block_k=block_k, splits=splits)
+
+
+def launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Kernel counterpart of `reference`."""
+    (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
+    _refuse_bad_lengths(cache_lengths, S)
+    p = plan(B, T, S, H, G, K, q.element_size(), sm_count(q.device))
+    o = shapes(q, k_cache, v_cache, cache_lengths, scale, window, softcap)
+    partial = (
+        o
+        if p.splits == 1
+        else torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
+    )
+    lse = torch.empty((p.splits, B, T, H), dtype=torch.float32, device=q.device)
+    _attention_decode_kernel[(cdiv(T * H // G, p.block_m) * B, G, p.splits)](
+        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths, o_ptr=partial, lse_ptr=lse,
+        **strides_bth(q=q, k=k_cache, v=v_cache),
+        B=B, T=T, S=S, H=H, group=H // G, splits=p.splits,
+        scale=scale, window=window if window < S else None, softcap=softcap if softcap > 0 else None,
+        HEAD=K, BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if p.splits > 1:
+        _attention_decode_join_kernel[(B * T * H,)](
+            o_partial_ptr=partial, lse_ptr=lse, o_ptr=o, rows=B * T * H, splits=p.splits,
+            HEAD=K, BLOCK_S=next_power_of_2(p.splits), BLOCK_K=p.block_k,
+        )  # fmt: skip
+    return o
+
+
+def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[str, int]:
+    """Least bytes to move, and FLOPs (about), for T new tokens at the end of S."""
+    return {
+        "fwd_bytes": 2 * B * (S * G + T * H) * K * itemsize,
+        "fwd_flops": 2 * 2 * B * T * S * H * K,
+    }
+
+
+# --- operator
+
+_decode = define_op("attention_decode", launch=launch, reference=reference, shapes=shapes)
+
+
+@public
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, scale: float | None = None,
+    window: int | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attend from each sequence's newest tokens to its cached keys and values, their own included.
+
+    Args:
+        q: (B, T, H, K), float32, bfloat16 or float16 (float64 on the CPU too), K <= 256; any strides, copied where the last one
+            is not 1. T is 1 when generating, more when reading a prompt.
+        k_cache, v_cache: (B, S, G, K), dtype and device of q; G divides H. What lies behind a sequence's last key is not used.
+        cache_lengths: (B,) int32 or int64 on q's device: how many of the S keys each sequence has, the T new ones included, so
+            that new token t is at cache_lengths[b] - T + t. Lengths outside [0, S] are an error on the CPU; on a GPU, where
+            looking would mean waiting, they are cut to S.
+        scale: positive factor of the scores before the softmax; default 1 / sqrt(K).
+        window: how many keys a token sees, itself included; None for all.
+        softcap: c > 0 turns a score s into c tanh(s / c).
+    Returns: o (B, T, H, K) in the dtype of q; zero for a token that sees no key. It has no gradient.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        on a GPU.
+    """
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    _check(q, k_cache, v_cache, cache_lengths)
+    for name, value, fits, expected in (
+        (
+            "scale",
+            scale,
+            scale is None or 0 < scale < math.inf,
+            "None (1 / sqrt(K)) or positive and finite",
+        ),
+        (
+            "window",
+            window,
+            window is None or window >= 1,
+            "None or at least 1 key (a token sees itself)",
+        ),
+        ("softcap", softcap, 0 <= softcap < math.inf, "0 (none) or positive and finite"),
+    ):
+        if not fits:
+            raise ValueError(f"attention_decode: {name} must be {expected}, got {value}")
+    q, k_cache, v_cache = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache)
+    )
+    S, scale = k_cache.shape[1], 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    window = S if window is None else min(window, S)
+    return _decode(
+        q, k_cache, v_cache, cache_lengths.contiguous(), float(scale), window, float(softcap)
+    )
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:
+    def fail(expected: str, got: object) -> None:
+        raise ValueError(f"attention_decode: {expected}, got {got}")
+
+    if q.ndim != 4 or k_cache.ndim != 4 or v_cache.shape != k_cache.shape:
+        shapes = f"{tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        fail("q must be (B, T, H, K), k_cache and v_cache (B, S, G, K)", shapes)
+    (B, _, H, K), G = q.shape, k_cache.shape[2]
+    if k_cache.shape[0] != B or k_cache.shape[3] != K or not 1 <= K <= MAX_HEAD_SIZE:
+        fail(
+            f"the caches must have q's batch {B} and head size {K}, at most {MAX_HEAD_SIZE}",
+            tuple(k_cache.shape),
+        )
+    if H == 0:
+        fail("q must have at least one head", tuple(q.shape))
+    if G == 0 or H % G:
+        fail(f"the key heads must divide the {H} query heads", G)
+    if not (q.dtype == k_cache.dtype == v_cache.dtype and q.is_floating_point()):
+        fail(
+            "q and the caches must share one float dtype; cast them",
+            f"{q.dtype}, {k_cache.dtype} and {v_cache.dtype}",
+        )
+    if cache_lengths.shape != (B,) or cache_lengths.dtype not in (torch.int32, torch.int64):
+        fail(
+            f"cache_lengths must be int32 or int64 ({B},)",
+            f"{cache_lengths.dtype} {tuple(cache_lengths.shape)}",
+        )
+    if not q.device == k_cache.device == v_cache.device == cache_lengths.device:
+        devices = f"{q.device}, {k_cache.device}, {v_cache.device} and {cache_lengths.device}"
+        fail("q, the caches and cache_lengths must be on one device; move them", devices)

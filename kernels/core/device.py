@@ -1,0 +1,102 @@
+"""What is known of each GPU: one table, and the few questions that launchers, metrics and `tritium plan` ask.
+
+As the vendors' data sheets state them: dense peaks without sparsity, at boost clock; bandwidth of the memory, reads plus
+writes; its size in decimal gigabytes, of which drivers report up to a few percent more; the link to the other GPUs of a node
+(NVLink, Infinity Fabric or PCIe), both directions together. NVLink bridges that join only two cards do not count. An unknown
+device is answered with None, so that a caller reports throughput and no share of a peak.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """Limits of one device: bf16 tensor FLOP/s, memory bytes/s, memory bytes, link bytes/s.
+
+    `driver_name` is the part of torch.cuda.get_device_name, lower case, that tells it from the rows below it.
+    """
+
+    driver_name: str
+    generation: str
+    bf16_flops: float
+    bytes_per_second: float
+    memory_bytes: float
+    link_bytes_per_second: float
+
+
+def _row(
+    driver_name: str,
+    generation: str,
+    teraflops: float,
+    terabytes_per_second: float,
+    gigabytes: int,
+    link_gb: int,
+) -> Ceiling:
+    return Ceiling(
+        driver_name=driver_name, generation=generation, bf16_flops=teraflops * 1e12,
+        bytes_per_second=terabytes_per_second * 1e12, memory_bytes=gigabytes * 1e9, link_bytes_per_second=link_gb * 1e9,
+    )  # fmt: skip
+
+
+# Keyed by the name that people type. Drivers' names are matched in this order: the longer ones first.
+CEILINGS = {
+    "b200": _row("b200", "blackwell", 2250, 8.0, 180, 1800),
+    "gh200": _row("gh200", "hopper", 989.4, 4.0, 96, 900),
+    "h200": _row("h200", "hopper", 989.4, 4.8, 141, 900),
+    "h100-nvl": _row("h100 nvl", "hopper", 835.5, 3.9, 94, 128),
+    "h100-pcie": _row("h100 pcie", "hopper", 756, 2.0, 80, 128),
+    "h100": _row("h100", "hopper", 989.4, 3.35, 80, 900),
+    "a100-80gb": _row("a100-sxm4-80gb", "ampere", 312, 2.039, 80, 600),
+    "a100-80gb-pcie": _row("a100 80gb pcie", "ampere", 312, 1.935, 80, 64),
+    "a100-40gb": _row("a100-sxm4-40gb", "ampere", 312, 1.555, 40, 600),
+    "l40s": _row("l40s", "ada", 362, 0.864, 48, 64),
+    "rtx-5090": _row("rtx 5090", "blackwell", 209.5, 1.792, 32, 128),
+    "rtx-4090": _row("rtx 4090", "ada", 165.2, 1.008, 24, 64),
+    "rtx-3090": _row("rtx 3090", "ampere", 71, 0.936, 24, 64),
+    "mi300x": _row("mi300x", "cdna3", 1307, 5.3, 192, 896),
+}
+
+# Words of a driver's name that make another device of it: "H200 NVL", "RTX 4090 Laptop GPU", a slice of a card.
+_VARIANTS = re.compile(r"\b(nvl|pcie|laptop|max-q|ti|super|d|mig)\b")
+
+# A launch planned where no GPU is (interpreter, ahead-of-time compilation) is planned as for an H100 or H200.
+DEFAULT_SM_COUNT, DEFAULT_ARCH = 132, "sm_90"
+
+
+def ceiling(device_name: str) -> Ceiling | None:
+    """Limits of a device by name (as torch.cuda.get_device_name gives it), or None if the table does not know it."""
+    name = device_name.lower()
+    row = next(
+        (row for row in CEILINGS.values() if re.search(rf"\b{row.driver_name}\b", name)), None
+    )
+    # A variant that the row does not name has other limits: none are better than wrong ones.
+    return (
+        None
+        if row is None or set(_VARIANTS.findall(name)) - set(_VARIANTS.findall(row.driver_name))
+        else row
+    )
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units on AMD) of a device; DEFAULT_SM_COUNT for devices that are no GPU."""
+    if device.type != "cuda":
+        return DEFAULT_SM_COUNT
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def arch(device: torch.device) -> str:
+    """Architecture of a device as compilers name it, "sm_90" or "gfx942"; DEFAULT_ARCH for devices that are no GPU."""
+    return _arch(device) if device.type == "cuda" else DEFAULT_ARCH
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,319 @@
+"""The one place that decides which device runs which implementation of an operator.
+
+`define_op` joins a Triton launcher and a PyTorch reference of the same signature into one operator:
+
+    CUDA tensors                        launch; the reference, with a warning, while there is no launch
+    CPU tensors                         reference; launch under TRITON_INTERPRET=1
+    CPU tensors that need no operator   composite, if there is one: PyTorch functions that autograd differentiates itself
+    other devices, or without Triton    reference
+    shapes and dtypes (torch.compile)   shapes if there is one, else the reference on fake tensors
+
+PyTorch's dispatcher chooses by the device of the tensors. The operators are `custom_op`s: `triton_op` fails opcheck and
+fullgraph compilation on machines without a GPU.
+
+Options that travel together are one frozen dataclass. `define_op` replaces such a parameter by its fields in the schema, and
+every implementation receives the dataclass:
+
+    reference(x: Tensor, options: Options) -> Tensor      schema: (Tensor x, float scale, int window) -> Tensor
+"""
+
+import dataclasses
+import functools
+import inspect
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .triton import HAS_TRITON, triton
+
+# Triton reads TRITON_INTERPRET when it decorates a kernel, at import.
+INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Launchers by operator name, with the arguments of the schema: the bench runs them without a GPU.
+LAUNCHERS: dict[str, Callable] = {}
+# Python types that a public function accepts for an annotation. torch.compile passes SymInt and
+# SymFloat in place of numbers that vary.
+ACCEPTED_TYPES = {
+    Tensor: (Tensor,),
+    int: (int, torch.SymInt),
+    float: (float, int, torch.SymFloat, torch.SymInt),
+    bool: (bool,),
+    str: (str,),
+    type(None): (type(None),),
+}
+
+
+def is_32_bit(x: Tensor, *_) -> bool:
+    """Whether `x` has 32 bits or more: the default condition for a composite.
+
+    In 16 bits autograd would keep the wide tensors that references compute with.
+    """
+    return x.dtype.itemsize > 2
+
+
+def define_op(
+    name: str,
+    *,
+    launch: Callable | None,
+    reference: Callable,
+    shapes: Callable | None = None,
+    composite: Callable | None = None,
+    composite_if: Callable[..., bool] = is_32_bit,
+    mutates: Sequence[str] = (),
+) -> "Op":
+    """Register `tritium::name` and return it, ready to call.
+
+    Args:
+        name: operator name, unique in the `tritium` namespace.
+        launch: runs the Triton kernels. None while an operator has no kernel yet.
+        reference: the definition in PyTorch. Every parameter is annotated: the schema is read from
+            the annotations. It returns new tensors.
+        shapes: allocates the outputs of `reference` without computing them. Needed if `reference`
+            loops over a size in Python: on fake tensors the loop would bind compiled code to it.
+        composite: computes the same with PyTorch functions that autograd differentiates itself.
+        composite_if: whether the composite applies to these arguments.
+        mutates: names of the arguments written in place.
+    Raises: TypeError if the signatures of `launch`, `shapes` or `composite` differ from that of
+        `reference`.
+    """
+    roles = {"launch": launch, "shapes": shapes, "composite": composite}
+    for role, function in roles.items():
+        if function and inspect.signature(function) != inspect.signature(reference):
+            raise TypeError(
+                f"define_op: {name}: {role} must have the signature of reference, "
+                f"{inspect.signature(reference)}, got {inspect.signature(function)}"
+            )
+    schema = _Schema(reference)
+    run_reference = _without_autocast(schema.flat(reference))
+    op = torch.library.custom_op(f"tritium::{name}", run_reference, mutates_args=tuple(mutates))
+    op.register_fake(run_reference if shapes is None else schema.flat(shapes))
+    if launch is not None and HAS_TRITON:
+        LAUNCHERS[name] = schema.flat(launch)
+        public_name = name.removesuffix("_fwd").removesuffix("_bwd")
+        run_launch = _without_autocast(_without_float64(public_name, LAUNCHERS[name]))
+        op.register_kernel("cuda")(_on_device_of_tensors(run_launch))
+        if INTERPRET:
+            op.register_kernel("cpu")(run_launch)
+    else:
+        op.register_kernel("cuda")(_with_one_warning(name, run_reference))
+    composite = composite and _without_autocast(composite)
+    return Op(op, schema, composite, composite_if)
+
+
+class Op:
+    """An operator of `define_op`. Call it with the arguments of its reference."""
+
+    def __init__(
+        self,
+        custom_op: torch.library.CustomOpDef,
+        schema: "_Schema",
+        composite: Callable | None,
+        composite_if: Callable[..., bool],
+    ):
+        self._custom_op, self._schema = custom_op, schema
+        self._composite, self._composite_if = composite, composite_if
+
+    def __call__(self, *args):
+        """Run the composite on a CPU if there is one that applies, else dispatch.
+
+        A custom operator costs Python calls around its forward and backward: a fifth of a small
+        model's step (width 128, 768 tokens, two threads of an Intel Xeon, November 2026).
+        """
+        if self._composite is not None and runs_reference(args[0]) and self._composite_if(*args):
+            return self._composite(*args)
+        return self.dispatch(*args)
+
+    def dispatch(self, *args):
+        """Run the registered operator, never the composite."""
+        return self._custom_op(*self._schema.flatten(args))
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """Register the gradient, as torch.library does.
+
+        `setup_context` receives the arguments of the reference; `backward` returns one gradient
+        for each of them. Tensors among the options need ctx.save_for_backward too.
+        """
+
+        def setup(ctx, inputs, output):
+            setup_context(ctx, self._schema.group(inputs), output)
+
+        def flat_backward(ctx, *grads):
+            return self._schema.flatten(backward(ctx, *grads))
+
+        self._custom_op.register_autograd(flat_backward, setup_context=setup)
+
+
+class _Schema:
+    """Translates between the arguments of a reference and those of its schema."""
+
+    def __init__(self, reference: Callable):
+        self._parameters, flat = [], []
+        for parameter in inspect.signature(reference).parameters.values():
+            options = parameter.annotation
+            if not dataclasses.is_dataclass(options):
+                self._parameters.append((None, ()))
+                flat.append(parameter)
+                continue
+            fields = dataclasses.fields(options)
+            self._parameters.append((options, tuple(field.name for field in fields)))
+            flat += [parameter.replace(name=field.name, annotation=field.type) for field in fields]
+        self._signature = inspect.signature(reference).replace(parameters=flat)
+
+    def flat(self, function: Callable) -> Callable:
+        """The function with the arguments of the schema."""
+        if all(options is None for options, _ in self._parameters):
+            return function
+
+        @functools.wraps(function)
+        def run(*args):
+            return function(*self.group(args))
+
+        run.__signature__ = self._signature
+        return run
+
+    def group(self, args: Iterable) -> list:
+        """Arguments of the schema -> arguments of the reference."""
+        args = iter(args)
+        return [
+            next(args) if options is None else options(**{name: next(args) for name in names})
+            for options, names in self._parameters
+        ]
+
+    def flatten(self, args: Sequence) -> tuple:
+        """Arguments of the reference -> arguments of the schema. None stands for no options."""
+        flat = []
+        for arg, (options, names) in zip(args, self._parameters, strict=True):
+            if options is None:
+                flat.append(arg)
+            else:
+                flat += [None if arg is None else getattr(arg, name) for name in names]
+        return tuple(flat)
+
+
+def runs_reference(x: Tensor) -> bool:
+    """Whether operators on `x` run PyTorch functions by design: on a CPU without the interpreter."""
+    return x.device.type == "cpu" and not INTERPRET
+
+
+def can_read_values(x: Tensor) -> bool:
+    """Whether the values of `x` can be read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Replace the gradients that nobody needs, which operators return empty, by None."""
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def public(function: Callable) -> Callable:
+    """Check the arguments of a public operator against its annotations.
+
+    Raises a ValueError that names the argument. Without it Python would take True for a window of
+    1, and a wrong type would fail deep inside, under another name. Floating-point tensors must have
+    one of FLOATS: a float8 lacks the operations that follow.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    positional = [parameter.name for parameter in parameters if parameter.kind is not keyword_only]
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    accepted_types = {
+        name: sum((ACCEPTED_TYPES[t] for t in typing.get_args(annotation) or (annotation,)), ())
+        for name, annotation in annotations.items()
+    }
+
+    @functools.wraps(function)
+    def checked(*args, **options):
+        for name, value in (*zip(positional, args, strict=False), *options.items()):
+            if name not in accepted_types:
+                continue  # the call below raises
+            accepted = accepted_types[name]
+            if not isinstance(value, accepted) or (type(value) is bool and bool not in accepted):
+                wanted = inspect.formatannotation(annotations[name]).replace("torch.", "")
+                raise ValueError(
+                    f"{function.__name__}: {name} must be {wanted}, got {_describe(value)}; convert it"
+                )
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.dtype not in FLOATS
+            ):
+                dtypes = ", ".join(map(str, FLOATS)).replace("torch.", "")
+                raise ValueError(
+                    f"{function.__name__}: {name} must be one of {dtypes}, got {value.dtype}; cast it"
+                )
+        return function(*args, **options)
+
+    return checked
+
+
+def _describe(value: object) -> str:
+    """A value for an error message. Never reads a tensor, which may be on a device."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return (
+        repr(value)
+        if isinstance(value, (int, float, str, type(None)))
+        else f"a {type(value).__name__}"
+    )
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Turn autocast off inside: references and launches choose their own precision."""
+
+    @functools.wraps(function)
+    def run(*args):
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return function(*args)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _without_float64(name: str, launch: Callable) -> Callable:
+    """Raise for float64: kernels accumulate in float32 and would return float32's accuracy."""
+
+    @functools.wraps(launch)
+    def run(*args):
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+            raise TypeError(
+                f"{name}: the kernel takes float32, bfloat16 or float16, got float64; "
+                "move the tensors to the CPU"
+            )
+        return launch(*args)
+
+    return run
+
+
+def _on_device_of_tensors(launch: Callable) -> Callable:
+    """Make the tensors' GPU the current one: Triton launches there."""
+
+    @functools.wraps(launch)
+    def run(*args):
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return run
+
+
+def _with_one_warning(name: str, reference: Callable) -> Callable:
+    """Warn at the first call that CUDA runs the reference."""
+
+    @functools.cache
+    def warn():
+        why = "has no Triton kernel yet" if HAS_TRITON else "needs Triton, which is not installed"
+        warnings.warn(f"tritium: {name} {why}; CUDA runs its PyTorch reference", stacklevel=4)
+
+    @functools.wraps(reference)
+    def run(*args):
+        warn()
+        return reference(*args)
+
+    return run

@@ -1,0 +1,210 @@
+"""The elementwise kernels around the products of linear, gelu_mlp and swiglu_mlp, and their launchers.
+
+Forward: an activation of what a product wrote. Backward: its gradient, and on the way the bias's, which is the sum of its
+columns, in two stages of fixed order. Rows are contiguous: products wrote them. Math is mlp.py's and swiglu_mlp.py's.
+"""
+
+import torch
+from torch import Tensor
+
+from ..core.device import sm_count
+from ..core.partial_sums import empty_partials, sum_partials
+from ..core.triton import cdiv, tl, triton
+
+# Elements of a tile: 16 bytes of bfloat16 for each of 128 threads, twice; for the sums of columns, rows of 256 of them.
+BLOCK, COLUMNS = 2_048, 256
+PROGRAMS_PER_SM = 8
+
+SQRT_HALF, SQRT_1_OVER_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
+TWO_SQRT_2_OVER_PI, CUBIC = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# --- activations of a tile in float32 and their slopes: what kernels take as ACTIVATION
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x of x >= 1: two instructions where a division takes six; the error of rsqrt counts twice."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _sigmoid(x):
+    return _inverse(1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def gelu_tanh(h):
+    """The tanh form of GELU as h sigmoid(u), as in mlp.py."""
+    # From 10 on it is 0 or the identity in float32, which its polynomial could leave.
+    squared = tl.minimum(h * h, 100.0)
+    e = tl.exp2(h * (squared * (-LOG2E * TWO_SQRT_2_OVER_PI * CUBIC) - LOG2E * TWO_SQRT_2_OVER_PI))
+    s = _inverse(1.0 + e)
+    # e s is 1 - s without its cancellation; where e is infinite s is 0, and so shall their product be.
+    rest = tl.minimum(e, 1e30) * s * h
+    return h * s, s * (
+        rest * (squared * (3.0 * TWO_SQRT_2_OVER_PI * CUBIC) + TWO_SQRT_2_OVER_PI) + 1.0
+    )
+
+
+@triton.jit
+def gelu_erf(h):
+    """GELU itself: h times the normal distribution's function."""
+    normal = 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
+    return h * normal, normal + h * SQRT_1_OVER_2PI * tl.exp2(h * h * (-0.5 * LOG2E))
+
+
+# --- epilogues of a product, see _gemm.py
+
+
+@triton.jit
+def _gelu_tanh_fwd(h, _):
+    return gelu_tanh(h)[0]
+
+
+@triton.jit
+def _gelu_erf_fwd(h, _):
+    return gelu_erf(h)[0]
+
+
+@triton.jit
+def _gelu_tanh_bwd(da, h):
+    return da * gelu_tanh(h.to(tl.float32))[1]
+
+
+@triton.jit
+def _gelu_erf_bwd(da, h):
+    return da * gelu_erf(h.to(tl.float32))[1]
+
+
+@triton.jit
+def swiglu(up, gate):
+    gate = gate.to(tl.float32)
+    return gate * _sigmoid(gate) * up
+
+
+ACTIVATIONS = {"tanh": gelu_tanh, "none": gelu_erf}
+EPILOGUES = {"tanh": (_gelu_tanh_fwd, _gelu_tanh_bwd), "none": (_gelu_erf_fwd, _gelu_erf_bwd)}
+
+
+# --- kernels: a program owns BLOCK elements, or COLUMNS columns of every P-th block of rows
+
+
+@triton.jit
+def _mlp_activation_fwd_kernel(
+    h_ptr, a_ptr, numel, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    a, _ = ACTIVATION(tl.load(h_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32))
+    tl.store(a_ptr + offs_n, a.to(a_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _mlp_activation_bwd_kernel(
+    da_ptr, h_ptr, dh_ptr, db_partial_ptr,
+    M, N,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dh, and where asked for partial sums of its columns."""
+    pid = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        _, slope = ACTIVATION(tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32))
+        dh = tl.load(da_ptr + offs, mask=mask, other=0.0).to(tl.float32) * slope
+        tl.store(dh_ptr + offs, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        db += dh
+    if db_partial_ptr is not None:
+        tl.store(db_partial_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, axis=0), mask=mask_n)
+
+
+@triton.jit
+def _swiglu_fwd_kernel(gate_ptr, up_ptr, a_ptr, numel, BLOCK_N: tl.constexpr):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    gate = tl.load(gate_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(a_ptr + offs_n, (gate * _sigmoid(gate) * up).to(a_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(
+    da_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, a_ptr, numel, BLOCK_N: tl.constexpr
+):
+    """The gradients of gate and up, and a once more, which the forward did not keep."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    da = tl.load(da_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    s = _sigmoid(gate)
+    silu = gate * s
+    tl.store(
+        dgate_ptr + offs_n,
+        (da * up * (s + silu * (1.0 - s))).to(dgate_ptr.dtype.element_ty),
+        mask=mask_n,
+    )
+    tl.store(dup_ptr + offs_n, (da * silu).to(dup_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(a_ptr + offs_n, (silu * up).to(a_ptr.dtype.element_ty), mask=mask_n)
+
+
+# --- launchers: allocate, launch by keyword
+
+
+def launch_activation_fwd(h: Tensor, approximate: str) -> Tensor:
+    """Return gelu(h)."""
+    a = torch.empty_like(h)
+    _mlp_activation_fwd_kernel[(cdiv(h.numel(), BLOCK),)](
+        h_ptr=h, a_ptr=a, numel=h.numel(), ACTIVATION=ACTIVATIONS[approximate], BLOCK_N=BLOCK
+    )
+    return a
+
+
+def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, db: Tensor | None) -> Tensor:
+    """Return dh; `db` gets the sum of its columns."""
+    M, N = h.shape
+    dh = torch.empty_like(h)
+    column_blocks = cdiv(N, COLUMNS)
+    programs = max(
+        1, min(cdiv(M, BLOCK // COLUMNS), PROGRAMS_PER_SM * sm_count(h.device) // column_blocks)
+    )
+    db_partial = None if db is None else empty_partials(programs, h)
+    _mlp_activation_bwd_kernel[(programs, column_blocks)](
+        da_ptr=da, h_ptr=h, dh_ptr=dh, db_partial_ptr=db_partial, M=M, N=N,
+        ACTIVATION=ACTIVATIONS[approximate], BLOCK_M=BLOCK // COLUMNS, BLOCK_N=COLUMNS,
+    )  # fmt: skip
+    if db is not None:
+        sum_partials(db_partial, db)
+    return dh
+
+
+def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) up."""
+    a = torch.empty_like(gate)
+    _swiglu_fwd_kernel[(cdiv(a.numel(), BLOCK),)](
+        gate_ptr=gate, up_ptr=up, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK
+    )
+    return a
+
+
+def launch_swiglu_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of gate and up, and silu(gate) up."""
+    dgate, dup, a = (torch.empty_like(gate) for _ in range(3))
+    _swiglu_bwd_kernel[(cdiv(a.numel(), BLOCK),)](
+        da_ptr=da,
+        gate_ptr=gate,
+        up_ptr=up,
+        dgate_ptr=dgate,
+        dup_ptr=dup,
+        a_ptr=a,
+        numel=a.numel(),
+        BLOCK_N=BLOCK,
+    )
+    return dgate, dup, a

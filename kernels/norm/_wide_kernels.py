@@ -1,0 +1,117 @@
+"""The kernels of layer_norm and rms_norm for rows too wide for registers, walking each row in tiles of BLOCK_N.
+
+The forward reads a row three times (mean, variance, output), without a mean twice, the backward twice; what comes after the
+first read is mostly answered by the L2. What is None, and without a mean: as in _layer_norm_kernels.py.
+"""
+
+from ..core.triton import tl, triton
+
+# --- kernels: a program owns one row (forward), or every P-th row (backward)
+
+
+@triton.jit
+def _layer_norm_fwd_wide_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    stride_xm, stride_residual_m,
+    N, eps,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_xm
+    y_ptr += row * N
+    if residual_ptr is not None:
+        residual_ptr += row * stride_residual_m
+        h_ptr += row * N
+
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        h = tl.load(x_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            rounded = (h + residual).to(h_ptr.dtype.element_ty)
+            tl.store(h_ptr + offs_n, rounded, mask=mask_n)
+            h = rounded.to(tl.float32)
+        total += h
+        squares += h * h
+    if residual_ptr is not None:
+        # The passes below may read an element of h by another thread than the one that wrote it.
+        tl.debug_barrier()
+        source_ptr = h_ptr
+    else:
+        source_ptr = x_ptr
+
+    mean = 0.0
+    if mean_ptr is not None:
+        mean = tl.sum(total, axis=0) / N
+        tl.store(mean_ptr + row, mean)
+        # Anew, of what is centered: the squares from above lose their digits to a large mean.
+        squares = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            h = tl.load(source_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            centered = tl.where(offs_n < N, h - mean, 0.0)
+            squares += centered * centered
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / N + eps)
+    tl.store(rstd_ptr + row, rstd)
+
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        h = tl.load(source_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y = (h - mean) * rstd * tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _layer_norm_bwd_wide_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr,
+    stride_dym, stride_dhm, stride_hm,
+    M, N,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    dw_partial_ptr += pid.to(tl.int64) * N
+    if db_partial_ptr is not None:
+        db_partial_ptr += pid.to(tl.int64) * N
+    for block in range(pid, M, tl.num_programs(0)):
+        row = tl.cast(block, tl.int64)
+        mean = tl.load(mean_ptr + row) if mean_ptr is not None else 0.0
+        rstd = tl.load(rstd_ptr + row)
+        sum_g = tl.zeros((BLOCK_N,), tl.float32)
+        sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            g = tl.load(dy_ptr + row * stride_dym + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            g *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + row * stride_hm + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            sum_g += g
+            sum_gx += g * (h - mean) * rstd
+        mean_g = tl.sum(sum_g, axis=0) / N if mean_ptr is not None else 0.0
+        mean_gx = tl.sum(sum_gx, axis=0) / N
+
+        for start in range(0, N, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            dy = tl.load(dy_ptr + row * stride_dym + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + row * stride_hm + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            xhat = (h - mean) * rstd
+            dx = (dy * weight - mean_g - xhat * mean_gx) * rstd
+            if dh_ptr is not None:
+                dx += tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask_n, other=0.0).to(
+                    tl.float32
+                )
+            tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
+            # This program alone owns its partial row, and the same thread reads back what it wrote for the row before.
+            mask_old = mask_n & (block != pid)
+            dw = tl.load(dw_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy * xhat
+            tl.store(dw_partial_ptr + offs_n, dw, mask=mask_n)
+            if db_partial_ptr is not None:
+                db = tl.load(db_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy
+                tl.store(db_partial_ptr + offs_n, db, mask=mask_n)

@@ -1,0 +1,194 @@
+"""Layer normalization of the last axis with a learned gain and bias, alone or fused with the residual addition before it.
+
+    forward    h = x + residual (or x)    mu = mean_n(h)    r = 1 / sqrt(mean_n((h - mu)^2) + eps)    y = (h - mu) r w + b
+    backward   xhat = (h - mu) r    g = dy w    dh = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh'
+               dw = sum_m dy xhat    db = sum_m dy          dx = dresidual = dh, where dh' is the gradient that reached h itself
+
+Shapes     x, residual, h, y: (M, N)   w, b: (N,)   mu, r: (M,) float32      M = every leading axis, flattened
+Precision  any float dtype in and out; h is rounded to its dtype before the statistics, which are float32
+Cost       memory-bound; plain in bytes an element of E bytes: forward 2 E (4 E with residual), backward 3 E (4 E), see cost()
+Determinism  dw and db are summed in two stages of fixed order, no atomics; the order depends on the number of SMs alone
+Source     Ba, Kiros & Hinton 2016, arXiv:1607.06450
+"""
+
+import torch
+from torch import Tensor
+
+from ..core.layout import as_rows, like_rows_of, wide
+from ..core.op import define_op, public
+from ._checks import check, check_residual
+from ._launch import launch_norm_bwd, launch_norm_fwd, norm_cost
+
+# --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
+
+
+def reference_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y in x's dtype, and the mean and reciprocal standard deviation of each row."""
+    h = wide(x)
+    # No gradient: what is the same for all of a row goes as it came.
+    mean = h.detach().mean(-1, keepdim=True)
+    # PyTorch's operator forms h r - mu r, whose terms cancel where the mean is far from zero: it gets h - mu.
+    w, b = (None if parameter is None else parameter.to(h.dtype) for parameter in (weight, bias))
+    y, _, rstd = torch.native_layer_norm(h - mean, h.shape[-1:], w, b, eps)
+    return y.to(x.dtype), mean[:, 0], rstd[:, 0]
+
+
+def reference_add_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y in x's dtype, h = x + residual in their common dtype, mean, rstd."""
+    h = x + residual
+    y, mean, rstd = reference_fwd(h, weight, bias, eps)
+    return y.to(x.dtype), h, mean, rstd
+
+
+def reference_bwd(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of h, weight and bias (empty without one); `dh` is the gradient that reached h from elsewhere."""
+    centered = wide(h) - mean[:, None]  # as in the forward
+    w = weight.to(centered.dtype)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        wide(dy), centered, h.shape[-1:], torch.zeros_like(mean)[:, None], rstd[:, None],
+        w, w if has_bias else None, [True, True, has_bias],
+    )  # fmt: skip
+    if dh is not None:
+        dx += dh
+    db = dw.new_empty(0) if db is None else db
+    return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype)
+
+
+# --- launchers: the kernels are in _layer_norm_kernels.py and _layer_norm_wide.py
+
+
+def launch_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_fwd`."""
+    y, _, mean, rstd = launch_norm_fwd(x, None, weight, bias, eps, centered=True)
+    return y, mean, rstd
+
+
+def launch_add_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_add_fwd`."""
+    return launch_norm_fwd(x, residual, weight, bias, eps, centered=True)
+
+
+def launch_bwd(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_bwd`."""
+    return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias)
+
+
+def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
+    """Least bytes to move, forward and backward, and FLOPs (about), for M rows of N elements of `itemsize` bytes."""
+    return norm_cost(M * N, itemsize, residual=residual, flops=(8, 14))
+
+
+# --- operator
+
+_fwd = define_op(
+    "layer_norm_fwd", launch=launch_fwd, reference=reference_fwd, composite=reference_fwd
+)
+_add_fwd = define_op(
+    "add_layer_norm_fwd",
+    launch=launch_add_fwd,
+    reference=reference_add_fwd,
+    composite=reference_add_fwd,
+)
+_bwd = define_op("layer_norm_bwd", launch=launch_bwd, reference=reference_bwd)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.has_bias = bias is not None
+    # Nobody differentiates mean and rstd: no zeros for their gradients.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, mean, rstd)
+
+
+def _grad(ctx, dy, _dmean, _drstd):
+    if dy is None:
+        return None, None, None, None
+    dx, dw, db = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias)
+    return dx, dw, db if ctx.has_bias else None, None
+
+
+def _save_add(ctx, inputs, output):
+    x, residual, weight, bias, _ = inputs
+    _, h, mean, rstd = output
+    ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, residual.dtype)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h, weight, mean, rstd)
+
+
+def _grad_add(ctx, dy, dh, _dmean, _drstd):
+    if dy is None and dh is None:
+        return None, None, None, None, None
+    dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
+    dx, dw, db = _bwd(dy, None if dh is None else as_rows(dh), *ctx.saved_tensors, ctx.has_bias)
+    return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dw, db if ctx.has_bias else None, None
+
+
+_fwd.register_autograd(_grad, setup_context=_save)
+_add_fwd.register_autograd(_grad_add, setup_context=_save_add)
+
+
+@public
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """Center each vector along the last axis and scale it to unit variance, then apply `weight` and `bias`.
+
+    Args:
+        x: (..., N), float32, bfloat16 or float16 (float64 on the CPU too), N up to 65,536, any layout.
+        weight: (N,), any float dtype, device of x.
+        bias: (N,), dtype of weight, or None.
+        eps: added to the variance; in units of x squared.
+    Returns: (..., N), dtype of x.
+    Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented. TypeError for
+        float64 on a GPU.
+    """
+    check("layer_norm", x, weight, bias)
+    y, _, _ = _fwd(
+        as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps
+    )
+    return like_rows_of(x, y)
+
+
+@public
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add `residual` to `x` and normalize the sum, in one pass over memory.
+
+    Args:
+        x: (..., N), as for layer_norm: a block's output.
+        residual: shape and device of x, any float dtype: the residual stream.
+        weight, bias, eps: as for layer_norm.
+    Returns: (y, h): h = x + residual in their common dtype, y = layer_norm(h, weight, bias) in the dtype of x.
+    Raises: as layer_norm, and ValueError if residual differs from x in shape or device.
+    """
+    check("add_layer_norm", x, weight, bias)
+    check_residual("add_layer_norm", x, residual)
+    bias = None if bias is None else bias.contiguous()
+    y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
+    return like_rows_of(x, y), like_rows_of(x, h)

@@ -1,0 +1,344 @@
+import contextlib
+import inspect
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tritium import kernels
+from tritium.kernels.core.matmul import autocast
+from tritium.kernels.core.op import (
+    FLOATS,
+    INTERPRET,
+    LAUNCHERS,
+    _on_device_of_tensors,
+    _with_one_warning,
+    _without_float64,
+    can_read_values,
+    define_op,
+    is_32_bit,
+    public,
+)
+
+
+def double_reference(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def product_reference(x: Tensor) -> Tensor:
+    return x @ x
+
+
+def double_launch(x: Tensor) -> Tensor:
+    return x + x + 0.5  # tells the two apart
+
+
+double = define_op("test_double", launch=double_launch, reference=double_reference)
+product = define_op("test_product", launch=None, reference=product_reference)
+
+
+def test_the_dispatcher_chooses():
+    x = torch.ones(3)
+    assert double(x).tolist() == [2.5] * 3 if INTERPRET else [2.0] * 3
+    assert double(torch.ones(3, device="meta")).shape == (3,)
+
+
+def test_a_composite_runs_on_a_cpu_where_it_applies():
+    """The operator has no gradient of its own; the composite is differentiated by autograd."""
+    tripled = define_op(
+        "test_composite", launch=double_launch, reference=double_reference,
+        composite=triple, composite_if=lambda x: len(x) == 3,
+    )  # fmt: skip
+    x = torch.ones(3, requires_grad=True)
+    if INTERPRET:
+        assert tripled(x).tolist() == [2.5] * 3
+    else:
+        (gradient,) = torch.autograd.grad(tripled(x).sum(), x)
+        assert gradient.tolist() == [3.0] * 3
+    expected = 2.5 if INTERPRET else 2.0
+    assert tripled.dispatch(x).tolist() == [expected] * 3
+    assert tripled(torch.ones(4)).tolist() == [expected] * 4
+
+
+def triple(x: Tensor) -> Tensor:
+    return x * 3
+
+
+def test_composites_are_for_32_bits_by_default():
+    assert is_32_bit(torch.ones(1), 5)
+    assert is_32_bit(torch.ones(1, dtype=torch.float64))
+    assert not is_32_bit(torch.ones(1, dtype=torch.bfloat16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleOptions:
+    scale: float
+    offset: Tensor | None
+
+
+def scaled_reference(x: Tensor, options: ScaleOptions, times: int) -> Tensor:
+    y = x * options.scale * times
+    return y if options.offset is None else y + options.offset
+
+
+def scaled_backward(dy: Tensor, options: ScaleOptions, times: int) -> Tensor:
+    return dy * options.scale * times
+
+
+def define_scaled(name: str):
+    forward = define_op(f"{name}_fwd", launch=None, reference=scaled_reference)
+    backward = define_op(f"{name}_bwd", launch=None, reference=scaled_backward)
+
+    def save(ctx, inputs, output):
+        _, ctx.options, ctx.times = inputs
+
+    def grad(ctx, dy):
+        return backward(dy, ctx.options, ctx.times), None, None
+
+    forward.register_autograd(grad, setup_context=save)
+    return forward
+
+
+def test_options_are_arguments_of_the_schema():
+    scaled = define_scaled("test_scaled")
+    schema = str(torch.ops.tritium.test_scaled_fwd.default._schema)
+    assert "(Tensor x, float scale, Tensor? offset, SymInt times)" in schema
+    x = torch.ones(3, requires_grad=True)
+    y = scaled(x, ScaleOptions(scale=2.0, offset=torch.ones(())), 5)
+    assert y.tolist() == [11.0] * 3
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.tolist() == [10.0] * 3
+
+
+def test_options_compile_in_one_graph():
+    scaled = define_scaled("test_scaled_compiled")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x, offset):
+        return scaled(x * 2, ScaleOptions(scale=0.5, offset=offset), x.shape[0])
+
+    for size in (3, 5, 7):  # the third size is a symbol
+        x = torch.ones(size, requires_grad=True)
+        y = run(x, torch.ones(()))
+        assert y.tolist() == [size + 1.0] * size
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert gradient.tolist() == [size] * size
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_launches():
+    assert double(torch.ones(3, device="cuda")).tolist() == [2.5] * 3
+
+
+def test_what_cuda_does_without_a_kernel_is_said_once():
+    """What is registered for CUDA where there is no launch, called here with CPU tensors."""
+    x = torch.ones(2, 2)
+    run = _with_one_warning("test_product", product_reference)
+    with pytest.warns(
+        UserWarning, match="test_product has no Triton kernel yet; CUDA runs its PyTorch reference"
+    ):
+        assert torch.equal(run(x), x @ x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(x)
+
+
+def test_launches_go_to_the_gpu_that_holds_the_tensors(monkeypatch):
+    """Told with CPU tensors, whose device has the index None, and a current GPU of that index or another."""
+    entered = []
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext()
+    )
+    run = _on_device_of_tensors(lambda scale, x: x * scale)
+    for current, expected in ((None, []), (0, [torch.device("cpu")])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert run(2.0, torch.ones(1)).item() == 2.0
+        assert entered == expected
+
+
+def test_kernels_are_not_given_float64():
+    run = _without_float64("test_double", double_launch)
+    assert run(torch.ones(1)).item() == 2.5
+    with pytest.raises(
+        TypeError, match="test_double: the kernel takes float32, bfloat16 or float16, got float64"
+    ):
+        run(torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.plain
+def test_launchers_are_known_by_name():
+    assert LAUNCHERS["test_double"] is double_launch  # no options: nothing to flatten
+    assert "test_product" not in LAUNCHERS
+
+
+@pytest.mark.plain
+def test_launch_and_reference_share_a_signature():
+    def launch(x: Tensor, scale: float) -> Tensor:
+        return x
+
+    with pytest.raises(
+        TypeError, match=r"define_op: test_uneven: launch must have the signature of reference"
+    ):
+        define_op("test_uneven", launch=launch, reference=double_reference)
+
+
+@pytest.mark.plain
+def test_shapes_and_reference_share_a_signature():
+    def shapes(x: Tensor, scale: float) -> Tensor:
+        return x
+
+    with pytest.raises(
+        TypeError, match=r"define_op: test_uneven: shapes must have the signature of reference"
+    ):
+        define_op("test_uneven", launch=None, reference=double_reference, shapes=shapes)
+
+
+@pytest.mark.plain
+def test_shapes_spare_compiled_code_a_loop_over_a_size():
+    def reference(x: Tensor) -> Tensor:
+        return torch.stack([x[row] * 2 for row in range(len(x))])
+
+    def shapes(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    for name, given, expected in (("test_bound", None, 5), ("test_unbound", shapes, 2)):
+        op = define_op(name, launch=None, reference=reference, shapes=given)
+        torch._dynamo.reset()  # it remembers which sizes of a function have varied
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(lambda x, op=op: op(x), fullgraph=True, backend=counter)
+        for rows in range(2, 7):
+            x = torch.randn(rows, 3)
+            assert torch.equal(compiled(x), 2 * x)
+        assert counter.frame_count == expected
+    assert op(torch.ones(4, 3, device="meta")).shape == (4, 3)
+
+
+@pytest.mark.plain
+def test_references_are_spared_autocast():
+    x = torch.full((2, 2), 1 + 2**-12)  # not a bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(x).dtype == torch.float32
+        assert product(x)[0, 0] == 2 * x[0, 0] ** 2
+        assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.mark.plain
+def test_autocast_casts_what_products_take():
+    inputs = (
+        torch.ones(2),
+        None,
+        torch.ones(2, dtype=torch.float64),
+        torch.ones(2, dtype=torch.int64),
+    )
+    assert autocast(*inputs) == inputs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [x if x is None else x.dtype for x in autocast(*inputs)] == [
+            torch.bfloat16,
+            None,
+            torch.float64,
+            torch.int64,
+        ]
+
+
+def example(
+    x: Tensor, y: Tensor | None = None, *, n: int = 1, m: int | None = None, p: float = 0.0, flag: bool = False, word: str = "",
+    seed: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Multiply."""
+    return x * n * (1 if m is None else m) * (1.0 + p)
+
+
+named = public(example)
+
+
+@pytest.mark.plain
+def test_public_operators_keep_their_signature_and_take_what_it_says():
+    assert inspect.signature(named) == inspect.signature(example)
+    assert (named.__name__, named.__doc__) == ("example", "Multiply.")
+    x, whole, weight = (
+        torch.ones(2),
+        torch.ones(2, dtype=torch.int32),
+        torch.nn.Parameter(torch.ones(2)),
+    )
+    for dtype in FLOATS:
+        assert named(x.to(dtype)).dtype == dtype
+    for y in (None, whole, weight, x > 0, x.to(torch.complex64)):
+        assert torch.equal(named(x, y, n=2, m=3, p=1, flag=True, word="a", seed=whole), 12 * x)
+    assert torch.equal(named(x=weight, y=y, m=None, p=np.float64(0.5), seed=2**60), 1.5 * x)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": [torch.ones(2)]}, "x must be Tensor, got a list; convert it"),
+        ({"x": None}, "x must be Tensor, got None; convert it"),
+        (
+            {"x": torch.ones(2).to(torch.float8_e5m2)},
+            "x must be one of float32, .*, got torch.float8_e5m2; cast it",
+        ),
+        (
+            {"y": torch.ones(2).to(torch.float8_e4m3fn)},
+            "y must be one of .*, got torch.float8_e4m3fn; cast it",
+        ),
+        ({"y": 1.0}, r"y must be Tensor \| None, got 1.0; convert it"),
+        ({"n": 2.0}, "n must be int, got 2.0; convert it"),
+        ({"n": None}, "n must be int, got None; convert it"),
+        ({"n": True}, "n must be int, got True; convert it"),
+        ({"m": 2.5}, r"m must be int \| None, got 2.5; convert it"),
+        ({"p": False}, "p must be float, got False; convert it"),
+        ({"p": "a"}, "p must be float, got 'a'; convert it"),
+        ({"p": torch.ones(2, 3)}, r"p must be float, got torch.float32 \(2, 3\); convert it"),
+        ({"flag": 1}, "flag must be bool, got 1; convert it"),
+        ({"word": None}, "word must be str, got None; convert it"),
+        ({"seed": 1.5}, r"seed must be int \| Tensor \| None, got 1.5; convert it"),
+    ],
+)
+def test_public_operators_refuse_what_their_signature_does_not_say(change, message):
+    with pytest.raises(ValueError, match=f"^example: {message}$"):
+        named(**{"x": torch.ones(2)} | change)
+    x = change.pop("x", torch.ones(2))
+    with pytest.raises(ValueError, match=f"^example: {message}$"):
+        named(x, *([change.pop("y")] if "y" in change else []), **change)
+
+
+@pytest.mark.plain
+def test_public_operators_leave_other_mistakes_to_python():
+    for args, options in (
+        ((), {}),
+        ((torch.ones(1),) * 3, {}),
+        ((torch.ones(1),), {"other": True}),
+    ):
+        with pytest.raises(TypeError, match=r"^example\(\) "):
+            named(*args, **options)
+
+
+@pytest.mark.plain
+def test_public_operators_compile_as_one_graph_for_any_number():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, n, p: named(x, n=n, p=p, seed=n), fullgraph=True, backend=counter
+    )
+    for n in range(2, 12):
+        x = torch.ones(n + 1)
+        assert torch.equal(compiled(x, n, n / 4), named(x, n=n, p=n / 4))
+    assert counter.frame_count <= 2
+    with pytest.raises(ValueError, match=r"^example: n must be int, got 2\.0"):
+        torch.compile(lambda x: named(x, n=2.0), backend="aot_eager")(x)
+
+
+@pytest.mark.plain
+def test_only_what_lies_on_the_cpu_can_be_looked_at():
+    assert can_read_values(torch.ones(1))
+    assert not can_read_values(torch.ones(1, device="meta"))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_every_public_operator_is_one(name):
+    with pytest.raises(ValueError, match=f"^{name}: .* must be Tensor, got 'a'; convert it$"):
+        getattr(kernels, name)(*["a"] * 4)

@@ -1,0 +1,416 @@
+"""layer_norm and add_layer_norm: the five kinds of tests every kernel file has."""
+
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tolerance import assert_accurate
+from tritium.bench.codegen.disassembly import resources
+from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
+from tritium.kernels import add_layer_norm, layer_norm
+from tritium.kernels.core.op import INTERPRET
+from tritium.kernels.core.partial_sums import PARTIALS_PER_STEP
+from tritium.kernels.norm._checks import MAX_WIDTH
+from tritium.kernels.norm._launch import MAX_RESIDENT_WIDTH, plan
+from tritium.kernels.norm.layer_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# One element, odd, one before and past a tile of several rows, GPT-2's width, one past it.
+SHAPES = [(1, 1), (5, 1), (3, 7), (129, 16), (33, 64), (31, 65), (4, 768), (3, 769)]
+WIDE = [(2, MAX_RESIDENT_WIDTH + 1), (3, MAX_RESIDENT_WIDTH + 4096)]
+
+
+def tensors(M, N, dtype, device, mean=0.0):
+    """x, residual, weight, bias and two incoming gradients."""
+    generator = torch.Generator().manual_seed(M * 100_003 + N)
+    shapes = [(M, N), (M, N), (N,), (N,), (M, N), (M, N)]
+    x, *rest = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    return [x + mean, *rest]
+
+
+def run(function, inputs, incoming):
+    """Outputs and gradients of `function` at fresh leaves of `inputs`."""
+    leaves = [value.detach().requires_grad_() if value is not None else None for value in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(
+        outputs, [leaf for leaf in leaves if leaf is not None], incoming[: len(outputs)]
+    )
+    return [output.detach() for output in outputs] + list(grads)
+
+
+def torch_layer_norm(x, weight, bias=None):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+
+def torch_add_layer_norm(x, residual, weight, bias=None):
+    h = x + residual
+    return torch_layer_norm(h, weight, bias), h
+
+
+def check(ours, theirs, inputs, incoming, names):
+    """Hold outputs and gradients of `ours` to the float64 truth of `theirs`."""
+    double = [None if value is None else value.double() for value in inputs]
+    got = run(ours, inputs, incoming)
+    truth = run(theirs, double, [value.double() for value in incoming])
+    peer = run(theirs, inputs, incoming)
+    M, N = inputs[0].shape
+    # dx is r times what is left of g without its mean, which in a row of one element is nothing.
+    h, weight = (double[0] + double[1], double[2]) if len(inputs) == 4 else double[:2]
+    scale = (
+        (incoming[0] * weight).abs().max() / (h.var(-1, correction=0) + 1e-5).min().sqrt()
+    ).item()
+    for name, *values in zip(names, got, truth, peer, strict=True):
+        sizes = {"length": M} if name in ("dweight", "dbias") else {"length": N}
+        if name in ("dx", "dresidual"):
+            sizes |= {"scale": scale, "terms": torch.float32}
+        assert_accurate(name, *values, **sizes)
+
+
+# --- 1. math
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_of_the_reference_are_those_of_its_forward(with_bias):
+    x, residual, weight, bias, _, _ = (
+        value.requires_grad_() for value in tensors(3, 5, torch.float64, "cpu")
+    )
+    bias = bias if with_bias else None
+    assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
+    assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
+
+
+@pytest.mark.plain
+def test_reference_is_torch_layer_norm():
+    x, residual, weight, bias, *incoming = tensors(7, 33, torch.float64, "cpu")
+    for got, expected in zip(
+        run(add_layer_norm, (x, residual, weight, bias), incoming),
+        run(torch_add_layer_norm, (x, residual, weight, bias), incoming),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- 2. kernel against the float64 reference
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "dtype"),
+    [
+        *((*shape, dtype) for shape in SHAPES for dtype in FLOATS),
+        *((*WIDE[0], dtype) for dtype in (torch.float32, torch.bfloat16)),
+        (*WIDE[1], torch.float16),
+    ],
+)
+def test_add_layer_norm_is_accurate(M, N, dtype, device):
+    x, residual, weight, bias, *incoming = tensors(M, N, dtype, device)
+    names = ["y", "h", "dx", "dresidual", "dweight", "dbias"]
+    check(add_layer_norm, torch_add_layer_norm, (x, residual, weight, bias), incoming, names)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N"), [(5, 1), (31, 65), (3, 769), WIDE[0]])
+def test_layer_norm_without_bias_is_accurate(M, N, dtype, device):
+    x, _, weight, _, *incoming = tensors(M, N, dtype, device)
+    check(layer_norm, torch_layer_norm, (x, weight), incoming, ["y", "dx", "dweight"])
+
+
+@pytest.mark.parametrize("N", [769, MAX_RESIDENT_WIDTH + 1])
+def test_mask_holds_where_the_mean_is_far_from_zero(N, device):
+    """A lane past the end counted in the variance would be off by the mean squared."""
+    x, _, weight, bias, *incoming = tensors(2, N, torch.float32, device, mean=1000.0)
+    check(
+        layer_norm, torch_layer_norm, (x, weight, bias), incoming, ["y", "dx", "dweight", "dbias"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "sms", "partials"),
+    [
+        (37, 1000, 1, 4),
+        (9, MAX_RESIDENT_WIDTH + 1, 1, 4),
+        (2 * PARTIALS_PER_STEP + 9, 1025, 99, 137),
+    ],
+)
+def test_walks_over_rows_and_over_partial_sums(M, N, sms, partials, device, monkeypatch):
+    """The backward's programs each walk several blocks of rows, and the sums over their partial sums take several steps."""
+    monkeypatch.setattr(sys.modules[plan.__module__], "sm_count", lambda device: sms)
+    assert plan(M, N, sms).partials == partials
+    x, residual, weight, bias, *incoming = tensors(M, N, torch.float32, device)
+    names = ["y", "h", "dx", "dresidual", "dweight", "dbias"]
+    check(add_layer_norm, torch_add_layer_norm, (x, residual, weight, bias), incoming, names)
+
+
+def test_branch_in_bfloat16_and_residual_stream_in_float32(device):
+    x, residual, weight, bias, *_ = tensors(4, 96, torch.float32, device)
+    x = x.bfloat16().requires_grad_()
+    y, h = add_layer_norm(x, residual.requires_grad_(), weight, bias)
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(h, x + residual, rtol=0, atol=0)
+    (y.float().sum() + h.square().sum()).backward()
+    assert (x.grad.dtype, residual.grad.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(x.grad, residual.grad.bfloat16(), rtol=0, atol=0)
+
+
+# --- 3. layouts
+
+
+def layouts(M, N, device):
+    base = torch.randn(2 * M, 2 * N, generator=torch.Generator().manual_seed(1)).to(device)
+    yield (
+        "transposed",
+        base[:N, :M].t() if N <= 2 * M else base[:, :M].reshape(-1)[: N * M].view(N, M).t(),
+    )
+    yield "row stride", base[::2, :N]
+    yield "column slice", base[:M, 3 : 3 + N]
+    yield "column stride", base[:M, ::2]
+    yield "expanded", base[:1, :N].expand(M, N)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_any_layout_gives_what_the_contiguous_copy_gives(index, device):
+    M, N = 6, 10
+    name, x = list(layouts(M, N, device))[index]
+    _, residual, weight, bias, *incoming = tensors(M, N, torch.float32, device)
+    packed = torch.stack([weight, bias], dim=1)
+    # `run` would clone the layout away, so the views are made inside.
+    got = run(
+        lambda r: add_layer_norm(x, r, packed[:, 0], packed[:, 1]),
+        (residual,),
+        [dy.t().contiguous().t() for dy in incoming],
+    )
+    expected = run(lambda r: add_layer_norm(x.contiguous(), r, weight, bias), (residual,), incoming)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
+def test_rows_may_lie_apart(N, device):
+    """Each stride on its own: rows of one tensor are parts of longer rows, and nothing is copied."""
+    M = 3
+    x, residual, weight, bias, dy, dh = tensors(M, N, torch.float32, device)
+    values = {"x": x, "residual": residual, "dy": dy, "dh": dh}
+    weight.requires_grad_()
+    bias.requires_grad_()
+
+    def outputs_and_gradients(x, residual, dy, dh):
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        both, alone = add_layer_norm(x, residual, weight, bias), layer_norm(x, weight, bias)
+        grads = torch.autograd.grad(both, (x, residual, weight, bias), (dy, dh))
+        return [*both, alone, *grads, *torch.autograd.grad(alone, (x, weight, bias), dy)]
+
+    expected = outputs_and_gradients(**values)
+    for name, value in values.items():
+        longer = torch.full((M, N + 7), 1e3, device=device)
+        longer[:, 5 : 5 + N] = value
+        apart = values | {name: longer[:, 5 : 5 + N]}
+        assert apart[name].stride(0) == N + 7
+        for a, b in zip(outputs_and_gradients(**apart), expected, strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_leading_axes_empty_inputs_and_expanded_gradients(device):
+    weight = torch.randn(8, device=device, requires_grad=True)
+    x = torch.randn(2, 3, 4, 8, device=device, requires_grad=True)
+    y = layer_norm(x, weight)
+    assert y.shape == x.shape
+    y.sum().backward()  # the incoming gradient is one expanded element
+    assert x.grad.shape == x.shape
+    assert layer_norm(x[0, 0, 0], weight).shape == (8,)
+
+    weight.grad = None
+    empty = torch.empty(0, 8, device=device, requires_grad=True)
+    y = layer_norm(empty, weight)
+    assert y.shape == (0, 8)
+    y.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+# --- 4. contract
+
+
+def test_opcheck(device):
+    M, N = 5, 24
+    x, residual, weight, bias, dy, dh = (
+        value.requires_grad_() for value in tensors(M, N, torch.float32, device)
+    )
+    statistics = torch.randn(M, device=device), torch.rand(M, device=device)
+    ops = torch.ops.tritium
+    torch.library.opcheck(ops.layer_norm_fwd.default, (x, weight, None, 1e-5))
+    torch.library.opcheck(ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5))
+    plain = [value.detach() for value in (dy, dh, x, weight)]
+    torch.library.opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True))
+    torch.library.opcheck(
+        ops.layer_norm_bwd.default, (plain[0], None, *plain[2:], *statistics, False)
+    )
+
+
+def test_compiles_as_one_graph(device):
+    *inputs, dy, dh = tensors(6, 40, torch.float32, device)
+    compiled = torch.compile(
+        lambda *args: add_layer_norm(*args), fullgraph=True, backend="aot_eager"
+    )
+    for a, b in zip(
+        run(compiled, inputs, [dy, dh]), run(add_layer_norm, inputs, [dy, dh]), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_autocast_leaves_the_dtype_of_x(device):
+    x, _, weight, bias, *_ = tensors(4, 32, torch.bfloat16, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = layer_norm(x, weight.float(), bias.float())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, layer_norm(x, weight.float(), bias.float()))
+
+
+def test_reruns_are_bitwise_equal(device):
+    x, residual, weight, bias, *incoming = tensors(300, 48, torch.bfloat16, device)
+    first, second = (run(add_layer_norm, (x, residual, weight, bias), incoming) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_only_some_inputs_need_gradients(frozen, device):
+    x, _, weight, bias, *_ = tensors(4, 12, torch.float32, device)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    for name, value in inputs.items():
+        value.requires_grad_(name != frozen)
+    layer_norm(x, weight, bias).square().sum().backward()
+    assert [name for name, value in inputs.items() if value.grad is None] == [frozen]
+
+
+def test_only_the_sum_is_used(device):
+    """No gradient reaches y at all."""
+    x, residual, weight, bias, *_ = (
+        value.requires_grad_() for value in tensors(4, 12, torch.float32, device)
+    )
+    add_layer_norm(x, residual, weight, bias)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(residual.grad, x.grad)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(7)}, r"weight must be \(8,\) to match x \(2, 8\), got \(7,\)"),
+        ({"bias": torch.ones(1, 8)}, r"bias must be \(8,\)"),
+        (
+            {"bias": torch.ones(8, dtype=torch.float64)},
+            r"bias must be torch.float32 like weight, got torch.float64",
+        ),
+        ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
+        ({"eps": "a"}, "eps must be float, got 'a'"),
+        ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
+        ({"x": torch.ones(())}, r"x must be \(\.\.\., N\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.long)}, r"must be floating point, got torch.int64"),
+        (
+            {"residual": torch.ones(2, 1)},
+            r"residual must be floating point, \(2, 8\) on cpu like x, got torch.float32 \(2, 1\)",
+        ),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "x": torch.ones(2, 8),
+        "residual": torch.ones(2, 8),
+        "weight": torch.ones(8),
+        "bias": torch.ones(8),
+    } | change
+    with pytest.raises(ValueError, match="^add_layer_norm: .*" + message):
+        add_layer_norm(**arguments)
+
+
+def test_kernels_refuse_float64(device):
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("float64 on the CPU runs the reference")
+    with pytest.raises(
+        TypeError, match=r"^layer_norm: the kernel takes float32, bfloat16 or float16, got float64"
+    ):
+        layer_norm(
+            torch.ones(2, 8, dtype=torch.float64, device=device), torch.ones(8, device=device)
+        )
+
+
+@pytest.mark.plain
+def test_plan_covers_every_row_and_column():
+    for M in (1, 2, 3, 100, 4096, 10**7):
+        for N in (1, 2, 15, 16, 17, 768, 1600, 8192, 8193, 65536):
+            p = plan(M, N)
+            assert p.wide or p.block_n >= N
+            assert p.block_m * p.block_n <= 16_384
+            assert 1 <= p.partials * p.block_m < M + p.block_m
+    assert plan(4096, 64).block_m > 1, "short rows share a program"
+    assert plan(0, 64).partials == 0
+
+
+@pytest.mark.plain
+def test_cost_is_the_bytes_that_the_tensors_have():
+    assert cost(32768, 1024, 2)["fwd_bytes"] == 2 * 2 * 32768 * 1024
+    assert cost(32768, 1024, 2)["bwd_bytes"] == 3 * 2 * 32768 * 1024
+
+
+# --- 5. ahead-of-time compilation
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "gfx950"])
+@pytest.mark.parametrize("N", [768, 1024, 1280, 1600, MAX_WIDTH])
+def test_compiles_for_every_target_without_spills(N, target):
+    x, weight, statistics = (
+        torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)]
+    )
+    with record_launches(target) as launches:
+        for dtype in (torch.bfloat16, torch.float32):
+            h, w = x.to(dtype), weight.to(dtype)
+            # With all that there may be: it takes most registers. The bench's held table has the others.
+            launch_add_fwd(h, h, w, w, 1e-5)
+            launch_bwd(h, h, h, w, statistics, statistics, True)
+    assert len(launches) == 6
+    for launch in launches:
+        found = resources(compile_launch(launch, target))
+        # With triton 3.7.1 the walking backward has 8 bytes of stack on sm_100, whatever the tile: not held to none yet.
+        if (N, target) != (MAX_WIDTH, "sm_100"):
+            assert found.spilled_bytes == 0, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("N", [1, MAX_RESIDENT_WIDTH + 1])
+def test_a_single_row_compiles(N):
+    """Integer arguments that are 1 are constants to Triton, which have no methods."""
+    x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(1, N), (N,), (1,)])
+    with record_launches("sm_90") as launches:
+        launch_fwd(x, weight, None, 1e-5)
+        launch_add_fwd(x, x, weight, weight, 1e-5)
+        launch_bwd(x, x, x, weight, statistics, statistics, True)
+    for launch in launches:
+        assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("N", [1000, MAX_RESIDENT_WIDTH + 8])
+def test_rows_are_addressed_in_int64(N):
+    """No test can hold 2^31 elements everywhere, but every product of a row with a stride can be read off the compiled code."""
+    x, weight, statistics = (
+        torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)]
+    )
+    with record_launches("sm_90") as launches:
+        launch_add_fwd(x, x, weight, weight, 1e-5)
+        launch_bwd(x, x, x, weight, statistics, statistics, True)
+    for launch in launches:
+        code = compile_launch(launch, "sm_90").asm["ttir"]
+        products = [line.split(" loc(")[0] for line in code.splitlines() if "arith.muli" in line]
+        # A block's number times the constant size of a tile may stay narrow: rows are fewer than 2^31.
+        narrow = [
+            line
+            for line in products
+            if not line.endswith(("i64", "xi64>")) and not re.search(r"%c\d+_i32", line)
+        ]
+        assert products
+        assert not narrow, launch.kernel.__name__

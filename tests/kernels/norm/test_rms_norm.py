@@ -1,0 +1,270 @@
+"""rms_norm and add_rms_norm: the kinds of tests every kernel file has. Their kernels are layer_norm's, tested there too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tolerance import assert_accurate
+from tritium.bench.codegen.disassembly import resources
+from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
+from tritium.kernels import add_rms_norm, rms_norm
+from tritium.kernels.core.op import INTERPRET
+from tritium.kernels.norm._launch import MAX_RESIDENT_WIDTH
+from tritium.kernels.norm.rms_norm import cost, launch_add_fwd, launch_bwd
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# One element, odd, one past a power of two, several rows a program, and rows too wide for registers.
+SHAPES = [(1, 1), (3, 1), (5, 33), (37, 64), (4, 769), (3, 1025), (2, MAX_RESIDENT_WIDTH + 1)]
+
+
+def tensors(M, N, dtype, device):
+    """x, residual, weight and two incoming gradients."""
+    generator = torch.Generator().manual_seed(M * 100_003 + N)
+    shapes = [(M, N), (M, N), (N,), (M, N), (M, N)]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def run(function, inputs, incoming):
+    """Outputs and gradients of `function` at fresh leaves of `inputs`."""
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(outputs, leaves, incoming[: len(outputs)])
+    return [output.detach() for output in outputs] + list(grads)
+
+
+def torch_rms_norm(x, weight):
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def torch_add_rms_norm(x, residual, weight):
+    h = x + residual
+    return torch_rms_norm(h, weight), h
+
+
+def check(ours, theirs, inputs, incoming, names):
+    """Hold outputs and gradients of `ours` to the float64 truth of `theirs`."""
+    double = [value.double() for value in inputs]
+    got, peer = run(ours, inputs, incoming), run(theirs, inputs, incoming)
+    truth = run(theirs, double, [value.double() for value in incoming])
+    M, N = inputs[0].shape
+    # dx is r times what is left of g without its share along h: in a row of one element nothing.
+    h = double[0] + double[1] if len(inputs) == 3 else double[0]
+    scale = (
+        (incoming[0] * inputs[-1]).abs().max() / (h.square().mean(-1) + 1e-6).min().sqrt()
+    ).item()
+    for name, *values in zip(names, got, truth, peer, strict=True):
+        sizes = {"length": M if name == "dweight" else N}
+        if name in ("dx", "dresidual"):
+            sizes |= {"scale": scale, "terms": torch.float32}
+        assert_accurate(name, *values, **sizes)
+
+
+# --- 1. math
+
+
+@pytest.mark.plain
+def test_gradients_of_the_reference_are_those_of_its_forward():
+    x, residual, weight, _, _ = (
+        value.requires_grad_() for value in tensors(3, 5, torch.float64, "cpu")
+    )
+    assert torch.autograd.gradcheck(rms_norm, (x, weight))
+    assert torch.autograd.gradcheck(add_rms_norm, (x, residual, weight))
+
+
+@pytest.mark.plain
+def test_reference_is_torch_rms_norm():
+    *inputs, dy, dh = tensors(7, 33, torch.float64, "cpu")
+    for got, expected in zip(
+        *(run(f, inputs, [dy, dh]) for f in (add_rms_norm, torch_add_rms_norm)), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- 2. kernel against the float64 reference
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N"), SHAPES)
+def test_is_accurate(M, N, dtype, device):
+    x, residual, weight, *incoming = tensors(M, N, dtype, device)
+    names = ["y", "h", "dx", "dresidual", "dweight"]
+    check(add_rms_norm, torch_add_rms_norm, (x, residual, weight), incoming, names)
+    check(rms_norm, torch_rms_norm, (x, weight), incoming, ["y", "dx", "dweight"])
+
+
+@pytest.mark.parametrize("N", [33, MAX_RESIDENT_WIDTH + 1])
+def test_eps_is_added_to_the_mean_square(N, device):
+    x, residual, weight, *_ = tensors(3, N, torch.float32, device)
+    for h, y in (
+        (x, rms_norm(x, weight, eps=2.0)),
+        (x + residual, add_rms_norm(x, residual, weight, eps=2.0)[0]),
+    ):
+        truth, peer = (
+            F.rms_norm(h.to(dtype), (N,), weight.to(dtype), 2.0)
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert_accurate("y", y, truth, peer, length=N)
+
+
+# --- 3. layouts
+
+
+@pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
+def test_any_layout_gives_what_the_contiguous_copy_gives(N, device):
+    x, residual, weight, dy, dh = tensors(4, N, torch.float32, device)
+    apart = [torch.cat([value, value], dim=1)[:, N:] for value in (x, residual, dy, dh)]
+    strided = torch.stack([weight, weight], dim=1)[:, 0]
+    expected = run(add_rms_norm, (x, residual, weight), [dy, dh])
+    for got, value in zip(
+        run(add_rms_norm, (*apart[:2], strided), apart[2:]), expected, strict=True
+    ):
+        assert torch.equal(got, value)
+    transposed = run(
+        add_rms_norm, (x.t().contiguous().t(), residual, weight), [dy, dh.t().contiguous().t()]
+    )
+    for got, value in zip(transposed, expected, strict=True):
+        assert torch.equal(got, value)
+    assert torch.equal(rms_norm(x, strided), rms_norm(x, weight))
+
+
+def test_leading_axes_and_empty_inputs(device):
+    weight = torch.randn(8, device=device, requires_grad=True)
+    x = torch.randn(2, 3, 4, 8, device=device, requires_grad=True)
+    rms_norm(x, weight).sum().backward()  # the incoming gradient is one expanded element
+    assert x.grad.shape == x.shape
+    assert rms_norm(x[0, 0, 0], weight).shape == (8,)
+    weight.grad = None
+    rms_norm(torch.empty(0, 8, device=device, requires_grad=True), weight).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+# --- 4. contract
+
+
+def test_opcheck(device):
+    x, residual, weight, dy, dh = tensors(5, 24, torch.float32, device)
+    ops, rstd = torch.ops.tritium, torch.rand(5, device=device)
+    leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
+    torch.library.opcheck(ops.rms_norm_fwd.default, (leaves[0], leaves[2], 1e-6))
+    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6))
+    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd))
+    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, None, x, weight, rstd))
+
+
+def test_compiles_as_one_graph_for_any_number_of_rows(device):
+    compiled = torch.compile(
+        lambda *args: add_rms_norm(*args), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for M in (5, 9, 12):
+        *inputs, dy, dh = tensors(M, 40, torch.float32, device)
+        with torch.compiler.set_stance("default" if M == 5 else "fail_on_recompile"):
+            for a, b in zip(
+                *(run(f, inputs, [dy, dh]) for f in (compiled, add_rms_norm)), strict=True
+            ):
+                assert torch.equal(a, b)
+
+
+def test_autocast_leaves_the_dtype_of_x(device):
+    x, _, weight, *_ = tensors(4, 32, torch.bfloat16, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = rms_norm(x, weight.float())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rms_norm(x, weight.float()))
+
+
+def test_reruns_are_bitwise_equal(device):
+    x, residual, weight, *incoming = tensors(300, 48, torch.bfloat16, device)
+    for a, b in zip(
+        *(run(add_rms_norm, (x, residual, weight), incoming) for _ in range(2)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_wider_residual_keeps_its_dtype(device):
+    x, residual, weight, dy, dh = tensors(4, 12, torch.float32, device)
+    y, h, *grads = run(add_rms_norm, (x.bfloat16(), residual, weight), [dy.bfloat16(), dh])
+    assert torch.equal(h, x.bfloat16() + residual)
+    assert torch.equal(y, rms_norm(h, weight).bfloat16())
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_only_one_output_is_used(used, device):
+    x, residual, weight, dy, _ = tensors(4, 12, torch.float32, device)
+    leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
+    add_rms_norm(*leaves)[used].backward(dy)
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    assert torch.equal(leaves[0].grad, dy) == bool(used)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_only_some_inputs_need_gradients(frozen, device):
+    x, _, weight, *_ = tensors(4, 12, torch.float32, device)
+    inputs = {"x": x, "weight": weight}
+    for name, value in inputs.items():
+        value.requires_grad_(name != frozen)
+    rms_norm(x, weight).square().sum().backward()
+    assert [name for name, value in inputs.items() if value.grad is None] == [frozen]
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(7)}, r"weight must be \(8,\) to match x \(2, 8\), got \(7,\)"),
+        ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
+        ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
+        (
+            {"x": torch.ones(2, 8, dtype=torch.long)},
+            r"x and weight must be floating point, got torch.int64",
+        ),
+        (
+            {"residual": torch.ones(2, 1)},
+            r"residual must be floating point, \(2, 8\) on cpu like x, got .* \(2, 1\)",
+        ),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "x": torch.ones(2, 8),
+        "residual": torch.ones(2, 8),
+        "weight": torch.ones(8),
+    } | change
+    with pytest.raises(ValueError, match="^add_rms_norm: " + message):
+        add_rms_norm(**arguments)
+
+
+def test_kernels_refuse_float64(device):
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("float64 on the CPU runs the reference")
+    with pytest.raises(
+        TypeError, match="rms_norm: the kernel takes float32, bfloat16 or float16, got float64"
+    ):
+        rms_norm(torch.ones(2, 8, dtype=torch.float64, device=device), torch.ones(8, device=device))
+
+
+@pytest.mark.plain
+def test_cost_is_the_bytes_that_the_tensors_have():
+    assert cost(32768, 1024, 2)["fwd_bytes"] == 2 * 2 * 32768 * 1024
+    assert cost(32768, 1024, 2, residual=True)["bwd_bytes"] == 4 * 2 * 32768 * 1024
+
+
+# --- 5. ahead-of-time compilation
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("arch", [name for name in TARGETS if name != "gfx950"])
+@pytest.mark.parametrize("N", [1024, MAX_RESIDENT_WIDTH + 8])
+def test_compiles_for_every_target_without_spills(N, arch):
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((8192, N), (N,)))
+        rstd = torch.empty(8192, device="meta")
+        with record_launches(arch) as launches:
+            # With a residual: it takes most registers. The bench's held table has the others.
+            launch_add_fwd(x, x, weight, 1e-6)
+            launch_bwd(x, x, x, weight, rstd)
+        for launch in launches:
+            assert resources(compile_launch(launch, arch)).spilled_bytes == 0, (
+                launch.kernel.__name__
+            )

@@ -1,0 +1,244 @@
+"""The builder: splits, end-of-text, records, determinism, and nothing left behind by a failure."""
+
+import dataclasses
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tritium.errors import InputError
+from tritium.train.data import build as module
+from tritium.train.data.build import build
+from tritium.train.data.corpus import Corpus
+from tritium.train.data.dataset import open_dataset
+
+pytestmark = pytest.mark.plain
+
+DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
+
+
+def _documents(count):
+    return [f"Document {i} says {i * i}: größer?\n" for i in range(count)]
+
+
+def _jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def _split_texts(dataset, split):
+    """Documents of a split, by their end-of-text."""
+    stream = getattr(dataset, split)
+    tokens = stream.read(0, len(stream))
+    ends = np.flatnonzero(tokens == dataset.tokenizer.end_of_text)
+    assert ends[-1] == len(tokens) - 1
+    return [
+        dataset.tokenizer.decode(part[part != dataset.tokenizer.end_of_text])
+        for part in np.split(tokens, ends[:-1] + 1)
+    ]
+
+
+@pytest.fixture
+def many(tmp_path):
+    return _jsonl(tmp_path / "many.jsonl", _documents(300))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
+def test_many_documents(tmp_path, many, tokenizer):
+    info = build(tmp_path / "out", [many], tokenizer, progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.info == info
+    assert info.tokenizer == tokenizer
+    assert info.vocab_size == dataset.tokenizer.vocab_size
+    train, val = _split_texts(dataset, "train"), _split_texts(dataset, "val")
+    assert sorted(train + val) == sorted(_documents(300))
+    assert train == [text for text in _documents(300) if text in set(train)]  # in order
+    # 300 draws with p = 0.1: 30 expected, standard deviation 5.2; a fixed hash, so this never flickers.
+    assert 15 <= len(val) <= 45
+    for split, texts in ((info.train, train), (info.val, val)):
+        assert split.documents == len(texts)
+        assert split.bytes == sum(len(text.encode()) for text in texts)
+    assert info.train.tokens == len(dataset.train)
+
+
+def test_split_does_not_depend_on_order(tmp_path, many):
+    build(tmp_path / "forth", [many], "bytes", progress=False)
+    back = _jsonl(tmp_path / "back.jsonl", _documents(300)[::-1])
+    build(tmp_path / "back", [back], "bytes", progress=False)
+    forth, back = (_split_texts(open_dataset(tmp_path / name), "val") for name in ("forth", "back"))
+    assert forth == back[::-1]
+
+
+def test_same_bytes_every_time(tmp_path, many):
+    for name in ("one", "two"):
+        build(tmp_path / name, [many], "bpe:300", progress=False)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["dataset.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_many_shards_and_small_batches_hold_the_same_tokens(tmp_path, many, monkeypatch):
+    build(tmp_path / "one", [many], "bytes", progress=False)
+    monkeypatch.setattr(module, "_PART_CHARACTERS", 7)
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
+    info = build(tmp_path / "two", [many], "bytes", shard_tokens=1000, progress=False)
+    assert len(info.train.shards) == -(-info.train.tokens // 1000) > 5
+    one, two = open_dataset(tmp_path / "one"), open_dataset(tmp_path / "two")
+    for split in ("train", "val"):
+        a, b = getattr(one, split), getattr(two, split)
+        np.testing.assert_array_equal(a.read(0, len(a)), b.read(0, len(b)))
+    assert dataclasses.replace(info.train, shards=[]) == dataclasses.replace(
+        one.info.train, shards=[]
+    )
+
+
+def test_one_document_is_cut_by_characters(tmp_path):
+    text = "é".join(str(i) for i in range(1000))
+    (tmp_path / "book.txt").write_text(text)
+    info = build(tmp_path / "out", [tmp_path / "book.txt"], "chars", progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    left = int(len(text) * 0.9)
+    assert dataset.tokenizer.decode(dataset.train.read(0, len(dataset.train))) == text[:left]
+    assert dataset.tokenizer.decode(dataset.val.read(0, len(dataset.val))) == text[left:]
+    assert (info.train.documents, info.val.documents) == (1, 1)
+    assert info.train.bytes + info.val.bytes == len(text.encode())
+
+
+def test_few_documents_are_cut_by_characters_with_end_of_text_between(tmp_path):
+    for name, text in (("a", "a" * 50), ("b", "b" * 30), ("c", "c" * 20)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    for held_out, train, val in (
+        (0.3, "a" * 50 + "|" + "b" * 20, "b" * 10 + "|" + "c" * 20),
+        (0.2, "a" * 50 + "|" + "b" * 30 + "|", "c" * 20),
+        (0.1, "a" * 50 + "|" + "b" * 30 + "|" + "c" * 10, "c" * 10),
+    ):
+        out = tmp_path / f"out{held_out}"
+        info = build(
+            out,
+            [tmp_path / f"{name}.txt" for name in "abc"],
+            "bytes",
+            held_out=held_out,
+            progress=False,
+        )
+        dataset = open_dataset(out)
+        found = [
+            dataset.tokenizer.decode(s.read(0, len(s))).replace("<|endoftext|>", "|")
+            for s in (dataset.train, dataset.val)
+        ]
+        assert found == [train, val]
+        assert info.train.documents == sum(letter in train for letter in "abc")
+        assert info.val.documents == sum(letter in val for letter in "abc")
+
+
+def test_mixed_folder_and_its_record(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("alpha " * 50)
+    (source / "b.md").write_text("beta " * 50)
+    (source / "c.py").write_text("gamma = 1\n" * 30)
+    _jsonl(source / "d.jsonl", ["delta " * 20, "alpha " * 50])
+    with gzip.open(source / "e.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "epsilon " * 9}) + "\n")
+    (source / "f.txt").write_bytes(b"\0\1")
+    (source / "g.bin").write_bytes(b"\0\1")
+    info = build(tmp_path / "out", [source], "bytes", progress=False)
+    assert (info.duplicates_dropped, info.files_skipped) == (1, 1)
+    assert info.inputs == [str(source)]
+    assert (
+        json.loads((tmp_path / "out" / "dataset.json").read_text())["train"]["tokens"]
+        == info.train.tokens
+    )
+    assert (
+        info.train.tokens + info.val.tokens == info.train.bytes + info.val.bytes + 4
+    )  # five documents, four seams
+
+
+def test_tinyshakespeare_has_the_usual_split(tmp_path):
+    source = DATA / "tinyshakespeare.txt"
+    if not source.exists():
+        pytest.skip(f"needs {source.name} in ../shared/data or $TRITIUM_DATA")
+    info = build(tmp_path / "out", [source], "chars", progress=False)
+    assert (info.train.tokens, info.val.tokens, info.vocab_size) == (1_003_854, 111_540, 66)
+
+
+# --- refusals
+
+
+def test_an_out_dir_in_use_is_left_alone(tmp_path, many):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for name in ("out", "file"):
+        with pytest.raises(InputError, match="which is in use; choose another"):
+            build(tmp_path / name, [many], "bytes", progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    (tmp_path / "out" / "mine.txt").unlink()
+    build(tmp_path / "out", [many], "bytes", progress=False)
+    assert len(open_dataset(tmp_path / "out").train)
+
+
+@pytest.mark.parametrize("held_out", [0, 1, -0.1, 2, float("nan")])
+def test_held_out_must_be_a_fraction(tmp_path, many, held_out):
+    with pytest.raises(InputError, match="held_out must lie between 0 and 1"):
+        build(tmp_path / "out", [many], "bytes", held_out=held_out, progress=False)
+
+
+def test_empty_splits_are_refused(tmp_path, many):
+    for held_out, split in ((1e-9, "val"), (1 - 1e-9, "train")):
+        with pytest.raises(InputError, match=f"expected text for the {split} split"):
+            build(tmp_path / "out", [many], "bytes", held_out=held_out, progress=False)
+    (tmp_path / "short.txt").write_text("x")
+    with pytest.raises(InputError, match="expected text for the train split"):
+        build(tmp_path / "out", [tmp_path / "short.txt"], "bytes", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl", "short.txt"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError()]
+)
+@pytest.mark.parametrize("where", ["write_shard", "write_whole", "from_spec"])
+def test_a_failure_anywhere_leaves_nothing(tmp_path, many, monkeypatch, error, where):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module, where, fail)
+    with pytest.raises(type(error)):
+        build(tmp_path / "out", [many], "bytes", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
+
+
+def test_an_interrupt_while_reading_leaves_nothing(tmp_path, many, monkeypatch):
+    reading = Corpus.documents
+
+    def interrupted(self):
+        for number, document in enumerate(reading(self)):
+            if number == 150:
+                raise KeyboardInterrupt
+            yield document
+
+    monkeypatch.setattr(Corpus, "documents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", [many], "bytes", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_leaves_nothing(tmp_path, many):
+    program = (
+        "import resource, sys\n"
+        "from tritium.train.data.build import build\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try:\n    build(sys.argv[1], [sys.argv[2]], 'bytes')\n"
+        "except OSError as error:\n    sys.exit(7)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out"), str(many)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == done.stderr == ""  # no bar where there is no terminal
+    assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]

@@ -1,0 +1,218 @@
+"""Documents from every file type, in order, without repeats, and each bad input."""
+
+import builtins
+import gzip
+import json
+import os
+import sys
+
+import pytest
+
+from tritium.errors import InputError
+from tritium.train.data.corpus import Corpus
+
+pytestmark = pytest.mark.plain
+
+
+def _texts(corpus):
+    return [document.text for document in corpus.documents()]
+
+
+def _mixed(folder):
+    (folder / "sub").mkdir()
+    (folder / "b.txt").write_bytes("Grüße\r\n".encode())
+    (folder / "a.md").write_text("# title")
+    (folder / "sub" / "c.py").write_bytes(b"\xef\xbb\xbfx = 1\n")
+    (folder / "d.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n{"text": ""}\n')
+    with gzip.open(folder / "e.jsonl.gz", "wt") as file:
+        file.write('{"text": "three"}\n{"text": "one"}\n')
+    (folder / "f.txt").write_text("# title")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"ELF\0\1\2")
+    (folder / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    (folder / "image.png").write_bytes(b"png")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "g.txt").write_text("hidden")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "h.py").write_text("cache")
+    return folder
+
+
+def test_mixed_folder(tmp_path):
+    corpus = Corpus([_mixed(tmp_path)])
+    documents = list(corpus.documents())
+    assert [document.text for document in documents] == [
+        "# title",
+        "Grüße\r\n",
+        "one",
+        "two",
+        "three",
+        "x = 1\n",
+    ]
+    assert documents[3].source == f"{tmp_path / 'd.jsonl'}:3"
+    assert (corpus.duplicates, corpus.skipped_files) == (2, 2)
+    assert (
+        corpus.bytes_read == corpus.total_bytes == sum(path.stat().st_size for path in corpus.files)
+    )
+    # A second pass counts afresh and gives the same.
+    assert list(corpus.documents()) == documents
+    assert (corpus.duplicates, corpus.skipped_files) == (2, 2)
+
+
+def test_a_file_given_twice_is_read_once(tmp_path):
+    _mixed(tmp_path)
+    corpus = Corpus([tmp_path / "f.txt", tmp_path])
+    assert len(corpus.files) == len(set(corpus.files))
+    assert _texts(corpus)[0] == "# title"
+    assert corpus.duplicates == 2
+
+
+def test_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "hello"}\n')
+    assert _texts(Corpus([tmp_path], text_field="body")) == ["hello"]
+    with pytest.raises(
+        InputError,
+        match=r"a.jsonl:1: expected an object with a string in field 'text', got fields 'body'",
+    ):
+        _texts(Corpus([tmp_path]))
+
+
+def test_reads_lazily(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\nbroken\n')
+    documents = Corpus([tmp_path]).documents()
+    assert next(documents).text == "fine"
+    with pytest.raises(InputError, match=r"a.jsonl:2"):
+        next(documents)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_progress_moves_within_a_file(tmp_path, suffix):
+    lines = "".join(
+        json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(2000)
+    ).encode()
+    (tmp_path / f"a.{suffix}").write_bytes(
+        gzip.compress(lines, 1) if suffix.endswith("gz") else lines
+    )
+    corpus = Corpus([tmp_path])
+    seen = [corpus.bytes_read for _ in corpus.documents()]
+    assert seen == sorted(seen)
+    assert seen[1000] == pytest.approx(corpus.total_bytes / 2, rel=0.2)
+    assert seen[-1] <= corpus.bytes_read == corpus.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected a JSON object a line"),
+        ("[1]", "got list"),
+        ('{"text": 3}', "string in field 'text'"),
+        ('{"text": "\\ud800"}', "half a surrogate pair at character 0"),
+        (b'{"text": "\xff"}', "expected a JSON object a line"),
+    ],
+)
+def test_malformed_jsonl_line(tmp_path, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n' + line + b"\n")
+    with pytest.raises(InputError, match=f"a.jsonl:2: .*{message}") as caught:
+        _texts(Corpus([tmp_path]))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_gzip(tmp_path):
+    whole = gzip.compress(json.dumps({"text": "x" * 1000}).encode() + b"\n")
+    for content in (b"not gzip", whole[:-9], whole[:20] + b"\xff" * 20):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(InputError, match=r"a.jsonl.gz: expected gzip data"):
+            _texts(Corpus([tmp_path]))
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": ["eins", None, "zwei", "eins"], "id": [1, 2, 3, 4]}), path
+    )
+    corpus = Corpus([path])
+    assert _texts(corpus) == ["eins", "zwei"]
+    assert corpus.duplicates == 1
+    with pytest.raises(InputError, match="expected a column 'body', got text, id"):
+        _texts(Corpus([path], text_field="body"))
+    with pytest.raises(InputError, match="expected strings in column 'id', got int64"):
+        _texts(Corpus([path], text_field="id"))
+    path.write_bytes(b"no parquet at all")
+    with pytest.raises(InputError, match="expected parquet data"):
+        _texts(Corpus([path]))
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    importing = builtins.__import__
+
+    def refuse(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return importing(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        _texts(Corpus([tmp_path]))
+
+
+def test_bad_inputs(tmp_path):
+    with pytest.raises(InputError, match="at least one input"):
+        Corpus([])
+    with pytest.raises(InputError, match=r"none.txt', which does not exist"):
+        Corpus([tmp_path / "none.txt"])
+    with pytest.raises(InputError, match=r"below .*, got none"):
+        Corpus([tmp_path])
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(InputError, match=r"expected a file of type .txt, .*a.csv"):
+        Corpus([tmp_path / "a.csv"])
+    (tmp_path / "a.txt").write_bytes(b"\0")
+    (tmp_path / "b.md").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="got 2 files, 2 of them binary or not UTF-8"):
+        _texts(Corpus([tmp_path]))
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.md").write_bytes(b"")
+    with pytest.raises(InputError, match="got 2 files, all of them empty"):
+        _texts(Corpus([tmp_path]))
+
+
+def test_fingerprint_follows_the_files(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    first = Corpus([tmp_path]).fingerprint()
+    assert Corpus([tmp_path]).fingerprint() == first
+    assert Corpus([path]).fingerprint() == first
+    assert Corpus([path], text_field="body").fingerprint() != first
+    os.utime(path, ns=(1, 1))
+    second = Corpus([tmp_path]).fingerprint()
+    assert second != first
+    (tmp_path / "b.txt").write_text("more")
+    assert Corpus([tmp_path]).fingerprint() not in (first, second)
+
+
+def test_standard_library():
+    corpus = Corpus(["stdlib"])
+    names = {path.name for path in corpus.files}
+    assert {"argparse.py", "typing.py"} <= names
+    assert corpus.files == sorted(corpus.files)
+    assert 5e6 < corpus.total_bytes < 30e6
+    assert not any(
+        {"test", "tests", "site-packages"} & set(path.parts[-4:]) for path in corpus.files
+    )
+
+
+def test_python_is_the_library_and_the_packages():
+    corpus = Corpus(["python"])
+    assert set(Corpus(["stdlib"]).files) < set(corpus.files)
+    assert any(path.parts[-2:] == ("numpy", "__init__.py") for path in corpus.files)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_dangling_links_are_no_files(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "b.txt").write_text("here")
+    assert _texts(Corpus([tmp_path])) == ["here"]

@@ -1,0 +1,228 @@
+"""The loader is a pure function of the step, and every token but the first is a target exactly once an epoch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tritium.errors import InputError
+from tritium.train.data.loader import IGNORED, Loader, document_starts, evaluation_batches, permute
+from tritium.train.data.shards import TokenStream
+
+pytestmark = pytest.mark.plain
+
+
+def _stream(n):
+    """Tokens counting up, so that a token is its own place, in parts with seams anywhere."""
+    return TokenStream(np.split(np.arange(n, dtype=np.uint32), sorted({n // 3, n // 3 + 1, n - 2})))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 65, 1000])
+def test_permutation_is_a_bijection(size):
+    everything = np.arange(size)
+    orders = {
+        tuple(permute(everything, size, seed, epoch)) for seed in range(10) for epoch in range(10)
+    }
+    for order in orders:
+        assert sorted(order) == list(range(size))
+    # 100 draws: all orders of few elements, no repeats among many.
+    assert len(orders) == {1: 1, 2: 2, 3: 6}.get(size, 100)
+
+
+def test_permutation_is_elementwise_and_takes_huge_sizes():
+    np.testing.assert_array_equal(
+        permute(np.arange(1000), 1000, 1, 2)[[7, 3]], permute(np.array([7, 3]), 1000, 1, 2)
+    )
+    size = 2**61 + 12345
+    images = permute(np.array([0, 1, size - 1]), size, 0, 10**30)
+    assert len(set(images.tolist())) == 3
+    assert images.min() >= 0
+    assert images.max() < size
+
+
+def test_permutation_mixes():
+    """Neighbours land apart: |image(i) - image(i + 1)| of a random order averages size / 3; 5 standard errors allowed."""
+    size = 30_000
+    gaps = np.abs(np.diff(permute(np.arange(size), size, 3, 0)))
+    assert abs(gaps.mean() / (size / 3) - 1) < 5 * 0.7 / size**0.5
+    first, second = permute(np.arange(size), size, 3, 0), permute(np.arange(size), size, 3, 1)
+    assert (first == second).sum() < 10  # Poisson with mean 1
+
+
+@pytest.mark.parametrize(
+    ("n", "context"), [(1001, 10), (1002, 10), (1000, 10), (1009, 10), (11, 10), (12, 10), (500, 1)]
+)
+def test_every_token_is_a_target_once_an_epoch(n, context):
+    loader = Loader(_stream(n), context_tokens=context, batch_size=1, seed=5)
+    assert loader.windows == -(-(n - 1) // context)
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * loader.windows, (epoch + 1) * loader.windows):
+            tokens, targets = loader.batch(step).on("cpu")
+            assert tokens.shape == targets.shape == (1, context)
+            assert tokens.dtype == targets.dtype == torch.int64
+            kept = targets != IGNORED
+            assert torch.equal(tokens[kept] + 1, targets[kept])
+            assert tokens[~kept].tolist() == [n - 1, *[0] * (context - 1)][: int((~kept).sum())]
+            seen += targets[kept].tolist()
+        assert sorted(seen) == list(range(1, n))
+
+
+def test_epochs_run_on_across_batches():
+    loader = Loader(_stream(101), context_tokens=10, batch_size=4, seed=0)  # 10 windows, 4 a step
+    starts = [row[0].item() // 10 for step in range(5) for row in loader.batch(step).inputs]
+    assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(10))
+    assert starts[:10] != starts[10:]
+
+
+def test_a_batch_larger_than_the_epoch():
+    loader = Loader(_stream(21), context_tokens=10, batch_size=6, seed=0)
+    assert sorted(loader.batch(3).inputs[:, 0].tolist()) == [0, 0, 0, 10, 10, 10]
+
+
+def test_batches_do_not_depend_on_what_was_asked_before():
+    steps = [0, 1, 7, 300, 299, 5000, 10**9, 10**20, 3]
+    one = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
+    forth = {step: one.batch(step) for step in steps}
+    for step in reversed(steps):
+        fresh = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
+        for loader in (one, fresh):
+            assert torch.equal(loader.batch(step).windows, forth[step].windows)
+    other_seed = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=2)
+    assert not torch.equal(other_seed.batch(0).windows, forth[0].windows)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+def test_widening_a_part_of_a_batch_leaves_it_as_it_is(dtype):
+    stream = TokenStream([np.arange(60_000, 60_025).astype(dtype)])
+    batch = Loader(stream, context_tokens=10, batch_size=3, seed=1).batch(0)
+    assert len(batch) == 3
+    before = batch.windows.clone()
+    for start in range(3):
+        row = batch[start : start + 1]
+        tokens, targets = row.on("cpu")
+        assert tokens.is_contiguous()
+        assert targets.is_contiguous()
+        assert (targets != IGNORED).sum() == row.num_targets.sum() in (10, 4)
+        assert torch.equal(tokens[0, 1 : row.num_targets[0]], targets[0, : row.num_targets[0] - 1])
+        assert tokens[0, 0] in (60_000, 60_010, 60_020)
+        tokens.zero_()
+        targets.zero_()
+    assert torch.equal(batch.windows, before)
+    assert batch.windows.numpy().dtype == dtype
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batches_of_one(world_size):
+    sizes = {"context_tokens": 8, "batch_size": 6, "seed": 9}
+    whole = Loader(_stream(1000), **sizes)
+    ranks = [
+        Loader(_stream(1000), **sizes, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step in (*range(25), 10**9):
+        parts = [loader.batch(step) for loader in ranks]
+        assert all(part.inputs.shape == (6 // world_size, 8) for part in parts)
+        assert torch.equal(torch.cat([part.windows for part in parts]), whole.batch(step).windows)
+    rows = [
+        {int(row[0]) for step in range(20) for row in loader.batch(step).inputs} for loader in ranks
+    ]  # within one epoch
+    for one, other in itertools.combinations(rows, 2):
+        assert not one & other
+
+
+def test_loader_refuses_impossible_sizes():
+    sizes = {"context_tokens": 10, "batch_size": 6, "seed": 0}
+    with pytest.raises(InputError, match="multiple of the 4 ranks, got 6; take 4"):
+        Loader(_stream(100), **sizes, world_size=4)
+    with pytest.raises(
+        InputError, match="context_tokens 10 needs 11 training tokens or more, got 10"
+    ):
+        Loader(_stream(10), **sizes)
+    with pytest.raises(InputError, match="at least 1, got 0 and 10"):
+        Loader(_stream(100), context_tokens=10, batch_size=0, seed=0)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        Loader(_stream(100), **sizes, rank=2, world_size=2)
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("n", [2, 7, 11, 101, 105, 110])
+def test_evaluation_reads_everything_in_order(n):
+    stream = TokenStream([np.arange(n, dtype=np.uint16)])
+    batches = [
+        batch.on("cpu") for batch in evaluation_batches(stream, context_tokens=10, batch_size=4)
+    ]
+    targets = torch.cat([targets for _, targets in batches])
+    assert targets.shape == (-(-(n - 1) // 10), 10)
+    assert targets[targets != IGNORED].tolist() == list(range(1, n))
+    inputs = torch.cat([tokens for tokens, _ in batches])
+    assert inputs[targets != IGNORED].tolist() == list(range(n - 1))
+    assert [len(tokens) for tokens, _ in batches[:-1]] == [4] * (len(batches) - 1)
+
+
+def test_evaluation_stops_at_max_tokens():
+    def count(max_tokens):
+        batches = evaluation_batches(
+            _stream(1000), context_tokens=10, batch_size=4, max_tokens=max_tokens
+        )
+        return sum(int(batch.num_targets.sum()) for batch in batches)
+
+    assert [count(limit) for limit in (1, 10, 59, 60, 10**9)] == [10, 10, 50, 60, 999]
+    (spread,) = evaluation_batches(_stream(1000), context_tokens=10, batch_size=8, max_tokens=50)
+    assert spread.inputs[:, 0].tolist() == [0, 200, 400, 600, 800]
+    with pytest.raises(InputError, match="at least 2 tokens, got 1"):
+        next(
+            evaluation_batches(
+                TokenStream([np.zeros(1, np.uint16)]), context_tokens=10, batch_size=4
+            )
+        )
+
+
+def test_documents_begin_with_rows_and_separators():
+    tokens = torch.tensor([[7, 1, 9, 2, 9], [9, 9, 3, 4, 5]])
+    cu_seqlens = document_starts(tokens, 9)
+    assert cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.tolist() == [0, 2, 4, 5, 6, 10, 10, 10, 10]
+    assert document_starts(tokens[:1], 8).tolist() == [0, 5]
+    assert document_starts(tokens, 8).tolist() == [0, 5, 10]
+    assert tokens[0, 0] == 7, "the batch is left as it was"
+    for documents in range(1, 20):
+        row = torch.zeros(1, 40, dtype=torch.int64)
+        row[0, 1:documents] = 9
+        starts = document_starts(row, 9)
+        assert (len(starts) - 1).bit_count() == 1
+        assert starts.diff()[:documents].min() > 0
+        assert starts.unique().numel() == documents + 1
+
+
+@pytest.mark.parametrize("n", [1001, 1005])
+def test_ranks_know_how_many_targets_count_in_all(n):
+    loaders = [
+        Loader(_stream(n), context_tokens=10, batch_size=6, seed=5, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    for step in range(40):  # 2 epochs of 100 or 101 windows, of which one may be short
+        found = sum(int(loader.batch(step).num_targets.sum()) for loader in loaders)
+        assert [loader.num_targets(step) for loader in loaders] == [found] * 3
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "max_tokens"),
+    [(1005, 4, None), (1005, 40, None), (1005, 4, 300), (95, 4, None)],
+)
+def test_ranks_evaluate_every_target_once_in_as_many_batches(n, batch_size, max_tokens):
+    options = {"context_tokens": 10, "max_tokens": max_tokens}
+    (whole,) = evaluation_batches(_stream(n), batch_size=1000, **options)
+    parts = [
+        list(evaluation_batches(_stream(n), batch_size=batch_size, rank=r, world_size=3, **options))
+        for r in range(3)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    targets = torch.cat([batch.on("cpu")[1].flatten() for part in parts for batch in part])
+    expected = whole.on("cpu")[1].flatten()
+    assert torch.equal(
+        targets[targets != IGNORED].sort().values, expected[expected != IGNORED].sort().values
+    )

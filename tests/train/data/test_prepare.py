@@ -1,0 +1,149 @@
+"""prepare: a dataset as it is, anything else built once and found again."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tritium.errors import InputError
+from tritium.train.data import prepare as module
+from tritium.train.data.prepare import (
+    Loader,
+    build,
+    cache_dir,
+    evaluation_batches,
+    open_dataset,
+    prepare,
+)
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "my book.txt"
+    path.write_text("It was a dark and stormy night.\n" * 20)
+    return path
+
+
+def test_text_to_batches(tmp_path, book):
+    dataset = open_dataset(prepare([str(book)], "bytes", tmp_path / "cache", progress=False))
+    tokens, targets = (
+        Loader(dataset.train, context_tokens=32, batch_size=2, seed=0).batch(0).on("cpu")
+    )
+    for row, target in zip(tokens, targets, strict=True):
+        assert dataset.tokenizer.decode(row) == "It was a dark and stormy night.\n"
+        assert dataset.tokenizer.decode(target[:-1]) == "t was a dark and stormy night.\n"
+    assert sum(map(len, evaluation_batches(dataset.val, context_tokens=32, batch_size=8))) == 2
+
+
+def test_built_once(tmp_path, book, monkeypatch):
+    cache = tmp_path / "cache"
+    path = prepare([str(book)], "bytes", cache, progress=False)
+    assert path.parent == cache
+    assert path.name.startswith("my-book-bytes-")
+    monkeypatch.setattr(module, "build", lambda *_, **__: pytest.fail("built again"))
+    assert prepare([str(book)], "bytes", cache, progress=False) == path
+
+
+def test_another_request_gives_another_folder(tmp_path, book):
+    cache = tmp_path / "cache"
+    paths = [
+        prepare([str(book)], "bytes", cache, progress=False),
+        prepare([str(book)], "chars", cache, progress=False),
+        prepare([str(book)], "bytes", cache, held_out=0.2, progress=False),
+    ]
+    book.write_text("It was bright.\n" * 50)
+    os.utime(book, ns=(1, 1))
+    paths.append(prepare([str(book)], "bytes", cache, progress=False))
+    assert len(set(paths)) == 4
+    assert (
+        open_dataset(paths[3]).tokenizer.decode(open_dataset(paths[3]).train.read(0, 6)) == "It was"
+    )
+    assert sorted(path.name for path in cache.iterdir()) == sorted(path.name for path in paths)
+
+
+def test_a_dataset_is_used_as_it_is(tmp_path, book):
+    build(tmp_path / "out", [book], "chars", progress=False)
+    for tokenizer in (None, "chars"):
+        assert prepare([str(tmp_path / "out")], tokenizer, tmp_path / "cache") == tmp_path / "out"
+    for tokenizer in ("bytes", "bpe:4096"):
+        with pytest.raises(
+            InputError, match=f"expected a dataset of tokenizer {tokenizer}, this one has chars"
+        ):
+            prepare([str(tmp_path / "out")], tokenizer, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_learned_vocabularies_of_different_sizes_differ(tmp_path, book):
+    build(tmp_path / "out", [book], "bpe:270", progress=False)
+    assert prepare([str(tmp_path / "out")], "bpe:270", tmp_path) == tmp_path / "out"
+    with pytest.raises(InputError, match="bpe:271"):
+        prepare([str(tmp_path / "out")], "bpe:271", tmp_path)
+
+
+def test_rank_files_count_by_content(tmp_path, book):
+    import base64
+
+    ranks = [tmp_path / "one.tiktoken", tmp_path / "two.tiktoken"]
+    lines = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    for path in ranks:
+        path.write_bytes(lines)
+    made = prepare([str(book)], str(ranks[0]), tmp_path / "cache", progress=False)
+    assert made.name.startswith("my-book-one-")
+    assert prepare([str(made)], str(ranks[1]), tmp_path / "cache") == made
+    ranks[1].write_bytes(lines + b"YWI= 256\n")
+    with pytest.raises(InputError, match=r"this one has one.tiktoken"):
+        prepare([str(made)], str(ranks[1]), tmp_path / "cache")
+    ranks[0].write_bytes(lines + b"YWI= 256\n")
+    assert prepare([str(book)], str(ranks[0]), tmp_path / "cache", progress=False) != made
+
+
+def test_a_quicker_process_wins(tmp_path, book, monkeypatch):
+    """Both build; the one that finds the folder taken at the end uses it."""
+    rename = os.rename
+
+    def beaten(source, target):
+        rename(source, target)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(os, "rename", beaten)
+    path = prepare([str(book)], "bytes", tmp_path / "cache", progress=False)
+    assert len(open_dataset(path).train) == 576
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        prepare([str(book)], "chars", tmp_path / "cache", progress=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_bad_inputs_come_through(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        prepare([str(tmp_path / "none.txt")], "bytes", tmp_path / "cache")
+    with pytest.raises(InputError, match="at least one input"):
+        prepare([], None, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "expected"),
+    [
+        ("linux", {"TRITIUM_HOME": "/t"}, "/t"),
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/tritium"),
+        ("linux", {}, "/h/.cache/tritium"),
+        ("darwin", {"XDG_CACHE_HOME": "/x"}, "/h/Library/Caches/tritium"),
+        ("win32", {"LOCALAPPDATA": "/l"}, "/l/tritium"),
+        ("win32", {}, "/h/AppData/Local/tritium"),
+    ],
+)
+def test_cache_dir(monkeypatch, platform, environment, expected):
+    for name in ("TRITIUM_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module.sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: Path("/h"))
+    assert cache_dir() == Path(expected)

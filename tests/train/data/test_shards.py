@@ -1,0 +1,165 @@
+"""A shard comes back as it was written, or is refused with the reason; a stream reads over the seams."""
+
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+
+from tritium.errors import InputError
+from tritium.train import files
+from tritium.train.data.shards import HEADER_BYTES, Shard, TokenStream, write_shard
+
+pytestmark = pytest.mark.plain
+
+SHA = "ab" * 32
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "train-00000.bin"
+    write_shard(path, np.arange(1000), 1000, SHA)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(257, "<u2"), (1 << 16, "<u2"), ((1 << 16) + 1, "<u4"), (1 << 32, "<u4")],
+)
+def test_round_trip(tmp_path, vocab_size, dtype):
+    tokens = np.array([0, 1, vocab_size - 1, 5], dtype=np.uint64)
+    write_shard(tmp_path / "a.bin", tokens, vocab_size, SHA)
+    shard = Shard.open(tmp_path / "a.bin", tokenizer_sha256=SHA)
+    assert shard.tokens.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(shard.tokens, tokens)
+    assert (shard.vocab_size, shard.tokenizer_sha256) == (vocab_size, SHA)
+    assert (tmp_path / "a.bin").stat().st_size == HEADER_BYTES + 4 * shard.tokens.itemsize
+    with pytest.raises(ValueError, match="read-only"):
+        shard.tokens[0] = 1
+
+
+def test_strided_tokens_are_written_in_order(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(20)[::2], 300, SHA)
+    np.testing.assert_array_equal(Shard.open(tmp_path / "a.bin").tokens, np.arange(0, 20, 2))
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.arange(0), np.zeros((2, 2), int), np.array([1000]), np.array([-1])]
+)
+def test_impossible_tokens_are_refused(tmp_path, tokens):
+    with pytest.raises(ValueError, match="write_shard: tokens must be"):
+        write_shard(tmp_path / "a.bin", tokens, 1000, SHA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_is_found_anywhere(shard):
+    good = shard.read_bytes()
+    for place in [*range(HEADER_BYTES), HEADER_BYTES, HEADER_BYTES + 777, len(good) - 1]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 8)
+        shard.write_bytes(bad)
+        with pytest.raises(InputError, match=r"train-00000.bin: .*build it again"):
+            Shard.open(shard)
+    shard.write_bytes(good)
+    assert len(Shard.open(shard).tokens) == 1000
+
+
+def test_what_is_wrong_is_said(shard):
+    good = shard.read_bytes()
+    flipped = bytearray(good)
+    flipped[500] ^= 4
+    other_version = bytearray(good)
+    other_version[8:12] = struct.pack("<I", 2)
+    other_version[68:72] = struct.pack("<I", zlib.crc32(other_version[:68]))
+    for content, message in (
+        (flipped, "damaged: expected token checksum [0-9a-f]{8}, got [0-9a-f]{8}"),
+        (good[:-1], "cut short: expected 2128 bytes for 1000 tokens, got 2127"),
+        (good + b"\0", "too long: expected 2128 bytes for 1000 tokens, got 2129"),
+        (good[:HEADER_BYTES], "cut short"),
+        (good[:50], "cut short: expected a header of 128 bytes, got 50"),
+        (b"", "expected a token shard"),
+        (b"#!/bin/sh\n" * 30, "expected a token shard"),
+        (other_version, "expected shard version 1, got 2"),
+        (good[:9] + b"\1" + good[10:], "expected shard version 1, got 257"),
+        (good[:20] + b"\1" + good[21:], "the header does not match its checksum"),
+    ):
+        shard.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            Shard.open(shard)
+
+
+def test_another_tokenizer_is_refused(shard):
+    with pytest.raises(
+        InputError, match="expected tokens of tokenizer cdcdcdcdcdcd, got abababababab"
+    ):
+        Shard.open(shard, tokenizer_sha256="cd" * 32)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failed_write_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(type(error)):
+        write_shard(tmp_path / "a.bin", np.arange(10), 10, SHA)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_full_disk_leaves_nothing(tmp_path):
+    program = (
+        "import resource, sys\nimport numpy as np\n"
+        "from tritium.train.data.shards import write_shard\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"try:\n    write_shard(sys.argv[1], np.zeros(100_000, int), 10, '{SHA}')\n"
+        "except OSError:\n    sys.exit(7)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.bin")], capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- streams
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """1,000 tokens counting up, in shards of 300, 1, 2 and 697."""
+    paths = []
+    for i, (start, stop) in enumerate(((0, 300), (300, 301), (301, 303), (303, 1000))):
+        paths.append(tmp_path / f"{i}.bin")
+        write_shard(paths[-1], np.arange(start, stop), 1000, SHA)
+    return TokenStream.open(paths, tokenizer_sha256=SHA)
+
+
+def test_reads_over_the_seams(stream):
+    assert len(stream) == 1000
+    for start, stop in (
+        (0, 1000),
+        (0, 0),
+        (1000, 1000),
+        (299, 304),
+        (300, 301),
+        (300, 303),
+        (302, 303),
+        (999, 1000),
+        (5, 9),
+    ):
+        np.testing.assert_array_equal(stream.read(start, stop), np.arange(start, stop))
+        assert stream.read(start, stop).dtype == np.uint16
+    for start, stop in ((-1, 3), (0, 1001), (5, 4)):
+        with pytest.raises(IndexError, match=f"got {start}, {stop}"):
+            stream.read(start, stop)
+
+
+def test_a_damaged_shard_stops_the_stream(stream, tmp_path):
+    bad = bytearray((tmp_path / "3.bin").read_bytes())
+    bad[-1] ^= 1
+    (tmp_path / "3.bin").write_bytes(bad)
+    with pytest.raises(InputError, match=r"3.bin: damaged"):
+        TokenStream.open([tmp_path / f"{i}.bin" for i in range(4)])

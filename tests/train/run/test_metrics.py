@@ -1,0 +1,189 @@
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tritium.errors import InputError
+from tritium.kernels.core.device import ceiling
+from tritium.train.evaluate import Evaluation
+from tritium.train.run.metrics import (
+    STEPS_PER_READ,
+    Metrics,
+    _running_mean,
+    plot_loss,
+    read_metrics,
+)
+
+pytestmark = pytest.mark.plain
+
+CPU = torch.device("cpu")
+
+
+def metrics(run, start=0, **options):
+    sizes = {
+        "steps": 30,
+        "tokens_per_step": 100,
+        "flops_per_token": 10,
+        "device": CPU,
+        "skips_overflow": False,
+    }
+    return Metrics(run, start=start, **sizes | options)
+
+
+def note(m, steps):
+    for step in steps:
+        m.step(step, torch.tensor(5.0 - step / 10), 1e-3, torch.tensor(0.5))
+
+
+def test_a_line_a_step(tmp_path):
+    with metrics(tmp_path) as m:
+        note(m, range(STEPS_PER_READ + 2))
+        with m.paused():
+            m.evaluation(STEPS_PER_READ + 2, Evaluation(loss=3.0, bits_per_byte=1.5, tokens=9))
+    rows, evaluations = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(STEPS_PER_READ + 2))
+    assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
+        "step": 3, "tokens": 400, "loss": pytest.approx(4.7), "lr": 1e-3, "grad_norm": 0.5,
+        "tokens_per_second": 0, "mfu": None, "memory": 0, "data_wait": 0,
+    }  # fmt: skip
+    assert rows[3]["tokens_per_second"] > 0
+    assert rows[3]["memory"] > 0
+    assert evaluations == [
+        {
+            "step": 12,
+            "val_loss": 3.0,
+            "val_perplexity": pytest.approx(20.0855369),
+            "val_bits_per_byte": 1.5,
+        }
+    ]
+
+
+def test_waiting_for_batches_is_a_share_of_the_time(tmp_path, monkeypatch):
+    """By a clock that only this test moves: 1 s of 4 waiting; evaluations in between count for nothing."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with metrics(tmp_path) as m:
+        for step in range(2):
+            with m.waiting():
+                now[0] += 1
+            now[0] += 3
+            note(m, [step])
+            with m.paused():
+                now[0] += 100
+        with m.waiting():
+            now[0] += 2
+        note(m, [2])
+        m.flush()
+    assert [row["data_wait"] for row in read_metrics(tmp_path)[0]] == [0.25, 0.25, 1.0]
+
+
+def test_mfu_is_a_share_of_the_peak_of_known_gpus_alone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(
+        torch.cuda,
+        "Event",
+        lambda: SimpleNamespace(record=lambda _: None, synchronize=lambda: None),
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    for name, mfu in (("NVIDIA H200", 0.5), ("NVIDIA Unheard-of", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        (tmp_path / name).mkdir()
+        flops = ceiling("NVIDIA H200").bf16_flops
+        with metrics(
+            tmp_path / name,
+            device=torch.device("cuda"),
+            tokens_per_step=10,
+            flops_per_token=flops / 10,
+        ) as m:
+            now[0] += 2
+            note(m, [0])
+            m.flush()
+        assert read_metrics(tmp_path / name)[0][0]["mfu"] == mfu
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    with metrics(tmp_path) as m:
+        note(m, range(20))
+        with m.paused():
+            for step in (10, 20):
+                m.evaluation(step, Evaluation(loss=3.0, bits_per_byte=1.0, tokens=9))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('[]\n"step"\n{"step": 20, "lo')  # the last: a kill in the middle of a line
+    with metrics(tmp_path, start=10) as m:
+        assert m.evaluated == {10}
+        note(m, range(10, 15))
+        m.flush()
+    rows, evaluations = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(15))
+    assert [row["step"] for row in evaluations] == [10]
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (5.0, torch.nan), (5.0, torch.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, tmp_path):
+    with metrics(tmp_path) as m:
+        note(m, range(3))
+        m.step(3, torch.tensor(loss), 1e-3, torch.tensor(norm))
+        with pytest.raises(
+            InputError, match=r"training diverged: .* at step 3, learning rate 0\.001"
+        ):
+            m.flush()
+    assert len(read_metrics(tmp_path)[0]) == 3
+
+
+def test_a_step_that_float16_left_out_has_no_norm(tmp_path):
+    with metrics(tmp_path, skips_overflow=True) as m:
+        m.step(0, torch.tensor(5.0), 1e-3, torch.tensor(torch.inf))
+        m.flush()
+        m.step(1, torch.tensor(torch.nan), 1e-3, torch.tensor(1.0))
+        with pytest.raises(InputError, match="training diverged"):
+            m.flush()
+    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path)[0]] == [(5.0, None)]
+
+
+def test_on_a_gpu_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
+    """A stand-in for CUDA's events: what has been waited for, in order."""
+    waited = []
+
+    class Event:
+        def record(self, stream):
+            self.number = len(recorded)
+            recorded.append(self)
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    recorded = []
+    calls = {
+        "Event": Event,
+        "current_stream": lambda device: None,
+        "get_device_name": lambda device: "a GPU",
+    }
+    for name, call in (calls | {"max_memory_allocated": lambda device: 7}).items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    with metrics(tmp_path, device=torch.device("cuda")) as m:
+        note(m, range(STEPS_PER_READ))
+        assert not waited
+        note(m, range(STEPS_PER_READ, 2 * STEPS_PER_READ + 1))
+        assert waited == [STEPS_PER_READ - 1, 2 * STEPS_PER_READ - 1]
+        assert len(read_metrics(tmp_path)[0]) == 2 * STEPS_PER_READ
+        m.flush()
+    rows, _ = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(2 * STEPS_PER_READ + 1))
+    assert rows[0]["memory"] == 7
+
+
+def test_plot_is_a_picture(tmp_path):
+    lines = [{"step": step, "loss": 5 - step / 10} for step in range(20)] + [
+        {"step": 20, "val_loss": 3.2}
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_running_mean_of_a_constant_is_the_constant():
+    assert _running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert _running_mean([]) == []
