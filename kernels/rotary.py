@@ -1,13 +1,16 @@
-"""Rotary position embedding: each pair of a head's numbers is turned by an angle that grows with the token's position.
+"""Rotary position embedding (RoPE): rotate each pair of a head's elements by its token's angle.
 
-    forward    y1 = x1 cos - x2 sin      y2 = x2 cos + x1 sin
-    backward   the same with the angle reversed: dx1 = dy1 cos + dy2 sin    dx2 = dy2 cos - dy1 sin
-    pairs      number i and i + K / 2 of a head (Llama, GPT-NeoX), or "interleaved": 2 i and 2 i + 1 (the paper, GPT-J)
+    forward    y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
+    backward   dx1 = dy1 cos + dy2 sin     dx2 = dy2 cos - dy1 sin     (the forward with -sin)
+    pairs      x1, x2 are elements i and i + K / 2 of a head (Llama, GPT-NeoX);
+               interleaved: elements 2 i and 2 i + 1 (the paper, GPT-J)
 
-Shapes     x, y: (B, T, H, K)   cos, sin: (S, K / 2) with S >= T, row t for token t of every sequence, or (B, T, K / 2)
-Precision  any float dtype in, y in the same; products and sums in float32
-Cost       memory-bound: x read, y written, the tables once for all heads; see cost()
+Shapes     x, y: (B, T, H, K)   cos, sin: (S, K / 2) with S >= T, or (B, T, K / 2)
+Precision  any float dtype in, the same dtype out; arithmetic in float32
+Cost       memory-bound: x is read once, y is written once; cost() gives bytes and FLOPs
 Source     Su et al. 2021, arXiv:2104.09864
+
+This file is the template for a new kernel. Copy it, then replace the parts in their order.
 """
 
 import torch
@@ -17,56 +20,60 @@ from .core.layout import strides_bth, wide
 from .core.op import define_op, public
 from .core.triton import cdiv, next_power_of_2, tl, triton
 
-# Numbers of a program's tile: 16 for each of 128 threads.
-TILE_ELEMENTS = 2_048
-
-
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
 def reference_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool
 ) -> Tensor:
-    """Turn the pairs of x by the angles, or back."""
+    """Rotate the pairs of x by the angles, or by the negated angles if `is_reversed`."""
+    # `wide` gives at least float32. float64 stays, so that gradcheck can test the math.
     T = x.shape[1]
-    cos, sin = (wide(table if table.ndim == 3 else table[:T]).unsqueeze(-2) for table in (cos, sin))
+    cos, sin = (wide(table[..., :T, :]).unsqueeze(-2) for table in (cos, sin))  # (..., T, 1, K / 2)
     if is_reversed:
         sin = -sin
-    x1, x2 = wide(x).unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide(x).chunk(2, -1)
-    y = torch.stack if interleaved else torch.cat
-    return y((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).reshape(x.shape).to(x.dtype)
+    if interleaved:
+        x1, x2 = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+        y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+    else:
+        x1, x2 = wide(x).chunk(2, -1)
+        y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    return y.to(x.dtype)
 
 
-# --- kernel: a program owns BLOCK_M of the B T H heads, in their order
+# --- kernel: one program rotates BLOCK_M of the M = B T H heads, numbered in the order of y
 
 
 @triton.jit
 def _rotary_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr,
+    x_ptr, cos_ptr, sin_ptr, y_ptr,  # inputs, then outputs
+    # Strides in the order of the pointers. y is contiguous and last strides are 1: none is passed.
     stride_xb, stride_xt, stride_xh, stride_cosb, stride_cost, stride_sinb, stride_sint,
-    M, T, H, sign,
-    IS_INTERLEAVED: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    M, T, H, sign,  # sizes, then scalars
+    IS_INTERLEAVED: tl.constexpr, HEAD: tl.constexpr,  # each value compiles a kernel of its own
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,  # tile: heads, pairs; powers of two
 ):  # fmt: skip
+    # int64 before a stride multiplies: a tensor of 2^31 elements or more would overflow int32.
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = offs_m // H, offs_m % H
     batch, t = token // T, token % T
     offs_p = tl.arange(0, BLOCK_P)
+
+    # The last tile may reach past M, and BLOCK_P past HEAD / 2: masked elements are never accessed.
     mask_m, mask_p = offs_m < M, offs_p < HEAD // 2
     mask = mask_m[:, None] & mask_p[None, :]
-    cos = tl.load(
-        cos_ptr + (batch * stride_cosb + t * stride_cost)[:, None] + offs_p[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    sin = tl.load(
-        sin_ptr + (batch * stride_sinb + t * stride_sint)[:, None] + offs_p[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    cos, sin = cos.to(tl.float32), sin.to(tl.float32) * sign
+
+    # Load the angles. One program reads them again for each head of a token, from the cache.
+    cos_ptrs = cos_ptr + (batch * stride_cosb + t * stride_cost)[:, None] + offs_p[None, :]
+    sin_ptrs = sin_ptr + (batch * stride_sinb + t * stride_sint)[:, None] + offs_p[None, :]
+    cos = tl.load(cos_ptrs, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptrs, mask=mask, other=0.0).to(tl.float32) * sign
+
+    # Rotate. Arithmetic is in float32; the store rounds once to the dtype of y.
     x_ptr += (batch * stride_xb + t * stride_xt + head * stride_xh)[:, None]
     y_ptr += (offs_m * HEAD)[:, None]
     if IS_INTERLEAVED:
+        # Load neighbours together: separate loads of x1 and x2 would have a stride of 2.
         offs_k = tl.arange(0, 2 * BLOCK_P)
         mask_k = mask_m[:, None] & (offs_k < HEAD)[None, :]
         x = tl.load(x_ptr + offs_k[None, :], mask=mask_k, other=0.0).to(tl.float32)
@@ -77,124 +84,141 @@ def _rotary_kernel(
     else:
         x1 = tl.load(x_ptr + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + HEAD // 2 + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(
-            y_ptr + offs_p[None, :], (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask
-        )
-        tl.store(
-            y_ptr + HEAD // 2 + offs_p[None, :],
-            (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        y1 = (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty)
+        y2 = (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs_p[None, :], y1, mask=mask)
+        tl.store(y_ptr + HEAD // 2 + offs_p[None, :], y2, mask=mask)
 
 
-# --- launcher: allocate, plan, launch by keyword
+# --- launcher: allocate, plan, launch by keyword; no checks, no autograd
+
+# Elements of a tile: 16 for each of the 128 threads of a program.
+TILE_ELEMENTS = 2_048
 
 
 def plan(M: int, K: int) -> tuple[int, int]:
-    """Choose how many of M heads of K numbers a program owns, and how many pairs its tile has for each."""
-    pairs = next_power_of_2(K // 2)
-    return max(1, min(TILE_ELEMENTS // (2 * pairs), next_power_of_2(M))), pairs
+    """Choose the tile for M heads of K elements: heads per program, pairs per head.
+
+    A function of sizes alone, so that tests call it without a GPU.
+    """
+    block_p = next_power_of_2(K // 2)
+    block_m = min(TILE_ELEMENTS // (2 * block_p), next_power_of_2(M))
+    return max(1, block_m), block_p
 
 
 def launch_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool
 ) -> Tensor:
-    """Kernel counterpart of `reference_rotary`."""
+    """Run the kernel. The signature is that of `reference_rotary`; define_op checks that."""
     B, T, H, K = x.shape
+    M = B * T * H
     y = torch.empty((B, T, H, K), dtype=x.dtype, device=x.device)
-    block_m, pairs = plan(B * T * H, K)
-    tables = {
-        f"stride_{name}{axis}": stride
-        for name, table in (("cos", cos), ("sin", sin))
-        for axis, stride in zip(
-            "bt", table.stride()[:2] if table.ndim == 3 else (0, table.stride(0)), strict=True
-        )
-    }
-    _rotary_kernel[(cdiv(B * T * H, block_m),)](
-        x_ptr=x, cos_ptr=cos, sin_ptr=sin, y_ptr=y, **strides_bth(x=x), **tables,
-        M=B * T * H, T=T, H=H, sign=-1.0 if is_reversed else 1.0,
-        IS_INTERLEAVED=interleaved, HEAD=K, BLOCK_M=block_m, BLOCK_P=pairs,
+    block_m, block_p = plan(M, K)
+    # A table without a batch axis gets one of stride 0: all sequences read the same rows.
+    cos, sin = (table.expand(B, *table.shape[-2:]) for table in (cos, sin))
+    _rotary_kernel[(cdiv(M, block_m),)](
+        x_ptr=x, cos_ptr=cos, sin_ptr=sin, y_ptr=y, **strides_bth(x=x),
+        stride_cosb=cos.stride(0), stride_cost=cos.stride(1),
+        stride_sinb=sin.stride(0), stride_sint=sin.stride(1),
+        M=M, T=T, H=H, sign=-1.0 if is_reversed else 1.0,
+        IS_INTERLEAVED=interleaved, HEAD=K, BLOCK_M=block_m, BLOCK_P=block_p,
     )  # fmt: skip
     return y
 
 
 def cost(M: int, K: int, itemsize: int) -> dict[str, int]:
-    """Least bytes to move, forward and backward, and FLOPs, for M heads of K numbers of `itemsize` bytes; tables left out."""
+    """Return the least bytes to move and the FLOPs, forward and backward.
+
+    For M heads of K elements of `itemsize` bytes. The tables are small and not counted.
+    """
+    moved_bytes = 2 * M * K * itemsize
+    flops = 3 * M * K
     return {
-        "fwd_bytes": 2 * M * K * itemsize,
-        "bwd_bytes": 2 * M * K * itemsize,
-        "fwd_flops": 3 * M * K,
-        "bwd_flops": 3 * M * K,
+        "fwd_bytes": moved_bytes,
+        "bwd_bytes": moved_bytes,
+        "fwd_flops": flops,
+        "bwd_flops": flops,
     }
 
 
-# --- operator
+# --- operator: the dispatcher chooses launch or reference by the device of the tensors
 
 _rotary = define_op("rotary", launch=launch_rotary, reference=reference_rotary)
 
 
 def _save(ctx, inputs, output):
     _, cos, sin, ctx.interleaved, ctx.is_reversed = inputs
-    ctx.save_for_backward(cos, sin)
+    ctx.save_for_backward(cos, sin)  # a rotation is linear: its gradient does not need x
 
 
 def _grad(ctx, dy):
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    return (
-        _rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.is_reversed),
-        None,
-        None,
-        None,
-        None,
-    )
+    # The inverse of a rotation is its transpose. So the gradient is the same operator with the
+    # angle negated. Being that operator, it can be differentiated again.
+    dy = _with_unit_last_stride(dy)
+    dx = _rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.is_reversed)
+    return dx, None, None, None, None  # one gradient per argument; tables and flags get none
 
 
 _rotary.register_autograd(_grad, setup_context=_save)
 
 
-@public
+@public  # checks the type of each argument
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Turn each head's pairs of numbers by the angles of its token's position.
+    """Rotate each pair of a head's elements by the angle of its token's position.
 
-    A later position begins further down the tables: rotary(x, cos[past:], sin[past:]). Documents that begin anew within a
-    sequence take rows of their own: cos[position] (B, T, K / 2).
+    Row t of the tables holds the angles of token t. To start at a later position, slice the
+    tables: rotary(x, cos[past:], sin[past:]). To restart positions inside a sequence, pass a row
+    for each token: cos[position] and sin[position], (B, T, K / 2).
 
     Args:
-        x: (B, T, H, K), K even, float32, bfloat16 or float16 (float64 on the CPU too), any layout.
-        cos, sin: (S, K / 2) with S at least T, or (B, T, K / 2); any float dtype, device of x. They get no gradient.
-        interleaved: pairs are neighbours; else number i and i + K / 2.
+        x: (B, T, H, K), K even, float32, bfloat16 or float16 (float64 on a CPU too), any layout.
+        cos, sin: (S, K / 2) with S >= T, or (B, T, K / 2); any float dtype, device of x. They
+            get no gradient.
+        interleaved: pair elements 2 i and 2 i + 1; else elements i and i + K / 2.
     Returns: (B, T, H, K), dtype of x, contiguous.
-    Raises: ValueError if K is odd, or if a table does not match x, has fewer rows than x has tokens, or needs a gradient;
-        TypeError for float64 x on a GPU.
+    Raises:
+        ValueError: x is not (B, T, H, K) with K even, or a table does not match x or requires a
+            gradient.
+        TypeError: x is float64 on a GPU.
     """
+    _check(x, cos, sin)
+    # Kernels take no float64. They compute in float32, so float64 tables gain nothing there.
+    if x.dtype != torch.float64:
+        if cos.dtype == torch.float64:
+            cos = cos.float()
+        if sin.dtype == torch.float64:
+            sin = sin.float()
+    x, cos, sin = (_with_unit_last_stride(tensor) for tensor in (x, cos, sin))
+    return _rotary(x, cos, sin, interleaved, False)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise a ValueError unless the tables match x. Only metadata is read, never a value."""
     if x.ndim != 4 or x.shape[-1] < 2 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(
-            f"rotary: x must be floating point (B, T, H, K) with K even, got {x.dtype} {tuple(x.shape)}"
+            "rotary: x must be floating point (B, T, H, K) with K even, "
+            f"got {x.dtype} {tuple(x.shape)}"
         )
     B, T, _, K = x.shape
-    for label, table in (("cos", cos), ("sin", sin)):
-        fits = table.shape == (B, T, K // 2) or (
-            table.ndim == 2 and table.shape[0] >= T and table.shape[1] == K // 2
-        )
-        if not fits or not table.is_floating_point():
+    for name, table in (("cos", cos), ("sin", sin)):
+        is_shared = table.ndim == 2 and table.shape[0] >= T and table.shape[1] == K // 2
+        is_per_token = table.shape == (B, T, K // 2)
+        if not (is_shared or is_per_token) or not table.is_floating_point():
             raise ValueError(
-                f"rotary: {label} must be floating point ({T} or more, {K // 2}) or ({B}, {T}, {K // 2}) to match "
-                f"x {tuple(x.shape)}, got {table.dtype} {tuple(table.shape)}; make longer tables"
+                f"rotary: {name} must be floating point ({T} or more, {K // 2}) or "
+                f"({B}, {T}, {K // 2}) to match x {tuple(x.shape)}, "
+                f"got {table.dtype} {tuple(table.shape)}"
             )
         if table.device != x.device:
             raise ValueError(
-                f"rotary: {label} must be on {x.device} like x, got {table.device}; move it"
+                f"rotary: {name} must be on {x.device} like x, got {table.device}; move it"
             )
         if table.requires_grad:
             raise ValueError(
-                f"rotary: {label} must not need a gradient, got one that does; detach it"
+                f"rotary: {name} must not require a gradient, got one that does; detach it"
             )
-    if x.dtype != torch.float64:
-        # Kernels take no float64, and would not gain by it.
-        cos, sin = (
-            table.float() if table.dtype == torch.float64 else table for table in (cos, sin)
-        )
-    x, cos, sin = (
-        tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin)
-    )
-    return _rotary(x, cos, sin, interleaved, False)
+
+
+def _with_unit_last_stride(x: Tensor) -> Tensor:
+    """x, copied only if neighbours along its last axis are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
