@@ -154,7 +154,7 @@ def test_everything_but_kernels_works_without_triton():
         "import torch, tritium.train.commands.commands\n"
         "from tritium.model import GPT, GPTConfig\n"
         "from tritium.kernels.core.triton import HAS_TRITON\n"
-        "from tritium.kernels.norm._launch import plan\n"
+        "from tritium.kernels.norm.launch import plan\n"
         "assert not HAS_TRITON and plan(4, 768).block_n == 1024\n"
         "model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8))\n"
         "tokens = torch.randint(20, (2, 8)); model(tokens, tokens).backward()\n"

@@ -126,7 +126,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)
     ),
     "layer_norm": tuple(
-        _constant("norm._launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)
+        _constant("norm.launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)
     ),
 }
 

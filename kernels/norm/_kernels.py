@@ -1,12 +1,15 @@
-"""The kernels of layer_norm and rms_norm for rows that stay in registers; wider ones: _layer_norm_wide.py.
+"""Kernels of layer_norm and rms_norm for rows that fit into registers.
 
-Optional inputs and outputs are None. Without a mean the rows are not centered, which is what rms_norm is. Math, shapes and
-precision are layer_norm.py's and rms_norm.py's.
+Rows wider than MAX_RESIDENT_WIDTH have kernels of their own in _wide_kernels.py. layer_norm.py and
+rms_norm.py give math, shapes and precision. A pointer of an optional input or output may be None:
+
+    mean_ptr is None                       rows are not centered: rms_norm
+    residual_ptr and h_ptr are None        no residual is added
+    dh_ptr is None                         no gradient reached h itself
+    bias_ptr, db_partial_ptr are None      no bias
 """
 
 from ..core.triton import tl, triton
-
-# --- kernels: a program owns BLOCK_M whole rows (forward), or every P-th such block of rows (backward)
 
 
 @triton.jit
@@ -16,24 +19,24 @@ def _layer_norm_fwd_kernel(
     M, N, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One program normalizes BLOCK_M rows. BLOCK_N is at least N."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
 
-    h = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+    # h = x + residual, rounded to the dtype in which the caller gets it.
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :]
+    h = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(
-            residual_ptr + offs_m[:, None] * stride_residual_m + offs_n[None, :],
-            mask=mask,
-            other=0.0,
-        )
+        residual_ptrs = residual_ptr + offs_m[:, None] * stride_residual_m + offs_n[None, :]
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0)
         rounded = (h + residual.to(tl.float32)).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + offs_m[:, None] * N + offs_n[None, :], rounded, mask=mask)
+        h_ptrs = h_ptr + offs_m[:, None] * N + offs_n[None, :]  # h and y are contiguous
+        tl.store(h_ptrs, rounded, mask=mask)
         h = rounded.to(tl.float32)
 
+    # Statistics of each row. Masked elements are 0 in both sums.
     centered = h
     if mean_ptr is not None:
         mean = tl.sum(h, axis=1) / N
@@ -42,11 +45,13 @@ def _layer_norm_fwd_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / N + eps)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
+    # Scale and shift.
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     y = centered * rstd[:, None] * weight[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -56,6 +61,10 @@ def _layer_norm_bwd_kernel(
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Program p of P owns blocks p, p + P, p + 2 P ... of BLOCK_M rows.
+
+    It writes dx of its rows and one row of partial sums of dw and db.
+    """
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -66,15 +75,13 @@ def _layer_norm_bwd_kernel(
         offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
-        dy = tl.load(
-            dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
-        h = tl.load(h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :]
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
 
-        # dy, and so g, is zero where masked: what xhat holds there never counts.
+        # Masked elements of dy and g are 0, so those of xhat add nothing to a sum.
         g = dy * weight[None, :]
         if mean_ptr is not None:
             h -= tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
@@ -85,20 +92,17 @@ def _layer_norm_bwd_kernel(
         mean_gx = tl.sum(g * xhat, axis=1) / N
         dx = (centered - xhat * mean_gx[:, None]) * rstd[:, None]
         if dh_ptr is not None:
-            dh = tl.load(
-                dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :], mask=mask, other=0.0
-            )
-            dx += dh.to(tl.float32)
-        tl.store(
-            dx_ptr + offs_m[:, None] * N + offs_n[None, :],
-            dx.to(dx_ptr.dtype.element_ty),
-            mask=mask,
-        )
+            dh_ptrs = dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :]
+            dx += tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+        # Add up per element of the tile; one reduction over its rows follows after the loop.
         dw += dy * xhat
         if db_partial_ptr is not None:
             db += dy
 
-    partial = pid.to(tl.int64) * N + offs_n
-    tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=mask_n)
+    partial_offs = pid.to(tl.int64) * N + offs_n
+    tl.store(dw_partial_ptr + partial_offs, tl.sum(dw, axis=0), mask=mask_n)
     if db_partial_ptr is not None:
-        tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=mask_n)
+        tl.store(db_partial_ptr + partial_offs, tl.sum(db, axis=0), mask=mask_n)

@@ -1,12 +1,11 @@
-"""The kernels of layer_norm and rms_norm for rows too wide for registers, walking each row in tiles of BLOCK_N.
+"""Kernels of layer_norm and rms_norm for rows too wide for registers, read in tiles of BLOCK_N.
 
-The forward reads a row three times (mean, variance, output), without a mean twice, the backward twice; what comes after the
-first read is mostly answered by the L2. What is None, and without a mean: as in _layer_norm_kernels.py.
+The forward reads a row three times (mean, variance, output), or twice without a mean. The backward
+reads it twice. Reads after the first mostly hit the L2 cache. Optional pointers may be None, as in
+_kernels.py.
 """
 
 from ..core.triton import tl, triton
-
-# --- kernels: a program owns one row (forward), or every P-th row (backward)
 
 
 @triton.jit
@@ -16,6 +15,7 @@ def _layer_norm_fwd_wide_kernel(
     N, eps,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One program normalizes one row."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     y_ptr += row * N
@@ -23,6 +23,7 @@ def _layer_norm_fwd_wide_kernel(
         residual_ptr += row * stride_residual_m
         h_ptr += row * N
 
+    # First pass: h = x + residual, rounded to the dtype in which the caller gets it; its sums.
     total = tl.zeros((BLOCK_N,), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -37,17 +38,17 @@ def _layer_norm_fwd_wide_kernel(
         total += h
         squares += h * h
     if residual_ptr is not None:
-        # The passes below may read an element of h by another thread than the one that wrote it.
+        # The passes below may read an element of h in another thread than the one that wrote it.
         tl.debug_barrier()
         source_ptr = h_ptr
     else:
         source_ptr = x_ptr
 
+    # Second pass: squares of the centered row. The squares above lose digits to a large mean.
     mean = 0.0
     if mean_ptr is not None:
         mean = tl.sum(total, axis=0) / N
         tl.store(mean_ptr + row, mean)
-        # Anew, of what is centered: the squares from above lose their digits to a large mean.
         squares = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, N, BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
@@ -57,6 +58,7 @@ def _layer_norm_fwd_wide_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / N + eps)
     tl.store(rstd_ptr + row, rstd)
 
+    # Last pass: scale and shift.
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
@@ -74,6 +76,10 @@ def _layer_norm_bwd_wide_kernel(
     M, N,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Program p of P owns rows p, p + P, p + 2 P ...
+
+    It writes dx of its rows and adds to one row of partial sums of dw and db in memory.
+    """
     pid = tl.program_id(0)
     dw_partial_ptr += pid.to(tl.int64) * N
     if db_partial_ptr is not None:
@@ -82,6 +88,8 @@ def _layer_norm_bwd_wide_kernel(
         row = tl.cast(block, tl.int64)
         mean = tl.load(mean_ptr + row) if mean_ptr is not None else 0.0
         rstd = tl.load(rstd_ptr + row)
+
+        # First pass: means of g and of g xhat.
         sum_g = tl.zeros((BLOCK_N,), tl.float32)
         sum_gx = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, N, BLOCK_N):
@@ -95,6 +103,7 @@ def _layer_norm_bwd_wide_kernel(
         mean_g = tl.sum(sum_g, axis=0) / N if mean_ptr is not None else 0.0
         mean_gx = tl.sum(sum_gx, axis=0) / N
 
+        # Second pass: dx, and this row's terms of dw and db.
         for start in range(0, N, BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
@@ -104,11 +113,12 @@ def _layer_norm_bwd_wide_kernel(
             xhat = (h - mean) * rstd
             dx = (dy * weight - mean_g - xhat * mean_gx) * rstd
             if dh_ptr is not None:
-                dx += tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask_n, other=0.0).to(
-                    tl.float32
-                )
+                dh = tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask_n, other=0.0)
+                dx += dh.to(tl.float32)
             tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
-            # This program alone owns its partial row, and the same thread reads back what it wrote for the row before.
+
+            # No barrier: only this program uses its partial row, and each thread reads back what
+            # it wrote itself. The first row starts the sums.
             mask_old = mask_n & (block != pid)
             dw = tl.load(dw_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy * xhat
             tl.store(dw_partial_ptr + offs_n, dw, mask=mask_n)

@@ -1,14 +1,24 @@
-"""Layer normalization of the last axis with a learned gain and bias, alone or fused with the residual addition before it.
+"""Layer normalization over the last axis, alone or fused with the residual addition before it.
 
-    forward    h = x + residual (or x)    mu = mean_n(h)    r = 1 / sqrt(mean_n((h - mu)^2) + eps)    y = (h - mu) r w + b
-    backward   xhat = (h - mu) r    g = dy w    dh = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh'
-               dw = sum_m dy xhat    db = sum_m dy          dx = dresidual = dh, where dh' is the gradient that reached h itself
+    forward    h = x + residual (or x)    mu = mean_n(h)    r = 1 / sqrt(mean_n((h - mu)^2) + eps)
+               y = (h - mu) r w + b
+    backward   xhat = (h - mu) r    g = dy w
+               dx = dresidual = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh
+               dw = sum_m dy xhat    db = sum_m dy
+               dh is the gradient that reached the output h itself
 
-Shapes     x, residual, h, y: (M, N)   w, b: (N,)   mu, r: (M,) float32      M = every leading axis, flattened
-Precision  any float dtype in and out; h is rounded to its dtype before the statistics, which are float32
-Cost       memory-bound; plain in bytes an element of E bytes: forward 2 E (4 E with residual), backward 3 E (4 E), see cost()
-Determinism  dw and db are summed in two stages of fixed order, no atomics; the order depends on the number of SMs alone
-Source     Ba, Kiros & Hinton 2016, arXiv:1607.06450
+Shapes       x, residual, h, y: (M, N)   w, b: (N,)   mu, r: (M,) float32
+             M = all leading axes, flattened
+Precision    any float dtype in and out; h is rounded to its dtype before the statistics, which are
+             float32
+Cost         memory-bound; with E bytes per element the forward moves 2 E per element (4 E with a
+             residual), the backward 3 E (4 E); cost() gives bytes and FLOPs
+Determinism  dw and db are summed in two stages of fixed order, without atomics; the order depends
+             on the number of SMs only
+Source       Ba, Kiros & Hinton 2016, arXiv:1607.06450
+
+The kernels are in _kernels.py and _wide_kernels.py, their launchers in launch.py. rms_norm uses the
+same kernels without a mean and without a bias.
 """
 
 import torch
@@ -17,7 +27,7 @@ from torch import Tensor
 from ..core.layout import as_rows, like_rows_of, wide
 from ..core.op import define_op, public
 from ._checks import check, check_residual
-from ._launch import launch_norm_bwd, launch_norm_fwd, norm_cost
+from .launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
@@ -27,9 +37,9 @@ def reference_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in x's dtype, and the mean and reciprocal standard deviation of each row."""
     h = wide(x)
-    # No gradient: what is the same for all of a row goes as it came.
+    # Detached: y does not change if a constant is added to a row, so the mean gets no gradient.
     mean = h.detach().mean(-1, keepdim=True)
-    # PyTorch's operator forms h r - mu r, whose terms cancel where the mean is far from zero: it gets h - mu.
+    # Pass h - mu to PyTorch. It computes h r - mu r, which cancels if the mean is far from zero.
     w, b = (None if parameter is None else parameter.to(h.dtype) for parameter in (weight, bias))
     y, _, rstd = torch.native_layer_norm(h - mean, h.shape[-1:], w, b, eps)
     return y.to(x.dtype), mean[:, 0], rstd[:, 0]
@@ -53,7 +63,7 @@ def reference_bwd(
     rstd: Tensor,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of h, weight and bias (empty without one); `dh` is the gradient that reached h from elsewhere."""
+    """Return the gradients of h, weight and bias, the last one empty without a bias."""
     centered = wide(h) - mean[:, None]  # as in the forward
     w = weight.to(centered.dtype)
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
@@ -66,13 +76,13 @@ def reference_bwd(
     return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
-# --- launchers: the kernels are in _layer_norm_kernels.py and _layer_norm_wide.py
+# --- launchers
 
 
 def launch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel counterpart of `reference_fwd`."""
+    """Run the kernel of `reference_fwd`."""
     y, _, mean, rstd = launch_norm_fwd(x, None, weight, bias, eps, centered=True)
     return y, mean, rstd
 
@@ -80,7 +90,7 @@ def launch_fwd(
 def launch_add_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel counterpart of `reference_add_fwd`."""
+    """Run the kernel of `reference_add_fwd`."""
     return launch_norm_fwd(x, residual, weight, bias, eps, centered=True)
 
 
@@ -93,16 +103,16 @@ def launch_bwd(
     rstd: Tensor,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel counterpart of `reference_bwd`."""
+    """Run the kernel of `reference_bwd`."""
     return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias)
 
 
 def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
-    """Least bytes to move, forward and backward, and FLOPs (about), for M rows of N elements of `itemsize` bytes."""
-    return norm_cost(M * N, itemsize, residual=residual, flops=(8, 14))
+    """Return the least bytes to move and about the FLOPs for M rows of N elements."""
+    return norm_cost(M * N, itemsize, residual=residual, fwd_flops=8, bwd_flops=14)
 
 
-# --- operator
+# --- operator: on a CPU in 32 bits the references run as composites, differentiated by autograd
 
 _fwd = define_op(
     "layer_norm_fwd", launch=launch_fwd, reference=reference_fwd, composite=reference_fwd
@@ -120,7 +130,7 @@ def _save(ctx, inputs, output):
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.has_bias = bias is not None
-    # Nobody differentiates mean and rstd: no zeros for their gradients.
+    # None instead of zeros for the gradients of mean and rstd, which nobody uses.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, rstd)
 
@@ -135,7 +145,8 @@ def _grad(ctx, dy, _dmean, _drstd):
 def _save_add(ctx, inputs, output):
     x, residual, weight, bias, _ = inputs
     _, h, mean, rstd = output
-    ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, residual.dtype)
+    ctx.has_bias = bias is not None
+    ctx.dtypes = x.dtype, residual.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, mean, rstd)
 
@@ -144,8 +155,10 @@ def _grad_add(ctx, dy, dh, _dmean, _drstd):
     if dy is None and dh is None:
         return None, None, None, None, None
     dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
-    dx, dw, db = _bwd(dy, None if dh is None else as_rows(dh), *ctx.saved_tensors, ctx.has_bias)
-    return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dw, db if ctx.has_bias else None, None
+    dh = None if dh is None else as_rows(dh)
+    dx, dw, db = _bwd(dy, dh, *ctx.saved_tensors, ctx.has_bias)
+    x_dtype, residual_dtype = ctx.dtypes
+    return dx.to(x_dtype), dx.to(residual_dtype), dw, db if ctx.has_bias else None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -156,21 +169,24 @@ _add_fwd.register_autograd(_grad_add, setup_context=_save_add)
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor:
-    """Center each vector along the last axis and scale it to unit variance, then apply `weight` and `bias`.
+    """Normalize each vector along the last axis, then multiply by `weight` and add `bias`.
+
+    Normalized vectors have mean 0 and variance 1.
 
     Args:
-        x: (..., N), float32, bfloat16 or float16 (float64 on the CPU too), N up to 65,536, any layout.
+        x: (..., N), N up to 65,536, float32, bfloat16 or float16 (float64 on a CPU too), any
+            layout.
         weight: (N,), any float dtype, device of x.
         bias: (N,), dtype of weight, or None.
         eps: added to the variance; in units of x squared.
     Returns: (..., N), dtype of x.
-    Raises: ValueError if weight or bias is not (N,), is on another device or of another dtype than documented. TypeError for
-        float64 on a GPU.
+    Raises:
+        ValueError: weight or bias does not have the documented shape, device or dtype.
+        TypeError: x is float64 on a GPU.
     """
     check("layer_norm", x, weight, bias)
-    y, _, _ = _fwd(
-        as_rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), eps
-    )
+    bias = None if bias is None else bias.contiguous()
+    y, _, _ = _fwd(as_rows(x), weight.contiguous(), bias, eps)
     return like_rows_of(x, y)
 
 
@@ -181,11 +197,13 @@ def add_layer_norm(
     """Add `residual` to `x` and normalize the sum, in one pass over memory.
 
     Args:
-        x: (..., N), as for layer_norm: a block's output.
+        x: (..., N), as for layer_norm: the output of a block.
         residual: shape and device of x, any float dtype: the residual stream.
         weight, bias, eps: as for layer_norm.
-    Returns: (y, h): h = x + residual in their common dtype, y = layer_norm(h, weight, bias) in the dtype of x.
-    Raises: as layer_norm, and ValueError if residual differs from x in shape or device.
+    Returns: (y, h), each (..., N):
+        h = x + residual, in the dtype that PyTorch gives this sum;
+        y = layer_norm(h, weight, bias), in the dtype of x.
+    Raises: as layer_norm; ValueError if residual does not have the shape and device of x.
     """
     check("add_layer_norm", x, weight, bias)
     check_residual("add_layer_norm", x, residual)

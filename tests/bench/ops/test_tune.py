@@ -9,7 +9,7 @@ import torch
 from tritium.bench.ops import OPERATORS
 from tritium.bench.ops.tune import VARIANTS, Variant, main, tune
 from tritium.errors import InputError
-from tritium.kernels.norm import _launch as _layer_norm_launch
+from tritium.kernels.norm import launch as norm_launch
 
 pytestmark = pytest.mark.plain
 
@@ -28,22 +28,22 @@ def test_variants_replace_what_is_there_by_something_else_of_its_kind(name):
 
 
 def test_a_variant_holds_for_as_long_as_its_call():
-    shipped = _layer_norm_launch.TILE_ELEMENTS
-    variant = Variant(name="tiny", target="_layer_norm_launch.TILE_ELEMENTS", value=1)
-    assert variant.during(lambda add: _layer_norm_launch.TILE_ELEMENTS + add)(2) == 3
-    assert shipped == _layer_norm_launch.TILE_ELEMENTS
+    shipped = norm_launch.TILE_ELEMENTS
+    variant = Variant(name="tiny", target="norm.launch.TILE_ELEMENTS", value=1)
+    assert variant.during(lambda add: norm_launch.TILE_ELEMENTS + add)(2) == 3
+    assert shipped == norm_launch.TILE_ELEMENTS
 
 
 def test_right_variants_are_timed_in_each_direction_and_wrong_ones_refused():
     layer_norm, seen = OPERATORS["layer_norm"], set()
 
     def ours(**inputs):
-        seen.add(_layer_norm_launch.TILE_ELEMENTS)
-        return layer_norm.ours(**inputs) * (2 if _layer_norm_launch.TILE_ELEMENTS == 7 else 1)
+        seen.add(norm_launch.TILE_ELEMENTS)
+        return layer_norm.ours(**inputs) * (2 if norm_launch.TILE_ELEMENTS == 7 else 1)
 
     operator = dataclasses.replace(layer_norm, ours=ours)
     variants = [
-        Variant(name=str(size), target="_layer_norm_launch.TILE_ELEMENTS", value=size)
+        Variant(name=str(size), target="norm.launch.TILE_ELEMENTS", value=size)
         for size in (7, 8)
     ]
     entry = tune(operator, variants, (8, 64), torch.float32, CPU, 1)
@@ -53,7 +53,7 @@ def test_right_variants_are_timed_in_each_direction_and_wrong_ones_refused():
     )
     assert list(entry["refused"]) == ["7"]
     assert "off by" in entry["refused"]["7"]
-    assert seen == {7, 8, _layer_norm_launch.TILE_ELEMENTS}
+    assert seen == {7, 8, norm_launch.TILE_ELEMENTS}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""rms_norm and add_rms_norm: the kinds of tests every kernel file has. Their kernels are layer_norm's, tested there too."""
+"""rms_norm and add_rms_norm: the five groups of tests that each operator has.
+
+test_layer_norm.py tests the shared kernels further: tiles, strides, int64 addresses.
+"""
 
 import pytest
 import torch
@@ -9,11 +12,11 @@ from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
 from tritium.kernels import add_rms_norm, rms_norm
 from tritium.kernels.core.op import INTERPRET
-from tritium.kernels.norm._launch import MAX_RESIDENT_WIDTH
+from tritium.kernels.norm.launch import MAX_RESIDENT_WIDTH
 from tritium.kernels.norm.rms_norm import cost, launch_add_fwd, launch_bwd
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# One element, odd, one past a power of two, several rows a program, and rows too wide for registers.
+# One element, odd, one past a power of two, several rows per program, rows too wide for registers.
 SHAPES = [(1, 1), (3, 1), (5, 33), (37, 64), (4, 769), (3, 1025), (2, MAX_RESIDENT_WIDTH + 1)]
 
 
@@ -43,17 +46,19 @@ def torch_add_rms_norm(x, residual, weight):
 
 
 def check(ours, theirs, inputs, incoming, names):
-    """Hold outputs and gradients of `ours` to the float64 truth of `theirs`."""
+    """Compare outputs and gradients of `ours` with the float64 truth of `theirs`."""
     double = [value.double() for value in inputs]
-    got, peer = run(ours, inputs, incoming), run(theirs, inputs, incoming)
+    got = run(ours, inputs, incoming)
+    baseline = run(theirs, inputs, incoming)
     truth = run(theirs, double, [value.double() for value in incoming])
     M, N = inputs[0].shape
-    # dx is r times what is left of g without its share along h: in a row of one element nothing.
+    # dx is r times the rest of g without its part along h. In a row of one element this rest is
+    # almost 0, while the terms that cancel are as large as g.
     h = double[0] + double[1] if len(inputs) == 3 else double[0]
     scale = (
         (incoming[0] * inputs[-1]).abs().max() / (h.square().mean(-1) + 1e-6).min().sqrt()
     ).item()
-    for name, *values in zip(names, got, truth, peer, strict=True):
+    for name, *values in zip(names, got, truth, baseline, strict=True):
         sizes = {"length": M if name == "dweight" else N}
         if name in ("dx", "dresidual"):
             sizes |= {"scale": scale, "terms": torch.float32}
@@ -64,7 +69,7 @@ def check(ours, theirs, inputs, incoming, names):
 
 
 @pytest.mark.plain
-def test_gradients_of_the_reference_are_those_of_its_forward():
+def test_reference_gradients_match_finite_differences():
     x, residual, weight, _, _ = (
         value.requires_grad_() for value in tensors(3, 5, torch.float64, "cpu")
     )
@@ -73,7 +78,7 @@ def test_gradients_of_the_reference_are_those_of_its_forward():
 
 
 @pytest.mark.plain
-def test_reference_is_torch_rms_norm():
+def test_reference_matches_torch_rms_norm():
     *inputs, dy, dh = tensors(7, 33, torch.float64, "cpu")
     for got, expected in zip(
         *(run(f, inputs, [dy, dh]) for f in (add_rms_norm, torch_add_rms_norm)), strict=True
@@ -86,7 +91,7 @@ def test_reference_is_torch_rms_norm():
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("M", "N"), SHAPES)
-def test_is_accurate(M, N, dtype, device):
+def test_rms_norm_and_add_rms_norm_are_accurate(M, N, dtype, device):
     x, residual, weight, *incoming = tensors(M, N, dtype, device)
     names = ["y", "h", "dx", "dresidual", "dweight"]
     check(add_rms_norm, torch_add_rms_norm, (x, residual, weight), incoming, names)
@@ -100,41 +105,38 @@ def test_eps_is_added_to_the_mean_square(N, device):
         (x, rms_norm(x, weight, eps=2.0)),
         (x + residual, add_rms_norm(x, residual, weight, eps=2.0)[0]),
     ):
-        truth, peer = (
-            F.rms_norm(h.to(dtype), (N,), weight.to(dtype), 2.0)
-            for dtype in (torch.float64, torch.float32)
-        )
-        assert_accurate("y", y, truth, peer, length=N)
+        truth = F.rms_norm(h.double(), (N,), weight.double(), 2.0)
+        baseline = F.rms_norm(h, (N,), weight, 2.0)
+        assert_accurate("y", y, truth, baseline, length=N)
 
 
 # --- 3. layouts
 
 
 @pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
-def test_any_layout_gives_what_the_contiguous_copy_gives(N, device):
+def test_any_layout_gives_the_result_of_a_contiguous_copy(N, device):
     x, residual, weight, dy, dh = tensors(4, N, torch.float32, device)
-    apart = [torch.cat([value, value], dim=1)[:, N:] for value in (x, residual, dy, dh)]
-    strided = torch.stack([weight, weight], dim=1)[:, 0]
     expected = run(add_rms_norm, (x, residual, weight), [dy, dh])
-    for got, value in zip(
-        run(add_rms_norm, (*apart[:2], strided), apart[2:]), expected, strict=True
-    ):
-        assert torch.equal(got, value)
-    transposed = run(
-        add_rms_norm, (x.t().contiguous().t(), residual, weight), [dy, dh.t().contiguous().t()]
-    )
-    for got, value in zip(transposed, expected, strict=True):
-        assert torch.equal(got, value)
-    assert torch.equal(rms_norm(x, strided), rms_norm(x, weight))
+    strided = torch.stack([weight, weight], dim=1)[:, 0]
+    sliced = [torch.cat([value, value], dim=1)[:, N:] for value in (x, residual, dy, dh)]
+    transposed = [value.t().contiguous().t() for value in (x, residual, dy, dh)]
+    for a, b, da, db in (sliced, transposed):
+        got = run(add_rms_norm, (a, b, strided), [da, db])
+        for value, wanted in zip(got, expected, strict=True):
+            assert torch.equal(value, wanted)
+        assert torch.equal(rms_norm(a, strided), rms_norm(x, weight))
 
 
-def test_leading_axes_and_empty_inputs(device):
-    weight = torch.randn(8, device=device, requires_grad=True)
+def test_any_number_of_leading_axes(device):
+    weight = torch.randn(8, device=device)
     x = torch.randn(2, 3, 4, 8, device=device, requires_grad=True)
     rms_norm(x, weight).sum().backward()  # the incoming gradient is one expanded element
     assert x.grad.shape == x.shape
     assert rms_norm(x[0, 0, 0], weight).shape == (8,)
-    weight.grad = None
+
+
+def test_no_rows_give_zero_weight_gradients(device):
+    weight = torch.randn(8, device=device, requires_grad=True)
     rms_norm(torch.empty(0, 8, device=device, requires_grad=True), weight).sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
@@ -165,7 +167,7 @@ def test_compiles_as_one_graph_for_any_number_of_rows(device):
                 assert torch.equal(a, b)
 
 
-def test_autocast_leaves_the_dtype_of_x(device):
+def test_autocast_keeps_the_dtype_of_x(device):
     x, _, weight, *_ = tensors(4, 32, torch.bfloat16, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         y = rms_norm(x, weight.float())
@@ -181,7 +183,7 @@ def test_reruns_are_bitwise_equal(device):
         assert torch.equal(a, b)
 
 
-def test_a_wider_residual_keeps_its_dtype(device):
+def test_residual_wider_than_x_gives_a_wider_sum(device):
     x, residual, weight, dy, dh = tensors(4, 12, torch.float32, device)
     y, h, *grads = run(add_rms_norm, (x.bfloat16(), residual, weight), [dy.bfloat16(), dh])
     assert torch.equal(h, x.bfloat16() + residual)
@@ -190,7 +192,7 @@ def test_a_wider_residual_keeps_its_dtype(device):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_only_one_output_is_used(used, device):
+def test_gradients_are_right_if_only_one_output_is_used(used, device):
     x, residual, weight, dy, _ = tensors(4, 12, torch.float32, device)
     leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
     add_rms_norm(*leaves)[used].backward(dy)
@@ -199,7 +201,7 @@ def test_only_one_output_is_used(used, device):
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_only_some_inputs_need_gradients(frozen, device):
+def test_frozen_inputs_get_no_gradient(frozen, device):
     x, _, weight, *_ = tensors(4, 12, torch.float32, device)
     inputs = {"x": x, "weight": weight}
     for name, value in inputs.items():
@@ -212,7 +214,10 @@ def test_only_some_inputs_need_gradients(frozen, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.ones(7)}, r"weight must be \(8,\) to match x \(2, 8\), got \(7,\)"),
+        (
+            {"weight": torch.ones(7)},
+            r"weight must have shape \(8,\) to match x \(2, 8\), got \(7,\)",
+        ),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         (
@@ -225,7 +230,7 @@ def test_only_some_inputs_need_gradients(frozen, device):
         ),
     ],
 )
-def test_bad_input_is_named(change, message):
+def test_bad_arguments_raise(change, message):
     arguments = {
         "x": torch.ones(2, 8),
         "residual": torch.ones(2, 8),
@@ -235,19 +240,20 @@ def test_bad_input_is_named(change, message):
         add_rms_norm(**arguments)
 
 
-def test_kernels_refuse_float64(device):
+def test_kernel_raises_for_float64(device):
     if device.type == "cpu" and not INTERPRET:
-        pytest.skip("float64 on the CPU runs the reference")
-    with pytest.raises(
-        TypeError, match="rms_norm: the kernel takes float32, bfloat16 or float16, got float64"
-    ):
-        rms_norm(torch.ones(2, 8, dtype=torch.float64, device=device), torch.ones(8, device=device))
+        pytest.skip("float64 on a CPU runs the reference")
+    x = torch.ones(2, 8, dtype=torch.float64, device=device)
+    message = "^rms_norm: the kernel takes float32, bfloat16 or float16, got float64"
+    with pytest.raises(TypeError, match=message):
+        rms_norm(x, torch.ones(8, device=device))
 
 
 @pytest.mark.plain
-def test_cost_is_the_bytes_that_the_tensors_have():
-    assert cost(32768, 1024, 2)["fwd_bytes"] == 2 * 2 * 32768 * 1024
-    assert cost(32768, 1024, 2, residual=True)["bwd_bytes"] == 4 * 2 * 32768 * 1024
+def test_cost_counts_each_tensor_once():
+    M, N, itemsize = 32768, 1024, 2
+    assert cost(M, N, itemsize)["fwd_bytes"] == 2 * M * N * itemsize
+    assert cost(M, N, itemsize, residual=True)["bwd_bytes"] == 4 * M * N * itemsize
 
 
 # --- 5. ahead-of-time compilation
@@ -261,7 +267,8 @@ def test_compiles_for_every_target_without_spills(N, arch):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((8192, N), (N,)))
         rstd = torch.empty(8192, device="meta")
         with record_launches(arch) as launches:
-            # With a residual: it takes most registers. The bench's held table has the others.
+            # With a residual: this takes most registers. The golden table of the bench has the
+            # other variants.
             launch_add_fwd(x, x, weight, 1e-6)
             launch_bwd(x, x, x, weight, rstd)
         for launch in launches:
