@@ -1,6 +1,7 @@
-"""Fused operators for training GPTs: Triton kernels on CUDA, their PyTorch references everywhere else.
+"""Fused operators for training GPTs: Triton kernels on CUDA, PyTorch references on other devices.
 
-Needs torch and triton only. Every operator is differentiable, deterministic, opcheck-clean and made for torch.compile.
+Operators need torch and triton only. They are differentiable and deterministic, pass opcheck, and
+compile with torch.compile(fullgraph=True).
 """
 
 if "." not in __name__:

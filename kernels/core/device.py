@@ -1,9 +1,10 @@
-"""What is known of each GPU: one table, and the few questions that launchers, metrics and `tritium plan` ask.
+"""Limits of known GPUs, from the vendors' data sheets, and the architecture of a device.
 
-As the vendors' data sheets state them: dense peaks without sparsity, at boost clock; bandwidth of the memory, reads plus
-writes; its size in decimal gigabytes, of which drivers report up to a few percent more; the link to the other GPUs of a node
-(NVLink, Infinity Fabric or PCIe), both directions together. NVLink bridges that join only two cards do not count. An unknown
-device is answered with None, so that a caller reports throughput and no share of a peak.
+bf16_flops             dense peak without sparsity, at boost clock
+bytes_per_second       memory bandwidth, reads plus writes
+memory_bytes           decimal gigabytes; drivers report up to a few percent more
+link_bytes_per_second  link to the other GPUs of a node (NVLink, Infinity Fabric or PCIe), both
+                       directions together; NVLink bridges between two cards do not count
 """
 
 import functools
@@ -15,9 +16,9 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """Limits of one device: bf16 tensor FLOP/s, memory bytes/s, memory bytes, link bytes/s.
+    """Limits of one device.
 
-    `driver_name` is the part of torch.cuda.get_device_name, lower case, that tells it from the rows below it.
+    `driver_name` is the part of torch.cuda.get_device_name, in lower case, that identifies it.
     """
 
     driver_name: str
@@ -37,12 +38,16 @@ def _row(
     link_gb: int,
 ) -> Ceiling:
     return Ceiling(
-        driver_name=driver_name, generation=generation, bf16_flops=teraflops * 1e12,
-        bytes_per_second=terabytes_per_second * 1e12, memory_bytes=gigabytes * 1e9, link_bytes_per_second=link_gb * 1e9,
-    )  # fmt: skip
+        driver_name=driver_name,
+        generation=generation,
+        bf16_flops=teraflops * 1e12,
+        bytes_per_second=terabytes_per_second * 1e12,
+        memory_bytes=gigabytes * 1e9,
+        link_bytes_per_second=link_gb * 1e9,
+    )
 
 
-# Keyed by the name that people type. Drivers' names are matched in this order: the longer ones first.
+# Keyed by the name that people type. Matched in this order: "h100 pcie" is before "h100".
 CEILINGS = {
     "b200": _row("b200", "blackwell", 2250, 8.0, 180, 1800),
     "gh200": _row("gh200", "hopper", 989.4, 4.0, 96, 900),
@@ -60,37 +65,47 @@ CEILINGS = {
     "mi300x": _row("mi300x", "cdna3", 1307, 5.3, 192, 896),
 }
 
-# Words of a driver's name that make another device of it: "H200 NVL", "RTX 4090 Laptop GPU", a slice of a card.
+# Words that mark a device with other limits: "H200 NVL", "RTX 4090 Laptop GPU", a MIG slice.
 _VARIANTS = re.compile(r"\b(nvl|pcie|laptop|max-q|ti|super|d|mig)\b")
 
-# A launch planned where no GPU is (interpreter, ahead-of-time compilation) is planned as for an H100 or H200.
-DEFAULT_SM_COUNT, DEFAULT_ARCH = 132, "sm_90"
+# Without a GPU (interpreter, ahead-of-time compilation) launches are planned for an H100 or H200.
+DEFAULT_SM_COUNT = 132
+DEFAULT_ARCH = "sm_90"
 
 
 def ceiling(device_name: str) -> Ceiling | None:
-    """Limits of a device by name (as torch.cuda.get_device_name gives it), or None if the table does not know it."""
+    """Return the limits of a device, or None if the table does not know it.
+
+    Args:
+        device_name: as torch.cuda.get_device_name returns it.
+    """
     name = device_name.lower()
-    row = next(
-        (row for row in CEILINGS.values() if re.search(rf"\b{row.driver_name}\b", name)), None
-    )
-    # A variant that the row does not name has other limits: none are better than wrong ones.
-    return (
-        None
-        if row is None or set(_VARIANTS.findall(name)) - set(_VARIANTS.findall(row.driver_name))
-        else row
-    )
+    for row in CEILINGS.values():
+        if re.search(rf"\b{row.driver_name}\b", name):
+            break
+    else:
+        return None
+    # A variant that the row does not name has other limits. No limits are better than wrong ones.
+    unknown_variants = set(_VARIANTS.findall(name)) - set(_VARIANTS.findall(row.driver_name))
+    return None if unknown_variants else row
 
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units on AMD) of a device; DEFAULT_SM_COUNT for devices that are no GPU."""
+    """Return the number of multiprocessors of a GPU (compute units on AMD).
+
+    DEFAULT_SM_COUNT for other devices.
+    """
     if device.type != "cuda":
         return DEFAULT_SM_COUNT
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def arch(device: torch.device) -> str:
-    """Architecture of a device as compilers name it, "sm_90" or "gfx942"; DEFAULT_ARCH for devices that are no GPU."""
+    """Return the architecture of a GPU as compilers name it: "sm_90", "gfx942".
+
+    DEFAULT_ARCH for other devices.
+    """
     return _arch(device) if device.type == "cuda" else DEFAULT_ARCH
 
 

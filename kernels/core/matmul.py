@@ -1,38 +1,44 @@
-"""Matrix multiplication around the kernels: the dtype under autocast, and accumulation into float32."""
+"""Matmuls around the kernels: operand dtypes under autocast, and sums in float32."""
 
 import torch
 from torch import Tensor
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast the operands of a matmul as torch.autocast does: floats to the autocast dtype, except float64.
+    """Cast operands of a matmul as torch.autocast does: all floats but float64 to its dtype.
 
-    Without an active autocast the tensors come back unchanged.
+    Without an active autocast the tensors come back unchanged. At least one is not None.
     """
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not (
-        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    ):
+    if not torch.amp.is_autocast_available(device_type):
+        return tensors
+    if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
-        else tensor.to(dtype)
-        for tensor in tensors
-    )
+    return tuple(tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in tensors)
+
+
+def _is_cast(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def matmul_out(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Write a @ b to `out`, or add it there.
+    """Write a @ b to `out`.
 
-    16-bit operands and a float32 `out`: the sum is never rounded to 16 bits.
+    If a and b have 16 bits and `out` has 32, the result is not rounded to 16 bits.
+
+    Args:
+        a: (M, K).
+        b: (K, N), dtype of a.
+        out: (M, N), dtype of a or float32.
+        accumulate: add a @ b to `out` instead.
     """
+    # beta = 0 makes addmm ignore what `out` holds, even NaN.
     beta = int(accumulate)
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif a.device.type in ("cuda", "meta") and not torch.version.hip:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     else:
-        # Only cuBLAS multiplies 16 bits into 32.
+        # Only cuBLAS multiplies 16-bit operands into a 32-bit result.
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)

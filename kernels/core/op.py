@@ -1,20 +1,22 @@
-"""The one place that decides which device runs which implementation of an operator.
+"""Operators: `define_op` alone decides which implementation runs on which device.
 
-`define_op` joins a Triton launcher and a PyTorch reference of the same signature into one operator:
+It joins a Triton launcher and a PyTorch reference of the same signature into one operator:
 
-    CUDA tensors                        launch; the reference, with a warning, while there is no launch
-    CPU tensors                         reference; launch under TRITON_INTERPRET=1
-    CPU tensors that need no operator   composite, if there is one: PyTorch functions that autograd differentiates itself
-    other devices, or without Triton    reference
-    shapes and dtypes (torch.compile)   shapes if there is one, else the reference on fake tensors
+    CUDA tensors     launch; without a launch the reference, with a warning
+    CPU tensors      composite if there is one and it applies, else reference;
+                     launch under TRITON_INTERPRET=1
+    other devices    reference
+    fake tensors     shapes if given, else reference   (torch.compile asks for shapes and dtypes)
 
-PyTorch's dispatcher chooses by the device of the tensors. The operators are `custom_op`s: `triton_op` fails opcheck and
-fullgraph compilation on machines without a GPU.
+Without Triton no operator has a launch. PyTorch's dispatcher chooses by the device of the tensors;
+only the composite is chosen in Python. The operators are `custom_op`s: `triton_op` fails opcheck
+and fullgraph compilation on machines without a GPU.
 
-Options that travel together are one frozen dataclass. `define_op` replaces such a parameter by its fields in the schema, and
-every implementation receives the dataclass:
+Options that travel together are one frozen dataclass. `define_op` replaces such a parameter by its
+fields in the schema, and every implementation receives the dataclass:
 
-    reference(x: Tensor, options: Options) -> Tensor      schema: (Tensor x, float scale, int window) -> Tensor
+    reference(x: Tensor, options: Options) -> Tensor
+    schema: (Tensor x, float scale, int window) -> Tensor
 """
 
 import dataclasses
@@ -33,10 +35,10 @@ from .triton import HAS_TRITON, triton
 INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Launchers by operator name, with the arguments of the schema: the bench runs them without a GPU.
+# Launchers by operator name, with the arguments of the schema. The bench runs them without a GPU.
 LAUNCHERS: dict[str, Callable] = {}
-# Python types that a public function accepts for an annotation. torch.compile passes SymInt and
-# SymFloat in place of numbers that vary.
+# Python types that a public operator accepts for an annotation. torch.compile passes a SymInt or
+# SymFloat for a number that varies.
 ACCEPTED_TYPES = {
     Tensor: (Tensor,),
     int: (int, torch.SymInt),
@@ -50,7 +52,7 @@ ACCEPTED_TYPES = {
 def is_32_bit(x: Tensor, *_) -> bool:
     """Whether `x` has 32 bits or more: the default condition for a composite.
 
-    In 16 bits autograd would keep the wide tensors that references compute with.
+    With 16 bits autograd would keep the float32 tensors in which references compute.
     """
     return x.dtype.itemsize > 2
 
@@ -69,15 +71,19 @@ def define_op(
 
     Args:
         name: operator name, unique in the `tritium` namespace.
-        launch: runs the Triton kernels. None while an operator has no kernel yet.
+        launch: runs the Triton kernels. None if the operator has no kernel yet.
         reference: the definition in PyTorch. Every parameter is annotated: the schema is read from
             the annotations. It returns new tensors.
         shapes: allocates the outputs of `reference` without computing them. Needed if `reference`
-            loops over a size in Python: on fake tensors the loop would bind compiled code to it.
-        composite: computes the same with PyTorch functions that autograd differentiates itself.
+            loops over a size in Python: on fake tensors the loop would fix that size in compiled
+            code.
+        composite: computes the same with PyTorch functions that autograd differentiates itself. It
+            runs on CPU tensors in place of the operator and avoids the cost of a custom operator.
+            The first argument must be a tensor.
         composite_if: whether the composite applies to these arguments.
         mutates: names of the arguments written in place.
-    Raises: TypeError if the signatures of `launch`, `shapes` or `composite` differ from that of
+    Returns: the operator. Give it a gradient with `register_autograd`.
+    Raises: TypeError if the signature of `launch`, `shapes` or `composite` is not that of
         `reference`.
     """
     roles = {"launch": launch, "shapes": shapes, "composite": composite}
@@ -87,10 +93,12 @@ def define_op(
                 f"define_op: {name}: {role} must have the signature of reference, "
                 f"{inspect.signature(reference)}, got {inspect.signature(function)}"
             )
+    # The reference, for all devices and for fake tensors.
     schema = _Schema(reference)
     run_reference = _without_autocast(schema.flat(reference))
     op = torch.library.custom_op(f"tritium::{name}", run_reference, mutates_args=tuple(mutates))
     op.register_fake(run_reference if shapes is None else schema.flat(shapes))
+    # The launcher, for CUDA and for the interpreter.
     if launch is not None and HAS_TRITON:
         LAUNCHERS[name] = schema.flat(launch)
         public_name = name.removesuffix("_fwd").removesuffix("_bwd")
@@ -105,7 +113,7 @@ def define_op(
 
 
 class Op:
-    """An operator of `define_op`. Call it with the arguments of its reference."""
+    """An operator made by `define_op`. Call it with the arguments of its reference."""
 
     def __init__(
         self,
@@ -114,15 +122,15 @@ class Op:
         composite: Callable | None,
         composite_if: Callable[..., bool],
     ):
-        self._custom_op, self._schema = custom_op, schema
-        self._composite, self._composite_if = composite, composite_if
+        self._custom_op = custom_op
+        self._schema = schema
+        self._composite = composite
+        self._composite_if = composite_if
 
     def __call__(self, *args):
-        """Run the composite on a CPU if there is one that applies, else dispatch.
-
-        A custom operator costs Python calls around its forward and backward: a fifth of a small
-        model's step (width 128, 768 tokens, two threads of an Intel Xeon, November 2026).
-        """
+        """Run the composite on a CPU if there is one and it applies, else the operator."""
+        # A custom operator costs Python calls around its forward and backward: a fifth of a small
+        # model's step (width 128, 768 tokens, two threads of an Intel Xeon, November 2026).
         if self._composite is not None and runs_reference(args[0]) and self._composite_if(*args):
             return self._composite(*args)
         return self.dispatch(*args)
@@ -132,10 +140,13 @@ class Op:
         return self._custom_op(*self._schema.flatten(args))
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
-        """Register the gradient, as torch.library does.
+        """Register the gradient, as torch.library.register_autograd does.
 
-        `setup_context` receives the arguments of the reference; `backward` returns one gradient
-        for each of them. Tensors among the options need ctx.save_for_backward too.
+        Args:
+            backward: takes ctx and the gradients of the outputs; returns one gradient per argument
+                of the reference, None for an options dataclass without gradients.
+            setup_context: takes ctx, the arguments of the reference, and the outputs. Save
+                tensors with ctx.save_for_backward, including tensors among the options.
         """
 
         def setup(ctx, inputs, output):
@@ -148,10 +159,12 @@ class Op:
 
 
 class _Schema:
-    """Translates between the arguments of a reference and those of its schema."""
+    """Translate between the arguments of a reference and those of its schema."""
 
     def __init__(self, reference: Callable):
-        self._parameters, flat = [], []
+        # For each parameter of the reference: (options class, names of its fields) or (None, ()).
+        self._parameters = []
+        flat = []
         for parameter in inspect.signature(reference).parameters.values():
             options = parameter.annotation
             if not dataclasses.is_dataclass(options):
@@ -164,7 +177,7 @@ class _Schema:
         self._signature = inspect.signature(reference).replace(parameters=flat)
 
     def flat(self, function: Callable) -> Callable:
-        """The function with the arguments of the schema."""
+        """Make an implementation take the arguments of the schema."""
         if all(options is None for options, _ in self._parameters):
             return function
 
@@ -176,7 +189,7 @@ class _Schema:
         return run
 
     def group(self, args: Iterable) -> list:
-        """Arguments of the schema -> arguments of the reference."""
+        """Convert arguments of the schema to arguments of the reference."""
         args = iter(args)
         return [
             next(args) if options is None else options(**{name: next(args) for name in names})
@@ -184,7 +197,10 @@ class _Schema:
         ]
 
     def flatten(self, args: Sequence) -> tuple:
-        """Arguments of the reference -> arguments of the schema. None stands for no options."""
+        """Convert arguments of the reference to arguments of the schema.
+
+        None in place of options becomes None for each field: gradients of options.
+        """
         flat = []
         for arg, (options, names) in zip(args, self._parameters, strict=True):
             if options is None:
@@ -195,35 +211,37 @@ class _Schema:
 
 
 def runs_reference(x: Tensor) -> bool:
-    """Whether operators on `x` run PyTorch functions by design: on a CPU without the interpreter."""
+    """Whether operators on `x` run their references: on a CPU, without Triton's interpreter."""
     return x.device.type == "cpu" and not INTERPRET
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether the values of `x` can be read without waiting for a device."""
+    """Whether the values of `x` can be read without synchronizing with a device."""
     return x.device.type == "cpu"
 
 
 def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Replace the gradients that nobody needs, which operators return empty, by None."""
+    """Replace gradients that are not needed by None.
+
+    An operator must return a tensor for each output, so it returns empty tensors for these.
+    """
     return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
 
 def public(function: Callable) -> Callable:
     """Check the arguments of a public operator against its annotations.
 
-    Raises a ValueError that names the argument. Without it Python would take True for a window of
-    1, and a wrong type would fail deep inside, under another name. Floating-point tensors must have
-    one of FLOATS: a float8 lacks the operations that follow.
+    Without this check Python would take True for a window of 1, and a wrong type would fail deep
+    inside, under another name. Floating-point tensors must have one of FLOATS, because a float8
+    lacks the operations that follow.
+
+    Raises: ValueError that names the argument. Missing, repeated and unknown arguments raise
+        Python's own TypeError.
     """
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(function).parameters
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    positional = [parameter.name for parameter in parameters if parameter.kind is not keyword_only]
-    annotations = {parameter.name: parameter.annotation for parameter in parameters}
-    accepted_types = {
-        name: sum((ACCEPTED_TYPES[t] for t in typing.get_args(annotation) or (annotation,)), ())
-        for name, annotation in annotations.items()
-    }
+    positional = [name for name, p in parameters.items() if p.kind is not keyword_only]
+    accepted_types = {name: _accepted_types(p.annotation) for name, p in parameters.items()}
 
     @functools.wraps(function)
     def checked(*args, **options):
@@ -231,38 +249,43 @@ def public(function: Callable) -> Callable:
             if name not in accepted_types:
                 continue  # the call below raises
             accepted = accepted_types[name]
-            if not isinstance(value, accepted) or (type(value) is bool and bool not in accepted):
-                wanted = inspect.formatannotation(annotations[name]).replace("torch.", "")
+            # bool is a subclass of int.
+            is_stray_bool = type(value) is bool and bool not in accepted
+            if not isinstance(value, accepted) or is_stray_bool:
+                expected = inspect.formatannotation(parameters[name].annotation)
                 raise ValueError(
-                    f"{function.__name__}: {name} must be {wanted}, got {_describe(value)}; convert it"
+                    f"{function.__name__}: {name} must be {expected.replace('torch.', '')}, "
+                    f"got {_describe(value)}; convert it"
                 )
-            if (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and value.dtype not in FLOATS
-            ):
-                dtypes = ", ".join(map(str, FLOATS)).replace("torch.", "")
+            is_float = isinstance(value, Tensor) and value.is_floating_point()
+            if is_float and value.dtype not in FLOATS:
+                expected = ", ".join(map(str, FLOATS)).replace("torch.", "")
                 raise ValueError(
-                    f"{function.__name__}: {name} must be one of {dtypes}, got {value.dtype}; cast it"
+                    f"{function.__name__}: {name} must be one of {expected}, "
+                    f"got {value.dtype}; cast it"
                 )
         return function(*args, **options)
 
     return checked
 
 
+def _accepted_types(annotation: object) -> tuple[type, ...]:
+    """Types that an annotation such as `int | None` accepts."""
+    alternatives = typing.get_args(annotation) or (annotation,)
+    return tuple(type_ for name in alternatives for type_ in ACCEPTED_TYPES[name])
+
+
 def _describe(value: object) -> str:
-    """A value for an error message. Never reads a tensor, which may be on a device."""
+    """Describe a value for an error message. Never reads a tensor, which may be on a device."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
-    return (
-        repr(value)
-        if isinstance(value, (int, float, str, type(None)))
-        else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (int, float, str, type(None))):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """Turn autocast off inside: references and launches choose their own precision."""
+    """Disable autocast inside: references and launchers choose their own precision."""
 
     @functools.wraps(function)
     def run(*args):
@@ -275,7 +298,7 @@ def _without_autocast(function: Callable) -> Callable:
 
 
 def _without_float64(name: str, launch: Callable) -> Callable:
-    """Raise for float64: kernels accumulate in float32 and would return float32's accuracy."""
+    """Raise for float64: kernels compute in float32, so the result would be less accurate."""
 
     @functools.wraps(launch)
     def run(*args):
@@ -290,7 +313,7 @@ def _without_float64(name: str, launch: Callable) -> Callable:
 
 
 def _on_device_of_tensors(launch: Callable) -> Callable:
-    """Make the tensors' GPU the current one: Triton launches there."""
+    """Make the GPU of the tensors the current one, because Triton launches on the current GPU."""
 
     @functools.wraps(launch)
     def run(*args):
@@ -304,7 +327,7 @@ def _on_device_of_tensors(launch: Callable) -> Callable:
 
 
 def _with_one_warning(name: str, reference: Callable) -> Callable:
-    """Warn at the first call that CUDA runs the reference."""
+    """Warn at the first call that the reference runs on CUDA."""
 
     @functools.cache
     def warn():

@@ -1,16 +1,18 @@
-"""Jitted helpers that kernels share: arithmetic on tiles, no loads or stores."""
+"""Jitted functions that kernels share: arithmetic on tiles, without loads and stores."""
 
 from .triton import tl, triton
 
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent in float32, to a few units in the last place: exponentials far from zero, a polynomial near it."""
+    """Hyperbolic tangent in float32, accurate to a few units in the last place."""
+    # Near zero: 1 - e below would cancel, so use the Taylor series. The next term is below the
+    # resolution of float32 for |x| < 0.25.
     squared = x * x
-    # Around zero 1 - e cancels; the series is cut where its next term is below float32's resolution at |x| = 0.25.
     near = x + x * squared * (
         -1 / 3 + squared * (2 / 15 + squared * (-17 / 315 + squared * (62 / 2835)))
     )
-    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|): no overflow
+    # Elsewhere: tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|), which cannot overflow.
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)
     far = (1 - e) / (1 + e)
     return tl.where(squared < 0.0625, near, tl.where(x < 0, -far, far))

@@ -1,7 +1,7 @@
-"""Triton where it exists; where it does not (macOS, Windows), names enough to import the kernel files.
+"""Triton if it is installed, else stand-ins that let kernel files be imported (macOS, Windows).
 
-Kernel files take `triton` and `tl` from here. Without Triton their `@triton.jit` functions stay plain Python functions that
-nobody calls: `_op.define_op` then runs the references on every device.
+Kernel files import `triton` and `tl` from here. Without Triton their `@triton.jit` functions are
+plain Python functions that nobody calls: define_op then runs the references on every device.
 """
 
 import types
@@ -25,7 +25,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below `n` (1 for n <= 1)."""
+    """The smallest power of two that is at least `n`; 1 for n <= 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
