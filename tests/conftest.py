@@ -1,9 +1,10 @@
-"""Settings every test runs under."""
+"""Settings of all tests, and three repairs of Triton's interpreter (TRITON_INTERPRET=1)."""
 
 import os
 from dataclasses import replace
 
-# The suite runs on one process a core. More threads each, here or in the programs that tests start, would wait for one another.
+# The suite runs one process per core. More threads per process, or in programs that tests start,
+# would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -12,30 +13,34 @@ import torch
 
 from tritium.kernels.core.op import INTERPRET
 
-# Fills torch.empty with NaN, so that an output a kernel forgot to write shows.
+# Fill torch.empty with NaN: an output that a kernel does not write becomes visible.
 torch.use_deterministic_algorithms(True)
 
 
-def _round_to_bfloat16_like_a_gpu() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16; GPUs, and the error bars here, round to the nearest even."""
+def _repair_rounding_to_bfloat16() -> None:
+    """Round float32 to the nearest bfloat16, as GPUs do. The interpreter truncates instead."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
 
-    def rounding(data, source, target, mode):
+    def convert_and_round(data, source, target, mode):
         if not (source == tl.float32 and target == tl.bfloat16):
             return convert(data, source, target, mode)
         bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        # Rounding up a NaN's mantissa would make an infinity, or wrap around to zero.
+        # Adding to the mantissa of a NaN could give an infinity or zero.
         return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
 
-    interpreter._convert_float = rounding
+    interpreter._convert_float = convert_and_round
 
 
-def _multiply_bfloat16_like_a_gpu() -> None:
-    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers; and float16 without a BLAS."""
+def _repair_dot_of_16_bits() -> None:
+    """Compute tl.dot of 16-bit operands in float32.
+
+    The interpreter multiplies the bits of bfloat16 as integers, which is wrong. It multiplies
+    float16 without a BLAS library, which is slow.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -48,48 +53,55 @@ def _multiply_bfloat16_like_a_gpu() -> None:
             )
         return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
 
-    def multiply(self, a, b, *rest):
+    def create_float32_dot(self, a, b, *rest):
         return create_dot(self, in_float32(a), in_float32(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = multiply
+    interpreter.InterpreterBuilder.create_dot = create_float32_dot
 
 
-def _leave_out_what_comes_to_nothing() -> None:
-    """Half of the time of Triton's interpreter goes into what it does anew at each operation or call, to no effect."""
+def _repair_repeated_work() -> None:
+    """Skip work without effect that the interpreter repeats. It takes half of its time."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    # It looks for overflows of integers, but tells of them only in a mode for debugging that cannot be chosen.
+    # Checks for integer overflow. They report only in a debug mode that the interpreter cannot
+    # enter.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
 
-    numpy_dtypes, numpy_dtype = {}, interpreter._get_np_dtype
+    # A table of dtypes that is built again for each operation.
+    numpy_dtypes = {}
+    numpy_dtype = interpreter._get_np_dtype
 
-    def known_numpy_dtype(dtype):
+    def cached_numpy_dtype(dtype):
         name = dtype.scalar.name
         if name not in numpy_dtypes:
             numpy_dtypes[name] = numpy_dtype(dtype)
         return numpy_dtypes[name]
 
-    some_builtin, patch = {}, interpreter._patch_builtin
+    interpreter._get_np_dtype = cached_numpy_dtype
+
+    # Patches of triton.language, applied again for each function that a kernel calls. If the launch
+    # of the kernel has applied them already, the first builtin of the package is no builtin now.
+    first_builtins = {}
+    patch = interpreter._patch_builtin
 
     def patch_once(package, builder, scope):
-        """A function that a kernel calls finds the language as the launch of the kernel has patched it."""
-        name = some_builtin.get(package)
+        name = first_builtins.get(package)
         if name and not tl.core.is_builtin(getattr(package, name)):
             return
-        some_builtin[package] = next(
+        first_builtins[package] = next(
             (name for name, member in vars(package).items() if tl.core.is_builtin(member)), None
         )
         patch(package, builder, scope)
 
-    interpreter._get_np_dtype, interpreter._patch_builtin = known_numpy_dtype, patch_once
+    interpreter._patch_builtin = patch_once
 
 
 if INTERPRET:
-    _leave_out_what_comes_to_nothing()
-    _round_to_bfloat16_like_a_gpu()
-    _multiply_bfloat16_like_a_gpu()
+    _repair_repeated_work()
+    _repair_rounding_to_bfloat16()
+    _repair_dot_of_16_bits()
 
 
 DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -98,7 +110,7 @@ DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "plain: says nothing about kernels, so the run under TRITON_INTERPRET=1 leaves it out",
+        "plain: runs no kernel, so the run under TRITON_INTERPRET=1 skips it",
     )
     config.addinivalue_line(
         "markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed"
@@ -106,24 +118,23 @@ def pytest_configure(config):
 
 
 def pytest_make_parametrize_id(val):
-    """Dtypes by name, so that -k can choose among them."""
+    """Name dtypes in test ids, so that -k can select them."""
     return DTYPE_IDS.get(val) if isinstance(val, torch.dtype) else None
 
 
 def pytest_collection_modifyitems(config, items):
-    """Under the interpreter only what reaches a kernel is run: the plain run has covered the rest."""
+    """Under the interpreter run only tests that run kernels. The run without it has the others."""
     if not INTERPRET:
         return
-    left_out = [
-        item
-        for item in items
-        if item.get_closest_marker("plain") or item.get_closest_marker("codegen")
-    ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    selected, deselected = [], []
+    for item in items:
+        is_skipped = item.get_closest_marker("plain") or item.get_closest_marker("codegen")
+        (deselected if is_skipped else selected).append(item)
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = selected
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where kernels are tested: the GPU if there is one."""
+    """The device on which kernels are tested: the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

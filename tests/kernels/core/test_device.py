@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritium.kernels.core import device as _device
+from tritium.kernels.core import device as device_module
 from tritium.kernels.core.device import CEILINGS, DEFAULT_SM_COUNT, arch, ceiling, sm_count
 
 pytestmark = pytest.mark.plain
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.plain
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
     ],
 )
-def test_devices_are_known_by_the_names_drivers_give(name, key):
+def test_ceiling_knows_devices_by_their_driver_names(name, key):
     assert ceiling(name) is CEILINGS[key]
 
 
@@ -51,7 +51,7 @@ def test_unknown_devices_and_variants_have_no_ceiling(name):
         ("mi300x", 1307, 5.3, 192, 896),
     ],
 )
-def test_rows_are_those_of_the_data_sheets(key, teraflops, terabytes_per_second, gigabytes, link):
+def test_rows_match_the_data_sheets(key, teraflops, terabytes_per_second, gigabytes, link):
     row = CEILINGS[key]
     assert (row.bf16_flops, row.bytes_per_second) == pytest.approx(
         (teraflops * 1e12, terabytes_per_second * 1e12)
@@ -67,17 +67,17 @@ def test_ceilings_are_plausible():
         assert 60e9 < row.link_bytes_per_second < 2e12, name
 
 
-def test_no_driver_name_hides_a_row_below_it():
+def test_each_row_is_found_by_its_own_driver_name():
     assert all(ceiling(row.driver_name) is row for row in CEILINGS.values())
 
 
-def test_a_device_that_is_no_gpu_is_planned_for_as_one():
+def test_sm_count_has_a_default_without_a_gpu():
     assert sm_count(torch.device("cpu")) == sm_count(torch.device("meta")) == DEFAULT_SM_COUNT
 
 
-def test_architectures_are_named_as_compilers_name_them(monkeypatch):
+def test_arch_is_named_as_compilers_name_it(monkeypatch):
     assert arch(torch.device("cpu")) == arch(torch.device("meta")) == "sm_90"
-    monkeypatch.setattr(_device, "DEFAULT_ARCH", "sm_80")
+    monkeypatch.setattr(device_module, "DEFAULT_ARCH", "sm_80")
     assert arch(torch.device("meta")) == "sm_80"
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tritium import kernels
-from tritium.kernels.core.matmul import autocast
 from tritium.kernels.core.op import (
     FLOATS,
     INTERPRET,
@@ -29,26 +28,33 @@ def double_reference(x: Tensor) -> Tensor:
     return x * 2
 
 
-def product_reference(x: Tensor) -> Tensor:
+def square_reference(x: Tensor) -> Tensor:
     return x @ x
 
 
 def double_launch(x: Tensor) -> Tensor:
-    return x + x + 0.5  # tells the two apart
+    return x + x + 0.5  # not what the reference returns
 
 
 double = define_op("test_double", launch=double_launch, reference=double_reference)
-product = define_op("test_product", launch=None, reference=product_reference)
+square = define_op("test_square", launch=None, reference=square_reference)
 
 
-def test_the_dispatcher_chooses():
+def triple(x: Tensor) -> Tensor:
+    return x * 3
+
+
+# --- which implementation runs
+
+
+def test_device_chooses_the_implementation():
     x = torch.ones(3)
     assert double(x).tolist() == [2.5] * 3 if INTERPRET else [2.0] * 3
     assert double(torch.ones(3, device="meta")).shape == (3,)
 
 
-def test_a_composite_runs_on_a_cpu_where_it_applies():
-    """The operator has no gradient of its own; the composite is differentiated by autograd."""
+def test_composite_runs_on_a_cpu_if_it_applies():
+    """The operator has no gradient of its own. Autograd differentiates the composite."""
     tripled = define_op(
         "test_composite", launch=double_launch, reference=double_reference,
         composite=triple, composite_if=lambda x: len(x) == 3,
@@ -64,14 +70,13 @@ def test_a_composite_runs_on_a_cpu_where_it_applies():
     assert tripled(torch.ones(4)).tolist() == [expected] * 4
 
 
-def triple(x: Tensor) -> Tensor:
-    return x * 3
-
-
-def test_composites_are_for_32_bits_by_default():
+def test_composites_apply_to_32_bits_by_default():
     assert is_32_bit(torch.ones(1), 5)
     assert is_32_bit(torch.ones(1, dtype=torch.float64))
     assert not is_32_bit(torch.ones(1, dtype=torch.bfloat16))
+
+
+# --- options: a dataclass becomes arguments of the schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,7 @@ def test_options_compile_in_one_graph():
     def run(x, offset):
         return scaled(x * 2, ScaleOptions(scale=0.5, offset=offset), x.shape[0])
 
-    for size in (3, 5, 7):  # the third size is a symbol
+    for size in (3, 5, 7):  # from the second size on it is a symbol
         x = torch.ones(size, requires_grad=True)
         y = run(x, torch.ones(()))
         assert y.tolist() == [size + 1.0] * size
@@ -134,12 +139,12 @@ def test_cuda_launches():
     assert double(torch.ones(3, device="cuda")).tolist() == [2.5] * 3
 
 
-def test_what_cuda_does_without_a_kernel_is_said_once():
-    """What is registered for CUDA where there is no launch, called here with CPU tensors."""
+def test_reference_on_cuda_warns_once():
+    """Call the function that is registered for CUDA without a launch, here with CPU tensors."""
     x = torch.ones(2, 2)
-    run = _with_one_warning("test_product", product_reference)
+    run = _with_one_warning("test_square", square_reference)
     with pytest.warns(
-        UserWarning, match="test_product has no Triton kernel yet; CUDA runs its PyTorch reference"
+        UserWarning, match="test_square has no Triton kernel yet; CUDA runs its PyTorch reference"
     ):
         assert torch.equal(run(x), x @ x)
     with warnings.catch_warnings():
@@ -147,8 +152,8 @@ def test_what_cuda_does_without_a_kernel_is_said_once():
         run(x)
 
 
-def test_launches_go_to_the_gpu_that_holds_the_tensors(monkeypatch):
-    """Told with CPU tensors, whose device has the index None, and a current GPU of that index or another."""
+def test_launches_run_on_the_gpu_of_the_tensors(monkeypatch):
+    """A CPU tensor stands for one on a GPU. The index of its device is None."""
     entered = []
     monkeypatch.setattr(
         torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext()
@@ -160,7 +165,7 @@ def test_launches_go_to_the_gpu_that_holds_the_tensors(monkeypatch):
         assert entered == expected
 
 
-def test_kernels_are_not_given_float64():
+def test_launch_raises_for_float64():
     run = _without_float64("test_double", double_launch)
     assert run(torch.ones(1)).item() == 2.5
     with pytest.raises(
@@ -170,9 +175,9 @@ def test_kernels_are_not_given_float64():
 
 
 @pytest.mark.plain
-def test_launchers_are_known_by_name():
-    assert LAUNCHERS["test_double"] is double_launch  # no options: nothing to flatten
-    assert "test_product" not in LAUNCHERS
+def test_launchers_are_registered_by_name():
+    assert LAUNCHERS["test_double"] is double_launch
+    assert "test_square" not in LAUNCHERS
 
 
 @pytest.mark.plain
@@ -198,16 +203,16 @@ def test_shapes_and_reference_share_a_signature():
 
 
 @pytest.mark.plain
-def test_shapes_spare_compiled_code_a_loop_over_a_size():
+def test_shapes_avoid_a_compilation_per_size():
     def reference(x: Tensor) -> Tensor:
         return torch.stack([x[row] * 2 for row in range(len(x))])
 
     def shapes(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
-    for name, given, expected in (("test_bound", None, 5), ("test_unbound", shapes, 2)):
+    for name, given, expected in (("test_fixed", None, 5), ("test_any", shapes, 2)):
         op = define_op(name, launch=None, reference=reference, shapes=given)
-        torch._dynamo.reset()  # it remembers which sizes of a function have varied
+        torch._dynamo.reset()  # forget which sizes have varied
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(lambda x, op=op: op(x), fullgraph=True, backend=counter)
         for rows in range(2, 7):
@@ -218,57 +223,53 @@ def test_shapes_spare_compiled_code_a_loop_over_a_size():
 
 
 @pytest.mark.plain
-def test_references_are_spared_autocast():
+def test_autocast_does_not_reach_references():
     x = torch.full((2, 2), 1 + 2**-12)  # not a bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert product(x).dtype == torch.float32
-        assert product(x)[0, 0] == 2 * x[0, 0] ** 2
+        assert square(x).dtype == torch.float32
+        assert square(x)[0, 0] == 2 * x[0, 0] ** 2
         assert (x @ x).dtype == torch.bfloat16
 
 
-@pytest.mark.plain
-def test_autocast_casts_what_products_take():
-    inputs = (
-        torch.ones(2),
-        None,
-        torch.ones(2, dtype=torch.float64),
-        torch.ones(2, dtype=torch.int64),
-    )
-    assert autocast(*inputs) == inputs
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [x if x is None else x.dtype for x in autocast(*inputs)] == [
-            torch.bfloat16,
-            None,
-            torch.float64,
-            torch.int64,
-        ]
+# --- public: arguments are checked against annotations
 
 
 def example(
-    x: Tensor, y: Tensor | None = None, *, n: int = 1, m: int | None = None, p: float = 0.0, flag: bool = False, word: str = "",
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    n: int = 1,
+    m: int | None = None,
+    p: float = 0.0,
+    flag: bool = False,
+    word: str = "",
     seed: int | Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiply."""
     return x * n * (1 if m is None else m) * (1.0 + p)
 
 
-named = public(example)
+checked = public(example)
 
 
 @pytest.mark.plain
-def test_public_operators_keep_their_signature_and_take_what_it_says():
-    assert inspect.signature(named) == inspect.signature(example)
-    assert (named.__name__, named.__doc__) == ("example", "Multiply.")
-    x, whole, weight = (
-        torch.ones(2),
-        torch.ones(2, dtype=torch.int32),
-        torch.nn.Parameter(torch.ones(2)),
-    )
+def test_public_keeps_name_docstring_and_signature():
+    assert inspect.signature(checked) == inspect.signature(example)
+    assert (checked.__name__, checked.__doc__) == ("example", "Multiply.")
+
+
+@pytest.mark.plain
+def test_public_accepts_the_annotated_types():
+    x = torch.ones(2)
+    integers = torch.ones(2, dtype=torch.int32)
+    weight = torch.nn.Parameter(torch.ones(2))
     for dtype in FLOATS:
-        assert named(x.to(dtype)).dtype == dtype
-    for y in (None, whole, weight, x > 0, x.to(torch.complex64)):
-        assert torch.equal(named(x, y, n=2, m=3, p=1, flag=True, word="a", seed=whole), 12 * x)
-    assert torch.equal(named(x=weight, y=y, m=None, p=np.float64(0.5), seed=2**60), 1.5 * x)
+        assert checked(x.to(dtype)).dtype == dtype
+    for y in (None, integers, weight, x > 0, x.to(torch.complex64)):
+        got = checked(x, y, n=2, m=3, p=1, flag=True, word="a", seed=integers)
+        assert torch.equal(got, 12 * x)
+    got = checked(x=weight, y=weight, m=None, p=np.float64(0.5), seed=2**60)
+    assert torch.equal(got, 1.5 * x)
 
 
 @pytest.mark.plain
@@ -298,47 +299,47 @@ def test_public_operators_keep_their_signature_and_take_what_it_says():
         ({"seed": 1.5}, r"seed must be int \| Tensor \| None, got 1.5; convert it"),
     ],
 )
-def test_public_operators_refuse_what_their_signature_does_not_say(change, message):
+def test_public_raises_for_other_types(change, message):
     with pytest.raises(ValueError, match=f"^example: {message}$"):
-        named(**{"x": torch.ones(2)} | change)
+        checked(**{"x": torch.ones(2)} | change)
     x = change.pop("x", torch.ones(2))
     with pytest.raises(ValueError, match=f"^example: {message}$"):
-        named(x, *([change.pop("y")] if "y" in change else []), **change)
+        checked(x, *([change.pop("y")] if "y" in change else []), **change)
 
 
 @pytest.mark.plain
-def test_public_operators_leave_other_mistakes_to_python():
+def test_missing_repeated_and_unknown_arguments_raise_type_errors():
     for args, options in (
         ((), {}),
         ((torch.ones(1),) * 3, {}),
         ((torch.ones(1),), {"other": True}),
     ):
         with pytest.raises(TypeError, match=r"^example\(\) "):
-            named(*args, **options)
+            checked(*args, **options)
 
 
 @pytest.mark.plain
-def test_public_operators_compile_as_one_graph_for_any_number():
+def test_public_compiles_as_one_graph_for_any_number():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda x, n, p: named(x, n=n, p=p, seed=n), fullgraph=True, backend=counter
+        lambda x, n, p: checked(x, n=n, p=p, seed=n), fullgraph=True, backend=counter
     )
     for n in range(2, 12):
         x = torch.ones(n + 1)
-        assert torch.equal(compiled(x, n, n / 4), named(x, n=n, p=n / 4))
+        assert torch.equal(compiled(x, n, n / 4), checked(x, n=n, p=n / 4))
     assert counter.frame_count <= 2
     with pytest.raises(ValueError, match=r"^example: n must be int, got 2\.0"):
-        torch.compile(lambda x: named(x, n=2.0), backend="aot_eager")(x)
+        torch.compile(lambda x: checked(x, n=2.0), backend="aot_eager")(x)
 
 
 @pytest.mark.plain
-def test_only_what_lies_on_the_cpu_can_be_looked_at():
+def test_values_can_be_read_on_a_cpu_only():
     assert can_read_values(torch.ones(1))
     assert not can_read_values(torch.ones(1, device="meta"))
 
 
 @pytest.mark.plain
 @pytest.mark.parametrize("name", kernels.__all__)
-def test_every_public_operator_is_one(name):
+def test_every_public_operator_checks_its_arguments(name):
     with pytest.raises(ValueError, match=f"^{name}: .* must be Tensor, got 'a'; convert it$"):
         getattr(kernels, name)(*["a"] * 4)

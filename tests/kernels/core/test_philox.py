@@ -16,7 +16,7 @@ def _randint_kernel(counter_ptr, bits_ptr, seed, BLOCK: tl.constexpr):
     tl.store(bits_ptr + 4 * offs + 3, w3.to(tl.int32, bitcast=True))
 
 
-def test_bits_are_those_of_triton(device):
+def test_bits_equal_those_of_triton(device):
     if not (HAS_TRITON and (INTERPRET or device.type == "cuda")):
         pytest.skip("runs a kernel: needs CUDA or TRITON_INTERPRET=1")
     counter = torch.tensor(
@@ -36,6 +36,6 @@ def test_bits_are_spread_evenly():
     bits = random_bits(torch.tensor(7), torch.arange(100_000))
     assert bits.min() >= -(2**31)
     assert bits.max() < 2**31
-    # A share of n fair draws is off by more than 5 / (2 sqrt(n)) once in two million tries.
+    # The mean of n fair bits has a standard deviation of 0.5 / sqrt(n). Allow five of them.
     for bit in range(32):
         assert abs(((bits >> bit) & 1).double().mean() - 0.5) < 2.5 / 100_000**0.5

@@ -25,5 +25,6 @@ def test_tanh_is_float32_accurate_everywhere(device):
     y = torch.empty_like(x)
     _tanh_kernel[(1,)](x, y, BLOCK=len(x))
     truth = torch.tanh(x.double())
-    # Four roundings: of the exponential, which the GPU's unit gives to two units, of sum and difference, of the quotient.
+    # Four roundings of half a unit or more: the exponential (two units on a GPU), 1 - e, 1 + e, and
+    # their quotient.
     assert ((y.double() - truth).abs() <= 4 * torch.finfo(torch.float32).eps * truth.abs()).all()
