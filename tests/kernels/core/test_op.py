@@ -134,6 +134,9 @@ def test_options_compile_in_one_graph():
         assert gradient.tolist() == [size] * size
 
 
+# --- what define_op registers
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_launches():
     assert double(torch.ones(3, device="cuda")).tolist() == [2.5] * 3

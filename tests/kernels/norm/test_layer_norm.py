@@ -52,12 +52,12 @@ def torch_add_layer_norm(x, residual, weight, bias=None):
     return torch_layer_norm(h, weight, bias), h
 
 
-def check(ours, theirs, inputs, incoming, names):
-    """Compare outputs and gradients of `ours` with the float64 truth of `theirs`."""
+def check(operator, definition, inputs, incoming, names):
+    """Compare outputs and gradients of `operator` with those of `definition` in float64."""
     double = [None if value is None else value.double() for value in inputs]
-    got = run(ours, inputs, incoming)
-    truth = run(theirs, double, [value.double() for value in incoming])
-    baseline = run(theirs, inputs, incoming)
+    got = run(operator, inputs, incoming)
+    truth = run(definition, double, [value.double() for value in incoming])
+    baseline = run(definition, inputs, incoming)
     M, N = inputs[0].shape
     # dx is r times the rest of g without its mean. In a row of one element this rest is 0, while
     # the terms that cancel are as large as g.

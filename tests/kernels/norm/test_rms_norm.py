@@ -45,12 +45,12 @@ def torch_add_rms_norm(x, residual, weight):
     return torch_rms_norm(h, weight), h
 
 
-def check(ours, theirs, inputs, incoming, names):
-    """Compare outputs and gradients of `ours` with the float64 truth of `theirs`."""
+def check(operator, definition, inputs, incoming, names):
+    """Compare outputs and gradients of `operator` with those of `definition` in float64."""
     double = [value.double() for value in inputs]
-    got = run(ours, inputs, incoming)
-    baseline = run(theirs, inputs, incoming)
-    truth = run(theirs, double, [value.double() for value in incoming])
+    got = run(operator, inputs, incoming)
+    baseline = run(definition, inputs, incoming)
+    truth = run(definition, double, [value.double() for value in incoming])
     M, N = inputs[0].shape
     # dx is r times the rest of g without its part along h. In a row of one element this rest is
     # almost 0, while the terms that cancel are as large as g.
