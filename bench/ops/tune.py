@@ -120,7 +120,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(_constant("attention._launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
     "cross_entropy": tuple(
-        _constant("loss._launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
+        _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
     ),
     "linear_cross_entropy": tuple(
         _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)
