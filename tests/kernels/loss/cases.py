@@ -60,14 +60,3 @@ def given_reduction(options, reduction, incoming):
     """Arguments of run(): the options with a reduction, and an incoming gradient for "none"."""
     incoming = incoming if reduction == "none" else None
     return {**options, "reduction": reduction, "incoming": incoming}
-
-
-def assert_equal(got, expected):
-    """Each pair of tensors is bitwise equal."""
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def assert_close(got, expected, **tolerance):
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)

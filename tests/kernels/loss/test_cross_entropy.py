@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.kernels.compare import assert_close, assert_equal
 from tests.kernels.loss.cases import (
     ALL_OPTIONS,
     BAD_ARGUMENTS,
     FLOATS,
     OPTIONS,
     REDUCTIONS,
-    assert_close,
-    assert_equal,
     given_reduction,
     torch_cross_entropy,
 )

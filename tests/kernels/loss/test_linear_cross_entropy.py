@@ -13,14 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.compare import assert_close, assert_equal
 from tests.kernels.loss.cases import (
     ALL_OPTIONS,
     BAD_ARGUMENTS,
     FLOATS,
     OPTIONS,
     REDUCTIONS,
-    assert_close,
-    assert_equal,
     given_reduction,
     torch_cross_entropy,
 )
