@@ -5,8 +5,8 @@ Softcap, label smoothing, z-loss and ignored rows can be combined.
                s = c tanh(logits / c) with a softcap c, else logits
                lse = log sum_v exp(s_v)    p = exp(s - lse)
     forward    l = (1 - eps) (lse - s_t) + eps (lse - mean_v(s)) + z lse^2
-               loss = sum(l) / count, sum(l) or l
-    backward   g = dloss / count, dloss or dl
+               loss = sum(l) / count (mean), sum(l) (sum) or l (none)
+    backward   g = dloss / count (mean) or dloss (sum, none)
                ds = g (p (1 + 2 z lse) - (1 - eps) [v = t] - eps / V)
                dlogits = ds (1 - (s / c)^2)
 
@@ -18,7 +18,7 @@ Shapes     logits, dlogits: (N, V)   target: (N,)   l: (N,) float32
 Precision  any float dtype in; dlogits in the same dtype; float32 in between, and for the loss
 Cost       memory-bound: the forward reads the logits once; the backward reads them and writes
            dlogits; see cost()
-Order      one program adds up the losses of the rows, always in the same order
+Order      one program sums the losses of all rows, always in the same order
 Files      block_loss.py: the formulas for a block of rows; _kernels.py and launch.py: the kernels.
            linear_cross_entropy uses both.
 Source     softcap: Gemma Team 2024, arXiv:2408.00118; label smoothing: Szegedy et al. 2016,
@@ -96,7 +96,7 @@ def reference_bwd(
 def shapes_fwd(
     logits: Tensor, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate what `reference_fwd` returns."""
+    """Allocate the outputs of `reference_fwd`."""
     N = logits.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     loss = logits.new_empty(N if options.reduction == "none" else (), dtype=dtype)
@@ -112,7 +112,7 @@ def shapes_bwd(
     divisor: Tensor,
     options: LossOptions,
 ) -> Tensor:
-    """Allocate what `reference_bwd` returns."""
+    """Allocate the outputs of `reference_bwd`."""
     return empty_gradient(logits)
 
 

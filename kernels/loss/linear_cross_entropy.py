@@ -13,11 +13,11 @@ Precision  any float dtype in; gradients in the same dtype. Between forward and 
 Chunks     The kernels take CHUNK_ROWS rows at a time. That is enough for matmuls at full speed, and
            for reading and writing dw once per chunk to take little time. A chunk of logits is the
            only large buffer. The reference takes BLOCK_ELEMENTS logits at a time, which stay in a
-           CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out
-           makes float32 copies of a chunk and of the weight.
+           CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out makes
+           float32 copies of a chunk and of the weight.
 Cost       compute-bound: 2 N V D FLOPs for the loss, 4 N V D more for the gradients; see cost()
-Files      matmuls are PyTorch's (cuBLAS); block_loss.py, _kernels.py and launch.py are shared with
-           cross_entropy: a kernel overwrites a chunk of logits with its gradient
+Files      block_loss.py, _kernels.py and launch.py are shared with cross_entropy. One kernel
+           overwrites a chunk of logits with its gradient. Matmuls are PyTorch's (cuBLAS).
 Source     chunks with gradients in the forward: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989
 """
 
@@ -154,7 +154,7 @@ def shapes_fwd(
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate what `reference_fwd` returns."""
+    """Allocate the outputs of `reference_fwd`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(x.shape[0] if options.reduction == "none" else (), dtype=dtype)
     divisor = x.new_empty((), dtype=torch.int64)
@@ -171,7 +171,7 @@ def shapes_rows_bwd(
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate what `reference_rows_bwd` returns."""
+    """Allocate the outputs of `reference_rows_bwd`."""
     return _empty_gradients(x, weight, bias, want_dx, want_dw, x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer without autograd, with and without GELU: what linear and gelu_mlp share."""
+"""A linear layer without autograd, with and without GELU, for linear and gelu_mlp."""
 
 from collections.abc import Sequence
 

@@ -411,7 +411,7 @@ def test_second_derivative_raises(reduction, device):
 def peak_bytes(call, N, D, V, dtype):
     """Peak memory of call(x, weight, target), without its arguments.
 
-    Tensors on "meta" take no memory, but are counted.
+    Held counts the bytes of tensors on "meta", which take no memory.
     """
     x = torch.empty(N, D, dtype=dtype, device="meta", requires_grad=True)
     weight = torch.empty(V, D, dtype=dtype, device="meta", requires_grad=True)
