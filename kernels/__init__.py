@@ -13,7 +13,8 @@ from .attention.causal import causal_attention, causal_attention_qkvpacked, caus
 from .attention.decode import attention_decode
 from .loss.cross_entropy import cross_entropy
 from .loss.linear_cross_entropy import linear_cross_entropy
-from .mlp.gelu_mlp import gelu_mlp, linear
+from .mlp.gelu_mlp import gelu_mlp
+from .mlp.linear import linear
 from .mlp.swiglu_mlp import swiglu_mlp
 from .norm.layer_norm import add_layer_norm, layer_norm
 from .norm.rms_norm import add_rms_norm, rms_norm

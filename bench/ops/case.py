@@ -87,7 +87,7 @@ def forced(operator: str, products: str, **options: Any) -> Contestant:
     forward = getattr(torch.ops.tritium, f"{operator}_fwd")
     return Contestant(
         name=f"tritium, {products}",
-        call=lambda **inputs: forward(**inputs, **options, products=products)[0],
+        call=lambda **inputs: forward(**inputs, **options, matmul=products)[0],
         cuda_only=True,
     )
 

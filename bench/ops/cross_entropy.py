@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...kernels import cross_entropy
 from ...kernels.loss.cross_entropy import cost, launch_bwd, launch_fwd
+from ...kernels.loss.options import LossOptions
 from .case import Contestant, Operator, randn
 
 SHAPES = ((8192, 50304), (16384, 50304), (4096, 128256), (32768, 32768))
@@ -50,8 +51,9 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
         torch.empty(M, V, dtype=dtype, device="meta"),
         torch.empty(M, dtype=torch.int64, device="meta"),
     )
-    loss, statistics, divisor = launch_fwd(logits, target, -100, 0.0, 0.0, 0.0, "mean")
-    launch_bwd(loss, logits, target, statistics, divisor, -100, 0.0, 0.0, 0.0)
+    options = LossOptions()
+    loss, statistics, divisor = launch_fwd(logits, target, options)
+    launch_bwd(loss, logits, target, statistics, divisor, options)
 
 
 CROSS_ENTROPY = Operator(

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import linear_cross_entropy
-from ...kernels.loss.linear_cross_entropy import cost, launch_fwd, launch_scale
+from ...kernels.loss.launch import launch_scale
+from ...kernels.loss.linear_cross_entropy import cost, launch_fwd
+from ...kernels.loss.options import LossOptions
 from .case import Contestant, Operator, randn
 
 # N, D, V: 16 and 64 sequences of 1,024 tokens at GPT-2's smallest and largest width.
@@ -43,9 +45,7 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
     N, D, V = shape
     x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (V, D)))
     target = torch.empty(N, dtype=torch.int64, device="meta")
-    loss, divisor, *grads = launch_fwd(
-        x, weight, target, None, -100, 0.0, 0.0, 0.0, "mean", True, True
-    )
+    loss, divisor, *grads = launch_fwd(x, weight, target, None, LossOptions(), True, True)
     launch_scale(loss, divisor, *grads, dtype)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import gelu_mlp
-from ...kernels.mlp.gelu_mlp import cost, launch_gelu_mlp_bwd, launch_gelu_mlp_fwd
+from ...kernels.mlp.gelu_mlp import cost, launch_bwd, launch_fwd
 from .case import Operator, forced, randn
 
 # N, D with F = 4 D: GPT-2's four widths at 32 sequences of 1,024 tokens.
@@ -44,8 +44,8 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
         torch.empty(size, dtype=dtype, device="meta")
         for size in ((N, D), (4 * D, D), (4 * D,), (D, 4 * D), (D,))
     )
-    _, h, a = launch_gelu_mlp_fwd(x, w1, b1, w2, b2, "tanh", False, "auto")
-    launch_gelu_mlp_bwd(x, x, w1, w2, h, a, "tanh", "auto", [True] * 5)
+    _, h, a = launch_fwd(x, w1, b1, w2, b2, "tanh", False, "auto")
+    launch_bwd(x, x, w1, w2, h, a, "tanh", "auto", [True] * 5)
 
 
 GELU_MLP = Operator(

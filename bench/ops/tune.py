@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...kernels.attention import _launch as _attention_launch
-from ...kernels.mlp import _gemm
+from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import near, parse
 from ...train.device import choose_device, choose_matmul
 from ..record import writable, write_record
@@ -72,9 +72,9 @@ def _place(target: str) -> tuple[ModuleType, str]:
 
 
 def _product(*sizes: int) -> Variant:
-    tile = _gemm._tile(*sizes)
+    tile = make_tile(*sizes)
     return Variant(
-        name=f"tile {sizes}", target="mlp._gemm.plan", value=lambda *_, **__: (tile, True)
+        name=f"tile {sizes}", target="mlp.gemm.plan", value=lambda *_, **__: (tile, True)
     )
 
 
@@ -95,7 +95,7 @@ def _constant(target: str, value: Any) -> Variant:
 # What the machine code ranked close together (estimates), and what only a clock can tell.
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     "gelu_mlp": (
-        Variant(name="cublas", target="mlp._gemm.plan", value=lambda *_, **__: (None, False)),
+        Variant(name="cublas", target="mlp.gemm.plan", value=lambda *_, **__: (None, False)),
         _product(128, 256, 64, 4, 8, 3),
         _product(128, 256, 64, 2, 8, 3),
         _product(128, 256, 64, 4, 8, 2),
@@ -104,7 +104,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _product(128, 128, 64, 1, 8, 4),
         _product(256, 128, 64, 2, 8, 3),
         _product(128, 256, 32, 4, 8, 4),
-        *(_constant("mlp._gemm.GROUP_M", rows) for rows in (4, 16)),
+        *(_constant("mlp.gemm.GROUP_M", rows) for rows in (4, 16)),
     ),
     "causal_attention": (
         _attention("fwd", 128, 64, 4, 3),
@@ -120,7 +120,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(_constant("attention._launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
     "cross_entropy": tuple(
-        _constant("loss._launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
+        _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
     ),
     "linear_cross_entropy": tuple(
         _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)

@@ -1,15 +1,19 @@
-"""The kernels of cross_entropy and linear_cross_entropy. A program owns BLOCK_M rows of logits and walks their columns.
+"""Kernels of cross_entropy and linear_cross_entropy: a program owns BLOCK_M rows of logits.
 
-Walking    tiles of UNROLL x BLOCK_V columns without masks, from a row's first address that is a multiple of 16 bytes, counted
-           from where the tensor begins: a row that begins between two of them, as every other row of 50,257 columns does, is
-           still loaded 16 bytes at a time. What is left of the row, before that address and behind the last whole tile, comes
-           last, under a mask
-Softmax    each lane keeps the maximum and the sum of the columns it has seen; lanes meet once, at the end of the row
-Target     is left out of that sum: where it is the largest, log(1 + others) keeps the digits of the others, and so do the loss
-           and p - 1 of the target, even where p is 1 but for a rounding
-Rows       one whose target is ignored is not read; one whose target is no column has NaN for loss and gradient
+Math, shapes and precision are those of cross_entropy.py.
 
-Math, shapes and precision are cross_entropy.py's.
+Columns    The main loop loads tiles of UNROLL x BLOCK_V columns without a mask, 16 bytes per load.
+           It starts at the row's first address that is a multiple of 16 bytes from the start of the
+           tensor: most rows of 50,257 columns start between two such addresses. A second loop takes
+           the other columns with a mask: those before that address and those after the last tile.
+Softmax    Each lane keeps the maximum and the sum of exponentials of the columns that it has read.
+           The lanes are combined once, at the end of the row.
+Target     The sum of exponentials leaves out the target's column. If the target has the largest
+           logit, log(1 + sum) keeps the digits of the other columns. So do the loss and the
+           target's gradient p - 1, even if p rounds to 1.
+Rows       A row whose target is ignore_index is not read: its loss and gradient are 0. A row whose
+           target is not a column gets NaN for both.
+Cost       memory-bound; cost() of cross_entropy.py gives bytes and FLOPs
 """
 
 from ..core.tile import tanh
@@ -17,8 +21,11 @@ from ..core.triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below no finite logit: differences from it are never NaN.
+# The lowest finite float32. Unlike -inf, it can be subtracted from itself without a NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+# --- arithmetic
 
 
 @triton.jit
@@ -28,7 +35,10 @@ def _exp(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) of x >= 0, to a few units in the last place: by 2 artanh(x / (2 + x)) where 1 + x would lose digits."""
+    """log(1 + x) for x >= 0, accurate to a few units in the last place.
+
+    Below 1, where 1 + x would lose digits of x, it is the series of 2 artanh(x / (2 + x)).
+    """
     z = x / (2.0 + x)
     zz = z * z
     series = 1.0 + zz * (
@@ -42,20 +52,23 @@ def _cap(x, softcap):
     return x if softcap is None else softcap * tanh(x / softcap)
 
 
+# --- rows and columns
+
+
 @triton.jit
-def _rows(target_ptr, ignore_index, N, V, BLOCK_M: tl.constexpr):
-    """Row numbers, columns of the targets, which rows count, and which of those have a column."""
+def _load_targets(target_ptr, ignore_index, N, V, BLOCK_M: tl.constexpr):
+    """Row numbers; target columns; whether each row has a loss; whether its target is a column."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(target_ptr + offs_m, mask=offs_m < N, other=ignore_index)
-    counted = (offs_m < N) & (target != ignore_index)
-    valid = counted & (target >= 0) & (target < V)
-    # Compared with each column: 64 bits would take twice the instructions.
-    return offs_m, tl.where(valid, target, 0).to(tl.int32), counted, valid
+    has_loss = (offs_m < N) & (target != ignore_index)
+    is_valid = has_loss & (target >= 0) & (target < V)
+    # Each column is compared with the target: in int64 that takes twice the instructions.
+    return offs_m, tl.where(is_valid, target, 0).to(tl.int32), has_loss, is_valid
 
 
 @triton.jit
 def _split(offs_m, stride_m, V, TILE: tl.constexpr, VEC: tl.constexpr):
-    """Columns before a row's first aligned address, and how many behind it fill whole tiles in all of the rows."""
+    """Columns before each row's first aligned address, and columns that the main loop covers."""
     first = offs_m * stride_m
     lead = (tl.cdiv(first, VEC) * VEC - first).to(tl.int32)
     return lead, tl.maximum(V - tl.max(lead, axis=0), 0) // TILE * TILE
@@ -63,26 +76,29 @@ def _split(offs_m, stride_m, V, TILE: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _tile_columns(UNROLL: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Columns of a tile of the body, counted from its first, (1, UNROLL, BLOCK_V)."""
+    """Column offsets within a tile of the main loop, (1, UNROLL, BLOCK_V)."""
     return tl.arange(0, UNROLL)[None, :, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, None, :]
 
 
 @triton.jit
-def _rest_columns(start, lead, body, BLOCK_V: tl.constexpr):
-    """Columns of a tile of the rest, counted from the row's begin, (BLOCK_M, 1, BLOCK_V)."""
+def _tail_columns(start, lead, body, BLOCK_V: tl.constexpr):
+    """Columns of a tile of the masked loop, (BLOCK_M, 1, BLOCK_V)."""
     offs = start + tl.arange(0, BLOCK_V)[None, None, :]
     return tl.where(offs < lead[:, None, None], offs, offs + body)
 
 
 @triton.jit
 def _aligned(ptr, offs_m, stride_m, VEC: tl.constexpr):
-    """Pointers to the rows' first aligned addresses."""
+    """Pointers to the first aligned address of each row."""
     return ptr + (tl.cdiv(offs_m * stride_m, VEC) * VEC)[:, None, None]
 
 
+# --- forward
+
+
 @triton.jit
-def _join(top, total, x):
-    """Take the columns x (BLOCK_M, UNROLL, BLOCK_V) into each lane's maximum and sum of exponentials."""
+def _add_columns(top, total, x):
+    """Add columns x (BLOCK_M, UNROLL, BLOCK_V) to each lane's maximum and sum of exponentials."""
     new_top = tl.maximum(top, tl.max(x, axis=1))
     total = total * _exp(top - new_top) + tl.sum(_exp(x - new_top[:, None, :]), axis=1)
     return new_top, total
@@ -90,16 +106,21 @@ def _join(top, total, x):
 
 @triton.jit
 def _row_statistics(
-    logits_ptr, stride_m, offs_m, target, counted, valid, V, softcap, label_smoothing,
+    logits_ptr, stride_m, offs_m, target, has_loss, is_valid, V, softcap, label_smoothing,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Per row, (BLOCK_M,): its maximum; log sum_v exp(s_v - maximum); the target's s; sum_v s_v, if there is smoothing."""
+    """For each row, with s the capped logits, four values of shape (BLOCK_M,).
+
+    top = max_v s_v;   log_sum = log sum_v exp(s_v - top);   s of the target;   sum_v s_v, which is
+    computed only with label smoothing.
+    """
     lead, body = _split(offs_m, stride_m, V, UNROLL * BLOCK_V, VEC)
-    read = counted[:, None, None]
+    read = has_loss[:, None, None]
     top = tl.full((BLOCK_M, BLOCK_V), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     columns_sum = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
 
+    # main loop: aligned tiles
     aligned_ptr = _aligned(logits_ptr, offs_m, stride_m, VEC)
     offs = _tile_columns(UNROLL, BLOCK_V)
     body_target = (target - lead)[:, None, None]
@@ -107,23 +128,25 @@ def _row_statistics(
         x = _cap(tl.load(aligned_ptr + start + offs, mask=read, other=0.0).to(tl.float32), softcap)
         if label_smoothing is not None:
             columns_sum += tl.sum(x, axis=1)
-        top, total = _join(top, total, tl.where(offs == body_target - start, float("-inf"), x))
+        x = tl.where(offs == body_target - start, float("-inf"), x)
+        top, total = _add_columns(top, total, x)
+
+    # masked loop: the other columns
     row_ptr = logits_ptr + (offs_m * stride_m)[:, None, None]
     for start in range(0, V - body, BLOCK_V):
-        columns = _rest_columns(start, lead, body, BLOCK_V)
+        columns = _tail_columns(start, lead, body, BLOCK_V)
         inside = columns < V
         x = _cap(tl.load(row_ptr + columns, mask=inside & read, other=0.0).to(tl.float32), softcap)
         if label_smoothing is not None:
             columns_sum += tl.sum(tl.where(inside, x, 0.0), axis=1)
         other = inside & (columns != target[:, None, None])
-        top, total = _join(top, total, tl.where(other, x, float("-inf")))
+        top, total = _add_columns(top, total, tl.where(other, x, float("-inf")))
 
+    # combine the lanes, then add the target
     others_top = tl.max(top, axis=1)
     others = tl.sum(total * _exp(top - others_top[:, None]), axis=1)
-    s = _cap(
-        tl.load(logits_ptr + offs_m * stride_m + target, mask=valid, other=0.0).to(tl.float32),
-        softcap,
-    )
+    s = tl.load(logits_ptr + offs_m * stride_m + target, mask=is_valid, other=0.0)
+    s = _cap(s.to(tl.float32), softcap)
     row_top = tl.maximum(s, others_top)
     others *= _exp(others_top - row_top)
     log_sum = tl.where(s >= others_top, _log1p(others), tl.log2(others + _exp(s - row_top)) * LN2)
@@ -132,88 +155,94 @@ def _row_statistics(
 
 @triton.jit
 def _forward(
-    logits_ptr, loss_ptr, stride_m, offs_m, target, counted, valid, N, V, softcap, label_smoothing, z_loss,
+    logits_ptr, loss_ptr, stride_m, offs_m, target, has_loss, is_valid,
+    N, V, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Store each row's loss; return its maximum, log-sum-exp less that, and its target's s."""
+    """Store each row's loss. Return top, log_sum and the target's s, see _row_statistics."""
     top, log_sum, s, columns_sum = _row_statistics(
-        logits_ptr,
-        stride_m,
-        offs_m,
-        target,
-        counted,
-        valid,
-        V,
-        softcap,
-        label_smoothing,
-        BLOCK_M,
-        UNROLL,
-        BLOCK_V,
-        VEC,
-    )
+        logits_ptr, stride_m, offs_m, target, has_loss, is_valid, V, softcap, label_smoothing,
+        BLOCK_M, UNROLL, BLOCK_V, VEC,
+    )  # fmt: skip
     lse = top + log_sum
     loss = (top - s) + log_sum
     if label_smoothing is not None:
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (
             (top - columns_sum / V) + log_sum
         )
-    loss = tl.where(counted, tl.where(valid, loss + z_loss * lse * lse, float("nan")), 0.0)
+    loss = tl.where(has_loss, tl.where(is_valid, loss + z_loss * lse * lse, float("nan")), 0.0)
     tl.store(loss_ptr + offs_m, loss, mask=offs_m < N)
     return top, log_sum, s
 
 
+# --- backward
+
+
 @triton.jit
-def _dlogits(x, columns, target, top, log_sum, at_target, factor, uniform, softcap):
-    """The gradient of the logits x at `columns`; the rest are values of a row, (BLOCK_M, 1, 1)."""
+def _dlogits(x, columns, target, top, log_sum, at_target, p_scale, uniform, softcap):
+    """The gradient of logits x at `columns`: p_scale p - uniform, except `at_target` at the target.
+
+    All arguments after x and columns hold one value per row, (BLOCK_M, 1, 1).
+    """
     s = _cap(x.to(tl.float32), softcap)
-    ds = factor * _exp((s - top) - log_sum) - uniform
+    ds = p_scale * _exp((s - top) - log_sum) - uniform
     ds = tl.where(columns == target, at_target, ds)
     return ds if softcap is None else ds * (1.0 - (s / softcap) * (s / softcap))
 
 
 @triton.jit
 def _write_dlogits(
-    logits_ptr, dlogits_ptr, stride_m, stride_dm, offs_m, target, counted, valid, top, log_sum, s, scale, N, V,
-    softcap, label_smoothing, z_loss,
+    logits_ptr, dlogits_ptr, stride_m, stride_dm, offs_m, target, has_loss, is_valid,
+    top, log_sum, s, scale, N, V, softcap, label_smoothing, z_loss,
     UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Store `scale` (BLOCK_M,) times the gradient of each row's loss; zeros for one that does not count, without reading it."""
-    # 1 - p of the target, by 1 - exp(-2 x) = 2 tanh(x) / (1 + tanh(x)): exact where p is close to 1.
+    """Store the gradient of each row's loss, times `scale` (BLOCK_M,).
+
+    Rows without a loss get zeros; their logits are not read.
+    """
+    # miss = 1 - p of the target. The identity 1 - exp(-2 x) = 2 tanh(x) / (1 + tanh(x)) keeps its
+    # digits where p is close to 1.
     half = tanh(0.5 * ((top - s) + log_sum))
     miss = 2.0 * half / (1.0 + half)
-    scale = tl.where(counted, tl.where(valid, scale, float("nan")), 0.0)
+
+    # terms that are the same for all columns of a row
+    scale = tl.where(has_loss, tl.where(is_valid, scale, float("nan")), 0.0)
     z_term = 2.0 * z_loss * (top + log_sum)
     smoothing = 0.0 if label_smoothing is None else label_smoothing
     uniform = (scale * (smoothing / V))[:, None, None]
-    at_target = (scale * ((1.0 - miss) * z_term - miss + (smoothing - smoothing / V)))[
-        :, None, None
-    ]
-    factor = (scale * (1.0 + z_term))[:, None, None]
+    at_target = scale * ((1.0 - miss) * z_term - miss + (smoothing - smoothing / V))
+    at_target = at_target[:, None, None]
+    p_scale = (scale * (1.0 + z_term))[:, None, None]
     top, log_sum = top[:, None, None], log_sum[:, None, None]
-    read, written = counted[:, None, None], (offs_m < N)[:, None, None]
+    read, written = has_loss[:, None, None], (offs_m < N)[:, None, None]
 
+    # main loop: aligned tiles; empty_gradient aligns the rows of dlogits as those of logits
     lead, body = _split(offs_m, stride_m, V, UNROLL * BLOCK_V, VEC)
     aligned_ptr = _aligned(logits_ptr, offs_m, stride_m, VEC)
-    # Rows of both begin equally far from an aligned address (see empty_gradient).
     out_ptr = _aligned(dlogits_ptr, offs_m, stride_dm, VEC)
     offs = _tile_columns(UNROLL, BLOCK_V)
     body_target = (target - lead)[:, None, None]
     for start in range(0, body, UNROLL * BLOCK_V):
         x = tl.load(aligned_ptr + start + offs, mask=read, other=float("-inf"))
         d = _dlogits(
-            x, offs, body_target - start, top, log_sum, at_target, factor, uniform, softcap
+            x, offs, body_target - start, top, log_sum, at_target, p_scale, uniform, softcap
         )
         tl.store(out_ptr + start + offs, d.to(dlogits_ptr.dtype.element_ty), mask=written)
+
+    # masked loop: the other columns
     row_ptr = logits_ptr + (offs_m * stride_m)[:, None, None]
     out_ptr = dlogits_ptr + (offs_m * stride_dm)[:, None, None]
     for start in range(0, V - body, BLOCK_V):
-        columns = _rest_columns(start, lead, body, BLOCK_V)
+        columns = _tail_columns(start, lead, body, BLOCK_V)
         inside = columns < V
         x = tl.load(row_ptr + columns, mask=inside & read, other=float("-inf"))
         d = _dlogits(
-            x, columns, target[:, None, None], top, log_sum, at_target, factor, uniform, softcap
+            x, columns, target[:, None, None], top, log_sum, at_target, p_scale, uniform, softcap
         )
         tl.store(out_ptr + columns, d.to(dlogits_ptr.dtype.element_ty), mask=inside & written)
+
+
+# --- kernels
 
 
 @triton.jit
@@ -223,10 +252,11 @@ def _cross_entropy_fwd_kernel(
     N, V, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    offs_m, target, counted, valid = _rows(target_ptr, ignore_index, N, V, BLOCK_M)
+    """Store each row's loss and, unless `statistics_ptr` is None, its top and log_sum."""
+    offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
     top, log_sum, _ = _forward(
-        logits_ptr, loss_ptr, stride_m, offs_m, target, counted, valid, N, V, softcap, label_smoothing, z_loss,
-        BLOCK_M, UNROLL, BLOCK_V, VEC,
+        logits_ptr, loss_ptr, stride_m, offs_m, target, has_loss, is_valid,
+        N, V, softcap, label_smoothing, z_loss, BLOCK_M, UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
     if statistics_ptr is not None:
         tl.store(statistics_ptr + offs_m, top, mask=offs_m < N)
@@ -240,20 +270,18 @@ def _cross_entropy_bwd_kernel(
     N, V, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    offs_m, target, counted, valid = _rows(target_ptr, ignore_index, N, V, BLOCK_M)
+    """Store the gradient of the logits, from the statistics of the forward."""
+    offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
     mask_m = offs_m < N
     top = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
     log_sum = tl.load(statistics_ptr + N + offs_m, mask=mask_m, other=0.0)
-    s = _cap(
-        tl.load(logits_ptr + offs_m * stride_m + target, mask=valid, other=0.0).to(tl.float32),
-        softcap,
-    )
-    scale = tl.load(dloss_ptr + offs_m * stride_dloss, mask=mask_m, other=0.0).to(
-        tl.float32
-    ) / tl.load(divisor_ptr)
+    s = tl.load(logits_ptr + offs_m * stride_m + target, mask=is_valid, other=0.0)
+    s = _cap(s.to(tl.float32), softcap)
+    dloss = tl.load(dloss_ptr + offs_m * stride_dloss, mask=mask_m, other=0.0)
+    scale = dloss.to(tl.float32) / tl.load(divisor_ptr)
     _write_dlogits(
-        logits_ptr, dlogits_ptr, stride_m, stride_dm, offs_m, target, counted, valid, top, log_sum, s, scale, N, V,
-        softcap, label_smoothing, z_loss, UNROLL, BLOCK_V, VEC,
+        logits_ptr, dlogits_ptr, stride_m, stride_dm, offs_m, target, has_loss, is_valid,
+        top, log_sum, s, scale, N, V, softcap, label_smoothing, z_loss, UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
 
 
@@ -264,22 +292,24 @@ def _cross_entropy_fwd_bwd_kernel(
     N, V, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Rows' losses, and in place of the logits the gradient of their sum, or of their sum weighted by dloss."""
-    offs_m, target, counted, valid = _rows(target_ptr, ignore_index, N, V, BLOCK_M)
+    """Store each row's loss, and overwrite the logits with the gradient of sum_n dloss_n loss_n.
+
+    If `dloss_ptr` is None, every dloss_n is 1.
+    """
+    offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
     top, log_sum, s = _forward(
-        logits_ptr, loss_ptr, stride_m, offs_m, target, counted, valid, N, V, softcap, label_smoothing, z_loss,
-        BLOCK_M, UNROLL, BLOCK_V, VEC,
+        logits_ptr, loss_ptr, stride_m, offs_m, target, has_loss, is_valid,
+        N, V, softcap, label_smoothing, z_loss, BLOCK_M, UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     if dloss_ptr is not None:
-        scale = tl.load(dloss_ptr + offs_m * stride_dloss, mask=offs_m < N, other=0.0).to(
-            tl.float32
-        )
-    # No thread may write where another one still has to read.
+        scale = tl.load(dloss_ptr + offs_m * stride_dloss, mask=offs_m < N, other=0.0)
+        scale = scale.to(tl.float32)
+    # All threads must have read the logits before any thread overwrites them.
     tl.debug_barrier()
     _write_dlogits(
-        logits_ptr, logits_ptr, stride_m, stride_m, offs_m, target, counted, valid, top, log_sum, s, scale, N, V,
-        softcap, label_smoothing, z_loss, UNROLL, BLOCK_V, VEC,
+        logits_ptr, logits_ptr, stride_m, stride_m, offs_m, target, has_loss, is_valid,
+        top, log_sum, s, scale, N, V, softcap, label_smoothing, z_loss, UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
 
 
@@ -289,7 +319,7 @@ def _cross_entropy_reduce_kernel(
     N, ignore_index,
     IS_MEAN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows' losses, always in the same order."""
+    """Reduce the losses of all rows in one program, always in the same order."""
     total = tl.zeros((BLOCK_N,), tl.float32)
     count = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, N, BLOCK_N):
@@ -302,3 +332,15 @@ def _cross_entropy_reduce_kernel(
     divisor = tl.maximum(tl.sum(count, axis=0), 1) if IS_MEAN else 1
     tl.store(loss_ptr, tl.sum(total, axis=0) / divisor)
     tl.store(divisor_ptr, divisor)
+
+
+@triton.jit
+def _linear_cross_entropy_scale_kernel(
+    grad_ptr, dloss_ptr, divisor_ptr, out_ptr, numel, BLOCK_N: tl.constexpr
+):
+    """Multiply BLOCK_N elements of a gradient by dloss / divisor."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < numel
+    scale = tl.load(dloss_ptr).to(tl.float32) / tl.load(divisor_ptr)
+    grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0) * scale
+    tl.store(out_ptr + offs_n, grad.to(out_ptr.dtype.element_ty), mask=mask_n)

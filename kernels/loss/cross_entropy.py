@@ -1,19 +1,28 @@
-"""Cross-entropy of logits with integer targets: softcap, label smoothing, z-loss and ignored rows, in any combination.
+"""Cross-entropy of logits with integer targets.
 
-    s = c tanh(logits / c) with a softcap c, else logits        lse = log sum_v exp(s_v)        p = exp(s - lse)
-    forward    l = (1 - eps) (lse - s_t) + eps (lse - mean_v(s)) + z lse^2        loss = sum(l) / count, sum(l) or l
-    backward   g = dloss / count, dloss or dl        ds = g (p (1 + 2 z lse) - (1 - eps) [v = t] - eps / V)
+Softcap, label smoothing, z-loss and ignored rows can be combined.
+
+               s = c tanh(logits / c) with a softcap c, else logits
+               lse = log sum_v exp(s_v)    p = exp(s - lse)
+    forward    l = (1 - eps) (lse - s_t) + eps (lse - mean_v(s)) + z lse^2
+               loss = sum(l) / count (mean), sum(l) (sum) or l (none)
+    backward   g = dloss / count (mean) or dloss (sum, none)
+               ds = g (p (1 + 2 z lse) - (1 - eps) [v = t] - eps / V)
                dlogits = ds (1 - (s / c)^2)
 
-Shapes     logits, dlogits: (N, V)   target: (N,)   l: (N,) float32   N = every leading axis, flattened
-           statistics: (2, N) float32, each row's largest s and lse less that: apart they keep the digits that lse would lose
+Shapes     logits, dlogits: (N, V)   target: (N,)   l: (N,) float32
+           N = all leading axes, flattened
+           statistics: (2, N) float32, top = max_v s_v and log_sum = lse - top of each row. The pair
+           keeps digits that the sum lse would lose.
            divisor: () int64, count for the mean, else 1
-Precision  any float dtype in, dlogits in the same; everything between is float32, and so is the loss
-Cost       memory-bound: logits read once forward; read and written as dlogits backward; see cost()
-Determinism  rows' losses are added up by one program, in one order
-Source     softcap: Gemma Team 2024, arXiv:2408.00118; label smoothing: Szegedy et al. 2016, arXiv:1512.00567;
-           z-loss: Chowdhery et al. 2022, arXiv:2204.02311; the block formulas are in _cross_entropy.py, the kernels, which
-           linear_cross_entropy shares, in _cross_entropy_kernels.py
+Precision  any float dtype in; dlogits in the same dtype; float32 in between, and for the loss
+Cost       memory-bound: the forward reads the logits once; the backward reads them and writes
+           dlogits; see cost()
+Order      one program sums the losses of all rows, always in the same order
+Files      block_loss.py: the formulas for a block of rows; _kernels.py and launch.py: the kernels.
+           linear_cross_entropy uses both.
+Source     softcap: Gemma Team 2024, arXiv:2408.00118; label smoothing: Szegedy et al. 2016,
+           arXiv:1512.00567; z-loss: Chowdhery et al. 2022, arXiv:2204.02311
 """
 
 import torch
@@ -21,67 +30,63 @@ from torch import Tensor
 
 from ..core.layout import as_rows
 from ..core.op import define_op, public
-from ._launch import launch_reduce, launch_rows_bwd, launch_rows_fwd
-from ._rows import (
+from ._checks import check_target, check_target_values
+from .block_loss import (
     BLOCK_ELEMENTS,
-    Options,
+    apply_weights,
     block_dlogits,
     block_loss,
-    blocks,
-    capped,
-    check,
-    check_targets,
-    empty_gradient,
-    reduced,
+    cap_logits,
+    reduce_losses,
+    row_blocks,
     row_weights,
-    weighted,
 )
+from .launch import empty_gradient, launch_reduce, launch_rows_bwd, launch_rows_fwd
+from .options import LossOptions
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
-def plan(N: int, V: int) -> int:
-    """Choose how many of N rows of V logits the reference works on at a time."""
+def block_rows(N: int, V: int) -> int:
+    """Choose how many of N rows of V logits the reference takes at a time."""
     return max(1, min(N, BLOCK_ELEMENTS // V))
 
 
 def reference_fwd(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
+    logits: Tensor, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, statistics and divisor."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    V = logits.shape[-1]
-    check_targets("cross_entropy", target, V, ignore_index)
+    N, V = logits.shape
+    check_target_values("cross_entropy", target, V, options.ignore_index)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    index, weight = row_weights(target, V, ignore_index, dtype)
-    loss, statistics = torch.empty_like(weight), weight.new_empty(2, weight.shape[0])
-    for rows in blocks(logits, plan, V):
-        s = capped(logits[rows], softcap)
+    index, weight = row_weights(target, V, options.ignore_index, dtype)
+    loss = torch.empty_like(weight)
+    statistics = weight.new_empty(2, N)
+    for rows in row_blocks(N, block_rows(N, V)):
+        s = cap_logits(logits[rows], options.softcap)
         loss[rows], statistics[0, rows], statistics[1, rows], _ = block_loss(
             s, index[rows], options
         )
-    loss, divisor = reduced(loss, weight, reduction)
+    loss, divisor = reduce_losses(loss, weight, options.reduction)
     return loss, statistics, divisor
 
 
 def reference_bwd(
-    dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, divisor: Tensor,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits, in their dtype, for that of each row's loss, (N,), or of what they were reduced to."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    V = logits.shape[-1]
-    index, weight = row_weights(target, V, ignore_index, statistics.dtype)
-    scale, lse = weighted(dloss / divisor, weight), statistics.sum(0)
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    divisor: Tensor,
+    options: LossOptions,
+) -> Tensor:
+    """Return dlogits, in the dtype of the logits, for dloss of shape () or (N,)."""
+    N, V = logits.shape
+    index, weight = row_weights(target, V, options.ignore_index, statistics.dtype)
+    scale = apply_weights(dloss / divisor, weight)
+    lse = statistics.sum(0)
     dlogits = empty_gradient(logits)
-    for rows in blocks(logits, plan, V):
-        s = capped(logits[rows], softcap)
+    for rows in row_blocks(N, block_rows(N, V)):
+        s = cap_logits(logits[rows], options.softcap)
         dlogits[rows] = block_dlogits(
             torch.softmax(s, -1), s, index[rows], lse[rows], scale[rows], options
         )
@@ -89,25 +94,25 @@ def reference_bwd(
 
 
 def shapes_fwd(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
+    logits: Tensor, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate what `reference_fwd` returns."""
-    N, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
-    loss = logits.new_empty(N if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((2, N), dtype=dtype), logits.new_empty((), dtype=torch.int64)
+    """Allocate the outputs of `reference_fwd`."""
+    N = logits.shape[0]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    loss = logits.new_empty(N if options.reduction == "none" else (), dtype=dtype)
+    statistics = logits.new_empty((2, N), dtype=dtype)
+    return loss, statistics, logits.new_empty((), dtype=torch.int64)
 
 
 def shapes_bwd(
-    dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, divisor: Tensor,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    """Allocate what `reference_bwd` returns."""
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    divisor: Tensor,
+    options: LossOptions,
+) -> Tensor:
+    """Allocate the outputs of `reference_bwd`."""
     return empty_gradient(logits)
 
 
@@ -115,35 +120,33 @@ def shapes_bwd(
 
 
 def launch_fwd(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
+    logits: Tensor, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    loss, statistics, _ = shapes_fwd(logits, target, *options, "none")
-    launch_rows_fwd(logits, target, options, loss, statistics)
-    loss, divisor = launch_reduce(loss, target, ignore_index, reduction)
+    N = logits.shape[0]
+    rows = logits.new_empty(N, dtype=torch.float32)
+    statistics = logits.new_empty((2, N), dtype=torch.float32)
+    launch_rows_fwd(logits, target, options, rows, statistics)
+    loss, divisor = launch_reduce(rows, target, options)
     return loss, statistics, divisor
 
 
 def launch_bwd(
-    dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, divisor: Tensor,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
-) -> Tensor:  # fmt: skip
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    divisor: Tensor,
+    options: LossOptions,
+) -> Tensor:
     """Kernel counterpart of `reference_bwd`."""
     dlogits = empty_gradient(logits)
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
     launch_rows_bwd(dloss, logits, target, statistics, divisor, options, dlogits)
     return dlogits
 
 
 def cost(N: int, V: int, itemsize: int) -> dict[str, int]:
-    """Least bytes to move, forward and backward, and FLOPs (about), for N rows of V logits of `itemsize` bytes."""
+    """Least bytes to move, and FLOPs (approximate), for N rows of V logits of `itemsize` bytes."""
     elements = N * V
     return {
         "fwd_bytes": elements * itemsize,
@@ -160,16 +163,16 @@ _bwd = define_op("cross_entropy_bwd", launch=launch_bwd, reference=reference_bwd
 
 
 def _save(ctx, inputs, output):
-    logits, target, *options, _ = inputs
+    logits, target, ctx.options = inputs
     _, statistics, divisor = output
-    ctx.options = options
-    # Nobody differentiates the statistics: no zeros for their gradient.
+    # Do not allocate zeros for the gradient of the statistics: nobody uses it.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, statistics, divisor)
 
 
 def _grad(ctx, dloss, _dstatistics, _ddivisor):
-    return None if dloss is None else _bwd(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    dlogits = None if dloss is None else _bwd(dloss, *ctx.saved_tensors, ctx.options)
+    return dlogits, None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -186,27 +189,41 @@ def cross_entropy(
     softcap: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Measure how little probability the softmax of each vector of logits gives to its target, in nats.
+    """Compute the cross-entropy, in nats, between the softmax of the logits and the targets.
+
+    torch.compile treats the options as constants: a new value compiles again.
 
     Args:
-        logits: (..., V), float32, bfloat16 or float16 (float64 on the CPU too), any layout; left as they were.
-        target: logits.shape[:-1], int64 or int32, device of logits: column indices, or ignore_index.
-        ignore_index: rows with this target have no loss and no gradient, and "mean" does not count them.
-        label_smoothing: share of the target's weight that is spread over all columns, in [0, 1).
-        z_loss: weight of the squared log-sum-exp, which keeps logits near normalized.
-        softcap: bound c of c tanh(logits / c), which replaces the logits; 0 for none.
-        reduction: "mean" over the counted rows, "sum", or "none". To torch.compile all options are constants: it compiles anew
-            for another value.
-    Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 logits). Where every row is
-        ignored, or there is none, the mean is 0 with zero gradients, not the NaN that PyTorch gives.
-    Raises: ValueError if target does not match logits or an option is out of range. A target that is neither a column nor
-        ignore_index is an IndexError on the CPU; elsewhere its row's loss and gradient are NaN.
+        logits: (..., V), float32, bfloat16 or float16 (on the CPU also float64), any layout. The
+            logits are not modified.
+        target: logits.shape[:-1], int64 or int32, device of logits: column indices or ignore_index.
+        ignore_index: rows with this target have no loss and no gradient, and do not count for the
+            mean.
+        label_smoothing: fraction of each target's weight that is spread evenly over all columns, in
+            [0, 1).
+        z_loss: weight of the squared log-sum-exp, which keeps it close to 0.
+        softcap: bound c: logits are replaced by c tanh(logits / c). 0 for no bound.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none".
+    Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64
+        logits). If there are no rows, or all are ignored, the mean and its gradients are 0, while
+        PyTorch gives NaN.
+    Raises: ValueError if target does not match logits or an option is out of range. IndexError on
+        the CPU for a target that is neither a column nor ignore_index; on other devices its row's
+        loss and gradient are NaN. TypeError for float64 on a GPU.
     """
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        reduction=reduction,
+    )
     if logits.ndim == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
         raise ValueError(
-            f"cross_entropy: logits must be floating point (..., V) with V at least 1, got {logits.dtype} {tuple(logits.shape)}"
+            "cross_entropy: logits must be floating point (..., V) with V at least 1, "
+            f"got {logits.dtype} {tuple(logits.shape)}"
         )
-    check("cross_entropy", "logits", logits, target, options, reduction)
-    loss, _, _ = _fwd(as_rows(logits), target.reshape(-1).contiguous(), *options, reduction)
+    check_target("cross_entropy", "logits", logits, target, ignore_index)
+    options.check("cross_entropy")
+    loss, _, _ = _fwd(as_rows(logits), target.reshape(-1).contiguous(), options)
     return loss.reshape(target.shape) if reduction == "none" else loss

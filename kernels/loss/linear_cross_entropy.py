@@ -1,21 +1,24 @@
-"""Cross-entropy of a linear layer's outputs, the logits x w^T + b, of which only a few rows ever exist at a time.
+"""Cross-entropy of the outputs of a linear layer, without storing all of its logits x w^T + b.
 
-    forward    a chunk of rows after the other: logits = x w^T + b, their loss l, and while they are in cache their gradients
+    forward    for each chunk of rows: logits = x w^T + b and the row losses l; with gradients also
                dlogits = dl/dlogits    dx = dlogits w    dw += dlogits^T x    db += sum_n dlogits
-    backward   dx, dw and db times the incoming gradient (over count for the mean). With reduction "none" each row has its own,
-               known only now: the chunks are computed again.
+    backward   multiply dx, dw and db by dloss (for the mean: dloss / count). With reduction "none"
+               each row has its own dloss: the backward computes the chunks again.
 
-Shapes     x, dx: (N, D)   w, dw: (V, D)   b, db: (V,)   target: (N,)   l: (N,) float32   N = every leading axis, flattened
-Precision  any float dtype in, gradients in the same; the reference multiplies in float32, of which 16-bit inputs get copies.
-           Between forward and backward dx, dw and db are float32 and unscaled: they are rounded once, whatever the scale
-Chunks     the kernels: CHUNK_ROWS, so many that the products of a chunk run at full speed and reading and writing dw once a
-           chunk takes little beside them, and that a chunk of logits, the only large buffer, has a bounded size. The reference:
-           BLOCK_ELEMENTS, which stay in a CPU's cache. On AMD, where no product of 16 bits is written in 32, the products of a
-           chunk take float32 copies of it and of the weight
+Shapes     x, dx: (N, D)   w, dw: (V, D)   b, db: (V,)   target: (N,)   l: (N,) float32
+           N = all leading axes, flattened
+Precision  any float dtype in; gradients in the same dtype. Between forward and backward dx, dw and
+           db are float32 and unscaled, so that they are rounded once, after the scaling. The
+           reference computes matmuls in float32, from float32 copies of 16-bit operands.
+Chunks     The kernels take CHUNK_ROWS rows at a time. That is enough for matmuls at full speed, and
+           for reading and writing dw once per chunk to take little time. A chunk of logits is the
+           only large buffer. The reference takes BLOCK_ELEMENTS logits at a time, which stay in a
+           CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out makes
+           float32 copies of a chunk and of the weight.
 Cost       compute-bound: 2 N V D FLOPs for the loss, 4 N V D more for the gradients; see cost()
-Source     row losses and options as in cross_entropy (_cross_entropy.py), whose kernels write a chunk's gradient over its
-           logits; products: PyTorch's (cuBLAS); chunks with gradients in the forward: Hsu et al. 2024 (Liger Kernel),
-           arXiv:2410.10989
+Files      block_loss.py, _kernels.py and launch.py are shared with cross_entropy. One kernel
+           overwrites a chunk of logits with its gradient. Matmuls are PyTorch's (cuBLAS).
+Source     chunks with gradients in the forward: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989
 """
 
 import torch
@@ -24,104 +27,114 @@ from torch import Tensor
 
 from ..core.layout import as_rows, wide
 from ..core.matmul import autocast, matmul_out
-from ..core.op import define_op, public
-from ..core.triton import cdiv, tl, triton
-from ._launch import launch_reduce, launch_rows_fwd, launch_rows_fwd_bwd
-from ._rows import (
+from ..core.op import define_op, keep_needed, public
+from ..core.triton import cdiv
+from ._checks import check_linear, check_target, check_target_values
+from .block_loss import (
     BLOCK_ELEMENTS,
-    Options,
+    apply_weights,
     block_dlogits,
     block_loss,
-    blocks,
-    capped,
-    check,
-    check_targets,
-    reduced,
+    cap_logits,
+    reduce_losses,
+    row_blocks,
     row_weights,
-    weighted,
 )
+from .launch import launch_reduce, launch_rows_fwd, launch_rows_fwd_bwd, launch_scale
+from .options import LossOptions
 
-# Below this many rows reading and writing dw, once a chunk, takes longer than its products (V = 50,304: 20 rows 1.4 x slower).
+# With fewer rows per block, reading and writing dw for each block takes longer than the matmuls
+# (V = 50,304: blocks of 20 rows are 1.4 x slower).
 MIN_BLOCK_ROWS = 256
-# Rows of a chunk on a GPU, more where V is small. At V = 50,304 and D = 768 in bfloat16 on an H200, estimates: products 1.3 ms,
-# dw read and written 0.07 ms, 412 MB of logits.
+# Rows per chunk on a GPU; more if V is small. Estimates for V = 50,304 and D = 768 in bfloat16 on
+# an H200: matmuls 1.3 ms, reading and writing dw 0.07 ms, 412 MB of logits.
 CHUNK_ROWS, MIN_CHUNK_ELEMENTS = 4_096, 1 << 26
-# Rows of a chunk, but the last, are a multiple of this, which fills the tiles of its products.
+# All chunks but the last have a multiple of this many rows, which fills the tiles of their matmuls.
 ROWS_MULTIPLE = 128
-# Rows of logits lie a multiple of this many elements apart: matrix products take no other addresses at full speed.
+# Rows of logits start at multiples of this many elements: GEMMs need it to run at full speed.
 LOGITS_MULTIPLE = 64
-SCALE_BLOCK = 2_048
 
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
 def block_rows(N: int, V: int) -> int:
-    """Choose how many of N rows of V logits the reference works on at a time."""
+    """Choose how many of N rows of V logits the reference takes at a time."""
     return max(1, min(N, max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // V)))
 
 
 def reference_fwd(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str, want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, what it was divided by, and the gradients of the sum of all losses; empty if not wanted.
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, its divisor, and dx, dw and db of the sum of all row losses.
 
-    `want_dw` is for weight and bias.
+    Gradients that are not wanted are empty; `want_dw` asks for dw and db.
     """
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
     V = weight.shape[0]
-    check_targets("linear_cross_entropy", target, V, ignore_index)
-    index, row_weight = row_weights(
-        target, V, ignore_index, torch.promote_types(x.dtype, torch.float32)
-    )
-    loss, *grads = _walk(x, weight, bias, index, row_weight, options, want_dx, want_dw)
-    return *reduced(loss, row_weight, reduction), *grads
+    check_target_values("linear_cross_entropy", target, V, options.ignore_index)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    index, row_weight = row_weights(target, V, options.ignore_index, dtype)
+    loss, *grads = _reference_blocks(x, weight, bias, index, row_weight, options, want_dx, want_dw)
+    return *reduce_losses(loss, row_weight, options.reduction), *grads
 
 
 def reference_scale(
     dloss: Tensor, divisor: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias in `dtype`, from those that the forward formed."""
+    """Multiply the gradients of the forward by dloss / divisor, and convert them to `dtype`."""
     scale = dloss / divisor
     return (dx * scale).to(dtype), (dw * scale).to(dtype), (db * scale).to(dtype)
 
 
 def reference_rows_bwd(
-    dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of x, weight and bias for an incoming gradient of each row, computing the chunks again."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    index, row_weight = row_weights(target, weight.shape[0], ignore_index, dloss.dtype)
-    _, *grads = _walk(
-        x, weight, bias, index, weighted(dloss, row_weight), options, want_dx, want_dw
-    )
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dw and db for dloss (N,), computing the logits again."""
+    index, row_weight = row_weights(target, weight.shape[0], options.ignore_index, dloss.dtype)
+    scale = apply_weights(dloss, row_weight)
+    _, *grads = _reference_blocks(x, weight, bias, index, scale, options, want_dx, want_dw)
     return tuple(grad.to(x.dtype) for grad in grads)
 
 
-def _walk(
+def _reference_blocks(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
     scale: Tensor,
-    options: Options,
+    options: LossOptions,
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return each row's loss and the gradients of sum_n scale_n l_n, in at least float32; empty if not wanted."""
+    """Return the row losses and the gradients of sum_n scale_n l_n, in float32 or wider."""
+    N, V = x.shape[0], weight.shape[0]
     loss = torch.empty_like(scale)
     dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, scale.dtype)
     dw.zero_()
     db.zero_()
-    wide_weight, wide_bias = wide(weight), None if bias is None else wide(bias)
-    for rows in blocks(x, block_rows, weight.shape[0]):
+    wide_weight = wide(weight)
+    wide_bias = None if bias is None else wide(bias)
+    for rows in row_blocks(N, block_rows(N, V)):
+        # the loss of the block
         wide_x = wide(x[rows])
-        s = capped(F.linear(wide_x, wide_weight, wide_bias), options.softcap)
+        s = cap_logits(F.linear(wide_x, wide_weight, wide_bias), options.softcap)
         loss[rows], top, log_sum, p = block_loss(s, index[rows], options)
         if not (want_dx or want_dw):
             continue
+        # its gradients
         dlogits = block_dlogits(p, s, index[rows], top + log_sum, scale[rows], options)
         if want_dx:
             torch.mm(dlogits, wide_weight, out=dx[rows])
@@ -133,24 +146,32 @@ def _walk(
 
 
 def shapes_fwd(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str, want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate what `reference_fwd` returns."""
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the outputs of `reference_fwd`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    loss = x.new_empty(x.shape[0] if reduction == "none" else (), dtype=dtype)
-    return (
-        loss,
-        x.new_empty((), dtype=torch.int64),
-        *_empty_gradients(x, weight, bias, want_dx, want_dw, dtype),
-    )
+    loss = x.new_empty(x.shape[0] if options.reduction == "none" else (), dtype=dtype)
+    divisor = x.new_empty((), dtype=torch.int64)
+    return loss, divisor, *_empty_gradients(x, weight, bias, want_dx, want_dw, dtype)
 
 
 def shapes_rows_bwd(
-    dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate what `reference_rows_bwd` returns."""
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the outputs of `reference_rows_bwd`."""
     return _empty_gradients(x, weight, bias, want_dx, want_dw, x.dtype)
 
 
@@ -158,122 +179,110 @@ def _empty_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, want_dx: bool, want_dw: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     want_db = want_dw and bias is not None
-    shapes = (
-        x.shape if want_dx else 0,
-        weight.shape if want_dw else 0,
-        weight.shape[0] if want_db else 0,
+    return (
+        x.new_empty(x.shape if want_dx else 0, dtype=dtype),
+        x.new_empty(weight.shape if want_dw else 0, dtype=dtype),
+        x.new_empty(weight.shape[0] if want_db else 0, dtype=dtype),
     )
-    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
-# --- kernels: a program owns a block of elements; those of the logits' rows are cross_entropy's
-
-
-@triton.jit
-def _linear_cross_entropy_scale_kernel(
-    grad_ptr, dloss_ptr, divisor_ptr, out_ptr, numel, BLOCK_N: tl.constexpr
-):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < numel
-    scale = tl.load(dloss_ptr).to(tl.float32) / tl.load(divisor_ptr)
-    grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0) * scale
-    tl.store(out_ptr + offs_n, grad.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
 # --- launchers: allocate, plan, launch by keyword
 
 
 def plan(N: int, V: int) -> int:
-    """Choose how many of N rows of V logits a chunk of the kernels holds: about the same for all chunks."""
-    most = max(CHUNK_ROWS, MIN_CHUNK_ELEMENTS // _row_elements(V) // ROWS_MULTIPLE * ROWS_MULTIPLE)
-    # What remains of the rows is shared out over the same number of chunks.
-    rows = cdiv(max(N, 1), cdiv(max(N, 1), most))
-    return cdiv(rows, ROWS_MULTIPLE) * ROWS_MULTIPLE
+    """Choose the rows per chunk for N rows of V logits. All chunks have about the same size."""
+    N = max(N, 1)
+    max_elements_rows = MIN_CHUNK_ELEMENTS // _row_stride(V) // ROWS_MULTIPLE * ROWS_MULTIPLE
+    chunks = cdiv(N, max(CHUNK_ROWS, max_elements_rows))
+    return cdiv(cdiv(N, chunks), ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
-def _row_elements(V: int) -> int:
+def _row_stride(V: int) -> int:
+    """Elements between the starts of two rows in a chunk of logits."""
     return cdiv(V, LOGITS_MULTIPLE) * LOGITS_MULTIPLE
 
 
 def launch_fwd(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str, want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
     loss, *grads = _launch_chunks(x, weight, target, bias, None, options, want_dx, want_dw)
-    return *launch_reduce(loss, target, ignore_index, reduction), *grads
-
-
-def launch_scale(
-    dloss: Tensor, divisor: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel counterpart of `reference_scale`."""
-    scaled = [torch.empty(grad.shape, dtype=dtype, device=grad.device) for grad in (dx, dw, db)]
-    for grad, out in zip((dx, dw, db), scaled, strict=True):
-        _linear_cross_entropy_scale_kernel[(cdiv(grad.numel(), SCALE_BLOCK),)](
-            grad_ptr=grad,
-            dloss_ptr=dloss,
-            divisor_ptr=divisor,
-            out_ptr=out,
-            numel=grad.numel(),
-            BLOCK_N=SCALE_BLOCK,
-        )
-    return tuple(scaled)
+    return *launch_reduce(loss, target, options), *grads
 
 
 def launch_rows_bwd(
-    dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_rows_bwd`."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
     _, *grads = _launch_chunks(x, weight, target, bias, dloss, options, want_dx, want_dw)
     return tuple(grad.to(x.dtype) for grad in grads)
 
 
 def _launch_chunks(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, dloss: Tensor | None, options: Options,
-    want_dx: bool, want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return each row's loss and the float32 gradients of their sum, weighted by `dloss` if given; empty if not wanted."""
-    (N, V), loss = (x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], dtype=torch.float32)
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dloss: Tensor | None,
+    options: LossOptions,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the row losses and the float32 gradients of sum_n dloss_n l_n; dloss None is ones."""
+    N, V = x.shape[0], weight.shape[0]
+    loss = x.new_empty(N, dtype=torch.float32)
     dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, torch.float32)
     db.zero_()
-    if not N:
-        # Else the first chunk writes dw, and the others add to it.
-        dw.zero_()
+    if N == 0:
+        dw.zero_()  # otherwise the first chunk overwrites dw
     rows = plan(N, V)
-    buffer = x.new_empty(min(rows, N), _row_elements(V))
-    for start in range(0, N, rows):
-        chunk = slice(start, min(start + rows, N))
-        logits = buffer[: chunk.stop - start, :V]
+    buffer = x.new_empty(min(rows, N), _row_stride(V))
+    for chunk in row_blocks(N, rows):
+        # logits
+        logits = buffer[: chunk.stop - chunk.start, :V]
         if bias is None:
             torch.mm(x[chunk], weight.t(), out=logits)
         else:
             torch.addmm(bias, x[chunk], weight.t(), out=logits)
+
+        # losses, and dlogits over the logits
         if not (want_dx or want_dw):
             launch_rows_fwd(logits, target[chunk], options, loss[chunk], None)
             continue
-        launch_rows_fwd_bwd(
-            logits, target[chunk], None if dloss is None else dloss[chunk], options, loss[chunk]
-        )
+        dloss_chunk = None if dloss is None else dloss[chunk]
+        launch_rows_fwd_bwd(logits, target[chunk], dloss_chunk, options, loss[chunk])
         dlogits = logits
+
+        # gradients of x, weight and bias
         if want_dx:
             matmul_out(dlogits, weight, dx[chunk])
         if want_dw:
-            matmul_out(dlogits.t(), x[chunk], dw, accumulate=start > 0)
+            matmul_out(dlogits.t(), x[chunk], dw, accumulate=chunk.start > 0)
         if db.numel():
             db += dlogits.sum(0, dtype=torch.float32)
     return loss, dx, dw, db
 
 
 def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:
-    """Least bytes to move and FLOPs of the products, for the loss alone and with all gradients; `itemsize` bytes an element.
+    """Least bytes to move, FLOPs of the matmuls, and memory, with `itemsize` bytes per element.
 
-    "bwd" is what forming the gradients adds, whether the forward does it or the backward. "workspace_bytes" is what the kernels
-    hold for a while beside inputs, gradients and a few numbers a row: a chunk of logits. "saved_bytes" is what they keep
-    between forward and backward: gradients in float32.
+    "fwd" is the loss alone. "bwd" is the additional cost of the gradients, which the forward
+    computes unless the reduction is "none". "workspace_bytes" is temporary memory of the kernels:
+    a chunk of logits. "saved_bytes" is memory kept between forward and backward: gradients in
+    float32. Both leave out a few numbers per row.
     """
     inputs = (N * D + V * D) * itemsize
     return {
@@ -281,7 +290,7 @@ def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:
         "bwd_bytes": inputs,
         "fwd_flops": 2 * N * V * D,
         "bwd_flops": 4 * N * V * D,
-        "workspace_bytes": min(plan(N, V), N) * _row_elements(V) * itemsize,
+        "workspace_bytes": min(plan(N, V), N) * _row_stride(V) * itemsize,
         "saved_bytes": 4 * D * (N + V),
     }
 
@@ -301,60 +310,31 @@ _rows_bwd = define_op(
 
 
 def _save(ctx, inputs, output):
-    x, weight, target, bias, *options, ctx.reduction, _, _ = inputs
+    x, weight, target, bias, ctx.options, _, _ = inputs
     _, divisor, *grads = output
-    ctx.dtype, ctx.options = x.dtype, options
-    # The gradients formed in the forward are outputs that nobody differentiates: no zeros for theirs.
+    ctx.dtype = x.dtype
+    # Do not allocate zeros for the gradients of the outputs dx, dw and db: nobody uses them.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *((x, weight, target, bias) if ctx.reduction == "none" else (divisor, *grads))
-    )
+    if ctx.options.reduction == "none":
+        ctx.save_for_backward(x, weight, target, bias)
+    else:
+        ctx.save_for_backward(divisor, *grads)
 
 
 def _grad(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 11
+        return (None,) * 7
     needs_x, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-    if ctx.reduction == "none":
-        dx, dw, db = _rows_bwd(
-            dloss, *ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_bias
-        )
+    if ctx.options.reduction == "none":
+        want_dw = needs_weight or needs_bias
+        grads = _rows_bwd(dloss, *ctx.saved_tensors, ctx.options, needs_x, want_dw)
     else:
-        dx, dw, db = _scale(dloss, *ctx.saved_tensors, ctx.dtype)
-    return (
-        dx if needs_x else None,
-        dw if needs_weight else None,
-        None,
-        db if needs_bias else None,
-        *[None] * 7,
-    )
+        grads = _scale(dloss, *ctx.saved_tensors, ctx.dtype)
+    dx, dw, db = keep_needed(grads, (needs_x, needs_weight, needs_bias))
+    return dx, dw, None, db, None, None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"linear_cross_entropy: x must be floating point (..., D) with D at least 1, got {x.dtype} {tuple(x.shape)}"
-        )
-    D = x.shape[-1]
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != D:
-        raise ValueError(
-            f"linear_cross_entropy: weight must be (V, {D}) with V at least 1 to match x {tuple(x.shape)}, "
-            f"got {tuple(weight.shape)}; pass it as nn.Linear stores it"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: bias must be ({weight.shape[0]},) to match weight {tuple(weight.shape)}, "
-            f"got {tuple(bias.shape)}"
-        )
-    for label, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.device != x.device or tensor.dtype != x.dtype):
-            raise ValueError(
-                f"linear_cross_entropy: {label} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}; "
-                "convert it, or use torch.autocast"
-            )
 
 
 @public
@@ -370,29 +350,40 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Measure the cross-entropy of the logits x @ weight.T + bias without ever holding them all.
+    """Compute the cross-entropy of the logits x @ weight.T + bias without storing all of them.
 
-    Where an input needs a gradient, the forward forms it too, so the backward is only a scaling; with reduction "none" the
-    backward computes the logits again.
+    If an input needs a gradient, the forward computes it and the backward only scales it. With
+    reduction "none" the backward computes the logits again.
 
     Args:
-        x: (..., D), float32, bfloat16 or float16 (float64 on the CPU too), any layout.
-        weight: (V, D), as nn.Linear stores it, dtype and device of x; under torch.autocast all three are cast.
-        target: x.shape[:-1], int64 or int32, device of x: rows of weight, or ignore_index.
+        x: (..., D), float32, bfloat16 or float16 (on the CPU also float64), any layout.
+        weight: (V, D), as nn.Linear stores it, dtype and device of x. torch.autocast casts x,
+            weight and bias.
+        target: x.shape[:-1], int64 or int32, device of x. Rows of weight or ignore_index.
         bias: (V,), dtype and device of x, or None.
-        ignore_index, label_smoothing, z_loss, softcap, reduction: as for cross_entropy; constants to torch.compile.
-    Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 x). Where every row is ignored,
-        or there is none, the mean is 0 with zero gradients.
-    Raises: ValueError if shapes, dtypes or devices do not match or an option is out of range. A target that is neither a
-        row of weight nor ignore_index is an IndexError on the CPU; elsewhere the loss is NaN.
+        ignore_index, label_smoothing, z_loss, softcap, reduction: as for cross_entropy.
+    Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 x). If
+        there are no rows, or all are ignored, the mean and its gradients are 0.
+    Raises: ValueError if shapes, dtypes or devices do not match or an option is out of range.
+        IndexError on the CPU for a target that is neither a row of weight nor ignore_index; on
+        other devices the loss is NaN. TypeError for float64 on a GPU.
     """
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        reduction=reduction,
+    )
     x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, bias)
-    check("linear_cross_entropy", "x", x, target, options, reduction)
-    forms_gradients = torch.is_grad_enabled() and reduction != "none"
-    want_dx = forms_gradients and x.requires_grad
-    want_dw = forms_gradients and any(p is not None and p.requires_grad for p in (weight, bias))
+    check_linear("linear_cross_entropy", x, weight, bias)
+    check_target("linear_cross_entropy", "x", x, target, ignore_index)
+    options.check("linear_cross_entropy")
+    compute_gradients = torch.is_grad_enabled() and reduction != "none"
+    want_dx = compute_gradients and x.requires_grad
+    want_dw = compute_gradients and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     target_rows = target.reshape(-1).contiguous()
-    loss, *_ = _fwd(as_rows(x), weight, target_rows, bias, *options, reduction, want_dx, want_dw)
+    loss, *_ = _fwd(as_rows(x), weight, target_rows, bias, options, want_dx, want_dw)
     return loss.reshape(target.shape) if reduction == "none" else loss

@@ -1,7 +1,16 @@
-"""The elementwise kernels around the products of linear, gelu_mlp and swiglu_mlp, and their launchers.
+"""Activations of linear, gelu_mlp and swiglu_mlp: GEMM epilogues, elementwise kernels, launchers.
 
-Forward: an activation of what a product wrote. Backward: its gradient, and on the way the bias's, which is the sum of its
-columns, in two stages of fixed order. Rows are contiguous: products wrote them. Math is mlp.py's and swiglu_mlp.py's.
+    GELU       g(h) = h Phi(h)    g'(h) = Phi(h) + h phi(h)
+               Phi: normal distribution function    phi: its density
+    tanh form  g(h) = h s    g'(h) = s + s (1 - s) h du/dh
+               s = sigmoid(u)    u = 2 sqrt(2 / pi) (h + C h^3)    C = 0.044715
+               The usual h (1 + tanh(u / 2)) / 2 is the same function in more instructions.
+    SwiGLU     a = silu(g) u    dg = da u (s + g s (1 - s))    du = da silu(g)    s = sigmoid(g)
+
+Shapes     h, a, g, u and their gradients: (N, F), contiguous, as the GEMMs write them
+Precision  any float dtype in and out; float32 in between
+Order      the gradient of a bias sums the rows of dh in two stages of fixed order
+Cost       memory-bound: each tensor is read or written once
 """
 
 import torch
@@ -11,7 +20,8 @@ from ..core.device import sm_count
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, tl, triton
 
-# Elements of a tile: 16 bytes of bfloat16 for each of 128 threads, twice; for the sums of columns, rows of 256 of them.
+# Elements per tile: 16 bytes of bfloat16 per load, for 128 threads, twice. Tiles of kernels that
+# also sum columns are COLUMNS wide.
 BLOCK, COLUMNS = 2_048, 256
 PROGRAMS_PER_SM = 8
 
@@ -20,12 +30,12 @@ TWO_SQRT_2_OVER_PI, CUBIC = tl.constexpr(1.5957691216057308), tl.constexpr(0.044
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-# --- activations of a tile in float32 and their slopes: what kernels take as ACTIVATION
+# --- activations of a float32 tile, for the argument ACTIVATION: each returns value and derivative
 
 
 @triton.jit
 def _inverse(x):
-    """1 / x of x >= 1: two instructions where a division takes six; the error of rsqrt counts twice."""
+    """1 / x for x >= 1, in two instructions instead of six, with twice the error of rsqrt."""
     root = tl.rsqrt(x)
     return root * root
 
@@ -37,12 +47,12 @@ def _sigmoid(x):
 
 @triton.jit
 def gelu_tanh(h):
-    """The tanh form of GELU as h sigmoid(u), as in mlp.py."""
-    # From 10 on it is 0 or the identity in float32, which its polynomial could leave.
+    """The tanh form of GELU."""
+    # In float32 GELU is 0 or h for |h| >= 10. Without the clamp the polynomial could overflow.
     squared = tl.minimum(h * h, 100.0)
     e = tl.exp2(h * (squared * (-LOG2E * TWO_SQRT_2_OVER_PI * CUBIC) - LOG2E * TWO_SQRT_2_OVER_PI))
     s = _inverse(1.0 + e)
-    # e s is 1 - s without its cancellation; where e is infinite s is 0, and so shall their product be.
+    # 1 - s is e s, without cancellation. If e is infinite, s is 0, and e s must be 0 too.
     rest = tl.minimum(e, 1e30) * s * h
     return h * s, s * (
         rest * (squared * (3.0 * TWO_SQRT_2_OVER_PI * CUBIC) + TWO_SQRT_2_OVER_PI) + 1.0
@@ -51,12 +61,12 @@ def gelu_tanh(h):
 
 @triton.jit
 def gelu_erf(h):
-    """GELU itself: h times the normal distribution's function."""
+    """Exact GELU."""
     normal = 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
     return h * normal, normal + h * SQRT_1_OVER_2PI * tl.exp2(h * h * (-0.5 * LOG2E))
 
 
-# --- epilogues of a product, see _gemm.py
+# --- epilogues, see gemm.py
 
 
 @triton.jit
@@ -85,6 +95,7 @@ def swiglu(up, gate):
     return gate * _sigmoid(gate) * up
 
 
+# By PyTorch's names for the argument `approximate`; EPILOGUES holds forward and backward.
 ACTIVATIONS = {"tanh": gelu_tanh, "none": gelu_erf}
 EPILOGUES = {"tanh": (_gelu_tanh_fwd, _gelu_tanh_bwd), "none": (_gelu_erf_fwd, _gelu_erf_bwd)}
 
@@ -108,7 +119,7 @@ def _mlp_activation_bwd_kernel(
     M, N,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dh, and where asked for partial sums of its columns."""
+    """Store dh and, unless `db_partial_ptr` is None, partial sums of its columns."""
     pid = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -138,7 +149,7 @@ def _swiglu_fwd_kernel(gate_ptr, up_ptr, a_ptr, numel, BLOCK_N: tl.constexpr):
 def _swiglu_bwd_kernel(
     da_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, a_ptr, numel, BLOCK_N: tl.constexpr
 ):
-    """The gradients of gate and up, and a once more, which the forward did not keep."""
+    """Store the gradients of gate and up, and a, which the forward did not keep."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < numel
     da = tl.load(da_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -146,11 +157,8 @@ def _swiglu_bwd_kernel(
     up = tl.load(up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     s = _sigmoid(gate)
     silu = gate * s
-    tl.store(
-        dgate_ptr + offs_n,
-        (da * up * (s + silu * (1.0 - s))).to(dgate_ptr.dtype.element_ty),
-        mask=mask_n,
-    )
+    dgate = da * up * (s + silu * (1.0 - s))
+    tl.store(dgate_ptr + offs_n, dgate.to(dgate_ptr.dtype.element_ty), mask=mask_n)
     tl.store(dup_ptr + offs_n, (da * silu).to(dup_ptr.dtype.element_ty), mask=mask_n)
     tl.store(a_ptr + offs_n, (silu * up).to(a_ptr.dtype.element_ty), mask=mask_n)
 
@@ -168,17 +176,17 @@ def launch_activation_fwd(h: Tensor, approximate: str) -> Tensor:
 
 
 def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, db: Tensor | None) -> Tensor:
-    """Return dh; `db` gets the sum of its columns."""
+    """Return dh. Write the sums of its columns to `db` (N,) if given."""
     M, N = h.shape
     dh = torch.empty_like(h)
+    block_m = BLOCK // COLUMNS
     column_blocks = cdiv(N, COLUMNS)
-    programs = max(
-        1, min(cdiv(M, BLOCK // COLUMNS), PROGRAMS_PER_SM * sm_count(h.device) // column_blocks)
-    )
+    programs = PROGRAMS_PER_SM * sm_count(h.device) // column_blocks
+    programs = max(1, min(cdiv(M, block_m), programs))
     db_partial = None if db is None else empty_partials(programs, h)
     _mlp_activation_bwd_kernel[(programs, column_blocks)](
         da_ptr=da, h_ptr=h, dh_ptr=dh, db_partial_ptr=db_partial, M=M, N=N,
-        ACTIVATION=ACTIVATIONS[approximate], BLOCK_M=BLOCK // COLUMNS, BLOCK_N=COLUMNS,
+        ACTIVATION=ACTIVATIONS[approximate], BLOCK_M=block_m, BLOCK_N=COLUMNS,
     )  # fmt: skip
     if db is not None:
         sum_partials(db_partial, db)
@@ -186,7 +194,7 @@ def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, db: Tensor | 
 
 
 def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) up."""
+    """Return a = silu(gate) up."""
     a = torch.empty_like(gate)
     _swiglu_fwd_kernel[(cdiv(a.numel(), BLOCK),)](
         gate_ptr=gate, up_ptr=up, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK
@@ -195,16 +203,10 @@ def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def launch_swiglu_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of gate and up, and silu(gate) up."""
+    """Return the gradients of gate and up, and a = silu(gate) up."""
     dgate, dup, a = (torch.empty_like(gate) for _ in range(3))
     _swiglu_bwd_kernel[(cdiv(a.numel(), BLOCK),)](
-        da_ptr=da,
-        gate_ptr=gate,
-        up_ptr=up,
-        dgate_ptr=dgate,
-        dup_ptr=dup,
-        a_ptr=a,
-        numel=a.numel(),
-        BLOCK_N=BLOCK,
-    )
+        da_ptr=da, gate_ptr=gate, up_ptr=up, dgate_ptr=dgate, dup_ptr=dup, a_ptr=a,
+        numel=a.numel(), BLOCK_N=BLOCK,
+    )  # fmt: skip
     return dgate, dup, a

@@ -1,21 +1,21 @@
-"""What tests of products and of what is built on them share."""
+"""Fixtures of tests that run GEMMs with an epilogue."""
 
 import pytest
 import torch
 
 from tritium.kernels.core.op import INTERPRET
-from tritium.kernels.mlp import _gemm
+from tritium.kernels.mlp import gemm
 
 
 @pytest.fixture
-def small_tile() -> _gemm.Tile:
-    """So small that tests have several in each direction, with an epilogue in four parts."""
-    return _gemm.Tile(block_m=16, block_n=64, block_k=16, parts=4, num_warps=4, num_stages=2)
+def small_tile() -> gemm.Tile:
+    """A tile so small that tests have several in each direction, with an epilogue in four parts."""
+    return gemm.Tile(block_m=16, block_n=64, block_k=16, parts=4, num_warps=4, num_stages=2)
 
 
-# Where references run there is nothing to choose.
+# A reference has no such choice.
 @pytest.fixture(params=["fused", "cublas"] if INTERPRET or torch.cuda.is_available() else ["auto"])
-def products(request, small_tile, monkeypatch) -> str:
-    """Of public functions: products of ours, of several tiles, with what follows them, or cuBLAS's and kernels between them."""
-    monkeypatch.setattr(_gemm, "plan", lambda *_, **__: (small_tile, request.param == "fused"))
+def matmul(request, small_tile, monkeypatch) -> str:
+    """Make public functions use the fused GEMM with several tiles, or cuBLAS."""
+    monkeypatch.setattr(gemm, "plan", lambda *_, **__: (small_tile, request.param == "fused"))
     return request.param

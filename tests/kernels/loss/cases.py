@@ -1,7 +1,37 @@
-"""What the tests of cross_entropy and linear_cross_entropy share."""
+"""Cases that the tests of cross_entropy and linear_cross_entropy share."""
 
 import torch
 import torch.nn.functional as F
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+REDUCTIONS = ["mean", "sum", "none"]
+ALL_OPTIONS = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 3.0},
+    {**ALL_OPTIONS, "ignore_index": 1},
+]
+# Arguments that both losses reject, for two rows of logits in float32, and the message.
+BAD_ARGUMENTS = [
+    ({"target": torch.ones(3, dtype=torch.long)}, r"target must have shape \(2,\) .*, got \(3,\)"),
+    ({"target": torch.ones(2)}, r"target must be int64 or int32 class indices, got torch.float32"),
+    ({"target": torch.zeros(2, dtype=torch.long, device="meta")}, r"target must be on cpu .* meta"),
+    ({"label_smoothing": 1.0}, r"label_smoothing must be at least 0 and below 1, got 1.0"),
+    ({"label_smoothing": -0.1}, r"label_smoothing must be .*, got -0.1"),
+    ({"z_loss": -1.0}, r"z_loss must be from 0 \(no z-loss\) to 1e\+18, got -1.0"),
+    ({"softcap": -30.0}, r"softcap must be 0 \(no softcap\) or from 1e-18 to 1e\+18, got -30.0"),
+    ({"softcap": float("inf")}, r"softcap must be .*, got inf"),
+    ({"softcap": 1e39}, r"softcap must be .*, got 1e\+39"),
+    ({"softcap": None}, r"softcap must be float, got None"),
+    ({"ignore_index": 1.5}, r"ignore_index must be int, got 1.5"),
+    (
+        {"ignore_index": 2**40, "target": torch.zeros(2, dtype=torch.int32)},
+        r"ignore_index must fit in the target's dtype torch.int32, got 1099511627776; use int64",
+    ),
+    ({"reduction": "max"}, r"reduction must be one of mean, sum, none, got 'max'"),
+]  # fmt: skip
 
 
 def torch_cross_entropy(
@@ -14,13 +44,19 @@ def torch_cross_entropy(
     softcap=0.0,
     reduction="mean",
 ):
-    """The same by PyTorch, in float32 at least, as autocast would."""
+    """The loss by PyTorch, in float32 or wider, as under autocast."""
     s = logits if logits.dtype == torch.float64 else logits.float()
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    counted = target != ignore_index
+    has_loss = target != ignore_index
     loss = F.cross_entropy(
         s, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    loss = torch.where(counted, loss + z_loss * s.logsumexp(-1) ** 2, 0.0)
-    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / counted.sum()}[reduction]
+    loss = torch.where(has_loss, loss + z_loss * s.logsumexp(-1) ** 2, 0.0)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / has_loss.sum()}[reduction]
+
+
+def given_reduction(options, reduction, incoming):
+    """Arguments of run(): the options with a reduction, and an incoming gradient for "none"."""
+    incoming = incoming if reduction == "none" else None
+    return {**options, "reduction": reduction, "incoming": incoming}

@@ -1,0 +1,157 @@
+"""Launchers of the kernels of cross_entropy and linear_cross_entropy, and their launch sizes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.device import arch
+from ..core.triton import cdiv, next_power_of_2
+from ._kernels import (
+    _cross_entropy_bwd_kernel,
+    _cross_entropy_fwd_bwd_kernel,
+    _cross_entropy_fwd_kernel,
+    _cross_entropy_reduce_kernel,
+    _linear_cross_entropy_scale_kernel,
+)
+from .options import LossOptions
+
+# Bytes of one load of one lane. Its address must be a multiple of this.
+LOAD_BYTES = 16
+# Lanes of a program: 4 warps of 32, or 2 of 64 on AMD.
+LANES = 128
+# Loads that a lane has in flight, by the start of the architecture's name. Estimates from machine
+# code: with two loads, the exponentials of the maxima take 86 % of the clocks that an H200's
+# memory needs; with eight, fewer programs fit. On AMD, with all options in 16 bits, four loads
+# spill 16 to 68 bytes, two at most 8.
+UNROLL = {"sm_": 4, "gfx": 2}
+# Elements of a program that owns several short rows.
+SHORT_ROWS_ELEMENTS = 1_024
+REDUCE_BLOCK, SCALE_BLOCK = 8_192, 2_048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Launch sizes.
+
+    block_m: rows per program.   unroll: loads that a lane has in flight.
+    block_v: columns per load of all lanes.   vec: columns per load of one lane.
+    """
+
+    block_m: int
+    unroll: int
+    block_v: int
+    vec: int
+
+    def arguments(self, architecture: str) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "UNROLL": self.unroll,
+            "BLOCK_V": self.block_v,
+            "VEC": self.vec,
+            "num_warps": LANES // (64 if architecture.startswith("gfx") else 32),
+        }
+
+
+def plan(V: int, itemsize: int, architecture: str) -> Tile:
+    """Choose the tile for rows of V elements of `itemsize` bytes."""
+    vec = LOAD_BYTES // itemsize
+    if LANES * vec <= V:
+        most = next(unroll for name, unroll in UNROLL.items() if architecture.startswith(name))
+        unroll = max(size for size in (1, 2, 4) if size <= most and size * LANES * vec <= V)
+        return Tile(block_m=1, unroll=unroll, block_v=LANES * vec, vec=vec)
+    block_v = next_power_of_2(max(V, 16))
+    return Tile(block_m=SHORT_ROWS_ELEMENTS // block_v, unroll=1, block_v=block_v, vec=vec)
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Allocate dlogits (N, V), with each row aligned as the same row of the logits.
+
+    Row n of both starts at the same distance from a multiple of LOAD_BYTES, measured from row 0, so
+    that kernels load and store LOAD_BYTES at a time.
+    """
+    N, V = logits.shape
+    stride = V + (logits.stride(0) - V) % (LOAD_BYTES // logits.itemsize)
+    return torch.empty_strided((N, V), (stride, 1), dtype=logits.dtype, device=logits.device)
+
+
+def launch_rows_fwd(
+    logits: Tensor, target: Tensor, options: LossOptions, loss: Tensor, statistics: Tensor | None
+) -> None:
+    """Write each row's loss (N,) and, if given, the statistics (2, N): top and log_sum."""
+    grid, arguments = _arguments(logits, target, options)
+    _cross_entropy_fwd_kernel[grid](loss_ptr=loss, statistics_ptr=statistics, **arguments)
+
+
+def launch_rows_bwd(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    divisor: Tensor,
+    options: LossOptions,
+    dlogits: Tensor,
+) -> None:
+    """Write dlogits. `dloss` is (N,), one value per row, or (), one value for all rows."""
+    grid, arguments = _arguments(logits, target, options)
+    _cross_entropy_bwd_kernel[grid](
+        dloss_ptr=dloss, statistics_ptr=statistics, divisor_ptr=divisor, dlogits_ptr=dlogits,
+        stride_dloss=dloss.stride(0) if dloss.ndim else 0, stride_dm=dlogits.stride(0), **arguments,
+    )  # fmt: skip
+
+
+def launch_rows_fwd_bwd(
+    logits: Tensor, target: Tensor, dloss: Tensor | None, options: LossOptions, loss: Tensor
+) -> None:
+    """Write each row's loss, and overwrite the logits with the gradient of sum_n dloss_n loss_n.
+
+    `dloss` is (N,), or None for ones.
+    """
+    grid, arguments = _arguments(logits, target, options)
+    _cross_entropy_fwd_bwd_kernel[grid](
+        dloss_ptr=dloss, loss_ptr=loss, stride_dloss=0 if dloss is None else dloss.stride(0),
+        **arguments,
+    )  # fmt: skip
+
+
+def launch_reduce(rows: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Reduce the losses of all rows. Kernel counterpart of reduce_losses, for weighted losses."""
+    if options.reduction == "none":
+        return rows, torch.ones((), dtype=torch.int64, device=rows.device)
+    loss = torch.empty((), dtype=torch.float32, device=rows.device)
+    divisor = torch.empty((), dtype=torch.int64, device=rows.device)
+    _cross_entropy_reduce_kernel[(1,)](
+        rows_ptr=rows, target_ptr=target, loss_ptr=loss, divisor_ptr=divisor,
+        N=rows.shape[0], ignore_index=options.ignore_index,
+        IS_MEAN=options.reduction == "mean", BLOCK_N=REDUCE_BLOCK, num_warps=16,
+    )  # fmt: skip
+    return loss, divisor
+
+
+def launch_scale(
+    dloss: Tensor, divisor: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply gradients by dloss / divisor, and convert them to `dtype`."""
+    scaled = [torch.empty(grad.shape, dtype=dtype, device=grad.device) for grad in (dx, dw, db)]
+    for grad, out in zip((dx, dw, db), scaled, strict=True):
+        _linear_cross_entropy_scale_kernel[(cdiv(grad.numel(), SCALE_BLOCK),)](
+            grad_ptr=grad, dloss_ptr=dloss, divisor_ptr=divisor, out_ptr=out,
+            numel=grad.numel(), BLOCK_N=SCALE_BLOCK,
+        )  # fmt: skip
+    return tuple(scaled)
+
+
+def _arguments(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[tuple[int], dict]:
+    """The grid and the arguments that all kernels of rows share."""
+    N, V = logits.shape
+    architecture = arch(logits.device)
+    tile = plan(V, logits.itemsize, architecture)
+    return (cdiv(N, tile.block_m),), {
+        "logits_ptr": logits, "target_ptr": target, "stride_m": logits.stride(0), "N": N, "V": V,
+        "ignore_index": options.ignore_index, "z_loss": options.z_loss,
+        # None removes the option's code from the kernel. Label smoothing of 0.0 would multiply a
+        # column of -inf by 0 and give NaN.
+        "softcap": options.softcap or None, "label_smoothing": options.label_smoothing or None,
+        **tile.arguments(architecture),
+    }  # fmt: skip

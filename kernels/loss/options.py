@@ -1,0 +1,42 @@
+"""The options of cross_entropy and linear_cross_entropy."""
+
+from dataclasses import dataclass
+
+REDUCTIONS = ("mean", "sum", "none")
+# float32 holds the squares of this number and of its reciprocal.
+MAX_OPTION = 1e18
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The options of both losses, with their defaults. cross_entropy describes each.
+
+    Operators take one LossOptions; define_op replaces it by its fields in their schemas.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    reduction: str = "mean"
+
+    def check(self, name: str) -> None:
+        """Raise a ValueError for an option out of range; `name` is the operator."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"{name}: label_smoothing must be at least 0 and below 1, "
+                f"got {self.label_smoothing}"
+            )
+        if not 0 <= self.z_loss <= MAX_OPTION:
+            raise ValueError(
+                f"{name}: z_loss must be from 0 (no z-loss) to {MAX_OPTION}, got {self.z_loss}"
+            )
+        if self.softcap and not 1 / MAX_OPTION <= self.softcap <= MAX_OPTION:
+            raise ValueError(
+                f"{name}: softcap must be 0 (no softcap) or from {1 / MAX_OPTION} to {MAX_OPTION}, "
+                f"got {self.softcap}"
+            )
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(
+                f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
+            )

@@ -1,0 +1,129 @@
+"""A linear layer with GELU. _epilogues.py has the formulas of GELU.
+
+    forward    h = x w^T + b    y = gelu(h)
+    backward   dh = dy gelu'(h)    dx = dh w    dw = dh^T x    db = sum_n dh
+
+Shapes     x, dx: (N, D)   w, dw: (F, D)   b, db: (F,)   h, y, dh, dy: (N, F)
+           N = all leading axes, flattened
+Precision  any float dtype in and out; matmuls in that dtype, accumulated in float32; h is stored
+           in it; GELU in float32
+Fusion     y and h come from one GEMM with an epilogue, or from cuBLAS and one elementwise kernel:
+           plan() of gemm.py chooses. dh and db come from one elementwise kernel.
+Memory     keeps x and h for the backward
+Cost       compute-bound: 2 N D F FLOPs forward, 4 N D F backward
+Source     Hendrycks & Gimpel 2016, arXiv:1606.08415
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.layout import as_rows, like_rows_of
+from ..core.matmul import autocast
+from ..core.op import define_op, keep_needed, public
+from ._checks import check_parameter, check_x
+from ._epilogues import launch_activation_bwd
+from ._linear_layer import linear_bwd, linear_gelu
+
+# The public names of the activations, and PyTorch's.
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+# --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
+
+
+def reference_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, matmul: str
+) -> tuple[Tensor, Tensor]:
+    """Return y and h. `matmul` is for the launcher: "auto", "fused" or "cublas"."""
+    h = functional.linear(x, weight, bias)
+    return functional.gelu(h, approximate=approximate), h
+
+
+def reference_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, approximate: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias; those that `needs` leaves out are empty."""
+    dh = torch.ops.aten.gelu_backward(dy, h, approximate=approximate)
+    return linear_bwd(dh, x, weight, needs)
+
+
+# --- launchers: allocate, plan, launch by keyword
+
+
+def launch_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, matmul: str
+) -> tuple[Tensor, Tensor]:
+    """Kernel counterpart of `reference_fwd`."""
+    h = x.new_empty(x.shape[0], weight.shape[0])
+    return linear_gelu(x, weight, bias, approximate, matmul, h), h
+
+
+def launch_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, approximate: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_bwd`."""
+    needs_x, needs_weight, needs_bias = needs
+    db = h.new_empty(h.shape[1] if needs_bias else 0)
+    dh = launch_activation_bwd(dy.contiguous(), h, approximate, db if needs_bias else None)
+    dx, dw, _ = linear_bwd(dh, x, weight, (needs_x, needs_weight, False))
+    return dx, dw, db
+
+
+# --- operator
+
+_fwd = define_op("linear_fwd", launch=launch_fwd, reference=reference_fwd, composite=reference_fwd)
+_bwd = define_op("linear_bwd", launch=launch_bwd, reference=reference_bwd)
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, ctx.approximate, _ = inputs
+    _, h = output
+    # Do not allocate zeros for the gradient of h: nobody uses it.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, h)
+
+
+def _grad(ctx, dy, _dh):
+    if dy is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:3]
+    grads = _bwd(dy, *ctx.saved_tensors, ctx.approximate, needs)
+    return *keep_needed(grads, needs), None, None
+
+
+_fwd.register_autograd(_grad, setup_context=_save)
+
+
+@public
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """Apply a linear layer and an activation.
+
+    Args:
+        x: (..., D), float32, bfloat16 or float16 (on the CPU also float64), any layout.
+        weight: (F, D), as nn.Linear stores it, dtype and device of x. torch.autocast casts x,
+            weight and bias.
+        bias: (F,), dtype and device of x, or None.
+        activation: "gelu", "gelu_tanh" (the tanh form of GELU), or None, which makes this
+            torch.nn.functional.linear.
+    Returns: (..., F), dtype of x, or the autocast dtype.
+    Raises: ValueError if shapes, dtypes or devices do not match, or for an unknown activation.
+        TypeError for float64 with an activation on a GPU.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"linear: activation must be None, {' or '.join(map(repr, ACTIVATIONS))}, "
+            f"got {activation!r}"
+        )
+    x, weight, bias = autocast(x, weight, bias)
+    check_x("linear", x)
+    check_parameter("linear", "weight", weight, ("F", x.shape[-1]), x)
+    check_parameter("linear", "bias", bias, (weight.shape[0],), x)
+    if activation is None:
+        return functional.linear(x, weight, bias)
+    y, _ = _fwd(as_rows(x), weight, bias, ACTIVATIONS[activation], "auto")
+    return like_rows_of(x, y)
