@@ -51,7 +51,7 @@ from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ...train.run.profile import Row, activities, operators
 from ...train.trainer import is_compiled_on
-from ..record import provenance, writable, write_record
+from ..record import check_writable, provenance, write_record
 from .implementations import (
     Contestant,
     checkout_model,
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     config = replace(config, micro_batch_size=micro, batch_size=micro, context_tokens=context)
     shape = config.gpt(options.vocab_size or vocab_size_of(config.tokenizer))
     shape = shape if options.nanogpt is None else nanogpt_shape(shape)
-    out = None if options.out is None else writable(Path(options.out))
+    out = None if options.out is None else check_writable(Path(options.out))
     figures = {"recipe": name, **measure(config, shape, options, device)}
     print(render(provenance() | figures))
     if out:

@@ -13,7 +13,7 @@ from tests.kernels.loss.cases import torch_cross_entropy
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import disassemblies, resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
-from tritium.bench.codegen.machine_code import hottest_loop, moved
+from tritium.bench.codegen.machine_code import access_bytes, hottest_loop
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.loss._launch import launch_rows_fwd_bwd, plan_tile
 from tritium.kernels.loss.cross_entropy import (
@@ -572,7 +572,7 @@ def test_whole_tiles_are_loaded_and_stored_16_bytes_at_a_time(V, stride):
     for launch, text in zip(
         launches, disassemblies([compile_launch(one, "sm_90") for one in launches]), strict=True
     ):
-        assert moved(hottest_loop(text)[0], 4)[1] == 16, launch.kernel.__name__
+        assert access_bytes(hottest_loop(text)) == 16, launch.kernel.__name__
 
 
 @pytest.mark.codegen
