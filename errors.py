@@ -22,7 +22,7 @@ class InterruptedRun(Exception):  # noqa: N818 - a requested stop is not an erro
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is in no table: `unknown recipe 'gtp2'; did you mean 'gpt2'?`"""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
     if near:
         return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
     return f"unknown {kind} {name!r}; expected one of {', '.join(known)}"

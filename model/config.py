@@ -1,6 +1,7 @@
 """The shape of a GPT, as data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 # Rows of the embedding are added up to a multiple of this: 128 bytes of bf16, what tensor cores and shards like.
 VOCABULARY_MULTIPLE = 64
@@ -32,11 +33,11 @@ class GPTConfig:
     """Key and value heads a block; None: as many as query heads."""
     bias: bool = True
     """Whether linear maps and layer norms add a bias, as GPT-2's do. Neither rms norm nor the swiglu perceptron has any."""
-    position: str = "learned"
+    position: Literal[CHOICES["position"]] = "learned"
     """learned: a vector for each position, added to the token's; rotary: queries and keys are turned by it."""
-    norm: str = "layer"
+    norm: Literal[CHOICES["norm"]] = "layer"
     """layer: layer norm; rms: root-mean-square norm."""
-    mlp: str = "gelu"
+    mlp: Literal[CHOICES["mlp"]] = "gelu"
     """gelu: two linear maps, GELU between; swiglu: three, of which one is the gate of another."""
 
     def __post_init__(self):

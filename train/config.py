@@ -1,167 +1,196 @@
-"""The typed configuration of a run."""
+"""The configuration of a run, as data: what is trained, how it is executed, what is reported.
+
+    TrainConfig         the experiment: data, model, optimizer, schedule
+      .model            GPTConfig, the shape of the model; vocab_size follows from the tokenizer
+      .execution        ExecutionOptions: device, precision, ...; results agree to rounding
+      .report           ReportOptions: what the run writes, and when
+
+Options have flat names: the command line and config.json know `n_layer` and `device`, without the part that
+holds them. `from_options` and `options` translate.
+"""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from ..model import GPTConfig
-from ..model.recompute import check_recompute
+from ..model.attention import ATTENTIONS
+from ..model.recompute import RECOMPUTATIONS, check_recompute
+from .optim import OPTIMIZERS
+from .precision import PRECISIONS
+from .schedule import SCHEDULES
 
-DIVERGED = "training diverged: give a lower --lr, more --warmup-steps or a --grad-clip"
+DIVERGED = "training diverged: lower `lr`, raise `warmup_steps`, or set `grad_clip`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionOptions:
+    """How a run is executed. Results agree to rounding, whatever the options are."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
+    precision: Literal[tuple(PRECISIONS)] = "auto"
+    """Dtype of matmuls; weights and optimizer state stay float32. auto: bfloat16 on CUDA, float16 on GPUs without
+    bfloat16, else float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch.compile compiles the model and its loss into one graph. auto: on CUDA."""
+    attention: Literal[tuple(ATTENTIONS)] = "tritium"
+    """Implementation of attention: tritium's kernels, PyTorch's SDPA, or the flash-attn package (CUDA, 16 bits)."""
+    recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
+    """Activation checkpointing: recompute GELU, blocks except attention, or whole blocks in the backward."""
+    micro_batch_size: int | None = None
+    """Sequences per forward and backward on each rank; gradients add up to batch_size. Default: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What a run writes, and when."""
+
+    out: str | None = None
+    """Folder of the run. Default: the next free runs/RECIPE-N."""
+    eval_interval: int = 250
+    """Steps between evaluations. The last step always has one, over all held-out text."""
+    eval_tokens: int = 32_768
+    """Held-out tokens per evaluation before the last, spread evenly over the text."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints. The last step always has one."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
+    prompt: str = ""
+    """Start of the samples written at each evaluation. Default: the start of a document."""
+    sample_tokens: int = 200
+    """Tokens per sample."""
+    profile: int = 0
+    """Number of steps, after the first 10, to profile into RUN/profile: a trace for Perfetto, a table of operators."""
+    wandb: str | None = None
+    """Weights & Biases project that receives the lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write the metrics to RUN/tensorboard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run. Each field is an option of `tritium train`; recipes.py holds filled-in rows."""
+    """A run. recipes.py holds the named ones.
+
+    Raises: InputError, naming the option, for values out of range.
+    """
 
     data: tuple[str, ...] = ("stdlib",)
-    """What to learn: a dataset of `tritium data build`, files, folders, stdlib or python."""
+    """Text to train on: a dataset of `tritium data build`, files, folders, stdlib or python."""
     tokenizer: str | None = None
-    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE; a dataset has its own."""
+    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE. A dataset has its own."""
     held_out: float = 0.1
-    """Share of the text kept for validation, where a dataset is built."""
-    out: str | None = None
-    """Folder of the run; default: the next free runs/RECIPE-N."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto: CUDA if there is one, else the CPU."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float16 on GPUs without it, else float32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Whether torch.compile makes one graph of model and loss. auto: on CUDA."""
-    attention: Literal["tritium", "sdpa", "flash-attn"] = "tritium"
-    """Whose attention the model trains with: ours, PyTorch's, or the package flash-attn's, on CUDA in 16 bits."""
-    recompute: Literal["none", "gelu", "selective", "block"] = "none"
-    """What the backward computes again, to save memory: GELU, blocks without attention, or whole blocks."""
+    """Fraction of the text held out for validation, when the run builds the dataset."""
     seed: int = 1337
-    """Of initial weights, order of the data and samples."""
-
-    n_layer: int = 4
-    """Blocks."""
-    n_head: int = 4
-    """Query heads a block."""
-    d_model: int = 256
-    """Width of the residual stream."""
-    n_kv_head: int | None = None
-    """Key and value heads a block; default: n_head."""
-    bias: bool = True
-    """Biases of linear maps and layer norms."""
-    position: Literal["learned", "rotary"] = "learned"
-    """Positions: a learned vector each, or queries and keys turned by them."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Layer norm or root-mean-square norm."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """Perceptron with GELU, or gated."""
-    context_tokens: int = 256
-    """Tokens a sequence."""
+    """Seed of the initial weights, the order of the data and the samples."""
+    model: GPTConfig = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)
     document_mask: bool = False
-    """Documents that share a sequence do not see one another: attention and positions begin anew at each end-of-text."""
+    """Whether documents that share a sequence cannot attend to each other; positions then restart at each document."""
 
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """Sequences a step."""
-    micro_batch_size: int | None = None
-    """Sequences at once; gradients add up to batch_size. Default: batch_size."""
+    """Sequences per step, over all ranks."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
     """Learning rate at the end."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After warm-up: cosine to min_lr; constant; wsd: constant, then linear to min_lr over the last fifth."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of blocks, AdamW for all else, at the same learning rate."""
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"
+    """Learning rate after the warm-up. cosine: to min_lr; constant; wsd: constant, then linear to min_lr over the last
+    fifth of the steps."""
+    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for all other parameters, at the same learning rate."""
     weight_decay: float = 0.1
-    """Decoupled decay, of matrices only."""
+    """Decoupled weight decay, of matrices only."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay rate of the gradient's mean."""
     beta2: float = 0.95
-    """AdamW's decay of the gradient's second moment."""
+    """AdamW's decay rate of the gradient's second moment."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest global gradient norm. 0: no clipping."""
 
-    eval_interval: int = 250
-    """Steps between evaluations; the last step always has one, over all held-out text."""
-    eval_tokens: int = 32_768
-    """Held-out tokens of the evaluations before the last, spread evenly over all of them."""
-    checkpoint_interval: int = 500
-    """Steps between checkpoints; the last step always has one."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
-    prompt: str = ""
-    """Start of the samples written at each evaluation; default: the start of a document."""
-    sample_tokens: int = 200
-    """Tokens of a sample."""
-
-    profile: int = 0
-    """Steps, after the first 10, whose time goes to RUN/profile: a trace for Perfetto and a table of operators."""
-    wandb: str | None = None
-    """Project of Weights & Biases that gets what metrics.jsonl gets."""
-    tensorboard: bool = False
-    """Whether RUN/tensorboard gets it too."""
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
 
     def __post_init__(self):
         if not self.data:
             raise InputError(
-                "--data: expected files, folders, a dataset, stdlib or python, got none"
+                "`data`: expected files, folders, a dataset, stdlib or python, got none"
             )
-        least = {
-            "steps": 1,
-            "batch_size": 1,
-            "eval_interval": 1,
-            "checkpoint_interval": 1,
-            "keep_checkpoints": 1,
-        }
-        least |= {"eval_tokens": 1, "warmup_steps": 0, "sample_tokens": 0}
-        least |= {"lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "profile": 0}
-        for name, bound in least.items():
-            if not bound <= getattr(self, name) < math.inf:
-                raise InputError(
-                    f"--{_dashed(name)}: expected {bound} or more, and finite, got {getattr(self, name)}"
-                )
+        for name, bound in LEAST.items():
+            value = getattr(PART_OF[name](self), name)
+            if not bound <= value < math.inf:
+                raise InputError(f"{name}: expected {bound} or more, and finite, got {value}")
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed: expected a number from 0 to 2**63 - 1, got {self.seed}")
+            raise InputError(f"seed: expected a number from 0 to 2**63 - 1, got {self.seed}")
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"--{_dashed(name)}: expected a number in [0, 1), got {getattr(self, name)}"
-                )
-        micro = self.micro_batch
-        if micro < 1 or self.batch_size % micro:
+                raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if self.micro_batch < 1 or self.batch_size % self.micro_batch:
             raise InputError(
-                f"--micro-batch-size: expected a divisor of the batch size {self.batch_size}, got {micro}"
+                f"micro_batch_size: expected a divisor of the batch size {self.batch_size}, got {self.micro_batch}"
             )
-        self.gpt(vocab_size=1)
+        try:
+            check_recompute(self.execution.recompute, self.model)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
     @property
     def micro_batch(self) -> int:
-        """Sequences at once."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+        """Sequences per forward and backward in one process."""
+        size = self.execution.micro_batch_size
+        return self.batch_size if size is None else size
 
     def gpt(self, vocab_size: int) -> GPTConfig:
-        """The model's shape for a vocabulary. Raises: InputError if the sizes do not fit together."""
-        names = (
-            "n_layer",
-            "n_head",
-            "d_model",
-            "n_kv_head",
-            "bias",
-            "position",
-            "norm",
-            "mlp",
-            "context_tokens",
-        )
+        """Return the shape of the model for a vocabulary."""
+        return replace(self.model, vocab_size=vocab_size)
+
+    def options(self) -> dict[str, Any]:
+        """All options by their flat names."""
+        return {name: getattr(part(self), name) for name, part in PART_OF.items()}
+
+    def with_options(self, **changes: Any) -> "TrainConfig":
+        """Return a copy with changed options, given by their flat names.
+
+        Raises: InputError for an unknown name, or values that do not fit.
+        """
+        for name in changes:
+            if name not in PART_OF:
+                raise InputError(unknown_name("option", name, PART_OF))
+        parts = {"model": self.model, "execution": self.execution, "report": self.report}
         try:
-            config = GPTConfig(
-                vocab_size=vocab_size, **{name: getattr(self, name) for name in names}
-            )
-            check_recompute(self.recompute, config)
-            return config
+            for name, part in parts.items():
+                inside = {key: changes.pop(key) for key in _names(type(part)) if key in changes}
+                parts[name] = replace(part, **inside)
         except ValueError as error:
             raise InputError(f"model: {str(error).removeprefix('GPTConfig: ')}") from None
+        return replace(self, **parts, **changes)
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "TrainConfig":
+        """Build a configuration from flat names; missing ones take their defaults."""
+        return cls().with_options(**options)
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _names(part: type) -> list[str]:
+    """The options that a dataclass holds itself. The tokenizer decides vocab_size."""
+    nested = ("model", "execution", "report", "vocab_size")
+    return [each.name for each in fields(part) if each.name not in nested]
+
+
+# Flat name -> the part of a TrainConfig that holds the option.
+PART_OF = {
+    **dict.fromkeys(_names(TrainConfig), lambda config: config),
+    **dict.fromkeys(_names(GPTConfig), lambda config: config.model),
+    **dict.fromkeys(_names(ExecutionOptions), lambda config: config.execution),
+    **dict.fromkeys(_names(ReportOptions), lambda config: config.report),
+}
+LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_tokens"), 1),
+    **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),
+    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile"), 0),
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "grad_clip"), 0),
+}

@@ -19,7 +19,7 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise InputError(
-            f"--device: expected a device that PyTorch finds here, got {name!r}; leave it out or say cpu"
+            f"device: expected a device that PyTorch finds here, got {name!r}; leave it out or say cpu"
         ) from None
     return device
 
@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
 def choose_matmul(device: torch.device) -> None:
     """Set how PyTorch multiplies float32 matrices on `device`: always in float32.
 
-    CUDA: no TF32. Products are float32 there only if --precision asked for it, and every GPU with TF32 has bfloat16 too.
+    CUDA: no TF32. Products are float32 there only if `precision` asked for it, and every GPU with TF32 has bfloat16 too.
     CPU: where PyTorch's default library is MKL, x86 processors not made by Intel get its slower code; the setting "bf16" hands
     float32 products to oneDNN instead, which keeps them in float32 unless the processor has bf16 matrix units (AMX). So it is
     kept only if a product still comes out as accurate as float32: on an AMD EPYC of 2024 that is so, and products run at 440

@@ -50,15 +50,15 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
         )
         dataset = open_dataset(path)
         # What only an evaluation would find out, found out now.
-        dataset.tokenizer.encode(config.prompt)
+        dataset.tokenizer.encode(config.report.prompt)
         next(
             evaluation_batches(
-                dataset.val, context_tokens=config.context_tokens, batch_size=1, max_tokens=1
+                dataset.val, context_tokens=config.model.context_tokens, batch_size=1, max_tokens=1
             )
         )
         Loader(
             dataset.train,
-            context_tokens=config.context_tokens,
+            context_tokens=config.model.context_tokens,
             batch_size=config.batch_size,
             seed=config.seed,
         )
@@ -102,7 +102,9 @@ def _train(
     optimizer = Optimizer(model, config, world)
 
     def save(done: int) -> None:
-        save_checkpoint(run, done, model, optimizer, keep=config.keep_checkpoints, world=world)
+        save_checkpoint(
+            run, done, model, optimizer, keep=config.report.keep_checkpoints, world=world
+        )
 
     first = (
         _begin(run, save, world)
@@ -110,14 +112,14 @@ def _train(
         else load_checkpoint(checkpoint, model, optimizer, world=world)
     )
     loader = Loader(
-        dataset.train, context_tokens=config.context_tokens, batch_size=config.batch_size, seed=config.seed,
+        dataset.train, context_tokens=config.model.context_tokens, batch_size=config.batch_size, seed=config.seed,
         rank=world.data_rank, world_size=world.data_ranks, pinned=device.type == "cuda",
     )  # fmt: skip
     separator = dataset.tokenizer.end_of_text if config.document_mask else None
     trainer = Trainer(model, optimizer, config, separator=separator, world=world)
     metrics = Metrics(
-        run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.context_tokens,
-        flops_per_token=flops_per_token(model.config, config.context_tokens), device=device,
+        run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.model.context_tokens,
+        flops_per_token=flops_per_token(model.config, config.model.context_tokens), device=device,
         skips_overflow=optimizer.scaler.is_enabled(), world=world,
         trackers=open_trackers(config, run, first) if world.is_rank0 else (),
     )  # fmt: skip
@@ -140,7 +142,7 @@ def _train(
                     trainer,
                     dataset,
                     signals,
-                    None if done == config.steps else config.eval_tokens,
+                    None if done == config.steps else config.report.eval_tokens,
                 )
                 if signals.received:
                     if not world.on_rank0(lambda: (run / "checkpoints" / f"step-{done}").exists()):
@@ -155,7 +157,9 @@ def _train(
         for step in profiled(range(first, config.steps), config, run, metrics, device, world):
             # Before the step, not after the one before: a run stopped in between makes up for it when it is resumed.
             if signals.received or (
-                step > 0 and step % config.eval_interval == 0 and step not in metrics.evaluated
+                step > 0
+                and step % config.report.eval_interval == 0
+                and step not in metrics.evaluated
             ):
                 evaluate_after(step)
             lr = learning_rate(config, step)
@@ -165,7 +169,7 @@ def _train(
             metrics.step(step, loss, lr, trainer.update(lr))
 
             done = step + 1
-            if done == config.steps or done % config.checkpoint_interval == 0:
+            if done == config.steps or done % config.report.checkpoint_interval == 0:
                 with metrics.paused():
                     save(done)
         return evaluate_after(config.steps)
@@ -174,9 +178,11 @@ def _train(
 def _model(config: TrainConfig, vocab_size: int, device: torch.device, world: World) -> GPT:
     """A new model, of which each rank has its share."""
     torch.manual_seed(config.seed)
-    model = GPT(config.gpt(vocab_size), attention=config.attention, recompute=config.recompute).to(
-        device
-    )
+    model = GPT(
+        config.gpt(vocab_size),
+        attention=config.execution.attention,
+        recompute=config.execution.recompute,
+    ).to(device)
     shard(model, config, world, compiled=is_compiled(config, device))
     return model
 
@@ -202,7 +208,7 @@ def _evaluate(
     """None if a signal came first."""
     world = trainer.world
     batches = evaluation_batches(
-        dataset.val, context_tokens=config.context_tokens, batch_size=world.micro_batch(config), max_tokens=max_tokens,
+        dataset.val, context_tokens=config.model.context_tokens, batch_size=world.micro_batch(config), max_tokens=max_tokens,
         rank=world.data_rank, world_size=world.data_ranks,
     )  # fmt: skip
     until_signal = itertools.takewhile(lambda _: not signals.received, batches)
@@ -212,12 +218,12 @@ def _evaluate(
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
     options = {
-        "max_new_tokens": config.sample_tokens,
+        "max_new_tokens": config.report.sample_tokens,
         "temperature": 0.8,
         "top_p": 0.95,
         "seed": config.seed,
     }
-    text = sample_text(model, dataset.tokenizer, config.prompt, **options)
+    text = sample_text(model, dataset.tokenizer, config.report.prompt, **options)
     with open(run / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{text}\n")
     plot_loss(run)

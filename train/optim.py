@@ -14,25 +14,54 @@ Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024, kellerjordan
 import collections
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .config import TrainConfig
-from .distributed.world import SINGLE_PROCESS, World
 from .precision import choose_dtype, linear_parameters
 
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .distributed.world import World
 
-def check_optimizer(config: TrainConfig, world: World = SINGLE_PROCESS) -> None:
-    """Raise InputError if this PyTorch, or what the ranks of a world divide, lacks what the options ask for."""
-    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRow:
+    """What differs between the optimizers that the option `optimizer` names."""
+
+    needs: str
+    """Class of torch.optim that must exist."""
+    engines: tuple[str | None, ...]
+    """Distributed engines that support it; None is a single process."""
+    block_matrix_state_bytes: int
+    """Bytes of state per element of the matrices in blocks; all other parameters have AdamW's 8."""
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerRow(
+        needs="AdamW", engines=(None, "ddp", "zero1", "fsdp"), block_matrix_state_bytes=8
+    ),
+    # Muon orthogonalizes complete matrices, which no rank has under FSDP.
+    "muon": OptimizerRow(needs="Muon", engines=(None, "ddp", "zero1"), block_matrix_state_bytes=4),
+}
+
+
+def check_optimizer(config: "TrainConfig", world: "World | None" = None) -> None:
+    """Raise InputError if this PyTorch or the engine does not support the optimizer."""
+    row = OPTIMIZERS[config.optimizer]
+    if not hasattr(torch.optim, row.needs):
         raise InputError(
-            f"--optimizer: expected PyTorch 2.9 or newer for muon, got {torch.__version__}; update it, or take adamw"
+            f"optimizer: expected a PyTorch with torch.optim.{row.needs}, got {torch.__version__}; update PyTorch, or "
+            "use adamw"
         )
-    if config.optimizer == "muon" and world.engine == "fsdp":
+    engine = None if world is None else world.engine
+    if engine not in row.engines:
         raise InputError(
-            "--optimizer: expected adamw with --parallel fsdp, got muon, which needs whole matrices; take ddp"
+            f"optimizer: expected adamw with the engine {engine}, got {config.optimizer}, which needs complete "
+            "matrices; use ddp or zero1"
         )
 
 
@@ -48,7 +77,7 @@ class Optimizer:
     Raises: ValueError if a parameter would be missed or changed twice.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World = SINGLE_PROCESS):
+    def __init__(self, model: nn.Module, config: "TrainConfig", world: "World | None" = None):
         check_optimizer(config, world)
         device = next(model.parameters()).device
         self._grad_clip = config.grad_clip or float("inf")
@@ -78,7 +107,7 @@ class Optimizer:
             )
         ]
         adamw, muon = torch.optim.AdamW, getattr(torch.optim, "Muon", None)
-        if world.engine == "zero1":
+        if world is not None and world.engine == "zero1":
             from torch.distributed.optim import (
                 ZeroRedundancyOptimizer,  # here, not above: it takes a second to import
             )
@@ -105,7 +134,7 @@ class Optimizer:
             raise ValueError(
                 f"Optimizer: expected each of {len(self._parameters)} parameters once, got {len(held)} in groups"
             )
-        is_scaled = choose_dtype(config.precision, device) == torch.float16
+        is_scaled = choose_dtype(config.execution.precision, device) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
 
     def update(self, lr: float) -> Tensor:

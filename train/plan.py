@@ -209,9 +209,9 @@ def make_plan(options: PlanOptions) -> Plan:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
     if options.price is not None and not 0 <= options.price < math.inf:
         raise InputError(f"--price: expected 0 or more, and finite, got {options.price}")
-    T = options.context_tokens or config.context_tokens
-    recompute = options.recompute or config.recompute
-    model = replace(config, context_tokens=T, recompute=recompute).gpt(
+    T = options.context_tokens or config.model.context_tokens
+    recompute = options.recompute or config.execution.recompute
+    model = config.with_options(context_tokens=T, recompute=recompute).gpt(
         _vocabulary(options.recipe, config)
     )
     machine = _machine(options.gpu, options.gpus)
@@ -352,13 +352,13 @@ def _verdict(plan: Plan) -> str:
 
 def what_fits(record: RunRecord, world: World) -> str:
     """What to say of a run that found no more memory: the plan of it on this machine."""
-    config, device = record.train, world.device(record.train.device)
-    itemsize = choose_dtype(config.precision, device).itemsize
+    config, device = record.train, world.device(record.train.execution.device)
+    itemsize = choose_dtype(config.execution.precision, device).itemsize
     machine = _machine(None, 1) if device.type == "cuda" else _cpu_machine(world.local_size)
     plan = Plan(
         model=record.model, machine=replace(machine, gpus=world.data_ranks, itemsize=itemsize),
         sequences=config.batch_size // world.data_ranks, micro_batch=world.micro_batch(config),
-        context_tokens=config.context_tokens, tokens=config.steps, recompute=config.recompute,
+        context_tokens=config.model.context_tokens, tokens=config.steps, recompute=config.execution.recompute,
     )  # fmt: skip
     undivided = ", nothing divided between ranks," if world.engine in ("zero1", "fsdp") else ""
     advice = (

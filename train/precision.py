@@ -21,6 +21,7 @@ float16 overflows where bfloat16 does not, so its losses are scaled: see train/o
 import copy
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,12 @@ from torch.nn.utils import parametrize
 
 from ..errors import InputError
 from ..model.attention import choose_attention
-from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+# What the option `precision` may be: the dtype of matmuls. "auto" depends on the device.
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -44,21 +50,21 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         )
     if precision == "bfloat16" and not has_bfloat16:
         raise InputError(
-            "--precision: expected float16 or float32 on this GPU, which has no bfloat16; leave the option out"
+            "precision: expected float16 or float32 on this GPU, which has no bfloat16; leave the option out"
         )
     return getattr(torch, precision)
 
 
-def check_attention(config: TrainConfig, device: torch.device) -> None:
+def check_attention(config: "TrainConfig", device: torch.device) -> None:
     """Raise InputError if --attention is not installed, or cannot compute on this device in the run's precision."""
-    dtype = choose_dtype(config.precision, device)
+    dtype = choose_dtype(config.execution.precision, device)
     try:
-        row = choose_attention(config.attention)
+        row = choose_attention(config.execution.attention)
     except ValueError as error:
-        raise InputError(f"--{error}") from None
+        raise InputError(str(error)) from None
     if row.needs == "flash_attn" and not (device.type == "cuda" and dtype.itemsize == 2):
         raise InputError(
-            f"--attention: expected a GPU and 16 bits for flash-attn, got {device.type} and {dtype}; take tritium or sdpa"
+            f"attention: expected a GPU and 16 bits for flash-attn, got {device.type} and {dtype}; take tritium or sdpa"
         )
 
 

@@ -34,7 +34,11 @@ def is_compiled_on(device: torch.device) -> bool:
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether a run compiles."""
-    return is_compiled_on(device) if config.compile == "auto" else config.compile == "on"
+    return (
+        is_compiled_on(device)
+        if config.execution.compile == "auto"
+        else config.execution.compile == "on"
+    )
 
 
 @contextlib.contextmanager
@@ -76,7 +80,7 @@ class Trainer:
         self.model, self.optimizer, self.separator, self.world = model, optimizer, separator, world
         self._micro_batch = world.micro_batch(config)
         device = model.wte.weight.device
-        self.dtype = choose_dtype(config.precision, device)
+        self.dtype = choose_dtype(config.execution.precision, device)
         if world.engine is None:
             self.working = working_copy(model, self.dtype)
         else:

@@ -45,7 +45,9 @@ class Contestant:
         )
         self.name, self.shape = kind, model.config
         self.trainer = Trainer(
-            model, Optimizer(model, config), replace(config, compile="on" if compiled else "off")
+            model,
+            Optimizer(model, config),
+            config.with_options(compile="on" if compiled else "off"),
         )
 
     def step(self, batch: Batch) -> None:
@@ -106,7 +108,7 @@ class NanoGPT(Contestant):
             self._optimizer = self.model.configure_optimizers(
                 config.weight_decay, config.lr, betas, device.type
             )
-        dtype = choose_dtype(config.precision, device)
+        dtype = choose_dtype(config.execution.precision, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._cast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         self._network = torch.compile(self.model) if compiled else self.model
@@ -155,7 +157,7 @@ def chosen_attentions(
     default, chosen = list(ATTENTIONS)[1:] if device.type == "cuda" else [], []
     for name in dict.fromkeys(default if asked is None else asked):
         with contextlib.suppress(InputError) if asked is None else contextlib.nullcontext():
-            check_attention(replace(config, attention=name), device)
+            check_attention(config.with_options(attention=name), device)
             chosen.append(name)
     return chosen
 

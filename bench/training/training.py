@@ -31,7 +31,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +127,9 @@ def main(argv: Sequence[str]) -> int:
         )
     micro, context = (
         options.micro_batch_size or config.micro_batch,
-        options.context_tokens or config.context_tokens,
+        options.context_tokens or config.model.context_tokens,
     )
-    config = replace(config, micro_batch_size=micro, batch_size=micro, context_tokens=context)
+    config = config.with_options(micro_batch_size=micro, batch_size=micro, context_tokens=context)
     shape = config.gpt(options.vocab_size or vocab_size_of(config.tokenizer))
     shape = shape if options.nanogpt is None else nanogpt_shape(shape)
     out = None if options.out is None else check_writable(Path(options.out))
@@ -189,11 +189,11 @@ def measure(
         "shape": asdict(shape),
         "parameters": parameters(shape),
         "micro_batch_size": config.micro_batch,
-        "context_tokens": config.context_tokens,
+        "context_tokens": config.model.context_tokens,
         "steps": steps,
         "warmup_steps": warmup_steps,
         "device": device.type,
-        "dtype": str(choose_dtype(config.precision, device)).removeprefix("torch."),
+        "dtype": str(choose_dtype(config.execution.precision, device)).removeprefix("torch."),
         "agreement": agreement,
         "contestants": figures,
         # After all timing: once used, a profiler may slow what follows.
@@ -208,11 +208,11 @@ def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
     """A batch of a step, the same whoever asks."""
     frequencies = 1 / torch.arange(1, shape.vocab_size + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(step)
-    sizes = (config.micro_batch, config.context_tokens + 1)
+    sizes = (config.micro_batch, config.model.context_tokens + 1)
     drawn = torch.multinomial(
         frequencies, math.prod(sizes), replacement=True, generator=generator
     ).view(sizes)
-    return Batch(drawn, np.full(len(drawn), config.context_tokens))
+    return Batch(drawn, np.full(len(drawn), config.model.context_tokens))
 
 
 def check_agreement(
@@ -237,7 +237,7 @@ def check_agreement(
     plain = baseline.trainer.working
     with torch.no_grad():
         largest = plain(batch[:1].on(plain.wte.weight.device)[0]).abs().max().item()
-    dtype = choose_dtype(config.precision, plain.wte.weight.device)
+    dtype = choose_dtype(config.execution.precision, plain.wte.weight.device)
 
     shape, eps = ours.shape, torch.finfo(torch.float32).eps
     unit = torch.finfo(dtype).eps / 2 + math.sqrt(shape.d_feedforward) * eps / 2
@@ -308,8 +308,8 @@ def _figures(
     peak: int | None,
     device: torch.device,
 ) -> dict:
-    rate = config.micro_batch * config.context_tokens / statistics.median(seconds)
-    flops = flops_per_token(contestant.shape, config.context_tokens)
+    rate = config.micro_batch * config.model.context_tokens / statistics.median(seconds)
+    flops = flops_per_token(contestant.shape, config.model.context_tokens)
     known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     losses = torch.stack(contestant.losses).tolist()
     if not all(map(math.isfinite, losses)):

@@ -14,4 +14,4 @@ def test_python_m_tritium_train_is_tritium_train(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("tritium: no recipe 'no-such-recipe'")
+    assert done.stderr.startswith("tritium: unknown recipe 'no-such-recipe'")

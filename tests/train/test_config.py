@@ -7,9 +7,9 @@ pytestmark = pytest.mark.plain
 
 
 def test_a_model_follows_from_the_options():
-    model = TrainConfig(n_layer=3, d_model=96, n_head=6, n_kv_head=2, context_tokens=32).gpt(
-        vocab_size=100
-    )
+    model = TrainConfig.from_options(
+        n_layer=3, d_model=96, n_head=6, n_kv_head=2, context_tokens=32
+    ).gpt(vocab_size=100)
     assert (
         model.n_layer,
         model.d_model,
@@ -17,27 +17,27 @@ def test_a_model_follows_from_the_options():
         model.context_tokens,
         model.vocab_size,
     ) == (3, 96, 2, 32, 100)
-    assert TrainConfig(batch_size=8).micro_batch == 8
+    assert TrainConfig.from_options(batch_size=8).micro_batch == 8
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "--steps: expected 1 or more, and finite, got 0"),
-        ({"lr": -1.0}, "--lr: expected 0 or more, and finite, got -1.0"),
-        ({"lr": float("nan")}, "--lr: expected 0 or more, and finite, got nan"),
-        ({"min_lr": float("inf")}, "--min-lr: expected 0 or more, and finite, got inf"),
-        ({"seed": 2**64}, "--seed: expected a number from 0 to"),
-        ({"beta2": 1.0}, r"--beta2: expected a number in \[0, 1\), got 1.0"),
-        ({"held_out": -0.1}, r"--held-out: expected a number in \[0, 1\), got -0.1"),
+        ({"steps": 0}, "steps: expected 1 or more, and finite, got 0"),
+        ({"lr": -1.0}, "lr: expected 0 or more, and finite, got -1.0"),
+        ({"lr": float("nan")}, "lr: expected 0 or more, and finite, got nan"),
+        ({"min_lr": float("inf")}, "min_lr: expected 0 or more, and finite, got inf"),
+        ({"seed": 2**64}, "seed: expected a number from 0 to"),
+        ({"beta2": 1.0}, r"beta2: expected a number in \[0, 1\), got 1.0"),
+        ({"held_out": -0.1}, r"held_out: expected a number in \[0, 1\), got -0.1"),
         (
             {"batch_size": 6, "micro_batch_size": 4},
-            "--micro-batch-size: expected a divisor of the batch size 6, got 4",
+            "micro_batch_size: expected a divisor of the batch size 6, got 4",
         ),
-        ({"micro_batch_size": 0}, "--micro-batch-size: .* got 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size: .* got 0"),
         ({"n_head": 5}, r"model: d_model must be a multiple of n_head \(5\), got 256"),
     ],
 )
 def test_values_out_of_range_are_named(change, message):
     with pytest.raises(InputError, match=message):
-        TrainConfig(**change)
+        TrainConfig.from_options(**change)

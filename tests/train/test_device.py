@@ -11,7 +11,7 @@ def test_devices_that_are_not_there_are_refused():
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda")
     for name in ("tpu", "cuda:99", "meta", ""):
-        with pytest.raises(InputError, match="--device: expected a device that PyTorch finds here"):
+        with pytest.raises(InputError, match="device: expected a device that PyTorch finds here"):
             choose_device(name)
 
 

@@ -36,7 +36,9 @@ def measured_peak(
 ) -> int:
     """Bytes of all tensors at the fullest moment of the second step, as PyTorch's allocator counts them."""
     model = GPT(config, recompute=recompute)
-    options = TrainConfig(batch_size=batch, micro_batch_size=micro_batch, precision=precision)
+    options = TrainConfig.from_options(
+        batch_size=batch, micro_batch_size=micro_batch, precision=precision
+    )
     trainer = Trainer(model, Optimizer(model, options), options)
     batch = Batch(
         torch.randint(config.vocab_size, (batch, config.context_tokens + 1)),
@@ -343,7 +345,7 @@ def test_tokens_as_people_write_them(text, count):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpt-2"], "no recipe 'gpt-2'; near: gpt2"),
+        (["gpt-2"], "unknown recipe 'gpt-2'; did you mean 'gpt2'"),
         (
             ["gpt2", "--gpu", "a100"],
             "--gpu: expected a GPU of known ceilings, got 'a100'; near: h100, a100-80gb, a100-40gb",

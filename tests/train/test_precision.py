@@ -1,6 +1,5 @@
 import sys
 import types
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from tritium.train.precision import (
     check_attention,
     choose_dtype,
     narrowed,
-    products,
     refresh,
     working_copy,
 )
@@ -47,7 +45,7 @@ def test_auto_takes_the_narrowest_that_the_device_is_good_at(monkeypatch):
 
 
 def test_flash_attn_needs_its_package_a_gpu_and_16_bits(monkeypatch):
-    config = TrainConfig(attention="flash-attn", precision="bfloat16")
+    config = TrainConfig.from_options(attention="flash-attn", precision="bfloat16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(
@@ -64,8 +62,8 @@ def test_flash_attn_needs_its_package_a_gpu_and_16_bits(monkeypatch):
             InputError,
             match=f"a GPU and 16 bits for flash-attn, got {device} and torch.{precision}; take trit",
         ):
-            check_attention(replace(config, precision=precision), device)
-    check_attention(TrainConfig(attention="sdpa"), CPU)
+            check_attention(config.with_options(precision=precision), device)
+    check_attention(TrainConfig.from_options(attention="sdpa"), CPU)
 
 
 def test_only_linear_maps_are_narrow(model):

@@ -7,7 +7,9 @@ pytestmark = pytest.mark.plain
 
 
 def rates(**options) -> list[float]:
-    config = TrainConfig(**{"steps": 101, "warmup_steps": 10, "lr": 1.0, "min_lr": 0.1} | options)
+    config = TrainConfig.from_options(
+        **{"steps": 101, "warmup_steps": 10, "lr": 1.0, "min_lr": 0.1} | options
+    )
     return [learning_rate(config, step) for step in range(config.steps)]
 
 

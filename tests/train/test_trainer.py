@@ -27,7 +27,7 @@ SHAPE = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens
 
 def make(**options) -> Trainer:
     torch.manual_seed(0)
-    config = TrainConfig(**{"batch_size": 6} | options)
+    config = TrainConfig.from_options(**{"batch_size": 6} | options)
     model = GPT(SHAPE)
     return Trainer(model, Optimizer(model, config), config)
 
@@ -204,7 +204,7 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
     """On the meta device, whose tensors hold nothing: int, bool, tolist, nonzero and copies to the CPU all raise there."""
     optimizers = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    config = TrainConfig(batch_size=6, micro_batch_size=2, optimizer=optimizer)
+    config = TrainConfig.from_options(batch_size=6, micro_batch_size=2, optimizer=optimizer)
     model = GPT(SHAPE).to("meta")
     trainer = Trainer(model, Optimizer(model, config), config, separator=separator)
     for _ in range(2):
@@ -247,7 +247,9 @@ def test_scaling_losses_reads_nothing():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_step_never_waits_for_the_gpu(precision):
-    config = TrainConfig(batch_size=8, micro_batch_size=4, precision=precision, compile="off")
+    config = TrainConfig.from_options(
+        batch_size=8, micro_batch_size=4, precision=precision, compile="off"
+    )
     # So many tokens that PyTorch sorts them for the embedding's gradient.
     model = GPT(replace(SHAPE, context_tokens=1024)).cuda()
     trainer = Trainer(model, Optimizer(model, config), config, separator=0)
@@ -267,7 +269,7 @@ def test_a_step_never_waits_for_the_gpu(precision):
 
 def test_ranks_sample_in_the_precision_of_the_run(monkeypatch):
     monkeypatch.setattr("tritium.train.trainer.replicate", lambda network, world: network)
-    config = TrainConfig(batch_size=6, precision="bfloat16")
+    config = TrainConfig.from_options(batch_size=6, precision="bfloat16")
     model = GPT(SHAPE)
     sampled = Trainer(
         model, Optimizer(model, config), config, world=World(engine="ddp")

@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from ...errors import InputError, NoMemoryError, describe_os_error
+from ..config import PART_OF
 from ..distributed.world import is_local_rank0
 
 Options = TypeVar("Options")
@@ -57,6 +58,20 @@ def parse(
         raise InputError(_one_line(shown.getvalue(), prog)) from None
 
 
+def as_flags(message: str) -> str:
+    """Spell the options in a message as flags: names in backticks, and a leading `lr:`.
+
+    A leading `data:` names the part of the program, not the option.
+    """
+
+    def flag(match: re.Match) -> str:
+        name = match[1]
+        return f"--{name.replace('_', '-')}" if name in PART_OF else match[0]
+
+    message = re.sub(r"^(?!data:)(\w+)(?=: )", flag, message)
+    return re.sub(r"`(\w+)`", flag, message)
+
+
 def near(word: str, words: Sequence[str]) -> str:
     """The words most like `word`, for a message; all of them if none is."""
     return ", ".join(difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words)
@@ -72,7 +87,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
     except InputError as error:
         if not is_local_rank0():  # of several processes all have it
             return 2
-        message = str(error)
+        message = as_flags(str(error))
     except (MemoryError, RuntimeError) as error:
         if "No working C++ compiler" in str(error):
             message = _NO_COMPILER

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ from ...errors import InputError, InterruptedRun, NoMemoryError
 from ...kernels.core.device import ceiling, sm_count
 from ...kernels.core.op import INTERPRET
 from ...kernels.core.triton import HAS_TRITON, triton
-from ...model import GPT
+from ...model import GPT, GPTConfig
 from ...model.cost import parameters
-from ..config import TrainConfig
+from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..data.prepare import build, cache_dir
 from ..data.tokenizer import Tokenizer
 from ..device import choose_device, choose_matmul
@@ -84,10 +84,36 @@ class SampleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFlags(GPTConfig):
+    """The flags of the model."""
+
+    vocab_size: tyro.conf.Suppress[int] = GPTConfig.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(TrainConfig):
+    """TrainConfig as flat flags: --n-layer, not --model.n-layer."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelFlags]
+    execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
+    report: tyro.conf.OmitArgPrefixes[ReportOptions]
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "TrainFlags":
+        """Return the flags whose defaults are `config`."""
+        values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+        return cls(**values | {"model": ModelFlags(**asdict(config.model))})
+
+    def config(self) -> TrainConfig:
+        """Return the configuration that the flags describe."""
+        return TrainConfig.from_options(**self.options())
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Options of `tritium train`."""
 
-    run: tyro.conf.OmitArgPrefixes[TrainConfig]
+    run: tyro.conf.OmitArgPrefixes[TrainFlags]
     """What decides the run."""
     launch: tyro.conf.OmitArgPrefixes[Launch]
     """How several processes share it."""
@@ -105,11 +131,11 @@ def train(argv: Sequence[str]) -> int:
         )
     named = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if named else default_recipe()
-    default = TrainOptions(run=recipe(name), launch=Launch())
+    default = TrainOptions(run=TrainFlags.of(recipe(name)), launch=Launch())
     options = parse(
         TrainOptions, argv[named:], prog="tritium train", description=TRAIN_HELP, default=default
     )
-    config = options.run
+    config = options.run.config()
     if (Path(config.data[0]) / "dataset.json").is_file() and not any(
         word.startswith("--tokenizer") for word in argv
     ):
@@ -117,7 +143,9 @@ def train(argv: Sequence[str]) -> int:
             config, tokenizer=None
         )  # a dataset brings its own; the recipe's is for its own text
     with join(options.launch) as world:
-        run = world.on_rank0(lambda: Path(config.out) if config.out else _free_run(name))
+        run = world.on_rank0(
+            lambda: Path(config.report.out) if config.report.out else _free_run(name)
+        )
         if world.is_rank0:
             print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
             _say_how_to_use_all(world, config)
@@ -140,7 +168,7 @@ def _resume_arguments(argv: Sequence[str]) -> tuple[Path, Launch]:
 
 def _say_how_to_use_all(world: World, config: TrainConfig) -> None:
     count = torch.cuda.device_count()
-    if world.engine is None and count > 1 and config.device in ("auto", "cuda"):
+    if world.engine is None and count > 1 and config.execution.device in ("auto", "cuda"):
         print(
             f"training on 1 of {count} GPUs; for all: torchrun --nproc-per-node {count} -m tritium.train and the same words"
         )
@@ -183,7 +211,7 @@ def _report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
         f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
     )
     print(
-        f"next: {_program()} sample {shlex.quote(str(run))} --prompt {shlex.quote(record.train.prompt or 'Once')}"
+        f"next: {_program()} sample {shlex.quote(str(run))} --prompt {shlex.quote(record.train.report.prompt or 'Once')}"
     )
     print(f"      for a better model, the same command with --steps {4 * record.train.steps}")
     return 0

@@ -30,8 +30,8 @@ def choose_fitting(config: TrainConfig, world: World) -> torch.device:
     """The device of this rank. Raises: InputError on all ranks unless configuration, machine and world fit together."""
 
     def choose() -> torch.device:
-        device = world.device(config.device)
-        dtype = choose_dtype(config.precision, device)
+        device = world.device(config.execution.device)
+        dtype = choose_dtype(config.execution.precision, device)
         check_attention(config, device)
         check_optimizer(config, world)
         check_trackers(config)
@@ -62,7 +62,7 @@ def shard(model: GPT, config: TrainConfig, world: World, *, compiled: bool) -> N
     from .tensor_parallel import shard_layers
 
     device = model.wte.weight.device
-    mesh, dtype = world.mesh(device.type), choose_dtype(config.precision, device)
+    mesh, dtype = world.mesh(device.type), choose_dtype(config.execution.precision, device)
     data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
     if world.tensor_ranks > 1:
         shard_layers(model, mesh["tensor"])

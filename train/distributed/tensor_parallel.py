@@ -41,7 +41,7 @@ def check_tensor_parallel(config: GPTConfig, dtype: torch.dtype, ranks: int) -> 
     if dtype == torch.float16:
         # PyTorch's scaler looks for overflows in gradients on one mesh only.
         raise InputError(
-            "--tensor-parallel: expected --precision bfloat16 or float32 with it, got float16"
+            "--tensor-parallel: expected `precision` bfloat16 or float32 with it, got float16"
         )
 
 

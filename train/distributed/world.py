@@ -78,7 +78,7 @@ class World:
             return choose_device(name)
         if name not in ("auto", "cpu", "cuda"):
             raise InputError(
-                f"--device: expected cpu or cuda under torchrun, which gives each rank its own, got {name}"
+                f"device: expected cpu or cuda under torchrun, which gives each rank its own, got {name}"
             )
         device = choose_device(name)
         if device.type == "cuda":
@@ -104,12 +104,12 @@ class World:
     def micro_batch(self, config: TrainConfig) -> int:
         """Sequences at once on each rank. Raises: InputError if the batch does not divide by ranks and these."""
         each, left = divmod(config.batch_size, self.data_ranks)
-        micro = config.micro_batch_size or each
+        micro = config.execution.micro_batch_size or each
         if left or each == 0 or each % micro:
             by = f"{self.data_ranks} ranks" + (
-                f" times micro-batches of {micro}" if config.micro_batch_size else ""
+                f" times micro-batches of {micro}" if config.execution.micro_batch_size else ""
             )
-            raise InputError(f"--batch-size: expected a multiple of {by}, got {config.batch_size}")
+            raise InputError(f"batch_size: expected a multiple of {by}, got {config.batch_size}")
         return micro
 
     def run_on_all_ranks(self, work: Callable[[], Result]) -> Result:

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ def claim_folder(run: Path, config: TrainConfig, dataset: Dataset) -> None:
         "tritium": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "train": asdict(config),
+        "train": config.options(),
         "model": asdict(config.gpt(dataset.tokenizer.vocab_size)),
         "dataset": str(dataset.path.resolve()),
         "tokenizer_sha256": dataset.tokenizer.sha256,
@@ -71,14 +71,14 @@ def read_run(run: Path) -> RunRecord:
     try:
         content = json.loads(file.read_bytes())
         options = content["train"]
-        if missing := {field.name for field in fields(TrainConfig)} - set(options):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return RunRecord(
-            train=TrainConfig(**options | {"data": tuple(options["data"])}),
+            train=TrainConfig.from_options(**options | {"data": tuple(options["data"])}),
             model=GPTConfig(**content["model"]),
             dataset=Path(content["dataset"]),
             tokenizer_sha256=str(content["tokenizer_sha256"]),
         )
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file}: expected what `tritium train` wrote there, got something else ({error!r})"

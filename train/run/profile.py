@@ -51,28 +51,28 @@ class Row:
 
 
 def first_profiled(config: TrainConfig, first: int = 0) -> int | None:
-    """Where --profile steps in a row, after warming up, begin which no evaluation or checkpoint interrupts; None: nowhere.
+    """Where `profile` steps in a row, after warming up, begin which no evaluation or checkpoint interrupts; None: nowhere.
 
     Args:    first: step that this process begins with.
     """
-    if not config.profile:
+    if not config.report.profile:
         return None
-    for begin in range(first + WARMUP_STEPS, config.steps - config.profile):
-        inside = range(begin, begin + config.profile + 1)
+    for begin in range(first + WARMUP_STEPS, config.steps - config.report.profile):
+        inside = range(begin, begin + config.report.profile + 1)
         if all(
             -begin % interval + begin not in inside
-            for interval in (config.eval_interval, config.checkpoint_interval)
+            for interval in (config.report.eval_interval, config.report.checkpoint_interval)
         ):
             return begin
     return None
 
 
 def check_profile_steps(config: TrainConfig) -> None:
-    """Raise InputError if a new run has no steps that --profile can watch."""
-    if config.profile and first_profiled(config) is None:
+    """Raise InputError if a new run has no steps that `profile` can watch."""
+    if config.report.profile and first_profiled(config) is None:
         raise InputError(
-            f"--profile: expected {config.profile} steps in a row, after the first {WARMUP_STEPS}, without evaluation or "
-            "checkpoint, found none; give a smaller --profile, or more --steps, --eval-interval or --checkpoint-interval"
+            f"profile: expected {config.report.profile} steps in a row, after the first {WARMUP_STEPS}, without evaluation or "
+            "checkpoint, found none; give a smaller `profile`, or more `steps`, `eval_interval` or `checkpoint_interval`"
         )
 
 
@@ -84,7 +84,7 @@ def profiled(
     device: torch.device,
     world: World = SINGLE_PROCESS,
 ) -> Iterator[int]:
-    """Yield the steps; the first rank is watched in --profile of them. A run's profile is made once, though resumed."""
+    """Yield the steps; the first rank is watched in `profile` of them. A run's profile is made once, though resumed."""
     begin, folder = first_profiled(config, steps.start), run / "profile"
     done = folder / "operators.txt"
     if begin is None or not world.is_rank0 or done.exists():
@@ -96,19 +96,19 @@ def profiled(
         watch = torch.profiler.profile(activities=activities(device))
         watch.start()
     try:
-        yield from range(begin, begin + config.profile)
+        yield from range(begin, begin + config.report.profile)
         metrics.flush()  # which waits for the last of these steps
     finally:
         watch.stop()
     with metrics.paused():
-        rows = operators(watch.events(), config.profile, device)
-        parts = _table_of_parts(rows, f"steps {begin} to {begin + config.profile - 1}")
+        rows = operators(watch.events(), config.report.profile, device)
+        parts = _table_of_parts(rows, f"steps {begin} to {begin + config.report.profile - 1}")
         folder.mkdir(exist_ok=True)
         watch.export_chrome_trace(str(folder / "trace.json.gz"))
         # Last: it says that the profile is there.
         write_whole(done, ["\n".join([*parts, "", *_table(rows), ""]).encode()])
         console.print("\n".join([*parts, f"profile: {folder}"]), markup=False)
-    yield from range(begin + config.profile, steps.stop)
+    yield from range(begin + config.report.profile, steps.stop)
 
 
 def activities(device: torch.device) -> list[ProfilerActivity]:

@@ -5,7 +5,6 @@ Both are of extra `log`, imported only when used. What they hold can be had from
 
 import importlib.util
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -48,16 +47,16 @@ class WeightsAndBiases:
         if not file.exists():
             write_whole(file, [uuid.uuid4().hex.encode()])
         named = {
-            "project": config.wandb,
+            "project": config.report.wandb,
             "name": run.resolve().name,
             "id": file.read_text(),
             "resume": "allow",
         }
         try:
-            self._run = wandb.init(**named, dir=str(run), config=asdict(config))
+            self._run = wandb.init(**named, dir=str(run), config=config.options())
         except wandb.Error as error:
-            what = f"expected to open a run in {config.wandb}, got {error}; use `wandb login`, or WANDB_MODE=offline"
-            raise InputError(f"--wandb: {what}, and --resume {run}") from None
+            what = f"expected to open a run in {config.report.wandb}, got {error}; use `wandb login`, or WANDB_MODE=offline"
+            raise InputError(f"wandb: {what}, and --resume {run}") from None
 
     def write(self, row: dict) -> None:
         self._run.log(_values(row), step=row["step"])
@@ -68,7 +67,10 @@ class WeightsAndBiases:
 
 def check_trackers(config: TrainConfig) -> None:
     """Raise InputError if a package that the options ask for is not installed."""
-    for option, asked in (("tensorboard", config.tensorboard), ("wandb", config.wandb)):
+    for option, asked in (
+        ("tensorboard", config.report.tensorboard),
+        ("wandb", config.report.wandb),
+    ):
         if asked:
             found = importlib.util.find_spec(option)
             # A folder of that name, which wandb itself makes where it is called, is no package.
@@ -80,8 +82,8 @@ def check_trackers(config: TrainConfig) -> None:
 
 def open_trackers(config: TrainConfig, run: Path, start: int) -> list[Tracker]:
     """Those that the options ask for, to go on with step `start`."""
-    trackers: list[Tracker] = [TensorBoard(run, start)] if config.tensorboard else []
-    return [*trackers, WeightsAndBiases(config, run)] if config.wandb else trackers
+    trackers: list[Tracker] = [TensorBoard(run, start)] if config.report.tensorboard else []
+    return [*trackers, WeightsAndBiases(config, run)] if config.report.wandb else trackers
 
 
 def _values(row: dict) -> dict[str, float]:

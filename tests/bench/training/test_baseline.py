@@ -1,7 +1,5 @@
 """The baseline is the same function as the model it is measured beside, to rounding in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -13,16 +11,16 @@ pytestmark = pytest.mark.plain
 SMALL = GPTConfig(n_layer=2, n_head=4, d_model=32, vocab_size=90, context_tokens=24)
 
 
-LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
+LLAMA = SMALL.with_options(position="rotary", norm="rms", mlp="swiglu", bias=False)
 
 
 @pytest.mark.parametrize(
     "config",
     [
         SMALL,
-        replace(SMALL, n_kv_head=2),
-        replace(SMALL, n_kv_head=1),
-        replace(SMALL, bias=False),
+        SMALL.with_options(n_kv_head=2),
+        SMALL.with_options(n_kv_head=1),
+        SMALL.with_options(bias=False),
         LLAMA,
     ],
     ids=str,

@@ -23,7 +23,7 @@ from tritium.train.schedule import learning_rate
 
 pytestmark = pytest.mark.plain
 
-TINY = TrainConfig(
+TINY = TrainConfig.from_options(
     tokenizer="bpe:300", n_layer=1, n_head=2, d_model=16, context_tokens=16, batch_size=4, micro_batch_size=2, lr=1e-2,
     warmup_steps=2,
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_a_checkout_of_nanogpt_trains_as_itself(checkout, capsys):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_nanogpt_is_cast_clipped_and_scheduled_as_by_its_train_py(precision, checkout, monkeypatch):
     config, batch = (
-        replace(TINY, precision=precision, grad_clip=0.5),
+        TINY.with_options(precision=precision, grad_clip=0.5),
         random_batch(TINY, TINY.gpt(vocab_size=320), 0),
     )
     theirs = make_contestants(
@@ -180,7 +180,7 @@ def test_on_a_gpu_each_attention_that_is_installed_takes_part(monkeypatch):
     assert chosen_attentions(TINY, None, cuda) == ["sdpa", "flash-attn"]
     assert chosen_attentions(TINY, None, cpu) == []
     assert chosen_attentions(TINY, (), cuda) == []
-    assert chosen_attentions(replace(TINY, precision="float32"), None, cuda) == ["sdpa"]
+    assert chosen_attentions(TINY.with_options(precision="float32"), None, cuda) == ["sdpa"]
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert chosen_attentions(TINY, None, cuda) == ["sdpa"]
     with pytest.raises(InputError, match="--attention: expected an installed flash-attn"):

@@ -27,7 +27,7 @@ from tritium.train.recipes import RECIPES
 
 pytestmark = pytest.mark.plain
 
-TINY = TrainConfig(
+TINY = TrainConfig.from_options(
     tokenizer="bpe:300", n_layer=1, n_head=2, d_model=16, context_tokens=16, batch_size=4, micro_batch_size=2, lr=1e-2,
     warmup_steps=2,
 )  # fmt: skip
@@ -155,7 +155,7 @@ def test_a_gradient_alone_that_is_wrong_is_refused(monkeypatch):
 
 def test_a_missing_mask_is_beyond_the_rounding_of_bf16(monkeypatch):
     config, shape, device = (
-        replace(TINY, precision="bfloat16"),
+        TINY.with_options(precision="bfloat16"),
         TINY.gpt(vocab_size=300),
         torch.device("cpu"),
     )
@@ -197,7 +197,9 @@ def test_training_that_diverges_is_an_error(monkeypatch):
     monkeypatch.setitem(
         RECIPES,
         "wild",
-        TrainConfig(tokenizer="bytes", n_layer=1, d_model=16, context_tokens=8, lr=1e30),
+        TrainConfig.from_options(
+            tokenizer="bytes", n_layer=1, d_model=16, context_tokens=8, lr=1e30
+        ),
     )
     with pytest.raises(InputError, match="expected finite losses, got nan"):
         main(["wild", "--device", "cpu", "--steps", "4"])

@@ -72,7 +72,7 @@ def test_build_train_sample(tritium, tiny, corpus, tmp_path):
 
 def test_unknown_words_are_answered_with_the_near_ones(refused):
     assert "no command 'trian'; near: train" in refused("trian")
-    assert "no recipe 'gpt-2'; near: gpt2" in refused("train", "gpt-2")
+    assert "unknown recipe 'gpt-2'; did you mean 'gpt2'" in refused("train", "gpt-2")
     assert "near: --lr" in refused("train", "laptop", "--lrr", "1")
     assert "expected build, got 'biuld'" in refused("data", "biuld")
     assert "takes no options" in refused("info", "--all")
@@ -104,7 +104,7 @@ def test_an_optimizer_that_pytorch_lacks_is_found_out_before_there_is_a_run(
     refused, tiny, tmp_path, monkeypatch
 ):
     monkeypatch.delattr(torch.optim, "Muon")
-    assert "--optimizer: expected PyTorch 2.9 or newer for muon" in refused(
+    assert "--optimizer: expected a PyTorch with torch.optim.Muon" in refused(
         *tiny, "--optimizer", "muon"
     )
     assert not (tmp_path / "run").exists()

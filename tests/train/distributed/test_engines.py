@@ -185,7 +185,7 @@ def test_shards_compute_in_16_bits_sum_in_float32_and_are_compiled_by_parts(monk
     model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8))
     shard(
         model,
-        TrainConfig(precision="bfloat16"),
+        TrainConfig.from_options(precision="bfloat16"),
         MagicMock(engine="fsdp", tensor_ranks=1),
         compiled=True,
     )

@@ -75,7 +75,7 @@ def refused_on_all(done: tuple[list[int], list[str], list[str]]) -> str:
         (
             2,
             ["--parallel", "fsdp", "--optimizer", "muon"],
-            "expected adamw with --parallel fsdp, got muon",
+            "expected adamw with the engine fsdp, got muon",
         ),
         (
             2,
@@ -87,7 +87,7 @@ def refused_on_all(done: tuple[list[int], list[str], list[str]]) -> str:
         (
             2,
             ["--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0],
-            "training diverged: give a lower --lr",
+            "training diverged: lower --lr",
         ),
     ],
 )
@@ -157,9 +157,9 @@ def test_a_rank_has_the_gpu_of_its_number_in_the_node(monkeypatch):
 def test_data_ranks_share_the_batch():
     world = World(rank=5, size=8, engine="fsdp", shard_ranks=2, tensor_ranks=2)
     assert (world.data_ranks, world.data_rank) == (4, 2)
-    assert world.micro_batch(TrainConfig(batch_size=32)) == 8
-    assert world.micro_batch(TrainConfig(batch_size=32, micro_batch_size=4)) == 4
-    assert SINGLE_PROCESS.micro_batch(TrainConfig(batch_size=32)) == 32
+    assert world.micro_batch(TrainConfig.from_options(batch_size=32)) == 8
+    assert world.micro_batch(TrainConfig.from_options(batch_size=32, micro_batch_size=4)) == 4
+    assert SINGLE_PROCESS.micro_batch(TrainConfig.from_options(batch_size=32)) == 32
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_data_ranks_share_the_batch():
 )
 def test_several_gpus_are_mentioned(engine, count, says, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    commands._say_how_to_use_all(World(engine=engine), TrainConfig())
+    commands._say_how_to_use_all(World(engine=engine), TrainConfig.from_options())
     assert ("torchrun --nproc-per-node 8 -m tritium.train" in capsys.readouterr().out) is says
 
 

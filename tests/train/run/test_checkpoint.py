@@ -17,7 +17,7 @@ CONFIG = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_token
 def trained(seed: int, steps: int, **options):
     torch.manual_seed(seed)
     model = GPT(CONFIG)
-    optimizer = Optimizer(model, TrainConfig(**options))
+    optimizer = Optimizer(model, TrainConfig.from_options(**options))
     for _ in range(steps):
         tokens = torch.randint(20, (2, 8))
         optimizer.scaler.scale(model(tokens, tokens)).backward()

@@ -9,7 +9,7 @@ from tritium.train.run.folder import check_folder_unused, claim_folder, read_run
 
 pytestmark = pytest.mark.plain
 
-CONFIG = TrainConfig(steps=7, n_layer=2, data=("a.txt", "b.txt"))
+CONFIG = TrainConfig.from_options(steps=7, n_layer=2, data=("a.txt", "b.txt"))
 
 
 @pytest.fixture

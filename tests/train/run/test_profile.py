@@ -2,7 +2,6 @@ import gzip
 import json
 import re
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from tritium.train.run.profile import BETWEEN, PARTS, first_profiled, operators
 
 pytestmark = pytest.mark.plain
 
-CONFIG = TrainConfig(steps=1000, eval_interval=20, checkpoint_interval=100, profile=3)
+CONFIG = TrainConfig.from_options(steps=1000, eval_interval=20, checkpoint_interval=100, profile=3)
 
 
 def test_a_profile_is_written_and_changes_nothing(tiny, tritium, tmp_path):
@@ -55,16 +54,16 @@ def test_a_profile_is_written_and_changes_nothing(tiny, tritium, tmp_path):
 
 def test_steps_that_nothing_interrupts_are_chosen():
     assert first_profiled(CONFIG) == 10
-    assert first_profiled(replace(CONFIG, profile=0)) is None
+    assert first_profiled(CONFIG.with_options(profile=0)) is None
     assert first_profiled(CONFIG, first=5) == 15
     # 16, 17 and 18 end before the evaluation at 20; what begins at 17 ends at it, and 20 begins with it.
     assert first_profiled(CONFIG, first=6) == 16
     assert first_profiled(CONFIG, first=7) == 21
-    assert first_profiled(replace(CONFIG, checkpoint_interval=12)) == 13
-    assert first_profiled(replace(CONFIG, steps=14)) == 10
-    assert first_profiled(replace(CONFIG, steps=13)) is None
-    assert first_profiled(replace(CONFIG, profile=18)) == 21
-    assert first_profiled(replace(CONFIG, profile=19)) is None
+    assert first_profiled(CONFIG.with_options(checkpoint_interval=12)) == 13
+    assert first_profiled(CONFIG.with_options(steps=14)) == 10
+    assert first_profiled(CONFIG.with_options(steps=13)) is None
+    assert first_profiled(CONFIG.with_options(profile=18)) == 21
+    assert first_profiled(CONFIG.with_options(profile=19)) is None
 
 
 def test_no_room_for_it_is_one_line_and_no_run(tiny, refused, tmp_path):
