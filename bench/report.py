@@ -3,6 +3,7 @@
 Given another folder, print the report of its JSON files and write nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def _kernels_table(record: Record) -> str:
         if on_gpu:
             cells = {name: f"{seconds * 1e6:,.1f}" for name, seconds in medians.items()}
         else:
-            cells = {name: f"{s / medians['eager']:.2f}" for name, s in medians.items()}
+            eager = medians.get("eager", math.nan)
+            cells = {name: f"{seconds / eager:.2f}" for name, seconds in medians.items()}
         cells |= dict.fromkeys(entry["failed"], "failed")
         line = [f"`{entry['operator']}`", entry["label"], *(cells.get(n, "-") for n in names)]
         if on_gpu:

@@ -191,15 +191,10 @@ def measure(
         for model in models:
             model.step(batch(step))
     rounds, peaks = train_in_turn(models, batch, steps, device)
-    ratios = _ratios(models, rounds)
+    columns = zip(models, rounds, peaks, _ratios(models, rounds), strict=True)
     implementations = {
-        model.name: {
-            **_figures(model, config, list(itertools.chain(*rounds[place])), device),
-            "peak_memory_bytes": peaks[place],
-            "kind": model.kind,
-            "ratio": ratios[place],
-        }
-        for place, model in enumerate(models)
+        model.name: _figures(model, config, list(itertools.chain(*seconds)), peak, ratio, device)
+        for model, seconds, peak, ratio in columns
     }
     return {
         "shape": asdict(shape),
@@ -298,8 +293,14 @@ def _ratios(
 
 
 def _figures(
-    model: TrainedModel, config: TrainConfig, seconds: list[float], device: torch.device
+    model: TrainedModel,
+    config: TrainConfig,
+    seconds: list[float],
+    peak: int | None,
+    ratio: dict[str, float],
+    device: torch.device,
 ) -> dict[str, Any]:
+    """Return a model's entry of the record."""
     context_tokens = config.model.context_tokens
     tokens_per_second = config.micro_batch * context_tokens / statistics.median(seconds)
     flops = tokens_per_second * flops_per_token(model.shape, context_tokens)
@@ -311,11 +312,14 @@ def _figures(
             "give fewer --steps"
         )
     return {
+        "kind": model.kind,
         "compiled": model.compiled,
         "tokens_per_second": tokens_per_second,
         "step_seconds": _spread(seconds),
         "mfu": None if known is None else flops / known.bf16_flops,
+        "peak_memory_bytes": peak,
         "losses": losses,
+        "ratio": ratio,
     }
 
 
