@@ -140,7 +140,7 @@ def test_the_backward_uses_every_input_set_in_turn():
         (["layer_norm", "--shape", "0x5"], "got '0x5'"),
         (["layer_norm", "--shape", "²x8"], "got '²x8'"),
         (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
-        (["--device", "tpu9"], "--device: expected a device"),
+        (["--device", "tpu9"], "device: expected a device"),
         (["--dtype", "int8"], "invalid choice"),
     ],
 )
