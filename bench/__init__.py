@@ -1,6 +1,7 @@
-"""Measurements: what the kernels compile to, and tritium beside other programs. Imports anything, is imported by nothing."""
+"""Measurements: kernels, their machine code and training speed, compared with other programs."""
 
 if "." not in __name__:
     raise ImportError(
-        "this folder is part of the package 'tritium': write 'import tritium.bench', not 'import bench'"
+        "this folder is part of the package 'tritium': "
+        "write 'import tritium.bench', not 'import bench'"
     )

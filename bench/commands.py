@@ -1,12 +1,11 @@
-"""tritium bench: the measuring commands, each in its own module, imported when it is asked for."""
+"""tritium bench: the measuring commands. Each is a module that is imported when it is called."""
 
 import importlib
 from collections.abc import Sequence
 
-from ..errors import InputError
-from ..train.commands.cli import near
+from ..errors import InputError, unknown_name
 
-# Command -> module of this folder whose `main(argv)` runs it and returns the exit status.
+# Command -> module of this folder with `main(argv)`, which returns the exit status.
 COMMANDS = {
     "kernels": "ops.compare",
     "codegen": "codegen.table",
@@ -18,12 +17,12 @@ COMMANDS = {
 
 HELP = """usage: tritium bench COMMAND [options]
 
-  kernels [OP ...]     each operator beside eager PyTorch, torch.compile, SDPA and what else is installed
-  codegen [OP ...]     the machine code of every kernel, for GPUs that need not be there
-  tune OP              an operator's launch sizes against one another, on a GPU
-  train                tokens a second beside a plain PyTorch GPT
-  traffic              bytes of memory that a block moves per token, beside plain PyTorch and the least possible
-  report               README's figures from bench/results
+  kernels [OP ...]     compare operators with eager PyTorch, torch.compile, SDPA and libraries
+  codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
+  train [RECIPE]       compare training speed with a plain PyTorch GPT
+  tune OP              compare launch sizes of an operator on a GPU
+  traffic              count the bytes that a block moves per token; no GPU is needed
+  report               write bench/results/REPORT.md from the JSON files next to it
 
 Each command has --help."""
 
@@ -34,7 +33,5 @@ def bench(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     if argv[0] not in COMMANDS:
-        raise InputError(
-            f"tritium bench: no command {argv[0]!r}; near: {near(argv[0], list(COMMANDS))}"
-        )
+        raise InputError(unknown_name("command", argv[0], COMMANDS))
     return importlib.import_module(f".{COMMANDS[argv[0]]}", __package__).main(argv[1:])

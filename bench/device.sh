@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Everything worth knowing of a fresh GPU machine, most valuable first: facts, tests, kernels, training, a short real run.
+# Measure everything on a fresh GPU machine, the most valuable first:
+# machine, tests, kernels, training speed, a short training run.
 #
 #   bench/device.sh OUT_DIR [--rehearse]
 #
-# Needs no network: what is missing may lie as wheels in .whl/, pytest-xdist among them, with which tests end sooner. Each part
-# has to end by a second counted from the start, the last under 9 minutes: what one does not use the next ones have. A part that
-# is stopped leaves what it has in OUT_DIR. An operator whose tests fail is not timed. --rehearse runs the same parts at tiny
-# sizes on the CPU.
+# No network is needed. Missing packages are installed from wheels in .whl/, if there are any; with
+# pytest-xdist among them the tests end sooner. Each part has a deadline in seconds from the start,
+# the last one below 9 minutes. Time that a part does not use is left for the parts after it. A part
+# that is stopped leaves its results so far in OUT_DIR. An operator whose tests fail is not timed.
+# --rehearse runs the same parts at tiny sizes on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +26,7 @@ case "${2:-}" in
 "") rehearse= ;;
 --rehearse) rehearse=1 ;;
 *)
-    echo "bench/device.sh: no option $2; only --rehearse" >&2
+    echo "bench/device.sh: unknown option $2; the only one is --rehearse" >&2
     exit 2
     ;;
 esac
@@ -32,12 +34,13 @@ esac
 python=${PYTHON:-python3}
 status=0
 
-# part NAME END COMMAND...: run it until second END of this script, keep its output in OUT_DIR/NAME.log, say how it ended.
+# part NAME DEADLINE COMMAND...: run a command until the deadline, keep its output in
+# OUT_DIR/NAME.log, print how it ended.
 part() {
     local name=$1 limit=$(($2 - SECONDS)) began=$SECONDS rc
     shift 2
     if [ $limit -lt 1 ]; then
-        echo "$name: left out, no time was left"
+        echo "$name: skipped, no time was left"
         status=1
         return 1
     fi
@@ -45,7 +48,7 @@ part() {
     rc=$?
     case $rc in
     0) echo "$name: done in $((SECONDS - began)) s" ;;
-    124 | 137) echo "$name: stopped after $limit s; what it wrote is in $out" ;;
+    124 | 137) echo "$name: stopped after $limit s; its results so far are in $out" ;;
     *) echo "$name: failed with status $rc: $(tail -n 1 "$out/$name.log")" ;;
     esac
     [ $rc -eq 0 ] || status=1
@@ -57,51 +60,70 @@ machine() {
     "$python" -m tritium info
 }
 
+# Install what is missing.
 if ! "$python" -c "import tritium, tyro, rustbpe" 2>/dev/null; then
-    compgen -G ".whl/*.whl" >/dev/null && part wheels 30 "$python" -m pip install -q --no-index --no-deps .whl/*.whl
+    compgen -G ".whl/*.whl" >/dev/null &&
+        part wheels 30 "$python" -m pip install -q --no-index --no-deps .whl/*.whl
     part install 60 "$python" -m pip install -q --no-deps --no-build-isolation -e .
 fi
 export -f machine
 export python
 part machine 75 bash -c machine && cat "$out/machine.log"
 
+# A line per test run: name of the part, test files below tests/kernels/, operators they cover.
 if [ -n "$rehearse" ]; then
-    tests=(-k "plan_covers or cost_is") files=(layer_norm:"layer_norm add_layer_norm")
-    kernels=(--device cpu --rounds 2 --shape 8x64)
-    training=(shakespeare-char --device cpu --steps 2 --out "$out/train.json")
-    run=(shakespeare-char --data train --tokenizer bytes --device cpu --steps 2 --eval-tokens 64 --n-layer 1 --sample-tokens 2)
+    suites=("layer_norm norm/test_layer_norm.py layer_norm,add_layer_norm")
+    pytest_options=(-k "plan_covers or cost_is")
+    kernels_options=(--device cpu --rounds 2 --shape 8x64)
+    train_options=(shakespeare-char --device cpu --steps 2)
+    run_options=(shakespeare-char --data train --tokenizer bytes --device cpu --steps 2
+        --eval-tokens 64 --n-layer 1 --sample-tokens 2)
 else
-    # Ours alone beside the baseline: each other attention is one more model to compile.
-    tests=(-m "not codegen") kernels=() training=(gpt2 --attention --out "$out/train.json")
-    files=(layer_norm:"layer_norm add_layer_norm" attention:causal_attention _gemm,mlp:gelu_mlp cross_entropy:cross_entropy
-        linear_cross_entropy:linear_cross_entropy attention_varlen:causal_attention_varlen attention_decode:attention_decode
-        rms_norm:"rms_norm add_rms_norm" rotary:rotary swiglu_mlp:swiglu_mlp)
-    run=(gpt2 --data stdlib --tokenizer bpe:4096 --steps 40 --batch-size 32 --eval-interval 40 --eval-tokens 65536
-        --compile off)
-    # Most of a test's time is compilation, on one core.
-    "$python" -c "import xdist" 2>/dev/null && tests+=(-n 8)
-    # A checkout that travelled along.
-    [ -d .nanogpt ] && training+=(--nanogpt .nanogpt)
+    suites=(
+        "layer_norm norm/test_layer_norm.py layer_norm,add_layer_norm"
+        "attention attention/test_causal.py causal_attention"
+        "gelu_mlp mlp/test__gemm.py,mlp/test_gelu_mlp.py gelu_mlp"
+        "cross_entropy loss/test_cross_entropy.py cross_entropy"
+        "linear_cross_entropy loss/test_linear_cross_entropy.py linear_cross_entropy"
+        "attention_varlen attention/test_varlen.py causal_attention_varlen"
+        "attention_decode attention/test_decode.py attention_decode"
+        "rms_norm norm/test_rms_norm.py rms_norm,add_rms_norm"
+        "rotary test_rotary.py rotary"
+        "swiglu_mlp mlp/test_swiglu_mlp.py swiglu_mlp"
+    )
+    pytest_options=(-m "not codegen")
+    # Most of a test's time is compilation on one core.
+    "$python" -c "import xdist" 2>/dev/null && pytest_options+=(-n 8)
+    kernels_options=()
+    # Only tritium's own attention: each other one is another model to compile.
+    train_options=(gpt2 --attention)
+    # A nanoGPT checkout, if one was copied here.
+    [ -d .nanogpt ] && train_options+=(--nanogpt .nanogpt)
+    run_options=(gpt2 --data stdlib --tokenizer bpe:4096 --steps 40 --batch-size 32
+        --eval-interval 40 --eval-tokens 65536 --compile off)
 fi
 
-# Wrong comes before slow: only what is green is timed.
-green=() end=75
-for pair in "${files[@]}"; do
-    end=$((end + 32))
-    IFS=, read -ra names <<<"${pair%%:*}"
-    names=("${names[@]/#/tests/kernels/test_}")
-    if part "tests-${pair%%:*}" $end "$python" -m pytest -p no:cacheprovider "${tests[@]}" "${names[@]/%/.py}"; then
-        # shellcheck disable=SC2206 # several operators share a test file
-        green+=(${pair#*:})
+# Test first: only operators whose tests pass are timed.
+passed=()
+deadline=75
+for suite in "${suites[@]}"; do
+    read -r name files operators <<<"$suite"
+    deadline=$((deadline + 32))
+    IFS=, read -ra paths <<<"$files"
+    if part "tests-$name" $deadline "$python" -m pytest -p no:cacheprovider \
+        "${pytest_options[@]}" "${paths[@]/#/tests/kernels/}"; then
+        IFS=, read -ra names <<<"$operators"
+        passed+=("${names[@]}")
     fi
 done
-[ ${#green[@]} -gt 0 ] && part kernels 400 "$python" -m tritium bench kernels "${green[@]}" "${kernels[@]}" --out "$out"
-part train 485 "$python" -m tritium bench train "${training[@]}"
-part run 528 "$python" -m tritium train "${run[@]}" --out "$out/run"
+[ ${#passed[@]} -gt 0 ] && part kernels 400 "$python" -m tritium bench kernels "${passed[@]}" \
+    "${kernels_options[@]}" --out "$out"
+part train 485 "$python" -m tritium bench train "${train_options[@]}" --out "$out/train.json"
+part run 528 "$python" -m tritium train "${run_options[@]}" --out "$out/run"
 cp "$out/run/metrics.jsonl" "$out/metrics.jsonl" 2>/dev/null
 
-# Few files travel well: the plots and the logs in one.
+# One archive for the plots and logs.
 (cd "$out" && tar czf plots-and-logs.tar.gz ./*.png ./*.log run/loss.png run/samples.txt 2>/dev/null)
 "$python" -m tritium bench report "$out"
-echo "device.sh: $SECONDS s in all"
+echo "device.sh: $SECONDS s in total"
 exit $status

@@ -1,4 +1,4 @@
-"""How figures are kept: JSON that says where, when and with what they were measured, read back only in the same format."""
+"""Read and write the JSON files that hold measurements, with where, when and how they were made."""
 
 import datetime
 import json
@@ -15,16 +15,19 @@ from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON, triton
 from ..train.files import write_whole
 
-# Raised whenever a field changes its meaning: old and new figures are never compared silently.
-FORMAT = 1
+# Raised whenever a field changes its name or meaning: other formats are not read.
+FORMAT = 2
 
 
 def provenance() -> dict[str, Any]:
-    """Device, date, commit and versions of this run; `gpu` is None where there is none, `commit` outside of a checkout."""
+    """Return device, date, commit and versions of this run.
+
+    `gpu` is None without a GPU, `commit` is None outside a checkout.
+    """
     gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "cpu": _cpu(),
+        "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -35,15 +38,33 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def describe_provenance(record: dict[str, Any]) -> str:
+    """Return where and when a record was measured, in one line."""
+    place = f"{record['cpu']}, {record['threads']} threads"
+    if record.get("device") == "cuda":
+        place = record["gpu"]
+    versions = [
+        f"{name} {record[name]}" for name in ("commit", "torch", "triton") if name in record
+    ]
+    return f"{place}; {record['date']}, {', '.join(versions)}"
+
+
 def write_record(path: Path, kind: str, figures: dict[str, Any]) -> None:
-    """Write figures of one kind ("kernels", "codegen", "train" ...) with their provenance, the whole file or none of it."""
+    """Write a record: figures and their provenance. The file is written completely or not at all.
+
+    Args:
+        kind: the command that measured: "kernels", "codegen", "train" ...
+    """
     record = {"kind": kind, "format": FORMAT, **provenance(), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [(json.dumps(record, indent=1) + "\n").encode()])
 
 
-def writable(path: Path) -> Path:
-    """The path again, if a file can be written there; found out before the work whose result it is to hold."""
+def check_writable(path: Path) -> Path:
+    """Return the path if a file can be written there. Call it before long work.
+
+    Raises: InputError if it cannot.
+    """
     if path.is_dir():
         raise InputError(f"{path}: expected a file that can be written, got a folder")
     try:
@@ -57,7 +78,7 @@ def writable(path: Path) -> Path:
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of a record; None for files that are none."""
+    """Return the kind of a record, or None for other files."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -66,7 +87,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any]:
-    """Read what write_record wrote. Raises: InputError for another kind or format, or for no JSON at all."""
+    """Read a record. Raises: InputError for another kind or format, or a file that is no JSON."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, IsADirectoryError):
@@ -76,35 +97,32 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
     found = (record.get("kind"), record.get("format")) if isinstance(record, dict) else (None, None)
     if found != (kind, FORMAT):
         raise InputError(
-            f"{path}: expected a record of kind {kind!r}, format {FORMAT}, got kind {found[0]!r}, format {found[1]!r}; "
-            f"measure again with tritium bench {kind}"
+            f"{path}: expected a record of kind {kind!r}, format {FORMAT}, "
+            f"got kind {found[0]!r}, format {found[1]!r}; measure again with tritium bench {kind}"
         )
     return record
 
 
-def _cpu() -> str:
-    """The processor's name as Linux gives it, else what Python knows."""
+def _cpu_name() -> str:
+    """Return the processor's name from Linux, or what Python knows elsewhere."""
     file = Path("/proc/cpuinfo")
-    names = (
-        re.findall(r"^model name\s*: (.+)$", file.read_text(), flags=re.MULTILINE)
-        if file.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    text = file.read_text() if file.exists() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, flags=re.MULTILINE)
+    return name.group(1) if name else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file is in, "+changes" if it has any."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Return the commit of this checkout, with "+changes" if tracked files differ from it."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return commit and commit + ("+changes" if changes else "")
+
+
+def _git(*words: str) -> str | None:
+    """Return the output of a git command, or None without git or a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
-        done = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    if done.returncode:
-        return None
-    return done.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return None if done.returncode else done.stdout.strip()

@@ -1,4 +1,7 @@
-"""What NVIDIA's tools, of which Triton has its own copy, and AMD's assembly say of a compiled kernel."""
+"""Read the resources and the machine code of compiled kernels.
+
+NVIDIA's cuobjdump and nvdisasm come with Triton. AMD's compiler prints assembly.
+"""
 
 import re
 import struct
@@ -16,7 +19,7 @@ _INSTRUCTION_BYTES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one compiled kernel: registers a thread, bytes a thread spilled to memory, shared memory a block."""
+    """Registers per thread, spilled bytes per thread and shared memory per block of a kernel."""
 
     registers: int
     spilled_bytes: int
@@ -24,7 +27,7 @@ class Resources:
 
 
 def resources(compiled) -> Resources:
-    """Read registers and spills off the machine code of a compiled kernel."""
+    """Return the resources of a compiled kernel, as its assembler states them."""
     shared = compiled.metadata.shared
     if compiled.metadata.target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -34,8 +37,8 @@ def resources(compiled) -> Resources:
 
         spilled = 4 * (find("vgpr_spill_count") + find("sgpr_spill_count"))
         return Resources(registers=find("vgpr_count"), spilled_bytes=spilled, shared_bytes=shared)
-    usage = _nvidia("cuobjdump", ["--dump-resource-usage"], compiled.asm["cubin"])
-    # These kernels take no local arrays: a stack frame holds spilled registers and nothing else.
+    usage = _run_tool("cuobjdump", ["--dump-resource-usage"], compiled.asm["cubin"])
+    # The kernels have no local arrays: the stack holds only spilled registers.
     registers, stack = (
         int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK")
     )
@@ -43,51 +46,53 @@ def resources(compiled) -> Resources:
 
 
 def disassembly(compiled) -> str:
-    """The machine code as text: SASS, or AMD's assembly."""
+    """Return the machine code of a compiled kernel as text: SASS, or AMD's assembly."""
     return disassemblies([compiled])[0]
 
 
 def disassemblies(kernels: Sequence) -> list[str]:
-    """Machine code of many kernels, quickly: NVIDIA's tool takes half a second to begin, whatever it reads."""
+    """Return the machine code of several compiled kernels.
+
+    nvdisasm takes half a second to start, so it runs once per architecture: on the instructions of
+    all kernels, one behind the other.
+    """
     texts = [compiled.asm.get("amdgcn", "") for compiled in kernels]
     archs = [
         compiled.metadata.target.arch if "cubin" in compiled.asm else None for compiled in kernels
     ]
     for arch in {*archs} - {None}:
         codes = {
-            index: _code(kernels[index].asm["cubin"])
+            index: _instructions(kernels[index].asm["cubin"])
             for index, other in enumerate(archs)
             if other == arch
         }
-        # Where Triton compiles for a capability it takes the instructions that no other has, from 9.0 on named "a".
-        listing = _nvidia(
-            "nvdisasm",
-            ["--binary", f"SM{arch}{'a' if arch >= 90 else ''}"],
-            b"".join(codes.values()),
-        )
+        # From 9.0 on Triton compiles for the architecture-specific target, such as sm_90a.
+        target = f"SM{arch}{'a' if arch >= 90 else ''}"
+        listing = _run_tool("nvdisasm", ["--binary", target], b"".join(codes.values()))
         lines = iter(re.findall(r"^\s+/\*[0-9a-f]+\*/.*", listing, flags=re.MULTILINE))
         for index, code in codes.items():
             texts[index] = "\n".join(islice(lines, len(code) // _INSTRUCTION_BYTES))
     return texts
 
 
-def _code(elf: bytes) -> bytes:
-    """The sections of a 64-bit ELF file that hold instructions."""
-    (table,), (size, number) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<2H", elf, 58)
+def _instructions(elf: bytes) -> bytes:
+    """Return the sections of a 64-bit ELF file that hold instructions."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, number = struct.unpack_from("<2H", elf, 58)
     sections = [struct.unpack_from("<2I4Q", elf, table + size * index) for index in range(number)]
+    executable = 4
     return b"".join(
-        elf[begin : begin + length] for _, _, flags, _, begin, length in sections if flags & 4
+        elf[begin : begin + length]
+        for _, _, flags, _, begin, length in sections
+        if flags & executable
     )
 
 
-def _nvidia(tool: str, words: list[str], data: bytes) -> str:
-    """What a tool of NVIDIA's prints of a file with this data; Triton has its own copy of them."""
+def _run_tool(tool: str, options: list[str], data: bytes) -> str:
+    """Return the output of one of NVIDIA's tools for a file with this data."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        command = [
-            Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool,
-            *words,
-            file.name,
-        ]
+        command = [folder / tool, *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

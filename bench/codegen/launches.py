@@ -1,7 +1,8 @@
-"""Ahead-of-time compilation of the kernels, for GPUs that need not be there.
+"""Compile the kernels ahead of time, for GPUs that need not be present.
 
-The launchers themselves are run, on meta tensors, with the launch replaced by a note of it: what is compiled is exactly what
-would have been launched, with the same dtypes, alignments, tiles and warps. Nothing of a kernel's signature is repeated here.
+Launchers run on meta tensors, and the launches they make are recorded instead of run. The compiled
+kernel is therefore the one that a GPU would run, with the same dtypes, alignments, tiles
+and warps. No kernel's signature is repeated here.
 """
 
 import contextlib
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels.core import device as _device
+from ...kernels.core.op import LAUNCHERS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,32 +34,43 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch as its launcher asked for it."""
+    """One launch of a kernel, with the arguments that its launcher passed."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
+class RunLaunchers(TorchDispatchMode):
+    """Run the launchers of tritium's operators on any device, as they run on CUDA."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tritium":
+            function = LAUNCHERS[function._opname]
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def record_launches(arch: str) -> Iterator[list[Launch]]:
-    """Note Triton launches instead of running them, planned for one of TARGETS.
+    """Record Triton launches instead of running them.
 
-    Yields: a list that fills with a `Launch` for each launch made inside the block.
+    Args:
+        arch: the architecture that launchers plan for, one of TARGETS.
+    Yields: a list to which each launch inside the block appends a `Launch`.
     """
     launches: list[Launch] = []
 
-    def note(kernel, *args, grid, warmup, **kwargs):
+    def record(kernel, *args, grid, warmup, **kwargs):
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         for name, value in arguments.items():
-            # A launcher may give one descriptor another block for its next launch.
+            # A launcher may change the block of a descriptor for its next launch.
             if isinstance(value, TensorDescriptor):
                 arguments[name] = copy.copy(value)
         sizes = grid(arguments) if callable(grid) else grid
         launches.append(Launch(kernel=kernel, grid=tuple(sizes), arguments=arguments))
 
     original, default = JITFunction.run, _device.DEFAULT_ARCH
-    JITFunction.run, _device.DEFAULT_ARCH = note, arch
+    JITFunction.run, _device.DEFAULT_ARCH = record, arch
     try:
         yield launches
     finally:
@@ -64,29 +78,30 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, target: str):
-    """Compile a recorded launch for one of TARGETS.
+    """Compile a recorded launch.
 
-    Returns: Triton's CompiledKernel; `.asm` holds every stage down to the machine code.
+    Args:
+        target: one of TARGETS.
+    Returns: Triton's CompiledKernel. `.asm` holds every stage down to the machine code.
     """
+    parameters = launch.kernel.params
     signature, constexprs, attrs = {}, {}, {}
-    # What is left of these is no argument but an option, such as num_warps; a backend passes over those of another.
+    # After the loop only options such as num_warps are left. Each backend ignores those of others.
     options = {
-        parameter.name: parameter.default
-        for parameter in launch.kernel.params
-        if parameter.has_default
+        parameter.name: parameter.default for parameter in parameters if parameter.has_default
     }
     options |= launch.arguments
-    for index, parameter in enumerate(launch.kernel.params):
+    for index, parameter in enumerate(parameters):
         value = options.pop(parameter.name)
-        # Triton's own specialization: None and 1 become constants, multiples of 16 are known to be aligned.
+        # Triton's own specialization: None and 1 become constants, multiples of 16 are aligned.
         is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or is_one:
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+            signature[parameter.name] = "constexpr"
+            constexprs[parameter.name] = value
             continue
         signature[parameter.name] = mangle_type(value)
-        if not (
-            parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-        ) and _is_aligned(value):
+        fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if not fixed and _is_aligned(value):
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
     return triton.compile(source, target=TARGETS[target], options=options)

@@ -1,8 +1,17 @@
-"""tritium bench codegen: what every kernel becomes at its shipped configurations, for GPUs that need not be there.
+"""tritium bench codegen: compile every kernel as it ships, for GPUs that need not be present.
 
-A row is one launch of an operator at one shape for one GPU: registers, spilled bytes, shared memory, how many blocks fit and
-what limits them, matrix instructions, bulk loads, seconds to compile; for sm_80, sm_90 and sm_100 also of its hottest loop the
-bytes that a pass of a block moves, how many a lane takes at once, and estimated bounds.
+A row is one kernel of an operator at one shape for one GPU architecture:
+
+    registers, spilled_bytes      per thread
+    shared_bytes                  per block
+    blocks_per_sm, limited_by     how many blocks fit on a multiprocessor, and what limits them
+    matrix_instructions           count per name, in the whole kernel
+    tma_loads                     bulk tensor loads in the whole kernel
+    hottest_loop                  NVIDIA only: instructions per iteration, their mix, bytes of
+                                  global memory per block and per lane and access
+    compile_seconds
+
+The golden tables bench/results/codegen-triton-*.json hold the rows that were accepted last.
 """
 
 import time
@@ -17,21 +26,29 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ...errors import InputError
-from ...train.commands.cli import near, parse
+from ...errors import InputError, unknown_name
+from ...train.commands.cli import parse
 from ..ops import OPERATORS
-from ..ops.case import Operator
-from ..record import provenance, read_record, writable, write_record
+from ..ops.case import Operator, outputs_and_leaves
+from ..record import check_writable, provenance, read_record, write_record
 from . import disassembly, machine_code
-from .launches import TARGETS, Launch, compile_launch, record_launches
+from .launches import TARGETS, Launch, RunLaunchers, compile_launch, record_launches
 
-# What the trainer runs the kernels in.
+# The trainer runs the kernels in this dtype.
 DTYPE = torch.bfloat16
 KEYS = ("operator", "shape", "kernel", "arch")
-HELP = f"""Compile every kernel at its shipped configurations and read its machine code. No GPU is needed.
+FIGURES = (
+    "registers",
+    "spilled_bytes",
+    "shared_bytes",
+    "blocks_per_sm",
+    "matrix_instructions",
+    "tma_loads",
+)
+HELP = f"""Compile every kernel as it ships and read its machine code. No GPU is needed.
 
 
-operators: {", ".join(name for name, operator in OPERATORS.items() if operator.launches)}; default: all"""
+operators: {", ".join(OPERATORS)}; default: all"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +56,33 @@ class CodegenOptions:
     """Options of `tritium bench codegen`."""
 
     operators: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Operators; default: all that have kernels."""
+    """Operators; default: all."""
     arch: tuple[str, ...] = tuple(TARGETS)
     """sm_80, sm_90, sm_100, sm_120, gfx942, gfx950."""
     out: str | None = None
-    """Also write the rows as JSON."""
+    """Also write the rows to this file, as JSON."""
     compare: str | None = None
     """JSON of an earlier run: print what changed since."""
 
 
+# --- rows
+
+
+def operator_launches(
+    operator: Operator, shape: Sequence[int], dtype: torch.dtype, arch: str
+) -> list[Launch]:
+    """Return the launches of an operator's forward and backward at one shape."""
+    inputs = operator.inputs(shape, dtype, torch.device("meta"))
+    with record_launches(arch) as launches, RunLaunchers():
+        outputs, leaves = outputs_and_leaves(operator.ours, inputs)
+        if leaves:
+            grads = [torch.empty_like(output) for output in outputs]
+            torch.autograd.grad(outputs, list(leaves.values()), grads)
+    return launches
+
+
 def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[str, Any]]:
-    """Compile the operators' launches for each architecture; one row each, as in the JSON."""
+    """Compile the operators' launches for each architecture. Return the rows of the JSON."""
     found = list(_compiled(operators, archs))
     texts = disassembly.disassemblies([compiled for _, compiled, _ in found])
     return [
@@ -60,86 +93,81 @@ def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[st
 
 def _compiled(
     operators: Sequence[Operator], archs: Sequence[str]
-) -> Iterator[tuple[dict, Any, float]]:
+) -> Iterator[tuple[dict[str, str], Any, float]]:
+    """Yield the keys of a row, the compiled kernel and the seconds that took."""
     for operator in operators:
         for shape in operator.launch_shapes:
             for arch in archs:
-                with record_launches(arch) as launches:
-                    operator.launches(shape, DTYPE)
-                # A kernel that is launched again for another part of the same work has one row.
-                for kernel, launch in {
-                    _name(launch): launch for launch in reversed(launches)
-                }.items():
+                launches = operator_launches(operator, shape, DTYPE, arch)
+                # A kernel that is launched several times has one row, of its first launch.
+                first = {_name(launch): launch for launch in reversed(launches)}
+                for kernel, launch in first.items():
+                    values = (operator.name, operator.label(shape), kernel, arch)
                     began = time.perf_counter()
                     compiled = compile_launch(launch, arch)
-                    values = (operator.name, operator.label(shape), kernel, arch)
-                    yield (
-                        dict(zip(KEYS, values, strict=True)),
-                        compiled,
-                        time.perf_counter() - began,
-                    )
+                    seconds = time.perf_counter() - began
+                    yield dict(zip(KEYS, values, strict=True)), compiled, seconds
 
 
 def _name(launch: Launch) -> str:
-    """A kernel's name, with the epilogue that it was given, where it has one."""
+    """Return the name of a kernel, with that of its epilogue if it has one."""
     epilogue = launch.arguments.get("EPILOGUE")
     return launch.kernel.__name__ + (f" with {epilogue.__name__}" if epilogue else "")
 
 
 def describe(compiled, text: str, arch: str) -> dict[str, Any]:
-    """What a row says of the compiled kernel itself, given its disassembly; `hottest_loop` only where it can be estimated."""
+    """Return the figures of a row.
+
+    Args:
+        text: disassembly of the compiled kernel.
+    """
     num_warps = machine_code.all_warps(compiled)
-    found = disassembly.resources(compiled)
-    blocks, limit = machine_code.occupancy(found, num_warps, arch)
+    used = disassembly.resources(compiled)
+    blocks, limit = machine_code.occupancy(used, num_warps, arch)
     row = {
-        "num_warps": num_warps, "registers": found.registers, "spilled_bytes": found.spilled_bytes,
-        "shared_bytes": found.shared_bytes, "blocks_per_sm": blocks, "limited_by": limit,
-        "matrix_instructions": machine_code.matrix_instructions(text), "tma_loads": machine_code.tma_loads(text),
-    }  # fmt: skip
-    if arch in machine_code.RATES and not machine_code.specialized(compiled):
-        (loop, clocks), (seldom, seldom_clocks), _ = machine_code.loop_clocks(compiled, text, arch)
-        moved_bytes, access_bytes = machine_code.moved(loop, num_warps)
+        "num_warps": num_warps,
+        "registers": used.registers,
+        "spilled_bytes": used.spilled_bytes,
+        "shared_bytes": used.shared_bytes,
+        "blocks_per_sm": blocks,
+        "limited_by": limit,
+        "matrix_instructions": machine_code.matrix_instructions(text),
+        "tma_loads": machine_code.tma_loads(text),
+    }
+    if arch.startswith("sm_") and not machine_code.is_specialized(compiled):
+        loop = machine_code.hottest_loop(text)
         row["hottest_loop"] = {
             "instructions": len(loop),
-            "moved_bytes": moved_bytes,
-            "access_bytes": access_bytes,
-            "clocks": rounded(clocks),
-            "estimate": {
-                name: round(value, 3) if isinstance(value, float) else value
-                for name, value in machine_code.bounds(clocks).items()
-            },
+            "moved_bytes": machine_code.moved_bytes(loop, num_warps),
+            "access_bytes": machine_code.access_bytes(loop),
+            "mix": machine_code.instruction_mix(loop),
         }
-        if seldom:
-            row["hottest_loop"]["now_and_then"] = {
-                "instructions": len(seldom),
-                "clocks": rounded(seldom_clocks),
-            }
     return row
 
 
-def rounded(clocks: dict[str, float]) -> dict[str, float]:
-    """Clocks as a row holds them."""
-    return {pipe: round(value, 1) for pipe, value in clocks.items()}
+# --- comparison with earlier rows
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEYS)
 
 
-def regressions(rows: Sequence[dict], held: Sequence[dict]) -> list[str]:
-    """What got worse since the `held` rows: spills, lost matrix instructions or bulk loads, narrower accesses, other rows."""
-    old = {_key(row): row for row in held}
+def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
+    """Return what is worse than in the golden rows.
+
+    That is: more spills, lost matrix instructions or bulk loads, narrower accesses, other rows.
+    """
+    golden_rows = {_key(row): row for row in golden}
     worse = []
     for row in rows:
         label = " ".join(_key(row))
-        before = old.pop(_key(row), None)
+        before = golden_rows.pop(_key(row), None)
         if before is None:
-            worse.append(f"{label}: not in the held table")
+            worse.append(f"{label}: not in the golden table")
             continue
-        if row["spilled_bytes"] > before["spilled_bytes"]:
-            worse.append(
-                f"{label}: spills {row['spilled_bytes']} bytes, held {before['spilled_bytes']}"
-            )
+        spilled, spilled_before = row["spilled_bytes"], before["spilled_bytes"]
+        if spilled > spilled_before:
+            worse.append(f"{label}: spills {spilled} bytes, golden {spilled_before}")
         worse += [
             f"{label}: lost {name}"
             for name in before["matrix_instructions"]
@@ -147,171 +175,133 @@ def regressions(rows: Sequence[dict], held: Sequence[dict]) -> list[str]:
         ]
         if before["tma_loads"] and not row["tma_loads"]:
             worse.append(f"{label}: lost its TMA loads")
-        access, held_access = (
-            r.get("hottest_loop", {}).get("access_bytes", 0) for r in (row, before)
+        access, access_before = (
+            one.get("hottest_loop", {}).get("access_bytes", 0) for one in (row, before)
         )
-        if 0 < access < held_access:
-            worse.append(f"{label}: loads and stores {access} bytes at a time, held {held_access}")
-    return worse + [f"{' '.join(key)}: gone" for key in old]
+        if 0 < access < access_before:
+            worse.append(f"{label}: accesses {access} bytes at a time, golden {access_before}")
+    return worse + [f"{' '.join(key)}: gone" for key in golden_rows]
 
 
-def _print_table(rows: Sequence[dict]) -> None:
-    console = Console(width=None if Console().is_terminal else 200)
-    table = Table(
-        "operator",
-        "shape",
-        "kernel",
-        "arch",
-        title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""),
-    )
-    for title in (
-        "warps",
-        "registers",
-        "spilled B",
-        "shared B",
-        "blocks/SM",
-        "limit",
-        "matrix",
-        "TMA",
-        "compile s",
-    ):
-        table.add_column(title, justify="left" if title in ("limit", "matrix") else "right")
+def changes(rows: Sequence[dict], old: Sequence[dict]) -> list[str]:
+    """Return every difference to earlier rows of the same operators and architectures."""
+    before = {_key(row): row for row in old}
+    lines = []
     for row in rows:
-        matrix = (
-            ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
-            or "none"
-        )
-        values = [
-            row[key]
-            for key in (
-                *KEYS,
-                "num_warps",
-                "registers",
-                "spilled_bytes",
-                "shared_bytes",
-                "blocks_per_sm",
-            )
-        ]
+        then = before.pop(_key(row), None)
+        if then is None:
+            lines.append(f"{' '.join(_key(row))}: new")
+            continue
+        changed = [f"{n} {then[n]} -> {row[n]}" for n in FIGURES if then[n] != row[n]]
+        if changed:
+            lines.append(f"{' '.join(_key(row))}: {', '.join(changed)}")
+    operators, archs = ({row[name] for row in rows} for name in ("operator", "arch"))
+    return lines + [
+        f"{' '.join(key)}: gone"
+        for key, row in before.items()
+        if row["operator"] in operators and row["arch"] in archs
+    ]
+
+
+# --- the command
+
+
+def _print_tables(rows: Sequence[dict]) -> None:
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table(*KEYS, title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""))
+    for title in ("warps", "registers", "spilled B", "shared B", "blocks/SM"):
+        table.add_column(title, justify="right")
+    for title in ("limited by", "matrix", "TMA", "compile s"):
+        table.add_column(title, justify="right" if title in ("TMA", "compile s") else "left")
+    for row in rows:
+        figures = [row[name] for name in ("num_warps", *FIGURES[:4])]
+        matrix = _counts(row["matrix_instructions"]) or "none"
+        seconds = f"{row['compile_seconds']:.2f}"
         table.add_row(
-            *map(str, values),
+            *(row[key] for key in KEYS),
+            *map(str, figures),
             row["limited_by"],
             matrix,
             str(row["tma_loads"]),
-            f"{row['compile_seconds']:.2f}",
+            seconds,
         )
     console.print(table)
+
     loops = [row for row in rows if "hottest_loop" in row]
     if not loops:
         return
-    pipes = list(loops[0]["hottest_loop"]["clocks"])
-    table = Table(
-        *KEYS, "instructions", "moved B", "access B", *pipes, "of", "overlapped", "serial",
-        title="ESTIMATED clocks of a block's pass through its hottest loop, and share of the ceiling they allow",
-    )  # fmt: skip
+    title = "hottest loop: global bytes per block and iteration, bytes per lane and access"
+    table = Table(*KEYS, "instructions", "moved B", "access B", "mix", title=title)
     for row in loops:
-        loop, estimate = row["hottest_loop"], row["hottest_loop"]["estimate"]
-        clocks = [f"{value:.0f}" for value in loop["clocks"].values()]
-        shares = [f"{estimate[name]:.0%}" for name in ("overlapped", "serial")]
+        loop = row["hottest_loop"]
         counts = [str(loop[name]) for name in ("instructions", "moved_bytes", "access_bytes")]
-        table.add_row(*(row[key] for key in KEYS), *counts, *clocks, estimate["of"], *shares)
+        table.add_row(*(row[key] for key in KEYS), *counts, _counts(loop["mix"]))
     console.print(table)
 
 
-def _print_changes(rows: Sequence[dict], old: dict[str, Any]) -> None:
-    before = {_key(row): row for row in old["rows"]}
-    names = (
-        "registers",
-        "spilled_bytes",
-        "shared_bytes",
-        "blocks_per_sm",
-        "matrix_instructions",
-        "tma_loads",
-    )
-    print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
-    changed = False
-    for row in rows:
-        then = before.pop(_key(row), None)
-        changes = (
-            ["new"]
-            if then is None
-            else [f"{n} {then[n]} -> {row[n]}" for n in names if then[n] != row[n]]
-        )
-        if changes:
-            changed = True
-            print("  " + " ".join(_key(row)) + ": " + ", ".join(changes))
-    made = {name: {row[name] for row in rows} for name in ("operator", "arch")}
-    for key, row in before.items():
-        if row["operator"] in made["operator"] and row["arch"] in made["arch"]:
-            changed = True
-            print("  " + " ".join(key) + ": gone")
-    if not changed:
-        print("  no row changed")
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _read(path: Path) -> dict[str, Any]:
     record = read_record(path, "codegen")
-    wanted = {
-        *KEYS,
-        "registers",
-        "spilled_bytes",
-        "shared_bytes",
-        "blocks_per_sm",
-        "matrix_instructions",
-        "tma_loads",
-    }
+    wanted = {*KEYS, *FIGURES}
     rows = record.get("rows")
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and wanted <= set(row) for row in rows
     ):
-        raise InputError(
-            f"{path}: expected rows with {', '.join(sorted(wanted))}, got others; measure again"
-        )
+        fields = ", ".join(sorted(wanted))
+        raise InputError(f"{path}: expected rows with {fields}, got others; measure again")
     return record
 
 
-def _refuse_to_cut(out: Path, chosen: Sequence[Operator], archs: Sequence[str]) -> None:
-    """A table of more operators or architectures than these is not to be replaced by one of these alone."""
+def _check_complete(out: Path, chosen: Sequence[Operator], archs: Sequence[str]) -> None:
+    """Raise if the file has rows that this run would not measure again."""
     names = {operator.name for operator in chosen}
-    left_out = [
+    lost = [
         row
         for row in _read(out)["rows"]
         if row["operator"] not in names or row["arch"] not in archs
     ]
-    if left_out:
+    if lost:
         raise InputError(
-            f"{out}: expected no row of other operators or architectures, got {len(left_out)}; name another file"
+            f"{out}: expected no row of other operators or architectures, got {len(lost)}; "
+            "name another file"
         )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench codegen`. Returns: exit status."""
+    # Check the options.
     options = parse(CodegenOptions, argv, prog="tritium bench codegen", description=HELP)
-    known = {name: operator for name, operator in OPERATORS.items() if operator.launches}
-    for word, words, what in [
-        (name, known, "operator with kernels") for name in options.operators
-    ] + [(name, TARGETS, "architecture") for name in options.arch]:
-        if word not in words:
-            raise InputError(
-                f"tritium bench codegen: no {what} {word!r}; near: {near(word, list(words))}"
-            )
+    for name in options.operators:
+        if name not in OPERATORS:
+            raise InputError(unknown_name("operator", name, OPERATORS))
+    for name in options.arch:
+        if name not in TARGETS:
+            raise InputError(unknown_name("architecture", name, TARGETS))
     if not options.arch:
         raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
     old = _read(Path(options.compare)) if options.compare else None
-    out = None if options.out is None else writable(Path(options.out))
-    chosen = [known[name] for name in options.operators or known]
+    out = None if options.out is None else check_writable(Path(options.out))
+    chosen = [OPERATORS[name] for name in options.operators or OPERATORS]
     if out and out.exists():
-        _refuse_to_cut(out, chosen, options.arch)
+        _check_complete(out, chosen, options.arch)
+
+    # Compile everything again: a cached kernel would show no time to compile.
     began = time.perf_counter()
-    # Anew each time: a kernel out of the cache would be said to compile in no time.
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
         rows = rows_of(chosen, options.arch)
-    _print_table(rows)
-    print(
-        f"{len(rows)} rows in {time.perf_counter() - began:.0f} s; commit {provenance()['commit']}"
-    )
+    seconds = time.perf_counter() - began
+
+    # Show and write.
+    _print_tables(rows)
+    print(f"{len(rows)} rows in {seconds:.0f} s; commit {provenance()['commit']}")
     if old:
-        _print_changes(rows, old)
+        print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
+        for line in changes(rows, old["rows"]) or ["no row changed"]:
+            print(f"  {line}")
     if out:
         write_record(out, "codegen", {"dtype": str(DTYPE), "rows": rows})
     return 0

@@ -1,4 +1,4 @@
-"""The operators that are measured: one module each, a row here."""
+"""The operators that are measured: a module and a row for each."""
 
 from . import cross_entropy, layer_norm, linear_cross_entropy, mlp, rms_norm
 from .attention import ATTENTION

@@ -1,4 +1,4 @@
-"""Causal attention beside each backend of SDPA and the flash-attention libraries."""
+"""Causal attention, compared with each backend of SDPA and the flash-attention libraries."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels import causal_attention
-from ...kernels.attention.causal import cost, launch_bwd, launch_fwd
-from .case import Contestant, Operator, randn
+from ...kernels.attention.causal import cost
+from .case import Implementation, Operator, randn
 
-# B, T, H, K: GPT-2's heads at 1,024 tokens, long contexts at head size 64, and head size 128.
+# B, T, H, K: heads of GPT-2 at 1,024 tokens, long contexts at head size 64, and head size 128.
 SHAPES = (
     (32, 1024, 12, 64),
     (16, 1024, 25, 64),
@@ -19,9 +19,6 @@ SHAPES = (
     (4, 8192, 12, 64),
     (8, 4096, 16, 128),
 )
-SMALL_SHAPES = ((2, 128, 4, 64), (1, 257, 2, 64))
-# What tells machine codes apart: the head size.
-LAUNCH_SHAPES = ((8, 4096, 12, 64), (8, 4096, 16, 128))
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -37,8 +34,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     T, K = q.shape[1], q.shape[-1]
     scores = torch.einsum("bthk,bshk->bhts", q, k) * K**-0.5
-    closed = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(closed, -torch.inf).softmax(-1), v)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
 def _with(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -61,28 +58,32 @@ def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v, causal=True)
 
 
-def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    B, T, H, K = shape
-    q, lse = (
-        torch.empty(B, T, H, K, dtype=dtype, device="meta"),
-        torch.empty(B, H, T, device="meta"),
-    )
-    options = (None, None, K**-0.5, T, 0.0, 0.0)
-    launch_fwd(q, q, q, *options)
-    launch_bwd(q, None, q, q, q, q, lse, *options)
-
-
 ATTENTION = Operator(
-    name="causal_attention", sizes=("B", "T", "H", "K"), inputs=_inputs, ours=causal_attention, eager=eager,
-    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=LAUNCH_SHAPES,
-    check_shape=lambda shape: (1, shape[1], min(shape[2], 2), shape[3]),  # another length may be another path
-    cost=lambda shape, itemsize: cost(shape[0], shape[1], shape[1], shape[2], shape[2], shape[3], itemsize),
-    peers=(
-        Contestant(name="sdpa", call=sdpa),
-        Contestant(name="sdpa flash", call=_with(SDPBackend.FLASH_ATTENTION)),
-        Contestant(name="sdpa cudnn", call=_with(SDPBackend.CUDNN_ATTENTION), cuda_only=True),
-        Contestant(name="sdpa efficient", call=_with(SDPBackend.EFFICIENT_ATTENTION), cuda_only=True),
-        Contestant(name="flash-attn 2", call=_flash_attn, needs="flash_attn", cuda_only=True),
-        Contestant(name="flash-attn 3", call=_flash_attn_3, needs="flash_attn_interface", cuda_only=True),
+    name="causal_attention",
+    sizes=("B", "T", "H", "K"),
+    inputs=_inputs,
+    ours=causal_attention,
+    eager=eager,
+    cost=lambda shape, itemsize: cost(
+        shape[0], shape[1], shape[1], shape[2], shape[2], shape[3], itemsize
     ),
-)  # fmt: skip
+    # The length stays: another one may take another path.
+    check_shape=lambda shape: (1, shape[1], min(shape[2], 2), shape[3]),
+    shapes=SHAPES,
+    small_shapes=((2, 128, 4, 64), (1, 257, 2, 64)),
+    # Tiles depend on the head size.
+    launch_shapes=((8, 4096, 12, 64), (8, 4096, 16, 128)),
+    bound="flops",
+    others=(
+        Implementation(name="sdpa", call=sdpa),
+        Implementation(name="sdpa flash", call=_with(SDPBackend.FLASH_ATTENTION)),
+        Implementation(name="sdpa cudnn", call=_with(SDPBackend.CUDNN_ATTENTION), cuda_only=True),
+        Implementation(
+            name="sdpa efficient", call=_with(SDPBackend.EFFICIENT_ATTENTION), cuda_only=True
+        ),
+        Implementation(name="flash-attn 2", call=_flash_attn, needs="flash_attn", cuda_only=True),
+        Implementation(
+            name="flash-attn 3", call=_flash_attn_3, needs="flash_attn_interface", cuda_only=True
+        ),
+    ),
+)

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a cache, beside SDPA over the same cache."""
+"""Attention of new tokens to a key-value cache, compared with SDPA over the same cache."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import attention_decode
-from ...kernels.attention.decode import cost, launch
-from .case import Contestant, Operator
+from ...kernels.attention.decode import cost
+from .case import Implementation, Operator
 
 # B, T, S, H, G, K: one sequence that must fill the GPU, a batch of GPT-2's, grouped heads.
 SHAPES = ((1, 1, 8192, 32, 32, 128), (64, 1, 1024, 12, 12, 64), (16, 1, 8192, 32, 8, 128))
-SMALL_SHAPES = ((2, 1, 300, 4, 2, 64),)
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -29,28 +28,28 @@ def _eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k_cache, v_cache))
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     T, S = scores.shape[-2:]
-    closed = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
-    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(closed, -torch.inf).softmax(-1), v)
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
 def _sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> Tensor:
-    # One new token sees every key of a full cache: no mask.
+    # One new token sees every key of a full cache: no mask is needed.
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(
-        1, 2
-    )
-
-
-def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    B, T, S, H, G, K = shape
-    q, cache = (torch.empty(B, *size, K, dtype=dtype, device="meta") for size in ((T, H), (S, G)))
-    launch(q, cache, cache, torch.empty(B, dtype=torch.int32, device="meta"), K**-0.5, S, 0.0)
+    o = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2)
 
 
 ATTENTION_DECODE = Operator(
-    name="attention_decode", sizes=("B", "T", "S", "H", "G", "K"), inputs=_inputs, ours=attention_decode, eager=_eager,
-    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="bytes", launches=_launches, launch_shapes=SHAPES[2:],
-    check_shape=lambda shape: (1, *shape[1:]),
+    name="attention_decode",
+    sizes=("B", "T", "S", "H", "G", "K"),
+    inputs=_inputs,
+    ours=attention_decode,
+    eager=_eager,
     cost=lambda shape, itemsize: cost(*shape, itemsize),
-    peers=(Contestant(name="sdpa", call=_sdpa),),
-)  # fmt: skip
+    check_shape=lambda shape: (1, *shape[1:]),
+    shapes=SHAPES,
+    small_shapes=((2, 1, 300, 4, 2, 64),),
+    launch_shapes=SHAPES[2:],
+    bound="bytes",
+    others=(Implementation(name="sdpa", call=_sdpa),),
+)

@@ -1,6 +1,6 @@
-"""What a kernel benchmark is made of: an operator, its shapes, and who contends.
+"""The parts of a kernel benchmark: an operator, its shapes and its implementations.
 
-One source for `tritium bench kernels`, for pytest-benchmark and for the table of machine code.
+`tritium bench kernels`, `tritium bench codegen` and the pytest-benchmark cases all read them.
 """
 
 import importlib.util
@@ -16,17 +16,23 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """One way to compute an operator. `call` takes the operator's inputs by name; `needs` is the module that must be there."""
+class Implementation:
+    """One way to compute an operator.
+
+    Attributes:
+        name: name in tables.
+        call: takes the inputs of the operator by name.
+        needs: module that must be installed; default: none.
+        cuda_only: whether it runs on a GPU only; default: no.
+    """
 
     name: str
     call: Callable[..., Outputs]
     needs: str | None = None
-    # Only where the inputs' device is a GPU: torch.compile takes a minute a shape on a CPU, and says nothing there.
     cuda_only: bool = False
 
-    def absence(self, device: torch.device) -> str | None:
-        """Why it cannot take part here, or None."""
+    def why_missing(self, device: torch.device) -> str | None:
+        """Return why it cannot run on `device`, or None if it can."""
         if self.cuda_only and device.type != "cuda":
             return "needs a GPU"
         if self.needs and importlib.util.find_spec(self.needs.split(".")[0]) is None:
@@ -36,12 +42,24 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """An operator under test.
+    """An operator, how to call it, and what to compare it with.
 
-    `inputs(shape, dtype, device)` makes its arguments by name: floating-point ones get gradients. `eager` is the definition in
-    plain PyTorch: the truth in float64, and what ours is compared with in the working dtype. `cost(shape, itemsize)` gives
-    fwd_bytes, bwd_bytes, fwd_flops and bwd_flops. `launches(shape, dtype)` runs every launcher on meta tensors, forward and
-    backward; None while there is no kernel. `check_shape` shrinks a shape to one whose float64 truth is cheap.
+    Attributes:
+        name: name of the operator in tritium.kernels.
+        sizes: names of the numbers in a shape.
+        inputs: (shape, dtype, device) -> arguments by name. Floating-point ones that require
+            gradients get them.
+        ours: the operator, called with these arguments.
+        eager: the definition in plain PyTorch. In float64 it gives the expected results.
+        cost: (shape, itemsize) -> fwd_bytes, bwd_bytes, fwd_flops and bwd_flops. Operators for
+            inference have no bwd_ entries.
+        check_shape: shrinks a shape to one whose float64 results are cheap.
+        shapes: shapes to time on a GPU.
+        small_shapes: shapes to time on a CPU.
+        launch_shapes: shapes to compile ahead of time. Together they reach every kernel and tile.
+        bound: "bytes" or "flops", the limit that a share is computed of.
+        others: implementations to compare with, besides eager and compiled PyTorch.
+        compiles: whether torch.compile takes part. It needs minutes for an `eager` that loops.
     """
 
     name: str
@@ -53,47 +71,61 @@ class Operator:
     check_shape: Callable[[Sequence[int]], tuple[int, ...]]
     shapes: tuple[tuple[int, ...], ...]
     small_shapes: tuple[tuple[int, ...], ...]
+    launch_shapes: tuple[tuple[int, ...], ...]
     bound: str
-    peers: tuple[Contestant, ...] = ()
-    # A definition that loops over its input makes a graph that takes minutes to compile.
+    others: tuple[Implementation, ...] = ()
     compiles: bool = True
-    launches: Callable[[Sequence[int], torch.dtype], None] | None = None
-    launch_shapes: tuple[tuple[int, ...], ...] = ()
 
-    def contestants(self) -> list[Contestant]:
-        """Ours first, then eager PyTorch, compiled PyTorch, the peers, and ours again: what the two differ by is noise."""
-        # A compiled backward is timed again and again on one graph, so it may not take its buffers for its own.
+    def implementations(self) -> list[Implementation]:
+        """Return ours, eager and compiled PyTorch, the others, and ours again to show the noise."""
+        # The backward of one graph is timed repeatedly, so it must not reuse the saved buffers.
         torch._functorch.config.donated_buffer = False
-        # A function of its own for each: torch.compile counts how often one function was compiled anew.
-        call = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
-        compiled = (
-            (Contestant(name="torch.compile", call=call, cuda_only=True),) if self.compiles else ()
-        )
+        # A new function each time: torch.compile limits recompilations per function.
+        compiled = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
+        baselines = [Implementation(name="eager", call=self.eager)]
+        if self.compiles:
+            # On a CPU it would compile for a minute per shape.
+            baselines.append(Implementation(name="torch.compile", call=compiled, cuda_only=True))
         return [
-            Contestant(name="tritium", call=self.ours),
-            Contestant(name="eager", call=self.eager),
-            *compiled,
-            *self.peers,
-            Contestant(name="tritium again", call=self.ours),
+            Implementation(name="tritium", call=self.ours),
+            *baselines,
+            *self.others,
+            Implementation(name="tritium again", call=self.ours),
         ]
 
     def label(self, shape: Sequence[int]) -> str:
-        """A shape as "M=32768 N=768"."""
+        """Return a shape as "M=32768 N=768"."""
         return " ".join(f"{name}={size}" for name, size in zip(self.sizes, shape, strict=True))
 
 
-def forced(operator: str, products: str, **options: Any) -> Contestant:
-    """One of our operators with products of one kind, whatever plan() says; `options` are its forward's other arguments."""
+def outputs_and_leaves(
+    call: Callable[..., Outputs], inputs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Call an implementation. Return its outputs, and the inputs that get gradients by name."""
+    outputs = call(**inputs)
+    leaves = {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.requires_grad
+    }
+    return outputs if isinstance(outputs, tuple) else (outputs,), leaves
+
+
+def forced(operator: str, matmul: str, **options: Any) -> Implementation:
+    """Return our operator with one kind of matmul, whatever plan() would choose.
+
+    Args:
+        options: the other arguments of the operator's forward.
+    """
     forward = getattr(torch.ops.tritium, f"{operator}_fwd")
-    return Contestant(
-        name=f"tritium, {products}",
-        call=lambda **inputs: forward(**inputs, **options, matmul=products)[0],
+    return Implementation(
+        name=f"tritium, {matmul}",
+        call=lambda **inputs: forward(**inputs, **options, matmul=matmul)[0],
         cuda_only=True,
     )
 
 
 def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    """Normal numbers that need gradients: zeros would let a GPU clock higher than any real run."""
-    return (
-        (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype).requires_grad_()
-    )
+    """Return normal numbers that require gradients. A GPU would clock higher on zeros."""
+    x = torch.randn(shape, device=device, dtype=torch.float32) * scale
+    return x.to(dtype).requires_grad_()

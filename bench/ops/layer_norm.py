@@ -1,4 +1,4 @@
-"""Layer norm, alone and with the residual addition, beside PyTorch's and the libraries' own."""
+"""Layer norm, alone and with the residual addition, compared with PyTorch and other libraries."""
 
 from collections.abc import Sequence
 
@@ -7,28 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import add_layer_norm, layer_norm
-from ...kernels.norm.layer_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
-from .case import Contestant, Operator, randn
-
-# GPT-2's four widths at 32 sequences of 1,024 tokens, and the shape other libraries publish.
-SHAPES = ((32768, 768), (32768, 1024), (32768, 1280), (32768, 1600), (8192, 4096))
-SMALL_SHAPES = ((256, 768), (256, 1600))
-# One width of each tile (1,024 has that of 768, 1,280 that of 1,600), and rows too wide for registers, which have kernels of
-# their own.
-LAUNCH_SHAPES = ((32768, 768), (32768, 1600), (8192, 16384))
+from ...kernels.norm.layer_norm import cost
+from .case import Implementation, Operator, randn
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """So many rows that each program has several."""
+    """Keep enough rows that each program has several."""
     return min(shape[0], 4099), shape[1]
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     M, N = shape
-    return {
-        name: randn(*size, dtype=dtype, device=device)
-        for name, size in {"x": (M, N), "weight": (N,), "bias": (N,)}.items()
-    }
+    sizes = {"x": (M, N), "weight": (N,), "bias": (N,)}
+    return {name: randn(*size, dtype=dtype, device=device) for name, size in sizes.items()}
 
 
 def _add_inputs(
@@ -46,7 +37,7 @@ def _add_eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tup
     return _eager(h, weight, bias), h
 
 
-def _ours_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _add_ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return add_layer_norm(x, residual, weight, bias)
 
 
@@ -64,42 +55,34 @@ def _flash_attn_add(
     return layer_norm_fn(x, weight, bias, residual=residual, prenorm=True, eps=1e-5)
 
 
-def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, w, statistics = meta(shape, dtype)
-    launch_fwd(x, w, w, 1e-5)
-    launch_bwd(x, None, x, w, statistics, statistics, True)
-
-
-def _add_launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, w, statistics = meta(shape, dtype)
-    launch_add_fwd(x, x, w, w, 1e-5)
-    launch_bwd(x, x, x, w, statistics, statistics, True)
-
-
-def meta(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, a weight and a statistic of each row, without data."""
-    M, N = shape
-    x, w = (torch.empty(size, dtype=dtype, device="meta") for size in ((M, N), (N,)))
-    return x, w, torch.empty(M, device="meta")
-
-
 _COMMON = {
     "sizes": ("M", "N"),
     "check_shape": check_shape,
-    "shapes": SHAPES,
-    "small_shapes": SMALL_SHAPES,
-    "launch_shapes": LAUNCH_SHAPES,
+    # GPT-2's four widths at 32 sequences of 1,024 tokens, and the shape other libraries publish.
+    "shapes": ((32768, 768), (32768, 1024), (32768, 1280), (32768, 1600), (8192, 4096)),
+    "small_shapes": ((256, 768), (256, 1600)),
+    # One width per tile (1,024 has the tile of 768, 1,280 that of 1,600), and rows too wide for
+    # registers, which have their own kernels.
+    "launch_shapes": ((32768, 768), (32768, 1600), (8192, 16384)),
     "bound": "bytes",
 }
 LAYER_NORM = Operator(
-    name="layer_norm", inputs=_inputs, ours=layer_norm, eager=_eager, launches=_launches,
+    name="layer_norm",
+    inputs=_inputs,
+    ours=layer_norm,
+    eager=_eager,
     cost=lambda shape, itemsize: cost(*shape, itemsize),
-    peers=(Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),),
+    others=(Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),),
     **_COMMON,
-)  # fmt: skip
+)
 ADD_LAYER_NORM = Operator(
-    name="add_layer_norm", inputs=_add_inputs, ours=_ours_add, eager=_add_eager, launches=_add_launches,
+    name="add_layer_norm",
+    inputs=_add_inputs,
+    ours=_add_ours,
+    eager=_add_eager,
     cost=lambda shape, itemsize: cost(*shape, itemsize, residual=True),
-    peers=(Contestant(name="flash-attn", call=_flash_attn_add, needs="flash_attn", cuda_only=True),),
+    others=(
+        Implementation(name="flash-attn", call=_flash_attn_add, needs="flash_attn", cuda_only=True),
+    ),
     **_COMMON,
-)  # fmt: skip
+)

@@ -1,4 +1,7 @@
-"""The language-model head with its loss beside the unfused pair, PyTorch's own fused one and Liger's."""
+"""The language-model head with its loss.
+
+Compared with the unfused pair, PyTorch's fused operator and Liger's.
+"""
 
 from collections.abc import Sequence
 
@@ -7,14 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import linear_cross_entropy
-from ...kernels.loss.launch import launch_scale
-from ...kernels.loss.linear_cross_entropy import cost, launch_fwd
-from ...kernels.loss.options import LossOptions
-from .case import Contestant, Operator, randn
+from ...kernels.loss.linear_cross_entropy import cost
+from .case import Implementation, Operator, randn
 
 # N, D, V: 16 and 64 sequences of 1,024 tokens at GPT-2's smallest and largest width.
 SHAPES = ((16384, 768, 50304), (65536, 768, 50304), (16384, 1600, 50304))
-SMALL_SHAPES = ((128, 64, 4096), (64, 64, 8191))
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -41,25 +41,27 @@ def _liger(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyFunction.apply(x, weight, target)[0]
 
 
-def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    N, D, V = shape
-    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((N, D), (V, D)))
-    target = torch.empty(N, dtype=torch.int64, device="meta")
-    loss, divisor, *grads = launch_fwd(x, weight, target, None, LossOptions(), True, True)
-    launch_scale(loss, divisor, *grads, dtype)
-
-
-# torch 2.13 brought it.
+# New in torch 2.13.
 _NATIVE = (
-    (Contestant(name="F.linear_cross_entropy", call=_native),)
+    (Implementation(name="F.linear_cross_entropy", call=_native),)
     if hasattr(F, "linear_cross_entropy")
     else ()
 )
 
 LINEAR_CROSS_ENTROPY = Operator(
-    name="linear_cross_entropy", sizes=("N", "D", "V"), inputs=_inputs, ours=linear_cross_entropy, eager=_eager,
-    shapes=SHAPES, small_shapes=SMALL_SHAPES, bound="flops", launches=_launches, launch_shapes=SHAPES[:1],
-    check_shape=lambda shape: (min(shape[0], 613), *shape[1:]),
+    name="linear_cross_entropy",
+    sizes=("N", "D", "V"),
+    inputs=_inputs,
+    ours=linear_cross_entropy,
+    eager=_eager,
     cost=lambda shape, itemsize: cost(*shape, itemsize),
-    peers=(*_NATIVE, Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True)),
-)  # fmt: skip
+    check_shape=lambda shape: (min(shape[0], 613), *shape[1:]),
+    shapes=SHAPES,
+    small_shapes=((128, 64, 4096), (64, 64, 8191)),
+    launch_shapes=SHAPES[:1],
+    bound="flops",
+    others=(
+        *_NATIVE,
+        Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),
+    ),
+)

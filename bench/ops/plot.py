@@ -1,9 +1,9 @@
-"""Plots of measured figures, as a talk would show them."""
+"""Plots of throughput for slides."""
 
 from pathlib import Path
 from typing import Any
 
-# Of the colour-blind-safe palette of Okabe and Ito; ours is the first.
+# The colour-blind-safe palette of Okabe and Ito, extended. The first colour is tritium's.
 _COLOURS = (
     "#d55e00",
     "#0072b2",
@@ -17,8 +17,15 @@ _COLOURS = (
 )
 
 
-def plot_contest(entries: list[dict[str, Any]], ceilings: dict[str, float], folder: Path) -> Path:
-    """Draw FOLDER/OPERATOR.png: throughput of each contestant over the shapes, forward and backward, the ceiling dashed."""
+def plot_operator(entries: list[dict[str, Any]], ceilings: dict[str, float], folder: Path) -> Path:
+    """Plot the throughput of each implementation over the shapes, forward and backward.
+
+    Args:
+        entries: entries of kernels.json, all of one operator.
+        ceilings: ceilings of the same run. The one that bounds the operator is a dashed line.
+        folder: where OPERATOR.png is written.
+    Returns: path of the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,50 +34,39 @@ def plot_contest(entries: list[dict[str, Any]], ceilings: dict[str, float], fold
     by_bytes = entries[0]["bound"] == "bytes"
     unit, scale = ("GB/s", 1e9) if by_bytes else ("TFLOP/s", 1e12)
     ceiling = ceilings["bytes_per_second" if by_bytes else "flops_per_second"] / scale
-    names = list(dict.fromkeys(row["contestant"] for entry in entries for row in entry["rows"]))
-    timed = {row["direction"] for entry in entries for row in entry["rows"]}
+    rows = [row for entry in entries for row in entry["rows"]]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    timed = {row["direction"] for row in rows}
     directions = [direction for direction in ("forward", "backward") if direction in timed]
+
     size = (1 + 5 * len(directions), 4.4)
     figure, panels = pyplot.subplots(
         1, len(directions), figsize=size, sharey=True, layout="constrained", squeeze=False
     )
-    panels = panels[0]
-    for axes, direction in zip(panels, directions, strict=True):
+    for axes, direction in zip(panels[0], directions, strict=True):
         for name, colour in zip(names, _COLOURS * 2, strict=False):
             points = [
                 (place, row["rate"] / scale)
                 for place, entry in enumerate(entries)
                 for row in entry["rows"]
-                if (row["contestant"], row["direction"]) == (name, direction)
+                if (row["implementation"], row["direction"]) == (name, direction)
             ]
-            ours = name == "tritium"
-            axes.plot(
-                *zip(*points, strict=True),
-                "o-",
-                color=colour,
-                label=name,
-                linewidth=2.4 if ours else 1.4,
-                zorder=3 if ours else 2,
-            )
-        axes.axhline(
-            ceiling,
-            color="#444444",
-            linestyle="--",
-            linewidth=1,
-            label=f"ceiling of this machine, {ceiling:,.3g}",
-        )
-        axes.set_xticks(
-            range(len(entries)),
-            ["\n".join(entry["label"].split()) for entry in entries],
-            fontsize=8,
-        )
+            style = {"linewidth": 1.4, "zorder": 2}
+            if name == "tritium":
+                style = {"linewidth": 2.4, "zorder": 3}
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, **style)
+        label = f"ceiling of this machine, {ceiling:,.3g}"
+        axes.axhline(ceiling, color="#444444", linestyle="--", linewidth=1, label=label)
+        labels = ["\n".join(entry["label"].split()) for entry in entries]
+        axes.set_xticks(range(len(entries)), labels, fontsize=8)
         axes.set_title(direction)
         axes.set_ylim(0, None)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel(unit)
-    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[0][0].set_ylabel(unit)
+    panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(entries[0]["operator"], fontweight="bold")
+
     path = folder / f"{entries[0]['operator']}.png"
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, alone and with the residual addition, beside PyTorch's and the libraries' own."""
+"""RMS norm, alone and with the residual addition, compared with PyTorch and other libraries."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import add_rms_norm, rms_norm
-from ...kernels.norm.rms_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
-from .case import Contestant, Operator, randn
-from .layer_norm import check_shape, meta
-
-SHAPES = ((32768, 768), (32768, 1600), (8192, 4096))
-SMALL_SHAPES = ((256, 768), (256, 1600))
-# The tiles of other widths are in layer norm's rows, whose kernels these are.
-LAUNCH_SHAPES = ((32768, 1024),)
+from ...kernels.norm.rms_norm import cost
+from .case import Implementation, Operator, randn
+from .layer_norm import check_shape
 
 
 def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -40,7 +35,7 @@ def _add_eager(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     return _eager(h, weight), h
 
 
-def _ours_add(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _add_ours(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return add_rms_norm(x, residual, weight)
 
 
@@ -56,36 +51,32 @@ def _quack(x: Tensor, weight: Tensor) -> Tensor:
     return rmsnorm(x, weight, eps=1e-6)
 
 
-def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, weight, rstd = meta(shape, dtype)
-    launch_fwd(x, weight, 1e-6)
-    launch_bwd(x, None, x, weight, rstd)
-
-
-def _add_launches(shape: Sequence[int], dtype: torch.dtype) -> None:
-    x, weight, rstd = meta(shape, dtype)
-    launch_add_fwd(x, x, weight, 1e-6)
-    launch_bwd(x, x, x, weight, rstd)
-
-
 _COMMON = {
     "sizes": ("M", "N"),
     "check_shape": check_shape,
-    "shapes": SHAPES,
-    "small_shapes": SMALL_SHAPES,
-    "launch_shapes": LAUNCH_SHAPES,
+    "shapes": ((32768, 768), (32768, 1600), (8192, 4096)),
+    "small_shapes": ((256, 768), (256, 1600)),
+    # The kernels are layer norm's, whose rows have the tiles of other widths.
+    "launch_shapes": ((32768, 1024),),
     "bound": "bytes",
 }
 RMS_NORM = Operator(
-    name="rms_norm", inputs=_inputs, ours=rms_norm, eager=_eager, launches=_launches,
+    name="rms_norm",
+    inputs=_inputs,
+    ours=rms_norm,
+    eager=_eager,
     cost=lambda shape, itemsize: cost(*shape, itemsize),
-    peers=(
-        Contestant(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),
-        Contestant(name="quack", call=_quack, needs="quack", cuda_only=True),
+    others=(
+        Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),
+        Implementation(name="quack", call=_quack, needs="quack", cuda_only=True),
     ),
     **_COMMON,
-)  # fmt: skip
+)
 ADD_RMS_NORM = Operator(
-    name="add_rms_norm", inputs=_add_inputs, ours=_ours_add, eager=_add_eager, launches=_add_launches,
-    cost=lambda shape, itemsize: cost(*shape, itemsize, residual=True), **_COMMON,
-)  # fmt: skip
+    name="add_rms_norm",
+    inputs=_add_inputs,
+    ours=_add_ours,
+    eager=_add_eager,
+    cost=lambda shape, itemsize: cost(*shape, itemsize, residual=True),
+    **_COMMON,
+)

@@ -1,8 +1,9 @@
-"""tritium bench tune: launch sizes of one operator against one another, each checked before it is timed.
+"""tritium bench tune: compare the launch sizes of one operator on a GPU.
 
-A variant is what a launcher would find in place of one of its own constants or plans. Each replaces it while its turn lasts,
-forward and backward, so that all of them and the shipped one ("as shipped") are timed in one run, in turn. One that does not
-compile, does not fit or is wrong is refused and named. The fastest become rows in kernels/, with device and date beside them.
+A variant replaces one constant or plan of a launcher, in forward and backward, while its call runs.
+All variants and the shipped sizes ("as shipped") are timed in turn, in the same run. A variant that
+does not compile, does not fit or is wrong is named and not timed. The fastest become rows in
+kernels/, with device and date next to them.
 """
 
 import contextlib
@@ -19,21 +20,24 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ...errors import InputError
+from ...errors import InputError, unknown_name
 from ...kernels.attention import _launch as _attention_launch
 from ...kernels.mlp.gemm import make_tile
-from ...train.commands.cli import near, parse
+from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
-from ..record import writable, write_record
+from ..record import check_writable, write_record
 from ..timing import time_in_turn
 from . import OPERATORS
-from .case import Contestant, Operator
-from .compare import directions_of, refusal, rotated_inputs, shapes_of, timed
+from .case import Implementation, Operator
+from .check import find_error
+from .compare import directions_of, rotated_inputs, shapes_of, timed
+
+SHIPPED = "as shipped"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A replacement: `target` names a module of kernels and what in it, `value` takes its place."""
+    """A replacement: `value` takes the place of `target`, "module.name" below kernels/."""
 
     name: str
     target: str
@@ -41,12 +45,12 @@ class Variant:
 
     @classmethod
     def shipped(cls, target: str) -> "Variant":
-        """What is there already, put in its place as all others are: to do so takes time too."""
-        return cls(name="as shipped", target=target, value=getattr(*_place(target)))
+        """Return the present value as a variant, so that replacing it costs as much time."""
+        return cls(name=SHIPPED, target=target, value=getattr(*_place(target)))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Have launchers use it."""
+        """Make launchers use the variant."""
         module, name = _place(self.target)
         before = getattr(module, name)
         setattr(module, name, self.value)
@@ -56,7 +60,7 @@ class Variant:
             setattr(module, name, before)
 
     def during(self, call: Callable) -> Callable:
-        """`call` with launchers using it."""
+        """Return `call` with launchers using the variant."""
 
         def run(*args, **kwargs):
             with self.active():
@@ -71,20 +75,21 @@ def _place(target: str) -> tuple[ModuleType, str]:
     return importlib.import_module(f"...kernels.{module}", __package__), name
 
 
-def _product(*sizes: int) -> Variant:
+def _gemm_tile(*sizes: int) -> Variant:
     tile = make_tile(*sizes)
     return Variant(
         name=f"tile {sizes}", target="mlp.gemm.plan", value=lambda *_, **__: (tile, True)
     )
 
 
-def _attention(direction: str, *sizes: int) -> Variant:
-    shipped, names = _attention_launch.plan, ("block_m", "block_n", "num_warps", "num_stages")
+def _attention_tile(kernel: str, *sizes: int) -> Variant:
+    shipped = _attention_launch.plan
+    names = ("block_m", "block_n", "num_warps", "num_stages")
     tile = _attention_launch.Tile(**dict(zip(names, sizes, strict=True)))
     return Variant(
-        name=f"{direction} {sizes}",
+        name=f"{kernel} {sizes}",
         target="attention._launch.plan",
-        value=lambda wanted, *rest: tile if wanted == direction else shipped(wanted, *rest),
+        value=lambda wanted, *rest: tile if wanted == kernel else shipped(wanted, *rest),
     )
 
 
@@ -92,31 +97,31 @@ def _constant(target: str, value: Any) -> Variant:
     return Variant(name=f"{target.rsplit('.', 1)[1]} {value}", target=target, value=value)
 
 
-# What the machine code ranked close together (estimates), and what only a clock can tell.
+# Sizes that the machine code ranks close together, so that only a measurement decides.
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     "gelu_mlp": (
         Variant(name="cublas", target="mlp.gemm.plan", value=lambda *_, **__: (None, False)),
-        _product(128, 256, 64, 4, 8, 3),
-        _product(128, 256, 64, 2, 8, 3),
-        _product(128, 256, 64, 4, 8, 2),
-        _product(128, 128, 64, 1, 4, 3),
-        _product(128, 128, 64, 2, 4, 3),
-        _product(128, 128, 64, 1, 8, 4),
-        _product(256, 128, 64, 2, 8, 3),
-        _product(128, 256, 32, 4, 8, 4),
+        _gemm_tile(128, 256, 64, 4, 8, 3),
+        _gemm_tile(128, 256, 64, 2, 8, 3),
+        _gemm_tile(128, 256, 64, 4, 8, 2),
+        _gemm_tile(128, 128, 64, 1, 4, 3),
+        _gemm_tile(128, 128, 64, 2, 4, 3),
+        _gemm_tile(128, 128, 64, 1, 8, 4),
+        _gemm_tile(256, 128, 64, 2, 8, 3),
+        _gemm_tile(128, 256, 32, 4, 8, 4),
         *(_constant("mlp.gemm.GROUP_M", rows) for rows in (4, 16)),
     ),
     "causal_attention": (
-        _attention("fwd", 128, 64, 4, 3),
-        _attention("fwd", 128, 128, 8, 2),
-        _attention("fwd", 128, 64, 8, 3),
-        _attention("fwd", 64, 128, 4, 2),
-        _attention("dq", 128, 128, 8, 2),
-        _attention("dq", 64, 128, 4, 2),
-        _attention("dq", 128, 64, 4, 3),
-        _attention("dkdv", 64, 64, 4, 2),
-        _attention("dkdv", 128, 128, 8, 2),
-        _attention("dkdv", 64, 128, 4, 2),
+        _attention_tile("fwd", 128, 64, 4, 3),
+        _attention_tile("fwd", 128, 128, 8, 2),
+        _attention_tile("fwd", 128, 64, 8, 3),
+        _attention_tile("fwd", 64, 128, 4, 2),
+        _attention_tile("dq", 128, 128, 8, 2),
+        _attention_tile("dq", 64, 128, 4, 2),
+        _attention_tile("dq", 128, 64, 4, 3),
+        _attention_tile("dkdv", 64, 64, 4, 2),
+        _attention_tile("dkdv", 128, 128, 8, 2),
+        _attention_tile("dkdv", 64, 128, 4, 2),
         *(_constant("attention._launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
     "cross_entropy": tuple(
@@ -138,11 +143,11 @@ class TuneOptions:
     operator: tyro.conf.Positional[str]
     """Operator."""
     shape: tuple[str, ...] = ()
-    """Sizes like 32768x768; default: the operator's own."""
+    """Sizes such as 32768x768; default: a few per operator."""
     rounds: int = 10
-    """Samples of each variant."""
+    """Samples per variant."""
     out: str | None = None
-    """Also write the figures as JSON."""
+    """Also write the figures to this file, as JSON."""
 
 
 def tune(
@@ -153,27 +158,24 @@ def tune(
     device: torch.device,
     rounds: int,
 ) -> dict[str, Any]:
-    """Check and time every variant at one shape; the entry of the JSON."""
-    shipped = Variant.shipped(variants[0].target)
-    sets, refused, chosen = (
-        rotated_inputs(operator, shape, dtype, device),
-        {},
-        {shipped.name: shipped.during},
-    )
+    """Check and time every variant at one shape. Return the entry of the JSON."""
+    chosen, failed = [Variant.shipped(variants[0].target)], {}
     for variant in variants:
-        call = variant.during(operator.ours)
+        implementation = Implementation(name=variant.name, call=operator.ours)
         with variant.active():
-            why = refusal(operator, Contestant(name=variant.name, call=call), shape, dtype, device)
+            why = find_error(operator, implementation, shape, dtype, device)
         if why:
-            refused[variant.name] = why
+            failed[variant.name] = why
         else:
-            chosen[variant.name] = variant.during
-    times: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+            chosen.append(variant)
+
+    sets = rotated_inputs(operator, shape, dtype, device)
+    times: dict[str, dict[str, Any]] = {variant.name: {} for variant in chosen}
     for direction in directions_of(operator, shape):
-        # A backward's graph is made by the variant whose turn it is.
+        # A variant is active when a graph is made and when it runs backward.
         calls = {
-            name: during(during(timed)(operator.ours, sets, direction))
-            for name, during in chosen.items()
+            variant.name: variant.during(variant.during(timed)(operator.ours, sets, direction))
+            for variant in chosen
         }
         for name, sample in time_in_turn(calls, device, rounds=rounds).items():
             times[name][direction] = asdict(sample)
@@ -181,52 +183,46 @@ def tune(
         "shape": list(shape),
         "label": operator.label(shape),
         "seconds": times,
-        "refused": refused,
+        "failed": failed,
     }
 
 
 def _print(entry: dict[str, Any], console: Console) -> None:
-    directions = list(entry["seconds"]["as shipped"])
+    directions = list(entry["seconds"][SHIPPED])
     table = Table("variant", *(f"{direction} us" for direction in directions), title=entry["label"])
-    for name, samples in sorted(
+    fastest_first = sorted(
         entry["seconds"].items(), key=lambda item: item[1][directions[-1]]["median"]
-    ):
-        table.add_row(
-            name, *(f"{samples[direction]['median'] * 1e6:.1f}" for direction in directions)
-        )
-    for name, why in entry["refused"].items():
-        table.add_row(name, f"REFUSED: {why}")
+    )
+    for name, samples in fastest_first:
+        times = (f"{samples[direction]['median'] * 1e6:.1f}" for direction in directions)
+        table.add_row(name, *times)
+    for name, why in entry["failed"].items():
+        table.add_row(name, f"FAILED: {why}")
     console.print(table)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench tune`. Returns: exit status."""
-    options = parse(
-        TuneOptions,
-        argv,
-        prog="tritium bench tune",
-        description="Time an operator's launch sizes in one run.",
-    )
+    about = "Compare the launch sizes of an operator in one run."
+    options = parse(TuneOptions, argv, prog="tritium bench tune", description=about)
     name = options.operator
     if name not in VARIANTS:
-        raise InputError(
-            f"tritium bench tune: no operator with variants {name!r}; near: {near(name, list(VARIANTS))}"
-        )
+        raise InputError(unknown_name("operator with variants", name, VARIANTS))
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
     device = choose_device("auto")
     if device.type != "cuda":
         raise InputError(
-            "tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs none"
+            "tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs no GPU"
         )
     choose_matmul(device)
-    operator, out = OPERATORS[name], None if options.out is None else writable(Path(options.out))
-    console, entries = Console(width=None if Console().is_terminal else 140), []
+    out = None if options.out is None else check_writable(Path(options.out))
+    console = Console(width=None if Console().is_terminal else 140)
+    operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):
-        entries.append(
-            tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
-        )
-        _print(entries[-1], console)
+        entry = tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
+        entries.append(entry)
+        _print(entry, console)
         if out:
             write_record(out, "tune", {"operator": name, "entries": entries})
     return 0

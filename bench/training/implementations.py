@@ -1,8 +1,9 @@
-"""Who takes part in `tritium bench train`: models that train on the same batches from the same weights.
+"""The models that `tritium bench train` compares. All train on the same batches from equal weights.
 
-tritium     tritium's model, also with other attentions, in train/trainer.py's step
-baseline    plain PyTorch (baseline.py) in the same step: same precision, optimizer, clipping
-nanoGPT     a checkout's model.py in the step of its train.py: autocast, its own groups of AdamW, clip_grad_norm_
+tritium     tritium's model, also with other attentions, trained by train/trainer.py
+baseline    plain PyTorch (baseline.py), trained the same way: same precision, optimizer, clipping
+nanoGPT     the model.py of a checkout, trained like its train.py: autocast, its own AdamW groups,
+            clip_grad_norm_
 """
 
 import contextlib
@@ -29,26 +30,24 @@ from ...train.trainer import Trainer
 from .baseline import Baseline
 
 
-class Contestant:
-    """A model, trained as train/loop.py trains: by the same Trainer.
+class TrainedModel:
+    """A model and its training step: that of tritium's Trainer.
 
-    Attributes: kind: without how it is compiled.   losses: of each step so far, on the device.
+    Attributes:
+        kind: "tritium", "tritium, ATTENTION", "baseline" or "nanoGPT".
+        name: kind, with ", compiled" if both are compared.
+        losses: loss of each step so far, on the device.
     """
 
     def __init__(self, kind: str, model: nn.Module, config: TrainConfig, *, compiled: bool):
-        self.kind, self.model, self.compiled, self.losses, self._config = (
-            kind,
-            model,
-            compiled,
-            [],
-            config,
-        )
-        self.name, self.shape = kind, model.config
-        self.trainer = Trainer(
-            model,
-            Optimizer(model, config),
-            config.with_options(compile="on" if compiled else "off"),
-        )
+        self.kind = self.name = kind
+        self.model = model
+        self.shape: GPTConfig = model.config
+        self.compiled = compiled
+        self.losses: list[Tensor] = []
+        self._config = config
+        compile_option = config.with_options(compile="on" if compiled else "off")
+        self.trainer = Trainer(model, Optimizer(model, config), compile_option)
 
     def step(self, batch: Batch) -> None:
         """Train one step."""
@@ -57,64 +56,69 @@ class Contestant:
         self.trainer.update(lr)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch and its gradients by tritium's names, in float16 scaled up; none are left on the parameters."""
+        """Return the loss of a batch and its gradients by tritium's parameter names.
+
+        In float16 the gradients are scaled. None is left on the parameters.
+        """
         loss = self.trainer.backward(batch)
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
         return loss, gradients
 
     def held_bytes(self) -> int:
-        """Weights, their copies and optimizer state: what stays allocated while another one runs."""
-        state = [
-            value
-            for values in self.trainer.optimizer.states().values()
-            for value in values.values()
-        ]
-        return sum(
-            value.nbytes
-            for value in {*self.model.parameters(), *self.trainer.working.parameters(), *state}
-        )
+        """Return the bytes that stay allocated between steps: weights, copies, optimizer state."""
+        optimizer_states = self.trainer.optimizer.states().values()
+        state = [value for values in optimizer_states for value in values.values()]
+        weights = {*self.model.parameters(), *self.trainer.working.parameters()}
+        return sum(value.nbytes for value in {*weights, *state})
 
 
-class NanoGPT(Contestant):
-    """The model of a nanoGPT checkout, trained as its train.py does.
+class NanoGPT(TrainedModel):
+    """The model of a nanoGPT checkout, trained like its train.py.
 
     Args:
-        source: its model.py, imported.
-        weights: tritium's, whose names and layout it shares.
+        source: the model.py of the checkout, imported.
+        weights: tritium's weights. nanoGPT has the same names and layouts.
     """
 
     def __init__(
-        self, source: ModuleType, shape: GPTConfig, weights: dict[str, Tensor], config: TrainConfig, device: torch.device, *,
+        self,
+        source: ModuleType,
+        shape: GPTConfig,
+        weights: dict[str, Tensor],
+        config: TrainConfig,
+        device: torch.device,
+        *,
         compiled: bool,
-    ):  # fmt: skip
+    ):
         self.kind = self.name = "nanoGPT"
-        self.shape, self.compiled, self.losses, self._config = shape, compiled, [], config
-        sizes = {
-            "n_layer": shape.n_layer,
-            "n_head": shape.n_head,
-            "n_embd": shape.d_model,
-            "block_size": shape.context_tokens,
-        }
-        theirs = source.GPTConfig(
-            **sizes, vocab_size=shape.vocab_size, dropout=0.0, bias=shape.bias
+        self.shape = shape
+        self.compiled = compiled
+        self.losses = []
+        self._config = config
+        nanogpt_config = source.GPTConfig(
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            n_embd=shape.d_model,
+            block_size=shape.context_tokens,
+            vocab_size=shape.vocab_size,
+            dropout=0.0,
+            bias=shape.bias,
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # it counts its parameters aloud
-            self.model = source.GPT(theirs)
-            named = {f"transformer.{name}": value for name, value in weights.items()}
-            self.model.load_state_dict(named | {"lm_head.weight": weights["wte.weight"]})
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+            self.model = source.GPT(nanogpt_config)
+            renamed = {f"transformer.{name}": value for name, value in weights.items()}
+            self.model.load_state_dict(renamed | {"lm_head.weight": weights["wte.weight"]})
             self.model.to(device)
-            betas = (config.beta1, config.beta2)
             self._optimizer = self.model.configure_optimizers(
-                config.weight_decay, config.lr, betas, device.type
+                config.weight_decay, config.lr, (config.beta1, config.beta2), device.type
             )
         dtype = choose_dtype(config.execution.precision, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self._cast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         self._network = torch.compile(self.model) if compiled else self.model
 
     def step(self, batch: Batch) -> None:
-        """Train one step."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._config, len(self.losses))
         self.losses.append(self._backward(self._network, batch))
@@ -126,7 +130,10 @@ class NanoGPT(Contestant):
         self._optimizer.zero_grad(set_to_none=True)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As Contestant's, uncompiled, and with the tanh form of GELU, which is not nanoGPT's."""
+        """Return loss and gradients, uncompiled and with the tanh form of GELU.
+
+        Training uses nanoGPT's exact GELU.
+        """
         gelus = [module for module in self.model.modules() if isinstance(module, nn.GELU)]
         for gelu in gelus:
             gelu.approximate = "tanh"
@@ -139,60 +146,86 @@ class NanoGPT(Contestant):
         return loss, gradients
 
     def held_bytes(self) -> int:
-        """As Contestant's: its copies in 16 bits are made and dropped in each step."""
+        # Autocast frees its 16-bit copies in each step.
         state = [value for values in self._optimizer.state.values() for value in values.values()]
         return sum(value.nbytes for value in {*self.model.parameters(), *state})
 
     def _backward(self, network: Callable, batch: Batch) -> Tensor:
-        with self._cast:
+        with self._autocast:
             _, loss = network(*batch.on(next(self.model.parameters()).device))
         self._scaler.scale(loss).backward()
         return loss.detach()
 
 
-def chosen_attentions(
-    config: TrainConfig, asked: Sequence[str] | None, device: torch.device
+def choose_attentions(
+    config: TrainConfig, names: Sequence[str] | None, device: torch.device
 ) -> list[str]:
-    """Those beside ours; None asks for all that can run on CUDA. Raises: InputError for one asked for that cannot run here."""
-    default, chosen = list(ATTENTIONS)[1:] if device.type == "cuda" else [], []
-    for name in dict.fromkeys(default if asked is None else asked):
-        with contextlib.suppress(InputError) if asked is None else contextlib.nullcontext():
-            check_attention(config.with_options(attention=name), device)
-            chosen.append(name)
-    return chosen
-
-
-def make_contestants(
-    config: TrainConfig, shape: GPTConfig, device: torch.device, compiled: Sequence[bool],
-    attentions: Sequence[str] = (), nanogpt: ModuleType | None = None,
-) -> list[Contestant]:  # fmt: skip
-    """Tritium's model, the same with each of the other attentions, nanoGPT and the baseline, with the same weights.
+    """Return the attentions to compare with tritium's own.
 
     Args:
-        compiled: ways in which each takes part; where there are two, the compiled ones are so named.
-        nanogpt: as checkout_model gives it.
+        names: attentions; None for all that run here on CUDA, and for none on a CPU.
+    Raises: InputError if a named one cannot run here.
+    """
+    if names is not None:
+        for name in names:
+            check_attention(config.with_options(attention=name), device)
+        return list(dict.fromkeys(names))
+    others = [name for name in ATTENTIONS if name != "tritium"]
+    return [name for name in others if device.type == "cuda" and _runs_here(config, name, device)]
+
+
+def _runs_here(config: TrainConfig, attention: str, device: torch.device) -> bool:
+    try:
+        check_attention(config.with_options(attention=attention), device)
+    except InputError:
+        return False
+    return True
+
+
+def make_implementations(
+    config: TrainConfig,
+    shape: GPTConfig,
+    device: torch.device,
+    compiled: Sequence[bool],
+    attentions: Sequence[str] = (),
+    nanogpt: ModuleType | None = None,
+) -> list[TrainedModel]:
+    """Make the models that are compared, with equal weights.
+
+    Args:
+        compiled: [False], [True], or both to make each model twice.
+        attentions: other attentions for tritium's model.
+        nanogpt: the module of import_nanogpt.
+    Returns: tritium first, then other attentions, the baseline and nanoGPT.
     """
     torch.manual_seed(config.seed)
     weights = GPT(shape).state_dict()
-    makers = {"tritium": lambda: GPT(shape)}
-    makers |= {
-        f"tritium, {name}": lambda name=name: GPT(shape, attention=name) for name in attentions
-    }
-    contestants = []
-    for way in compiled:
-        for kind, make in {**makers, "baseline": lambda: Baseline(shape)}.items():
-            model = make()
+    constructors: dict[str, Callable[[], nn.Module]] = {"tritium": lambda: GPT(shape)}
+    for attention in attentions:
+        constructors[f"tritium, {attention}"] = lambda a=attention: GPT(shape, attention=a)
+    constructors["baseline"] = lambda: Baseline(shape)
+
+    implementations = []
+    for is_compiled in compiled:
+        for kind, construct in constructors.items():
+            model = construct()
             model.load_state_dict(weights)
-            contestants.append(Contestant(kind, model.to(device), config, compiled=way))
+            trained = TrainedModel(kind, model.to(device), config, compiled=is_compiled)
+            implementations.append(trained)
         if nanogpt is not None:
-            contestants.append(NanoGPT(nanogpt, shape, weights, config, device, compiled=way))
-    for contestant in contestants if len(compiled) > 1 else ():
-        contestant.name += ", compiled" * contestant.compiled
-    return contestants
+            trained = NanoGPT(nanogpt, shape, weights, config, device, compiled=is_compiled)
+            implementations.append(trained)
+    if len(compiled) > 1:
+        for one in implementations:
+            one.name += ", compiled" if one.compiled else ""
+    return implementations
 
 
-def checkout_model(checkout: Path) -> ModuleType:
-    """The model.py of a nanoGPT checkout. Raises: InputError if there is none; another model.py is not run."""
+def import_nanogpt(checkout: Path) -> ModuleType:
+    """Import the model.py of a nanoGPT checkout.
+
+    Raises: InputError if there is none. Another project's model.py is not run.
+    """
     file = checkout / "model.py"
     if not file.is_file() or b"class GPTConfig" not in file.read_bytes():
         raise InputError(
@@ -205,13 +238,22 @@ def checkout_model(checkout: Path) -> ModuleType:
 
 
 def nanogpt_shape(shape: GPTConfig) -> GPTConfig:
-    """The shape with a vocabulary that needs no padding, which nanoGPT has not. Raises: InputError if it has no such model."""
+    """Return the shape with a vocabulary that needs no padding: nanoGPT does not pad.
+
+    Raises: InputError if nanoGPT has no such architecture.
+    """
     plain = GPTConfig(
-        n_layer=shape.n_layer, n_head=shape.n_head, d_model=shape.d_model, vocab_size=shape.padded_vocab_size,
-        context_tokens=shape.context_tokens, bias=shape.bias, n_kv_head=shape.n_kv_head and shape.n_head,
-    )  # fmt: skip
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        d_model=shape.d_model,
+        vocab_size=shape.padded_vocab_size,
+        context_tokens=shape.context_tokens,
+        bias=shape.bias,
+        n_kv_head=shape.n_kv_head and shape.n_head,
+    )
     if replace(shape, vocab_size=plain.vocab_size) != plain:
         raise InputError(
-            "--nanogpt: expected a recipe with GPT-2's own positions, norms, heads and perceptron; leave it out"
+            "--nanogpt: expected a recipe with the positions, norms, heads and MLP of GPT-2, "
+            "got another architecture; leave the option out"
         )
     return plain

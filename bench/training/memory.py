@@ -1,7 +1,8 @@
-"""What a program does to memory, operator by operator, on tensors that hold nothing: bytes moved, bytes held.
+"""Count the bytes that a program moves and holds, operator by operator, on tensors without data.
 
-Tensors on "meta", or those of FakeTensorMode where an operator asks for their device, cost neither memory nor time, so sizes
-are those of real training. Modes go on top of one another: Launchers last, so that the others see inside it.
+Tensors on "meta" or of FakeTensorMode need no memory and no time, so the sizes can be those of real
+training. The classes are TorchDispatchModes. Enter RunLaunchers last: the others then see the
+operators inside the launchers.
 """
 
 import math
@@ -19,28 +20,24 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...kernels.core.op import LAUNCHERS
-from ..codegen.launches import Launch, record_launches
+from ..codegen.launches import Launch, RunLaunchers, record_launches
 
-# What takes memory and leaves in it what was there, and what overwrites its first argument without reading it.
+# Operators that allocate memory without writing it.
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+# Operators that overwrite their first argument without reading it.
 OVERWRITING = ("copy_", "fill_", "zero_")
 
 
-class Launchers(TorchDispatchMode):
-    """Has tritium's operators do on any device what they do on CUDA: run their launchers."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "tritium":
-            function = LAUNCHERS[function._opname]
-        return function(*args, **(kwargs or {}))
-
-
 class Held(TorchDispatchMode):
-    """Bytes of the tensors made inside: `now` there, the `most` there at once, `allocated` in all.
+    """Count the bytes of the tensors made inside.
 
     Args:
-        tensors: those that were there before, and do not count.
+        tensors: tensors made before, which do not count.
+
+    Attributes:
+        now: bytes that exist now.
+        most: largest value of `now`.
+        allocated: bytes of all tensors made.
     """
 
     now = most = allocated = 0
@@ -70,9 +67,10 @@ class Held(TorchDispatchMode):
 
 
 class Moved(TorchDispatchMode):
-    """Adds up in `nbytes`, by name, what ATen operators read and write: each tensor that they take or give counts once.
+    """Count the bytes that ATen operators read and write, by name, in `nbytes`.
 
-    Views and allocations move nothing. Of an expanded tensor counts what is stored.
+    Each input and output tensor counts once. Views and allocations count nothing. Expanded tensors
+    count the elements that are stored.
     """
 
     def __init__(self):
@@ -87,33 +85,35 @@ class Moved(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
         output = function(*args, **kwargs)
-        self.nbytes[function._opname] += _moved(function, args, kwargs, output)
+        self.nbytes[function._opname] += _moved_by_operator(function, args, kwargs, output)
         return output
 
 
-def _moved(function, args: tuple, kwargs: dict[str, Any], output: Any) -> int:
+def _moved_by_operator(function, args: tuple, kwargs: dict[str, Any], output: Any) -> int:
     if function._opname in ALLOCATING:
         return 0
-    taken, arguments = _tensors((args, kwargs)), function._schema.arguments
-    values = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-    written = _tensors([values.get(argument.name) for argument in arguments if argument.is_write])
-    overwritten = _tensors([values.get(argument.name) for argument in arguments if argument.is_out])
+    inputs, parameters = _tensors((args, kwargs)), function._schema.arguments
+    values = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+    written = _tensors([values.get(p.name) for p in parameters if p.is_write])
+    overwritten = _tensors([values.get(p.name) for p in parameters if p.is_out])
     if function._opname in OVERWRITING:
         overwritten = written
-    there = {x.untyped_storage()._cdata for x in taken}
-    written += [x for x in _tensors(output) if x.untyped_storage()._cdata not in there]
+    input_storages = {x.untyped_storage()._cdata for x in inputs}
+    written += [x for x in _tensors(output) if x.untyped_storage()._cdata not in input_storages]
     if not written:
         return 0  # a view
+    # A tensor that is passed twice is read once.
     read = {
-        _region(x): stored_bytes(x) for x in taken if not any(x is other for other in overwritten)
+        _region(x): stored_bytes(x) for x in inputs if not any(x is other for other in overwritten)
     }
     return sum(read.values()) + sum(map(stored_bytes, written))
 
 
 def moved_by_launch(launch: Launch) -> int:
-    """Bytes of the tensors that a launch is given, each argument once: a kernel here reads a tensor or writes it.
+    """Return the bytes of a launch's tensors.
 
-    What programs read again, or out of one another's rows, is taken to come out of a cache.
+    Each argument counts once: a kernel here reads a tensor or writes it. Repeated reads are taken
+    to come from a cache.
     """
     arguments = (
         value.base if isinstance(value, TensorDescriptor) else value
@@ -123,8 +123,11 @@ def moved_by_launch(launch: Launch) -> int:
 
 
 def moved(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
-    """Run `call` as on a GPU of sm_90, but for the kernels. Returns: what it returns, and bytes moved by operator or kernel."""
-    with record_launches("sm_90") as launches, Moved() as seen, Launchers():
+    """Run `call` as on a GPU of sm_90, with kernels recorded instead of run.
+
+    Returns: its result, and the bytes moved by name of the operator or kernel.
+    """
+    with record_launches("sm_90") as launches, Moved() as seen, RunLaunchers():
         output = call()
     for launch in launches:
         seen.nbytes[launch.kernel.__name__] += moved_by_launch(launch)
@@ -132,30 +135,31 @@ def moved(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
 
 
 def held(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Run `forward` and its backward as on a GPU, but for the kernels; the output goes as soon as the backward begins.
+    """Run `forward` and its backward as on a GPU, with kernels left out.
 
-    Returns: bytes `kept` in between, beside `inputs` and the output, the `most` there at once, and `allocated` in all.
+    The output is freed when the backward begins.
+
+    Returns: bytes `kept` between forward and backward besides `inputs` and the output, `peak` bytes
+        besides `inputs`, and bytes `allocated` in total.
     """
-    with mock.patch.object(JITFunction, "run", _not_launched), Held(*inputs) as seen, Launchers():
+    # record_launches would keep the tensors of each launch.
+    with mock.patch.object(JITFunction, "run", _skip), Held(*inputs) as seen, RunLaunchers():
         y = forward()
-        kept, dy, edge = seen.now - y.nbytes, torch.empty_like(y), get_gradient_edge(y)
+        kept = seen.now - y.nbytes
+        dy, edge = torch.empty_like(y), get_gradient_edge(y)
         del y
         torch.autograd.grad(edge, inputs, dy)
-    return {"kept": kept, "most": seen.most, "allocated": seen.allocated}
+    return {"kept": kept, "peak": seen.most, "allocated": seen.allocated}
 
 
-def _not_launched(*args, **kwargs) -> None:
-    """Unlike a note of record_launches this keeps nothing that the launch was given."""
+def _skip(*args, **kwargs) -> None:
+    """Stands for a launch."""
 
 
 def stored_bytes(x: Tensor) -> int:
-    """Bytes of the elements that differ in address."""
-    return (
-        math.prod(
-            1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True)
-        )
-        * x.element_size()
-    )
+    """Return the bytes of a tensor, where expanded axes count as one element."""
+    sizes = (1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True))
+    return math.prod(sizes) * x.element_size()
 
 
 def _region(x: Tensor) -> tuple:

@@ -3,8 +3,14 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritium.bench.codegen.disassembly import disassembly, resources
-from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
+from tritium.bench.codegen.launches import (
+    TARGETS,
+    RunLaunchers,
+    compile_launch,
+    record_launches,
+)
 from tritium.bench.codegen.machine_code import matrix_instructions, tma_loads
+from tritium.kernels import rms_norm
 from tritium.kernels.core import device as _device
 from tritium.kernels.core.triton import tl, triton
 
@@ -19,7 +25,7 @@ def _scale_kernel(x_ptr, y_ptr, n, factor, nothing_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _crowded_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Needs every row of x at once: far more values than a warp has registers."""
+    """Keep every row of x at once: far more values than a warp has registers."""
     offs = tl.arange(0, BLOCK)
     rows = tl.load(x_ptr + offs[:, None] * BLOCK + offs[None, :])
     sums = tl.sum(rows, axis=0)
@@ -31,7 +37,7 @@ def _crowded_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _descriptor_kernel(a_desc, b_desc, c_ptr, BLOCK: tl.constexpr):
-    """One tile of a b^T for one head: a, b (B, T, H, 64) through descriptors of blocks (1, BLOCK, 1, 64)."""
+    """One tile of a b^T for one head: a, b (B, T, H, 64) in blocks of (1, BLOCK, 1, 64)."""
     a = a_desc.load([0, 0, 1, 0]).reshape(BLOCK, 64)
     b = b_desc.load([0, 0, 1, 0]).reshape(BLOCK, 64)
     offs = tl.arange(0, BLOCK)
@@ -55,7 +61,7 @@ def recorded(kernel, *tensors, grid=(4,), arch="sm_90", **arguments):
     return launches[0]
 
 
-def test_launches_are_noted_and_not_run():
+def test_launches_are_recorded_and_not_run():
     x, y = torch.ones(100), torch.zeros(100)
     launch = recorded(
         _scale_kernel, x, y, n=100, factor=2.0, nothing_ptr=None, BLOCK=32, num_warps=1
@@ -67,8 +73,21 @@ def test_launches_are_noted_and_not_run():
     assert launch.arguments["num_warps"] == 1
 
 
+def test_run_launchers_replaces_operators_by_their_launchers():
+    x = torch.empty(4, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(64, device="meta", requires_grad=True)
+    with record_launches("sm_90") as launches, RunLaunchers():
+        rms_norm(x, weight).sum().backward()
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "_layer_norm_fwd_kernel",
+        "_layer_norm_bwd_kernel",
+        "_partial_sums_kernel",
+    ]
+    assert x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_gives_machine_code_and_its_resources(target):
+def test_every_target_compiles_to_machine_code(target):
     x = torch.empty(128, device="meta", dtype=torch.bfloat16)
     launch = recorded(
         _scale_kernel, x, x, n=128, factor=2.0, nothing_ptr=None, BLOCK=32, num_warps=1
@@ -80,7 +99,7 @@ def test_every_target_gives_machine_code_and_its_resources(target):
     assert found.spilled_bytes == 0
 
 
-def test_alignment_and_ones_are_specialized_as_at_run_time():
+def test_aligned_sizes_and_ones_are_specialized_as_at_run_time():
     x = torch.empty(1024, device="meta")
     aligned, odd, one = (
         compile_launch(
@@ -97,14 +116,14 @@ def test_alignment_and_ones_are_specialized_as_at_run_time():
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_a_planted_spill_is_seen(target):
+def test_spills_are_reported(target):
     x = torch.empty(128, 128, device="meta")
-    # Eight wavefronts a SIMD leave AMD's lanes 64 registers each of their 512.
+    # Eight wavefronts per SIMD leave each lane 64 of AMD's 512 registers.
     launch = recorded(_crowded_kernel, x, x, BLOCK=128, num_warps=1, waves_per_eu=8, grid=(1,))
     assert resources(compile_launch(launch, target)).spilled_bytes > 0
 
 
-def test_launchers_inside_plan_for_the_architecture():
+def test_launchers_plan_for_the_architecture():
     device, before = torch.device("meta"), _device.DEFAULT_ARCH
     with record_launches("gfx942"):
         assert _device.arch(device) == "gfx942"
@@ -114,11 +133,9 @@ def test_launchers_inside_plan_for_the_architecture():
     assert _device.arch(device) == before
 
 
-def test_descriptors_are_loaded_in_bulk():
-    x, c = (
-        torch.empty(2, 128, 3, 64, device="meta", dtype=torch.bfloat16),
-        torch.empty(64, 64, device="meta"),
-    )
+def test_descriptor_arguments_compile_to_bulk_loads():
+    x = torch.empty(2, 128, 3, 64, device="meta", dtype=torch.bfloat16)
+    c = torch.empty(64, 64, device="meta")
     tiles = TensorDescriptor.from_tensor(x, [1, 64, 1, 64])
     launch = recorded(_descriptor_kernel, tiles, tiles, c, BLOCK=64, num_warps=4)
     text = disassembly(compile_launch(launch, "sm_90"))
@@ -126,11 +143,9 @@ def test_descriptors_are_loaded_in_bulk():
     assert set(matrix_instructions(text)) == {"HGMMA"}
 
 
-def test_a_descriptor_is_noted_as_it_was():
-    x, c = (
-        torch.empty(2, 128, 3, 64, device="meta", dtype=torch.bfloat16),
-        torch.empty(64, 64, device="meta"),
-    )
+def test_a_descriptor_is_recorded_as_it_was_at_the_launch():
+    x = torch.empty(2, 128, 3, 64, device="meta", dtype=torch.bfloat16)
+    c = torch.empty(64, 64, device="meta")
     tiles = TensorDescriptor.from_tensor(x, [1, 64, 1, 64])
     with record_launches("sm_90") as launches:
         for rows in (64, 128):
@@ -139,7 +154,7 @@ def test_a_descriptor_is_noted_as_it_was():
     assert [launch.arguments["a_desc"].block_shape[1] for launch in launches] == [64, 128]
 
 
-def test_functions_defaults_and_grids_of_arguments():
+def test_function_arguments_defaults_and_callable_grids():
     x = torch.empty(128, device="meta")
     launch = recorded(
         _apply_kernel,
@@ -152,13 +167,13 @@ def test_functions_defaults_and_grids_of_arguments():
     assert launch.grid == (1, 2)
     compiled = compile_launch(launch, "sm_90")
     assert compiled.metadata.num_warps == 2
-    assert "%n: i32" in compiled.asm["ttir"], "n is not to be specialized"
+    assert "%n: i32" in compiled.asm["ttir"], "n is not specialized"
     assert "tensor<32xf32>" in compiled.asm["ttir"]
     with pytest.raises(KeyError, match="FUNCTION"):
         compile_launch(recorded(_apply_kernel, x, n=1), "sm_90")
 
 
-def test_options_reach_the_backend_that_knows_them():
+def test_each_backend_gets_its_own_options():
     x = torch.empty(128, device="meta")
     launch = recorded(
         _apply_kernel, x, n=1, FUNCTION=_twice, num_warps=4, maxnreg=40, waves_per_eu=3

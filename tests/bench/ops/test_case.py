@@ -1,58 +1,52 @@
-"""Every row of bench/kernels: inputs that fit, a definition that ours agrees with, costs, and names for what is absent."""
+"""Every operator of the bench: matching inputs, a correct definition, costs and implementations."""
 
 import pytest
 import torch
 
 from tritium.bench.ops import OPERATORS
-from tritium.bench.ops.case import Contestant
-from tritium.bench.ops.compare import refusal
-from tritium.kernels import __all__ as public
+from tritium.bench.ops.case import Implementation
+from tritium.bench.ops.check import find_error
+from tritium.kernels import __all__ as public_names
+
+pytestmark = pytest.mark.plain
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_contestant_here_is_right(name, dtype):
+def test_every_implementation_that_runs_here_is_correct(name, dtype):
     operator = OPERATORS[name]
-    here = [contestant for contestant in operator.contestants() if contestant.absence(CPU) is None]
-    assert here[0].name == "tritium"
-    assert here[1].name == "eager"
-    for contestant in here:
-        assert refusal(operator, contestant, operator.small_shapes[-1], dtype, CPU) is None, (
-            contestant.name
-        )
+    shape = operator.small_shapes[-1]
+    here = [one for one in operator.implementations() if one.why_missing(CPU) is None]
+    assert [one.name for one in here[:2]] == ["tritium", "eager"]
+    for one in here:
+        assert find_error(operator, one, shape, dtype, CPU) is None, one.name
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("name", OPERATORS)
-def test_shapes_and_costs(name):
+def test_shapes_have_costs_and_smaller_shapes_to_check(name):
     operator = OPERATORS[name]
-    assert name in public
+    assert name in public_names
     assert operator.bound in ("bytes", "flops")
-    made = operator.inputs(operator.small_shapes[0], torch.float32, CPU)
-    for shape in (*operator.shapes, *operator.small_shapes):
+    inputs = operator.inputs(operator.small_shapes[0], torch.float32, CPU)
+    # Operators for inference have no gradients.
+    parts = ("fwd", "bwd") if any(x.requires_grad for x in inputs.values()) else ("fwd",)
+    for shape in (*operator.shapes, *operator.small_shapes, *operator.launch_shapes):
         assert len(shape) == len(operator.sizes)
         cost = operator.cost(shape, 2)
-        # What is for inference alone has no gradients to form.
-        parts = ("fwd", "bwd") if any(x.requires_grad for x in made.values()) else ("fwd",)
-        assert {name for name in cost if name.endswith(operator.bound)} == {
-            f"{part}_{operator.bound}" for part in parts
-        }
+        bounds = {name for name in cost if name.endswith(operator.bound)}
+        assert bounds == {f"{part}_{operator.bound}" for part in parts}
         assert all(value > 0 for value in cost.values())
         smaller = operator.check_shape(shape)
         assert all(a <= b for a, b in zip(smaller, shape, strict=True))
     assert operator.label(operator.shapes[0]).startswith(f"{operator.sizes[0]}=")
 
 
-@pytest.mark.plain
-def test_what_cannot_take_part_says_why():
-    assert (
-        Contestant(name="x", call=abs, needs="no_such_library").absence(CPU)
-        == "no_such_library is not installed"
-    )
-    assert (
-        Contestant(name="x", call=abs, needs="torch", cuda_only=True).absence(CPU) == "needs a GPU"
-    )
-    assert Contestant(name="x", call=abs, needs="torch").absence(CPU) is None
+def test_why_missing_names_the_library_or_the_gpu():
+    def why_missing(**options):
+        return Implementation(name="x", call=abs, **options).why_missing(CPU)
+
+    assert why_missing(needs="no_such_library") == "no_such_library is not installed"
+    assert why_missing(needs="torch", cuda_only=True) == "needs a GPU"
+    assert why_missing(needs="torch") is None

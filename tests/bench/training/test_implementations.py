@@ -1,5 +1,3 @@
-"""Who takes part, how it is compiled and trained, what stays allocated of it."""
-
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -7,15 +5,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from tritium.bench.training.agreement import check_agreement
 from tritium.bench.training.baseline import Baseline
 from tritium.bench.training.implementations import (
-    Contestant,
-    checkout_model,
-    chosen_attentions,
-    make_contestants,
+    TrainedModel,
+    choose_attentions,
+    import_nanogpt,
+    make_implementations,
     nanogpt_shape,
 )
-from tritium.bench.training.training import check_agreement, random_batch
+from tritium.bench.training.training import random_batch
 from tritium.errors import InputError
 from tritium.model import GPTConfig
 from tritium.train.config import TrainConfig
@@ -24,16 +23,25 @@ from tritium.train.schedule import learning_rate
 pytestmark = pytest.mark.plain
 
 TINY = TrainConfig.from_options(
-    tokenizer="bpe:300", n_layer=1, n_head=2, d_model=16, context_tokens=16, batch_size=4, micro_batch_size=2, lr=1e-2,
+    tokenizer="bpe:300",
+    n_layer=1,
+    n_head=2,
+    d_model=16,
+    context_tokens=16,
+    batch_size=4,
+    micro_batch_size=2,
+    lr=1e-2,
     warmup_steps=2,
-)  # fmt: skip
+)
 CPU = torch.device("cpu")
 
-# What a checkout's model.py offers: sizes by its names, weights under "transformer", an exact GELU, which changes the loss.
+# A model.py with nanoGPT's interface: its names of sizes, weights under "transformer", and an exact
+# GELU, which changes the loss here.
 CHECKOUT = """
 from dataclasses import dataclass
 import torch
 from torch import nn
+from tritium.bench.training.agreement import check_agreement
 from tritium.bench.training.baseline import Baseline
 from tritium.model import GPTConfig as Shape
 
@@ -50,8 +58,11 @@ class GPTConfig:
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        sizes = dict(n_layer=config.n_layer, n_head=config.n_head, d_model=config.n_embd, vocab_size=config.vocab_size)
-        self.transformer = Baseline(Shape(**sizes, context_tokens=config.block_size, bias=config.bias))
+        shape = Shape(
+            n_layer=config.n_layer, n_head=config.n_head, d_model=config.n_embd,
+            vocab_size=config.vocab_size, context_tokens=config.block_size, bias=config.bias,
+        )
+        self.transformer = Baseline(shape)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self.gelu = nn.GELU()
@@ -60,7 +71,9 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         print("using")
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(
+            self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay
+        )
 
     def forward(self, idx, targets):
         loss = self.transformer(idx, targets)
@@ -75,123 +88,128 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ways", "names"),
+    ("compiled", "compiled_models"),
     [([False], []), ([True], ["GPT", "Baseline"]), ([False, True], ["GPT", "Baseline"])],
 )
-def test_what_is_compiled(monkeypatch, ways, names):
-    compiled = []
+def test_models_are_compiled_as_asked(monkeypatch, compiled, compiled_models):
+    seen = []
     monkeypatch.setattr(
-        torch, "compile", lambda model, fullgraph: compiled.append(type(model).__name__) or model
+        torch, "compile", lambda model, fullgraph: seen.append(type(model).__name__) or model
     )
-    made = make_contestants(TINY, TINY.gpt(vocab_size=300), CPU, ways)
-    assert compiled == names
-    assert [contestant.compiled for contestant in made] == [way for way in ways for _ in range(2)]
-    assert len({contestant.name for contestant in made}) == len(made)
+    models = make_implementations(TINY, TINY.gpt(vocab_size=300), CPU, compiled)
+    assert seen == compiled_models
+    assert [model.compiled for model in models] == [way for way in compiled for _ in range(2)]
+    assert len({model.name for model in models}) == len(models)
 
 
-def test_a_checkout_of_nanogpt_trains_as_itself(checkout, capsys):
-    """Its loss is its own; in the comparison with ours it has our GELU."""
+def test_all_models_have_equal_initial_weights():
+    ours, other, baseline = make_implementations(
+        TINY, TINY.gpt(vocab_size=300), CPU, [False], ["sdpa"]
+    )
+    assert [one.kind for one in (ours, other, baseline)] == ["tritium", "tritium, sdpa", "baseline"]
+    for model in (other, baseline):
+        for name, weight in model.model.state_dict().items():
+            assert torch.equal(weight, ours.model.state_dict()[name]), name
+
+
+def test_nanogpt_agrees_with_the_baseline_and_trains(checkout, capsys):
+    """Gradients are compared with the tanh form of GELU; training uses nanoGPT's own."""
     shape = nanogpt_shape(TINY.gpt(vocab_size=300))
     assert shape.vocab_size == 320
-    ours, baseline, theirs = make_contestants(
-        TINY, shape, CPU, [False], nanogpt=checkout_model(checkout)
-    )
+    nanogpt = import_nanogpt(checkout)
+    ours, baseline, theirs = make_implementations(TINY, shape, CPU, [False], nanogpt=nanogpt)
     assert (theirs.kind, theirs.name) == ("nanoGPT", "nanoGPT")
     batch = random_batch(TINY, shape, 0)
     found = check_agreement(TINY, theirs, baseline, batch)
     assert found["gradient_gap"] <= found["gradient_bound"]
-    assert all(
-        parameter.grad is None
-        for each in (baseline, theirs)
-        for parameter in each.model.parameters()
-    )
-    assert theirs.held_bytes() == sum(parameter.nbytes for parameter in theirs.model.parameters())
+    for model in (baseline, theirs):
+        assert all(parameter.grad is None for parameter in model.model.parameters())
+    weights = sum(parameter.nbytes for parameter in theirs.model.parameters())
+    assert theirs.held_bytes() == weights
     for _ in range(3):
-        for contestant in (ours, theirs):
-            contestant.step(batch)
+        for model in (ours, theirs):
+            model.step(batch)
     assert theirs.losses[0].item() == pytest.approx(2 * ours.losses[0].item(), rel=1e-5)
     assert theirs.losses[-1] < theirs.losses[0]
     assert all(parameter.grad is None for parameter in theirs.model.parameters())
-    assert theirs.held_bytes() > 3 * sum(
-        parameter.nbytes for parameter in theirs.model.parameters()
-    )
+    assert theirs.held_bytes() > 3 * weights
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_nanogpt_is_cast_clipped_and_scheduled_as_by_its_train_py(precision, checkout, monkeypatch):
-    config, batch = (
-        TINY.with_options(precision=precision, grad_clip=0.5),
-        random_batch(TINY, TINY.gpt(vocab_size=320), 0),
-    )
-    theirs = make_contestants(
-        config, TINY.gpt(vocab_size=320), CPU, [False], nanogpt=checkout_model(checkout)
-    )[-1]
-    expected = torch.autograd.grad(theirs.model(*batch.on(CPU))[1], list(theirs.model.parameters()))
-    clip, clipped, cast = torch.nn.utils.clip_grad_norm_, [], []
+def test_nanogpt_uses_autocast_clipping_and_schedule_of_its_train_py(
+    precision, checkout, monkeypatch
+):
+    config = TINY.with_options(precision=precision, grad_clip=0.5)
+    shape = TINY.gpt(vocab_size=320)
+    batch = random_batch(TINY, shape, 0)
+    theirs = make_implementations(config, shape, CPU, [False], nanogpt=import_nanogpt(checkout))[-1]
+    _, loss = theirs.model(*batch.on(CPU))
+    expected = torch.autograd.grad(loss, list(theirs.model.parameters()))
+
+    clip, clipped, autocast = torch.nn.utils.clip_grad_norm_, [], []
     monkeypatch.setattr(
         torch.nn.utils,
         "clip_grad_norm_",
         lambda *args: clipped.append((clip(*args).item(), args[1])),
     )
-    theirs.model.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
+    theirs.model.register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
     for step in range(2):
         theirs.step(batch)
-        assert {group["lr"] for group in theirs._optimizer.param_groups} == {
-            learning_rate(config, step)
-        }
+        rates = {group["lr"] for group in theirs._optimizer.param_groups}
+        assert rates == {learning_rate(config, step)}
     norm = torch.nn.utils.get_total_norm(expected).item()
     assert clipped[0] == (pytest.approx(norm, rel=4 * torch.finfo(torch.bfloat16).eps), 0.5)
-    assert cast == [precision != "float32"] * 2
+    assert autocast == [precision != "float32"] * 2
 
 
-def test_nanogpt_is_compiled_where_the_others_are(checkout, monkeypatch):
+def test_nanogpt_is_compiled_like_the_other_models(checkout, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     shape = TINY.gpt(vocab_size=320)
-    made = make_contestants(TINY, shape, CPU, [True], nanogpt=checkout_model(checkout))
-    assert compiled == [contestant.model for contestant in made]
+    models = make_implementations(TINY, shape, CPU, [True], nanogpt=import_nanogpt(checkout))
+    assert compiled == [model.model for model in models]
 
 
-def test_what_is_no_nanogpt_is_refused(tmp_path):
-    for _ in range(2):
-        with pytest.raises(
-            InputError,
-            match=r"--nanogpt: expected a nanoGPT checkout with model\.py, found none in",
-        ):
-            checkout_model(tmp_path)
-        (tmp_path / "model.py").write_text("raise SystemExit(3)  # another project's")
+def test_a_folder_without_nanogpt_raises(tmp_path):
+    expected = r"--nanogpt: expected a nanoGPT checkout with model\.py, found none in"
+    with pytest.raises(InputError, match=expected):
+        import_nanogpt(tmp_path)
+    (tmp_path / "model.py").write_text("raise SystemExit(3)  # another project's")
+    with pytest.raises(InputError, match=expected):
+        import_nanogpt(tmp_path)
+
+
+def test_nanogpt_has_the_architecture_of_gpt2_only():
     plain = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=64)
     assert nanogpt_shape(plain) == plain
     assert nanogpt_shape(replace(plain, n_kv_head=2)) == replace(plain, n_kv_head=2)
     for change in ({"position": "rotary"}, {"norm": "rms"}, {"mlp": "swiglu"}, {"n_kv_head": 1}):
-        with pytest.raises(
-            InputError, match="--nanogpt: expected a recipe with GPT-2's own positions"
-        ):
+        with pytest.raises(InputError, match="--nanogpt: expected a recipe with the positions"):
             nanogpt_shape(replace(plain, **change))
 
 
-def test_on_a_gpu_each_attention_that_is_installed_takes_part(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+def test_on_cuda_every_installed_attention_takes_part(monkeypatch):
+    cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     module = ModuleType("flash_attn")
     module.__spec__ = SimpleNamespace(name="flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    assert chosen_attentions(TINY, None, cuda) == ["sdpa", "flash-attn"]
-    assert chosen_attentions(TINY, None, cpu) == []
-    assert chosen_attentions(TINY, (), cuda) == []
-    assert chosen_attentions(TINY.with_options(precision="float32"), None, cuda) == ["sdpa"]
+    assert choose_attentions(TINY, None, cuda) == ["sdpa", "flash-attn"]
+    assert choose_attentions(TINY, None, CPU) == []
+    assert choose_attentions(TINY, (), cuda) == []
+    assert choose_attentions(TINY.with_options(precision="float32"), None, cuda) == ["sdpa"]
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert chosen_attentions(TINY, None, cuda) == ["sdpa"]
-    with pytest.raises(InputError, match="--attention: expected an installed flash-attn"):
-        chosen_attentions(TINY, ("flash-attn",), cuda)
+    assert choose_attentions(TINY, None, cuda) == ["sdpa"]
+    with pytest.raises(InputError, match="attention: expected an installed flash-attn"):
+        choose_attentions(TINY, ("flash-attn",), cuda)
 
 
-def test_what_stays_allocated_is_weights_and_both_moments():
+def test_held_bytes_are_weights_and_both_moments():
     shape = TINY.gpt(vocab_size=300)
-    contestant = Contestant("baseline", Baseline(shape), TINY, compiled=False)
-    weights = sum(parameter.nbytes for parameter in contestant.model.parameters())
-    assert contestant.held_bytes() == weights
-    contestant.step(random_batch(TINY, shape, 0))
-    counters = 4 * len(list(contestant.model.parameters()))
-    assert contestant.held_bytes() == 3 * weights + counters
+    model = TrainedModel("baseline", Baseline(shape), TINY, compiled=False)
+    weights = sum(parameter.nbytes for parameter in model.model.parameters())
+    assert model.held_bytes() == weights
+    model.step(random_batch(TINY, shape, 0))
+    step_counters = 4 * len(list(model.model.parameters()))
+    assert model.held_bytes() == 3 * weights + step_counters

@@ -12,7 +12,7 @@ from tritium.kernels.core.triton import tl, triton
 
 pytestmark = pytest.mark.plain
 
-# Of x (4, 8), row (8,) and w (8, 2), float32.
+# Bytes of x (4, 8), row (8,), w (8, 2) and x @ w in float32.
 X, ROW, W, XW = 128, 32, 64, 32
 CALLS = [
     ("add", lambda x, row, w: x + x.clone(), 5 * X),
@@ -22,12 +22,12 @@ CALLS = [
     ("views", lambda x, row, w: x.t()[1:].unsqueeze(0).expand(3, 7, 4).detach(), 0),
     ("part", lambda x, row, w: x[:, :4].clone(), X),
     ("allocated", lambda x, row, w: (torch.empty_like(x), x.new_empty(3)), 0),
-    ("made", lambda x, row, w: torch.zeros(4, 8), X),
+    ("filled", lambda x, row, w: torch.zeros(4, 8), X),
     ("added in place", lambda x, row, w: x.add_(row), 2 * X + ROW),
     ("overwritten", lambda x, row, w: x.copy_(row), X + ROW),
-    ("cleared", lambda x, row, w: x.zero_(), X),
-    ("product", lambda x, row, w: x @ w, X + W + XW),
-    ("product to a place", lambda x, row, w: torch.mm(x, w, out=w.new_empty(4, 2)), X + W + XW),
+    ("zeroed", lambda x, row, w: x.zero_(), X),
+    ("matmul", lambda x, row, w: x @ w, X + W + XW),
+    ("matmul with out=", lambda x, row, w: torch.mm(x, w, out=w.new_empty(4, 2)), X + W + XW),
     ("layer", lambda x, row, w: F.linear(x, w.t(), w[0]), X + W + 8 + XW),
 ]
 
@@ -36,15 +36,15 @@ CALLS = [
 @pytest.mark.parametrize(
     ("call", "nbytes"), [row[1:] for row in CALLS], ids=[row[0] for row in CALLS]
 )
-def test_each_tensor_is_moved_once(call, nbytes, device):
+def test_each_tensor_counts_once(call, nbytes, device):
     tensors = [torch.ones(size, device=device) for size in ((4, 8), (8,), (8, 2))]
     with Moved() as seen:
         call(*tensors)
     assert seen.nbytes.total() == nbytes
 
 
-def test_what_an_operator_is_made_of_is_counted_too():
-    """Below autograd, where launchers run, a composite operator arrives whole."""
+def test_composite_operators_are_counted_by_their_parts():
+    """Below autograd, where launchers run, they are not decomposed yet."""
     x, w = torch.ones(8, 8), torch.ones(3, 8)
     with torch._C._AutoDispatchBelowAutograd(), Moved() as seen:
         F.linear(x.t().reshape(64, 1).view(8, 8), w)
@@ -57,7 +57,7 @@ def _copy_kernel(x_ptr, y_ptr, w_desc, nothing_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs) + w_desc.load([0, 0]))
 
 
-def test_a_launch_moves_each_of_its_arguments():
+def test_each_tensor_argument_of_a_launch_counts_once():
     x, w = torch.zeros(64), torch.zeros(2, 16)
 
     def call():
@@ -71,22 +71,22 @@ def test_a_launch_moves_each_of_its_arguments():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_operators_do_what_their_launchers_do(device):
+def test_tritium_operators_are_counted_by_their_kernels(device):
     M, N = 6, 32
     sizes = ((M, N), (N,), (N,))
     x, weight, bias = (
         torch.ones(size, device=device, dtype=torch.bfloat16, requires_grad=True) for size in sizes
     )
-    (y, h), there = moved(lambda: add_layer_norm(x, x, weight, bias))
-    assert there == {"_layer_norm_fwd_kernel": 2 * (4 * M * N + 2 * N) + 4 * 2 * M}
-    grads, back = moved(lambda: torch.autograd.grad((y, h), (x, weight, bias), (x, x)))
+    (y, h), forward = moved(lambda: add_layer_norm(x, x, weight, bias))
+    assert forward == {"_layer_norm_fwd_kernel": 2 * (4 * M * N + 2 * N) + 4 * 2 * M}
+    grads, backward = moved(lambda: torch.autograd.grad((y, h), (x, weight, bias), (x, x)))
     assert [grad.shape for grad in grads] == [x.shape, weight.shape, bias.shape]
-    # Both summands have the same gradient, which is x's twice.
-    assert set(back) == {"_layer_norm_bwd_kernel", "_partial_sums_kernel", "add"}
-    assert back["add"] == 2 * 2 * M * N
+    # x is both summands, so its gradient is a sum of two.
+    assert set(backward) == {"_layer_norm_bwd_kernel", "_partial_sums_kernel", "add"}
+    assert backward["add"] == 2 * 2 * M * N
 
 
-def test_what_is_there_is_told_from_what_was():
+def test_freed_tensors_no_longer_count_as_held():
     x = torch.zeros(100)
     with Held(x) as seen:
         y = x + 1
@@ -98,11 +98,12 @@ def test_what_is_there_is_told_from_what_was():
     assert (seen.now, seen.most, seen.allocated) == (0, 440, 440)
 
 
-def test_held_between_forward_and_backward():
+def test_saved_tensors_are_kept_until_the_backward():
     x = torch.empty(100, device="meta", requires_grad=True)
 
     def forward() -> Tensor:
-        return x.exp().mul(2).sin()  # exp keeps what it gave, sin what it got
+        return x.exp().mul(2).sin()  # exp saves its output, sin its input
 
-    # At once: both of these, y's gradient, the cosine and their product. In all: three forward, these three, two gradients.
-    assert held(forward, [x]) == {"kept": 2 * 400, "most": 5 * 400, "allocated": 8 * 400}
+    # Peak: the two saved, y's gradient, the cosine and cosine times gradient. Allocated: three in
+    # the forward, these last three, two more gradients.
+    assert held(forward, [x]) == {"kept": 2 * 400, "peak": 5 * 400, "allocated": 8 * 400}
