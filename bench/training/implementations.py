@@ -22,10 +22,10 @@ from ...model import GPT, GPTConfig
 from ...model.attention import ATTENTIONS
 from ...train.config import TrainConfig
 from ...train.data.loader import Batch
-from ...train.optim import Optimizer
-from ...train.precision import check_attention, choose_dtype
+from ...train.execution import check_attention
+from ...train.precision import choose_dtype
 from ...train.schedule import learning_rate
-from ...train.trainer import Trainer
+from ...train.trainer import single_trainer
 from .baseline import Baseline
 
 
@@ -44,10 +44,8 @@ class Contestant:
             config,
         )
         self.name, self.shape = kind, model.config
-        self.trainer = Trainer(
-            model,
-            Optimizer(model, config),
-            config.with_options(compile="on" if compiled else "off"),
+        self.trainer = single_trainer(
+            model, config.with_options(compile="on" if compiled else "off")
         )
 
     def step(self, batch: Batch) -> None:
@@ -157,7 +155,7 @@ def chosen_attentions(
     default, chosen = list(ATTENTIONS)[1:] if device.type == "cuda" else [], []
     for name in dict.fromkeys(default if asked is None else asked):
         with contextlib.suppress(InputError) if asked is None else contextlib.nullcontext():
-            check_attention(config.with_options(attention=name), device)
+            check_attention(name, device, choose_dtype(config.execution.precision, device))
             chosen.append(name)
     return chosen
 

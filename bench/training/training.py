@@ -47,10 +47,10 @@ from ...train.config import TrainConfig
 from ...train.data.loader import Batch
 from ...train.data.tokenizer import vocab_size_of
 from ...train.device import choose_device, choose_matmul, keep_freed_memory
+from ...train.execution import compiles_on
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ...train.run.profile import Row, activities, operators
-from ...train.trainer import is_compiled_on
 from ..record import provenance, writable, write_record
 from .implementations import (
     Contestant,
@@ -153,7 +153,7 @@ def measure(
     steps = options.steps or steps
     warmup_steps = warmup_steps if options.warmup_steps is None else options.warmup_steps
     compiled = {"on": [True], "off": [False], "each": [False, True]}.get(
-        options.compile, [is_compiled_on(device)]
+        options.compile, [compiles_on(device)]
     )
     attentions = chosen_attentions(config, options.attention, device)
     nanogpt = None if options.nanogpt is None else checkout_model(Path(options.nanogpt))
