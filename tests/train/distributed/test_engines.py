@@ -21,22 +21,8 @@ pytestmark = pytest.mark.plain
 
 STEPS = 20
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
-MODELS = {
-    "gpt2": [],
-    "llama": [
-        "--position",
-        "rotary",
-        "--norm",
-        "rms",
-        "--mlp",
-        "swiglu",
-        "--n-kv-head",
-        2,
-        "--micro-batch-size",
-        2,
-    ],
-    "bfloat16": ["--precision", "bfloat16"],
-}
+LLAMA = "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --micro-batch-size 2"
+MODELS = {"gpt2": [], "llama": LLAMA.split(), "bfloat16": ["--precision", "bfloat16"]}
 # Ranks, and options of the launch.
 LAUNCHES = {
     "single": (0, []),
@@ -72,10 +58,23 @@ def words(runs, monkeypatch) -> list:
     corpus = runs / "corpus.txt"
     corpus.write_text("\n".join(str(number * number) for number in range(550)))
     options = {
-        "data": corpus, "tokenizer": "bytes", "device": "cpu", "n-layer": 2, "n-head": 4, "d-model": 32, "context-tokens": 32,
-        "steps": STEPS, "batch-size": 8, "warmup-steps": 2, "lr": 3e-3, "eval-interval": 100, "checkpoint-interval": 10,
-        "keep-checkpoints": 5, "sample-tokens": 2, "prompt": "1",
-    }  # fmt: skip
+        "data": corpus,
+        "tokenizer": "bytes",
+        "device": "cpu",
+        "n-layer": 2,
+        "n-head": 4,
+        "d-model": 32,
+        "context-tokens": 32,
+        "steps": STEPS,
+        "batch-size": 8,
+        "warmup-steps": 2,
+        "lr": 3e-3,
+        "eval-interval": 100,
+        "checkpoint-interval": 10,
+        "keep-checkpoints": 5,
+        "sample-tokens": 2,
+        "prompt": "1",
+    }
     return ["laptop", *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
@@ -87,12 +86,13 @@ def once(runs, words, launch):
         folder = runs / f"{model}-{engine}"
         if not folder.exists():
             ranks, options = LAUNCHES[engine]
-            # With a backend that generates no code, which would take longer than the run.
-            compiling, backend = (
-                (["--compile", "on"], {"backend": "aot_eager"}) if compiled else ([], {})
-            )
+            more = {}
+            if compiled:
+                options = [*options, "--compile", "on"]
+                # Generates no code, which would take longer than the run.
+                more["backend"] = "aot_eager"
             status, _, err = launch(
-                ranks, *words, *MODELS[model], *options, *compiling, "--out", folder, **backend
+                ranks, *words, *MODELS[model], *options, "--out", folder, **more
             )
             assert status == [0] * len(status), err
         return folder

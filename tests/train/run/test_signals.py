@@ -7,14 +7,9 @@ pytestmark = pytest.mark.plain
 
 def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tiny, launch, tmp_path):
     run = tmp_path / "run"
-    endless = [
-        "--steps",
-        1_000_000,
-        "--checkpoint-interval",
-        1_000_000,
-        "--eval-interval",
-        1_000_000,
-    ]
+    endless = []
+    for name in ("--steps", "--checkpoint-interval", "--eval-interval"):
+        endless += [name, 1_000_000]
     status, out, errors = launch(2, *tiny[1:], *endless, "--parallel", "fsdp", stop=run)
     assert status == [130, 130], errors
     assert f"torchrun ... -m tritium.train --resume {run}" in out[0]
