@@ -47,7 +47,7 @@ class ExecutionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What a run writes, and when."""
+    """The files that a run writes, and when."""
 
     out: str | None = None
     """Folder of the run. Default: the next free runs/RECIPE-N."""
@@ -101,7 +101,7 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"
-    """After the warm-up: cosine; constant; wsd: constant, then linear over the last fifth."""
+    """cosine: to min_lr; constant; wsd: constant, then linear to min_lr over the last fifth."""
     optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"
     """muon: Muon for the matrices of blocks, AdamW for other parameters, with the same options."""
     weight_decay: float = 0.1

@@ -53,9 +53,9 @@ def choose_matmul(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Make glibc's allocator keep what PyTorch frees, for the rest of the process.
 
-    By default the allocator maps each tensor above 128 KiB anew, clears it page by page and returns
-    it to the system. On an AMD EPYC (2024) this took a third of a small model's step. Memory in use
-    does not grow.
+    By default the allocator gets memory for each tensor above 128 KiB from the system, which clears
+    it page by page, and returns it afterwards. On an AMD EPYC (2024) this took a third of a small
+    model's step. Memory in use does not grow.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

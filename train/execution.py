@@ -19,7 +19,7 @@ from .precision import choose_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What a run executes on, and in which precision."""
+    """The ranks, device, precision and sizes with which a run executes."""
 
     world: World
     device: torch.device

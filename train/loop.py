@@ -145,28 +145,17 @@ def _train(
     else:
         first = load_checkpoint(checkpoint, engine, optimizer)
 
-    # The data, and what the run writes.
-    T = config.model.context_tokens
+    # The data, and the metrics of its steps.
     loader = Loader(
         dataset.train,
-        context_tokens=T,
+        context_tokens=config.model.context_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
         rank=world.data_rank,
         world_size=world.data_ranks,
         pinned=execution.device.type == "cuda",
     )
-    metrics = Metrics(
-        run,
-        start=first,
-        steps=config.steps,
-        tokens_per_step=config.batch_size * T,
-        flops_per_token=flops_per_token(model.config, T),
-        device=execution.device,
-        skips_overflow=optimizer.scaler.is_enabled(),
-        world=world,
-        trackers=open_trackers(config, run, first) if world.is_rank0 else (),
-    )
+    metrics = _open_metrics(config, run, engine, optimizer, first)
     if execution.is_compiled:
         console.print("compiling the model: the first step takes longer if it is not in the cache")
 
@@ -196,6 +185,24 @@ def _save_first(
         if engine.world.is_rank0:
             shutil.rmtree(run)
         raise
+
+
+def _open_metrics(
+    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer, first: int
+) -> Metrics:
+    T = config.model.context_tokens
+    world = engine.world
+    return Metrics(
+        run,
+        start=first,
+        steps=config.steps,
+        tokens_per_step=config.batch_size * T,
+        flops_per_token=flops_per_token(engine.model.config, T),
+        device=engine.execution.device,
+        skips_overflow=optimizer.scaler.is_enabled(),
+        world=world,
+        trackers=open_trackers(config, run, first) if world.is_rank0 else (),
+    )
 
 
 # --- the steps

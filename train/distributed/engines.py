@@ -106,7 +106,8 @@ class SingleProcess:
 
     def gather_optimizer_states(self, optimizer: "Optimizer") -> States:
         """Return the complete optimizer state, on the ranks where gather_weights has weights."""
-        return self._local_states(optimizer)
+        names = self._names()
+        return {names[parameter]: state for parameter, state in optimizer.states().items()}
 
     def scatter_optimizer_states(self, states: States | None, optimizer: "Optimizer") -> None:
         """Load the state that gather_optimizer_states returned, given on rank 0, else None."""
@@ -121,10 +122,6 @@ class SingleProcess:
                 self.world.broadcast(state[key])
             if state:
                 optimizer.load_state(parameter, state)
-
-    def _local_states(self, optimizer: "Optimizer") -> States:
-        names = self._names()
-        return {names[parameter]: state for parameter, state in optimizer.states().items()}
 
     def _layout(self, states: States | None) -> dict[str, dict[str, tuple]]:
         """Return shape and dtype of each tensor of rank 0's states, on all ranks."""

@@ -28,7 +28,7 @@ class Launch:
     """Options of `tritium train` that belong to the launch: a run may be resumed with others."""
 
     parallel: Literal[("auto", *_PARALLEL)] = "auto"
-    """What ranks divide. ddp: the batch; zero1: optimizer state too; fsdp: weights too."""
+    """Ranks divide the batch; zero1: optimizer state too; fsdp: weights too. auto: ddp or fsdp."""
     shard_ranks: int | None = None
     """With fsdp, ranks that together hold a copy of the weights. Default: all."""
     tensor_parallel: int = 1

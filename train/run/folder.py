@@ -31,7 +31,7 @@ from ..files import write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What config.json holds: all that is needed to repeat or resume a run."""
+    """The content of config.json: all that is needed to repeat or resume a run."""
 
     train: TrainConfig
     model: GPTConfig
@@ -122,14 +122,15 @@ def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True
     """Open the dataset of a run, even if the run or the dataset was moved or the cache is gone.
 
     Tries the recorded path, the same path relative to the run folder, and the recorded name next to
-    the run folder. Else builds the dataset again from the recorded inputs.
+    the run folder. If none is a dataset, builds it again from the recorded inputs.
 
     Raises: InputError if it is not found and cannot be built, or if it is another dataset.
     """
-    beside = run.resolve().parent / record.dataset.name
-    candidates = [record.dataset, beside]
+    folder = run.resolve()
+    candidates = [record.dataset]
     if record.dataset_relative is not None:
-        candidates.insert(1, run.resolve() / record.dataset_relative)
+        candidates.append(folder / record.dataset_relative)
+    candidates.append(folder.parent / record.dataset.name)
     found = [path for path in candidates if (path / "dataset.json").is_file()]
     path = found[0] if found else _build_again(record, run, progress)
     dataset = open_dataset(path)
