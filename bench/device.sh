@@ -82,7 +82,7 @@ else
     suites=(
         "layer_norm norm/test_layer_norm.py layer_norm,add_layer_norm"
         "attention attention/test_causal.py causal_attention"
-        "gelu_mlp mlp/test__gemm.py,mlp/test_gelu_mlp.py gelu_mlp"
+        "gelu_mlp mlp/test_gemm.py,mlp/test_gelu_mlp.py gelu_mlp"
         "cross_entropy loss/test_cross_entropy.py cross_entropy"
         "linear_cross_entropy loss/test_linear_cross_entropy.py linear_cross_entropy"
         "attention_varlen attention/test_varlen.py causal_attention_varlen"

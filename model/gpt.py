@@ -202,6 +202,8 @@ class GPT(nn.Module):
         for block in self.h if recompute == "gelu" else ():
             block.mlp.recomputes = True
         self.ln_f = NORMS[config.norm](config)
+        # Dtype of the residual stream in the blocks; None: the dtype of the embedding.
+        self.compute_dtype: torch.dtype | None = None
         init_weights(self, config.n_layer)
 
     def forward(
@@ -243,8 +245,7 @@ class GPT(nn.Module):
             stream = stream + self.wpe(position)
         else:
             turn = _turn(position, self.config.head_size)
-        # Embeddings may be wider than what the blocks compute in, see train/precision.py.
-        branch, stream = None, stream.flatten(0, 1).to(self.h[0].attn.c_attn.weight.dtype)
+        branch, stream = None, stream.flatten(0, 1).to(self.compute_dtype or stream.dtype)
         context = ForwardContext((B, T), cu_seqlens, turn, cache, self.attention)
         for block in self.h:
             branch, stream = self._apply_block(block, branch, stream, context)

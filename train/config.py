@@ -5,8 +5,10 @@
       .execution        ExecutionOptions: device, precision, ...; results agree to rounding
       .report           ReportOptions: what the run writes, and when
 
-Options have flat names: the command line and config.json know `n_layer` and `device`, without the part that
-holds them. `from_options` and `options` translate.
+Options have flat names: the command line and config.json say `n_layer` and `device`, without the
+part that holds them. `from_options` and `options` translate.
+
+The docstring of an option is its help text: one line, because --help would keep a line break.
 """
 
 import math
@@ -21,6 +23,7 @@ from .optim import OPTIMIZERS
 from .precision import PRECISIONS
 from .schedule import SCHEDULES
 
+_DEFAULT_MODEL = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)
 DIVERGED = "training diverged: lower `lr`, raise `warmup_steps`, or set `grad_clip`"
 
 
@@ -31,21 +34,20 @@ class ExecutionOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
     precision: Literal[tuple(PRECISIONS)] = "auto"
-    """Dtype of matmuls; weights and optimizer state stay float32. auto: bfloat16 on CUDA, float16 on GPUs without
-    bfloat16, else float32."""
+    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether torch.compile compiles the model and its loss into one graph. auto: on CUDA."""
+    """Whether torch.compile compiles the model and its loss. auto: on CUDA."""
     attention: Literal[tuple(ATTENTIONS)] = "tritium"
-    """Implementation of attention: tritium's kernels, PyTorch's SDPA, or the flash-attn package (CUDA, 16 bits)."""
+    """tritium: own kernels; sdpa: PyTorch's; flash-attn: the package of that name, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
-    """Activation checkpointing: recompute GELU, blocks except attention, or whole blocks in the backward."""
+    """Activation checkpointing of GELU, of blocks without attention (selective), or of blocks."""
     micro_batch_size: int | None = None
-    """Sequences per forward and backward on each rank; gradients add up to batch_size. Default: all of them."""
+    """Sequences per forward and backward on each rank. Default: all of the rank's batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What a run writes, and when."""
+    """The files that a run writes, and when."""
 
     out: str | None = None
     """Folder of the run. Default: the next free runs/RECIPE-N."""
@@ -62,7 +64,7 @@ class ReportOptions:
     sample_tokens: int = 200
     """Tokens per sample."""
     profile: int = 0
-    """Number of steps, after the first 10, to profile into RUN/profile: a trace for Perfetto, a table of operators."""
+    """Steps to profile, after the first 10, into RUN/profile: a trace, a table of operators."""
     wandb: str | None = None
     """Weights & Biases project that receives the lines of metrics.jsonl."""
     tensorboard: bool = False
@@ -84,9 +86,9 @@ class TrainConfig:
     """Fraction of the text held out for validation, when the run builds the dataset."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
-    model: GPTConfig = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)
+    model: GPTConfig = _DEFAULT_MODEL
     document_mask: bool = False
-    """Whether documents that share a sequence cannot attend to each other; positions then restart at each document."""
+    """Keep documents in a sequence from attending to each other. Positions restart at each."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -99,10 +101,9 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"
-    """Learning rate after the warm-up. cosine: to min_lr; constant; wsd: constant, then linear to min_lr over the last
-    fifth of the steps."""
+    """cosine: to min_lr; constant; wsd: constant, then linear to min_lr over the last fifth."""
     optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"
-    """muon: Muon for the matrices of the blocks, AdamW for all other parameters, at the same learning rate."""
+    """muon: Muon for the matrices of blocks, AdamW for other parameters, with the same options."""
     weight_decay: float = 0.1
     """Decoupled weight decay, of matrices only."""
     beta1: float = 0.9
@@ -131,7 +132,8 @@ class TrainConfig:
                 raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if self.micro_batch < 1 or self.batch_size % self.micro_batch:
             raise InputError(
-                f"micro_batch_size: expected a divisor of the batch size {self.batch_size}, got {self.micro_batch}"
+                f"micro_batch_size: expected a divisor of the batch size {self.batch_size}, "
+                f"got {self.micro_batch}"
             )
         try:
             check_recompute(self.execution.recompute, self.model)
@@ -140,16 +142,16 @@ class TrainConfig:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences per forward and backward in one process."""
-        size = self.execution.micro_batch_size
-        return self.batch_size if size is None else size
+        """Sequences per forward and backward in a single process."""
+        micro_batch = self.execution.micro_batch_size
+        return self.batch_size if micro_batch is None else micro_batch
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """Return the shape of the model for a vocabulary."""
         return replace(self.model, vocab_size=vocab_size)
 
     def options(self) -> dict[str, Any]:
-        """All options by their flat names."""
+        """Return all options by their flat names."""
         return {name: getattr(part(self), name) for name, part in PART_OF.items()}
 
     def with_options(self, **changes: Any) -> "TrainConfig":
@@ -160,6 +162,8 @@ class TrainConfig:
         for name in changes:
             if name not in PART_OF:
                 raise InputError(unknown_name("option", name, PART_OF))
+
+        # The parts first, then the options of the TrainConfig itself.
         parts = {"model": self.model, "execution": self.execution, "report": self.report}
         try:
             for name, part in parts.items():
@@ -176,7 +180,7 @@ class TrainConfig:
 
 
 def _names(part: type) -> list[str]:
-    """The options that a dataclass holds itself. The tokenizer decides vocab_size."""
+    """Return the options that a dataclass holds itself. vocab_size is not an option."""
     nested = ("model", "execution", "report", "vocab_size")
     return [each.name for each in fields(part) if each.name not in nested]
 
@@ -188,6 +192,8 @@ PART_OF = {
     **dict.fromkeys(_names(ExecutionOptions), lambda config: config.execution),
     **dict.fromkeys(_names(ReportOptions), lambda config: config.report),
 }
+
+# Flat name -> least value.
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_tokens"), 1),
     **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),

@@ -1,4 +1,4 @@
-"""The device a run uses and how float32 is multiplied there: the one place that decides."""
+"""The device of a run, and how PyTorch multiplies float32 matrices on it."""
 
 import ctypes
 
@@ -6,12 +6,16 @@ import torch
 
 from ..errors import InputError
 
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn the option into a device that exists. Raises: InputError if it does not."""
+    """Return the device that the option names; auto: CUDA if there is a GPU, else the CPU.
+
+    Raises: InputError if there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -19,19 +23,22 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise InputError(
-            f"device: expected a device that PyTorch finds here, got {name!r}; leave it out or say cpu"
+            f"device: expected a device that PyTorch finds here, got {name!r}; "
+            "leave it out or say cpu"
         ) from None
     return device
 
 
 def choose_matmul(device: torch.device) -> None:
-    """Set how PyTorch multiplies float32 matrices on `device`: always in float32.
+    """Make PyTorch multiply float32 matrices on `device` in float32, as fast as it can.
 
-    CUDA: no TF32. Products are float32 there only if `precision` asked for it, and every GPU with TF32 has bfloat16 too.
-    CPU: where PyTorch's default library is MKL, x86 processors not made by Intel get its slower code; the setting "bf16" hands
-    float32 products to oneDNN instead, which keeps them in float32 unless the processor has bf16 matrix units (AMX). So it is
-    kept only if a product still comes out as accurate as float32: on an AMD EPYC of 2024 that is so, and products run at 440
-    instead of 200 GFLOP/s on two cores.
+    CUDA: no TF32. A matmul is in float32 there only if `precision` says so, and every GPU with TF32
+    also has bfloat16.
+
+    CPU: on x86 processors not made by Intel, PyTorch's default library MKL runs slower code. The
+    setting "bf16" moves float32 matmuls to oneDNN, which computes them in float32 unless the
+    processor has bf16 matrix units (AMX). It is kept only if a matmul is still accurate to float32.
+    AMD EPYC, 2 cores, 2024: 440 instead of 200 GFLOP/s.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -44,28 +51,28 @@ def choose_matmul(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what PyTorch frees for its next tensors, for the rest of the process.
+    """Make glibc's allocator keep what PyTorch frees, for the rest of the process.
 
-    By default each tensor above 128 KiB is a new mapping, zeroed page by page and given back: on an AMD EPYC of 2024 that took
-    a third of a small model's step. Memory in use does not grow; what is free stays with the process.
+    By default the allocator gets memory for each tensor above 128 KiB from the system, which clears
+    it page by page, and returns it afterwards. On an AMD EPYC (2024) this took a third of a small
+    model's step. Memory in use does not grow.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return
+    except (OSError, AttributeError):
+        return  # another C library
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _is_float32_accurate(n: int = 256) -> bool:
-    """Whether a product of n-long rows is off by no more than n float32 roundings of its terms' magnitude explain.
+    """Return whether the error of an n x n matmul is within n float32 roundings of its terms.
 
-    bfloat16 or TF32 factors make errors ten or more times as large.
+    Operands rounded to bfloat16 or TF32 make errors ten or more times as large.
     """
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
+    a = torch.randn(n, n, generator=generator)
+    b = torch.randn(n, n, generator=generator)
     error = (a @ b - a.double() @ b.double()).abs().max()
-    return bool(
-        error
-        <= n * torch.finfo(torch.float32).eps / 2 * (a.double().abs() @ b.double().abs()).max()
-    )
+    largest = (a.double().abs() @ b.double().abs()).max()
+    return bool(error <= n * torch.finfo(torch.float32).eps / 2 * largest)

@@ -1,4 +1,4 @@
-"""Loss of a batch, and on held-out text, in the three units people compare."""
+"""The loss of a batch, and of held-out text in the three units that people compare."""
 
 import math
 from collections.abc import Iterable
@@ -13,35 +13,44 @@ from .config import DIVERGED
 from .data.loader import Batch, document_starts, moved
 from .distributed.world import SINGLE_PROCESS, World
 
+# exp() of a larger number is infinite in float64.
+_MAX_EXPONENT = 709
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """loss: nats a token.   bits_per_byte: of the UTF-8 text, comparable across tokenizers.   tokens: how many were scored."""
+    """The mean loss over some text."""
 
     loss: float
+    """Nats per token."""
     bits_per_byte: float
+    """Bits per byte of UTF-8 text: comparable across tokenizers."""
     tokens: int
+    """Number of targets."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that leaves float64."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        """exp(loss), or infinity."""
+        return math.exp(self.loss) if self.loss < _MAX_EXPONENT else math.inf
 
 
 def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
-    """Mean cross-entropy of a batch.
+    """Return the mean cross-entropy over the targets of a batch.
 
     Args:
-        model: a GPT, or what wraps one.
-        separator: the token that begins a document, none of which then sees another; None: a row is one document.
-    Returns: () float32 on the model's device, in nats a token.
+        model: a GPT, compiled or not.
+        separator: token that begins a document, if documents must not attend to each other. None:
+            each row is one document.
+    Returns: () float32 on the model's device, nats per token; 0 without targets.
     """
-    device, documents = next(model.parameters()).device, {}
-    if separator is not None:
-        documents["cu_seqlens"] = moved(document_starts(batch.inputs, separator), device)
-        # The one size that differs between batches: code compiled for any.
-        torch._dynamo.mark_dynamic(documents["cu_seqlens"], 0)
-    return model(*batch.on(device), **documents)
+    device = next(model.parameters()).device
+    tokens, targets = batch.on(device)
+    if separator is None:
+        return model(tokens, targets)
+    cu_seqlens = moved(document_starts(batch.inputs, separator), device)
+    # Its length differs between batches: compile once for any length.
+    torch._dynamo.mark_dynamic(cu_seqlens, 0)
+    return model(tokens, targets, cu_seqlens=cu_seqlens)
 
 
 @torch.no_grad()
@@ -53,24 +62,26 @@ def evaluate(
     separator: int | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation | None:
-    """Mean cross-entropy over the targets of all batches, each target counted once.
+    """Return the mean cross-entropy over all targets of all batches, on all ranks.
 
     Args:
-        batches: as many on every rank.
-        separator: as for batch_loss.
-        bytes_per_token: of the text behind them.
-        world: ranks that have a part of the batches each.
-    Returns: the evaluation; None if there was no batch.
+        batches: this rank's part; all ranks have the same number of batches.
+        bytes_per_token: mean length of a token in the text.
+        separator: as in batch_loss.
+        world: ranks that evaluate together.
+    Returns: the evaluation; None without targets.
     Raises: InputError if the loss is not finite.
     """
-    losses, counts = [], []
+    losses = []
+    counts = []
     for batch in batches:
         losses.append(batch_loss(model, batch, separator))
         counts.append(int(batch.num_targets.sum()))
-    # Read at the end: until then nothing waits for the device. The mean over no targets is 0.
+    # Read all losses at the end, so that nothing waits for the device between batches.
     means = torch.stack(losses).tolist() if losses else []
-    total = sum(loss * count for loss, count in zip(means, counts, strict=True))
-    total, count = world.mean(torch.tensor([total, sum(counts)], dtype=torch.float64)).tolist()
+    total = sum(mean * count for mean, count in zip(means, counts, strict=True))
+    sums = torch.tensor([total, sum(counts)], dtype=torch.float64)
+    total, count = world.mean(sums).tolist()
     if not count:
         return None
     loss = total / count

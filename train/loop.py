@@ -1,201 +1,278 @@
-"""The training loop, from a configuration to a trained model, top to bottom.
+"""The training loop, from a configuration to a trained model.
 
-A run is a folder: config.json (all that is needed to repeat it), tokenizer.json, metrics.jsonl, samples.txt, loss.png,
-checkpoints/step-N. On one CPU a resumed run has bitwise the weights of one that was never stopped.
+A run is a folder: config.json (all that is needed to repeat it), tokenizer.json, metrics.jsonl,
+samples.txt, loss.png, checkpoints/step-N. On one CPU a resumed run has bitwise the weights of a run
+that was never stopped.
 """
 
 import gc
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..errors import InputError, InterruptedRun
+from ..errors import InterruptedRun
 from ..model import GPT
 from ..model.cost import flops_per_token
 from .config import TrainConfig
+from .data.loader import Batch
 from .data.prefetch import Prefetch
 from .data.prepare import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
+from .data.tokenizer import Tokenizer
 from .device import choose_matmul, keep_freed_memory
-from .distributed.engines import choose_fitting, shard
-from .distributed.world import SINGLE_PROCESS, Signals, World
-from .evaluate import Evaluation
+from .distributed.engines import SingleProcess
+from .distributed.world import SINGLE_PROCESS, World
+from .evaluate import Evaluation, evaluate
+from .execution import Execution, resolve
 from .optim import Optimizer
 from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from .run.folder import check_folder_unused, claim_folder, read_run
+from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
 from .run.metrics import Metrics, console, plot_loss
 from .run.profile import check_profile_steps, profiled
-from .run.trackers import open_trackers
+from .run.signals import Signals
+from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
-from .trainer import Trainer, is_compiled, quiet_collector
+from .trainer import Trainer, quiet_collector
 
 
 def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Train a new model into the folder `run`, which the first rank alone writes.
+    """Train a new model. Rank 0 writes the folder `run`.
 
     Returns: the evaluation of the finished model on all held-out text.
-    Raises: InputError for a folder in use, bad data, a world that does not fit or a training that diverges; InterruptedRun
-        after SIGINT or SIGTERM.
+    Raises: InputError if the folder is in use, the data is bad, options do not fit together or the
+        training diverges; InterruptedRun after SIGINT or SIGTERM.
     """
     world.on_rank0(lambda: check_folder_unused(run))
-    device = choose_fitting(config, world)
+    execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
-
-    def prepared() -> Dataset:
-        folder = cache_dir() / "datasets"
-        path = prepare(
-            config.data, config.tokenizer, folder, held_out=config.held_out, progress=world.is_rank0
-        )
-        dataset = open_dataset(path)
-        # What only an evaluation would find out, found out now.
-        dataset.tokenizer.encode(config.report.prompt)
-        next(
-            evaluation_batches(
-                dataset.val, context_tokens=config.model.context_tokens, batch_size=1, max_tokens=1
-            )
-        )
-        Loader(
-            dataset.train,
-            context_tokens=config.model.context_tokens,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
-        return dataset
-
-    # One rank of a node builds it, the others find it.
-    dataset = world.run_on_all_ranks(lambda: prepared() if world.local_rank == 0 else None)
-    dataset = world.run_on_all_ranks(lambda: dataset or prepared())
+    dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     world.on_rank0(lambda: claim_folder(run, config, dataset))
-    return _train(config, run, dataset, None, device, world)
+    return _train(config, run, dataset, execution, None)
 
 
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Go on with a stopped run from its newest checkpoint, with the very next batch. Returns and raises as `start`."""
+    """Go on with a stopped run from its newest checkpoint. Returns and raises as `start`."""
     record = world.on_rank0(lambda: read_run(run))
     checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
-    device = choose_fitting(record.train, world)
-    dataset = world.run_on_all_ranks(lambda: open_dataset(record.dataset))
-    if dataset.tokenizer.sha256 != record.tokenizer_sha256:
-        raise InputError(
-            f"{record.dataset}: expected shards of tokenizer {record.tokenizer_sha256[:12]} as {run} was trained on, "
-            f"got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or start a new run"
-        )
-    return _train(record.train, run, dataset, checkpoint, device, world)
+    execution = _resolve_on_all_ranks(record.train, world)
+    dataset = world.on_each_node(
+        lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
+    )
+    return _train(record.train, run, dataset, execution, checkpoint)
+
+
+def sample_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int | None,
+    **options,
+) -> str:
+    """Return the prompt with the model's continuation, up to its end of text.
+
+    Args:
+        prompt: text to continue. Empty: the start of a document.
+        options: of GPT.generate.
+    """
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
+    device = model.wte.weight.device
+    tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
+    out = model.generate(
+        tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options
+    )
+    new = out[0, tokens.shape[1] :].tolist()
+    return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
+
+
+# --- before the first step
+
+
+def _resolve_on_all_ranks(config: TrainConfig, world: World) -> Execution:
+    def resolved() -> Execution:
+        check_trackers(config)
+        return resolve(config, world)
+
+    execution = world.run_on_all_ranks(resolved)
+    world.check_same_on_all_ranks("device", execution.device.type)
+    return execution
+
+
+def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
+    """Build or find the dataset, and raise now for what would fail only during the run."""
+    path = prepare(
+        config.data,
+        config.tokenizer,
+        cache_dir() / "datasets",
+        held_out=config.held_out,
+        progress=progress,
+    )
+    dataset = open_dataset(path)
+    T = config.model.context_tokens
+    dataset.tokenizer.encode(config.report.prompt)
+    next(evaluation_batches(dataset.val, context_tokens=T, batch_size=1, max_tokens=1))
+    Loader(dataset.train, context_tokens=T, batch_size=config.batch_size, seed=config.seed)
+    return dataset
 
 
 def _train(
-    config: TrainConfig,
-    run: Path,
-    dataset: Dataset,
-    checkpoint: Path | None,
-    device: torch.device,
-    world: World,
+    config: TrainConfig, run: Path, dataset: Dataset, execution: Execution, checkpoint: Path | None
 ) -> Evaluation:
+    """Train from a checkpoint, or from new weights."""
+    world = execution.world
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
     )
-    choose_matmul(device)
+    choose_matmul(execution.device)
     keep_freed_memory()
-    model = _model(config, dataset.tokenizer.vocab_size, device, world)
-    optimizer = Optimizer(model, config, world)
 
-    def save(done: int) -> None:
-        save_checkpoint(
-            run, done, model, optimizer, keep=config.report.keep_checkpoints, world=world
-        )
-
-    first = (
-        _begin(run, save, world)
-        if checkpoint is None
-        else load_checkpoint(checkpoint, model, optimizer, world=world)
+    # The model and its optimizer.
+    torch.manual_seed(config.seed)
+    model = GPT(
+        config.gpt(dataset.tokenizer.vocab_size),
+        attention=config.execution.attention,
+        recompute=config.execution.recompute,
     )
+    engine = execution.engine(model.to(execution.device), execution)
+    optimizer = Optimizer(engine, config)
+    if checkpoint is None:
+        first = 0
+        _save_first(config, run, engine, optimizer)
+    else:
+        first = load_checkpoint(checkpoint, engine, optimizer)
+
+    # The data, and the metrics of its steps.
     loader = Loader(
-        dataset.train, context_tokens=config.model.context_tokens, batch_size=config.batch_size, seed=config.seed,
-        rank=world.data_rank, world_size=world.data_ranks, pinned=device.type == "cuda",
-    )  # fmt: skip
+        dataset.train,
+        context_tokens=config.model.context_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.data_rank,
+        world_size=world.data_ranks,
+        pinned=execution.device.type == "cuda",
+    )
+    metrics = _open_metrics(config, run, engine, optimizer, first)
+    if execution.is_compiled:
+        console.print("compiling the model: the first step takes longer if it is not in the cache")
+
+    # The steps.
     separator = dataset.tokenizer.end_of_text if config.document_mask else None
-    trainer = Trainer(model, optimizer, config, separator=separator, world=world)
-    metrics = Metrics(
-        run, start=first, steps=config.steps, tokens_per_step=config.batch_size * config.model.context_tokens,
-        flops_per_token=flops_per_token(model.config, config.model.context_tokens), device=device,
-        skips_overflow=optimizer.scaler.is_enabled(), world=world,
-        trackers=open_trackers(config, run, first) if world.is_rank0 else (),
-    )  # fmt: skip
-    if trainer.is_compiled:
-        console.print(
-            "compiling the model: the first step takes longer, less so once it is in the cache"
-        )
+    trainer = Trainer(engine, optimizer, separator=separator)
     with (
         metrics,
         Signals(world) as signals,
         quiet_collector(),
         Prefetch(loader.batch, first) as batches,
     ):
+        session = _Session(config, run, dataset, trainer, metrics, signals)
+        return session.run_steps(first, loader, batches)
 
-        def evaluate_after(done: int) -> Evaluation | None:
-            """Evaluate and sample, or, asked to stop, write a checkpoint and stop."""
-            with metrics.paused():
-                result = _evaluate(
-                    config,
-                    trainer,
-                    dataset,
-                    signals,
-                    None if done == config.steps else config.report.eval_tokens,
-                )
-                if signals.received:
-                    if not world.on_rank0(lambda: (run / "checkpoints" / f"step-{done}").exists()):
-                        save(done)
-                    raise InterruptedRun(run)
-                metrics.evaluation(done, result)
-                sampled = trainer.on_first_rank()
-                world.on_rank0(lambda: _write_sample(config, run, sampled, dataset, done))
-                gc.collect()
-            return result
 
-        for step in profiled(range(first, config.steps), config, run, metrics, device, world):
-            # Before the step, not after the one before: a run stopped in between makes up for it when it is resumed.
-            if signals.received or (
-                step > 0
-                and step % config.report.eval_interval == 0
-                and step not in metrics.evaluated
-            ):
-                evaluate_after(step)
+def _save_first(
+    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer
+) -> None:
+    """Write a checkpoint before the first step, so that the run can be resumed from there.
+
+    It also shows now if the disk is too small.
+    """
+    try:
+        save_checkpoint(run, 0, engine, optimizer, keep=config.report.keep_checkpoints)
+    except BaseException:
+        if engine.world.is_rank0:
+            shutil.rmtree(run)
+        raise
+
+
+def _open_metrics(
+    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer, first: int
+) -> Metrics:
+    T = config.model.context_tokens
+    world = engine.world
+    return Metrics(
+        run,
+        start=first,
+        steps=config.steps,
+        tokens_per_step=config.batch_size * T,
+        flops_per_token=flops_per_token(engine.model.config, T),
+        device=engine.execution.device,
+        skips_overflow=optimizer.scaler.is_enabled(),
+        world=world,
+        trackers=open_trackers(config, run, first) if world.is_rank0 else (),
+    )
+
+
+# --- the steps
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A run in progress in this process."""
+
+    config: TrainConfig
+    run: Path
+    dataset: Dataset
+    trainer: Trainer
+    metrics: Metrics
+    signals: Signals
+
+    def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
+        """Take the steps from `first` to the last. Returns: the last evaluation."""
+        config = self.config
+        world = self.trainer.engine.world
+        device = self.trainer.engine.execution.device
+        steps = range(first, config.steps)
+        for step in profiled(steps, config, self.run, self.metrics, device, world):
+            # At the beginning of a step: a run that stops before it evaluates once it is resumed.
+            is_due = step > 0 and step % config.report.eval_interval == 0
+            if self.signals.received or (is_due and step not in self.metrics.evaluated):
+                self.evaluate_or_stop(step)
+
             lr = learning_rate(config, step)
-            with metrics.waiting():
+            with self.metrics.waiting():
                 batch = next(batches)
-            loss = trainer.backward(batch, loader.num_targets(step) if world.size > 1 else None)
-            metrics.step(step, loss, lr, trainer.update(lr))
+            num_targets = loader.num_targets(step) if world.size > 1 else None
+            loss = self.trainer.backward(batch, num_targets)
+            grad_norm = self.trainer.update(lr)
+            self.metrics.step(step, loss, lr, grad_norm)
 
             done = step + 1
             if done == config.steps or done % config.report.checkpoint_interval == 0:
-                with metrics.paused():
-                    save(done)
-        return evaluate_after(config.steps)
+                with self.metrics.paused():
+                    self.save(done)
+        return self.evaluate_or_stop(config.steps)
 
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` steps."""
+        trainer = self.trainer
+        keep = self.config.report.keep_checkpoints
+        save_checkpoint(self.run, done, trainer.engine, trainer.optimizer, keep=keep)
 
-def _model(config: TrainConfig, vocab_size: int, device: torch.device, world: World) -> GPT:
-    """A new model, of which each rank has its share."""
-    torch.manual_seed(config.seed)
-    model = GPT(
-        config.gpt(vocab_size),
-        attention=config.execution.attention,
-        recompute=config.execution.recompute,
-    ).to(device)
-    shard(model, config, world, compiled=is_compiled(config, device))
-    return model
+    def evaluate_or_stop(self, done: int) -> Evaluation:
+        """Evaluate and sample after `done` steps.
 
-
-def _begin(run: Path, save: Callable[[int], None], world: World) -> int:
-    """A checkpoint before the first step: from here on the run can be resumed, and a disk too small for it shows now."""
-    try:
-        save(0)
-    except BaseException:
-        if world.is_rank0:
-            shutil.rmtree(run)
-        raise
-    return 0
+        Raises: InterruptedRun, after a checkpoint is written, if a signal was received.
+        """
+        engine = self.trainer.engine
+        is_last = done == self.config.steps
+        max_tokens = None if is_last else self.config.report.eval_tokens
+        with self.metrics.paused():
+            result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
+            if self.signals.received:
+                folder = self.run / "checkpoints" / f"step-{done}"
+                if not engine.world.on_rank0(folder.exists):
+                    self.save(done)
+                raise InterruptedRun(self.run)
+            self.metrics.evaluation(done, result)
+            model = engine.complete_model()
+            engine.world.on_rank0(
+                lambda: _write_sample(self.config, self.run, model, self.dataset, done)
+            )
+            gc.collect()
+        return result
 
 
 def _evaluate(
@@ -205,39 +282,36 @@ def _evaluate(
     signals: Signals,
     max_tokens: int | None,
 ) -> Evaluation | None:
-    """None if a signal came first."""
-    world = trainer.world
+    """Evaluate on held-out text until a signal is received; None if one was received before."""
+    execution = trainer.engine.execution
     batches = evaluation_batches(
-        dataset.val, context_tokens=config.model.context_tokens, batch_size=world.micro_batch(config), max_tokens=max_tokens,
-        rank=world.data_rank, world_size=world.data_ranks,
-    )  # fmt: skip
-    until_signal = itertools.takewhile(lambda _: not signals.received, batches)
-    bytes_per_token = dataset.info.val.bytes / dataset.info.val.tokens
-    return trainer.evaluate(until_signal, bytes_per_token=bytes_per_token)
+        dataset.val,
+        context_tokens=config.model.context_tokens,
+        batch_size=execution.micro_batch,
+        max_tokens=max_tokens,
+        rank=execution.world.data_rank,
+        world_size=execution.world.data_ranks,
+    )
+    return evaluate(
+        trainer.working,
+        itertools.takewhile(lambda _: not signals.received, batches),
+        bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens,
+        separator=trainer.separator,
+        world=execution.world,
+    )
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
-    options = {
-        "max_new_tokens": config.report.sample_tokens,
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "seed": config.seed,
-    }
-    text = sample_text(model, dataset.tokenizer, config.report.prompt, **options)
+    """Append a sample to samples.txt and draw loss.png."""
+    text = sample_text(
+        model,
+        dataset.tokenizer,
+        config.report.prompt,
+        max_new_tokens=config.report.sample_tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=config.seed,
+    )
     with open(run / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{text}\n")
     plot_loss(run)
-
-
-def sample_text(
-    model: GPT, tokenizer, prompt: str, *, max_new_tokens: int, seed: int | None, **options
-) -> str:
-    """The prompt (an empty one: the start of a document) with the model's continuation, up to its end of text."""
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
-    device = model.wte.weight.device
-    tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
-    out = model.generate(
-        tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options
-    )
-    new = out[0, tokens.shape[1] :].tolist()
-    return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])

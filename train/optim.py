@@ -1,191 +1,227 @@
-"""The optimizers of a run: AdamW, or Muon for the matrices of blocks and AdamW for all else.
+"""The optimizers of a run: rows of the table OPTIMIZERS.
 
-    AdamW      PyTorch's, fused; decoupled weight decay of matrices and embeddings, not of gains and biases
-    Muon       PyTorch's: W <- W - lr (decay W + 0.2 sqrt(max(rows, columns)) orthogonalized(momentum)). The factor gives its
-               updates the size of AdamW's, so that one learning rate, schedule and decay serve both. The matrix of queries,
-               keys and values is orthogonalized as one; in bfloat16, whatever the run's precision
-    float16    losses are scaled up before the backward, gradients down after it; a step whose gradients overflowed is left out
-               and the scale halved, all on the device (the host waits there for Muon and zero1 only)
+    adamw      PyTorch's AdamW, fused; decoupled weight decay of matrices and embeddings only
+    muon       PyTorch's Muon for the matrices of blocks:
+                 W <- W - lr (decay W + 0.2 sqrt(max(rows, columns)) orthogonalized(momentum))
+               and AdamW for all other parameters. The scale gives Muon's updates the size of
+               AdamW's, so one learning rate, schedule and decay serve both. The matrix of queries,
+               keys and values is orthogonalized as one, always in bfloat16
+    float16    losses are scaled up before the backward and gradients down after it. A step whose
+               gradients overflowed is skipped and the scale halved, without waiting for the device
+               (with Muon and zero1 the host waits)
 
-Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025,
-           arXiv:2502.16982
+A new row is the whole change that a new optimizer needs. `tritium plan` reads
+`block_matrix_state_bytes`.
+
+Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024,
+           kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982
 """
 
 import collections
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .precision import choose_dtype, linear_parameters
+from .precision import linear_parameters
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .distributed.world import World
+    from .distributed.engines import SingleProcess
+
+Groups = list[dict[str, Any]]
+"""Parameter groups as PyTorch's optimizers take them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of PyTorch's optimizers, with the parameters that it changes and its options."""
+
+    optimizer: type[torch.optim.Optimizer]
+    groups: Groups
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRow:
-    """What differs between the optimizers that the option `optimizer` names."""
+    """An optimizer that the option `optimizer` names."""
 
-    needs: str
-    """Class of torch.optim that must exist."""
-    engines: tuple[str | None, ...]
-    """Distributed engines that support it; None is a single process."""
+    parts: Callable[[nn.Module, "TrainConfig"], list[Part]]
+    """Distributes all trained parameters of a model over parts."""
+    torch_class: str
+    """Class that torch.optim must have."""
+    engines: tuple[str, ...]
+    """Names of the engines that support it."""
     block_matrix_state_bytes: int
-    """Bytes of state per element of the matrices in blocks; all other parameters have AdamW's 8."""
+    """Bytes of state per element of the matrices in blocks. Other parameters have AdamW's 8."""
+
+
+def _adamw(model: nn.Module, config: "TrainConfig") -> list[Part]:
+    return [_adamw_part(_trained(model), config)]
+
+
+def _muon(model: nn.Module, config: "TrainConfig") -> list[Part]:
+    in_linear_layers = {id(parameter) for parameter in linear_parameters(model)}
+    matrices = []
+    others = []
+    for parameter in _trained(model):
+        is_matrix = parameter.ndim == 2 and id(parameter) in in_linear_layers
+        (matrices if is_matrix else others).append(parameter)
+    adamw = _adamw_part(others, config)
+    if not matrices:
+        return [adamw]
+    options = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "adjust_lr_fn": "match_rms_adamw",
+    }
+    groups = [{"params": matrices}]
+    return [adamw, Part(optimizer=torch.optim.Muon, groups=groups, options=options)]
+
+
+def _adamw_part(parameters: list[nn.Parameter], config: "TrainConfig") -> Part:
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [
+        {"params": same_mesh, "weight_decay": decay}
+        for kept, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        for same_mesh in _by_mesh(kept)
+    ]
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "fused": True}
+    return Part(optimizer=torch.optim.AdamW, groups=groups, options=options)
 
 
 OPTIMIZERS = {
     "adamw": OptimizerRow(
-        needs="AdamW", engines=(None, "ddp", "zero1", "fsdp"), block_matrix_state_bytes=8
+        parts=_adamw,
+        torch_class="AdamW",
+        engines=("single", "ddp", "zero1", "fsdp"),
+        block_matrix_state_bytes=8,
     ),
     # Muon orthogonalizes complete matrices, which no rank has under FSDP.
-    "muon": OptimizerRow(needs="Muon", engines=(None, "ddp", "zero1"), block_matrix_state_bytes=4),
+    "muon": OptimizerRow(
+        parts=_muon,
+        torch_class="Muon",
+        engines=("single", "ddp", "zero1"),
+        block_matrix_state_bytes=4,
+    ),
 }
 
 
-def check_optimizer(config: "TrainConfig", world: "World | None" = None) -> None:
+def check_optimizer(name: str, engine: str = "single") -> None:
     """Raise InputError if this PyTorch or the engine does not support the optimizer."""
-    row = OPTIMIZERS[config.optimizer]
-    if not hasattr(torch.optim, row.needs):
+    row = OPTIMIZERS[name]
+    if not hasattr(torch.optim, row.torch_class):
         raise InputError(
-            f"optimizer: expected a PyTorch with torch.optim.{row.needs}, got {torch.__version__}; update PyTorch, or "
-            "use adamw"
+            f"optimizer: expected a PyTorch with torch.optim.{row.torch_class}, got "
+            f"{torch.__version__}; update PyTorch, or use adamw"
         )
-    engine = None if world is None else world.engine
     if engine not in row.engines:
+        supported = [other for other in OPTIMIZERS if engine in OPTIMIZERS[other].engines]
         raise InputError(
-            f"optimizer: expected adamw with the engine {engine}, got {config.optimizer}, which needs complete "
-            "matrices; use ddp or zero1"
+            f"optimizer: expected {' or '.join(supported)} with the engine {engine}, got {name}, "
+            f"which needs one of the engines {', '.join(row.engines)}"
         )
 
 
 class Optimizer:
-    """What turns gradients into a step: every parameter of a model in exactly one group of one of PyTorch's optimizers.
+    """Turns gradients into a step. Each trained parameter is in one group of one part.
 
     Args:
-        model: on its device, sharded if it is to be; gradients of its parameters are what `update` reads.
-        world: whose ranks divide the parameters' states with zero1.
+        engine: holds the model whose parameters `update` changes.
+        config: names the optimizer and its options.
     Attributes:
         parts: PyTorch's optimizers.
-        scaler: of float16's losses; does nothing in other precisions.
-    Raises: ValueError if a parameter would be missed or changed twice.
+        scaler: scales the losses of float16; does nothing in other precisions.
+    Raises: ValueError if a parameter is in no group or in several.
     """
 
-    def __init__(self, model: nn.Module, config: "TrainConfig", world: "World | None" = None):
-        check_optimizer(config, world)
-        device = next(model.parameters()).device
+    def __init__(self, engine: "SingleProcess", config: "TrainConfig"):
         self._grad_clip = config.grad_clip or float("inf")
-        self._parameters = [
-            parameter for parameter in model.parameters() if parameter.requires_grad
+        self._parameters = _trained(engine.model)
+        self.parts = [
+            engine.make_optimizer(part.optimizer, part.groups, **part.options)
+            for part in OPTIMIZERS[config.optimizer].parts(engine.model, config)
         ]
-        in_blocks = (
-            {id(parameter) for parameter in linear_parameters(model)}
-            if config.optimizer == "muon"
-            else set()
-        )
-        of_muon = [
-            parameter
-            for parameter in self._parameters
-            if parameter.ndim == 2 and id(parameter) in in_blocks
-        ]
-        others = [
-            parameter
-            for parameter in self._parameters
-            if parameter.ndim != 2 or id(parameter) not in in_blocks
-        ]
-        groups = [
-            {"params": alike, "weight_decay": config.weight_decay if is_matrix else 0.0}
-            for is_matrix in (True, False)
-            for alike in _on_one_mesh(
-                [parameter for parameter in others if (parameter.ndim >= 2) == is_matrix]
-            )
-        ]
-        adamw, muon = torch.optim.AdamW, getattr(torch.optim, "Muon", None)
-        if world is not None and world.engine == "zero1":
-            from torch.distributed.optim import (
-                ZeroRedundancyOptimizer,  # here, not above: it takes a second to import
-            )
-
-            adamw, muon = (
-                functools.partial(ZeroRedundancyOptimizer, optimizer_class=kind)
-                for kind in (adamw, muon)
-            )
-        self.parts = [adamw(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
-        if of_muon:
-            options = {
-                "lr": config.lr,
-                "weight_decay": config.weight_decay,
-                "adjust_lr_fn": "match_rms_adamw",
-            }
-            self.parts.append(muon(of_muon, **options))
-        held = [
-            id(parameter)
-            for part in self.parts
-            for group in part.param_groups
-            for parameter in group["params"]
-        ]
-        if sorted(held) != sorted(map(id, self._parameters)):
+        grouped = [id(each) for part in self.parts for each in _parameters_of(part)]
+        if sorted(grouped) != sorted(map(id, self._parameters)):
             raise ValueError(
-                f"Optimizer: expected each of {len(self._parameters)} parameters once, got {len(held)} in groups"
+                f"Optimizer: expected each of {len(self._parameters)} parameters once, "
+                f"got {len(grouped)} in groups"
             )
-        is_scaled = choose_dtype(config.execution.precision, device) == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
+        execution = engine.execution
+        self.scaler = torch.amp.GradScaler(
+            execution.device.type, enabled=execution.dtype == torch.float16
+        )
 
     def update(self, lr: float) -> Tensor:
-        """Clip the gradients to config.grad_clip (0: do not), take a step and drop them.
+        """Clip the gradients to config.grad_clip (0: no clipping), take a step and drop them.
 
-        Returns: their global norm before clipping, (); not finite where float16 overflowed and the step was left out.
+        Returns: their global norm before clipping, (). It is not finite if float16 overflowed; the
+            step is then skipped.
         """
         for part in self.parts:
             self.scaler.unscale_(part)
             for group in part.param_groups:
                 group["lr"] = lr
-        meshes = list(_on_one_mesh(self._parameters))
-        norms = [
-            torch.nn.utils.get_total_norm([parameter.grad for parameter in alike])
-            for alike in meshes
-        ]
-        norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-        grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        for alike in meshes:
-            # As a factor of at most 1 formed on the device, so that nothing waits for the norm.
-            torch.nn.utils.clip_grads_with_norm_(alike, self._grad_clip, grad_norm)
+        grad_norm = self._clip()
         if len(self.parts) > 1 and self.scaler.is_enabled() and not grad_norm.isfinite():
-            # The scaler leaves out the parts that hold an overflow; without gradients the others change nothing either.
-            for part in self.parts:
-                part.zero_grad(set_to_none=True)
+            # The scaler skips only parts that overflowed. Without gradients the others do nothing.
+            self._drop_gradients()
         for part in self.parts:
             self.scaler.step(part)
-            part.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self.scaler.update()
         return grad_norm
 
     def states(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """What this rank keeps of each parameter from step to step: AdamW's two moments and count, Muon's momentum."""
-        return {
-            parameter: state for part in self._local() for parameter, state in part.state.items()
-        }
+        """Return the state that this rank keeps of each parameter, such as AdamW's moments."""
+        states = {}
+        for part in self._local_parts():
+            states |= part.state
+        return states
 
     def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Go on from what `states` gave for a parameter; with zero1 where it is this rank's."""
-        for part in self._local():
-            if any(parameter is held for group in part.param_groups for held in group["params"]):
+        """Restore a state that `states` returned. With ZeRO-1 other ranks ignore it."""
+        for part in self._local_parts():
+            if any(parameter is each for each in _parameters_of(part)):
                 part.state[parameter] = state
 
-    def _local(self) -> list[torch.optim.Optimizer]:
-        """PyTorch's optimizers of the parameters whose state this rank keeps: with zero1 each part has one of these inside."""
+    def _clip(self) -> Tensor:
+        """Clip the gradients without waiting for the device. Returns: their global norm before."""
+        groups = _by_mesh(self._parameters)
+        norms = []
+        for group in groups:
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in group])
+            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, self._grad_clip, grad_norm)
+        return grad_norm
+
+    def _drop_gradients(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def _local_parts(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers that hold this rank's state: ZeRO-1 has one inside each part."""
         return [getattr(part, "optim", part) for part in self.parts]
 
 
-def _on_one_mesh(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """Parameters apart by the ranks they are divided among: PyTorch's functions of many tensors take one kind at a time."""
-    alike = collections.defaultdict(list)
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _parameters_of(part: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in part.param_groups for parameter in group["params"]]
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group parameters by the ranks that divide them: PyTorch's functions take one mesh."""
+    groups = collections.defaultdict(list)
     for parameter in parameters:
-        alike[getattr(parameter, "device_mesh", None)].append(parameter)
-    return alike.values()
+        groups[getattr(parameter, "device_mesh", None)].append(parameter)
+    return list(groups.values())

@@ -41,7 +41,7 @@ from .commands.cli import near, parse
 from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
-from .precision import choose_dtype
+from .execution import resolve
 from .recipes import RECIPES, recipe
 from .run.folder import RunRecord
 
@@ -352,15 +352,17 @@ def _verdict(plan: Plan) -> str:
 
 def what_fits(record: RunRecord, world: World) -> str:
     """What to say of a run that found no more memory: the plan of it on this machine."""
-    config, device = record.train, world.device(record.train.execution.device)
-    itemsize = choose_dtype(config.execution.precision, device).itemsize
-    machine = _machine(None, 1) if device.type == "cuda" else _cpu_machine(world.local_size)
+    config, execution = record.train, resolve(record.train, world)
+    itemsize = execution.dtype.itemsize
+    machine = (
+        _machine(None, 1) if execution.device.type == "cuda" else _cpu_machine(world.local_size)
+    )
     plan = Plan(
         model=record.model, machine=replace(machine, gpus=world.data_ranks, itemsize=itemsize),
-        sequences=config.batch_size // world.data_ranks, micro_batch=world.micro_batch(config),
+        sequences=config.batch_size // world.data_ranks, micro_batch=execution.micro_batch,
         context_tokens=config.model.context_tokens, tokens=config.steps, recompute=config.execution.recompute,
     )  # fmt: skip
-    undivided = ", nothing divided between ranks," if world.engine in ("zero1", "fsdp") else ""
+    undivided = ", nothing divided between ranks," if execution.engine.divides_memory else ""
     advice = (
         "; free what else is in it, or start anew with a smaller --micro-batch-size"
         if plan.fits(plan.micro_batch)

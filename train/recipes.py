@@ -28,13 +28,13 @@ _GPT2 = TrainConfig(
 
 
 def _like_gpt2(model: str, *, micro_batch_size: int, lr: float) -> TrainConfig:
-    """The recipe of GPT-2 for a larger model: the learning rate falls to a tenth of its peak."""
+    """Return GPT-2's recipe for another model. The learning rate falls to a tenth of its peak."""
     options = {"micro_batch_size": micro_batch_size, "lr": lr, "min_lr": lr / 10}
     return replace(_GPT2, model=PRESETS[model]).with_options(**options)
 
 
 RECIPES: dict[str, TrainConfig] = {
-    # About two minutes on two CPU cores of 2024.
+    # About two minutes on two cores of a CPU of 2024.
     "laptop": TrainConfig(
         tokenizer="bpe:4096",
         model=GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256),
@@ -65,12 +65,12 @@ RECIPES: dict[str, TrainConfig] = {
 
 
 def recipe(name: str) -> TrainConfig:
-    """Return the recipe of that name. Raises: InputError that suggests the nearest names."""
+    """Return a recipe. Raises: InputError that suggests the nearest names."""
     if name not in RECIPES:
         raise InputError(unknown_name("recipe", name, RECIPES))
     return RECIPES[name]
 
 
 def default_recipe() -> str:
-    """Return the name of the best recipe for this machine."""
+    """Return the name of the recipe that fits this machine."""
     return "gpt2" if torch.cuda.is_available() else "laptop"

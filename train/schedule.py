@@ -1,11 +1,12 @@
-"""Learning rates as pure functions of the step.
+"""Learning rates as functions of the step: rows of the table SCHEDULES.
 
     warm-up    lr (step + 1) / (warmup_steps + 1)
-    cosine     min_lr + (lr - min_lr) (1 + cos(pi u)) / 2       u = 0 at the end of the warm-up, 1 at the last step
+    cosine     min_lr + (lr - min_lr) (1 + cos(pi u)) / 2; u = 0 after the warm-up, 1 at the end
     constant   lr
     wsd        lr, then linear to min_lr over the last fifth of the steps
 
-Source     Loshchilov & Hutter 2017, arXiv:1608.03983; Hu et al. 2024, arXiv:2404.06395 (warm-up, stable, decay)
+Source     Loshchilov & Hutter 2017, arXiv:1608.03983; Hu et al. 2024, arXiv:2404.06395 (warm-up,
+           stable, decay)
 """
 
 import math
@@ -39,9 +40,9 @@ def _wsd(config: "TrainConfig", step: int) -> float:
 
 
 def _progress(step: int, start: int, last: int) -> float:
-    """0 up to `start`, then linear to 1 at `last`."""
+    """Return 0 up to `start`, then rise linearly to 1 at `last`."""
     return min(1.0, max(0.0, (step - start) / max(1, last - start)))
 
 
-# The schedules after the warm-up, by the name that the option `schedule` takes.
+# Learning rate after the warm-up, by the value of the option `schedule`.
 SCHEDULES = {"cosine": _cosine, "constant": _constant, "wsd": _wsd}

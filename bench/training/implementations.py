@@ -23,10 +23,10 @@ from ...model import GPT, GPTConfig
 from ...model.attention import ATTENTIONS
 from ...train.config import TrainConfig
 from ...train.data.loader import Batch
-from ...train.optim import Optimizer
-from ...train.precision import check_attention, choose_dtype
+from ...train.execution import check_attention
+from ...train.precision import choose_dtype
 from ...train.schedule import learning_rate
-from ...train.trainer import Trainer
+from ...train.trainer import single_trainer
 from .baseline import Baseline
 
 
@@ -47,7 +47,7 @@ class TrainedModel:
         self.losses: list[Tensor] = []
         self._config = config
         compile_option = config.with_options(compile="on" if compiled else "off")
-        self.trainer = Trainer(model, Optimizer(model, config), compile_option)
+        self.trainer = single_trainer(model, compile_option)
 
     def step(self, batch: Batch) -> None:
         """Train one step."""
@@ -168,7 +168,7 @@ def choose_attentions(
     """
     if names is not None:
         for name in names:
-            check_attention(config.with_options(attention=name), device)
+            check_attention(name, device, choose_dtype(config.execution.precision, device))
         return list(dict.fromkeys(names))
     others = [name for name in ATTENTIONS if name != "tritium"]
     return [name for name in others if device.type == "cuda" and _runs_here(config, name, device)]
@@ -176,7 +176,7 @@ def choose_attentions(
 
 def _runs_here(config: TrainConfig, attention: str, device: torch.device) -> bool:
     try:
-        check_attention(config.with_options(attention=attention), device)
+        check_attention(attention, device, choose_dtype(config.execution.precision, device))
     except InputError:
         return False
     return True

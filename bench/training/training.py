@@ -48,10 +48,10 @@ from ...train.config import TrainConfig
 from ...train.data.loader import Batch
 from ...train.data.tokenizer import vocab_size_of
 from ...train.device import choose_device, choose_matmul, keep_freed_memory
+from ...train.execution import compiles_on
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ...train.run.profile import Row, activities, operators
-from ...train.trainer import is_compiled_on
 from ..record import check_writable, provenance, write_record
 from .agreement import check_agreement
 from .implementations import (
@@ -172,7 +172,7 @@ def measure(
         "on": [True],
         "off": [False],
         "each": [False, True],
-        "auto": [is_compiled_on(device)],
+        "auto": [compiles_on(device)],
     }
     attentions = choose_attentions(config, options.attention, device)
     models = make_implementations(

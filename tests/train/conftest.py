@@ -1,4 +1,4 @@
-"""A corpus and a model small enough to train in a blink."""
+"""A corpus and a model that train in about a second, and ways to call the program."""
 
 import json
 import os
@@ -12,48 +12,43 @@ import pytest
 from tritium.__main__ import dispatch
 from tritium.train.commands.cli import run
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "mix",
-    "potions",
-]
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     """One text file of about 20 kB."""
     file = tmp_path / "corpus.txt"
-    file.write_text(
-        "\n".join(" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(300))
-    )
+    words = SENTENCE.split()
+    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(300)]
+    file.write_text("\n".join(lines))
     return file
 
 
 @pytest.fixture
 def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
-    """Words of a `tritium train` command that takes about a second; its run goes to tmp_path/run."""
+    """Words of a `tritium train` command that takes about a second and writes tmp_path/run."""
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     options = {
-        "data": corpus, "tokenizer": "bytes", "out": tmp_path / "run", "device": "cpu", "n-layer": 1, "n-head": 2,
-        "d-model": 16, "context-tokens": 16, "steps": 20, "batch-size": 4, "warmup-steps": 2, "eval-interval": 10,
-        "eval-tokens": 64, "checkpoint-interval": 10, "keep-checkpoints": 5, "sample-tokens": 5,
-    }  # fmt: skip
-    return [
-        "train",
-        "laptop",
-        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-    ]
+        "data": corpus,
+        "tokenizer": "bytes",
+        "out": tmp_path / "run",
+        "device": "cpu",
+        "n-layer": 1,
+        "n-head": 2,
+        "d-model": 16,
+        "context-tokens": 16,
+        "steps": 20,
+        "batch-size": 4,
+        "warmup-steps": 2,
+        "eval-interval": 10,
+        "eval-tokens": 64,
+        "checkpoint-interval": 10,
+        "keep-checkpoints": 5,
+        "sample-tokens": 5,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["train", "laptop", *words]
 
 
 @pytest.fixture
@@ -74,7 +69,7 @@ def tritium(capsys):
 
 @pytest.fixture
 def refused(tritium):
-    """Call a command that must fail as bad input does: status 2, one line on stderr; returns that line."""
+    """Call a command with bad input: it must exit with status 2 and write one line, returned."""
 
     def call(*words) -> str:
         status, _, err = tritium(*words)
@@ -89,7 +84,7 @@ def refused(tritium):
 
 @pytest.fixture(scope="session")
 def forking():
-    """The program that forks ranks, started once: importing PyTorch takes longer than a run."""
+    """The program that forks ranks. Started once, because importing PyTorch takes seconds."""
     program = Path(__file__).with_name("ranks.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, program], **pipes) as process:
@@ -99,7 +94,10 @@ def forking():
 
 @pytest.fixture
 def launch(forking, tmp_path):
-    """Call train on several ranks, 0: without torchrun: launch(2, *words) -> (statuses, stdout and stderr of each)."""
+    """Call train on several ranks: launch(2, *words) -> (status, stdout, stderr) of each rank.
+
+    0 ranks: one process without torchrun. ranks.py describes `environment` and `more`.
+    """
 
     def call(
         ranks: int, *words, environment=None, **more
@@ -115,9 +113,8 @@ def launch(forking, tmp_path):
         job |= {name: str(value) for name, value in more.items()}
         print(json.dumps(job), file=forking.stdin, flush=True)
         status = json.loads(forking.stdout.readline())["status"]
-        return status, *(
-            [(folder / f"{rank}.{name}").read_text() for rank in range(len(status))]
-            for name in ("out", "err")
-        )
+        outputs = [(folder / f"{rank}.out").read_text() for rank in range(len(status))]
+        errors = [(folder / f"{rank}.err").read_text() for rank in range(len(status))]
+        return status, outputs, errors
 
     return call

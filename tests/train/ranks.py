@@ -1,9 +1,14 @@
-"""Runs `tritium train` on several ranks as torchrun would, each forked from this process, which has imported all they need.
+"""Runs `tritium train` on several ranks as torchrun would.
 
-Reads a job a line from stdin and answers with a line: {"words", "ranks", "folder", "environment"} -> {"status": one a rank}.
-Rank i writes to FOLDER/i.out and FOLDER/i.err. 0 ranks: one process without torchrun. "environment": further variables of all
-ranks; null unsets one. "stop": SIGTERM reaches the last rank alone once the run in this folder has metrics. "backend": of
-torch.compile.
+Each rank is a fork of this process, which has imported all that they need. The program reads one
+job per line from stdin, as JSON, and answers with one line: {"status": [one per rank]}.
+
+    words          of the command, after `tritium train`
+    ranks          number of ranks; 0: one process without torchrun
+    folder         rank i writes to FOLDER/i.out and FOLDER/i.err
+    environment    variables of all ranks; null unsets one
+    stop           a run's folder: once it has metrics, the last rank gets SIGTERM
+    backend        of torch.compile
 """
 
 import functools
@@ -31,13 +36,16 @@ for name in (
     "distributed.optim",
 ):
     importlib.import_module(f"torch.{name}")
-loop.plot_loss = lambda run: None  # takes longer than the run
-gc.freeze()  # or every rank would look through all that was imported
+# Drawing takes longer than the run.
+loop.plot_loss = lambda run: None
+# Keeps the garbage collector of each rank away from all that was imported.
+gc.freeze()
 
 SECONDS = 100
 
 
 def work(job: dict, rank: int, port: int) -> int:
+    """Run the command of a job as one rank. Returns: its exit status."""
     variables = {}
     if ranks := job["ranks"]:
         variables |= {
@@ -63,10 +71,12 @@ def work(job: dict, rank: int, port: int) -> int:
 
 
 def answer(job: dict) -> dict:
+    """Fork the ranks of a job and wait for them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    left, status = {}, [None] * max(1, job["ranks"])
+    status = [None] * max(1, job["ranks"])
+    running = {}  # process id -> rank
     for rank in range(len(status)):
         pid = os.fork()
         if pid == 0:
@@ -78,19 +88,19 @@ def answer(job: dict) -> dict:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        left[pid] = rank
+        running[pid] = rank
     deadline = time.monotonic() + SECONDS
     stop = Path(job["stop"]) / "metrics.jsonl" if "stop" in job else None
-    while left and time.monotonic() < deadline:
+    while running and time.monotonic() < deadline:
         pid, code = os.waitpid(-1, os.WNOHANG)
         if pid:
-            status[left.pop(pid)] = os.waitstatus_to_exitcode(code)
+            status[running.pop(pid)] = os.waitstatus_to_exitcode(code)
         elif stop is not None and stop.exists() and stop.stat().st_size:
-            os.kill(max(left, key=left.get), signal.SIGTERM)
+            os.kill(max(running, key=running.get), signal.SIGTERM)
             stop = None
         else:
             time.sleep(0.01)
-    for pid in left:
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return {"status": status}

@@ -1,23 +1,31 @@
 import pytest
 
 from tritium.errors import InputError
+from tritium.model import GPTConfig
 from tritium.train.config import TrainConfig
 
 pytestmark = pytest.mark.plain
 
 
-def test_a_model_follows_from_the_options():
-    model = TrainConfig.from_options(
-        n_layer=3, d_model=96, n_head=6, n_kv_head=2, context_tokens=32
-    ).gpt(vocab_size=100)
-    assert (
-        model.n_layer,
-        model.d_model,
-        model.kv_heads,
-        model.context_tokens,
-        model.vocab_size,
-    ) == (3, 96, 2, 32, 100)
+def test_the_model_has_the_shape_of_the_options():
+    shape = {"n_layer": 3, "d_model": 96, "n_head": 6, "n_kv_head": 2, "context_tokens": 32}
+    config = TrainConfig.from_options(**shape)
+    assert config.gpt(vocab_size=100) == GPTConfig(**shape, vocab_size=100)
+
+
+def test_the_micro_batch_defaults_to_the_batch():
     assert TrainConfig.from_options(batch_size=8).micro_batch == 8
+    assert TrainConfig.from_options(batch_size=8, micro_batch_size=2).micro_batch == 2
+
+
+def test_options_round_trip():
+    config = TrainConfig.from_options(steps=7, n_layer=2, device="cpu", prompt="a")
+    assert TrainConfig.from_options(**config.options()) == config
+
+
+def test_an_unknown_option_suggests_the_nearest():
+    with pytest.raises(InputError, match="unknown option 'warmup'; did you mean 'warmup_steps'"):
+        TrainConfig.from_options(warmup=1)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +46,6 @@ def test_a_model_follows_from_the_options():
         ({"n_head": 5}, r"model: d_model must be a multiple of n_head \(5\), got 256"),
     ],
 )
-def test_values_out_of_range_are_named(change, message):
+def test_values_out_of_range_raise_and_name_the_option(change, message):
     with pytest.raises(InputError, match=message):
         TrainConfig.from_options(**change)

@@ -7,7 +7,7 @@ from tritium.train.device import _is_float32_accurate, choose_device, choose_mat
 pytestmark = pytest.mark.plain
 
 
-def test_devices_that_are_not_there_are_refused():
+def test_missing_devices_raise():
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda")
     for name in ("tpu", "cuda:99", "meta", ""):
@@ -15,7 +15,7 @@ def test_devices_that_are_not_there_are_refused():
             choose_device(name)
 
 
-def test_products_on_the_cpu_stay_float32_accurate():
+def test_float32_matmuls_on_the_cpu_stay_accurate():
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
         choose_matmul(torch.device("cpu"))
@@ -24,7 +24,7 @@ def test_products_on_the_cpu_stay_float32_accurate():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def test_the_probe_finds_bfloat16(monkeypatch):
+def test_the_accuracy_probe_detects_bfloat16(monkeypatch):
     multiply = torch.Tensor.__matmul__
 
     def rounded(a, b):
@@ -38,7 +38,7 @@ def test_the_probe_finds_bfloat16(monkeypatch):
     assert not _is_float32_accurate()
 
 
-def test_products_of_float32_are_float32_on_cuda_too():
+def test_float32_matmuls_on_cuda_do_not_use_tf32():
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -12,15 +12,15 @@ from tritium.train.evaluate import batch_loss, evaluate
 pytestmark = pytest.mark.plain
 
 
-def test_every_target_counts_once():
+def test_the_loss_is_the_mean_over_all_targets():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=30, context_tokens=8))
     batches = []
     for rows in (4, 1):
         batches.append(Batch(torch.randint(30, (rows, 9)), np.array([3, *[8] * (rows - 1)])))
-    nothing = Batch(batches[1].windows, np.array([0]))
+    without_targets = Batch(batches[1].windows, np.array([0]))
     assert evaluate(model, [], bytes_per_token=2.5) is None
-    result = evaluate(model, [*batches, nothing], bytes_per_token=2.5)
+    result = evaluate(model, [*batches, without_targets], bytes_per_token=2.5)
     pairs = [batch.on("cpu") for batch in batches]
     logits = torch.cat([model(tokens).flatten(0, 1) for tokens, _ in pairs])
     targets = torch.cat([targets.flatten() for _, targets in pairs])
@@ -31,7 +31,7 @@ def test_every_target_counts_once():
     assert result.bits_per_byte == pytest.approx(expected / math.log(2) / 2.5, rel=1e-5)
 
 
-def test_with_a_separator_documents_are_scored_alone():
+def test_with_a_separator_documents_do_not_attend_to_each_other():
     torch.manual_seed(1)
     model = GPT(GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=30, context_tokens=8))
     batch = Batch(torch.randint(29, (2, 9)), np.array([8, 8]))

@@ -23,7 +23,7 @@ def weights(run, step=20) -> bytes:
     return (run / "checkpoints" / f"step-{step}" / "model.safetensors").read_bytes()
 
 
-def test_a_run_learns_and_leaves_its_files(tiny, tritium, tmp_path):
+def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path):
     status, out, err = tritium(*tiny, "--steps", 60, "--lr", 1e-2, "--checkpoint-interval", 30)
     assert status == 0, err
     run = tmp_path / "run"
@@ -43,7 +43,7 @@ def test_a_run_learns_and_leaves_its_files(tiny, tritium, tmp_path):
     [[], ["--precision", "bfloat16"], ["--precision", "float16"], ["--optimizer", "muon"]],
     ids=str,
 )
-def test_resuming_gives_bitwise_the_weights_of_an_unbroken_run(words, tiny, tritium, tmp_path):
+def test_a_resumed_run_has_bitwise_the_weights_of_an_unbroken_one(words, tiny, tritium, tmp_path):
     assert tritium(*tiny, *words)[0] == 0
     run, broken = tmp_path / "run", tmp_path / "broken"
     shutil.copytree(run, broken)
@@ -69,7 +69,7 @@ def test_resuming_a_finished_run_evaluates_it(tiny, tritium, tmp_path):
 
 
 def test_a_compiled_run_evaluates_samples_and_resumes(tiny, tritium, tmp_path, monkeypatch):
-    """By a backend without code generation, which takes longer than this run."""
+    """With a backend that generates no code, which would take longer than this run."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     assert tritium(*tiny, "--out", tmp_path / "plain")[0] == 0
     status, _, err = tritium(*tiny, "--compile", "on")
@@ -86,14 +86,14 @@ def test_a_compiled_run_evaluates_samples_and_resumes(tiny, tritium, tmp_path, m
     assert tritium("sample", run, "--seed", 1)[0] == 0
 
 
-def test_same_seed_same_weights(tiny, tritium, tmp_path):
+def test_equal_seeds_give_equal_weights(tiny, tritium, tmp_path):
     assert tritium(*tiny)[0] == 0
     assert tritium(*tiny, "--out", tmp_path / "again")[0] == 0
     assert tritium(*tiny, "--out", tmp_path / "other", "--seed", 7)[0] == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "again") != weights(tmp_path / "other")
 
 
-def test_documents_kept_apart_train_another_model_and_resume_as_such(tiny, tritium, tmp_path):
+def test_the_document_mask_changes_training_and_is_kept_by_a_resume(tiny, tritium, tmp_path):
     texts, masked = tmp_path / "texts", tmp_path / "masked"
     texts.mkdir()
     for number in range(200):
@@ -109,7 +109,7 @@ def test_documents_kept_apart_train_another_model_and_resume_as_such(tiny, triti
     assert weights(masked) == before
 
 
-def test_a_run_trains_with_the_attention_asked_for_and_keeps_it(
+def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
     tiny, tritium, refused, tmp_path, monkeypatch
 ):
     assert tritium(*tiny)[0] == 0
@@ -122,7 +122,7 @@ def test_a_run_trains_with_the_attention_asked_for_and_keeps_it(
     monkeypatch.setitem(ATTENTIONS, "sdpa", noted)
     sdpa = tmp_path / "sdpa"
     assert tritium(*tiny, "--out", sdpa, "--attention", "sdpa")[0] == 0
-    assert set(used) == {True, False}, "trained and evaluated with it"
+    assert set(used) == {True, False}, "in training and in evaluations"
     losses = [
         [row["loss"] for row in read_metrics(folder)[0]] for folder in (tmp_path / "run", sdpa)
     ]
@@ -142,7 +142,7 @@ def test_a_run_trains_with_the_attention_asked_for_and_keeps_it(
 
 
 def stopped_after(calls: int, name: str, monkeypatch) -> None:
-    """Let the loop see a signal once `name` (a function of the loop) has been called that often."""
+    """Send a signal after `calls` calls of `name`, a function of the loop."""
     original, count = getattr(loop, name), itertools.count(1)
 
     def counted(*args, **kwargs):
@@ -164,10 +164,10 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
         ("save_checkpoint", 3),
     ],
 )
-def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
+def test_a_stopped_and_resumed_run_ends_like_an_unbroken_one(
     name, calls, tiny, tritium, tmp_path, monkeypatch
 ):
-    """In a step, in the step before an evaluation, in an evaluation, in the last one, in the last checkpoint."""
+    """Stopped in a step, before or in an evaluation, in the last one, in the last checkpoint."""
     assert tritium(*tiny)[0] == 0
     run, broken = tmp_path / "run", tmp_path / "broken"
     stopped_after(calls, name, monkeypatch)
@@ -188,14 +188,14 @@ def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     )
 
 
-def test_divergence_is_one_line(tiny, refused):
+def test_divergence_is_reported_in_one_line(tiny, refused):
     assert "training diverged: lower --lr" in refused(
         *tiny, "--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0
     )
 
 
 def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkeypatch):
-    """The other one claims it while this one is still looking at its data."""
+    """The other run claims it while this run prepares its data."""
     original = loop.claim_folder
 
     def late(run, config, dataset):
@@ -206,18 +206,12 @@ def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkey
     assert "this one is a run already" in refused(*tiny)
 
 
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path):
-    """SIGINT, from outside; SIGTERM is what the runs above were stopped with."""
+def test_a_signal_writes_a_checkpoint_and_explains_how_to_resume(tiny, tmp_path):
+    """SIGINT from another process. The tests above send SIGTERM."""
     run = tmp_path / "run"
-    words = [
-        *tiny,
-        "--steps",
-        "1000000",
-        "--checkpoint-interval",
-        "1000000",
-        "--eval-interval",
-        "1000000",
-    ]
+    words = list(tiny)
+    for name in ("--steps", "--checkpoint-interval", "--eval-interval"):
+        words += [name, "1000000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tritium", *words],
         stdout=subprocess.PIPE,
@@ -243,8 +237,10 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("limit", "file"), [(10_000, "train-00000.bin"), (30_000, "model.safetensors")]
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(limit, file, tiny, tritium, tmp_path):
-    """A limit on the size of files stands in for the disk: the write fails in the middle in the same way."""
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_files(
+    limit, file, tiny, tritium, tmp_path
+):
+    """A limit on the size of files makes a write fail in the middle, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

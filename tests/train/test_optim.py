@@ -4,7 +4,9 @@ import torch
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train.config import TrainConfig
-from tritium.train.optim import Optimizer
+from tritium.train.distributed.engines import SingleProcess
+from tritium.train.execution import resolve
+from tritium.train.optim import OPTIMIZERS, Optimizer, check_optimizer
 
 pytestmark = pytest.mark.plain
 
@@ -12,6 +14,11 @@ pytestmark = pytest.mark.plain
 @pytest.fixture
 def model() -> GPT:
     return GPT(GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8))
+
+
+def make_optimizer(model: GPT, **options) -> Optimizer:
+    config = TrainConfig.from_options(**options)
+    return Optimizer(SingleProcess(model, resolve(config)), config)
 
 
 def with_gradients(model: GPT) -> list[torch.Tensor]:
@@ -24,9 +31,7 @@ def with_gradients(model: GPT) -> list[torch.Tensor]:
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(model, optimizer):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
-    for part in Optimizer(
-        model, TrainConfig.from_options(weight_decay=0.3, optimizer=optimizer)
-    ).parts:
+    for part in make_optimizer(model, weight_decay=0.3, optimizer=optimizer).parts:
         for group in part.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
@@ -41,7 +46,7 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(model, optimiz
     )
 
 
-def test_a_parameter_that_no_group_holds_is_noticed(model, monkeypatch):
+def test_a_parameter_in_no_group_raises(model, monkeypatch):
     original = torch.optim.AdamW
 
     def forgetful(groups, **options):
@@ -49,12 +54,12 @@ def test_a_parameter_that_no_group_holds_is_noticed(model, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", forgetful)
     with pytest.raises(ValueError, match="expected each of 28 parameters once, got 27 in groups"):
-        Optimizer(model, TrainConfig.from_options())
+        make_optimizer(model)
 
 
-def test_frozen_parameters_are_left_alone(model):
+def test_frozen_parameters_are_in_no_group(model):
     model.wte.weight.requires_grad_(False)
-    parts = Optimizer(model, TrainConfig.from_options()).parts
+    parts = make_optimizer(model).parts
     assert not any(
         model.wte.weight is held
         for part in parts
@@ -63,11 +68,9 @@ def test_frozen_parameters_are_left_alone(model):
     )
 
 
-def test_a_step_is_adamw(model):
-    """Against the formula, for one step from zero moments: p (1 - lr wd) - lr g / (|g| + eps)."""
-    optimizer = Optimizer(
-        model, TrainConfig.from_options(weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=0)
-    )
+def test_an_adamw_step_matches_the_formula(model):
+    """The first step, from zero moments: p (1 - lr wd) - lr g / (|g| + eps)."""
+    optimizer = make_optimizer(model, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=0)
     weight = model.h[0].mlp.c_fc.weight
     before = weight.detach().clone()
     with_gradients(model)
@@ -78,11 +81,9 @@ def test_a_step_is_adamw(model):
     )
 
 
-def test_muon_makes_steps_of_adamws_size(model):
-    """Orthogonal up to what its iteration leaves, singular values of 0.5 to 1.5, and about 0.2 at root mean square."""
-    optimizer = Optimizer(
-        model, TrainConfig.from_options(optimizer="muon", weight_decay=0.1, grad_clip=0)
-    )
+def test_muon_steps_have_the_size_of_adamw_steps(model):
+    """Nearly orthogonal, singular values 0.5 to 1.5; root mean square about 0.2."""
+    optimizer = make_optimizer(model, optimizer="muon", weight_decay=0.1, grad_clip=0)
     weight, gain = model.h[0].mlp.c_proj.weight, model.ln_f.weight
     before = weight.detach().clone(), gain.detach().clone()
     with_gradients(model)
@@ -95,17 +96,33 @@ def test_muon_makes_steps_of_adamws_size(model):
     torch.testing.assert_close((gain.detach() - before[1]).abs(), torch.full_like(gain, 0.01))
 
 
-def test_a_pytorch_without_muon_is_named(model, monkeypatch):
+def test_a_pytorch_without_muon_raises(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(
         InputError, match=r"optimizer: expected a PyTorch with torch.optim.Muon, got"
     ):
-        Optimizer(model, TrainConfig.from_options(optimizer="muon"))
+        check_optimizer("muon")
+
+
+def test_an_engine_that_does_not_support_the_optimizer_raises():
+    with pytest.raises(InputError, match="expected adamw with the engine fsdp, got muon"):
+        check_optimizer("muon", "fsdp")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_block_matrices_has_the_bytes_of_the_row(name, model):
+    optimizer = make_optimizer(model, optimizer=name)
+    with_gradients(model)
+    optimizer.update(0.01)
+    weight = model.h[0].mlp.c_fc.weight
+    tensors = [value for value in optimizer.states()[weight].values() if value.ndim]
+    expected = OPTIMIZERS[name].block_matrix_state_bytes * weight.numel()
+    assert sum(value.nbytes for value in tensors) == expected
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_gradients_are_clipped_by_their_norm_over_everything_and_dropped(model, optimizer):
-    optimizer = Optimizer(model, TrainConfig.from_options(optimizer=optimizer, grad_clip=0.5))
+def test_gradients_are_clipped_by_their_global_norm_and_dropped(model, optimizer):
+    optimizer = make_optimizer(model, optimizer=optimizer, grad_clip=0.5)
     kept = with_gradients(model)
     before = torch.cat([grad.flatten().clone() for grad in kept])
     norm = optimizer.update(0.01)

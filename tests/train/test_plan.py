@@ -14,10 +14,9 @@ from tritium.model.cost import flops_per_token, step_bytes
 from tritium.train import plan as planner
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
-from tritium.train.optim import Optimizer
 from tritium.train.plan import RESERVE, Machine, Plan, PlanOptions, describe, make_plan
 from tritium.train.recipes import RECIPES
-from tritium.train.trainer import Trainer
+from tritium.train.trainer import single_trainer
 
 pytestmark = pytest.mark.plain
 
@@ -39,7 +38,7 @@ def measured_peak(
     options = TrainConfig.from_options(
         batch_size=batch, micro_batch_size=micro_batch, precision=precision
     )
-    trainer = Trainer(model, Optimizer(model, options), options)
+    trainer = single_trainer(model, options)
     batch = Batch(
         torch.randint(config.vocab_size, (batch, config.context_tokens + 1)),
         np.full(batch, config.context_tokens),

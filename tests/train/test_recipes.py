@@ -13,10 +13,10 @@ def test_recipes_of_published_models_have_their_shape(name):
     assert recipe(name).gpt(vocab_size=preset.vocab_size) == preset
 
 
-def test_unknown_recipes_list_the_near_ones():
+def test_an_unknown_recipe_suggests_the_nearest():
     with pytest.raises(InputError, match="unknown recipe 'shakespeare'; did you mean"):
         recipe("shakespeare")
 
 
-def test_the_default_is_a_recipe():
+def test_the_default_recipe_exists():
     assert default_recipe() in RECIPES

@@ -13,7 +13,7 @@ def rates(**options) -> list[float]:
     return [learning_rate(config, step) for step in range(config.steps)]
 
 
-def test_warm_up_is_linear_and_never_zero():
+def test_the_warm_up_is_linear_and_never_zero():
     assert rates()[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
 
 
@@ -25,7 +25,7 @@ def test_cosine_goes_from_lr_to_min_lr():
     assert values[10:] == sorted(values[10:], reverse=True)
 
 
-def test_constant():
+def test_constant_stays_at_lr():
     assert set(rates(schedule="constant")[10:]) == {1.0}
 
 
@@ -37,6 +37,6 @@ def test_wsd_is_constant_then_linear():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
-def test_runs_shorter_than_the_warm_up(schedule):
+def test_runs_shorter_than_the_warm_up_end_in_it(schedule):
     assert rates(steps=3, schedule=schedule) == pytest.approx([1 / 11, 2 / 11, 3 / 11])
     assert rates(steps=1, warmup_steps=0, schedule=schedule) == [1.0]

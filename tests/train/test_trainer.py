@@ -1,4 +1,3 @@
-import contextlib
 import functools
 import gc
 import sys
@@ -11,14 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.model import GPT, GPTConfig
-from tritium.train import trainer as trainer_file
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
-from tritium.train.distributed.world import World
+from tritium.train.distributed.engines import SingleProcess
 from tritium.train.evaluate import evaluate
+from tritium.train.execution import resolve
 from tritium.train.optim import Optimizer
 from tritium.train.precision import linear_parameters, refresh, working_copy
-from tritium.train.trainer import Trainer, is_compiled_on, quiet_collector
+from tritium.train.trainer import Trainer, quiet_collector, single_trainer
 
 pytestmark = pytest.mark.plain
 
@@ -29,7 +28,7 @@ def make(**options) -> Trainer:
     torch.manual_seed(0)
     config = TrainConfig.from_options(**{"batch_size": 6} | options)
     model = GPT(SHAPE)
-    return Trainer(model, Optimizer(model, config), config)
+    return single_trainer(model, config)
 
 
 def batch(rows: int = 6) -> Batch:
@@ -37,14 +36,22 @@ def batch(rows: int = 6) -> Batch:
     return Batch(windows, np.full(rows, 8))
 
 
+def step_losses(trainer: Trainer, batches) -> list[float]:
+    """Take a step with each batch; return the losses."""
+    losses = []
+    for each in batches:
+        losses.append(trainer.backward(each).item())
+        trainer.update(3e-3)
+    return losses
+
+
 def gradients(trainer: Trainer) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
 
 
 def test_micro_batches_add_up_to_the_batch():
-    padded = Batch(
-        batch().windows, np.array([8, 2, 8, 8, 0, 8])
-    )  # the last window of the data is: shares differ
+    # Padded rows: the micro-batches have different numbers of targets.
+    padded = Batch(batch().windows, np.array([8, 2, 8, 8, 0, 8]))
     results = []
     for micro_batch in (6, 2, 1):
         trainer = make(micro_batch_size=micro_batch)
@@ -55,26 +62,26 @@ def test_micro_batches_add_up_to_the_batch():
         torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
 
 
-def test_ranks_hear_which_micro_batch_is_the_last(monkeypatch):
-    seen = []
+def test_the_engine_is_told_which_micro_batch_is_the_last(monkeypatch):
+    calls = []
+    trainer = make(micro_batch_size=2)
+    monkeypatch.setattr(trainer.engine, "begin_step", lambda: calls.append("step"))
+    monkeypatch.setattr(
+        trainer.engine, "begin_micro_step", lambda *, is_last: calls.append(is_last)
+    )
+    monkeypatch.setattr(trainer.engine, "finish_gradients", lambda: calls.append("finish"))
+    trainer.backward(batch())
+    assert calls == ["step", False, False, True, "finish"]
 
-    def micro_step(network, world, *, is_last):
-        seen.append(is_last)
-        return contextlib.nullcontext()
 
-    monkeypatch.setattr(trainer_file, "micro_step", micro_step)
-    make(micro_batch_size=2).backward(batch())
-    assert seen == [False, False, True]
-
-
-def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
+def test_four_micro_batches_match_one_batch_to_rounding_in_bfloat16():
     exact, whole, parts = (
         make(precision=precision, batch_size=32, micro_batch_size=size)
         for precision, size in (("float32", 32), ("bfloat16", 32), ("bfloat16", 8))
     )
     losses = [trainer.backward(batch(32)).item() for trainer in (exact, whole, parts)]
     truth, once, four_times = map(gradients, (exact, whole, parts))
-    # Four sums of narrow gradients are no further from float32's than one.
+    # Four 16-bit gradients, added in float32, are as close to the float32 gradient as one.
     assert 0 < (four_times - truth).norm() <= 1.1 * (once - truth).norm()
     assert (once - truth).norm() <= 4 * torch.finfo(torch.bfloat16).eps * truth.norm()
     assert losses[1] == pytest.approx(losses[2], rel=1e-6)
@@ -82,7 +89,7 @@ def test_four_times_eight_are_once_thirty_two_to_rounding_in_bfloat16():
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_a_short_training_is_like_that_in_float32(precision):
+def test_a_short_training_in_16_bits_matches_float32(precision):
     exact, narrow = make(), make(precision=precision)
     losses = [[], []]
     for _ in range(30):
@@ -93,7 +100,7 @@ def test_a_short_training_is_like_that_in_float32(precision):
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     states = [value for state in narrow.optimizer.states().values() for value in state.values()]
     assert {value.dtype for value in (*narrow.model.parameters(), *states)} == {torch.float32}
-    # What the masters learned below a step of the narrow dtype is kept; the copy follows them.
+    # The masters keep changes that the 16-bit dtype cannot represent. The copy follows them.
     weight, dtype = narrow.model.h[0].attn.c_attn.weight, getattr(torch, precision)
     assert not torch.equal(weight, weight.to(dtype).float())
     assert torch.equal(narrow.working.h[0].attn.c_attn.weight, weight.to(dtype))
@@ -101,8 +108,8 @@ def test_a_short_training_is_like_that_in_float32(precision):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight"])
-def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved(optimizer, name):
-    """All of it, whichever of PyTorch's optimizers holds the overflow."""
+def test_a_step_that_overflows_in_float16_is_skipped_and_halves_the_scale(optimizer, name):
+    """The step of all parameters, whichever of PyTorch's optimizers has the overflow."""
     trainer = make(precision="float16", optimizer=optimizer)
     trainer.backward(batch())
     trainer.update(1e-3)
@@ -118,7 +125,7 @@ def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_halved(optim
     assert not torch.equal(before[0], next(trainer.model.parameters()))
 
 
-def test_the_norm_in_float16_is_of_unscaled_gradients():
+def test_the_gradient_norm_in_float16_is_unscaled():
     norms = []
     for precision in ("float32", "float16"):
         trainer = make(precision=precision)
@@ -129,33 +136,25 @@ def test_the_norm_in_float16_is_of_unscaled_gradients():
 
 @pytest.fixture
 def graphs(monkeypatch) -> CompileCounterWithBackend:
-    """Counts compilations, by a backend that leaves out the slow half."""
+    """Counts compilations, with a backend that generates no code."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     return counter
 
 
-def losses_of(trainer: Trainer, batches) -> list[float]:
-    losses = []
-    for each in batches:
-        losses.append(trainer.backward(each).item())
-        trainer.update(3e-3)
-    return losses
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_one_graph_serves_micro_batches_evaluations_and_samples(precision, graphs):
+def test_training_compiles_one_graph_and_evaluations_and_samples_none(precision, graphs):
     plain, compiled = (
         make(micro_batch_size=2, precision=precision, compile=option) for option in ("off", "on")
     )
     batches = [batch()] * 3
     results = []
     for trainer in (plain, compiled):
-        losses = losses_of(trainer, batches)
+        losses = step_losses(trainer, batches)
         found = evaluate(trainer.working, [batch(), batch(3)], bytes_per_token=1.0).loss
         sampled = trainer.working.generate(batch().inputs[:1, :2], 3, temperature=0)
-        losses += losses_of(trainer, batches)
+        losses += step_losses(trainer, batches)
         results.append(([*losses, found], sampled))
     assert graphs.frame_count == 1
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -163,13 +162,13 @@ def test_one_graph_serves_micro_batches_evaluations_and_samples(precision, graph
     assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
 
 
-def test_another_size_is_compiled_once_more_and_then_any(graphs):
+def test_a_second_batch_size_is_compiled_once_for_all_sizes(graphs):
     trainer = make(compile="on")
-    losses_of(trainer, [batch(rows) for rows in (6, 5, 4, 3, 2)])
+    step_losses(trainer, [batch(rows) for rows in (6, 5, 4, 3, 2)])
     assert graphs.frame_count == 2
 
 
-def test_documents_of_any_number_share_a_graph(graphs):
+def test_any_number_of_documents_uses_one_graph(graphs):
     trainer = make(compile="on")
     trainer.separator = 0
     for documents in (1, 2, 5, 9, 17, 30):
@@ -179,34 +178,26 @@ def test_documents_of_any_number_share_a_graph(graphs):
     assert graphs.frame_count == 1
 
 
-def test_compiled_by_inductor_it_trains_the_same():
+def test_training_compiled_by_inductor_matches_eager():
     torch._dynamo.reset()
     plain, compiled = (make(micro_batch_size=2, compile=option) for option in ("off", "on"))
-    assert losses_of(plain, [batch()] * 3) == pytest.approx(
-        losses_of(compiled, [batch()] * 3), rel=1e-6
+    assert step_losses(plain, [batch()] * 3) == pytest.approx(
+        step_losses(compiled, [batch()] * 3), rel=1e-6
     )
     for mine, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize(
-    ("device", "has_triton", "compiles"),
-    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],
-)
-def test_auto_compiles_where_triton_can(device, has_triton, compiles, monkeypatch):
-    monkeypatch.setattr(trainer_file, "HAS_TRITON", has_triton)
-    assert is_compiled_on(torch.device(device)) is compiles
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("separator", [None, 0])
 def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch):
-    """On the meta device, whose tensors hold nothing: int, bool, tolist, nonzero and copies to the CPU all raise there."""
+    """On the meta device int, bool, tolist, nonzero and copies to the CPU all raise."""
     optimizers = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     config = TrainConfig.from_options(batch_size=6, micro_batch_size=2, optimizer=optimizer)
-    model = GPT(SHAPE).to("meta")
-    trainer = Trainer(model, Optimizer(model, config), config, separator=separator)
+    execution = replace(resolve(config), device=torch.device("meta"))
+    engine = SingleProcess(GPT(SHAPE).to("meta"), execution)
+    trainer = Trainer(engine, Optimizer(engine, config), separator=separator)
     for _ in range(2):
         loss = trainer.backward(batch())
         norm = trainer.update(1e-3)
@@ -216,7 +207,7 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
             read(loss)
 
 
-def test_casting_weights_and_summing_gradients_read_nothing():
+def test_casting_weights_and_summing_gradients_read_nothing_from_the_device():
     model = GPT(SHAPE).to("meta")
     copy = working_copy(model, torch.bfloat16)
     for _ in range(2):
@@ -225,8 +216,8 @@ def test_casting_weights_and_summing_gradients_read_nothing():
     assert all(weight.grad.dtype == torch.float32 for weight in linear_parameters(model))
 
 
-def test_scaling_losses_reads_nothing():
-    """No value of a tensor becomes a number of Python's, from the backward to the end of the update."""
+def test_scaling_losses_reads_nothing_from_the_device():
+    """No tensor becomes a Python number during an update."""
 
     class Unread(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -252,10 +243,10 @@ def test_a_step_never_waits_for_the_gpu(precision):
     )
     # So many tokens that PyTorch sorts them for the embedding's gradient.
     model = GPT(replace(SHAPE, context_tokens=1024)).cuda()
-    trainer = Trainer(model, Optimizer(model, config), config, separator=0)
+    trainer = single_trainer(model, config, separator=0)
     # The last window of the data is padded.
     padded = Batch(torch.randint(20, (8, 1025)), np.array([1024] * 7 + [5]))
-    losses_of(trainer, [padded] * 2)  # kernels are compiled, moments made
+    step_losses(trainer, [padded] * 2)  # compiles kernels, allocates the optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
@@ -267,22 +258,12 @@ def test_a_step_never_waits_for_the_gpu(precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_ranks_sample_in_the_precision_of_the_run(monkeypatch):
-    monkeypatch.setattr("tritium.train.trainer.replicate", lambda network, world: network)
-    config = TrainConfig.from_options(batch_size=6, precision="bfloat16")
-    model = GPT(SHAPE)
-    sampled = Trainer(
-        model, Optimizer(model, config), config, world=World(engine="ddp")
-    ).on_first_rank()
-    assert sampled.h[0].attn.c_attn.weight.dtype == torch.bfloat16
-
-
-def test_steps_leave_no_tensor_to_the_garbage_collector():
+def test_steps_leave_no_tensors_to_the_garbage_collector():
     trainer = make(micro_batch_size=2, precision="bfloat16")
-    losses_of(trainer, [batch()] * 2)
+    step_losses(trainer, [batch()] * 2)
     with quiet_collector():
         assert not gc.isenabled()
-        losses_of(trainer, [batch()] * 3)
+        step_losses(trainer, [batch()] * 3)
         gc.set_debug(gc.DEBUG_SAVEALL)
         try:
             gc.collect()

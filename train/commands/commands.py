@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -23,13 +24,14 @@ from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..data.prepare import build, cache_dir
 from ..data.tokenizer import Tokenizer
 from ..device import choose_device, choose_matmul
-from ..distributed.world import Launch, World, join
+from ..distributed.launch import Launch, join
+from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..loop import resume, sample_text, start
 from ..plan import plan, what_fits
-from ..precision import choose_dtype, working_copy
+from ..precision import PRECISIONS, choose_dtype, working_copy
 from ..recipes import RECIPES, default_recipe, recipe
-from ..run.checkpoint import load_checkpoint, newest_checkpoint
+from ..run.checkpoint import load_weights, newest_checkpoint
 from ..run.folder import read_run
 from ..run.metrics import console
 from .cli import is_out_of_memory, parse
@@ -81,6 +83,8 @@ class SampleOptions:
     """Same seed, same text."""
     device: str = "auto"
     """cpu, cuda ...; auto: CUDA if there is one."""
+    precision: Literal[tuple(PRECISIONS)] = "auto"
+    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,7 @@ def _resume_arguments(argv: Sequence[str]) -> tuple[Path, Launch]:
 
 def _say_how_to_use_all(world: World, config: TrainConfig) -> None:
     count = torch.cuda.device_count()
-    if world.engine is None and count > 1 and config.execution.device in ("auto", "cuda"):
+    if not world.is_distributed and count > 1 and config.execution.device in ("auto", "cuda"):
         print(
             f"training on 1 of {count} GPUs; for all: torchrun --nproc-per-node {count} -m tritium.train and the same words"
         )
@@ -182,7 +186,9 @@ def _report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
     except InterruptedRun:
         if world.is_rank0:
             program = (
-                f"{_program()} train" if world.engine is None else "torchrun ... -m tritium.train"
+                f"{_program()} train"
+                if not world.is_distributed
+                else "torchrun ... -m tritium.train"
             )
             print(f"stopped; go on with: {program} --resume {shlex.quote(str(run))}")
         return 130
@@ -270,8 +276,8 @@ def sample(argv: Sequence[str]) -> int:
     device = choose_device(options.device)
     choose_matmul(device)
     model = GPT(record.model)
-    load_checkpoint(checkpoint, model)
-    model = working_copy(model.to(device), choose_dtype("auto", device))
+    load_weights(checkpoint, model)
+    model = working_copy(model.to(device), choose_dtype(options.precision, device))
     try:
         text = sample_text(
             model, Tokenizer.load(run / "tokenizer.json"), options.prompt, max_new_tokens=options.max_new_tokens,

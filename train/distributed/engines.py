@@ -1,216 +1,346 @@
-"""What the ranks of a world divide of a model and its optimizer, by PyTorch's engines; see World.engine.
+"""How ranks share a model and its optimizer: one class per engine, and the table ENGINES.
 
-    ddp      DistributedDataParallel    weights and state on every rank, gradients averaged in buckets during the backward
-    zero1    the same, each parameter's state on one rank only: ZeroRedundancyOptimizer
-    fsdp     fully_shard, ZeRO-3        the linear maps of a block are gathered for it in the run's precision, all else once a
-             pass in float32: the same precision as train/precision.py has. Gradients are summed in float32. With fewer
-             shards than data ranks they are replicated (HSDP); with tensor ranks train/tensor_parallel.py divides layers
+    single   SingleProcess   one process has everything
+    ddp      DDP             each rank has all weights and optimizer state; gradients are averaged
+    zero1    ZeRO1           the same, but each parameter's optimizer state is on one rank
+    fsdp     FSDP            ranks divide weights, gradients and state (fully_shard, ZeRO-3). With
+                             fewer shards than data ranks the shards are replicated (HSDP); with
+                             tensor ranks tensor_parallel.py also divides the layers
 
-Checkpoints are whole whatever the engine, so that any other resumes them: `whole` gathers, `divide` hands out.
+All engines compute in the same precision (train/precision.py) and average gradients in float32.
+Checkpoints do not depend on the engine: gather_* returns complete tensors, scatter_* takes them, so
+any engine resumes a run of any other.
 """
 
-import contextlib
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ...model import GPT
-from ..config import TrainConfig
-from ..optim import Optimizer, check_optimizer
-from ..precision import check_attention, choose_dtype
-from ..run.trackers import check_trackers
-from .world import World
+from ...model import GPT, GPTConfig
+from ..precision import refresh, working_copy
+from .buckets import GradientBuckets
 
-# PyTorch's packages beyond the first are imported where they are needed: that takes them a second or more.
+# PyTorch's packages for FSDP and ZeRO are imported where they are used: each takes a second.
+if TYPE_CHECKING:
+    from ..execution import Execution
+    from ..optim import Optimizer
 
-
-def choose_fitting(config: TrainConfig, world: World) -> torch.device:
-    """The device of this rank. Raises: InputError on all ranks unless configuration, machine and world fit together."""
-
-    def choose() -> torch.device:
-        device = world.device(config.execution.device)
-        dtype = choose_dtype(config.execution.precision, device)
-        check_attention(config, device)
-        check_optimizer(config, world)
-        check_trackers(config)
-        world.micro_batch(config)
-        if world.tensor_ranks > 1:
-            from .tensor_parallel import check_tensor_parallel
-
-            check_tensor_parallel(config.gpt(vocab_size=1), dtype, world.tensor_ranks)
-        return device
-
-    device = world.run_on_all_ranks(choose)
-    world.check_same_on_all_ranks("--device", device.type)
-    return device
+Weights = dict[str, Tensor]
+"""Complete weights by parameter name."""
+States = dict[str, dict[str, Tensor]]
+"""Complete optimizer state by parameter name and key."""
 
 
-def shard(model: GPT, config: TrainConfig, world: World, *, compiled: bool) -> None:
-    """Divide a model in place, where the engine is fsdp: before an optimizer is made for its parameters.
+class SingleProcess:
+    """A model in one process. The other engines override what differs.
 
     Args:
-        model: on its device, the same on every rank.
-        config: precision.
-        compiled: whether torch.compile makes a graph of each attention and perceptron.
+        model: float32, on its device, the same on every rank. FSDP divides it in place.
+        execution: how the run executes.
+    Attributes:
+        model: the masters, which the optimizer changes.
+        working: the model that computes, the masters themselves or a copy in the run's dtype.
+            Evaluations and samples call it uncompiled, because their sizes vary.
+        network: `working`, compiled if the run is. Training calls it.
     """
-    if world.engine != "fsdp":
-        return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from .tensor_parallel import shard_layers
+    shards_weights = False
+    """Whether the launch may choose shards and tensor ranks."""
+    divides_memory = False
+    """Whether a rank needs less memory than a single process."""
 
-    device = model.wte.weight.device
-    mesh, dtype = world.mesh(device.type), choose_dtype(config.execution.precision, device)
-    data = mesh["shards"] if mesh["replicas"].size() == 1 else mesh["replicas", "shards"]
-    if world.tensor_ranks > 1:
-        shard_layers(model, mesh["tensor"])
-    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    wide = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    # The model casts the stream to what it finds the first weight in, which is not gathered yet.
-    model.h[0].register_forward_pre_hook(
-        lambda _, inputs: (inputs[0], inputs[1].to(dtype), *inputs[2:])
-    )
-    for block in model.h:
-        parts = [block.attn, block.mlp]
-        if compiled:
-            for part in parts:
-                # Not of the modules: what fully_shard hooks to them stays outside.
-                part.forward = torch.compile(part.forward, fullgraph=True)
-        fully_shard(parts, mesh=data, mp_policy=narrow, reshard_after_forward=True)
-    fully_shard(model, mesh=data, mp_policy=wide, reshard_after_forward=False)
+    def __init__(self, model: GPT, execution: "Execution"):
+        self.model = model
+        self.execution = execution
+        self.world = execution.world
+        self.working = self._prepare()
+        self.network = self._compile() if execution.is_compiled else self.working
+
+    @staticmethod
+    def check(config: GPTConfig, execution: "Execution") -> None:
+        """Raise InputError if the engine does not support the model or its precision."""
+
+    def _prepare(self) -> nn.Module:
+        """Distribute the model. Returns: the model that computes."""
+        return working_copy(self.model, self.execution.dtype)
+
+    def _compile(self) -> nn.Module:
+        return torch.compile(self.working, fullgraph=True)
+
+    # --- a training step
+
+    def begin_step(self) -> None:
+        """Prepare for the first micro-batch of a step."""
+
+    def begin_micro_step(self, *, is_last: bool) -> None:
+        """Prepare for a backward. Only the last one of a step communicates gradients."""
+
+    def finish_gradients(self) -> None:
+        """Wait until the gradients of the masters are averages over ranks."""
+
+    def refresh_working(self) -> None:
+        """Make `working` follow the masters after they changed."""
+        refresh(self.working, self.model)
+
+    def make_optimizer(
+        self, optimizer: type[torch.optim.Optimizer], groups: list[dict], **options: Any
+    ) -> torch.optim.Optimizer:
+        """Return one of PyTorch's optimizers for groups of masters."""
+        return optimizer(groups, **options)
+
+    # --- complete tensors; all ranks must call these
+
+    def complete_model(self) -> GPT | None:
+        """Return a model that rank 0 can sample from alone, until the next update; else None."""
+        return self.working if self.world.is_rank0 else None
+
+    def gather_weights(self) -> Weights:
+        """Return the complete weights; with FSDP on the CPU of rank 0, and nothing elsewhere."""
+        return self.model.state_dict()
+
+    def scatter_weights(self, weights: Weights | None) -> None:
+        """Load the weights that gather_weights returned, given on rank 0 and None elsewhere."""
+        self.model.load_state_dict(weights)
+        self.refresh_working()
+
+    def gather_optimizer_states(self, optimizer: "Optimizer") -> States:
+        """Return the complete optimizer state, on the ranks where gather_weights has weights."""
+        names = self._names()
+        return {names[parameter]: state for parameter, state in optimizer.states().items()}
+
+    def scatter_optimizer_states(self, states: States | None, optimizer: "Optimizer") -> None:
+        """Load the state that gather_optimizer_states returned, given on rank 0, else None."""
+        layout = self._layout(states)
+        for name, parameter in self.model.named_parameters():
+            state = {}
+            for key, (shape, dtype) in layout.get(name, {}).items():
+                # A copy, because tensors read from a file are views of its bytes, maybe unaligned.
+                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
+                if self.world.is_rank0:
+                    state[key].copy_(states[name][key])
+                self.world.broadcast(state[key])
+            if state:
+                optimizer.load_state(parameter, state)
+
+    def _layout(self, states: States | None) -> dict[str, dict[str, tuple]]:
+        """Return shape and dtype of each tensor of rank 0's states, on all ranks."""
+        return self.world.on_rank0(
+            lambda: {
+                name: {key: (value.shape, value.dtype) for key, value in state.items()}
+                for name, state in states.items()
+            }
+        )
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
 
 
-def replicate(network: nn.Module, world: World) -> nn.Module:
-    """What averages gradients over ranks when it is run backward, where the engine keeps whole weights."""
-    if world.engine in (None, "fsdp"):
-        return network
-    return DistributedDataParallel(network, gradient_as_bucket_view=True)
+class DDP(SingleProcess):
+    """All weights on each rank. The last backward of a step averages gradients, in buckets."""
+
+    def _prepare(self) -> nn.Module:
+        # Nodes may have drawn different weights, with different versions of a library.
+        self._broadcast_weights()
+        working = super()._prepare()
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        self._buckets = GradientBuckets(trained, self.world.size)
+        self._is_last = False
+        # On the working copy the hook that adds to the master's gradient runs before this one.
+        for parameter, master in zip(working.parameters(), self.model.parameters(), strict=True):
+            if master.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, master=master: self._gradient_added(master)
+                )
+        return working
+
+    def begin_step(self) -> None:
+        self._buckets.begin_step()
+
+    def begin_micro_step(self, *, is_last: bool) -> None:
+        self._is_last = is_last
+        if is_last:
+            self._buckets.begin_last_backward()
+
+    def finish_gradients(self) -> None:
+        self._buckets.finish()
+
+    def scatter_weights(self, weights: Weights | None) -> None:
+        if self.world.is_rank0:
+            self.model.load_state_dict(weights)
+        self._broadcast_weights()
+        self.refresh_working()
+
+    def _broadcast_weights(self) -> None:
+        for parameter in self.model.parameters():
+            self.world.broadcast(parameter.detach())
+
+    def _gradient_added(self, master: nn.Parameter) -> None:
+        if self._is_last:
+            self._buckets.gradient_added(master)
 
 
-def micro_step(
-    network: nn.Module, world: World, *, is_last: bool
-) -> contextlib.AbstractContextManager:
-    """Context of a micro-batch: gradients travel between ranks with a step's last one only."""
-    if world.engine == "fsdp":
-        network.set_requires_gradient_sync(is_last)
-    elif world.engine is not None and not is_last:
-        return network.no_sync()
-    return contextlib.nullcontext()
+class ZeRO1(DDP):
+    """DDP, with the optimizer state of each parameter on one rank: ZeroRedundancyOptimizer."""
 
+    divides_memory = True
 
-def gather_weights(model: GPT, world: World) -> dict[str, Tensor]:
-    """All weights by name, as a model in one process has them; with fsdp on the CPU of the first rank, empty on others."""
-    if world.engine != "fsdp":
-        return model.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    def make_optimizer(
+        self, optimizer: type[torch.optim.Optimizer], groups: list[dict], **options: Any
+    ) -> torch.optim.Optimizer:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    weights = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    return {
-        name: _rows(name, value, model, world, together=False) for name, value in weights.items()
-    }
+        return ZeroRedundancyOptimizer(groups, optimizer_class=optimizer, **options)
 
-
-def gather_optimizer_states(
-    model: GPT, optimizer: Optimizer, world: World
-) -> dict[str, dict[str, Tensor]]:
-    """What the optimizer keeps of each parameter, by name; where gather_weights has weights. After it, with fsdp."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    if world.engine == "zero1":
+    def gather_optimizer_states(self, optimizer: "Optimizer") -> States:
+        names = self._names()
         states = {}
         for part in optimizer.parts:
             part.consolidate_state_dict(to=0)
-            if world.is_rank0:
-                held = [parameter for group in part.param_groups for parameter in group["params"]]
-                states |= {
-                    names[held[index]]: state for index, state in part.state_dict()["state"].items()
-                }
+            if self.world.is_rank0:
+                parameters = [each for group in part.param_groups for each in group["params"]]
+                for index, state in part.state_dict()["state"].items():
+                    states[names[parameters[index]]] = state
         return states
-    # Before the first step there is none, and the function below would take one to make it.
-    if world.engine != "fsdp" or not optimizer.states():
-        return {names[parameter]: state for parameter, state in optimizer.states().items()}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    states = get_optimizer_state_dict(model, optimizer.parts, options=options).get("state", {})
-    return {
-        name: {
-            key: _rows(name, value, model, world, together=False) for key, value in state.items()
+
+class FSDP(SingleProcess):
+    """Weights, gradients and optimizer state divided among ranks: fully_shard.
+
+    A block's linear layers are gathered for it in the run's dtype, all other parameters once per
+    pass in float32.
+    """
+
+    shards_weights = True
+    divides_memory = True
+
+    @staticmethod
+    def check(config: GPTConfig, execution: "Execution") -> None:
+        if execution.world.tensor_ranks > 1:
+            from .tensor_parallel import check_tensor_parallel
+
+            check_tensor_parallel(config, execution.dtype, execution.world.tensor_ranks)
+
+    def _prepare(self) -> nn.Module:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        model = self.model
+        mesh = self.world.mesh(self.execution.device.type)
+        has_replicas = self.world.data_ranks > self.world.shard_ranks
+        data = mesh["replicas", "shards"] if has_replicas else mesh["shards"]
+        if self.world.tensor_ranks > 1:
+            from .tensor_parallel import shard_layers
+
+            shard_layers(model, mesh["tensor"])
+
+        model.compute_dtype = self.execution.dtype
+        narrow = MixedPrecisionPolicy(param_dtype=self.execution.dtype, reduce_dtype=torch.float32)
+        wide = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for block in model.h:
+            layers = [block.attn, block.mlp]
+            if self.execution.is_compiled:
+                # The forwards and not the modules: fully_shard's hooks stay outside of the graphs.
+                for layer in layers:
+                    layer.forward = torch.compile(layer.forward, fullgraph=True)
+            fully_shard(layers, mesh=data, mp_policy=narrow, reshard_after_forward=True)
+        fully_shard(model, mesh=data, mp_policy=wide, reshard_after_forward=False)
+        return model
+
+    def _compile(self) -> nn.Module:
+        """Return the model as it is: its layers are compiled."""
+        return self.working
+
+    def begin_micro_step(self, *, is_last: bool) -> None:
+        self.model.set_requires_gradient_sync(is_last)
+
+    def complete_model(self) -> GPT | None:
+        weights = self.gather_weights()
+        if not self.world.is_rank0:
+            return None
+        # On the meta device no weights are drawn.
+        with torch.device("meta"):
+            model = GPT(self.model.config)
+        model.load_state_dict(weights, assign=True)
+        return working_copy(model.to(self.execution.device), self.execution.dtype)
+
+    def gather_weights(self) -> Weights:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        return {name: self._to_checkpoint(name, value) for name, value in weights.items()}
+
+    def scatter_weights(self, weights: Weights | None) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        weights = {
+            name: self._from_checkpoint(name, value) for name, value in (weights or {}).items()
         }
-        for name, state in states.items()
-    }
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, weights, options=options)
 
+    def gather_optimizer_states(self, optimizer: "Optimizer") -> States:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_optimizer_state_dict,
+        )
 
-def scatter_weights(weights: dict[str, Tensor] | None, model: GPT, world: World) -> None:
-    """Load what gather_weights gave; None on all ranks but the first."""
-    if world.engine is None:
-        model.load_state_dict(weights)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    weights = {
-        name: _rows(name, value, model, world, together=True)
-        for name, value in (weights or {}).items()
-    }
-    set_model_state_dict(
-        model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    )
-
-
-def scatter_optimizer_states(
-    states: dict[str, dict[str, Tensor]] | None, model: GPT, optimizer: Optimizer, world: World
-) -> None:
-    """Load what gather_optimizer_states gave; None on all ranks but the first."""
-    kinds = world.on_rank0(
-        lambda: {
-            name: {key: (value.shape, value.dtype) for key, value in state.items()}
-            for name, state in states.items()
+        # Before the first step there is no state, and get_optimizer_state_dict would take a step.
+        if not optimizer.states():
+            return {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        content = get_optimizer_state_dict(self.model, optimizer.parts, options=options)
+        return {
+            name: {key: self._to_checkpoint(name, value) for key, value in state.items()}
+            for name, state in content.get("state", {}).items()
         }
-    )
-    if not kinds:
-        return
-    if world.engine in (None, "zero1"):
-        for name, parameter in model.named_parameters():
-            state = {}
-            for key, (shape, dtype) in kinds.get(name, {}).items():
-                # A copy: safetensors' tensors are views of the file's bytes, and 0-dimensional ones may be unaligned.
-                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
-                if world.is_rank0:
-                    state[key].copy_(states[name][key])
-                if world.size > 1:
-                    dist.broadcast(state[key], src=0)
-            optimizer.load_state(parameter, state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    content = {}
-    if world.is_rank0:
-        groups = [group for part in optimizer.parts for group in part.param_groups]
-        content = {
-            "state": {
-                name: {
-                    key: _rows(name, value, model, world, together=True)
-                    for key, value in state.items()
-                }
-                for name, state in states.items()
-            },
-            "param_groups": [
-                {"params": [names[parameter] for parameter in group["params"]]} for group in groups
-            ],
-        }
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(model, optimizer.parts, content, options=options)
+    def scatter_optimizer_states(self, states: States | None, optimizer: "Optimizer") -> None:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
+
+        if not self._layout(states):
+            return
+        content = {}
+        if self.world.is_rank0:
+            names = self._names()
+            groups = [group for part in optimizer.parts for group in part.param_groups]
+            content = {
+                "state": {
+                    name: {key: self._from_checkpoint(name, value) for key, value in state.items()}
+                    for name, state in states.items()
+                },
+                "param_groups": [
+                    {"params": [names[parameter] for parameter in group["params"]]}
+                    for group in groups
+                ],
+            }
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(self.model, optimizer.parts, content, options=options)
+
+    def _from_checkpoint(self, name: str, value: Tensor) -> Tensor:
+        """Reorder the rows of c_attn so that the rows of each tensor rank are together."""
+        rows = self._row_order(name, value)
+        return value if rows is None else value[rows]
+
+    def _to_checkpoint(self, name: str, value: Tensor) -> Tensor:
+        """Undo _from_checkpoint."""
+        rows = self._row_order(name, value)
+        return value if rows is None else value[rows.argsort()]
+
+    def _row_order(self, name: str, value: Tensor) -> Tensor | None:
+        if self.world.tensor_ranks == 1 or ".c_attn." not in name or value.ndim == 0:
+            return None
+        from .tensor_parallel import row_order
+
+        return row_order(self.model.config, self.world.tensor_ranks)
 
 
-def _rows(name: str, value: Tensor, model: GPT, world: World, *, together: bool) -> Tensor:
-    """The rows of c_attn in the order in which tensor ranks have theirs together, or back in a checkpoint's."""
-    if world.tensor_ranks == 1 or ".c_attn." not in name or value.ndim == 0:
-        return value
-    from .tensor_parallel import row_order
-
-    rows = row_order(model.config, world.tensor_ranks)
-    return value[rows if together else rows.argsort()]
+ENGINES: dict[str, type[SingleProcess]] = {
+    "single": SingleProcess,
+    "ddp": DDP,
+    "zero1": ZeRO1,
+    "fsdp": FSDP,
+}

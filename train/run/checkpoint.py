@@ -1,12 +1,12 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped, in a folder that is written whole or not at all.
+"""Checkpoints: all that a run needs to go on as if it had not stopped.
 
     RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
-    RUN/checkpoints/step-N/optimizer.safetensors   AdamW's two moments and step counts, as NAME.exp_avg ..., Muon's momentum
-    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, float16's loss scale, SHA-256 of the two files
-                                                   above and of itself
+    RUN/checkpoints/step-N/optimizer.safetensors   optimizer state, as NAME.exp_avg, NAME.step, ...
+    RUN/checkpoints/step-N/state.json              step, PyTorch's generator, loss scale of float16,
+                                                   SHA-256 of the other files and of itself
 
-The loader needs no state of its own: its batches are a function of the step. A folder is filled under a hidden name, flushed
-to the disk and renamed: a checkpoint that has its name is complete.
+The loader has no state: its batches are a function of the step. A folder is filled under a hidden
+name, flushed to the disk and renamed, so a folder with the name of a checkpoint is complete.
 """
 
 import collections
@@ -17,73 +17,102 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ...errors import InputError
 from ...model import GPT
-from ..distributed.engines import (
-    gather_optimizer_states,
-    gather_weights,
-    scatter_optimizer_states,
-    scatter_weights,
-)
-from ..distributed.world import SINGLE_PROCESS, World
+from ..distributed.engines import SingleProcess, States, Weights
 from ..files import flush_folder, seal, unseal, write_whole
 from ..optim import Optimizer
 
-_FILES = ("model.safetensors", "optimizer.safetensors")
-_INSTEAD = "delete this checkpoint to go on from the one before"
+_MODEL_FILE = "model.safetensors"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_HINT = "delete this checkpoint to go on from the one before"
 
 
 def save_checkpoint(
-    run: Path,
-    step: int,
-    model: GPT,
-    optimizer: Optimizer,
-    *,
-    keep: int,
-    world: World = SINGLE_PROCESS,
+    run: Path, step: int, engine: SingleProcess, optimizer: Optimizer, *, keep: int
 ) -> Path:
-    """Write RUN/checkpoints/step-N and delete all but the `keep` newest. The first rank writes, with the help of all.
+    """Write RUN/checkpoints/step-N and delete all but the `keep` newest. All ranks must call it.
 
     Args:
         run: the run's folder.
-        step: optimizer steps done so far.
-        model, optimizer: the float32 weights, and what changes them.
-        world: ranks that hold them; default: a process alone.
-    Returns: the folder written.
-    Raises: OSError as the disk gives it; nothing is left behind then, and older checkpoints stay.
+        step: number of optimizer steps done.
+        engine: holds the weights.
+        optimizer: of the engine's model.
+    Returns: the folder, which rank 0 wrote.
+    Raises: OSError as the system reports it. It leaves nothing behind, and older checkpoints stay.
     """
-    weights = gather_weights(model, world)
-    states = gather_optimizer_states(model, optimizer, world)
-    return world.on_rank0(lambda: _write(run, step, weights, states, optimizer, keep))
+    weights = engine.gather_weights()
+    states = engine.gather_optimizer_states(optimizer)
+    loss_scale = optimizer.scaler.state_dict()
+    return engine.world.on_rank0(lambda: _write(run, step, weights, states, loss_scale, keep))
+
+
+def load_checkpoint(folder: Path, engine: SingleProcess, optimizer: Optimizer) -> int:
+    """Load weights, optimizer state and PyTorch's generator, in place. All ranks must call it.
+
+    Returns: number of optimizer steps done.
+    Raises: InputError if a file is missing, cut, damaged or belongs to another model.
+    """
+    world = engine.world
+    content = world.run_on_all_ranks(
+        lambda: _read(folder, _shapes(engine.model)) if world.is_rank0 else (None, None, None)
+    )
+    state, weights, optimizer_states = content
+    state = world.on_rank0(lambda: state)
+    engine.scatter_weights(weights)
+    engine.scatter_optimizer_states(optimizer_states, optimizer)
+    # Empty if the run computed in another precision before.
+    if state["loss_scale"]:
+        optimizer.scaler.load_state_dict(state["loss_scale"])
+    generator = bytearray.fromhex(state["torch_rng"])
+    torch.set_rng_state(torch.frombuffer(generator, dtype=torch.uint8))
+    return state["step"]
+
+
+def load_weights(folder: Path, model: GPT) -> int:
+    """Load the weights alone into a model in one process. Returns and raises as load_checkpoint."""
+    state = _read_state(folder)
+    model.load_state_dict(_read_weights(folder, state, _shapes(model)))
+    return state["step"]
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the checkpoint with the most steps. Raises: InputError if there is none."""
+    folders = _folders(run)
+    if not folders:
+        raise InputError(
+            f"{run}: expected a checkpoint in it, found none: the run stopped before its first; "
+            "start it again"
+        )
+    return folders[-1]
+
+
+# --- writing
 
 
 def _write(
-    run: Path, step: int, weights: dict, states: dict, optimizer: Optimizer, keep: int
+    run: Path, step: int, weights: Weights, states: States, loss_scale: dict, keep: int
 ) -> Path:
     folder = run / "checkpoints" / f"step-{step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    for left in folder.parent.glob(
-        ".step-*.tmp"
-    ):  # by a process that was killed while it wrote or deleted
-        shutil.rmtree(left)
+    # Left by a process that was killed while it wrote or deleted.
+    for unfinished in folder.parent.glob(".step-*.tmp"):
+        shutil.rmtree(unfinished)
     try:
         temporary.mkdir(parents=True)
-        model_bytes = safetensors.torch.save(weights)
-        write_whole(temporary / _FILES[0], [model_bytes])
-        named = {
+        tensors = {
             f"{name}.{key}": value for name, state in states.items() for key, value in state.items()
         }
-        optimizer_bytes = safetensors.torch.save(named)
-        write_whole(temporary / _FILES[1], [optimizer_bytes])
         state = {
             "format_version": 1,
             "step": step,
             "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
-            "loss_scale": optimizer.scaler.state_dict(),
+            "loss_scale": loss_scale,
             "files": {
-                name: hashlib.sha256(content).hexdigest()
-                for name, content in zip(_FILES, (model_bytes, optimizer_bytes), strict=True)
+                _MODEL_FILE: _write_tensors(temporary / _MODEL_FILE, weights),
+                _OPTIMIZER_FILE: _write_tensors(temporary / _OPTIMIZER_FILE, tensors),
             },
         }
         write_whole(temporary / "state.json", [seal(state)])
@@ -99,99 +128,84 @@ def _write(
     return folder
 
 
+def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a file. Returns: its SHA-256."""
+    content = safetensors.torch.save(tensors)
+    write_whole(file, [content])
+    return hashlib.sha256(content).hexdigest()
+
+
 def _delete(folder: Path) -> None:
-    """Under another name first: what has a checkpoint's name is complete, even while it is being deleted."""
+    """Rename first, so that a folder with the name of a checkpoint is never half deleted."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.tmp")))
 
 
-def load_checkpoint(
-    folder: Path, model: GPT, optimizer: Optimizer | None = None, *, world: World = SINGLE_PROCESS
-) -> int:
-    """Load weights, and with an optimizer also its state and PyTorch's generator, in place. The first rank reads for all.
-
-    Returns: steps done.
-    Raises: InputError if a file is missing, cut, damaged or of another model.
-    """
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    content = world.run_on_all_ranks(
-        lambda: (
-            _read(folder, shapes, has_states=optimizer is not None)
-            if world.is_rank0
-            else (None,) * 3
-        )
-    )
-    state = world.on_rank0(lambda: content[0])
-    scatter_weights(content[1], model, world)
-    if optimizer is not None:
-        scatter_optimizer_states(content[2], model, optimizer, world)
-        if state["loss_scale"]:  # else the run computed in another precision, on another device
-            optimizer.scaler.load_state_dict(state["loss_scale"])
-        torch.set_rng_state(
-            torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8)
-        )
-    return state["step"]
+# --- reading
 
 
-def _read(
-    folder: Path, shapes: dict[str, tuple[int, ...]], *, has_states: bool
-) -> tuple[dict, dict, dict]:
-    """state.json, weights by name, and states by parameter's name where asked for."""
-    try:
-        state = unseal((folder / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/state.json: damaged: {error}; {_INSTEAD}") from None
-    step, sums = state["step"], state["files"]
-    if folder.name != f"step-{step}":
-        raise InputError(
-            f"{folder}: expected the checkpoint of that step, got that of step {step}; {_INSTEAD}"
-        )
-    weights = _read_tensors(folder / _FILES[0], sums[_FILES[0]])
-    if (found := {name: tuple(value.shape) for name, value in weights.items()}) != shapes:
-        name = next(
-            name for name in sorted({*found, *shapes}) if found.get(name) != shapes.get(name)
-        )
-        raise InputError(
-            f"{folder}: expected {name} of shape {shapes.get(name)}, got {found.get(name)}; it belongs to another model"
-        )
-    states = collections.defaultdict(dict)
-    for name, value in (
-        _read_tensors(folder / _FILES[1], sums[_FILES[1]]) if has_states else {}
-    ).items():
+def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict, Weights, States]:
+    """Return the content of the three files."""
+    state = _read_state(folder)
+    weights = _read_weights(folder, state, shapes)
+    states: States = collections.defaultdict(dict)
+    tensors = _read_tensors(folder / _OPTIMIZER_FILE, state["files"][_OPTIMIZER_FILE])
+    for name, value in tensors.items():
         parameter, key = name.rsplit(".", 1)
         states[parameter][key] = value
     return state, weights, states
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint with the most steps. Raises: InputError if there is none."""
-    folders = _folders(run)
-    if not folders:
+def _read_state(folder: Path) -> dict:
+    try:
+        state = unseal((folder / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/state.json: damaged: {error}; {_HINT}") from None
+    if folder.name != f"step-{state['step']}":
         raise InputError(
-            f"{run}: expected a checkpoint in it, found none: the run stopped before its first; start it anew"
+            f"{folder}: expected the checkpoint of that step, got that of step {state['step']}; "
+            f"{_HINT}"
         )
-    return folders[-1]
+    return state
 
 
-def _folders(run: Path) -> list[Path]:
-    """Complete checkpoints, fewest steps first."""
-    folders = [
-        path
-        for path in (run / "checkpoints").glob("step-*")
-        if path.name.removeprefix("step-").isdigit()
-    ]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+def _read_weights(folder: Path, state: dict, shapes: dict[str, tuple[int, ...]]) -> Weights:
+    weights = _read_tensors(folder / _MODEL_FILE, state["files"][_MODEL_FILE])
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted({*found, *shapes}):
+        if found.get(name) != shapes.get(name):
+            raise InputError(
+                f"{folder}: expected {name} of shape {shapes.get(name)}, got {found.get(name)}; "
+                "it belongs to another model"
+            )
+    return weights
 
 
-def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
+def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {_INSTEAD}") from None
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); {_HINT}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
         raise InputError(
-            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of {len(content)} bytes; {_INSTEAD}"
+            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of "
+            f"{len(content)} bytes; {_HINT}"
         )
     try:
         return safetensors.torch.load(content)
     except SafetensorError as error:
-        raise InputError(f"{file}: expected safetensors, got {error}; {_INSTEAD}") from None
+        raise InputError(f"{file}: expected safetensors, got {error}; {_HINT}") from None
+
+
+def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _folders(run: Path) -> list[Path]:
+    """Return the complete checkpoints, fewest steps first."""
+    steps = {}
+    for path in (run / "checkpoints").glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdigit():
+            steps[int(number)] = path
+    return [steps[step] for step in sorted(steps)]

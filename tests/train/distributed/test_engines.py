@@ -1,6 +1,7 @@
-"""Whatever ranks divide, and however many, a run is that of one process, to float32's rounding."""
+"""Runs on several ranks match the run of one process to the rounding of float32."""
 
 import shutil
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -10,31 +11,21 @@ from safetensors.torch import load_file
 
 from tritium.model import GPT, GPTConfig
 from tritium.train.config import TrainConfig
-from tritium.train.distributed.engines import micro_step, shard
+from tritium.train.distributed import buckets
+from tritium.train.distributed.engines import ENGINES, FSDP, SingleProcess
 from tritium.train.distributed.world import World
+from tritium.train.execution import resolve
 from tritium.train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.plain
 
 STEPS = 20
-MODELS = {
-    "gpt2": [],
-    "llama": [
-        "--position",
-        "rotary",
-        "--norm",
-        "rms",
-        "--mlp",
-        "swiglu",
-        "--n-kv-head",
-        2,
-        "--micro-batch-size",
-        2,
-    ],
-    "bfloat16": ["--precision", "bfloat16"],
-}
-ENGINES = {
-    "alone": (0, []),
+SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
+LLAMA = "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --micro-batch-size 2"
+MODELS = {"gpt2": [], "llama": LLAMA.split(), "bfloat16": ["--precision", "bfloat16"]}
+# Ranks, and options of the launch.
+LAUNCHES = {
+    "single": (0, []),
     "ddp": (2, []),
     "zero1": (2, ["--parallel", "zero1"]),
     "fsdp": (2, ["--parallel", "fsdp"]),
@@ -51,7 +42,7 @@ def losses(run) -> list[float]:
 
 
 def assert_same(found, expected) -> None:
-    """In each step gradients and loss are summed in another order, off by a rounding of their size; 20 of these add up."""
+    """Each step sums in another order, which is one rounding per step."""
     np.testing.assert_allclose(found, expected, rtol=STEPS * np.finfo(np.float32).eps, atol=0)
 
 
@@ -62,32 +53,46 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def words(runs, monkeypatch) -> list:
-    """Options of a run of two epochs, each of which ends with a short window."""
+    """Options of a run of two epochs, each of which ends with a padded window."""
     monkeypatch.setenv("TRITIUM_HOME", str(runs / "home"))
     corpus = runs / "corpus.txt"
     corpus.write_text("\n".join(str(number * number) for number in range(550)))
     options = {
-        "data": corpus, "tokenizer": "bytes", "device": "cpu", "n-layer": 2, "n-head": 4, "d-model": 32, "context-tokens": 32,
-        "steps": STEPS, "batch-size": 8, "warmup-steps": 2, "lr": 3e-3, "eval-interval": 100, "checkpoint-interval": 10,
-        "keep-checkpoints": 5, "sample-tokens": 2, "prompt": "1",
-    }  # fmt: skip
+        "data": corpus,
+        "tokenizer": "bytes",
+        "device": "cpu",
+        "n-layer": 2,
+        "n-head": 4,
+        "d-model": 32,
+        "context-tokens": 32,
+        "steps": STEPS,
+        "batch-size": 8,
+        "warmup-steps": 2,
+        "lr": 3e-3,
+        "eval-interval": 100,
+        "checkpoint-interval": 10,
+        "keep-checkpoints": 5,
+        "sample-tokens": 2,
+        "prompt": "1",
+    }
     return ["laptop", *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
 @pytest.fixture
 def once(runs, words, launch):
-    """The folder of a run of a model by an engine, done when first asked for."""
+    """Return the folder of a run of a model on an engine. Each is trained once."""
 
     def run(model: str, engine: str, *, compiled: bool = False):
         folder = runs / f"{model}-{engine}"
         if not folder.exists():
-            ranks, options = ENGINES[engine]
-            # By a backend without code generation, which takes longer than the run.
-            compiling, backend = (
-                (["--compile", "on"], {"backend": "aot_eager"}) if compiled else ([], {})
-            )
+            ranks, options = LAUNCHES[engine]
+            more = {}
+            if compiled:
+                options = [*options, "--compile", "on"]
+                # Generates no code, which would take longer than the run.
+                more["backend"] = "aot_eager"
             status, _, err = launch(
-                ranks, *words, *MODELS[model], *options, *compiling, "--out", folder, **backend
+                ranks, *words, *MODELS[model], *options, "--out", folder, **more
             )
             assert status == [0] * len(status), err
         return folder
@@ -95,59 +100,61 @@ def once(runs, words, launch):
     return run
 
 
-def assert_like_one_process(run, alone) -> None:
-    assert_same(losses(run), losses(alone))
-    assert_same(*([row["grad_norm"] for row in read_metrics(folder)[0]] for folder in (run, alone)))
-    assert_same(*(read_metrics(folder)[1][-1]["val_loss"] for folder in (run, alone)))
-    assert (run / "samples.txt").read_text() == (alone / "samples.txt").read_text()
+def assert_matches_single(run, single) -> None:
+    assert_same(losses(run), losses(single))
+    assert_same(
+        *([row["grad_norm"] for row in read_metrics(folder)[0]] for folder in (run, single))
+    )
+    assert_same(*(read_metrics(folder)[1][-1]["val_loss"] for folder in (run, single)))
+    assert (run / "samples.txt").read_text() == (single / "samples.txt").read_text()
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "alone"])
-def test_a_run_is_that_of_one_process(engine, once):
-    assert_like_one_process(once("gpt2", engine), once("gpt2", "alone"))
+@pytest.mark.parametrize("engine", [engine for engine in LAUNCHES if engine != "single"])
+def test_a_run_matches_a_single_process(engine, once):
+    assert_matches_single(once("gpt2", engine), once("gpt2", "single"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "hsdp", "fsdp-tensor"])
-def test_micro_batches_grouped_heads_and_compiled_code_are_too(engine, once):
-    assert_like_one_process(
-        once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "alone")
+def test_micro_batches_grouped_heads_and_compiled_code_match_a_single_process(engine, once):
+    assert_matches_single(
+        once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "single")
     )
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_ranks_compute_in_the_precision_of_the_run(engine, once):
-    """Before the first update losses are alike to float32's rounding; then to bfloat16's, of gradients."""
-    exact, alone, run = (
+    """The first loss matches to the rounding of float32, later ones to that of bfloat16."""
+    exact, single, run = (
         losses(once(*pair))
-        for pair in (("gpt2", "alone"), ("bfloat16", "alone"), ("bfloat16", engine))
+        for pair in (("gpt2", "single"), ("bfloat16", "single"), ("bfloat16", engine))
     )
-    assert_same(run[:1], alone[:1])
-    assert abs(run[0] - exact[0]) > 10 * abs(run[0] - alone[0])
-    np.testing.assert_allclose(run, alone, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+    assert_same(run[:1], single[:1])
+    assert abs(run[0] - exact[0]) > 10 * abs(run[0] - single[0])
+    np.testing.assert_allclose(run, single, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("fsdp", "alone"),
+        ("fsdp", "single"),
         ("fsdp-tensor", "ddp"),
         ("hsdp", "zero1"),
         ("zero1", "fsdp-tensor"),
         ("tensor", "hsdp"),
     ],
 )
-def test_any_ranks_resume_a_run_of_others(before, after, once, launch, tmp_path):
+def test_any_engine_resumes_a_run_of_any_other(before, after, once, launch, tmp_path):
     broken = tmp_path / "run"
     shutil.copytree(once("gpt2", before), broken)
     shutil.rmtree(broken / "checkpoints" / "step-20")
-    ranks, options = ENGINES[after]
+    ranks, options = LAUNCHES[after]
     status, _, err = launch(ranks, "--resume", broken, *options)
     assert status == [0] * len(status), err
-    assert_same(losses(broken), losses(once("gpt2", "alone")))
+    assert_same(losses(broken), losses(once("gpt2", "single")))
     for name in ("model", "optimizer"):
         found, expected = (
             load_file(run / "checkpoints" / "step-20" / f"{name}.safetensors")
-            for run in (broken, once("gpt2", "alone"))
+            for run in (broken, once("gpt2", "single"))
         )
         assert {key: value.shape for key, value in found.items()} == {
             key: value.shape for key, value in expected.items()
@@ -156,24 +163,90 @@ def test_any_ranks_resume_a_run_of_others(before, after, once, launch, tmp_path)
 
 
 def test_weights_are_the_same_before_the_first_step(once):
-    """Whoever divides them: no row changes place."""
+    """Whatever engine writes them: no row is reordered."""
     folders = [
-        once("gpt2", engine) / "checkpoints" / "step-0" for engine in ("alone", "tensor", "hsdp")
+        once("gpt2", engine) / "checkpoints" / "step-0" for engine in ("single", "tensor", "hsdp")
     ]
     assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
 
 
-@pytest.mark.parametrize("is_last", [False, True])
-def test_gradients_travel_with_the_last_micro_batch_alone(is_last):
-    """They are the same if they do with each, but slower."""
-    network = MagicMock()
-    micro_step(network, World(size=2, engine="fsdp"), is_last=is_last)
-    network.set_requires_gradient_sync.assert_called_once_with(is_last)
-    micro_step(network, World(size=2, engine="ddp"), is_last=is_last)
-    assert network.no_sync.called is not is_last
+# --- gradients, in one process that stands for two equal ranks
 
 
-def test_shards_compute_in_16_bits_sum_in_float32_and_are_compiled_by_parts(monkeypatch):
+@pytest.fixture
+def reduced(monkeypatch) -> list[torch.Tensor]:
+    """Collects tensors whose all-reduce starts. With an equal second rank a sum doubles."""
+    tensors = []
+
+    def all_reduce(tensor, async_op):
+        assert async_op
+        tensors.append(tensor)
+        tensor *= 2
+        return MagicMock()
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: None)
+    return tensors
+
+
+def engine_of(name: str, **options) -> SingleProcess:
+    torch.manual_seed(0)
+    world = World() if name == "single" else World(size=2, engine=name, is_distributed=True)
+    execution = resolve(TrainConfig.from_options(**options), world)
+    return ENGINES[name](GPT(SHAPE), execution)
+
+
+def backward(engine: SingleProcess, *, num_micro_batches: int = 3) -> torch.Tensor:
+    """Add up the gradients of some micro-batches; return them in one tensor."""
+    engine.begin_step()
+    for index in range(num_micro_batches):
+        engine.begin_micro_step(is_last=index == num_micro_batches - 1)
+        tokens = torch.arange(16).view(2, 8) + index
+        engine.network(tokens, tokens).backward()
+    engine.finish_gradients()
+    return torch.cat([parameter.grad.flatten() for parameter in engine.model.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_of_equal_ranks_are_those_of_one_process(precision, reduced):
+    single = engine_of("single", precision=precision)
+    ddp = engine_of("ddp", precision=precision)
+    for _ in range(2):
+        assert torch.equal(backward(ddp), backward(single))
+        for engine in (ddp, single):
+            engine.model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_reduced_once_per_step_and_in_float32(precision, reduced):
+    engine = engine_of("ddp", precision=precision)
+    gradients = backward(engine)
+    assert sum(tensor.numel() for tensor in reduced) == gradients.numel()
+    assert {tensor.dtype for tensor in reduced} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_reduced_during_the_last_backward(precision, reduced, monkeypatch):
+    """Not before it, and those of the last block before the first block has its gradients."""
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 1)  # one bucket per parameter
+    engine = engine_of("ddp", precision=precision)
+    num_started = []
+    weight = engine.working.h[0].attn.c_attn.weight
+    weight.register_post_accumulate_grad_hook(lambda _: num_started.append(len(reduced)))
+    backward(engine, num_micro_batches=2)
+    in_last_block = len(list(engine.model.h[1].parameters()))
+    assert num_started[0] == 0
+    assert in_last_block <= num_started[1] < len(reduced)
+
+
+def test_fsdp_reduces_gradients_with_the_last_micro_batch_only():
+    engine = MagicMock()
+    for is_last in (False, True):
+        FSDP.begin_micro_step(engine, is_last=is_last)
+        engine.model.set_requires_gradient_sync.assert_called_with(is_last)
+
+
+def test_fsdp_computes_in_16_bits_sums_in_float32_and_compiles_layers(monkeypatch):
     policies, compiled = [], []
     monkeypatch.setattr(
         "torch.distributed.fsdp.fully_shard",
@@ -182,13 +255,20 @@ def test_shards_compute_in_16_bits_sum_in_float32_and_are_compiled_by_parts(monk
     monkeypatch.setattr(
         torch, "compile", lambda forward, **_: compiled.append(forward.__self__) or forward
     )
-    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=20, context_tokens=8))
-    shard(
-        model,
-        TrainConfig.from_options(precision="bfloat16"),
-        MagicMock(engine="fsdp", tensor_ranks=1),
-        compiled=True,
+    model = GPT(SHAPE)
+    execution = replace(
+        resolve(TrainConfig.from_options(precision="bfloat16", compile="on")),
+        world=MagicMock(data_ranks=2, shard_ranks=2, tensor_ranks=1),
     )
-    assert [policy.param_dtype for policy in policies] == [torch.bfloat16, None]
+    engine = FSDP(model, execution)
+    assert engine.network is engine.working is model
+    assert model.compute_dtype == torch.bfloat16
+    assert [policy.param_dtype for policy in policies] == [torch.bfloat16] * 2 + [None]
     assert {policy.reduce_dtype for policy in policies} == {torch.float32}
-    assert compiled == [model.h[0].attn, model.h[0].mlp]
+    assert compiled == [layer for block in model.h for layer in (block.attn, block.mlp)]
+
+
+@pytest.mark.parametrize("name", ["single", "ddp"])
+def test_samples_are_computed_in_the_precision_of_the_run(name, reduced):
+    model = engine_of(name, precision="bfloat16").complete_model()
+    assert model.h[0].attn.c_attn.weight.dtype == torch.bfloat16

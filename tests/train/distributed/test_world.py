@@ -1,217 +1,44 @@
-import re
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tritium.errors import InputError
 from tritium.train.commands import commands
 from tritium.train.config import TrainConfig
-from tritium.train.distributed.world import SINGLE_PROCESS, World
-from tritium.train.run.metrics import read_metrics
+from tritium.train.distributed.world import World
 
 pytestmark = pytest.mark.plain
 
 
-def refused_on_all(done: tuple[list[int], list[str], list[str]]) -> str:
-    """The one line of a command that was refused on every rank, and that one alone wrote."""
-    status, _, errors = done
-    assert status == [2] * len(status), errors
-    lines = [
-        [line for line in error.splitlines() if line.startswith("tritium: ")] for error in errors
-    ]
-    assert [len(found) for found in lines] == [1] + [0] * (len(lines) - 1), errors
-    assert not any("Traceback" in error for error in errors)
-    return lines[0][0]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words", "message"),
-    [
-        (0, ["--parallel", "fsdp"], "expected torchrun to start the program"),
-        (2, ["--batch-size", 5], "--batch-size: expected a multiple of 2 ranks, got 5"),
-        (
-            2,
-            ["--batch-size", 6, "--micro-batch-size", 2],
-            "a multiple of 2 ranks times micro-batches of 2, got 6",
-        ),
-        (
-            2,
-            ["--parallel", "zero1", "--tensor-parallel", 2],
-            "--tensor-parallel: expected --parallel fsdp with it, got zero1",
-        ),
-        (
-            2,
-            ["--parallel", "ddp", "--shard-ranks", 2],
-            "--shard-ranks: expected --parallel fsdp with it, got ddp",
-        ),
-        (
-            2,
-            ["--tensor-parallel", 3],
-            "--tensor-parallel: expected a divisor of the 2 ranks, got 3",
-        ),
-        (
-            2,
-            ["--shard-ranks", 3],
-            "--shard-ranks: expected a divisor of the 2 ranks that divide the batch, got 3",
-        ),
-        (
-            2,
-            ["--tensor-parallel", 2, "--n-head", 1],
-            "--tensor-parallel: expected a divisor of the 1 heads",
-        ),
-        (
-            2,
-            ["--tensor-parallel", 2, "--n-kv-head", 1],
-            "expected a divisor of the 1 key and value heads of a block, got 2",
-        ),
-        (
-            2,
-            ["--tensor-parallel", 2, "--precision", "float16"],
-            "expected --precision bfloat16 or float32 with it, got float16",
-        ),
-        (
-            2,
-            ["--parallel", "fsdp", "--optimizer", "muon"],
-            "expected adamw with the engine fsdp, got muon",
-        ),
-        (
-            2,
-            ["--device", "cuda:1"],
-            "expected cpu or cuda under torchrun, which gives each rank its own, got cuda:1",
-        ),
-        (2, ["--parallel", "pipeline"], "invalid choice 'pipeline'"),
-        (2, ["--data", "missing.txt"], "missing.txt"),
-        (
-            2,
-            ["--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0],
-            "training diverged: lower --lr",
-        ),
-    ],
-)
-def test_bad_options_are_refused_on_all_ranks(ranks, words, message, tiny, launch, tmp_path):
-    assert message in refused_on_all(launch(ranks, *tiny[1:], *words))
-    assert not (tmp_path / "run").exists() or "diverged" in message
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_not_there_is_refused_on_all_ranks(tiny, launch):
-    assert "--device: expected a device that PyTorch finds here, got 'cuda'" in refused_on_all(
-        launch(2, *tiny[1:], "--device", "cuda")
-    )
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"MASTER_PORT": None}, "MASTER_PORT is not set; start with torchrun, or unset RANK"),
-        ({"WORLD_SIZE": None}, "WORLD_SIZE is not set; start with torchrun, or unset RANK"),
-        (
-            {"RANK": 2},
-            "expected ranks from 0 below their number and a port, got RANK=2, WORLD_SIZE=2",
-        ),
-        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc; start with torchrun"),
-        ({"LOCAL_WORLD_SIZE": "two"}, "expected ranks from 0 below their number"),
-    ],
-)
-def test_torchruns_variables_half_set_are_refused(environment, message, tiny, launch):
-    assert message in refused_on_all(launch(2, *tiny[1:], environment=environment))
-
-
-def test_a_rank_left_over_from_elsewhere_is_refused_aloud(refused, tiny, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert "RANK is not set; start with torchrun, or unset LOCAL_RANK" in refused(*tiny)
-
-
-def test_what_the_first_rank_finds_wrong_stops_all(tiny, launch, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("x")
-    assert "this one is in use" in refused_on_all(launch(2, *tiny[1:]))
-    assert "expected the folder of a run" in refused_on_all(
-        launch(2, "--resume", tmp_path / "none")
-    )
-
-
-def test_more_ranks_than_gpus(monkeypatch):
+def test_more_ranks_than_gpus_raise(monkeypatch):
     monkeypatch.setattr("tritium.train.distributed.world.choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(
         InputError, match="expected at most as many ranks as the 1 GPUs here, got 2"
     ):
-        World(size=2, local_size=2, engine="ddp").device("cuda")
+        World(size=2, local_size=2, is_distributed=True).device("cuda")
 
 
-def test_a_rank_has_the_gpu_of_its_number_in_the_node(monkeypatch):
+def test_a_rank_has_the_gpu_of_its_local_rank(monkeypatch):
     chosen = []
     monkeypatch.setattr("tritium.train.distributed.world.choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert World(rank=3, size=4, local_rank=1, local_size=2, engine="ddp").device(
+    assert World(rank=3, size=4, local_rank=1, local_size=2, is_distributed=True).device(
         "cuda"
     ) == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_data_ranks_share_the_batch():
-    world = World(rank=5, size=8, engine="fsdp", shard_ranks=2, tensor_ranks=2)
-    assert (world.data_ranks, world.data_rank) == (4, 2)
-    assert world.micro_batch(TrainConfig.from_options(batch_size=32)) == 8
-    assert world.micro_batch(TrainConfig.from_options(batch_size=32, micro_batch_size=4)) == 4
-    assert SINGLE_PROCESS.micro_batch(TrainConfig.from_options(batch_size=32)) == 32
+def test_neighbouring_ranks_share_layers_and_read_the_same_rows():
+    ranks = [World(rank=rank, size=8, engine="fsdp", tensor_ranks=2) for rank in range(8)]
+    assert [world.data_rank for world in ranks] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {world.data_ranks for world in ranks} == {4}
 
 
 @pytest.mark.parametrize(
-    ("engine", "count", "says"), [(None, 8, True), (None, 1, False), ("ddp", 8, False)]
+    ("is_distributed", "count", "says"), [(False, 8, True), (False, 1, False), (True, 8, False)]
 )
-def test_several_gpus_are_mentioned(engine, count, says, monkeypatch, capsys):
+def test_the_use_of_several_gpus_is_explained(is_distributed, count, says, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    commands._say_how_to_use_all(World(engine=engine), TrainConfig.from_options())
+    commands._say_how_to_use_all(World(is_distributed=is_distributed), TrainConfig.from_options())
     assert ("torchrun --nproc-per-node 8 -m tritium.train" in capsys.readouterr().out) is says
-
-
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny, launch, tmp_path):
-    run = tmp_path / "run"
-    endless = [
-        "--steps",
-        1_000_000,
-        "--checkpoint-interval",
-        1_000_000,
-        "--eval-interval",
-        1_000_000,
-    ]
-    status, out, errors = launch(2, *tiny[1:], *endless, "--parallel", "fsdp", stop=run)
-    assert status == [130, 130], errors
-    assert f"torchrun ... -m tritium.train --resume {run}" in out[0]
-    assert out[1] == ""
-    step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
-    assert [row["step"] for row in read_metrics(run)[0]] == list(range(step))
-
-
-def test_two_nodes_meet_and_train(tiny, tmp_path):
-    """Two agents of torchrun on one machine, as README has them on two."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-    ]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    nodes = [
-        subprocess.Popen(
-            [*launcher, "-m", "tritium.train", *tiny[1:]],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    done = [node.communicate(timeout=100) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], done
-    assert sorted(len(re.findall("validation loss .* over all", out)) for out, _ in done) == [0, 1]
-    assert [row["step"] for row in read_metrics(tmp_path / "run")[0]] == list(range(20))

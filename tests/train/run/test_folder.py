@@ -1,15 +1,26 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from tritium.errors import InputError
 from tritium.train.config import TrainConfig
 from tritium.train.data.prepare import build, open_dataset
-from tritium.train.run.folder import check_folder_unused, claim_folder, read_run
+from tritium.train.run.folder import (
+    check_folder_unused,
+    claim_folder,
+    open_recorded_dataset,
+    read_run,
+)
+from tritium.train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.plain
 
 CONFIG = TrainConfig.from_options(steps=7, n_layer=2, data=("a.txt", "b.txt"))
+# A run of version 0.1.0, stopped after 5 of 10 steps, its dataset and its text.
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run-0.1.0"
+OLD_DATASET_NAME = "corpus-bytes-facb460c47f5ffd6"
 
 
 @pytest.fixture
@@ -19,20 +30,38 @@ def dataset(corpus, tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, dataset):
-    claim_folder(tmp_path / "run", CONFIG, dataset)
-    return tmp_path / "run"
+def run(tmp_path, dataset) -> Path:
+    claim_folder(tmp_path / "runs" / "run", CONFIG, dataset)
+    return tmp_path / "runs" / "run"
 
 
-def test_round_trip(run, dataset):
+def change(run: Path, **changes) -> None:
+    """Change fields of config.json, None: delete; a dictionary changes fields of a field."""
+    record = json.loads((run / "config.json").read_text())
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            record[key] |= value
+        elif value is None:
+            del record[key]
+        else:
+            record[key] = value
+    (run / "config.json").write_text(json.dumps(record))
+
+
+# --- config.json
+
+
+def test_a_record_is_read_as_it_was_written(run, dataset):
     record = read_run(run)
     assert record.train == CONFIG
     assert record.model == CONFIG.gpt(257)
     assert record.dataset == dataset.path.resolve()
+    assert record.dataset_relative == "../../dataset"
+    assert record.tokens == {"train": len(dataset.train), "val": len(dataset.val)}
     assert record.tokenizer_sha256 == dataset.tokenizer.sha256
 
 
-def test_a_folder_is_claimed_once(run, dataset, tmp_path):
+def test_a_folder_in_use_raises(run, dataset, tmp_path):
     with pytest.raises(InputError, match="this one is a run already"):
         claim_folder(run, CONFIG, dataset)
     (tmp_path / "other").mkdir()
@@ -42,10 +71,15 @@ def test_a_folder_is_claimed_once(run, dataset, tmp_path):
         check_folder_unused(tmp_path / "other")
 
 
+def test_a_folder_that_is_not_a_run_raises(tmp_path):
+    with pytest.raises(InputError, match="expected the folder of a run"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"train": {}}', b'{"train": 3}']
 )
-def test_damaged_configurations(run, content):
+def test_damaged_configurations_raise(run, content):
     (run / "config.json").write_bytes(content)
     with pytest.raises(
         InputError,
@@ -54,27 +88,90 @@ def test_damaged_configurations(run, content):
         read_run(run)
 
 
+def test_missing_options_take_their_defaults(run):
+    record = json.loads((run / "config.json").read_text())
+    for name in ("steps", "precision", "n_head", "tensorboard"):
+        del record["train"][name]
+    del record["model"]["norm"], record["dataset_relative"], record["tokens"]
+    (run / "config.json").write_text(json.dumps(record))
+    found = read_run(run)
+    assert found.train == CONFIG.with_options(steps=TrainConfig().steps)
+    assert found.model == CONFIG.gpt(257)
+    assert found.tokens is None
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("changes", "message"),
     [
-        ("train", "steps", None),
-        ("train", "steps", "x"),
-        ("train", "colour", 1),
-        ("model", "n_head", 7),
+        ({"train": {"stepz": 7}}, "unknown option 'stepz'; did you mean 'steps'"),
+        ({"model": {"n_heads": 7}}, "unknown model option 'n_heads'; did you mean 'n_head'"),
+        ({"datasets": "x"}, "unknown field 'datasets'; did you mean 'dataset'"),
+        ({"train": {"steps": "x"}}, "expected what `tritium train` wrote"),
+        ({"train": {"steps": 0}}, "steps: expected 1 or more"),
+        ({"model": {"n_head": 7}}, "expected what `tritium train` wrote"),
+        ({"dataset": None}, "expected what `tritium train` wrote"),
     ],
 )
-def test_changed_configurations(run, change):
-    part, key, value = change
-    record = json.loads((run / "config.json").read_text())
-    if value is None:
-        del record[part][key]
-    else:
-        record[part][key] = value
-    (run / "config.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"config\.json: expected"):
+def test_unknown_names_and_bad_values_raise(run, changes, message):
+    change(run, **changes)
+    with pytest.raises(InputError, match=rf"config\.json: {message}"):
         read_run(run)
 
 
-def test_no_run(tmp_path):
-    with pytest.raises(InputError, match="expected the folder of a run"):
-        read_run(tmp_path)
+# --- the dataset of a run
+
+
+def test_a_dataset_is_found_after_run_and_dataset_moved_together(run, dataset, tmp_path):
+    (tmp_path / "moved").mkdir()
+    for folder in (run.parent, dataset.path):
+        shutil.move(folder, tmp_path / "moved" / folder.name)
+    moved = tmp_path / "moved" / "runs" / "run"
+    found = open_recorded_dataset(read_run(moved), moved)
+    assert found.path.resolve() == tmp_path / "moved" / "dataset"
+
+
+def test_a_dataset_is_found_next_to_the_run(run, dataset):
+    shutil.move(dataset.path, run.parent / "dataset")
+    assert open_recorded_dataset(read_run(run), run).path == run.parent / "dataset"
+
+
+def test_a_dataset_that_cannot_be_built_again_raises(run, dataset):
+    shutil.rmtree(dataset.path)
+    with pytest.raises(
+        InputError, match=r"expected the dataset of .*, found none, and it cannot .*a\.txt"
+    ):
+        open_recorded_dataset(read_run(run), run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_sha256": "0" * 64}, "expected shards of tokenizer 000000000000 as"),
+        ({"tokens": {"train": 5}}, "expected 5 training and .* validation tokens as .*, got"),
+    ],
+)
+def test_another_dataset_raises(run, changes, message):
+    change(run, **changes)
+    with pytest.raises(InputError, match=message):
+        open_recorded_dataset(read_run(run), run)
+
+
+@pytest.mark.parametrize("found", ["next to the run", "built again"])
+def test_a_run_of_an_older_version_resumes(found, tmp_path, tritium, monkeypatch):
+    """Its dataset is not where it was. The loss is the one that the older version reached."""
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    run = tmp_path / "moved" / "run"
+    shutil.copytree(OLD_RUN / "run", run)
+    change(run, dataset=str(tmp_path / "deleted" / OLD_DATASET_NAME))
+    if found == "next to the run":
+        shutil.copytree(OLD_RUN / "dataset", run.parent / OLD_DATASET_NAME)
+    else:
+        shutil.copy(OLD_RUN / "corpus.txt", tmp_path)
+        monkeypatch.chdir(tmp_path)
+    status, _, err = tritium("train", "--resume", run)
+    assert status == 0, err
+    assert ("building the dataset" in err) is (found == "built again")
+    rows, evaluations = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(10))
+    assert evaluations[-1]["step"] == 10
+    assert evaluations[-1]["val_loss"] == pytest.approx(5.1793, abs=1e-3)

@@ -1,0 +1,119 @@
+"""From torchrun's variables and the options of the launch to a connected World."""
+
+import contextlib
+import datetime
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ...errors import InputError
+from .engines import ENGINES, SingleProcess
+from .world import SINGLE_PROCESS, World
+
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# Clusters set these two for other programs too, so they do not tell that torchrun was used.
+_STORE = ("MASTER_ADDR", "MASTER_PORT")
+# One rank may build a dataset while others wait. torchrun finds ranks that died sooner.
+_TIMEOUT = datetime.timedelta(minutes=30)
+_PARALLEL = tuple(name for name, engine in ENGINES.items() if engine is not SingleProcess)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Options of `tritium train` that belong to the launch: a run may be resumed with others."""
+
+    parallel: Literal[("auto", *_PARALLEL)] = "auto"
+    """Ranks divide the batch; zero1: optimizer state too; fsdp: weights too. auto: ddp or fsdp."""
+    shard_ranks: int | None = None
+    """With fsdp, ranks that together hold a copy of the weights. Default: all."""
+    tensor_parallel: int = 1
+    """With fsdp, neighbouring ranks that compute each layer together."""
+
+
+@contextlib.contextmanager
+def join(launch: Launch) -> Iterator[World]:
+    """Connect to the other ranks while the context lasts.
+
+    Yields: the world that torchrun's variables describe; without them a single process.
+    Raises: InputError for variables or options that do not fit together.
+    """
+    ranks = _read_ranks()
+    if ranks is None:
+        if launch != Launch():
+            raise InputError(
+                "--parallel, --shard-ranks, --tensor-parallel: expected torchrun to start the "
+                "program; see --help"
+            )
+        yield SINGLE_PROCESS
+        return
+    world = World(**ranks, **_resolve(launch, ranks["size"]), is_distributed=True)
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        yield world
+    except InputError as error:
+        # All ranks raise it. After any other error the other ranks may be waiting for this one.
+        traceback.clear_frames(error.__traceback__)
+        world.leave()
+        raise
+    world.leave()
+
+
+def _read_ranks() -> dict[str, int] | None:
+    """Return rank, size, local_rank and local_size from the environment; None without torchrun."""
+    found = [name for name in _RANKS if name in os.environ]
+    if not found:
+        return None
+    missing = [name for name in (*_RANKS, *_STORE) if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"torchrun: expected {', '.join((*_RANKS, *_STORE))} together, {missing[0]} is not "
+            f"set; start with torchrun, or unset {found[0]}"
+        )
+    try:
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in _RANKS)
+        port = int(os.environ["MASTER_PORT"])
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size and 0 < port < 1 << 16):
+            raise ValueError
+    except ValueError:
+        values = ", ".join(f"{name}={os.environ[name]}" for name in (*_RANKS, "MASTER_PORT"))
+        raise InputError(
+            f"torchrun: expected ranks from 0 below their number and a port, got {values}; "
+            "start with torchrun"
+        ) from None
+    return {"rank": rank, "size": size, "local_rank": local_rank, "local_size": local_size}
+
+
+def _resolve(launch: Launch, size: int) -> dict[str, Any]:
+    """Return engine, shard_ranks and tensor_ranks for `size` ranks.
+
+    Raises: InputError if the options do not fit together or do not fit the number of ranks.
+    """
+    tensor_ranks = launch.tensor_parallel
+    is_sharded = launch.shard_ranks is not None or tensor_ranks != 1
+    engine = launch.parallel
+    if engine == "auto":
+        engine = "fsdp" if is_sharded else "ddp"
+    if is_sharded and not ENGINES[engine].shards_weights:
+        name = "--shard-ranks" if launch.shard_ranks is not None else "--tensor-parallel"
+        raise InputError(
+            f"{name}: expected --parallel fsdp with it, got {engine}; leave one of them out"
+        )
+    if tensor_ranks < 1 or size % tensor_ranks:
+        raise InputError(
+            f"--tensor-parallel: expected a divisor of the {size} ranks, got {tensor_ranks}"
+        )
+    data_ranks = size // tensor_ranks
+    shard_ranks = data_ranks if launch.shard_ranks is None else launch.shard_ranks
+    if shard_ranks < 1 or data_ranks % shard_ranks:
+        raise InputError(
+            f"--shard-ranks: expected a divisor of the {data_ranks} ranks that divide the batch, "
+            f"got {shard_ranks}"
+        )
+    return {"engine": engine, "shard_ranks": shard_ranks, "tensor_ranks": tensor_ranks}

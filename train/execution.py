@@ -1,0 +1,91 @@
+"""How a run executes: resolved once from the configuration and the launch, then passed on.
+
+Nothing else chooses a device, a dtype, an engine or a micro-batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import InputError
+from ..kernels.core.triton import HAS_TRITON
+from ..model.attention import choose_attention
+from .config import TrainConfig
+from .distributed.engines import ENGINES, SingleProcess
+from .distributed.world import SINGLE_PROCESS, World
+from .optim import check_optimizer
+from .precision import choose_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """The ranks, device, precision and sizes with which a run executes."""
+
+    world: World
+    device: torch.device
+    """Device of this rank."""
+    dtype: torch.dtype
+    """Dtype of matmuls and of the residual stream. Weights and optimizer state are float32."""
+    is_compiled: bool
+    """Whether torch.compile compiles the model."""
+    micro_batch: int
+    """Sequences per forward and backward on this rank."""
+
+    @property
+    def engine(self) -> type[SingleProcess]:
+        """How the ranks share the model."""
+        return ENGINES[self.world.engine]
+
+
+def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
+    """Choose everything that "auto" leaves open. Ranks do not communicate here.
+
+    Raises: InputError unless the configuration, the machine and the ranks fit together.
+    """
+    device = world.device(config.execution.device)
+    dtype = choose_dtype(config.execution.precision, device)
+    execution = Execution(
+        world=world,
+        device=device,
+        dtype=dtype,
+        is_compiled={"on": True, "off": False, "auto": compiles_on(device)}[
+            config.execution.compile
+        ],
+        micro_batch=_micro_batch(config, world.data_ranks),
+    )
+    check_attention(config.execution.attention, device, dtype)
+    check_optimizer(config.optimizer, world.engine)
+    execution.engine.check(config.gpt(vocab_size=1), execution)
+    return execution
+
+
+def compiles_on(device: torch.device) -> bool:
+    """Return whether runs on `device` are compiled by default: on CUDA, where Triton is."""
+    return device.type == "cuda" and HAS_TRITON
+
+
+def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InputError if an attention is not installed or does not support device and dtype."""
+    try:
+        row = choose_attention(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if row.needs == "flash_attn" and not (device.type == "cuda" and dtype.itemsize == 2):
+        raise InputError(
+            f"attention: expected a GPU and 16 bits for flash-attn, got {device.type} and {dtype}; "
+            "take tritium or sdpa"
+        )
+
+
+def _micro_batch(config: TrainConfig, data_ranks: int) -> int:
+    """Return the sequences per forward on each rank."""
+    per_rank, rest = divmod(config.batch_size, data_ranks)
+    micro_batch = config.execution.micro_batch_size
+    if micro_batch is None:
+        micro_batch = per_rank
+        divisor = f"{data_ranks} ranks"
+    else:
+        divisor = f"{data_ranks} ranks times micro-batches of {micro_batch}"
+    if rest or per_rank == 0 or per_rank % micro_batch:
+        raise InputError(f"batch_size: expected a multiple of {divisor}, got {config.batch_size}")
+    return micro_batch
