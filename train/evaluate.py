@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model import GPT
 from .config import DIVERGED
-from .data.loader import Batch, document_starts, moved
+from .data.loader import Batch, copy_to_device, document_starts
 from .distributed.world import SINGLE_PROCESS, World
 
 
@@ -38,7 +38,7 @@ def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
     """
     device, documents = next(model.parameters()).device, {}
     if separator is not None:
-        documents["cu_seqlens"] = moved(document_starts(batch.inputs, separator), device)
+        documents["cu_seqlens"] = copy_to_device(document_starts(batch.inputs, separator), device)
         # The one size that differs between batches: code compiled for any.
         torch._dynamo.mark_dynamic(documents["cu_seqlens"], 0)
     return model(*batch.on(device), **documents)

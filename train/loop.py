@@ -16,8 +16,10 @@ from ..errors import InputError, InterruptedRun
 from ..model import GPT
 from ..model.cost import flops_per_token
 from .config import TrainConfig
+from .data.dataset import Dataset, open_dataset
+from .data.loader import Loader, evaluation_batches
 from .data.prefetch import Prefetch
-from .data.prepare import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
+from .data.prepare import cache_dir, prepare
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import choose_fitting, shard
 from .distributed.world import SINGLE_PROCESS, Signals, World

@@ -20,7 +20,8 @@ from ...kernels.core.triton import HAS_TRITON, triton
 from ...model import GPT, GPTConfig
 from ...model.cost import parameters
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..data.prepare import build, cache_dir
+from ..data.build import build
+from ..data.prepare import cache_dir
 from ..data.tokenizer import Tokenizer
 from ..device import choose_device, choose_matmul
 from ..distributed.world import Launch, World, join

@@ -11,7 +11,7 @@ from ... import __version__
 from ...errors import InputError
 from ...model import GPTConfig
 from ..config import TrainConfig
-from ..data.prepare import Dataset
+from ..data.dataset import Dataset
 from ..files import write_whole
 
 
