@@ -27,7 +27,8 @@ from .evaluate import Evaluation
 from .optim import Optimizer
 from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .run.folder import check_folder_unused, claim_folder, read_run
-from .run.metrics import Metrics, console, plot_loss
+from .run.metrics import Metrics, console
+from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
 from .run.trackers import open_trackers
 from .schedule import learning_rate
