@@ -1,4 +1,4 @@
-"""A corpus and a model small enough to train in a blink."""
+"""A small corpus, a small model, and fixtures that run commands."""
 
 import json
 import os
@@ -12,42 +12,28 @@ import pytest
 from tritium.__main__ import dispatch
 from tritium.train.commands.cli import run
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "mix",
-    "potions",
-]
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """One text file of about 20 kB."""
+    """A text file of about 20 kB."""
     file = tmp_path / "corpus.txt"
-    file.write_text(
-        "\n".join(" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(300))
-    )
+    words = TEXT.split()
+    lines = (" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(300))
+    file.write_text("\n".join(lines))
     return file
 
 
 @pytest.fixture
 def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
-    """Words of a `tritium train` command that takes about a second; its run goes to tmp_path/run."""
+    """The words of a `tritium train` command that takes about 1 s. The run goes to tmp_path/run."""
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     options = {
-        "data": corpus, "tokenizer": "bytes", "out": tmp_path / "run", "device": "cpu", "n-layer": 1, "n-head": 2,
-        "d-model": 16, "context-tokens": 16, "steps": 20, "batch-size": 4, "warmup-steps": 2, "eval-interval": 10,
-        "eval-tokens": 64, "checkpoint-interval": 10, "keep-checkpoints": 5, "sample-tokens": 5,
+        "data": corpus, "tokenizer": "bytes", "out": tmp_path / "run", "device": "cpu",
+        "n-layer": 1, "n-head": 2, "d-model": 16, "context-tokens": 16,
+        "steps": 20, "batch-size": 4, "warmup-steps": 2, "eval-interval": 10, "eval-tokens": 64,
+        "checkpoint-interval": 10, "keep-checkpoints": 5, "sample-tokens": 5,
     }  # fmt: skip
     return [
         "train",
@@ -58,7 +44,7 @@ def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
 
 @pytest.fixture
 def tritium(capsys):
-    """Call the command in this process: tritium("info") -> (status, stdout, stderr)."""
+    """Run a command in this process: tritium("info") -> (status, stdout, stderr)."""
 
     def call(*words) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -73,8 +59,8 @@ def tritium(capsys):
 
 
 @pytest.fixture
-def refused(tritium):
-    """Call a command that must fail as bad input does: status 2, one line on stderr; returns that line."""
+def error_of(tritium):
+    """Run a command that must exit with status 2 and one line on stderr. Return that line."""
 
     def call(*words) -> str:
         status, _, err = tritium(*words)
@@ -87,9 +73,15 @@ def refused(tritium):
     return call
 
 
+@pytest.fixture
+def refused(error_of):
+    """The former name of error_of."""
+    return error_of
+
+
 @pytest.fixture(scope="session")
 def forking():
-    """The program that forks ranks, started once: importing PyTorch takes longer than a run."""
+    """The process that forks ranks. It starts once, because importing PyTorch takes long."""
     program = Path(__file__).with_name("ranks.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, program], **pipes) as process:
@@ -99,7 +91,10 @@ def forking():
 
 @pytest.fixture
 def launch(forking, tmp_path):
-    """Call train on several ranks, 0: without torchrun: launch(2, *words) -> (statuses, stdout and stderr of each)."""
+    """Run `tritium train` on ranks: launch(2, *words) -> (statuses, stdout and stderr per rank).
+
+    0 ranks: one process without torchrun.
+    """
 
     def call(
         ranks: int, *words, environment=None, **more

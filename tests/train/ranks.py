@@ -1,9 +1,14 @@
-"""Runs `tritium train` on several ranks as torchrun would, each forked from this process, which has imported all they need.
+"""Run `tritium train` on several ranks, as torchrun would. Ranks are forked from this process.
 
-Reads a job a line from stdin and answers with a line: {"words", "ranks", "folder", "environment"} -> {"status": one a rank}.
-Rank i writes to FOLDER/i.out and FOLDER/i.err. 0 ranks: one process without torchrun. "environment": further variables of all
-ranks; null unsets one. "stop": SIGTERM reaches the last rank alone once the run in this folder has metrics. "backend": of
-torch.compile.
+Reads one job per line from stdin, as JSON, and answers with one line, {"status": [one per rank]}.
+Rank i writes to FOLDER/i.out and FOLDER/i.err. Keys of a job:
+
+    words          of the command
+    ranks          number of ranks; 0: one process without torchrun
+    folder         FOLDER
+    environment    more environment variables of all ranks; null unsets one
+    stop           folder of the run: send SIGTERM to the last rank once the run has metrics
+    backend        backend of torch.compile
 """
 
 import functools
@@ -22,7 +27,7 @@ import torch
 
 from tritium.train import loop
 from tritium.train.commands.cli import run
-from tritium.train.commands.commands import train
+from tritium.train.commands.train import main
 
 for name in (
     "_dynamo",
@@ -31,8 +36,8 @@ for name in (
     "distributed.optim",
 ):
     importlib.import_module(f"torch.{name}")
-loop.plot_loss = lambda run: None  # takes longer than the run
-gc.freeze()  # or every rank would look through all that was imported
+loop.plot_loss = lambda run: None  # a plot takes longer than a run
+gc.freeze()  # so that ranks do not scan the imported modules for garbage
 
 SECONDS = 100
 
@@ -57,7 +62,7 @@ def work(job: dict, rank: int, port: int) -> int:
         )
     if "backend" in job:
         torch.compile = functools.partial(torch.compile, backend=job["backend"])
-    status = run(train, job["words"])
+    status = run(main, job["words"])
     sys.stdout.flush()
     return status
 
