@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         print(_HELP)
         return 0
     if argv:
-        raise InputError(f"tritium info: expected no options, got {argv[0]!r}")
+        raise InputError(f"info: expected no options, got {argv[0]!r}")
     device = choose_device("auto")
     rows = {**_versions(), **_describe_device(device), **_caches()}
     for name, value in rows.items():
