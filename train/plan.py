@@ -2,8 +2,9 @@
 
 Memory     model/cost.step_bytes, which tests compare with measured peaks, plus PROCESS_BYTES, must
            leave RESERVE of the memory free. Matmuls are bfloat16 on CUDA and float32 on a CPU. The
-           formulas describe the references; the kernels need less. Only for the logits of the head,
-           the larger of both counts. Each GPU holds all weights, gradients and optimizer state.
+           formulas describe the references. The kernels need less, except for the logits of the
+           head, where the formula has the larger of the two. Each GPU holds all weights, gradients
+           and optimizer state.
 
 Step time  a range: with all rates good, and with all rates poor. Seconds on one GPU, for n tokens
            in m micro-batches; the model has P parameters, N of them without positions:
