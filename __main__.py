@@ -9,31 +9,33 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium train --resume RUN_DIR              go on with a stopped run
   tritium data build OUT_DIR INPUT ...        text to token shards
   tritium sample RUN_DIR --prompt TEXT        write text with a trained model
-  tritium plan RECIPE --gpu NAME              what a run needs: memory, time, cost
+  tritium plan RECIPE --gpu NAME              what a run needs: memory, time, price
   tritium bench kernels|codegen|train|report  measure
-  tritium info                                versions, device, ceilings, caches
+  tritium info                                versions, device, limits, caches
 
 Each command has --help."""
 
 
 def dispatch(argv: Sequence[str]) -> int:
-    """Run one command. Returns: exit status."""
+    """Run one command. Returns: the exit status."""
     from . import __version__
-    from .bench.commands import bench
-    from .errors import InputError
-    from .train.commands.cli import near
-    from .train.commands.commands import COMMANDS
+    from .errors import InputError, unknown_name
+    from .train.commands import COMMANDS, run_command
 
-    commands = {**COMMANDS, "bench": bench}
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    if argv[0] in ("-V", "--version"):
+    name, *words = argv
+    if name in ("-V", "--version"):
         print(f"tritium {__version__}")
         return 0
-    if argv[0] not in commands:
-        raise InputError(f"no command {argv[0]!r}; near: {near(argv[0], list(commands))}")
-    return commands[argv[0]](argv[1:])
+    if name == "bench":
+        from .bench.commands import bench
+
+        return bench(words)
+    if name not in COMMANDS:
+        raise InputError(unknown_name("command", name, [*COMMANDS, "bench"]))
+    return run_command(name, words)
 
 
 def main() -> None:

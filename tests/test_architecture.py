@@ -151,7 +151,7 @@ sys.meta_path.insert(0, Hide())
 
 def test_everything_but_kernels_works_without_triton():
     code = HIDE_TRITON + (
-        "import torch, tritium.train.commands.commands\n"
+        "import torch, tritium.train.commands.train\n"
         "from tritium.model import GPT, GPTConfig\n"
         "from tritium.kernels.core.triton import HAS_TRITON\n"
         "from tritium.kernels.norm.launch import plan\n"

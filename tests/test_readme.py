@@ -55,14 +55,16 @@ def test_named_recipes_and_operators_exist():
 
 def test_commands_shown_are_parsed(tmp_path, monkeypatch):
     """Every `tritium train ...` line with options is understood, though not run."""
-    from tritium.train.commands.commands import commands
+    from tritium.train.commands import train
 
     understood = []
-    monkeypatch.setattr(commands, "_report", lambda run, world, work: understood.append(run) or 0)
+    monkeypatch.setattr(
+        train, "_run_and_report", lambda run, world, work: understood.append(run) or 0
+    )
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^tritium (train(?= +[a-z-]).*?)(?:  .*)?$", README, flags=re.MULTILINE)
     for line in lines:
-        assert commands.train(line.split()[1:]) == 0
+        assert train.main(line.split()[1:]) == 0
     assert len(lines) >= 4
     assert len(understood) == len(lines)
 

@@ -1,6 +1,7 @@
-"""Text in, trained GPT out: tokenizers, token shards, the training loop, checkpoints and the recipes that configure them."""
+"""Train GPTs on text: data, the training loop, run folders, recipes and commands."""
 
 if "." not in __name__:
     raise ImportError(
-        "this folder is part of the package 'tritium': write 'import tritium.train', not 'import train'"
+        "this folder is part of the package 'tritium': "
+        "write 'import tritium.train', not 'import train'"
     )

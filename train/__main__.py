@@ -1,9 +1,9 @@
-"""`python -m tritium.train ...`: the same as `tritium train ...`, for torchrun."""
+"""`python -m tritium.train ...` is `tritium train ...`, for torchrun."""
 
 import sys
 
 from .commands.cli import run
-from .commands.commands import train
+from .commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(run(train, sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

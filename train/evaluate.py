@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model import GPT
 from .config import DIVERGED
-from .data.loader import Batch, document_starts, moved
+from .data.loader import Batch, copy_to_device, document_starts
 from .distributed.world import SINGLE_PROCESS, World
 
 # exp() of a larger number is infinite in float64.
@@ -47,7 +47,7 @@ def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
     tokens, targets = batch.on(device)
     if separator is None:
         return model(tokens, targets)
-    cu_seqlens = moved(document_starts(batch.inputs, separator), device)
+    cu_seqlens = copy_to_device(document_starts(batch.inputs, separator), device)
     # Its length differs between batches: compile once for any length.
     torch._dynamo.mark_dynamic(cu_seqlens, 0)
     return model(tokens, targets, cu_seqlens=cu_seqlens)

@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all.
+"""Write files atomically, and JSON records that carry a checksum.
 
-A writer that dies half way (disk full, kill -9, power) must never leave a file that looks finished: the bytes go to a temporary
-name in the same folder, are flushed to the disk, and only then take the final name, which POSIX and Windows do in one step.
+A process that dies while it writes (full disk, kill -9, power cut) must not leave a file that looks
+complete. So the bytes go to a temporary file in the same folder, are flushed to the disk, and the
+temporary file is then renamed to the final name. POSIX and Windows rename in one step.
 """
 
 import hashlib
@@ -10,54 +11,60 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-_PIECE_BYTES = 1 << 26
+_WRITE_BYTES = 1 << 26
 
 
 def write_whole(path: Path | str, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write `pieces` one after another to `path`, replacing what was there, whole or not at all.
+    """Write `pieces`, one after another, to `path`: the whole file or nothing.
 
-    Args:    path: the final name; its folder must exist.   pieces: bytes-like, contiguous.
-    Raises:  OSError (disk full, no permission); `path` is then as it was before, and the temporary file is gone.
+    Args:
+        path: the final name. Its folder must exist. An existing file is replaced.
+        pieces: contiguous bytes-like objects.
+    Raises: OSError (disk full, no permission). `path` is then unchanged, and the temporary file is
+        deleted.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             for piece in pieces:
-                # In steps, because one write() on Linux stops at 2 GiB and Ctrl-C should not wait for all of it.
+                # Linux writes at most 2 GiB per call, and Ctrl-C waits for the end of the call.
                 view = memoryview(piece).cast("B")
-                for start in range(0, len(view), _PIECE_BYTES):
-                    file.write(view[start : start + _PIECE_BYTES])
+                for start in range(0, len(view), _WRITE_BYTES):
+                    file.write(view[start : start + _WRITE_BYTES])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write, unlike a failed open, does not say where
+            error.filename = str(path)  # open() names the file in its errors, write() does not
         raise
     flush_folder(path.parent)
 
 
 def seal(record: dict) -> bytes:
-    """A record as indented JSON that carries its own SHA-256."""
-    return json.dumps(record | {"sha256": _sum(record)}, indent=2).encode() + b"\n"
+    """Return `record` as indented JSON with one more key, the SHA-256 of the record."""
+    return json.dumps(record | {"sha256": _sha256(record)}, indent=2).encode() + b"\n"
 
 
 def unseal(content: bytes) -> dict:
-    """The record behind `seal`. Raises: ValueError if a single bit of it is another."""
+    """Return the record that `seal` wrote. Raises: ValueError if the content was changed."""
     record = json.loads(content)
-    if not isinstance(record, dict) or record.pop("sha256", None) != _sum(record):
+    if not isinstance(record, dict) or record.pop("sha256", None) != _sha256(record):
         raise ValueError("it does not match its checksum")
     return record
 
 
-def _sum(record: dict) -> str:
+def _sha256(record: dict) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut (Windows has no such call and needs none)."""
+    """Flush renames inside `folder` to the disk, so that they survive a power cut.
+
+    Windows has no such call and does not need one.
+    """
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

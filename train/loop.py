@@ -18,9 +18,10 @@ from ..errors import InterruptedRun
 from ..model import GPT
 from ..model.cost import flops_per_token
 from .config import TrainConfig
-from .data.loader import Batch
+from .data.dataset import Dataset, open_dataset
+from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
-from .data.prepare import Dataset, Loader, cache_dir, evaluation_batches, open_dataset, prepare
+from .data.prepare import cache_dir, prepare
 from .data.tokenizer import Tokenizer
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
@@ -30,7 +31,8 @@ from .execution import Execution, resolve
 from .optim import Optimizer
 from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
-from .run.metrics import Metrics, console, plot_loss
+from .run.metrics import Metrics, console
+from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers

@@ -17,7 +17,7 @@ SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix po
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """One text file of about 20 kB."""
+    """A text file of about 20 kB."""
     file = tmp_path / "corpus.txt"
     words = SENTENCE.split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(300)]
@@ -53,7 +53,7 @@ def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
 
 @pytest.fixture
 def tritium(capsys):
-    """Call the command in this process: tritium("info") -> (status, stdout, stderr)."""
+    """Run a command in this process: tritium("info") -> (status, stdout, stderr)."""
 
     def call(*words) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -68,8 +68,8 @@ def tritium(capsys):
 
 
 @pytest.fixture
-def refused(tritium):
-    """Call a command with bad input: it must exit with status 2 and write one line, returned."""
+def error_of(tritium):
+    """Run a command that must exit with status 2 and one line on stderr. Return that line."""
 
     def call(*words) -> str:
         status, _, err = tritium(*words)
@@ -80,6 +80,12 @@ def refused(tritium):
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def error_of(error_of):
+    """The former name of error_of."""
+    return error_of
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ import torch
 
 from tritium.train import loop
 from tritium.train.commands.cli import run
-from tritium.train.commands.commands import train
+from tritium.train.commands.train import main
 
 for name in (
     "_dynamo",
@@ -65,7 +65,7 @@ def work(job: dict, rank: int, port: int) -> int:
         )
     if "backend" in job:
         torch.compile = functools.partial(torch.compile, backend=job["backend"])
-    status = run(train, job["words"])
+    status = run(main, job["words"])
     sys.stdout.flush()
     return status
 

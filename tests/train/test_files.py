@@ -1,4 +1,4 @@
-"""write_whole leaves the old file or the new one, never a part and never a temporary."""
+"""write_whole leaves the old file or the new file, never a partial or a temporary file."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from tritium.train import files
 pytestmark = pytest.mark.plain
 
 
-def test_writes_pieces_in_order_and_replaces(tmp_path):
+def test_pieces_are_written_in_order_and_replace_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     files.write_whole(path, [b"one", memoryview(b"two"), b""])
@@ -19,15 +19,17 @@ def test_writes_pieces_in_order_and_replaces(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_writes_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_PIECE_BYTES", 3)
+def test_large_pieces_are_written_in_several_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_WRITE_BYTES", 3)
     files.write_whole(tmp_path / "a", [b"0123456789"])
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_failure_keeps_the_old_file(tmp_path, monkeypatch, error, call):
+def test_a_failed_write_keeps_the_old_file_and_deletes_the_temporary_file(
+    tmp_path, monkeypatch, error, call
+):
     path = tmp_path / "a"
     path.write_bytes(b"old")
 
@@ -42,7 +44,7 @@ def test_failure_keeps_the_old_file(tmp_path, monkeypatch, error, call):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_a_real_full_disk_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_no_file(tmp_path):
     program = (
         "import resource, sys\n"
         "from tritium.train.files import write_whole\n"
@@ -57,7 +59,7 @@ def test_a_real_full_disk_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sealed_record_is_found_changed():
+def test_unseal_raises_for_a_changed_record():
     record = {"step": 20, "files": {"a": "b"}, "name": "é"}
     content = files.seal(record)
     assert files.unseal(content) == record
@@ -74,7 +76,7 @@ def test_a_sealed_record_is_found_changed():
             files.unseal(changed)
 
 
-def test_a_failed_write_says_where(tmp_path, monkeypatch):
+def test_the_error_of_a_failed_write_names_the_file(tmp_path, monkeypatch):
     def full(number):
         raise OSError(28, "No space left on device")
 

@@ -110,7 +110,7 @@ def test_the_document_mask_changes_training_and_is_kept_by_a_resume(tiny, tritiu
 
 
 def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
-    tiny, tritium, refused, tmp_path, monkeypatch
+    tiny, tritium, error_of, tmp_path, monkeypatch
 ):
     assert tritium(*tiny)[0] == 0
     used = []
@@ -135,7 +135,7 @@ def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
     assert used
     assert tritium("sample", sdpa, "--seed", 1)[0] == 0
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert "--attention: expected an installed flash-attn" in refused(
+    assert "--attention: expected an installed flash-attn" in error_of(
         *tiny, "--out", tmp_path / "flash", "--attention", "flash-attn"
     )
     assert not (tmp_path / "flash").exists()
@@ -188,13 +188,13 @@ def test_a_stopped_and_resumed_run_ends_like_an_unbroken_one(
     )
 
 
-def test_divergence_is_reported_in_one_line(tiny, refused):
-    assert "training diverged: lower --lr" in refused(
+def test_divergence_is_reported_in_one_line(tiny, error_of):
+    assert "training diverged: lower --lr" in error_of(
         *tiny, "--lr", "1e9", "--grad-clip", 0, "--warmup-steps", 0
     )
 
 
-def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkeypatch):
+def test_two_runs_do_not_share_a_folder(tiny, tritium, error_of, tmp_path, monkeypatch):
     """The other run claims it while this run prepares its data."""
     original = loop.claim_folder
 
@@ -203,7 +203,7 @@ def test_two_runs_do_not_share_a_folder(tiny, tritium, refused, tmp_path, monkey
         original(run, config, dataset)
 
     monkeypatch.setattr(loop, "claim_folder", late)
-    assert "this one is a run already" in refused(*tiny)
+    assert "this one is a run already" in error_of(*tiny)
 
 
 def test_a_signal_writes_a_checkpoint_and_explains_how_to_resume(tiny, tmp_path):

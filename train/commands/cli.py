@@ -1,32 +1,32 @@
-"""From words on the command line to typed options, and from errors to one line."""
+"""Parse a command's options, and turn errors into one line on stderr.
+
+Modules that take long to import are imported inside functions, so that `tritium --help` is quick.
+"""
 
 import contextlib
-import difflib
 import io
 import itertools
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
-import tyro
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TypeVar, get_type_hints
 
 from ...errors import InputError, NoMemoryError, describe_os_error
-from ..config import PART_OF
-from ..distributed.world import is_local_rank0
 
 Options = TypeVar("Options")
-_NO_COMPILER = "--compile: expected a working C++ compiler, found none; install g++, or start anew with --compile off"
-_NO_MEMORY = "out of memory: give smaller sizes, such as --micro-batch-size, --context-tokens, --d-model or --shape"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the system had no more memory to give."""
-    told = ("not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
-    )
+_NO_COMPILER = (
+    "--compile: expected a working C++ compiler, found none; install g++, or start again with "
+    "--compile off"
+)
+_NO_MEMORY = (
+    "out of memory: give smaller sizes, such as --micro-batch-size, --context-tokens, --d-model "
+    "or --shape"
+)
+# Names of the options that the commands of this process have parsed.
+_option_names: set[str] = set()
 
 
 def parse(
@@ -37,55 +37,94 @@ def parse(
     description: str,
     default: Options | None = None,
 ) -> Options:
-    """Fill a dataclass from `--key value` words; `--help` prints its manual page and exits.
+    """Fill a dataclass from `--key value` words. `--help` prints the help and exits.
 
     Args:
-        options: dataclass; fields are options, their docstrings the help.
-        argv: words after the command's name.
-        default: instance whose values stand where a word does not say otherwise.
-    Raises: InputError in one line for unknown keys (with the near ones) and values of the wrong type.
+        options: dataclass. Its fields are the options, and their docstrings are the help texts.
+        argv: words after the name of the command.
+        prog: name of the command, for messages.
+        description: first lines of the help.
+        default: the values of options that argv does not have.
+    Raises: InputError in one line for an unknown option or a value of the wrong type.
     """
-    shown = io.StringIO()
+    import tyro
+
+    _option_names.update(_names(options))
+    printed = io.StringIO()
     keywords = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 options, args=list(argv), prog=prog, description=description, **keywords
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_line(shown.getvalue(), prog)) from None
+        raise InputError(_one_line(printed.getvalue(), prog)) from None
+
+
+def _names(options: type) -> Iterator[str]:
+    """The options of a dataclass, and of the dataclasses in it."""
+    hints = get_type_hints(options)
+    for field in fields(options):
+        if is_dataclass(hints[field.name]):
+            yield from _names(hints[field.name])
+        else:
+            yield field.name
+
+
+def _one_line(box: str, prog: str) -> str:
+    """Take the message and the suggested options out of the box that tyro prints.
+
+    The box has a title, the message, and suggestions, separated by horizontal rules. The title is
+    in the upper edge, or above the first rule if the terminal is ASCII only.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ") for line in plain.splitlines()]
+    has_title_in_edge = lines[0].startswith("╭")
+    if has_title_in_edge:
+        lines[0] = "─"
+    groups = [
+        list(group)
+        for is_rule, group in itertools.groupby(lines, lambda line: set(line) <= set("─-╰╯"))
+        if not is_rule
+    ]
+    message, *others = groups if has_title_in_edge else groups[1:]
+    text = re.sub(r"^Error parsing [A-Za-z]\w*: ", "", " ".join(message)).rstrip(".")
+    near = [line.split()[0] for group in others for line in group if line.startswith("--")]
+    if "nrecognized" in text and near:
+        text += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
+    return f"{text}; see {prog} --help"
 
 
 def as_flags(message: str) -> str:
-    """Spell the options in a message as flags: names in backticks, and a leading `lr:`.
+    """Spell the options in a message as flags: `lr` in backticks, and a leading "lr: ".
 
-    A leading `data:` names the part of the program, not the option.
+    A leading "data: " names the part of the program, not the option.
     """
+    from ..config import PART_OF
+
+    names = _option_names | set(PART_OF)
 
     def flag(match: re.Match) -> str:
         name = match[1]
-        return f"--{name.replace('_', '-')}" if name in PART_OF else match[0]
+        return f"--{name.replace('_', '-')}" if name in names else match[0]
 
     message = re.sub(r"^(?!data:)(\w+)(?=: )", flag, message)
     return re.sub(r"`(\w+)`", flag, message)
 
 
-def near(word: str, words: Sequence[str]) -> str:
-    """The words most like `word`, for a message; all of them if none is."""
-    return ", ".join(difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words)
-
-
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Run a command; what a user can mend becomes one line on stderr.
+    """Run a command. Print an error that the user can correct as one line on stderr.
 
-    Returns: exit status: 0, 2 for bad input, a full disk or too little memory, 130 for an interruption.
+    Returns: the exit status: 0; 2 for bad input, a full disk or too little memory; 130 for Ctrl-C.
     """
     try:
         return command(argv) or 0
     except InputError as error:
-        if not is_local_rank0():  # of several processes all have it
+        from ..distributed.world import is_local_rank0
+
+        if not is_local_rank0():  # all ranks of a node raise the same error
             return 2
         message = as_flags(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -104,22 +143,26 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
     return 2
 
 
-def _one_line(box: str, prog: str) -> str:
-    """The sentence and the suggested options out of the box that tyro draws: title, sentence, suggestions, rules between."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│ ") for line in plain.splitlines()]
-    if lines[0].startswith("╭"):
-        lines[0] = (
-            "─"  # the title stands in the upper edge; where the terminal takes ASCII only, above the first rule
-        )
-    groups = [
-        list(group)
-        for is_rule, group in itertools.groupby(lines, lambda line: set(line) <= set("─-╰╯"))
-        if not is_rule
-    ]
-    sentence, *others = groups if lines[0] == "─" else groups[1:]
-    text = re.sub(r"^Error parsing [A-Za-z]\w*: ", "", " ".join(sentence)).rstrip(".")
-    suggestions = [line.split()[0] for group in others for line in group if line.startswith("--")]
-    if "nrecognized" in text and suggestions:
-        text += f"; near: {', '.join(dict.fromkeys(suggestions))}"
-    return f"{text}; see {prog} --help"
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the error says that a device or the system has no memory left."""
+    import torch
+
+    phrases = ("not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    )
+
+
+def program() -> str:
+    """Return how the user called this program, for hints that can be pasted into a shell."""
+    name = Path(sys.argv[0])
+    if name.name != "tritium":
+        return "python -m tritium"
+    return "tritium" if shutil.which("tritium") == str(name.resolve()) else sys.argv[0]
+
+
+def near(word: str, words: Sequence[str]) -> str:
+    """Only bench still uses this; errors.unknown_name replaces it."""
+    import difflib
+
+    return ", ".join(difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words)

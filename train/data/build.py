@@ -1,11 +1,17 @@
-"""From text to a dataset folder: read, split, encode on all cores, write shards.
+"""Build a dataset folder: read documents, split, encode on all cores, write shards.
 
-End-of-text follows every document. A document is held out if a hash of its text falls below the `held_out` fraction, so the
-choice depends on nothing else: not on order, not on the other documents. Fewer than 100 documents (one book!) would make that
-a coin toss; then the text itself is cut, the last fraction of its characters is held out, and end-of-text stands only between
-documents, so that tinyshakespeare gives the usual 1,003,854 and 111,540 characters and no token that occurs just once.
+End-of-text follows each document. The splits are made in one of two ways.
+
+100 documents or more: a document is held out if the hash of its text, as a fraction, is below
+`held_out`. The choice depends on the text of the document only, not on other documents or on order.
+
+Fewer than 100 documents, for example one book: the hash could leave a split empty. The text itself
+is cut, and the last `held_out` fraction of all characters is held out. End-of-text is inserted
+between documents only, not after the last. tinyshakespeare then has its usual 1,003,854 and 111,540
+characters, and no token that occurs only once.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,11 +31,13 @@ from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
 from .shards import token_dtype, write_shard
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
 
-# 0.9**100: with the usual fraction no split of 100 documents comes out empty in 30,000 corpora.
+# With 100 documents and held_out 0.1, the validation split is empty with probability 0.9**100: once
+# in 30,000 corpora.
 _FEW_DOCUMENTS = 100
-_SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files, yet a second's work to rewrite
+_SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
 _PART_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 24
+_PART_OVERHEAD = 64  # bytes of a Python object, so that a batch of empty lines has a limit too
 
 
 def build(
@@ -42,50 +50,39 @@ def build(
     text_field: str = "text",
     progress: bool = True,
 ) -> DatasetInfo:
-    """Turn text into a dataset folder, written whole or not at all.
+    """Turn text into a dataset folder: the whole folder or nothing.
 
-    Args:    out_dir: does not exist yet, or is empty.   inputs: files, folders, stdlib, python (see corpus.py).
-             tokenizer: spec (see tokenizer.py).   held_out: fraction of documents for the val split, in (0, 1).
-             shard_tokens: most tokens in a file.   text_field: jsonl key or parquet column.   progress: bar on stderr.
-    Raises:  InputError for bad input, an out_dir in use, or a split without text; OSError as the disk gives it. Nothing is left
-             behind by either, nor by Ctrl-C, except folders above out_dir.
+    Args:
+        out_dir: a folder that does not exist or is empty.
+        inputs: files, folders, stdlib, python (see corpus.py).
+        tokenizer: spec (see tokenizer.py).
+        held_out: fraction of the documents for the validation split, in (0, 1).
+        shard_tokens: largest number of tokens per shard.
+        text_field: key of jsonl objects and column of parquet files that holds the text.
+        progress: whether to show a progress bar on stderr if it is a terminal.
+    Raises: InputError for bad input, an out_dir that is in use, or a split without text; OSError if
+        a file cannot be read or written. After an error or Ctrl-C no file is left behind, but
+        parent folders of out_dir may be.
     """
     out_dir = Path(out_dir)
     if not 0 < held_out < 1:
-        raise InputError(f"data: held_out must lie between 0 and 1, got {held_out}; 0.1 is usual")
+        raise InputError(
+            f"held_out: expected a number between 0 and 1, got {held_out}; 0.1 is usual"
+        )
     if shard_tokens < 1:
         raise InputError(
-            f"data: shard_tokens must be at least 1, got {shard_tokens}; {_SHARD_TOKENS} is usual"
+            f"shard_tokens: expected 1 or more, got {shard_tokens}; {_SHARD_TOKENS} is usual"
         )
-    _refuse_used(out_dir)
-    return _build(
-        out_dir, Corpus(inputs, text_field=text_field), tokenizer, held_out, shard_tokens, progress
-    )
+    _check_unused(out_dir)
+    corpus = Corpus(inputs, text_field=text_field)
 
-
-def _refuse_used(out_dir: Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise InputError(
-            f"data: expected a new or empty folder to build in, got {out_dir}, which is in use; choose another"
+    with _new_folder(out_dir) as folder, _Progress(corpus, progress) as documents:
+        made = from_spec(
+            tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
         )
+        writers = {split: _SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
+        _write_tokens(writers, _assign_splits(corpus, documents, held_out), made)
 
-
-def _build(
-    out_dir: Path, corpus: Corpus, spec: str, held_out: float, shard_tokens: int, progress: bool
-) -> DatasetInfo:
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(
-        tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent)
-    )
-    try:
-        with _Progress(corpus, progress) as track:
-            made = from_spec(
-                spec, lambda: (document.text for document in track("learning vocabulary"))
-            )
-            writers = {
-                split: _SplitWriter(temporary, split, made, shard_tokens) for split in SPLITS
-            }
-            _write_tokens(writers, _assign(corpus, track, held_out), made)
         info = DatasetInfo(
             format_version=FORMAT_VERSION,
             tokenizer=made.name,
@@ -97,27 +94,49 @@ def _build(
             files_skipped=corpus.skipped_files,
             inputs=corpus.inputs,
         )
-        made.save(temporary / "tokenizer.json")
-        write_whole(temporary / "dataset.json", [seal(dataclasses.asdict(info))])
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for the owner alone
+        made.save(folder / "tokenizer.json")
+        write_whole(folder / "dataset.json", [seal(dataclasses.asdict(info))])
+    return info
+
+
+def _check_unused(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise InputError(
+            f"data: expected a new or empty folder to build in, got {out_dir}, which is in use; "
+            "choose another"
+        )
+
+
+@contextlib.contextmanager
+def _new_folder(out_dir: Path) -> Iterator[Path]:
+    """Yield a temporary folder. Rename it to `out_dir` at the end; delete it after an error."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(
+        tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent)
+    )
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
         if out_dir.is_dir():
-            out_dir.rmdir()  # empty; Windows does not rename over it
+            out_dir.rmdir()  # it is empty; Windows cannot rename over a folder
         os.rename(temporary, out_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush_folder(out_dir.parent)
-    return info
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)  # it cannot be read without being set
+    mask = os.umask(0o022)  # the only way to read it is to set it
     os.umask(mask)
     return mask
 
 
 class _Progress:
-    """Context manager giving `track(label)`: the corpus's documents behind a bar that shows how much of the input was read."""
+    """Context manager that gives `documents(label)`: the corpus's documents, with a progress bar.
+
+    The bar shows how much of the input has been read.
+    """
 
     def __init__(self, corpus: Corpus, show: bool):
         from rich.console import Console
@@ -129,16 +148,17 @@ class _Progress:
 
     def __enter__(self) -> Callable[[str], Iterator[Document]]:
         self._bars.start()
-        return self._track
+        return self._documents
 
     def __exit__(self, *_) -> None:
         self._bars.stop()
 
-    def _track(self, label: str) -> Iterator[Document]:
+    def _documents(self, label: str) -> Iterator[Document]:
         task = self._bars.add_task(label, total=self._corpus.total_bytes)
         shown = 0
         for document in self._corpus.documents():
-            # In steps of half a percent: with a million documents, moving the bar costs more than reading them.
+            # Update in steps of half a percent. An update for each of a million documents takes
+            # longer than reading them.
             if self._corpus.bytes_read - shown > self._corpus.total_bytes // 200:
                 shown = self._corpus.bytes_read
                 self._bars.update(task, completed=shown)
@@ -146,36 +166,47 @@ class _Progress:
         self._bars.update(task, completed=self._corpus.total_bytes)
 
 
+# --- split
+
+
 class _Part(NamedTuple):
-    """A stretch of a document; `begins` if it is the first in its split of that document, `closes` if end-of-text follows."""
+    """A piece of a document.
+
+    split: "train" or "val".
+    starts_document: whether it is the first piece of the document in its split.
+    ends_document: whether end-of-text follows it.
+    """
 
     split: str
     text: str
-    begins: bool
-    closes: bool
+    starts_document: bool
+    ends_document: bool
 
 
-def _assign(
-    corpus: Corpus, track: Callable[[str], Iterator[Document]], held_out: float
+def _assign_splits(
+    corpus: Corpus, documents: Callable[[str], Iterator[Document]], held_out: float
 ) -> Iterator[_Part]:
-    """Every document's text, assigned to the splits and cut into parts that threads can share."""
+    """Assign each document to the splits and cut it into parts that threads can encode."""
     lengths = _lengths_if_few(corpus)
     if lengths is None:
-        for document in track("tokenizing"):
-            held = int.from_bytes(document.digest[:8], "big") < held_out * 2**64
-            yield from _parts("val" if held else "train", document.text, closes=True)
+        for document in documents("tokenizing"):
+            is_held_out = int.from_bytes(document.digest[:8], "big") < held_out * 2**64
+            split = "val" if is_held_out else "train"
+            yield from _parts(split, document.text, add_end=True)
         return
-    left = int(sum(lengths) * (1 - held_out))  # characters that still go to the training split
-    for number, document in enumerate(track("tokenizing"), 1):
-        head, tail = document.text[:left], document.text[left:]
-        left -= len(head)
-        closes = number < len(lengths)
-        yield from _parts("train", head, closes=closes and not tail)
-        yield from _parts("val", tail, closes=closes)
+
+    train_characters = int(sum(lengths) * (1 - held_out))  # not yet assigned
+    for number, document in enumerate(documents("tokenizing"), 1):
+        head = document.text[:train_characters]
+        tail = document.text[train_characters:]
+        train_characters -= len(head)
+        is_last = number == len(lengths)
+        yield from _parts("train", head, add_end=not is_last and not tail)
+        yield from _parts("val", tail, add_end=not is_last)
 
 
 def _lengths_if_few(corpus: Corpus) -> list[int] | None:
-    """Characters of each document, or None where there are many; reads no more than it takes to know."""
+    """Count the characters of each document; None if there are _FEW_DOCUMENTS or more."""
     lengths = []
     for document in corpus.documents():
         lengths.append(len(document.text))
@@ -184,30 +215,34 @@ def _lengths_if_few(corpus: Corpus) -> list[int] | None:
     return lengths
 
 
-def _parts(split: str, text: str, closes: bool) -> Iterator[_Part]:
+def _parts(split: str, text: str, add_end: bool) -> Iterator[_Part]:
     if not text:
         return
     texts = list(cut(text, _PART_CHARACTERS))
+    last = len(texts) - 1
     for i, part in enumerate(texts):
-        yield _Part(split, part, i == 0, closes and i == len(texts) - 1)
+        yield _Part(split, part, i == 0, add_end and i == last)
+
+
+# --- encode and write
 
 
 def _write_tokens(
     writers: dict[str, "_SplitWriter"], parts: Iterable[_Part], tokenizer: Tokenizer
 ) -> None:
-    """Encode on all cores while the next texts are read; the order of the parts is kept."""
+    """Encode on all cores and write in order. The next batch is read in the meantime."""
     threads = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
 
-    def write(batch: list[_Part], ids: list[np.ndarray]) -> None:
-        for part, part_ids in zip(batch, ids, strict=True):
-            writers[part.split].add(part, part_ids)
+    def write(batch: list[_Part], encoded: list[np.ndarray]) -> None:
+        for part, ids in zip(batch, encoded, strict=True):
+            writers[part.split].add(part, ids)
 
-    with ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as background:
         waiting = None
         for batch in _batches(parts):
-            task = ahead.submit(tokenizer.encode_batch, [part.text for part in batch], threads)
+            task = background.submit(tokenizer.encode_batch, [part.text for part in batch], threads)
             if waiting:
                 write(waiting[0], waiting[1].result())
             waiting = batch, task
@@ -216,42 +251,44 @@ def _write_tokens(
 
 
 def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    batch, characters = [], 0
+    batch: list[_Part] = []
+    size = 0
     for part in parts:
         batch.append(part)
-        characters += (
-            len(part.text) + 64
-        )  # what an object costs, so that a million empty lines do not pile up
-        if characters >= _BATCH_CHARACTERS:
+        size += len(part.text) + _PART_OVERHEAD
+        if size >= _BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 class _SplitWriter:
-    """Collects one split's tokens and writes a shard whenever one is full."""
+    """Collects the tokens of one split and writes a shard each time one is full."""
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int):
-        self._folder, self._split, self._tokenizer = folder, split, tokenizer
+        self._folder = folder
+        self._split = split
+        self._tokenizer = tokenizer
         self._buffer = np.empty(shard_tokens, token_dtype(tokenizer.vocab_size))
         self._filled = 0
         self._info = SplitInfo()
 
     def add(self, part: _Part, ids: np.ndarray) -> None:
-        self._info.documents += part.begins
+        self._info.documents += part.starts_document
         self._info.bytes += len(part.text) if part.text.isascii() else len(part.text.encode())
         self._append(ids)
-        if part.closes:
+        if part.ends_document:
             self._append(np.array([self._tokenizer.end_of_text], dtype=ids.dtype))
 
     def _append(self, ids: np.ndarray) -> None:
         self._info.tokens += len(ids)
         while len(ids):
-            taken = ids[: len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(taken)] = taken
-            self._filled += len(taken)
-            ids = ids[len(taken) :]
+            fitting = ids[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(fitting)] = fitting
+            self._filled += len(fitting)
+            ids = ids[len(fitting) :]
             if self._filled == len(self._buffer):
                 self._flush()
 
@@ -263,11 +300,12 @@ class _SplitWriter:
         self._filled = 0
 
     def close(self, corpus: Corpus) -> SplitInfo:
+        """Write the last shard. Raises: InputError if the split has no tokens."""
         if self._filled:
             self._flush()
         if not self._info.tokens:
             raise InputError(
-                f"data: expected text for the {self._split} split of {' '.join(corpus.inputs)}, got none; "
-                "give more text or another held_out"
+                f"data: expected text for the {self._split} split of {' '.join(corpus.inputs)}, "
+                "got none; give more text or another held_out"
             )
         return self._info

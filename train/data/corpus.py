@@ -1,14 +1,15 @@
-"""A corpus: files, folders and the names `stdlib` and `python`, as a stream of documents.
+"""Read documents from files, folders, and the names `stdlib` and `python`.
 
-    .txt .md .py       one document each, UTF-8
-    .jsonl .jsonl.gz   one document a line: a JSON object with the text in one field
-    .parquet           one document a row: the text in one column (needs pyarrow)
-    stdlib             the .py files of the running interpreter's standard library, without tests: about 12 MB on any machine
-    python             every .py file of its standard library and of its site-packages
+    .txt .md .py       one document per file, UTF-8
+    .jsonl .jsonl.gz   one document per line: a JSON object with the text in one field
+    .parquet           one document per row: the text in one column (needs pyarrow)
+    stdlib             the .py files of Python's standard library, without its tests: about 12 MB
+    python             all .py files of the standard library and of site-packages
 
-Documents come in the order of the inputs, sorted within each, one at a time: memory holds one file of text or one line of
-jsonl. Empty texts and exact repeats are dropped; text files that hold NUL bytes or are not UTF-8 are skipped; repeats and
-skipped files are counted. To read a folder called `stdlib`, write `./stdlib`.
+Documents keep the order of the inputs. Files of one input are sorted. Memory holds one text file,
+one jsonl line or one batch of parquet rows at a time. Empty documents and exact duplicates are
+dropped. Text files with NUL bytes or invalid UTF-8 are skipped. Duplicates and skipped files are
+counted. Write `./stdlib` to read a folder with the name `stdlib`.
 """
 
 import gzip
@@ -25,9 +26,10 @@ from ...errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
-_TYPES = ", ".join(SUFFIXES)
+_SUFFIX_LIST = ", ".join(SUFFIXES)
 
-# Under the standard library these hold tests (lib2to3/tests, idlelib/idle_test) or other people's code.
+# Folders inside the standard library that hold its tests (lib2to3/tests, idlelib/idle_test), or
+# installed packages.
 _NOT_STDLIB = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -36,7 +38,13 @@ _PARQUET_ROWS = 1024
 
 
 class Document(NamedTuple):
-    """text: not empty, no lone surrogates.   source: the file, `:line` added for jsonl.   digest: 16 bytes, blake2b of text."""
+    """One document.
+
+    Attributes:
+        text: not empty, without lone surrogates.
+        source: the path of its file; for jsonl and parquet with `:line` or `:row`.
+        digest: 16 bytes, the BLAKE2b hash of the text.
+    """
 
     text: str
     source: str
@@ -44,32 +52,43 @@ class Document(NamedTuple):
 
 
 class Corpus:
-    """The documents of some inputs; `documents()` may be called again and gives the same ones.
+    """The documents of some inputs. Each call of `documents()` gives the same documents.
 
     Attributes:
-        files: sorted list of Path.   total_bytes: their size on disk.
-        bytes_read, duplicates, skipped_files: of the latest `documents()`, so far; for a progress bar and the record.
+        inputs: the inputs as strings.
+        files: the paths of all files, in reading order.
+        total_bytes: size of all files on disk.
+        bytes_read, duplicates, skipped_files: counts of the latest `documents()` call, up to now.
     """
 
     def __init__(self, inputs: Sequence[str | Path], *, text_field: str = "text"):
         """Find the files.
 
-        Args:    inputs: files, folders, `stdlib`, `python`.   text_field: JSON key or parquet column.
-        Raises:  InputError for a missing input, a file of another type, a folder without text, a jsonl or parquet without need.
+        Args:
+            inputs: files, folders, `stdlib`, `python`.
+            text_field: key of jsonl objects and column of parquet files that holds the text.
+        Raises: InputError if an input does not exist, is a file of an unknown type, or is a folder
+            without readable files.
         """
         if not inputs:
             raise InputError(
-                f"data: expected at least one input (a file, a folder, stdlib or python), got none; types: {_TYPES}"
+                "data: expected at least one input (a file, a folder, stdlib or python), got none; "
+                f"file types: {_SUFFIX_LIST}"
             )
         self.inputs = [str(given) for given in inputs]
         self.text_field = text_field
         self.files = list(dict.fromkeys(path for given in self.inputs for path in _find(given)))
         self._stats = [path.stat() for path in self.files]
         self.total_bytes = sum(stat.st_size for stat in self._stats)
-        self.bytes_read = self.duplicates = self.skipped_files = 0
+        self.bytes_read = 0
+        self.duplicates = 0
+        self.skipped_files = 0
 
     def fingerprint(self) -> str:
-        """64 hex digits over path, size and modification time in ns of every file, and the text field."""
+        """Hash the text field and the path, size and modification time of each file.
+
+        Returns: 64 hex digits.
+        """
         digest = hashlib.sha256(json.dumps(self.text_field).encode())
         for path, stat in zip(self.files, self._stats, strict=True):
             digest.update(
@@ -78,12 +97,13 @@ class Corpus:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        """Yield every document once.
+        """Yield each document once.
 
-        Raises:  InputError for a malformed file (with its line), or at the end if there was no text; OSError if unreadable.
+        Raises: InputError for a malformed file (with its line), or at the end if all documents were
+            empty; OSError if a file cannot be read.
         """
         self.bytes_read = self.duplicates = self.skipped_files = 0
-        # 16 bytes of hash are enough: among 10**9 documents a chance meeting has probability 10**-21.
+        # Among 10**9 documents, two have the same 16-byte hash with probability 10**-21.
         seen: set[bytes] = set()
         for path, stat in zip(self.files, self._stats, strict=True):
             before = self.bytes_read
@@ -97,17 +117,18 @@ class Corpus:
                     yield Document(text, source, digest)
             self.bytes_read = before + stat.st_size
         if not seen:
-            what = (
+            reason = (
                 f"{self.skipped_files} of them binary or not UTF-8"
                 if self.skipped_files
                 else "all of them empty"
             )
             raise InputError(
-                f"data: expected text in {' '.join(self.inputs)}, got {len(self.files)} files, {what}; give UTF-8 text"
+                f"data: expected text in {' '.join(self.inputs)}, got {len(self.files)} files, "
+                f"{reason}; give UTF-8 text"
             )
 
     def _texts(self, path: Path) -> Iterator[tuple[str, str, int]]:
-        """Text, where it is from, and how many bytes of the file are read."""
+        """Yield (text, source, bytes of the file read so far) for each document of one file."""
         if path.suffix in TEXT_SUFFIXES:
             text = _read_text(path)
             if text is None:
@@ -120,38 +141,44 @@ class Corpus:
             yield from _read_jsonl(path, self.text_field)
 
 
-# --- finding
+# --- find files
 
 
 def _find(given: str) -> list[Path]:
     if given == "stdlib":
         return _walk(_library("stdlib"), (".py",), _NOT_STDLIB, given)
     if given == "python":
-        # site-packages lies under the standard library on some systems and elsewhere on others: the union, once each.
-        roots = [_library(key) for key in ("stdlib", "purelib", "platlib")]
-        found = {
-            path
-            for root in roots
-            if root.is_dir()
-            for path in _walk(root, (".py",), _NOT_SOURCE, given, may_be_empty=True)
-        }
-        if not found:
-            raise InputError(
-                f"data: python: expected .py files under {roots[0]}, got none; give a folder instead"
-            )
-        return sorted(found)
+        return _find_python()
     path = Path(given)
     if path.is_dir():
         return _walk(path, SUFFIXES, _NOT_SOURCE, given)
     if not path.exists():
         raise InputError(
-            f"data: expected a file, a folder, stdlib or python, got {given!r}, which does not exist; check the path"
+            f"data: expected a file, a folder, stdlib or python, got {given!r}, which does not "
+            "exist; check the path"
         )
     if not path.name.endswith(SUFFIXES):
         raise InputError(
-            f"data: expected a file of type {_TYPES}, got {given!r}; convert or rename it"
+            f"data: expected a file of type {_SUFFIX_LIST}, got {given!r}; convert or rename it"
         )
     return [path]
+
+
+def _find_python() -> list[Path]:
+    """All .py files of the standard library and of site-packages.
+
+    On some systems site-packages is inside the standard library's folder, so paths may repeat.
+    """
+    roots = [_library(key) for key in ("stdlib", "purelib", "platlib")]
+    found: set[Path] = set()
+    for root in roots:
+        if root.is_dir():
+            found.update(_walk(root, (".py",), _NOT_SOURCE, "python", may_be_empty=True))
+    if not found:
+        raise InputError(
+            f"data: python: expected .py files under {roots[0]}, got none; give a folder instead"
+        )
+    return sorted(found)
 
 
 def _library(key: str) -> Path:
@@ -161,33 +188,37 @@ def _library(key: str) -> Path:
 def _walk(
     root: Path,
     suffixes: tuple[str, ...],
-    without: frozenset[str],
+    excluded: frozenset[str],
     given: str,
     may_be_empty: bool = False,
 ) -> list[Path]:
-    """Files below root, sorted; hidden folders (.git, .venv) and `without` are left out, links to folders not followed."""
+    """List the files below `root`, sorted, without hidden files and folders and `excluded` folders.
+
+    Links to folders are not followed.
+    """
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        # A leading dot is a hidden file, or the temporary of one being written; a dangling link is no file.
+        folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
+        # A leading dot marks a hidden file, or the temporary file of a write in progress.
         paths = [
             Path(folder, name)
             for name in names
             if name.endswith(suffixes) and not name.startswith(".")
         ]
-        found += [path for path in paths if path.is_file()]
+        found += [path for path in paths if path.is_file()]  # not a dangling link
     if not found and not may_be_empty:
         raise InputError(
-            f"data: {given}: expected files of type {', '.join(suffixes)} below {root}, got none; check the folder"
+            f"data: {given}: expected files of type {', '.join(suffixes)} below {root}, got none; "
+            "check the folder"
         )
     return sorted(found)
 
 
-# --- reading
+# --- read files
 
 
 def _read_text(path: Path) -> str | None:
-    """The text as it stands (line ends are kept), without a byte order mark; None if it is not UTF-8 text."""
+    """Return the text with its line ends but without a byte order mark, or None if not UTF-8."""
     raw = path.read_bytes()
     if b"\0" in raw:
         return None
@@ -201,27 +232,25 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str, int]]:
     number = 0
     try:
         with open(path, "rb") as raw:
-            for number, line in enumerate(
-                gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, 1
-            ):
+            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield (
-                        _parse_line(line, field, f"{path}:{number}"),
-                        f"{path}:{number}",
-                        raw.tell(),
-                    )
+                    source = f"{path}:{number}"
+                    yield _parse_line(line, field, source), source, raw.tell()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path}: expected gzip data, got damage after line {number} ({error}); get the file again"
+            f"{path}: expected gzip data, got damage after line {number} ({error}); "
+            "get the file again"
         ) from None
 
 
-def _parse_line(line: bytes, field: str, place: str) -> str:
+def _parse_line(line: bytes, field: str, source: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise InputError(
-            f"{place}: expected a JSON object a line, got {line[:60]!r} ({error}); mend the line"
+            f"{source}: expected one JSON object per line, got {line[:60]!r} ({error}); "
+            "correct the line"
         ) from None
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -231,13 +260,15 @@ def _parse_line(line: bytes, field: str, place: str) -> str:
             else type(record).__name__
         )
         raise InputError(
-            f"{place}: expected an object with a string in field {field!r}, got {found}; name the right field"
+            f"{source}: expected an object with a string in field {field!r}, got {found}; "
+            "give another text field"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{place}: expected Unicode text, got half a surrogate pair at character {error.start}; mend it"
+            f"{source}: expected Unicode text, got half of a surrogate pair at character "
+            f"{error.start}; correct the line"
         ) from None
     return text
 
@@ -252,25 +283,28 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str, int]]:
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
+            names = file.schema_arrow.names
+            if field not in names:
                 raise InputError(
-                    f"{path}: expected a column {field!r}, got {', '.join(file.schema_arrow.names)}; name the right one"
+                    f"{path}: expected a column {field!r}, got {', '.join(names)}; "
+                    "give another text field"
                 )
-            kind = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            dtype = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
                 raise InputError(
-                    f"{path}: expected strings in column {field!r}, got {kind}; name the right one"
+                    f"{path}: expected strings in column {field!r}, got {dtype}; "
+                    "give another text field"
                 )
-            row, size, rows = 0, path.stat().st_size, file.metadata.num_rows
+            row = 0
+            rows = file.metadata.num_rows
+            file_bytes = path.stat().st_size
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    yield (
-                        text or "",
-                        f"{path}:{row}",
-                        size * row // rows,
-                    )  # a null row is an empty text
+                    position = file_bytes * row // rows
+                    yield text or "", f"{path}:{row}", position  # a null becomes an empty text
     except pyarrow.ArrowInvalid as error:
         raise InputError(
-            f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); get the file again"
+            f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
+            "get the file again"
         ) from None

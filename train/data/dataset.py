@@ -1,9 +1,9 @@
-"""Datasets on disk: a folder of token shards and the way from it to arrays.
+"""A dataset is a folder of token shards.
 
-DIR/dataset.json      what it was built from and with, and the shards of each split
-DIR/tokenizer.json    the tokenizer whose ids the shards hold
-DIR/train-00000.bin   shards (see shards.py) ...
-DIR/val-00000.bin     ... of both splits
+DIR/dataset.json      how it was built, and the shards of each split
+DIR/tokenizer.json    the tokenizer of the shards
+DIR/train-00000.bin   shards of the training split (see shards.py) ...
+DIR/val-00000.bin     ... and of the validation split
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,14 @@ SPLITS = ("train", "val")
 
 @dataclass(kw_only=True)
 class SplitInfo:
-    """shards: file names in order.   tokens: end-of-text included.   bytes: of UTF-8 text.   documents: whole or in part."""
+    """The shards of one split and what they hold.
+
+    Attributes:
+        shards: file names, in order.
+        tokens: number of tokens, end-of-text included.
+        bytes: size of the text in UTF-8.
+        documents: number of documents. A document that both splits share counts in both.
+    """
 
     shards: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -30,7 +37,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What dataset.json holds."""
+    """The content of dataset.json."""
 
     format_version: int
     tokenizer: str
@@ -46,7 +53,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """An open dataset; train and val are arrays of token ids over mapped files."""
+    """An open dataset. `train` and `val` are token ids in memory-mapped files."""
 
     path: Path
     tokenizer: Tokenizer
@@ -56,62 +63,68 @@ class Dataset:
 
 
 def open_dataset(path: Path | str) -> Dataset:
-    """Open a folder that `build` wrote, checking every file.
+    """Open a folder that `build` wrote and check every file.
 
-    Raises:  InputError if it is no dataset, of another version, damaged, or put together from several; OSError if unreadable.
+    Raises: InputError if the folder is not a dataset, has another version, is damaged, or holds
+        files of several datasets; OSError if a file cannot be read.
     """
     path = Path(path)
     info = read_info(path)
     if not (path / "tokenizer.json").exists():
         raise InputError(
-            f"{path}: expected tokenizer.json beside dataset.json, found none; delete its folder and build it again"
+            f"{path}: expected tokenizer.json next to dataset.json, found none; delete its folder "
+            "and build it again"
         )
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if tokenizer.sha256 != info.tokenizer_sha256:
         raise InputError(
-            f"{path}: expected tokenizer {info.tokenizer_sha256[:12]}, tokenizer.json is {tokenizer.sha256[:12]}; "
-            "delete its folder and build it again"
+            f"{path}: expected tokenizer {info.tokenizer_sha256[:12]}, tokenizer.json is "
+            f"{tokenizer.sha256[:12]}; delete its folder and build it again"
         )
-    return Dataset(
-        path=path,
-        tokenizer=tokenizer,
-        info=info,
-        **{split: _open_split(path, split, getattr(info, split), tokenizer) for split in SPLITS},
-    )
+    splits = {name: _open_split(path, name, getattr(info, name), tokenizer) for name in SPLITS}
+    return Dataset(path=path, tokenizer=tokenizer, info=info, **splits)
 
 
 def read_info(path: Path) -> DatasetInfo:
-    """Read dataset.json alone. Raises: InputError if it is missing, of another version or not ours."""
+    """Read dataset.json only.
+
+    Raises: InputError if the file is missing, has another version or was not written by tritium.
+    """
     file = path / "dataset.json"
     if not file.is_file():
         raise InputError(
-            f"{path}: expected a dataset folder with dataset.json, found none; make one with `tritium data build`"
+            f"{path}: expected a dataset folder with dataset.json, found none; make one with "
+            "`tritium data build`"
         )
     try:
         content = unseal(file.read_bytes())
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            return DatasetInfo(
-                **{**content, **{split: SplitInfo(**content[split]) for split in SPLITS}}
-            )
+            splits = {split: SplitInfo(**content[split]) for split in SPLITS}
+            return DatasetInfo(**content | splits)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: expected a dataset.json of tritium, got something else ({error!r}); delete its folder and build it again"
+            f"{file}: expected a dataset.json of tritium, got something else ({error!r}); delete "
+            "its folder and build it again"
         ) from None
     raise InputError(
-        f"{file}: expected dataset version {FORMAT_VERSION}, got {version}; delete its folder and build it again"
+        f"{file}: expected dataset version {FORMAT_VERSION}, got {version}; delete its folder and "
+        "build it again"
     )
 
 
 def _open_split(path: Path, split: str, info: SplitInfo, tokenizer: Tokenizer) -> TokenStream:
     files = [path / name for name in info.shards]
-    if missing := [file.name for file in files if not file.is_file()]:
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
         raise InputError(
-            f"{path}: expected shard {missing[0]}, found none; copy it again, or delete its folder and build it again"
+            f"{path}: expected shard {missing[0]}, found none; copy it again, or delete its folder "
+            "and build it again"
         )
     stream = TokenStream.open(files, tokenizer_sha256=tokenizer.sha256)
     if len(stream) != info.tokens:
         raise InputError(
-            f"{path}: expected {info.tokens} {split} tokens, its shards hold {len(stream)}; delete it and build it again"
+            f"{path}: expected {info.tokens} {split} tokens, its shards hold {len(stream)}; delete "
+            "its folder and build it again"
         )
     return stream

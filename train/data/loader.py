@@ -1,14 +1,19 @@
-"""Batches of a token stream: training batches as a pure function of the step, evaluation batches in order.
+"""Batches of a token stream: training batches from the step number, evaluation batches in order.
 
-    windows     W = ceil((n - 1) / T)      inputs of window i: [iT, iT + T)      targets: [iT + 1, iT + T + 1)
-    position    p = step · batch_size + rank · (batch_size / world_size) + j      for row j of this rank
+    windows     W = ceil((n - 1) / T)      inputs of window i: tokens [iT, iT + T)
+                                           targets of window i: tokens [iT + 1, iT + T + 1)
+    position    p = step * batch_size + rank * (batch_size / world_size) + j    for row j of a rank
     row         window permutation_e(p mod W) of epoch e = p // W
 
-So every token but the first is a target exactly once an epoch, nothing is drawn twice within one, ranks never meet, and step
-10**9 costs what step 0 costs: a resumed run needs the step and nothing else. The last window is filled up with ignored targets
-(-100). Inputs and targets are one window of T + 1 tokens, in the type of the shards: it is widened where it is computed with.
-The permutation of an epoch is a balanced Feistel network (Luby & Rackoff 1988) on the smallest 4**h >= W, walked along
-its cycle until it lands below W (Black & Rogaway 2002, under 4 walks on average), so no table of W entries exists anywhere.
+n tokens, T context tokens. In each epoch every token except the first is a target exactly once, and
+no two ranks read the same window. A batch depends on the step only, so a resumed run continues with
+the next batch, and step 10**9 takes as long as step 0. The last window is padded, and its padded
+targets are -100 (ignored). Inputs and targets are views of one window of T + 1 tokens. A window has
+the dtype of the shards and is converted to int64 on the device.
+
+The permutation of an epoch is a balanced Feistel network (Luby & Rackoff 1988) on the smallest
+4**h >= W. It is applied again until the result is below W (cycle walking, Black & Rogaway 2002), on
+average less than 4 times. No table of W entries is needed.
 """
 
 import hashlib
@@ -22,46 +27,52 @@ from torch import Tensor
 from ...errors import InputError
 from .shards import TokenStream
 
-IGNORED = -100
+IGNORE_INDEX = -100
 _ROUNDS = 8
-# Batches are gathered for several steps at once: at (12, 64) numpy's cost per call, not per token, is what counts.
+# The loader reads the batches of several steps at once. With small batches, such as (12, 64), numpy
+# needs more time per call than per token.
 _BLOCK_TOKENS = 1 << 16
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of `index` under the permutation of [0, size) that belongs to (seed, epoch).
+    """Apply the permutation of [0, size) that belongs to (seed, epoch).
 
-    Args:    index: (n,) int64 in [0, size).   size: 1 to 2**62.   seed, epoch: any Python integers.
-    Returns: (n,) int64 in [0, size); distinct for distinct entries of index.
+    Args:
+        index: (n,) int64 in [0, size).
+        size: 1 to 2**62.
+        seed, epoch: any Python integers.
+    Returns: (n,) int64 in [0, size). Distinct indices give distinct results.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = np.frombuffer(
-        hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), dtype="<u8"
-    )
-    images = _feistel(index.astype(np.uint64), half, mask, keys)
-    while (outside := np.flatnonzero(images >= np.uint64(size))).size:
-        images[outside] = _feistel(images[outside], half, mask, keys)
-    return images.astype(np.int64)
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+    result = _feistel(index.astype(np.uint64), half_bits, mask, keys)
+    while (outside := np.flatnonzero(result >= np.uint64(size))).size:
+        result[outside] = _feistel(result[outside], half_bits, mask, keys)
+    return result.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """A bijection of [0, 4**half), whatever the round function is; this one is the mixer of splitmix64."""
-    left, right = x >> half, x & mask
+def _feistel(x: np.ndarray, half_bits: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """A bijection of [0, 4**half_bits). The round function is the mixer of splitmix64."""
+    left = x >> half_bits
+    right = x & mask
     for key in keys:
         z = right ^ key
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & mask)
-    return (left << half) | right
+    return (left << half_bits) | right
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens on the CPU; `len(batch)` of them, and `batch[2:4]` is a batch of two.
+    """Rows of tokens on the CPU. `len(batch)` is the number of rows B, and a slice is a batch.
 
-    windows: (B, T + 1), of the type of the shards, read-only: inputs and, one further, targets; padding is 0.
-    num_targets: (B,) int64: how many targets of a row there are before its padding.
+    Attributes:
+        windows: (B, T + 1), dtype of the shards, read-only. Columns [0, T) are the inputs, columns
+            [1, T + 1) are the targets. Padding is 0.
+        num_targets: (B,) int64, the number of targets in each row, without padding.
     """
 
     windows: Tensor
@@ -75,122 +86,145 @@ class Batch:
 
     @property
     def inputs(self) -> Tensor:
-        """(B, T), of the type of the windows, on the CPU."""
+        """(B, T), dtype of the shards, on the CPU."""
         return self.windows[:, :-1]
 
     def on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) int64 on the device, without waiting for it; padding is 0 in inputs, -100 in targets."""
-        windows = moved(self.windows, torch.device(device))
-        tokens, targets = (
-            half.to(torch.int64, copy=True) for half in (windows[:, :-1], windows[:, 1:])
-        )
+        """Copy inputs and targets to a device, without waiting for the device.
+
+        Returns: (inputs, targets), both (B, T) int64. Padding is 0 in inputs and -100 in targets.
+        """
+        windows = copy_to_device(self.windows, torch.device(device))
+        inputs = windows[:, :-1].to(torch.int64, copy=True)
+        targets = windows[:, 1:].to(torch.int64, copy=True)
         for row in np.flatnonzero(self.num_targets < targets.shape[1]).tolist():
-            targets[row, self.num_targets[row] :] = IGNORED
-        return tokens, targets
+            targets[row, self.num_targets[row] :] = IGNORE_INDEX
+        return inputs, targets
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it: a copy from memory that is not pinned comes after all that is queued there."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device`, without waiting for the device.
+
+    A copy to CUDA from memory that is not pinned waits for all work queued on the device.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Loader:
-    """Training batches of one rank; see the top of this file.
+    """The training batches of one rank. The top of this file defines them.
 
-    Attributes: windows: W, the rows of an epoch over all ranks.   batch_size: rows of a step over all ranks.
+    Attributes:
+        windows: W, the number of windows per epoch, over all ranks.
+        batch_size: rows per step, over all ranks.
     """
 
     def __init__(
-        self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
-        pinned: bool = False,
+        self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int,
+        rank: int = 0, world_size: int = 1, pinned: bool = False,
     ):  # fmt: skip
-        """Check the sizes; reads nothing.
+        """Check the sizes. Reads no tokens.
 
-        Args:    context_tokens: T.   batch_size: rows of a step, all ranks together.   seed: chooses the order of every epoch.
-                 pinned: whether batches are in memory that CUDA copies from without waiting.
-        Raises:  InputError if the ranks cannot share batch_size equally, a size is below 1 or the data is shorter than T + 1.
+        Args:
+            stream: the tokens.
+            context_tokens: T.
+            batch_size: rows per step, over all ranks.
+            seed: decides the order of each epoch.
+            rank, world_size: which rows of a step are this rank's.
+            pinned: whether batches are in pinned memory, from which CUDA copies without waiting.
+        Raises: InputError if a size is below 1, batch_size is not divisible by world_size, or the
+            data is shorter than T + 1.
         """
         if batch_size < 1 or context_tokens < 1:
             raise InputError(
-                f"data: batch_size and context_tokens must be at least 1, got {batch_size} and {context_tokens}"
+                "data: batch_size and context_tokens must be at least 1, got "
+                f"{batch_size} and {context_tokens}"
             )
         if batch_size % world_size:
             raise InputError(
-                f"data: batch_size must be a multiple of the {world_size} ranks, got {batch_size}; "
+                f"batch_size: expected a multiple of the {world_size} ranks, got {batch_size}; "
                 f"take {max(1, batch_size // world_size) * world_size}"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"Loader: rank must be in [0, {world_size}), got {rank}")
         if len(stream) < context_tokens + 1:
             raise InputError(
-                f"data: context_tokens {context_tokens} needs {context_tokens + 1} training tokens or more, got {len(stream)}; "
-                "give more text or a shorter context"
+                f"data: context_tokens {context_tokens} needs {context_tokens + 1} training tokens "
+                f"or more, got {len(stream)}; give more text or a shorter context"
             )
-        self.stream, self.context_tokens, self.batch_size, self.seed = (
-            stream,
-            context_tokens,
-            batch_size,
-            seed,
-        )
-        self.windows, self._pinned = -(-(len(stream) - 1) // context_tokens), pinned
+        self.stream = stream
+        self.context_tokens = context_tokens
+        self.batch_size = batch_size
+        self.seed = seed
+        self.windows = -(-(len(stream) - 1) // context_tokens)
+        self._pinned = pinned
         self._rows = batch_size // world_size
         self._first_row = rank * self._rows
-        # ... but not for many short epochs, of which each has its own permutation to set up.
-        self._block_steps = max(
-            1, min(_BLOCK_TOKENS // (self._rows * context_tokens), 16 * self.windows // batch_size)
-        )
+        # A block covers at most 16 epochs: each epoch sets up a permutation of its own.
+        steps = min(_BLOCK_TOKENS // (self._rows * context_tokens), 16 * self.windows // batch_size)
+        self._block_steps = max(1, steps)
         self._block: tuple[int, Batch] | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch_size // world_size rows of `step` (0, 1, 2 … without end), the same whenever they are asked for."""
+        """Return this rank's batch of `step`: batch_size // world_size rows.
+
+        Steps are 0, 1, 2, ... without end and may be asked for in any order.
+        """
         number, place = divmod(step, self._block_steps)
         if self._block is None or self._block[0] != number:
             indices = self.window_indices(number * self._block_steps, self._block_steps).reshape(-1)
-            self._block = number, _read(self.stream, indices, self.context_tokens, self._pinned)
+            block = _read(self.stream, indices, self.context_tokens, self._pinned)
+            self._block = number, block
         return self._block[1][place * self._rows : (place + 1) * self._rows]
 
     def num_targets(self, step: int) -> int:
-        """How many targets of the batch of `step` count, over all ranks: without asking them."""
-        full, last = (
-            self.context_tokens,
-            len(self.stream) - 1 - (self.windows - 1) * self.context_tokens,
-        )
+        """Return the number of targets in the batch of `step` over all ranks, without padding.
+
+        Each rank computes it without communication.
+        """
+        full = self.context_tokens
+        last = len(self.stream) - 1 - (self.windows - 1) * full  # targets in the last window
         if last == full:
             return self.batch_size * full
-        short = self._windows_of(0, self.batch_size, step, 1) == self.windows - 1
-        return self.batch_size * full - int(short.sum()) * (full - last)
+        is_last_window = self._windows_of(0, self.batch_size, step, 1) == self.windows - 1
+        return self.batch_size * full - int(is_last_window.sum()) * (full - last)
 
     def window_indices(self, first_step: int, steps: int) -> np.ndarray:
-        """Which windows this rank reads in some steps in a row: (steps, batch_size // world_size) int64 in [0, windows)."""
+        """Return the windows that this rank reads in `steps` consecutive steps.
+
+        Returns: (steps, batch_size // world_size) int64 in [0, windows).
+        """
         return self._windows_of(self._first_row, self._rows, first_step, steps)
 
     def _windows_of(self, first_row: int, rows: int, first_step: int, steps: int) -> np.ndarray:
-        # Python integers up to here: first_step * batch_size may pass 2**63.
-        epoch, offset = divmod(first_step * self.batch_size + first_row, self.windows)
+        # first_step * batch_size can exceed 2**63, so it stays a Python integer.
+        first_epoch, offset = divmod(first_step * self.batch_size + first_row, self.windows)
         positions = offset + np.arange(steps)[:, None] * self.batch_size + np.arange(rows)
         epochs, indices = np.divmod(positions, self.windows)
         result = np.empty_like(indices)
-        for later in np.unique(epochs).tolist():
-            here = epochs == later
-            result[here] = permute(indices[here], self.windows, self.seed, epoch + later)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            result[here] = permute(indices[here], self.windows, self.seed, first_epoch + epoch)
         return result
 
 
 def evaluation_batches(
-    stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None, rank: int = 0,
-    world_size: int = 1,
+    stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None,
+    rank: int = 0, world_size: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Yield the windows in order: every token but the first is a target once, on one of the ranks.
+    """Yield the windows in order. Over all ranks, every token except the first is a target once.
 
-    Args:    context_tokens: T; the stream may be shorter.   batch_size: rows of a rank.   max_tokens: most targets, in windows
-             spread evenly over the stream, always the same ones; at least one window is read. None: all.
-    Yields:  batches of batch_size rows, the last one of as many as there are. As many batches on every rank: one for which no
-             window is left gets one without targets.
-    Raises:  InputError if the stream holds fewer than two tokens.
+    Args:
+        stream: the tokens.
+        context_tokens: T. The stream may be shorter.
+        batch_size: rows per rank.
+        max_tokens: largest number of targets. The windows are then spread evenly over the stream
+            and are always the same. At least one window is read. None: all windows.
+        rank, world_size: which windows are this rank's.
+    Yields: batches of batch_size rows; the last batch may have fewer. Every rank gets the same
+        number of batches: a rank without a window gets a batch without targets.
+    Raises: InputError if the stream holds fewer than two tokens.
     """
     if len(stream) < 2:
         raise InputError(
@@ -200,41 +234,47 @@ def evaluation_batches(
     count = windows if max_tokens is None else min(windows, max(1, max_tokens // context_tokens))
     chosen = np.arange(count) * windows // count
     for start in range(0, count, batch_size * world_size):
-        mine = chosen[start + rank * batch_size :][:batch_size]
-        batch = _read(stream, mine if len(mine) else chosen[:1], context_tokens)
-        yield batch if len(mine) else Batch(batch.windows, np.zeros_like(batch.num_targets))
+        own = chosen[start + rank * batch_size :][:batch_size]
+        if len(own):
+            yield _read(stream, own, context_tokens)
+        else:
+            batch = _read(stream, chosen[:1], context_tokens)
+            yield Batch(batch.windows, np.zeros_like(batch.num_targets))
 
 
 def _read(
     stream: TokenStream, indices: np.ndarray, context_tokens: int, pinned: bool = False
 ) -> Batch:
-    """Some windows of the stream."""
+    """Read some windows of the stream."""
     starts = indices * context_tokens
     num_targets = np.minimum(len(stream) - 1 - starts, context_tokens)
-    shape, dtype = (len(indices), context_tokens + 1), getattr(torch, stream.dtype.name)
-    windows = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    # By numpy, which starts no threads of its own in the one that reads ahead, and leaves Python to others while it copies.
-    for row, start, count in zip(
-        windows.numpy(), starts.tolist(), num_targets.tolist(), strict=True
-    ):
+    shape = (len(indices), context_tokens + 1)
+    windows = torch.empty(shape, dtype=getattr(torch, stream.dtype.name), pin_memory=pinned)
+    # numpy copies in the calling thread only and releases the interpreter lock meanwhile. torch
+    # would start threads of its own in the prefetch thread.
+    rows = zip(windows.numpy(), starts.tolist(), num_targets.tolist(), strict=True)
+    for row, start, count in rows:
         row[: count + 1] = stream.read(start, start + count + 1)
         row[count + 1 :] = 0
     return Batch(windows, num_targets)
 
 
 def document_starts(tokens: Tensor, separator: int) -> Tensor:
-    """Where documents begin in rows of tokens laid end to end: with each row, and with each `separator` in it.
+    """Find where documents start in the rows of a batch, laid end to end.
 
-    A separator is read as the first token of the document after it, as when a model is asked to begin one.
+    A document starts at the start of each row and at each `separator`. So a separator is the first
+    token of the document after it, as in generation, where it starts a new document.
 
     Args:
-        tokens: (B, T), any integers, on the CPU.
-    Returns: (documents + 1,) int32, 0 first and B T last. Empty documents at the end make its length one more than a power of
-        two, so that few lengths occur.
+        tokens: (B, T), any integer dtype, on the CPU.
+        separator: the end-of-text id.
+    Returns: (documents + 1,) int32; the first entry is 0 and the last is B * T. Empty documents at
+        the end pad `documents` to a power of two, so that few different lengths occur.
     """
-    begins = tokens == separator
-    begins[:, 0] = True
-    starts = begins.flatten().nonzero()[:, 0].to(torch.int32)
-    cu_seqlens = starts.new_full((1 + (1 << (len(starts) - 1).bit_length()),), tokens.numel())
+    is_start = tokens == separator
+    is_start[:, 0] = True
+    starts = is_start.flatten().nonzero()[:, 0].to(torch.int32)
+    documents = 1 << (len(starts) - 1).bit_length()
+    cu_seqlens = starts.new_full((1 + documents,), tokens.numel())
     cu_seqlens[: len(starts)] = starts
     return cu_seqlens

@@ -1,6 +1,7 @@
-"""Batches that are there before a step asks for them: a thread reads the next ones while this one is computed.
+"""Read batches ahead: a thread reads the next batches while the current step is computed.
 
-What it calls is a pure function of the step, so whatever it has read ahead when training stops is forgotten, not lost.
+`read` is a pure function of the step, so a batch that was read but not used is not lost: a resumed
+run reads it again.
 """
 
 import itertools
@@ -10,18 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 from .loader import Batch
 
-# One is on its way to the device, one is ready, one is being read.
+# The thread reads one batch while another is ready, and a third is copied to the device.
 _AHEAD = 2
 
 
 class Prefetch:
-    """`next(prefetch)`: read(first), read(first + 1) … without end; as a context, which ends its thread.
+    """Iterate over read(first), read(first + 1), ... without end. Use it in a `with` statement.
 
-    An error of `read` is raised where its step is asked for.
+    `next(prefetch)` returns the next batch, or raises the error that `read` raised for it. Leaving
+    the `with` statement ends the thread.
     """
 
     def __init__(self, read: Callable[[int], Batch], first: int):
-        self._read, self._steps, self._ready = read, itertools.count(first), deque()
+        self._read = read
+        self._steps = itertools.count(first)
+        self._pending = deque()
 
     def __enter__(self) -> "Prefetch":
         self._thread = ThreadPoolExecutor(1, "prefetch")
@@ -33,9 +37,9 @@ class Prefetch:
         self._thread.shutdown(cancel_futures=True)
 
     def __next__(self) -> Batch:
-        batch = self._ready.popleft().result()
+        batch = self._pending.popleft().result()
         self._submit()
         return batch
 
     def _submit(self) -> None:
-        self._ready.append(self._thread.submit(self._read, next(self._steps)))
+        self._pending.append(self._thread.submit(self._read, next(self._steps)))

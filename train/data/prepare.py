@@ -1,7 +1,6 @@
-"""The data half in one place: `build`, `open_dataset`, `prepare`, `Loader`, `evaluation_batches`.
+"""Turn what a user names (a dataset, files, folders, stdlib) into a dataset folder.
 
-`prepare` turns whatever a user named (a dataset, files, folders, stdlib) into a dataset folder, kept in a cache so that the
-second run starts at once. The parts are in tokenizer.py, corpus.py, shards.py, dataset.py, build.py and loader.py.
+Built datasets are kept in a cache, so a second run with the same data starts at once.
 """
 
 import hashlib
@@ -15,23 +14,8 @@ from pathlib import Path
 from ...errors import InputError
 from .build import build
 from .corpus import Corpus
-from .dataset import FORMAT_VERSION, Dataset, DatasetInfo, SplitInfo, open_dataset, read_info
-from .loader import Loader, evaluation_batches
-from .shards import TokenStream
+from .dataset import FORMAT_VERSION, DatasetInfo, read_info
 from .tokenizer import DEFAULT_TOKENIZER, from_spec, needs_corpus
-
-__all__ = [
-    "Dataset",
-    "DatasetInfo",
-    "Loader",
-    "SplitInfo",
-    "TokenStream",
-    "build",
-    "cache_dir",
-    "evaluation_batches",
-    "open_dataset",
-    "prepare",
-]
 
 
 def prepare(
@@ -42,33 +26,37 @@ def prepare(
     held_out: float = 0.1,
     progress: bool = True,
 ) -> Path:
-    """The dataset folder for what a user named: itself if it is one, else built once and kept in the cache.
+    """Return a dataset folder. A dataset is returned as it is; other inputs are built once.
 
-    Args:    data: one dataset folder, or inputs as for `build`.   tokenizer: spec; None: the dataset's own, or bpe:4096.
-             cache_dir: where built datasets are kept; see `cache_dir()`.
-    Returns: a folder for `open_dataset`. Changed input files, another tokenizer or fraction give another folder.
-    Raises:  InputError as `build`, or if the dataset was built with another tokenizer than the one asked for.
+    Args:
+        data: one dataset folder, or inputs for `build`.
+        tokenizer: spec. None: the dataset's own, or bpe:4096.
+        cache_dir: where built datasets are kept; see `cache_dir()`.
+        held_out, progress: see `build`.
+    Returns: a folder for `open_dataset`. Changed files, another tokenizer or another held_out give
+        another folder.
+    Raises: InputError as `build` does, or if a dataset has another tokenizer than `tokenizer`.
     """
     if len(data) == 1 and (Path(data[0]) / "dataset.json").is_file():
         path = Path(data[0])
-        if tokenizer is not None and not _same_tokenizer(read_info(path), tokenizer):
+        info = read_info(path)
+        if tokenizer is not None and not _same_tokenizer(info, tokenizer):
             raise InputError(
-                f"{path}: expected a dataset of tokenizer {tokenizer}, this one has {read_info(path).tokenizer}; "
-                "leave the tokenizer out, or build another dataset"
+                f"{path}: expected a dataset of tokenizer {tokenizer}, this one has "
+                f"{info.tokenizer}; leave the tokenizer out, or build another dataset"
             )
         return path
+
     spec = DEFAULT_TOKENIZER if tokenizer is None else tokenizer
-    corpus = Corpus(data)
-    key = [corpus.fingerprint(), _spec_identity(spec), held_out, FORMAT_VERSION]
+    key = [Corpus(data).fingerprint(), _spec_identity(spec), held_out, FORMAT_VERSION]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{Path(data[0]).stem or 'data'}-{Path(spec).stem}")
     target = Path(cache_dir) / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if not (target / "dataset.json").is_file():
         try:
             build(target, data, spec, held_out=held_out, progress=progress)
         except OSError:
-            if not (
-                target / "dataset.json"
-            ).is_file():  # else another process was quicker: its folder is as good
+            # If another process has built the same dataset in the meantime, use it.
+            if not (target / "dataset.json").is_file():
                 raise
     return target
 
@@ -80,12 +68,15 @@ def _same_tokenizer(info: DatasetInfo, spec: str) -> bool:
 
 
 def _spec_identity(spec: str) -> str:
-    """A file stands for its content, any other spec for itself."""
+    """The content of a tokenizer file, or the spec itself."""
     return from_spec(spec, list).sha256 if spec.endswith(".tiktoken") else spec
 
 
 def cache_dir() -> Path:
-    """Where built datasets are kept: $TRITIUM_HOME, else `tritium` in the platform's cache folder; not created here."""
+    """Return the folder for built datasets. It may not exist yet.
+
+    It is $TRITIUM_HOME, or `tritium` in the platform's cache folder.
+    """
     if home := os.environ.get("TRITIUM_HOME"):
         return Path(home)
     if sys.platform == "win32":

@@ -1,20 +1,21 @@
-"""Token shards: one file of token ids that is mapped, not read, and a run of them as one long array.
+"""Token shards: files of token ids that are memory-mapped, and a sequence of shards as one array.
 
     offset  bytes  field (little endian)
     0       8      magic "TRITIUM\\0"
     8       4      version, 1
-    12      4      bytes a token: 2 (uint16) where the vocabulary is at most 65,536, else 4 (uint32)
+    12      4      bytes per token: 2 (uint16) for vocabularies up to 65,536, else 4 (uint32)
     16      8      vocabulary size, end-of-text included
-    24      8      token count
+    24      8      number of tokens
     32      32     sha256 of the tokenizer's definition
     64      4      CRC-32 of the tokens
-    68      4      CRC-32 of the 68 bytes before
-    72      56     zeros, so that the tokens begin at 128
-    128     …      tokens
+    68      4      CRC-32 of the 68 bytes before it
+    72      56     zeros, so that the tokens start at offset 128
+    128     ...    tokens
 
-Every byte is covered by one of the two sums except the padding, which must be zero: a flipped bit anywhere is found. CRC-32,
-because zlib's runs at 3.9 GiB/s a core (AMD EPYC, November 2026), against 1.7 for sha256, 1.2 for blake2b and 2.8 for adler32:
-10 billion tokens are checked in 5 s, or sooner, as `TokenStream.open` takes several shards at a time.
+A flipped bit anywhere is detected: the two checksums cover all bytes except the zeros, which are
+compared with 0. The checksum is CRC-32 because zlib's is the fastest: 3.9 GiB/s per core (AMD
+EPYC, November 2026), compared with 1.7 for sha256, 1.2 for blake2b and 2.8 for adler32. Checking 10
+billion tokens takes 5 s on one core; `TokenStream.open` checks several shards in parallel.
 """
 
 import bisect
@@ -35,37 +36,42 @@ MAGIC = b"TRITIUM\0"
 VERSION = 1
 HEADER_BYTES = 128
 _FIELDS = struct.Struct("<8sIIQQ32sI")
-_SUM = struct.Struct("<I")
-_AGAIN = "copy it again, or delete its folder and build it again"
+_CHECKSUM = struct.Struct("<I")
+_HINT = "copy it again, or delete its folder and build it again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The little-endian type of ids below `vocab_size`: uint16 up to 65,536, else uint32."""
+    """Return the little-endian dtype of ids: uint16 for vocabularies up to 65,536, else uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def write_shard(
     path: Path | str, tokens: np.ndarray, vocab_size: int, tokenizer_sha256: str
 ) -> None:
-    """Write one shard, whole or not at all.
+    """Write one shard: the whole file or nothing.
 
-    Args:    tokens: (n,) unsigned integers below vocab_size, n >= 1.   vocab_size: at most 2**32.
-             tokenizer_sha256: 64 hex digits.
-    Raises:  ValueError for tokens outside the vocabulary or none; OSError as the disk gives it, with no file left behind.
+    Args:
+        path: the file.
+        tokens: (n,) integers in [0, vocab_size), n >= 1.
+        vocab_size: at most 2**32.
+        tokenizer_sha256: 64 hex digits.
+    Raises: ValueError if there are no tokens or a token is outside the vocabulary; OSError if the
+        file cannot be written.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not len(tokens):
         raise ValueError(f"write_shard: tokens must be (n,) with n >= 1, got {tokens.shape}")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(
-            f"write_shard: tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}"
+            f"write_shard: tokens must be in [0, {vocab_size}), got {tokens.min()} to "
+            f"{tokens.max()}"
         )
     body = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
     sha256 = bytes.fromhex(tokenizer_sha256)
     fields = _FIELDS.pack(
         MAGIC, VERSION, body.itemsize, vocab_size, len(body), sha256, zlib.crc32(body)
     )
-    header = (fields + _SUM.pack(zlib.crc32(fields))).ljust(HEADER_BYTES, b"\0")
+    header = (fields + _CHECKSUM.pack(zlib.crc32(fields))).ljust(HEADER_BYTES, b"\0")
     write_whole(path, [header, body.data])
 
 
@@ -73,7 +79,11 @@ def write_shard(
 class Shard:
     """One open shard.
 
-    tokens: (n,) uint16 or uint32, read-only and mapped.   vocab_size: ids.   tokenizer_sha256: 64 hex digits.
+    Attributes:
+        path: the file.
+        tokens: (n,) uint16 or uint32, read-only and memory-mapped.
+        vocab_size: size of the tokenizer's vocabulary.
+        tokenizer_sha256: 64 hex digits.
     """
 
     path: Path
@@ -83,68 +93,82 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path | str, *, tokenizer_sha256: str | None = None) -> "Shard":
-        """Map a shard after checking its header, size and sums (reads it once, 3.9 GiB/s from memory).
+        """Check the header, size and checksums of a shard and map it. Reads the file once.
 
-        Args:    tokenizer_sha256: the tokenizer it must have been written with; None: any.
-        Raises:  InputError naming the file if it is no shard, of another version or tokenizer, cut or damaged; OSError if
-                 unreadable.
+        Args:
+            path: the file.
+            tokenizer_sha256: the tokenizer that the shard must have. None: any.
+        Raises: InputError, naming the file, if it is not a shard, has another version or tokenizer,
+            or is cut short or damaged; OSError if it cannot be read.
         """
         path = Path(path)
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = file.read(HEADER_BYTES)
-        if header[: len(MAGIC)] != MAGIC:
+        _check_header(path, header, size)
+        _, _, itemsize, vocab_size, count, sha256, checksum = _FIELDS.unpack_from(header)
+
+        expected = HEADER_BYTES + count * itemsize
+        if size != expected:
+            problem = "cut short" if size < expected else "too long"
             raise InputError(
-                f"{path}: expected a token shard (magic {MAGIC!r}), got {header[: len(MAGIC)]!r}; {_AGAIN}"
-            )
-        if len(header) < HEADER_BYTES:
-            raise InputError(
-                f"{path}: cut short: expected a header of {HEADER_BYTES} bytes, got {size}; {_AGAIN}"
-            )
-        _, version, itemsize, vocab_size, count, sha256, body_sum = _FIELDS.unpack_from(header)
-        if version != VERSION:
-            raise InputError(
-                f"{path}: expected shard version {VERSION}, got {version}; delete its folder and build it again"
-            )
-        sums_end = _FIELDS.size + _SUM.size
-        if _SUM.pack(zlib.crc32(header[: _FIELDS.size])) != header[_FIELDS.size : sums_end] or any(
-            header[sums_end:]
-        ):
-            raise InputError(f"{path}: damaged: the header does not match its checksum; {_AGAIN}")
-        if size != (expected := HEADER_BYTES + count * itemsize):
-            word = "cut short" if size < expected else "too long"
-            raise InputError(
-                f"{path}: {word}: expected {expected} bytes for {count} tokens, got {size}; {_AGAIN}"
+                f"{path}: {problem}: expected {expected} bytes for {count} tokens, got {size}; "
+                f"{_HINT}"
             )
         if tokenizer_sha256 not in (None, sha256.hex()):
             raise InputError(
-                f"{path}: expected tokens of tokenizer {tokenizer_sha256[:12]}, got {sha256.hex()[:12]}; "
-                "shards of different datasets were mixed: delete its folder and build it again"
+                f"{path}: expected tokens of tokenizer {tokenizer_sha256[:12]}, got "
+                f"{sha256.hex()[:12]}; shards of different datasets were mixed: delete its folder "
+                "and build it again"
             )
-        # A plain array over the map: numpy's memmap class makes every slice ten times dearer.
+        # A plain array over the map: slicing numpy's memmap class takes ten times longer.
         tokens = np.asarray(np.memmap(path, token_dtype(vocab_size), "r", HEADER_BYTES, (count,)))
-        if (found := zlib.crc32(tokens)) != body_sum:
+        found = zlib.crc32(tokens)
+        if found != checksum:
             raise InputError(
-                f"{path}: damaged: expected token checksum {body_sum:08x}, got {found:08x}; {_AGAIN}"
+                f"{path}: damaged: expected token checksum {checksum:08x}, got {found:08x}; {_HINT}"
             )
         return cls(path=path, tokens=tokens, vocab_size=vocab_size, tokenizer_sha256=sha256.hex())
 
 
-class TokenStream:
-    """Shards in order as one long array of token ids; `len(stream)` is its tokens.
+def _check_header(path: Path, header: bytes, size: int) -> None:
+    """Raise InputError if the first HEADER_BYTES of a file of `size` bytes are not a header."""
+    magic = header[: len(MAGIC)]
+    if magic != MAGIC:
+        raise InputError(
+            f"{path}: expected a token shard (magic {MAGIC!r}), got {magic!r}; {_HINT}"
+        )
+    if len(header) < HEADER_BYTES:
+        raise InputError(
+            f"{path}: cut short: expected a header of {HEADER_BYTES} bytes, got {size}; {_HINT}"
+        )
+    version = _FIELDS.unpack_from(header)[1]
+    if version != VERSION:
+        raise InputError(
+            f"{path}: expected shard version {VERSION}, got {version}; delete its folder and build "
+            "it again"
+        )
+    fields = header[: _FIELDS.size]
+    padding = header[_FIELDS.size + _CHECKSUM.size :]
+    if header != fields + _CHECKSUM.pack(zlib.crc32(fields)) + padding or any(padding):
+        raise InputError(f"{path}: damaged: the header does not match its checksum; {_HINT}")
 
-    Raises (on reads): IndexError for a range outside [0, len).
+
+class TokenStream:
+    """A sequence of shards as one long array of token ids. `len(stream)` is its number of tokens.
+
+    Attributes: dtype: of the tokens.
     """
 
     def __init__(self, parts: Sequence[np.ndarray]):
-        """Args: parts: at least one (n_i,) array, all of one unsigned type."""
+        """Args: parts: one or more (n_i,) arrays, all of the same unsigned dtype."""
         self._parts = list(parts)
         self._starts = list(itertools.accumulate((len(part) for part in self._parts), initial=0))
         self.dtype = self._parts[0].dtype
 
     @classmethod
     def open(cls, paths: Sequence[Path], *, tokenizer_sha256: str | None = None) -> "TokenStream":
-        """Open and check shards, several at a time; see `Shard.open`."""
+        """Open and check shards in parallel. Args and Raises: see `Shard.open`."""
         with ThreadPoolExecutor(8) as pool:
             shards = list(
                 pool.map(lambda path: Shard.open(path, tokenizer_sha256=tokenizer_sha256), paths)
@@ -155,17 +179,24 @@ class TokenStream:
         return self._starts[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop): (stop - start,), a view where one shard holds them all, else a copy."""
+        """Return tokens [start, stop): (stop - start,).
+
+        The result is a view if one shard holds all of the tokens, otherwise a copy.
+
+        Raises: IndexError if the range is not inside [0, len).
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(
                 f"TokenStream.read: expected 0 <= start <= stop <= {len(self)}, got {start}, {stop}"
             )
-        first = bisect.bisect_right(self._starts, start) - 1
+        part = bisect.bisect_right(self._starts, start) - 1
         pieces = []
         while start < stop:
-            begin, end = self._starts[first], self._starts[first + 1]
-            pieces.append(self._parts[first][start - begin : min(stop, end) - begin])
-            start, first = min(stop, end), first + 1
+            begin = self._starts[part]
+            end = min(stop, self._starts[part + 1])
+            pieces.append(self._parts[part][start - begin : end - begin])
+            start = end
+            part += 1
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)

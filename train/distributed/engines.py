@@ -47,7 +47,7 @@ class SingleProcess:
 
     shards_weights = False
     """Whether the launch may choose shards and tensor ranks."""
-    divides_memory = False
+    shards_memory = False
     """Whether a rank needs less memory than a single process."""
 
     def __init__(self, model: GPT, execution: "Execution"):
@@ -183,7 +183,7 @@ class DDP(SingleProcess):
 class ZeRO1(DDP):
     """DDP, with the optimizer state of each parameter on one rank: ZeroRedundancyOptimizer."""
 
-    divides_memory = True
+    shards_memory = True
 
     def make_optimizer(
         self, optimizer: type[torch.optim.Optimizer], groups: list[dict], **options: Any
@@ -212,7 +212,7 @@ class FSDP(SingleProcess):
     """
 
     shards_weights = True
-    divides_memory = True
+    shards_memory = True
 
     @staticmethod
     def check(config: GPTConfig, execution: "Execution") -> None:

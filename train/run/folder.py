@@ -25,7 +25,8 @@ from ... import __version__
 from ...errors import InputError, unknown_name
 from ...model import GPTConfig
 from ..config import TrainConfig
-from ..data.prepare import Dataset, cache_dir, open_dataset, prepare
+from ..data.dataset import Dataset, open_dataset
+from ..data.prepare import cache_dir, prepare
 from ..files import write_whole
 
 

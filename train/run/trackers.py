@@ -1,6 +1,8 @@
-"""Where the lines of metrics.jsonl go too, if asked: TensorBoard, Weights & Biases. A resumed run goes on there as well.
+"""Trackers: TensorBoard and Weights & Biases receive the lines of metrics.jsonl too.
 
-Both are of extra `log`, imported only when used. What they hold can be had from metrics.jsonl; nothing reads it back.
+Both packages are in the extra `log` and are imported only when used. metrics.jsonl has everything
+that a tracker has, and nothing is read back from a tracker. A resumed run goes on in the same
+tracker.
 """
 
 import importlib.util
@@ -14,31 +16,34 @@ from ..files import write_whole
 
 
 class Tracker(Protocol):
-    """Takes lines, as dictionaries with a step, in the order of metrics.jsonl."""
+    """Receives lines, in the order of metrics.jsonl. Each line is a dictionary with a step."""
 
-    def write(self, row: dict) -> None: ...
+    def write(self, line: dict) -> None: ...
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Scalars in RUN/tensorboard; those of steps that a resumed run does again are dropped."""
+    """Write scalars to RUN/tensorboard. Scalars from step `start` on are dropped first."""
 
     def __init__(self, run: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
 
-    def write(self, row: dict) -> None:
-        for name, value in _values(row).items():
-            self._writer.add_scalar(name, value, row["step"])
+    def write(self, line: dict) -> None:
+        for name, value in _values(line).items():
+            self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of a project there, found again by RUN/wandb-id; steps that it has already are not changed."""
+    """Log to a run of a Weights & Biases project. RUN/wandb-id holds the id of that run.
+
+    Weights & Biases ignores steps that it already has.
+    """
 
     def __init__(self, config: TrainConfig, run: Path):
         import wandb
@@ -46,45 +51,52 @@ class WeightsAndBiases:
         file = run / "wandb-id"
         if not file.exists():
             write_whole(file, [uuid.uuid4().hex.encode()])
-        named = {
-            "project": config.report.wandb,
-            "name": run.resolve().name,
-            "id": file.read_text(),
-            "resume": "allow",
-        }
         try:
-            self._run = wandb.init(**named, dir=str(run), config=config.options())
+            self._run = wandb.init(
+                project=config.report.wandb,
+                name=run.resolve().name,
+                id=file.read_text(),
+                resume="allow",
+                dir=str(run),
+                config=config.options(),
+            )
         except wandb.Error as error:
-            what = f"expected to open a run in {config.report.wandb}, got {error}; use `wandb login`, or WANDB_MODE=offline"
-            raise InputError(f"wandb: {what}, and --resume {run}") from None
+            raise InputError(
+                f"wandb: expected to open a run in {config.report.wandb}, got {error}; use "
+                f"`wandb login` or WANDB_MODE=offline, and resume {run}"
+            ) from None
 
-    def write(self, row: dict) -> None:
-        self._run.log(_values(row), step=row["step"])
+    def write(self, line: dict) -> None:
+        self._run.log(_values(line), step=line["step"])
 
     def close(self) -> None:
         self._run.finish()
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raise InputError if a package that the options ask for is not installed."""
-    for option, asked in (
-        ("tensorboard", config.report.tensorboard),
-        ("wandb", config.report.wandb),
-    ):
-        if asked:
-            found = importlib.util.find_spec(option)
-            # A folder of that name, which wandb itself makes where it is called, is no package.
-            if found is None or found.origin is None:
-                raise InputError(
-                    f"--{option}: expected an installed {option}, found none; pip install 'tritium[log]'"
-                )
+    """Raise InputError if the package of a requested tracker is not installed."""
+    requested = {"tensorboard": config.report.tensorboard, "wandb": config.report.wandb}
+    for package, is_requested in requested.items():
+        if not is_requested:
+            continue
+        found = importlib.util.find_spec(package)
+        # wandb makes a folder `wandb` in the working directory. It is found, but has no origin.
+        if found is None or found.origin is None:
+            raise InputError(
+                f"{package}: expected an installed {package}, found none; "
+                "pip install 'tritium[log]'"
+            )
 
 
 def open_trackers(config: TrainConfig, run: Path, start: int) -> list[Tracker]:
-    """Those that the options ask for, to go on with step `start`."""
-    trackers: list[Tracker] = [TensorBoard(run, start)] if config.report.tensorboard else []
-    return [*trackers, WeightsAndBiases(config, run)] if config.report.wandb else trackers
+    """Open the requested trackers, to go on with step `start`."""
+    trackers: list[Tracker] = []
+    if config.report.tensorboard:
+        trackers.append(TensorBoard(run, start))
+    if config.report.wandb:
+        trackers.append(WeightsAndBiases(config, run))
+    return trackers
 
 
-def _values(row: dict) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step" and value is not None}
+def _values(line: dict) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name != "step" and value is not None}

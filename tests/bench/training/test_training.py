@@ -224,7 +224,7 @@ def test_batches_repeat_per_step_and_have_frequent_and_rare_tokens():
         (["tiny", "--warmup-steps", "-1"], "--warmup-steps: expected 0 or more, got -1"),
         (["tiny", "--micro-batch-size", "0"], "--micro-batch-size: expected 1 or more, got 0"),
         (["tiny", "--compile", "everything"], "invalid choice 'everything'"),
-        (["tiny", "--step", "3"], "--steps"),
+        (["tiny", "--step", "3"], "did you mean --steps"),
         (["tiny", "--device", "meta"], "device: expected"),
         (["tiny", "--out", "."], r"\.: expected a file that can be written, got a folder"),
     ],

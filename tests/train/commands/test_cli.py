@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.commands.cli import near, parse, run
+from tritium.train.commands.cli import as_flags, parse, run
 
 pytestmark = pytest.mark.plain
 
@@ -15,8 +15,8 @@ class Options:
 
     learning_rate: float = 0.1
     """Rate."""
-    kind: Literal["round", "square"] = "round"
-    """Kind."""
+    shape: Literal["round", "square"] = "round"
+    """Shape."""
     names: tuple[str, ...] = ("a",)
     """Names."""
 
@@ -25,15 +25,23 @@ def parsed(*words):
     return parse(Options, words, prog="tritium test", description="Test.")
 
 
+def raising(error):
+    def command(argv):
+        raise error
+
+    return command
+
+
 def test_words_become_options():
     assert parsed() == Options()
     assert parsed("--learning-rate", "3e-4", "--names", "x", "y") == Options(
         learning_rate=3e-4, names=("x", "y")
     )
-    assert (
-        parse(Options, [], prog="p", description="d", default=Options(kind="square")).kind
-        == "square"
-    )
+
+
+def test_default_gives_the_values_of_missing_options():
+    default = Options(shape="square")
+    assert parse(Options, [], prog="p", description="d", default=default) == default
 
 
 @pytest.mark.parametrize(
@@ -41,17 +49,17 @@ def test_words_become_options():
     [
         (
             ("--learnin-rate", "3"),
-            r"Unrecognized options: --learnin-rate.*near: --learning-rate; see tritium test --help",
+            r"Unrecognized options: --learnin-rate.*did you mean --learning-rate\?; see",
         ),
         (
             ("--learning-rate", "fast"),
             r"could not convert string to float: 'fast'; see tritium test --help",
         ),
-        (("--kind", "oval"), r"invalid choice 'oval'.*'round', 'square'"),
+        (("--shape", "oval"), r"invalid choice 'oval'.*'round', 'square'"),
         (("stray",), r"Unrecognized options: stray"),
     ],
 )
-def test_mistakes_are_one_line(words, message, capsys):
+def test_wrong_words_raise_one_line(words, message, capsys):
     with pytest.raises(InputError, match=message) as caught:
         parsed(*words)
     assert "\n" not in str(caught.value)
@@ -59,30 +67,58 @@ def test_mistakes_are_one_line(words, message, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_near_words():
-    assert near("sampel", ["train", "sample"]) == "sample"
-    assert near("zzz", ["train", "sample"]) == "train, sample"
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("lr: expected 0 or more, got -1", "--lr: expected 0 or more, got -1"),
+        ("give more `warmup_steps`", "give more --warmup-steps"),
+        ("use `wandb login`", "use `wandb login`"),
+        ("data: expected text, got none", "data: expected text, got none"),
+        ("rms_norm: expected a tensor", "rms_norm: expected a tensor"),
+    ],
+)
+def test_option_names_in_messages_become_flags(message, expected):
+    assert as_flags(message) == expected
 
 
-def test_statuses(capsys):
-    def failing(error):
-        def command(argv):
-            raise error
+def test_options_of_the_parsed_command_become_flags():
+    parsed()
+    assert as_flags("learning_rate: expected 1") == "--learning-rate: expected 1"
 
-        return command
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("bad\nthing"), "tritium: bad thing\n"),
+        (InputError("lr: expected 1"), "tritium: --lr: expected 1\n"),
+        (
+            OSError(28, "No space left on device", "/x/y"),
+            "tritium: /x/y: No space left on device\n",
+        ),
+    ],
+)
+def test_errors_that_users_can_correct_exit_with_2_and_one_line(error, line, capsys):
+    assert run(raising(error), []) == 2
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")],
+)
+def test_out_of_memory_exits_with_2(error, capsys):
+    assert run(raising(error), []) == 2
+    assert capsys.readouterr().err.startswith("tritium: out of memory: ")
+
+
+def test_ctrl_c_exits_with_130():
+    assert run(raising(KeyboardInterrupt()), []) == 130
+
+
+def test_command_without_status_exits_with_0():
     assert run(lambda argv: None, []) == 0
-    assert run(failing(InputError("bad\nthing")), []) == 2
-    assert capsys.readouterr().err == "tritium: bad thing\n"
-    assert run(failing(OSError(28, "No space left on device", "/x/y")), []) == 2
-    assert capsys.readouterr().err == "tritium: /x/y: No space left on device\n"
-    assert run(failing(KeyboardInterrupt()), []) == 130
-    capsys.readouterr()
-    for error in (
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
-    ):
-        assert run(failing(error), []) == 2
-        assert capsys.readouterr().err.startswith("tritium: out of memory: ")
-    with pytest.raises(ZeroDivisionError):  # a bug stays a traceback
-        run(failing(ZeroDivisionError()), [])
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()), [])

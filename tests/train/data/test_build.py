@@ -1,4 +1,4 @@
-"""The builder: splits, end-of-text, records, determinism, and nothing left behind by a failure."""
+"""Building a dataset: splits, end-of-text, the record, determinism, failures."""
 
 import dataclasses
 import gzip
@@ -32,7 +32,7 @@ def _jsonl(path, texts):
 
 
 def _split_texts(dataset, split):
-    """Documents of a split, by their end-of-text."""
+    """The documents of a split, separated at end-of-text."""
     stream = getattr(dataset, split)
     tokens = stream.read(0, len(stream))
     ends = np.flatnonzero(tokens == dataset.tokenizer.end_of_text)
@@ -49,7 +49,7 @@ def many(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
-def test_many_documents(tmp_path, many, tokenizer):
+def test_documents_are_split_in_order_and_counted(tmp_path, many, tokenizer):
     info = build(tmp_path / "out", [many], tokenizer, progress=False)
     dataset = open_dataset(tmp_path / "out")
     assert dataset.info == info
@@ -57,8 +57,8 @@ def test_many_documents(tmp_path, many, tokenizer):
     assert info.vocab_size == dataset.tokenizer.vocab_size
     train, val = _split_texts(dataset, "train"), _split_texts(dataset, "val")
     assert sorted(train + val) == sorted(_documents(300))
-    assert train == [text for text in _documents(300) if text in set(train)]  # in order
-    # 300 draws with p = 0.1: 30 expected, standard deviation 5.2; a fixed hash, so this never flickers.
+    assert train == [text for text in _documents(300) if text in set(train)]
+    # 300 documents held out with p = 0.1: mean 30, standard deviation 5.2. The hash is fixed.
     assert 15 <= len(val) <= 45
     for split, texts in ((info.train, train), (info.val, val)):
         assert split.documents == len(texts)
@@ -66,15 +66,17 @@ def test_many_documents(tmp_path, many, tokenizer):
     assert info.train.tokens == len(dataset.train)
 
 
-def test_split_does_not_depend_on_order(tmp_path, many):
-    build(tmp_path / "forth", [many], "bytes", progress=False)
+def test_split_does_not_depend_on_document_order(tmp_path, many):
+    build(tmp_path / "forward", [many], "bytes", progress=False)
     back = _jsonl(tmp_path / "back.jsonl", _documents(300)[::-1])
     build(tmp_path / "back", [back], "bytes", progress=False)
-    forth, back = (_split_texts(open_dataset(tmp_path / name), "val") for name in ("forth", "back"))
-    assert forth == back[::-1]
+    forward, back = (
+        _split_texts(open_dataset(tmp_path / name), "val") for name in ("forward", "back")
+    )
+    assert forward == back[::-1]
 
 
-def test_same_bytes_every_time(tmp_path, many):
+def test_two_builds_write_the_same_bytes(tmp_path, many):
     for name in ("one", "two"):
         build(tmp_path / name, [many], "bpe:300", progress=False)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -83,7 +85,7 @@ def test_same_bytes_every_time(tmp_path, many):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_many_shards_and_small_batches_hold_the_same_tokens(tmp_path, many, monkeypatch):
+def test_tokens_do_not_depend_on_shard_or_batch_size(tmp_path, many, monkeypatch):
     build(tmp_path / "one", [many], "bytes", progress=False)
     monkeypatch.setattr(module, "_PART_CHARACTERS", 7)
     monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
@@ -98,19 +100,19 @@ def test_many_shards_and_small_batches_hold_the_same_tokens(tmp_path, many, monk
     )
 
 
-def test_one_document_is_cut_by_characters(tmp_path):
+def test_one_document_is_split_by_characters(tmp_path):
     text = "é".join(str(i) for i in range(1000))
     (tmp_path / "book.txt").write_text(text)
     info = build(tmp_path / "out", [tmp_path / "book.txt"], "chars", progress=False)
     dataset = open_dataset(tmp_path / "out")
-    left = int(len(text) * 0.9)
-    assert dataset.tokenizer.decode(dataset.train.read(0, len(dataset.train))) == text[:left]
-    assert dataset.tokenizer.decode(dataset.val.read(0, len(dataset.val))) == text[left:]
+    seam = int(len(text) * 0.9)
+    assert dataset.tokenizer.decode(dataset.train.read(0, len(dataset.train))) == text[:seam]
+    assert dataset.tokenizer.decode(dataset.val.read(0, len(dataset.val))) == text[seam:]
     assert (info.train.documents, info.val.documents) == (1, 1)
     assert info.train.bytes + info.val.bytes == len(text.encode())
 
 
-def test_few_documents_are_cut_by_characters_with_end_of_text_between(tmp_path):
+def test_few_documents_are_split_by_characters_with_end_of_text_between(tmp_path):
     for name, text in (("a", "a" * 50), ("b", "b" * 30), ("c", "c" * 20)):
         (tmp_path / f"{name}.txt").write_text(text)
     for held_out, train, val in (
@@ -136,7 +138,7 @@ def test_few_documents_are_cut_by_characters_with_end_of_text_between(tmp_path):
         assert info.val.documents == sum(letter in val for letter in "abc")
 
 
-def test_mixed_folder_and_its_record(tmp_path):
+def test_record_counts_duplicates_skipped_files_and_tokens(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.txt").write_text("alpha " * 50)
@@ -154,9 +156,8 @@ def test_mixed_folder_and_its_record(tmp_path):
         json.loads((tmp_path / "out" / "dataset.json").read_text())["train"]["tokens"]
         == info.train.tokens
     )
-    assert (
-        info.train.tokens + info.val.tokens == info.train.bytes + info.val.bytes + 4
-    )  # five documents, four seams
+    # Five documents, with four end-of-text tokens between them.
+    assert info.train.tokens + info.val.tokens == info.train.bytes + info.val.bytes + 4
 
 
 def test_tinyshakespeare_has_the_usual_split(tmp_path):
@@ -167,10 +168,10 @@ def test_tinyshakespeare_has_the_usual_split(tmp_path):
     assert (info.train.tokens, info.val.tokens, info.vocab_size) == (1_003_854, 111_540, 66)
 
 
-# --- refusals
+# --- errors
 
 
-def test_an_out_dir_in_use_is_left_alone(tmp_path, many):
+def test_out_dir_in_use_raises_and_is_unchanged(tmp_path, many):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
@@ -184,12 +185,12 @@ def test_an_out_dir_in_use_is_left_alone(tmp_path, many):
 
 
 @pytest.mark.parametrize("held_out", [0, 1, -0.1, 2, float("nan")])
-def test_held_out_must_be_a_fraction(tmp_path, many, held_out):
-    with pytest.raises(InputError, match="held_out must lie between 0 and 1"):
+def test_held_out_outside_0_to_1_raises(tmp_path, many, held_out):
+    with pytest.raises(InputError, match="held_out: expected a number between 0 and 1"):
         build(tmp_path / "out", [many], "bytes", held_out=held_out, progress=False)
 
 
-def test_empty_splits_are_refused(tmp_path, many):
+def test_empty_split_raises_and_leaves_no_file(tmp_path, many):
     for held_out, split in ((1e-9, "val"), (1 - 1e-9, "train")):
         with pytest.raises(InputError, match=f"expected text for the {split} split"):
             build(tmp_path / "out", [many], "bytes", held_out=held_out, progress=False)
@@ -203,7 +204,7 @@ def test_empty_splits_are_refused(tmp_path, many):
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError()]
 )
 @pytest.mark.parametrize("where", ["write_shard", "write_whole", "from_spec"])
-def test_a_failure_anywhere_leaves_nothing(tmp_path, many, monkeypatch, error, where):
+def test_any_failure_leaves_no_file(tmp_path, many, monkeypatch, error, where):
     def fail(*_, **__):
         raise error
 
@@ -213,11 +214,11 @@ def test_a_failure_anywhere_leaves_nothing(tmp_path, many, monkeypatch, error, w
     assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
 
 
-def test_an_interrupt_while_reading_leaves_nothing(tmp_path, many, monkeypatch):
-    reading = Corpus.documents
+def test_interrupt_while_reading_leaves_no_file(tmp_path, many, monkeypatch):
+    documents = Corpus.documents
 
     def interrupted(self):
-        for number, document in enumerate(reading(self)):
+        for number, document in enumerate(documents(self)):
             if number == 150:
                 raise KeyboardInterrupt
             yield document
@@ -229,7 +230,7 @@ def test_an_interrupt_while_reading_leaves_nothing(tmp_path, many, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_a_full_disk_leaves_nothing(tmp_path, many):
+def test_full_disk_leaves_no_file(tmp_path, many):
     program = (
         "import resource, sys\n"
         "from tritium.train.data.build import build\n"
@@ -240,5 +241,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, many):
     command = [sys.executable, "-c", program, str(tmp_path / "out"), str(many)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
-    assert done.stdout == done.stderr == ""  # no bar where there is no terminal
+    assert done.stdout == done.stderr == ""  # stderr is not a terminal: no progress bar
     assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]

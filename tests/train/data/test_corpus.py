@@ -1,4 +1,4 @@
-"""Documents from every file type, in order, without repeats, and each bad input."""
+"""Documents from every file type, in order, without duplicates; each bad input."""
 
 import builtins
 import gzip
@@ -38,7 +38,7 @@ def _mixed(folder):
     return folder
 
 
-def test_mixed_folder(tmp_path):
+def test_folder_gives_documents_of_all_types_without_duplicates(tmp_path):
     corpus = Corpus([_mixed(tmp_path)])
     documents = list(corpus.documents())
     assert [document.text for document in documents] == [
@@ -54,12 +54,12 @@ def test_mixed_folder(tmp_path):
     assert (
         corpus.bytes_read == corpus.total_bytes == sum(path.stat().st_size for path in corpus.files)
     )
-    # A second pass counts afresh and gives the same.
+    # A second pass starts its counts at 0 and gives the same documents.
     assert list(corpus.documents()) == documents
     assert (corpus.duplicates, corpus.skipped_files) == (2, 2)
 
 
-def test_a_file_given_twice_is_read_once(tmp_path):
+def test_file_given_twice_is_read_once(tmp_path):
     _mixed(tmp_path)
     corpus = Corpus([tmp_path / "f.txt", tmp_path])
     assert len(corpus.files) == len(set(corpus.files))
@@ -67,7 +67,7 @@ def test_a_file_given_twice_is_read_once(tmp_path):
     assert corpus.duplicates == 2
 
 
-def test_text_field(tmp_path):
+def test_text_field_names_the_json_key(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "hello"}\n')
     assert _texts(Corpus([tmp_path], text_field="body")) == ["hello"]
     with pytest.raises(
@@ -77,7 +77,7 @@ def test_text_field(tmp_path):
         _texts(Corpus([tmp_path]))
 
 
-def test_reads_lazily(tmp_path):
+def test_documents_are_read_one_at_a_time(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\nbroken\n')
     documents = Corpus([tmp_path]).documents()
     assert next(documents).text == "fine"
@@ -86,7 +86,7 @@ def test_reads_lazily(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_progress_moves_within_a_file(tmp_path, suffix):
+def test_bytes_read_grows_within_a_file(tmp_path, suffix):
     lines = "".join(
         json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(2000)
     ).encode()
@@ -103,14 +103,14 @@ def test_progress_moves_within_a_file(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "expected a JSON object a line"),
+        ("{", "expected one JSON object per line"),
         ("[1]", "got list"),
         ('{"text": 3}', "string in field 'text'"),
-        ('{"text": "\\ud800"}', "half a surrogate pair at character 0"),
-        (b'{"text": "\xff"}', "expected a JSON object a line"),
+        ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
+        (b'{"text": "\xff"}', "expected one JSON object per line"),
     ],
 )
-def test_malformed_jsonl_line(tmp_path, line, message):
+def test_malformed_jsonl_line_raises_and_is_named(tmp_path, line, message):
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n' + line + b"\n")
     with pytest.raises(InputError, match=f"a.jsonl:2: .*{message}") as caught:
@@ -118,7 +118,7 @@ def test_malformed_jsonl_line(tmp_path, line, message):
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_gzip(tmp_path):
+def test_damaged_gzip_raises(tmp_path):
     whole = gzip.compress(json.dumps({"text": "x" * 1000}).encode() + b"\n")
     for content in (b"not gzip", whole[:-9], whole[:20] + b"\xff" * 20):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
@@ -126,7 +126,7 @@ def test_damaged_gzip(tmp_path):
             _texts(Corpus([tmp_path]))
 
 
-def test_parquet(tmp_path):
+def test_parquet_documents_and_wrong_columns(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -146,21 +146,21 @@ def test_parquet(tmp_path):
         _texts(Corpus([path]))
 
 
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_raises(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    importing = builtins.__import__
+    original_import = builtins.__import__
 
-    def refuse(name, *rest):
+    def import_without_pyarrow(name, *rest):
         if name.startswith("pyarrow"):
             raise ImportError(name)
-        return importing(name, *rest)
+        return original_import(name, *rest)
 
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(builtins, "__import__", import_without_pyarrow)
     with pytest.raises(InputError, match="pip install pyarrow"):
         _texts(Corpus([tmp_path]))
 
 
-def test_bad_inputs(tmp_path):
+def test_bad_inputs_raise(tmp_path):
     with pytest.raises(InputError, match="at least one input"):
         Corpus([])
     with pytest.raises(InputError, match=r"none.txt', which does not exist"):
@@ -180,7 +180,7 @@ def test_bad_inputs(tmp_path):
         _texts(Corpus([tmp_path]))
 
 
-def test_fingerprint_follows_the_files(tmp_path):
+def test_fingerprint_changes_with_files_and_text_field(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
     first = Corpus([tmp_path]).fingerprint()
@@ -194,7 +194,7 @@ def test_fingerprint_follows_the_files(tmp_path):
     assert Corpus([tmp_path]).fingerprint() not in (first, second)
 
 
-def test_standard_library():
+def test_stdlib_has_no_tests_and_no_packages():
     corpus = Corpus(["stdlib"])
     names = {path.name for path in corpus.files}
     assert {"argparse.py", "typing.py"} <= names
@@ -205,14 +205,14 @@ def test_standard_library():
     )
 
 
-def test_python_is_the_library_and_the_packages():
+def test_python_is_the_standard_library_and_site_packages():
     corpus = Corpus(["python"])
     assert set(Corpus(["stdlib"]).files) < set(corpus.files)
     assert any(path.parts[-2:] == ("numpy", "__init__.py") for path in corpus.files)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-def test_dangling_links_are_no_files(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="links need extra rights on Windows")
+def test_dangling_links_are_ignored(tmp_path):
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
     (tmp_path / "b.txt").write_text("here")
     assert _texts(Corpus([tmp_path])) == ["here"]

@@ -1,4 +1,4 @@
-"""open_dataset refuses folders that are no dataset, damaged ones and mixtures, each with its reason."""
+"""open_dataset opens what build wrote and raises for any other folder, with the reason."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
-def test_opens_what_was_built(folder):
+def test_open_dataset_returns_what_was_built(folder):
     dataset = open_dataset(str(folder))
     assert dataset.path == folder
     assert len(dataset.train) == dataset.info.train.tokens == 576
@@ -32,7 +32,7 @@ def test_opens_what_was_built(folder):
     assert read_info(folder) == dataset.info
 
 
-def test_no_dataset(tmp_path):
+def test_folder_without_dataset_json_raises(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(
             InputError, match=r"expected a dataset folder with dataset.json, found none"
@@ -44,21 +44,21 @@ def test_no_dataset(tmp_path):
     "content",
     ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "train": 3, "val": {}}'],
 )
-def test_other_json(folder, content):
+def test_unrelated_dataset_json_raises(folder, content):
     (folder / "dataset.json").write_text(content)
     with pytest.raises(InputError, match=r"expected a dataset.json of tritium"):
         open_dataset(folder)
 
 
-def test_other_version(folder):
+def test_other_version_raises(folder):
     file = folder / "dataset.json"
     file.write_bytes(seal(unseal(file.read_bytes()) | {"format_version": 9}))
     with pytest.raises(InputError, match="expected dataset version 1, got 9"):
         open_dataset(folder)
 
 
-def test_a_changed_record_is_found(folder):
-    """Counts in it become bits a byte: a flipped digit must not."""
+def test_changed_record_raises(folder):
+    """The reported bits per byte depend on the counts in dataset.json."""
     file = folder / "dataset.json"
     content = json.loads(file.read_text())
     content["val"]["bytes"] *= 10
@@ -67,17 +67,17 @@ def test_a_changed_record_is_found(folder):
         open_dataset(folder)
 
 
-def test_missing_files(folder):
+def test_missing_file_raises(folder):
     shutil.copytree(folder, folder.with_name("copy"))
     (folder / "train-00003.bin").unlink()
     with pytest.raises(InputError, match=r"expected shard train-00003.bin, found none"):
         open_dataset(folder)
     (folder.with_name("copy") / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"expected tokenizer.json beside dataset.json"):
+    with pytest.raises(InputError, match=r"expected tokenizer.json next to dataset.json"):
         open_dataset(folder.with_name("copy"))
 
 
-def test_mixtures(folder):
+def test_files_of_another_dataset_raise(folder):
     other = folder.with_name("other")
     build(other, [folder.with_name("book.txt")], "chars", shard_tokens=100, progress=False)
     mine = (folder / "tokenizer.json").read_bytes()
@@ -88,14 +88,13 @@ def test_mixtures(folder):
     shutil.copy(other / "train-00002.bin", folder)
     with pytest.raises(InputError, match=r"train-00002.bin: expected tokens of tokenizer"):
         open_dataset(folder)
-    shutil.copy(
-        folder / "train-00005.bin", folder / "train-00002.bin"
-    )  # a whole shard, but another one
+    # An undamaged shard of the same dataset, in the wrong place.
+    shutil.copy(folder / "train-00005.bin", folder / "train-00002.bin")
     with pytest.raises(InputError, match="expected 576 train tokens, its shards hold 552"):
         open_dataset(folder)
 
 
-def test_damage(folder):
+def test_damaged_shard_raises(folder):
     content = bytearray((folder / "val-00000.bin").read_bytes())
     content[-1] ^= 1
     (folder / "val-00000.bin").write_bytes(content)

@@ -1,4 +1,4 @@
-"""The loader is a pure function of the step, and every token but the first is a target exactly once an epoch."""
+"""Batches depend on the step only; each token but the first is a target once per epoch."""
 
 import itertools
 
@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from tritium.errors import InputError
-from tritium.train.data.loader import IGNORED, Loader, document_starts, evaluation_batches, permute
+from tritium.train.data.loader import (
+    IGNORE_INDEX,
+    Loader,
+    document_starts,
+    evaluation_batches,
+    permute,
+)
 from tritium.train.data.shards import TokenStream
 
 pytestmark = pytest.mark.plain
 
 
 def _stream(n):
-    """Tokens counting up, so that a token is its own place, in parts with seams anywhere."""
+    """Tokens 0, 1, 2, ... (a token is its position) in four parts of different lengths."""
     return TokenStream(np.split(np.arange(n, dtype=np.uint32), sorted({n // 3, n // 3 + 1, n - 2})))
 
 
@@ -26,7 +32,7 @@ def test_permutation_is_a_bijection(size):
     }
     for order in orders:
         assert sorted(order) == list(range(size))
-    # 100 draws: all orders of few elements, no repeats among many.
+    # 100 permutations: all orders of up to 3 elements, no repeats for larger sizes.
     assert len(orders) == {1: 1, 2: 2, 3: 6}.get(size, 100)
 
 
@@ -35,25 +41,25 @@ def test_permutation_is_elementwise_and_takes_huge_sizes():
         permute(np.arange(1000), 1000, 1, 2)[[7, 3]], permute(np.array([7, 3]), 1000, 1, 2)
     )
     size = 2**61 + 12345
-    images = permute(np.array([0, 1, size - 1]), size, 0, 10**30)
-    assert len(set(images.tolist())) == 3
-    assert images.min() >= 0
-    assert images.max() < size
+    result = permute(np.array([0, 1, size - 1]), size, 0, 10**30)
+    assert len(set(result.tolist())) == 3
+    assert result.min() >= 0
+    assert result.max() < size
 
 
-def test_permutation_mixes():
-    """Neighbours land apart: |image(i) - image(i + 1)| of a random order averages size / 3; 5 standard errors allowed."""
+def test_permutation_separates_neighbors():
+    """|p(i) - p(i + 1)| of a random permutation has mean size / 3; the bar is 5 standard errors."""
     size = 30_000
     gaps = np.abs(np.diff(permute(np.arange(size), size, 3, 0)))
     assert abs(gaps.mean() / (size / 3) - 1) < 5 * 0.7 / size**0.5
     first, second = permute(np.arange(size), size, 3, 0), permute(np.arange(size), size, 3, 1)
-    assert (first == second).sum() < 10  # Poisson with mean 1
+    assert (first == second).sum() < 10  # Poisson distributed with mean 1
 
 
 @pytest.mark.parametrize(
     ("n", "context"), [(1001, 10), (1002, 10), (1000, 10), (1009, 10), (11, 10), (12, 10), (500, 1)]
 )
-def test_every_token_is_a_target_once_an_epoch(n, context):
+def test_every_token_is_a_target_once_per_epoch(n, context):
     loader = Loader(_stream(n), context_tokens=context, batch_size=1, seed=5)
     assert loader.windows == -(-(n - 1) // context)
     for epoch in range(2):
@@ -62,39 +68,39 @@ def test_every_token_is_a_target_once_an_epoch(n, context):
             tokens, targets = loader.batch(step).on("cpu")
             assert tokens.shape == targets.shape == (1, context)
             assert tokens.dtype == targets.dtype == torch.int64
-            kept = targets != IGNORED
+            kept = targets != IGNORE_INDEX
             assert torch.equal(tokens[kept] + 1, targets[kept])
             assert tokens[~kept].tolist() == [n - 1, *[0] * (context - 1)][: int((~kept).sum())]
             seen += targets[kept].tolist()
         assert sorted(seen) == list(range(1, n))
 
 
-def test_epochs_run_on_across_batches():
-    loader = Loader(_stream(101), context_tokens=10, batch_size=4, seed=0)  # 10 windows, 4 a step
+def test_a_batch_may_span_two_epochs():
+    loader = Loader(_stream(101), context_tokens=10, batch_size=4, seed=0)  # 10 windows, 4 per step
     starts = [row[0].item() // 10 for step in range(5) for row in loader.batch(step).inputs]
     assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(10))
     assert starts[:10] != starts[10:]
 
 
-def test_a_batch_larger_than_the_epoch():
+def test_batch_larger_than_an_epoch_repeats_windows():
     loader = Loader(_stream(21), context_tokens=10, batch_size=6, seed=0)
     assert sorted(loader.batch(3).inputs[:, 0].tolist()) == [0, 0, 0, 10, 10, 10]
 
 
-def test_batches_do_not_depend_on_what_was_asked_before():
+def test_batches_do_not_depend_on_earlier_calls():
     steps = [0, 1, 7, 300, 299, 5000, 10**9, 10**20, 3]
     one = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
-    forth = {step: one.batch(step) for step in steps}
+    expected = {step: one.batch(step) for step in steps}
     for step in reversed(steps):
         fresh = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=1)
         for loader in (one, fresh):
-            assert torch.equal(loader.batch(step).windows, forth[step].windows)
+            assert torch.equal(loader.batch(step).windows, expected[step].windows)
     other_seed = Loader(_stream(5000), context_tokens=8, batch_size=4, seed=2)
-    assert not torch.equal(other_seed.batch(0).windows, forth[0].windows)
+    assert not torch.equal(other_seed.batch(0).windows, expected[0].windows)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
-def test_widening_a_part_of_a_batch_leaves_it_as_it_is(dtype):
+def test_int64_copies_do_not_change_the_batch(dtype):
     stream = TokenStream([np.arange(60_000, 60_025).astype(dtype)])
     batch = Loader(stream, context_tokens=10, batch_size=3, seed=1).batch(0)
     assert len(batch) == 3
@@ -104,7 +110,7 @@ def test_widening_a_part_of_a_batch_leaves_it_as_it_is(dtype):
         tokens, targets = row.on("cpu")
         assert tokens.is_contiguous()
         assert targets.is_contiguous()
-        assert (targets != IGNORED).sum() == row.num_targets.sum() in (10, 4)
+        assert (targets != IGNORE_INDEX).sum() == row.num_targets.sum() in (10, 4)
         assert torch.equal(tokens[0, 1 : row.num_targets[0]], targets[0, : row.num_targets[0] - 1])
         assert tokens[0, 0] in (60_000, 60_010, 60_020)
         tokens.zero_()
@@ -114,9 +120,9 @@ def test_widening_a_part_of_a_batch_leaves_it_as_it_is(dtype):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_batches_of_one(world_size):
+def test_batches_of_all_ranks_are_the_batch_of_one_rank(world_size):
     sizes = {"context_tokens": 8, "batch_size": 6, "seed": 9}
-    whole = Loader(_stream(1000), **sizes)
+    single = Loader(_stream(1000), **sizes)
     ranks = [
         Loader(_stream(1000), **sizes, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -124,7 +130,7 @@ def test_ranks_share_the_batches_of_one(world_size):
     for step in (*range(25), 10**9):
         parts = [loader.batch(step) for loader in ranks]
         assert all(part.inputs.shape == (6 // world_size, 8) for part in parts)
-        assert torch.equal(torch.cat([part.windows for part in parts]), whole.batch(step).windows)
+        assert torch.equal(torch.cat([part.windows for part in parts]), single.batch(step).windows)
     rows = [
         {int(row[0]) for step in range(20) for row in loader.batch(step).inputs} for loader in ranks
     ]  # within one epoch
@@ -132,7 +138,7 @@ def test_ranks_share_the_batches_of_one(world_size):
         assert not one & other
 
 
-def test_loader_refuses_impossible_sizes():
+def test_impossible_sizes_raise():
     sizes = {"context_tokens": 10, "batch_size": 6, "seed": 0}
     with pytest.raises(InputError, match="multiple of the 4 ranks, got 6; take 4"):
         Loader(_stream(100), **sizes, world_size=4)
@@ -150,20 +156,20 @@ def test_loader_refuses_impossible_sizes():
 
 
 @pytest.mark.parametrize("n", [2, 7, 11, 101, 105, 110])
-def test_evaluation_reads_everything_in_order(n):
+def test_evaluation_reads_every_token_in_order(n):
     stream = TokenStream([np.arange(n, dtype=np.uint16)])
     batches = [
         batch.on("cpu") for batch in evaluation_batches(stream, context_tokens=10, batch_size=4)
     ]
     targets = torch.cat([targets for _, targets in batches])
     assert targets.shape == (-(-(n - 1) // 10), 10)
-    assert targets[targets != IGNORED].tolist() == list(range(1, n))
+    assert targets[targets != IGNORE_INDEX].tolist() == list(range(1, n))
     inputs = torch.cat([tokens for tokens, _ in batches])
-    assert inputs[targets != IGNORED].tolist() == list(range(n - 1))
+    assert inputs[targets != IGNORE_INDEX].tolist() == list(range(n - 1))
     assert [len(tokens) for tokens, _ in batches[:-1]] == [4] * (len(batches) - 1)
 
 
-def test_evaluation_stops_at_max_tokens():
+def test_evaluation_reads_at_most_max_tokens_spread_evenly():
     def count(max_tokens):
         batches = evaluation_batches(
             _stream(1000), context_tokens=10, batch_size=4, max_tokens=max_tokens
@@ -181,14 +187,14 @@ def test_evaluation_stops_at_max_tokens():
         )
 
 
-def test_documents_begin_with_rows_and_separators():
+def test_documents_start_at_rows_and_separators():
     tokens = torch.tensor([[7, 1, 9, 2, 9], [9, 9, 3, 4, 5]])
     cu_seqlens = document_starts(tokens, 9)
     assert cu_seqlens.dtype == torch.int32
     assert cu_seqlens.tolist() == [0, 2, 4, 5, 6, 10, 10, 10, 10]
     assert document_starts(tokens[:1], 8).tolist() == [0, 5]
     assert document_starts(tokens, 8).tolist() == [0, 5, 10]
-    assert tokens[0, 0] == 7, "the batch is left as it was"
+    assert tokens[0, 0] == 7, "the batch is unchanged"
     for documents in range(1, 20):
         row = torch.zeros(1, 40, dtype=torch.int64)
         row[0, 1:documents] = 9
@@ -199,12 +205,12 @@ def test_documents_begin_with_rows_and_separators():
 
 
 @pytest.mark.parametrize("n", [1001, 1005])
-def test_ranks_know_how_many_targets_count_in_all(n):
+def test_num_targets_counts_all_ranks_without_padding(n):
     loaders = [
         Loader(_stream(n), context_tokens=10, batch_size=6, seed=5, rank=rank, world_size=3)
         for rank in range(3)
     ]
-    for step in range(40):  # 2 epochs of 100 or 101 windows, of which one may be short
+    for step in range(40):  # 2 epochs of 100 or 101 windows; the last may be padded
         found = sum(int(loader.batch(step).num_targets.sum()) for loader in loaders)
         assert [loader.num_targets(step) for loader in loaders] == [found] * 3
 
@@ -213,16 +219,17 @@ def test_ranks_know_how_many_targets_count_in_all(n):
     ("n", "batch_size", "max_tokens"),
     [(1005, 4, None), (1005, 40, None), (1005, 4, 300), (95, 4, None)],
 )
-def test_ranks_evaluate_every_target_once_in_as_many_batches(n, batch_size, max_tokens):
+def test_ranks_evaluate_each_target_once_in_equally_many_batches(n, batch_size, max_tokens):
     options = {"context_tokens": 10, "max_tokens": max_tokens}
-    (whole,) = evaluation_batches(_stream(n), batch_size=1000, **options)
+    (single,) = evaluation_batches(_stream(n), batch_size=1000, **options)
     parts = [
         list(evaluation_batches(_stream(n), batch_size=batch_size, rank=r, world_size=3, **options))
         for r in range(3)
     ]
     assert len({len(part) for part in parts}) == 1
     targets = torch.cat([batch.on("cpu")[1].flatten() for part in parts for batch in part])
-    expected = whole.on("cpu")[1].flatten()
+    expected = single.on("cpu")[1].flatten()
     assert torch.equal(
-        targets[targets != IGNORED].sort().values, expected[expected != IGNORED].sort().values
+        targets[targets != IGNORE_INDEX].sort().values,
+        expected[expected != IGNORE_INDEX].sort().values,
     )

@@ -1,4 +1,4 @@
-"""Order, errors, and that no thread outlives its context."""
+"""Prefetch: order, errors, and the end of its thread."""
 
 import gc
 import threading
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.plain
 
 
 @pytest.fixture(autouse=True)
-def threads():
+def no_thread_left():
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) == before
 
 
-def test_batches_are_the_loaders_from_any_step_on():
+def test_prefetch_yields_the_loaders_batches_from_any_step():
     stream = TokenStream([np.arange(1000, dtype=np.uint16)])
     loader, other = (Loader(stream, context_tokens=8, batch_size=4, seed=0) for _ in range(2))
     with Prefetch(loader.batch, 7) as batches:
@@ -30,7 +30,7 @@ def test_batches_are_the_loaders_from_any_step_on():
             np.testing.assert_array_equal(next(batches).windows, other.batch(step).windows)
 
 
-def test_it_reads_ahead_in_another_thread_but_not_without_end():
+def test_prefetch_reads_two_batches_ahead_in_another_thread():
     seen, third = [], threading.Event()
 
     def read(step):
@@ -46,7 +46,7 @@ def test_it_reads_ahead_in_another_thread_but_not_without_end():
         assert seen == [(5, False), (6, False), (7, False)]
 
 
-def test_an_error_is_raised_where_its_step_is_asked_for():
+def test_error_is_raised_when_its_step_is_asked_for():
     def read(step):
         if step == 1:
             raise OSError("the disk is gone")
@@ -59,7 +59,7 @@ def test_an_error_is_raised_where_its_step_is_asked_for():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_whatever_ends_training_ends_the_thread(error):
+def test_an_exception_in_training_ends_the_thread(error):
     def train():
         with Prefetch(lambda step: time.sleep(0.02), 0) as batches:
             next(batches)
@@ -70,7 +70,7 @@ def test_whatever_ends_training_ends_the_thread(error):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_a_batch_is_forgotten_once_it_was_given_out():
+def test_prefetch_keeps_no_reference_to_returned_batches():
     stream = TokenStream([np.arange(100_000, dtype=np.uint16)])
     gc.disable()
     try:
@@ -87,7 +87,7 @@ def test_a_batch_is_forgotten_once_it_was_given_out():
         gc.enable()
 
 
-def test_what_was_not_begun_is_not_read_when_training_stops():
+def test_pending_reads_are_cancelled_at_exit():
     read = []
     with Prefetch(lambda step: read.append(step) or time.sleep(0.2), 0):
         pass

@@ -1,4 +1,4 @@
-"""prepare: a dataset as it is, anything else built once and found again."""
+"""prepare returns a dataset as it is and builds other inputs once."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,10 @@ import pytest
 
 from tritium.errors import InputError
 from tritium.train.data import prepare as module
-from tritium.train.data.prepare import (
-    Loader,
-    build,
-    cache_dir,
-    evaluation_batches,
-    open_dataset,
-    prepare,
-)
+from tritium.train.data.build import build
+from tritium.train.data.dataset import open_dataset
+from tritium.train.data.loader import Loader, evaluation_batches
+from tritium.train.data.prepare import cache_dir, prepare
 
 pytestmark = pytest.mark.plain
 
@@ -26,7 +22,7 @@ def book(tmp_path):
     return path
 
 
-def test_text_to_batches(tmp_path, book):
+def test_text_file_becomes_batches(tmp_path, book):
     dataset = open_dataset(prepare([str(book)], "bytes", tmp_path / "cache", progress=False))
     tokens, targets = (
         Loader(dataset.train, context_tokens=32, batch_size=2, seed=0).batch(0).on("cpu")
@@ -37,7 +33,7 @@ def test_text_to_batches(tmp_path, book):
     assert sum(map(len, evaluation_batches(dataset.val, context_tokens=32, batch_size=8))) == 2
 
 
-def test_built_once(tmp_path, book, monkeypatch):
+def test_same_request_is_built_once(tmp_path, book, monkeypatch):
     cache = tmp_path / "cache"
     path = prepare([str(book)], "bytes", cache, progress=False)
     assert path.parent == cache
@@ -46,7 +42,7 @@ def test_built_once(tmp_path, book, monkeypatch):
     assert prepare([str(book)], "bytes", cache, progress=False) == path
 
 
-def test_another_request_gives_another_folder(tmp_path, book):
+def test_other_options_or_changed_files_give_another_folder(tmp_path, book):
     cache = tmp_path / "cache"
     paths = [
         prepare([str(book)], "bytes", cache, progress=False),
@@ -63,7 +59,7 @@ def test_another_request_gives_another_folder(tmp_path, book):
     assert sorted(path.name for path in cache.iterdir()) == sorted(path.name for path in paths)
 
 
-def test_a_dataset_is_used_as_it_is(tmp_path, book):
+def test_dataset_is_returned_as_it_is(tmp_path, book):
     build(tmp_path / "out", [book], "chars", progress=False)
     for tokenizer in (None, "chars"):
         assert prepare([str(tmp_path / "out")], tokenizer, tmp_path / "cache") == tmp_path / "out"
@@ -75,14 +71,14 @@ def test_a_dataset_is_used_as_it_is(tmp_path, book):
     assert not (tmp_path / "cache").exists()
 
 
-def test_learned_vocabularies_of_different_sizes_differ(tmp_path, book):
+def test_dataset_with_another_vocabulary_size_raises(tmp_path, book):
     build(tmp_path / "out", [book], "bpe:270", progress=False)
     assert prepare([str(tmp_path / "out")], "bpe:270", tmp_path) == tmp_path / "out"
     with pytest.raises(InputError, match="bpe:271"):
         prepare([str(tmp_path / "out")], "bpe:271", tmp_path)
 
 
-def test_rank_files_count_by_content(tmp_path, book):
+def test_tokenizer_files_are_compared_by_content(tmp_path, book):
     import base64
 
     ranks = [tmp_path / "one.tiktoken", tmp_path / "two.tiktoken"]
@@ -99,28 +95,27 @@ def test_rank_files_count_by_content(tmp_path, book):
     assert prepare([str(book)], str(ranks[0]), tmp_path / "cache", progress=False) != made
 
 
-def test_a_quicker_process_wins(tmp_path, book, monkeypatch):
-    """Both build; the one that finds the folder taken at the end uses it."""
+def test_dataset_built_by_another_process_meanwhile_is_used(tmp_path, book, monkeypatch):
     rename = os.rename
 
-    def beaten(source, target):
+    def rename_too_late(source, target):
         rename(source, target)
         raise OSError(39, "Directory not empty")
 
-    monkeypatch.setattr(os, "rename", beaten)
+    monkeypatch.setattr(os, "rename", rename_too_late)
     path = prepare([str(book)], "bytes", tmp_path / "cache", progress=False)
     assert len(open_dataset(path).train) == 576
 
-    def full(source, target):
+    def disk_full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "rename", full)
+    monkeypatch.setattr(os, "rename", disk_full)
     with pytest.raises(OSError, match="No space"):
         prepare([str(book)], "chars", tmp_path / "cache", progress=False)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_bad_inputs_come_through(tmp_path):
+def test_bad_inputs_raise(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         prepare([str(tmp_path / "none.txt")], "bytes", tmp_path / "cache")
     with pytest.raises(InputError, match="at least one input"):
@@ -139,7 +134,7 @@ def test_bad_inputs_come_through(tmp_path):
         ("win32", {}, "/h/AppData/Local/tritium"),
     ],
 )
-def test_cache_dir(monkeypatch, platform, environment, expected):
+def test_cache_dir_per_platform(monkeypatch, platform, environment, expected):
     for name in ("TRITIUM_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

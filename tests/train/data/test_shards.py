@@ -1,4 +1,4 @@
-"""A shard comes back as it was written, or is refused with the reason; a stream reads over the seams."""
+"""Shards round-trip; damaged shards raise; a stream reads across shards."""
 
 import struct
 import subprocess
@@ -28,7 +28,7 @@ def shard(tmp_path):
     ("vocab_size", "dtype"),
     [(257, "<u2"), (1 << 16, "<u2"), ((1 << 16) + 1, "<u4"), (1 << 32, "<u4")],
 )
-def test_round_trip(tmp_path, vocab_size, dtype):
+def test_shard_round_trips_in_the_smallest_dtype(tmp_path, vocab_size, dtype):
     tokens = np.array([0, 1, vocab_size - 1, 5], dtype=np.uint64)
     write_shard(tmp_path / "a.bin", tokens, vocab_size, SHA)
     shard = Shard.open(tmp_path / "a.bin", tokenizer_sha256=SHA)
@@ -48,13 +48,13 @@ def test_strided_tokens_are_written_in_order(tmp_path):
 @pytest.mark.parametrize(
     "tokens", [np.arange(0), np.zeros((2, 2), int), np.array([1000]), np.array([-1])]
 )
-def test_impossible_tokens_are_refused(tmp_path, tokens):
+def test_impossible_tokens_raise(tmp_path, tokens):
     with pytest.raises(ValueError, match="write_shard: tokens must be"):
         write_shard(tmp_path / "a.bin", tokens, 1000, SHA)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flipped_bit_is_found_anywhere(shard):
+def test_flipped_bit_anywhere_raises(shard):
     good = shard.read_bytes()
     for place in [*range(HEADER_BYTES), HEADER_BYTES, HEADER_BYTES + 777, len(good) - 1]:
         bad = bytearray(good)
@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_found_anywhere(shard):
     assert len(Shard.open(shard).tokens) == 1000
 
 
-def test_what_is_wrong_is_said(shard):
+def test_message_names_the_problem(shard):
     good = shard.read_bytes()
     flipped = bytearray(good)
     flipped[500] ^= 4
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_said(shard):
             Shard.open(shard)
 
 
-def test_another_tokenizer_is_refused(shard):
+def test_another_tokenizer_raises(shard):
     with pytest.raises(
         InputError, match="expected tokens of tokenizer cdcdcdcdcdcd, got abababababab"
     ):
@@ -98,7 +98,7 @@ def test_another_tokenizer_is_refused(shard):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_failed_write_leaves_nothing(tmp_path, monkeypatch, error):
+def test_failed_write_leaves_no_file(tmp_path, monkeypatch, error):
     def fail(_):
         raise error
 
@@ -109,7 +109,7 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch, error):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_full_disk_leaves_nothing(tmp_path):
+def test_full_disk_leaves_no_file(tmp_path):
     program = (
         "import resource, sys\nimport numpy as np\n"
         "from tritium.train.data.shards import write_shard\n"
@@ -129,7 +129,7 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def stream(tmp_path):
-    """1,000 tokens counting up, in shards of 300, 1, 2 and 697."""
+    """Tokens 0 to 999 in shards of 300, 1, 2 and 697."""
     paths = []
     for i, (start, stop) in enumerate(((0, 300), (300, 301), (301, 303), (303, 1000))):
         paths.append(tmp_path / f"{i}.bin")
@@ -137,7 +137,7 @@ def stream(tmp_path):
     return TokenStream.open(paths, tokenizer_sha256=SHA)
 
 
-def test_reads_over_the_seams(stream):
+def test_stream_reads_across_shards(stream):
     assert len(stream) == 1000
     for start, stop in (
         (0, 1000),
@@ -157,7 +157,7 @@ def test_reads_over_the_seams(stream):
             stream.read(start, stop)
 
 
-def test_a_damaged_shard_stops_the_stream(stream, tmp_path):
+def test_stream_with_a_damaged_shard_raises(stream, tmp_path):
     bad = bytearray((tmp_path / "3.bin").read_bytes())
     bad[-1] ^= 1
     (tmp_path / "3.bin").write_bytes(bad)

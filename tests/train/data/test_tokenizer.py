@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: round trips, one definition and one hash, determinism, and each error."""
+"""All tokenizers: round trips, definition and hash, determinism, each error."""
 
 import base64
 import json
@@ -49,7 +49,7 @@ def tokenizer(request, learned):
     return from_spec(spec, lambda: SAMPLES)
 
 
-def test_round_trips(tokenizer):
+def test_decode_inverts_encode(tokenizer):
     for text in SAMPLES:
         ids = tokenizer.encode(text)
         assert ids.ndim == 1
@@ -62,7 +62,7 @@ def test_round_trips(tokenizer):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_batch_is_each_text_in_order(tokenizer, threads):
+def test_encode_batch_matches_encode_in_order(tokenizer, threads):
     batch = tokenizer.encode_batch(SAMPLES * 9, threads)
     assert len(batch) == len(SAMPLES) * 9
     for ids, text in zip(batch, SAMPLES * 9, strict=True):
@@ -70,7 +70,7 @@ def test_batch_is_each_text_in_order(tokenizer, threads):
     assert tokenizer.encode_batch([], threads) == []
 
 
-def test_file_keeps_the_whole_definition(tokenizer, tmp_path):
+def test_save_and_load_keep_the_definition(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     loaded = Tokenizer.load(path)
@@ -84,7 +84,7 @@ def test_file_keeps_the_whole_definition(tokenizer, tmp_path):
     assert json.loads(path.read_text())["vocab_size"] == tokenizer.vocab_size
 
 
-def test_definitions_differ_in_hash(learned):
+def test_different_definitions_have_different_hashes(learned):
     hashes = {
         from_spec("bytes", list).sha256,
         from_spec("chars", lambda: ["ab"]).sha256,
@@ -97,7 +97,7 @@ def test_definitions_differ_in_hash(learned):
     )
 
 
-def test_decode_of_half_a_character():
+def test_decode_of_partial_characters_and_unknown_ids():
     tokenizer = from_spec("bytes", list)
     assert tokenizer.decode("é".encode()[:1]) == "\ufffd"
     assert tokenizer.decode(np.array([], dtype=np.uint16)) == ""
@@ -111,7 +111,7 @@ def test_lone_surrogates_become_replacement_characters(learned):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
-def test_chars_are_sorted_and_unknown_ones_are_named():
+def test_chars_are_sorted_and_unknown_characters_raise():
     tokenizer = from_spec("chars", lambda: ["hello", "abc"])
     assert tokenizer.pieces == [b"a", b"b", b"c", b"e", b"h", b"l", b"o", b"<|endoftext|>"]
     assert tokenizer.encode("lab").tolist() == [5, 0, 1]
@@ -120,7 +120,7 @@ def test_chars_are_sorted_and_unknown_ones_are_named():
             tokenizer.encode(text)
 
 
-def test_large_vocabulary_takes_uint32():
+def test_large_vocabulary_uses_uint32():
     tokenizer = Tokenizer(
         "chars", "chars", [*(chr(0x20000 + i).encode() for i in range(1 << 16)), b"<|endoftext|>"]
     )
@@ -131,14 +131,14 @@ def test_large_vocabulary_takes_uint32():
 # --- byte pairs
 
 
-def test_learning_gives_the_asked_size_and_merges_indentation(learned):
+def test_learned_vocabulary_has_the_requested_size_and_merges_indentation(learned):
     assert learned.vocab_size == 512
     assert len(set(learned.pieces)) == 512
     assert len(learned.encode(SOURCE)) < len(SOURCE.encode()) / 2
     assert len(learned.encode("\n        return")) <= 4
 
 
-def test_learning_does_not_depend_on_threads_or_process(learned):
+def test_learned_vocabulary_does_not_depend_on_threads_process_or_order(learned):
     program = (
         "import sys\nfrom pathlib import Path\nfrom tritium.train.data import tokenizer\n"
         "text = Path(tokenizer.__file__).read_text(encoding='utf-8')\n"
@@ -149,20 +149,20 @@ def test_learning_does_not_depend_on_threads_or_process(learned):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == learned.sha256
-    # The order of documents gives the same counts and so the same merges.
+    # Counts of pairs do not depend on the order of documents, so merges do not either.
     half = SOURCE.index("\n\nclass ") + 1
     assert from_spec("bpe:300", lambda: [SOURCE[:half], SOURCE[half:]]).sha256 == (
         from_spec("bpe:300", lambda: [SOURCE[half:], SOURCE[:half]]).sha256
     )
 
 
-def test_endless_white_space_is_encoded_in_steps(learned):
+def test_a_million_spaces_are_encoded(learned):
     text = " " * 1_100_000 + "x"
     assert learned.decode(learned.encode(text)) == text
 
 
 @pytest.mark.parametrize("size", [50, 1000])
-def test_cutting_keeps_every_id(tokenizer, size):
+def test_cut_parts_have_the_ids_of_the_text(tokenizer, size):
     text = (
         (SOURCE + "\n\n \n!\n?\nx\n\ty\n")
         if tokenizer.kind != "chars"
@@ -171,11 +171,11 @@ def test_cutting_keeps_every_id(tokenizer, size):
     parts = list(cut(text, size))
     assert "".join(parts) == text
     assert tokenizer.kind == "chars" or len(parts) > 5
-    whole = tokenizer.encode(text).tolist()
-    assert [i for part in parts for i in tokenizer.encode(part).tolist()] == whole
+    expected = tokenizer.encode(text).tolist()
+    assert [i for part in parts for i in tokenizer.encode(part).tolist()] == expected
 
 
-def test_cut_leaves_text_without_a_place_alone():
+def test_cut_keeps_text_without_a_safe_place():
     assert list(cut("1 \n2  " * 100, 10)) == ["1 \n2  " * 100]
     assert list(cut("", 10)) == [""]
 
@@ -202,30 +202,30 @@ def test_gpt2_ranks_give_the_published_ids():
 # --- errors
 
 
-def test_needs_corpus():
-    assert [needs_corpus(spec) for spec in ("bytes", "chars", "gpt2", "x.tiktoken", "bpe:4096")] == [
-        False, True, False, False, True,
-    ]  # fmt: skip
+def test_needs_corpus_for_learned_vocabularies():
+    assert needs_corpus("chars")
+    assert needs_corpus("bpe:4096")
+    assert not any(needs_corpus(spec) for spec in ("bytes", "gpt2", "x.tiktoken"))
 
 
 @pytest.mark.parametrize("spec", ["bpe:257", "bpe:", "bpe:4k", "bpe:-300", "bpe:3.5"])
-def test_bpe_size_must_be_a_number_from_258(spec):
-    with pytest.raises(InputError, match=r"from 258 up.*try bpe:4096"):
+def test_bpe_size_below_258_raises(spec):
+    with pytest.raises(InputError, match=r"size of 258 or more.*try bpe:4096"):
         from_spec(spec, lambda: [SOURCE])
 
 
-def test_corpus_too_small_says_how_much_it_gives():
+def test_corpus_too_small_for_the_vocabulary_raises_with_the_largest_size():
     with pytest.raises(
-        InputError, match=r"only (\d+) merges, 3839 were expected.*bpe:\d+ or less"
+        InputError, match=r"gives 3839 merges, got \d+; add text or use bpe:\d+ or less"
     ) as caught:
         from_spec("bpe:4096", lambda: ["the cat sat on the mat"])
-    largest = str(caught.value).split("take ")[1].split(" ")[0]
+    largest = str(caught.value).split("or use ")[1].split(" ")[0]
     assert from_spec(largest, lambda: ["the cat sat on the mat"]).name == largest
-    with pytest.raises(InputError, match=r"no merges.*take bytes"):
+    with pytest.raises(InputError, match=r"gives 43 merges, got 0; add text or use bytes"):
         from_spec("bpe:300", lambda: ["a"])
 
 
-def test_unknown_spec_and_empty_corpus():
+def test_unknown_spec_and_empty_corpus_raise():
     with pytest.raises(
         InputError, match=r"expected bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE, got 'words'"
     ):
@@ -234,14 +234,14 @@ def test_unknown_spec_and_empty_corpus():
         from_spec("chars", list)
 
 
-def test_gpt2_without_network_names_the_way_out(monkeypatch):
+def test_gpt2_without_network_raises_one_line(monkeypatch):
     import tiktoken
 
     def fail(name):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(InputError, match=r"ConnectionError.*pass a FILE.tiktoken") as caught:
+    with pytest.raises(InputError, match=r"ConnectionError.*use a FILE.tiktoken") as caught:
         from_spec("gpt2", list)
     assert "\n" not in str(caught.value)
 
@@ -250,7 +250,7 @@ def _ranks(pieces):
     return b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces))
 
 
-def test_rank_files(tmp_path):
+def test_rank_file_gives_its_ids_and_damaged_files_raise(tmp_path):
     path = tmp_path / "own.tiktoken"
     singles = [bytes([i]) for i in range(256)]
     path.write_bytes(_ranks([*singles, b"ab", b"abc"]))
@@ -274,14 +274,14 @@ def test_rank_files(tmp_path):
         from_spec(str(tmp_path / "none.tiktoken"), list)
 
 
-def test_damaged_tokenizer_files(tmp_path, learned):
+def test_damaged_tokenizer_file_raises(tmp_path, learned):
     path = tmp_path / "tokenizer.json"
     learned.save(path)
     good = json.loads(path.read_text())
     for change, message in (
         ({"version": 2}, "expected tokenizer version 1, got 2"),
-        ({"pieces": good["pieces"][::-1]}, "damaged: sha256"),
-        ({"kind": "words"}, "damaged: sha256"),
+        ({"pieces": good["pieces"][::-1]}, "damaged: expected sha256"),
+        ({"kind": "words"}, "damaged: expected sha256"),
         ({"pieces": ["%"]}, r"expected a tokenizer.json"),
     ):
         path.write_text(json.dumps({**good, **change}))
@@ -293,10 +293,9 @@ def test_damaged_tokenizer_files(tmp_path, learned):
             Tokenizer.load(path)
 
 
-def test_sizes_known_before_the_text_are_those_of_the_tokenizers():
-    tinyshakespeare = "".join(
-        map(chr, range(65, 65 + 65))
-    )  # as many different characters as it has
+def test_vocab_size_of_matches_the_tokenizer():
+    # tinyshakespeare has 65 different characters.
+    tinyshakespeare = "".join(map(chr, range(65, 65 + 65)))
     for spec in ("bytes", "chars"):
         assert vocab_size_of(spec) == from_spec(spec, lambda: [tinyshakespeare]).vocab_size
     assert vocab_size_of("bpe:4096") == 4096

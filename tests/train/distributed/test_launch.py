@@ -118,9 +118,9 @@ def test_incomplete_variables_of_torchrun_raise(environment, message, tiny, laun
     assert message in error_on_all_ranks(launch(2, *tiny[1:], environment=environment))
 
 
-def test_a_leftover_local_rank_raises(refused, tiny, monkeypatch):
+def test_a_leftover_local_rank_raises(error_of, tiny, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert "RANK is not set; start with torchrun, or unset LOCAL_RANK" in refused(*tiny)
+    assert "RANK is not set; start with torchrun, or unset LOCAL_RANK" in error_of(*tiny)
 
 
 def test_an_error_on_rank_0_stops_all_ranks(tiny, launch, tmp_path):

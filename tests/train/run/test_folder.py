@@ -6,7 +6,8 @@ import pytest
 
 from tritium.errors import InputError
 from tritium.train.config import TrainConfig
-from tritium.train.data.prepare import build, open_dataset
+from tritium.train.data.build import build
+from tritium.train.data.dataset import open_dataset
 from tritium.train.run.folder import (
     check_folder_unused,
     claim_folder,

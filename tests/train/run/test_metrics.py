@@ -1,4 +1,3 @@
-import json
 import time
 from types import SimpleNamespace
 
@@ -8,13 +7,7 @@ import torch
 from tritium.errors import InputError
 from tritium.kernels.core.device import ceiling
 from tritium.train.evaluate import Evaluation
-from tritium.train.run.metrics import (
-    STEPS_PER_READ,
-    Metrics,
-    _running_mean,
-    plot_loss,
-    read_metrics,
-)
+from tritium.train.run.metrics import STEPS_PER_READ, Metrics, read_metrics
 
 pytestmark = pytest.mark.plain
 
@@ -32,14 +25,14 @@ def metrics(run, start=0, **options):
     return Metrics(run, start=start, **sizes | options)
 
 
-def note(m, steps):
+def record(m, steps):
     for step in steps:
         m.step(step, torch.tensor(5.0 - step / 10), 1e-3, torch.tensor(0.5))
 
 
-def test_a_line_a_step(tmp_path):
+def test_each_step_has_a_line(tmp_path):
     with metrics(tmp_path) as m:
-        note(m, range(STEPS_PER_READ + 2))
+        record(m, range(STEPS_PER_READ + 2))
         with m.paused():
             m.evaluation(STEPS_PER_READ + 2, Evaluation(loss=3.0, bits_per_byte=1.5, tokens=9))
     rows, evaluations = read_metrics(tmp_path)
@@ -60,8 +53,8 @@ def test_a_line_a_step(tmp_path):
     ]
 
 
-def test_waiting_for_batches_is_a_share_of_the_time(tmp_path, monkeypatch):
-    """By a clock that only this test moves: 1 s of 4 waiting; evaluations in between count for nothing."""
+def test_data_wait_is_the_fraction_of_step_time_spent_waiting(tmp_path, monkeypatch):
+    """With a fake clock: 1 s of 4 s is waiting. Paused time does not count."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     with metrics(tmp_path) as m:
@@ -69,17 +62,17 @@ def test_waiting_for_batches_is_a_share_of_the_time(tmp_path, monkeypatch):
             with m.waiting():
                 now[0] += 1
             now[0] += 3
-            note(m, [step])
+            record(m, [step])
             with m.paused():
                 now[0] += 100
         with m.waiting():
             now[0] += 2
-        note(m, [2])
+        record(m, [2])
         m.flush()
     assert [row["data_wait"] for row in read_metrics(tmp_path)[0]] == [0.25, 0.25, 1.0]
 
 
-def test_mfu_is_a_share_of_the_peak_of_known_gpus_alone(tmp_path, monkeypatch):
+def test_mfu_is_null_for_gpus_with_unknown_peak(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(
@@ -100,22 +93,22 @@ def test_mfu_is_a_share_of_the_peak_of_known_gpus_alone(tmp_path, monkeypatch):
             flops_per_token=flops / 10,
         ) as m:
             now[0] += 2
-            note(m, [0])
+            record(m, [0])
             m.flush()
         assert read_metrics(tmp_path / name)[0][0]["mfu"] == mfu
 
 
-def test_a_resumed_run_has_each_step_once(tmp_path):
+def test_resumed_run_has_each_step_once(tmp_path):
     with metrics(tmp_path) as m:
-        note(m, range(20))
+        record(m, range(20))
         with m.paused():
             for step in (10, 20):
                 m.evaluation(step, Evaluation(loss=3.0, bits_per_byte=1.0, tokens=9))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('[]\n"step"\n{"step": 20, "lo')  # the last: a kill in the middle of a line
+        file.write('[]\n"step"\n{"step": 20, "lo')  # the last line: killed while writing
     with metrics(tmp_path, start=10) as m:
         assert m.evaluated == {10}
-        note(m, range(10, 15))
+        record(m, range(10, 15))
         m.flush()
     rows, evaluations = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(15))
@@ -123,9 +116,9 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (5.0, torch.nan), (5.0, torch.inf)])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, tmp_path):
+def test_nonfinite_loss_or_gradient_stops_the_run(loss, norm, tmp_path):
     with metrics(tmp_path) as m:
-        note(m, range(3))
+        record(m, range(3))
         m.step(3, torch.tensor(loss), 1e-3, torch.tensor(norm))
         with pytest.raises(
             InputError, match=r"training diverged: .* at step 3, learning rate 0\.001"
@@ -134,7 +127,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, tmp_pat
     assert len(read_metrics(tmp_path)[0]) == 3
 
 
-def test_a_step_that_float16_left_out_has_no_norm(tmp_path):
+def test_step_skipped_by_float16_has_no_grad_norm(tmp_path):
     with metrics(tmp_path, skips_overflow=True) as m:
         m.step(0, torch.tensor(5.0), 1e-3, torch.tensor(torch.inf))
         m.flush()
@@ -144,8 +137,8 @@ def test_a_step_that_float16_left_out_has_no_norm(tmp_path):
     assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path)[0]] == [(5.0, None)]
 
 
-def test_on_a_gpu_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
-    """A stand-in for CUDA's events: what has been waited for, in order."""
+def test_on_cuda_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
+    """With fake CUDA events that record the order of waits."""
     waited = []
 
     class Event:
@@ -165,25 +158,12 @@ def test_on_a_gpu_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
     for name, call in (calls | {"max_memory_allocated": lambda device: 7}).items():
         monkeypatch.setattr(torch.cuda, name, call)
     with metrics(tmp_path, device=torch.device("cuda")) as m:
-        note(m, range(STEPS_PER_READ))
+        record(m, range(STEPS_PER_READ))
         assert not waited
-        note(m, range(STEPS_PER_READ, 2 * STEPS_PER_READ + 1))
+        record(m, range(STEPS_PER_READ, 2 * STEPS_PER_READ + 1))
         assert waited == [STEPS_PER_READ - 1, 2 * STEPS_PER_READ - 1]
         assert len(read_metrics(tmp_path)[0]) == 2 * STEPS_PER_READ
         m.flush()
     rows, _ = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(2 * STEPS_PER_READ + 1))
     assert rows[0]["memory"] == 7
-
-
-def test_plot_is_a_picture(tmp_path):
-    lines = [{"step": step, "loss": 5 - step / 10} for step in range(20)] + [
-        {"step": 20, "val_loss": 3.2}
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
-
-
-def test_running_mean_of_a_constant_is_the_constant():
-    assert _running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert _running_mean([]) == []

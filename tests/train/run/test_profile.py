@@ -17,7 +17,7 @@ pytestmark = pytest.mark.plain
 CONFIG = TrainConfig.from_options(steps=1000, eval_interval=20, checkpoint_interval=100, profile=3)
 
 
-def test_a_profile_is_written_and_changes_nothing(tiny, tritium, tmp_path):
+def test_profile_is_written_once_and_does_not_change_the_run(tiny, tritium, tmp_path):
     tiny = [*tiny, "--n-layer", 2]
     plain, run = tmp_path / "plain", tmp_path / "run"
     assert tritium(*tiny, "--out", plain)[0] == 0
@@ -41,7 +41,7 @@ def test_a_profile_is_written_and_changes_nothing(tiny, tritium, tmp_path):
     }
     assert set(shares) == {*PARTS, "other", BETWEEN}
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
-    # Calls a step: forward, recomputed by nobody, once for each of two blocks.
+    # Calls per step: one forward in each of two blocks.
     assert re.search(
         r"^attention +aten::scaled_dot_product_attention .* 2$", by_operator, flags=re.MULTILINE
     )
@@ -52,11 +52,11 @@ def test_a_profile_is_written_and_changes_nothing(tiny, tritium, tmp_path):
     assert (run / "profile" / "operators.txt").stat().st_mtime_ns == before
 
 
-def test_steps_that_nothing_interrupts_are_chosen():
+def test_profiled_steps_have_no_evaluation_or_checkpoint_between_them():
     assert first_profiled(CONFIG) == 10
     assert first_profiled(CONFIG.with_options(profile=0)) is None
     assert first_profiled(CONFIG, first=5) == 15
-    # 16, 17 and 18 end before the evaluation at 20; what begins at 17 ends at it, and 20 begins with it.
+    # Steps 16 to 18 end before the evaluation at 20. Steps 17 to 19 would end at it.
     assert first_profiled(CONFIG, first=6) == 16
     assert first_profiled(CONFIG, first=7) == 21
     assert first_profiled(CONFIG.with_options(checkpoint_interval=12)) == 13
@@ -66,15 +66,15 @@ def test_steps_that_nothing_interrupts_are_chosen():
     assert first_profiled(CONFIG.with_options(profile=19)) is None
 
 
-def test_no_room_for_it_is_one_line_and_no_run(tiny, refused, tmp_path):
-    assert "--profile: expected 9 steps in a row, after the first 10" in refused(
+def test_too_few_steps_to_profile_is_one_line_and_makes_no_run(tiny, error_of, tmp_path):
+    assert "--profile: expected 9 steps in a row, after the first 10" in error_of(
         *tiny, "--profile", 9
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_on_a_gpu_times_are_those_of_kernels():
-    """Stand-ins for the profiler's events: a kernel that no operator launched, a span's shadow among the kernels."""
+def test_on_cuda_an_operator_has_the_time_of_its_kernels():
+    """With fake events, among them a kernel without an operator and a named range."""
 
     def event(name, start, end, parent=None, kernels=(), device=DeviceType.CPU, annotation=False):
         launched = [SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels]
@@ -95,12 +95,12 @@ def test_on_a_gpu_times_are_those_of_kernels():
         annotation=True,
         kernels=[("Optimizer.step#AdamW.step", 10.0)],
     )
-    perceptron = event("tritium::gelu_mlp_fwd", 0, 5)
+    mlp = event("tritium::gelu_mlp_fwd", 0, 5)
     events = [
         event("data", 0, 1, annotation=True, kernels=[("data", 99.0)]),
         event("aten::copy_", 0, 1, kernels=[("Memcpy HtoD (Pinned -> Device)", 4.0)]),
-        perceptron,
-        event("aten::mm", 1, 2, parent=perceptron, kernels=[("nvjet_tst", 20.0)]),
+        mlp,
+        event("aten::mm", 1, 2, parent=mlp, kernels=[("nvjet_tst", 20.0)]),
         event("aten::mm", 6, 7, kernels=[("nvjet_tst", 30.0)]),
         optimizer,
         event("aten::add_", 51, 52, parent=optimizer, kernels=[("add_kernel", 10.0)]),
@@ -124,9 +124,9 @@ def test_on_a_gpu_times_are_those_of_kernels():
         for row in rows
     }
     assert found == {
-        ("products", "aten::mm"): (30, 0.3, 0.5),
+        ("matmul", "aten::mm"): (30, 0.3, 0.5),
         (BETWEEN, ""): (21, 0.21, None),
-        ("perceptron", "aten::mm"): (20, 0.2, 0.5),
+        ("MLP", "aten::mm"): (20, 0.2, 0.5),
         ("optimizer", "aten::add_"): (10, 0.1, 0.5),
         ("norms", "_layer_norm_fwd_kernel"): (10, 0.1, 0.5),
         ("other", "triton_poi_fused_embedding_0"): (5, 0.05, 0.5),

@@ -1,0 +1,157 @@
+import pytest
+import torch
+
+from tritium.train import plan as planner
+from tritium.train.commands.plan import describe
+from tritium.train.plan import PlanOptions, make_plan
+
+pytestmark = pytest.mark.plain
+
+
+def test_price_is_time_times_gpus(tritium):
+    words = ("plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5)
+    _, out, _ = tritium(*words)
+    seconds = make_plan(PlanOptions(recipe="gpt2", gpu="h100", gpus=8)).seconds()
+    hours = [each * 1e10 / 524_288 / 3600 for each in seconds]
+    low, high = (float(word) for word in out.split("price")[1].split(",")[0].split(" to "))
+    assert (low, high) == pytest.approx([8 * 2.5 * each for each in hours], rel=5e-3)
+
+
+def test_first_line_is_about_memory_and_last_about_speed(tritium):
+    status, out, err = tritium(
+        "plan", "gpt2", "--gpu", "h100", "--gpus", 8, "--tokens", "10B", "--price", 2.5
+    )
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("gpt2 on 8 x h100: fits, ")
+    assert "at most 64 sequences at once" in lines[0]
+    assert lines[-1].startswith("less than 3,")
+    for words in (
+        "524,288 tokens",
+        "10,000,000,000 tokens",
+        "hours",
+        "MFU",
+        "at 2.5 per GPU and hour",
+        "an estimate",
+    ):
+        assert words in out
+
+
+def test_plan_that_does_not_fit_suggests_a_micro_batch(tritium):
+    status, out, _ = tritium("plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size", 64)
+    assert status == 0
+    assert "does not fit" in out.splitlines()[0]
+    assert "--micro-batch-size 16 does (at most" in out.splitlines()[0]
+    assert (
+        "nor does a single sequence"
+        in tritium("plan", "gpt2-xl", "--gpu", "rtx-4090")[1].splitlines()[0]
+    )
+
+
+def test_plan_that_does_not_fit_suggests_activation_checkpointing(tritium):
+    words = ["plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size"]
+    assert (
+        "(at most 16 at once), and so does --recompute selective"
+        in tritium(*words, 64)[1].splitlines()[0]
+    )
+    assert (
+        "fits" in tritium(*words, 64, "--recompute", "selective")[1].splitlines()[0].split(": ")[1]
+    )
+    assert "recompute" not in tritium(*words, 512)[1].splitlines()[0]
+    long = [
+        "plan",
+        "gpt2-medium",
+        "--gpu",
+        "rtx-4090",
+        "--context-tokens",
+        32_768,
+        "--micro-batch-size",
+        1,
+    ]
+    assert (
+        "nor does a single sequence; one does with --recompute selective"
+        in tritium(*long)[1].splitlines()[0]
+    )
+
+
+def test_small_model_is_bound_by_launches(tritium):
+    assert (
+        "launching the kernels"
+        in tritium("plan", "shakespeare-char", "--gpu", "h100")[1].splitlines()[-1]
+    )
+
+
+def test_without_a_gpu_the_plan_has_memory_and_no_time(tritium, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = tritium("plan", "laptop")
+    assert status == 0, err
+    assert "CPU: fits" in out
+    assert "limits of this device are not known" in out.splitlines()[-1]
+    assert make_plan(PlanOptions(recipe="laptop")).machine.memory_bytes > 1e9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpt-2"], "unknown recipe 'gpt-2'; did you mean 'gpt2'"),
+        (
+            ["gpt2", "--gpu", "a100"],
+            "unknown GPU 'a100'; did you mean 'h100' or 'a100-80gb' or 'a100-40gb'?",
+        ),
+        (["gpt2", "--gpu", "h100", "--gpus", "0"], "--gpus: expected 1 or more, got 0"),
+        (
+            ["gpt2", "--gpu", "h100", "--gpus", "3"],
+            "--tokens-per-step: expected a multiple of 3 GPUs x 1024 tokens, got 524288; take 525",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--tokens", "many"],
+            "--tokens: expected a number of tokens such as 10B",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--tokens", "0"],
+            "--tokens: expected a number of tokens such as 10B",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--tokens-per-step", "1000"],
+            "expected a multiple of 1 GPUs x 1024 tokens, got 1000",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--price", "-1"],
+            "--price: expected 0 or more, and finite, got -1.0",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--price", "nan"],
+            "--price: expected 0 or more, and finite, got nan",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--micro-batch-size", "48"],
+            "--micro-batch-size: expected a divisor of the 512 sequences per step on each GPU",
+        ),
+        (
+            ["gpt2", "--gpu", "h100", "--context-tokens", "0"],
+            "--context-tokens: expected 1 or more, got 0",
+        ),
+        (["gpt2", "--gpuz", "2"], "did you mean --gpu"),
+        ([], "see tritium plan --help"),
+    ],
+)
+def test_bad_option_is_one_line(words, message, error_of):
+    assert message in error_of("plan", *words)
+
+
+def test_several_cpus_are_an_error(error_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--gpus: expected 1 on a machine without a GPU, got 2" in error_of(
+        "plan", "laptop", "--gpus", "2"
+    )
+
+
+def test_machine_with_unknown_memory_is_an_error(error_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(planner.os, "sysconf")
+    assert "name one, such as h100" in error_of("plan", "laptop")
+
+
+def test_rates_of_another_generation_are_named():
+    plan = make_plan(PlanOptions(recipe="gpt2", gpu="l40s"))
+    assert "rates of hopper assumed for ada" in "\n".join(describe(plan, "gpt2", None))

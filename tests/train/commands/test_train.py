@@ -1,0 +1,154 @@
+"""`tritium train`: bad input is one line on stderr and status 2, and nothing is overwritten."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tritium.model.cost import step_bytes
+from tritium.train import plan as planner
+from tritium.train.plan import RESERVE, Machine
+from tritium.train.run.folder import read_run
+from tritium.train.trainer import Trainer
+
+pytestmark = pytest.mark.plain
+
+
+def test_help_lists_recipes_and_options(tritium):
+    status, out, _ = tritium("train", "--help")
+    assert status == 0
+    assert "usage: tritium train" in out
+    assert "laptop, shakespeare-char, gpt2" in out
+    assert "--n-layer INT" in out
+
+
+def test_unknown_recipe_and_option_suggest_near_names(error_of):
+    assert "unknown recipe 'gpt-2'; did you mean 'gpt2'" in error_of("train", "gpt-2")
+    assert "did you mean --lr" in error_of("train", "laptop", "--lrr", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--schedule", "linear"], "invalid choice 'linear'"),
+        (["--steps", "0"], "--steps: expected 1 or more, and finite, got 0"),
+        (["--n-head", "3"], "d_model must be a multiple of n_head (3), got 16"),
+        (["--device", "tpu"], "--device: expected a device"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--context-tokens", "1000000"], "context_tokens 1000000 needs 1000001 training tokens"),
+        (["--tokenizer", "bpe:10"], "bpe:10"),
+        (["--tokenizer", "words"], "words"),
+        (["--precision", "float8"], "invalid choice 'float8'"),
+        (["--optimizer", "sgd"], "invalid choice 'sgd'"),
+        (["--resume", "x"], "--resume RUN_DIR comes first"),
+    ],
+)
+def test_bad_option_is_one_line_and_makes_no_run(words, message, error_of, tiny, tmp_path):
+    assert message in error_of(*tiny, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_optimizer_missing_in_pytorch_is_one_line_and_makes_no_run(
+    error_of, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert "--optimizer: expected a PyTorch with torch.optim.Muon" in error_of(
+        *tiny, "--optimizer", "muon"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_compiler_is_one_line(error_of, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        assert "expected a working C++ compiler, found none; install g++" in error_of(
+            *tiny, "--compile", "on"
+        )
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        (0, "does not fit, .* nor does a single sequence"),
+        (2, "does not fit, .*; --micro-batch-size 2 does [(]at most 2 at once[)]"),
+        (
+            4,
+            "fits, .*; at most 4 sequences at once .*; free other memory of the device, "
+            "or start again with a smaller --micro.*",
+        ),
+    ],
+)
+def test_out_of_memory_names_the_micro_batch_that_fits(
+    sequences, message, error_of, tiny, tmp_path, monkeypatch
+):
+    """With a machine that, by the plan, has memory for `sequences` sequences."""
+
+    def machine(processes):
+        need = sum(
+            step_bytes(
+                read_run(tmp_path / "run").model, sequences, 16, 4, accumulates=sequences < 4
+            ).values()
+        )
+        return Machine(
+            name="this CPU",
+            gpus=1,
+            memory_bytes=int(need / (1 - RESERVE)) + 1,
+            itemsize=4,
+            ceiling=None,
+        )
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(planner, "_cpu_machine", machine)
+    monkeypatch.setattr(planner, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(Trainer, "backward", full)
+    answer = error_of(*tiny)
+    assert re.fullmatch(
+        "tritium: out of memory: by the formulas of `tritium plan` a step " + message + ".*", answer
+    ), answer
+    assert re.search(message, error_of("train", "--resume", tmp_path / "run"))
+
+
+def test_corpus_without_text_is_one_line_and_makes_no_run(error_of, tiny, tmp_path):
+    empty, binary, folder = tmp_path / "empty.txt", tmp_path / "binary.txt", tmp_path / "folder"
+    empty.write_text("")
+    binary.write_bytes(b"\xff\xfe\x00\x01" * 10)
+    folder.mkdir()
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    for path in (empty, binary, folder):
+        assert str(path) in error_of(*tiny, "--data", path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "this one is a run already" in error_of(*tiny)
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == before
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("x")
+    assert "this one is in use" in error_of(*tiny, "--out", tmp_path / "used")
+
+
+def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
+    assert "expected the folder of a run" in error_of("train", "--resume", tmp_path)
+    assert "expected the folder of a run, got none" in error_of("train", "--resume")
+    answer = error_of("train", "--resume", "a", "--steps", "3")
+    assert "expected no options after it except how several processes share the run" in answer
+    assert answer.endswith("see tritium train --resume RUN_DIR --help")
+    assert tritium("train", "--resume", "RUN_DIR", "--help")[0] == 0
+    assert tritium(*tiny)[0] == 0
+    run = tmp_path / "run"
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(record | {"tokenizer_sha256": "0" * 64}))
+    assert "expected shards of tokenizer 000000000000" in error_of("train", "--resume", run)
+    (run / "config.json").write_text(json.dumps(record))
+    file = run / "checkpoints" / "step-20" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors: damaged" in error_of("train", "--resume", run)

@@ -1,0 +1,59 @@
+"""tritium data: build a dataset."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ...errors import InputError, unknown_name
+from ..data.build import build
+from ..data.tokenizer import DEFAULT_TOKENIZER
+from .cli import parse, program
+
+_DESCRIPTION = "Turn text into token shards, for `tritium train --data OUT_DIR`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of `tritium data build`."""
+
+    out_dir: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
+    """Folder to make."""
+    inputs: tyro.conf.Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT [INPUT ...]")]
+    ]
+    """Files and folders of txt, md, py, jsonl, jsonl.gz, parquet; stdlib: Python's standard library; python: also its installed packages."""  # noqa: E501 - --help keeps line breaks
+    tokenizer: str = DEFAULT_TOKENIZER
+    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE."""
+    held_out: float = 0.1
+    """Fraction of the documents held out for validation."""
+    text_field: str = "text"
+    """Key of jsonl objects and column of parquet files that holds the text."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium data build`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        argv = ["build", "--help"]
+    if argv[0] != "build":
+        raise InputError(unknown_name("command", f"data {argv[0]}", ["data build"]))
+    options = parse(DataOptions, argv[1:], prog="tritium data build", description=_DESCRIPTION)
+    info = build(
+        options.out_dir,
+        options.inputs,
+        options.tokenizer,
+        held_out=options.held_out,
+        text_field=options.text_field,
+    )
+    for name, split in (("train", info.train), ("held out", info.val)):
+        print(
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes"
+        )
+    print(
+        f"dropped {info.duplicates_dropped:,} duplicate documents, skipped {info.files_skipped:,} "
+        "files that are not UTF-8 text"
+    )
+    print(f"next: {program()} train --data {shlex.quote(options.out_dir)}")
+    return 0

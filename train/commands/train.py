@@ -1,0 +1,176 @@
+"""tritium train: train a new model, or go on with a stopped run."""
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from ...errors import InputError, InterruptedRun, NoMemoryError
+from ...model import GPTConfig
+from ...model.cost import parameters
+from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..distributed.launch import Launch, join
+from ..distributed.world import World
+from ..evaluate import Evaluation
+from ..loop import resume, start
+from ..recipes import RECIPES, default_recipe, recipe
+from ..run.folder import read_run
+from ..run.metrics import console
+from .cli import is_out_of_memory, parse, program
+from .plan import what_fits
+
+_DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine.
+
+
+tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
+
+tritium train --resume RUN_DIR                go on with a stopped run, exactly where it stopped
+
+
+torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of a machine"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(GPTConfig):
+    """The model."""
+
+    vocab_size: tyro.conf.Suppress[int] = GPTConfig.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(TrainConfig):
+    """TrainConfig as flat flags: --n-layer, not --model.n-layer."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelFlags]
+    execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
+    report: tyro.conf.OmitArgPrefixes[ReportOptions]
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "TrainFlags":
+        """Return the flags whose defaults are `config`."""
+        values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+        return cls(**values | {"model": ModelFlags(**asdict(config.model))})
+
+    def config(self) -> TrainConfig:
+        """Return the configuration that the flags describe."""
+        return TrainConfig.from_options(**self.options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `tritium train`."""
+
+    run: tyro.conf.OmitArgPrefixes[TrainFlags]
+    """The experiment: data, optimizer and schedule."""
+    launch: tyro.conf.OmitArgPrefixes[Launch]
+    """How several processes share the run."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium train`."""
+    if argv and argv[0].split("=")[0] == "--resume":
+        return _resume(argv)
+    if "--resume" in argv:
+        raise InputError(
+            "--resume RUN_DIR comes first: a resumed run keeps the options it was started with"
+        )
+
+    # options
+    has_recipe = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if has_recipe else default_recipe()
+    default = TrainOptions(run=TrainFlags.of(recipe(name)), launch=Launch())
+    words = argv[1:] if has_recipe else argv
+    options = parse(
+        TrainOptions, words, prog="tritium train", description=_DESCRIPTION, default=default
+    )
+    config = options.run.config()
+    is_dataset = (Path(config.data[0]) / "dataset.json").is_file()
+    if is_dataset and not any(word.startswith("--tokenizer") for word in argv):
+        # A dataset has its own tokenizer. The recipe's is for the recipe's data.
+        config = replace(config, tokenizer=None)
+
+    # run
+    with join(options.launch) as world:
+        out = config.report.out
+        run = world.on_rank0(lambda: Path(out) if out else _next_free_folder(name))
+        if world.is_rank0:
+            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
+            _print_unused_gpus(world, config)
+        return _run_and_report(run, world, lambda: start(config, run, world))
+
+
+def _resume(argv: Sequence[str]) -> int:
+    words = argv[0].split("=", 1) + list(argv[1:])
+    if len(words) < 2:
+        raise InputError("--resume: expected the folder of a run, got none")
+    run = Path(words[1])
+    try:
+        launch = parse(
+            Launch, words[2:], prog="tritium train --resume RUN_DIR", description=_DESCRIPTION
+        )
+    except InputError as error:
+        raise InputError(
+            "--resume RUN_DIR: expected no options after it except how several processes share "
+            f"the run: {error}"
+        ) from None
+    with join(launch) as world:
+        return _run_and_report(run, world, lambda: resume(run, world))
+
+
+def _next_free_folder(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def _print_unused_gpus(world: World, config: TrainConfig) -> None:
+    count = torch.cuda.device_count()
+    if not world.is_distributed and count > 1 and config.execution.device in ("auto", "cuda"):
+        print(
+            f"training on 1 of {count} GPUs; to use all: torchrun --nproc-per-node {count} "
+            "-m tritium.train with the same options"
+        )
+
+
+def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
+    """Train, then print a sample, the evaluation and what to do next. Returns: the exit status."""
+    began = time.perf_counter()
+    console.quiet = not world.is_rank0
+    try:
+        result = work()
+    except InterruptedRun:
+        if world.is_rank0:
+            is_single = not world.is_distributed
+            command = f"{program()} train" if is_single else "torchrun ... -m tritium.train"
+            print(f"stopped; go on with: {command} --resume {shlex.quote(str(run))}")
+        return 130
+    except Exception as error:
+        # One rank may run out of memory alone. The others wait for it until torchrun ends them.
+        if is_out_of_memory(error) and (run / "config.json").exists():
+            raise NoMemoryError(what_fits(read_run(run), world)) from error
+        raise
+    if world.is_rank0:
+        _print_result(run, result, time.perf_counter() - began)
+    return 0
+
+
+def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
+    record = read_run(run)
+    samples = (run / "samples.txt").read_text(encoding="utf-8")
+    last_sample = samples.rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
+    prompt = shlex.quote(record.train.report.prompt or "Once")
+    print(f"\n{last_sample}")
+    print(
+        f"validation loss {result.loss:.4f} nats per token over all {result.tokens:,} held-out "
+        f"tokens: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits per byte"
+    )
+    print(
+        f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
+    )
+    print(f"next: {program()} sample {shlex.quote(str(run))} --prompt {prompt}")
+    print(f"      for a better model, the same command with --steps {4 * record.train.steps}")
