@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels import causal_attention
-from ...kernels.attention.causal import cost, launch_bwd, launch_fwd
+from ...kernels.attention.causal import cost
+from ...kernels.attention.launch import launch_bwd, launch_fwd
+from ...kernels.attention.options import AttentionOptions
 from .case import Contestant, Operator, randn
 
 # B, T, H, K: GPT-2's heads at 1,024 tokens, long contexts at head size 64, and head size 128.
@@ -67,9 +69,9 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
         torch.empty(B, T, H, K, dtype=dtype, device="meta"),
         torch.empty(B, H, T, device="meta"),
     )
-    options = (None, None, K**-0.5, T, 0.0, 0.0)
-    launch_fwd(q, q, q, *options)
-    launch_bwd(q, None, q, q, q, q, lse, *options)
+    options = AttentionOptions(scale=K**-0.5, window=T)
+    launch_fwd(q, q, q, None, options)
+    launch_bwd(q, None, q, q, q, q, lse, None, options)
 
 
 ATTENTION = Operator(

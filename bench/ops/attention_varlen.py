@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import causal_attention_varlen
-from ...kernels.attention.causal import cost, launch_bwd, launch_fwd
+from ...kernels.attention.causal import cost
+from ...kernels.attention.launch import launch_bwd, launch_fwd
+from ...kernels.attention.options import AttentionOptions
 from .attention import eager, sdpa
 from .case import Contestant, Operator, randn
 
@@ -64,16 +66,10 @@ def _launches(shape: Sequence[int], dtype: torch.dtype) -> None:
         torch.empty(1, N, H, K, dtype=dtype, device="meta"),
         torch.empty(1, H, N, device="meta"),
     )
-    options = (
-        torch.empty(documents + 1, dtype=torch.int32, device="meta"),
-        None,
-        K**-0.5,
-        N,
-        0.0,
-        0.0,
-    )
-    launch_fwd(q, q, q, *options)
-    launch_bwd(q, None, q, q, q, q, lse, *options)
+    cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta")
+    options = AttentionOptions(scale=K**-0.5, window=N)
+    launch_fwd(q, q, q, cu_seqlens, options)
+    launch_bwd(q, None, q, q, q, q, lse, cu_seqlens, options)
 
 
 ATTENTION_VARLEN = Operator(

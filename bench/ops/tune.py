@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import InputError
-from ...kernels.attention import _launch as _attention_launch
+from ...kernels.attention import launch as attention_launch
 from ...kernels.mlp import _gemm
 from ...train.commands.cli import near, parse
 from ...train.device import choose_device, choose_matmul
@@ -79,11 +79,11 @@ def _product(*sizes: int) -> Variant:
 
 
 def _attention(direction: str, *sizes: int) -> Variant:
-    shipped, names = _attention_launch.plan, ("block_m", "block_n", "num_warps", "num_stages")
-    tile = _attention_launch.Tile(**dict(zip(names, sizes, strict=True)))
+    shipped, names = attention_launch.plan, ("block_m", "block_n", "num_warps", "num_stages")
+    tile = attention_launch.Tile(**dict(zip(names, sizes, strict=True)))
     return Variant(
         name=f"{direction} {sizes}",
-        target="attention._launch.plan",
+        target="attention.launch.plan",
         value=lambda wanted, *rest: tile if wanted == direction else shipped(wanted, *rest),
     )
 
@@ -117,7 +117,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention("dkdv", 64, 64, 4, 2),
         _attention("dkdv", 128, 128, 8, 2),
         _attention("dkdv", 64, 128, 4, 2),
-        *(_constant("attention._launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
+        *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
     "cross_entropy": tuple(
         _constant("loss._launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
