@@ -10,7 +10,8 @@ Forward    A program owns a tile of BLOCK_M queries of one head and loops over t
                acc     the sum of exp(score - m) v so far
 
            If a tile raises m, total and acc are first multiplied by exp(old m - new m). After the
-           last tile o = acc / total and lse = m + log(total).
+           last tile o = acc / total and lse = m + log(total). The code has exp2 in place of exp:
+           see "Base 2" in _tiles.py.
 
 Backward   The weights are not stored. They are recomputed from the saved lse: p = exp(score - lse).
            dq sums over keys, dk and dv sum over queries, so there are two kernels. One owns a tile

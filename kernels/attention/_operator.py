@@ -36,7 +36,7 @@ from .options import AttentionOptions
 
 
 def _is_plain(T: int, S: int, cu_seqlens: Tensor | None, options: AttentionOptions) -> bool:
-    """Whether SDPA computes it: as many queries as keys, one sequence, no option but the scale."""
+    """Whether SDPA computes it: as many queries as keys, no documents, no option but the scale."""
     has_options = options.softcap > 0 or options.dropout_p > 0
     return cu_seqlens is None and T == S <= options.window and not has_options
 

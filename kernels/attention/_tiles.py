@@ -1,12 +1,12 @@
 """What the attention kernels share: finding a tile, loads and stores, the arithmetic of a tile.
 
-Base 2     kernels compute exp2 rather than exp, which GPUs have no instruction for. With
-           c = scale log2(e), exp(scale q k^T) = exp2(c q k^T): c is folded into the exponent.
-Loads      a `source` is a TMA descriptor (the GPU's bulk-copy unit loads whole tiles) if the
-           launcher could make one, otherwise a pointer. `_load_rows` and `_load_statistics`
+Base 2     GPUs have an instruction for exp2 but none for exp. exp(scale q k^T) = exp2(c q k^T) with
+           c = scale log2(e), so exp2 costs no extra multiplication.
+Loads      a `source` is a TMA descriptor if the launcher could make one, otherwise a pointer. With
+           a descriptor one instruction loads a whole tile. `_load_rows` and `_load_statistics`
            accept both.
-Maximum    the running maximum starts at LOWEST, a finite number: exp2(-inf - LOWEST) = 0, but
-           exp2(-inf - (-inf)) would be NaN for a query that has seen no key yet.
+Maximum    the running maximum starts at LOWEST, a finite number. For a query that has seen no key
+           yet, exp2(-inf - LOWEST) = 0, whereas exp2(-inf - (-inf)) would be NaN.
 """
 
 from ..core.tile import tanh

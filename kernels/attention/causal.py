@@ -105,10 +105,7 @@ def causal_attention(
             f"{name}: there must be at least as many keys as the {T} queries, got {S}; "
             "the last query and the last key are the same token"
         )
-    options = resolve_options(
-        name, K, S, q.device,
-        scale=scale, window=window, softcap=softcap, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+    options = resolve_options(name, K, S, q.device, scale, window, softcap, dropout_p, seed)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if return_lse:
         return attention.dispatch(q, k, v, None, options)
@@ -167,8 +164,7 @@ def causal_attention_qkvpacked(
         qkv = qkv.reshape(1, keys, width)
         cu_seqlens = cu_seqlens.contiguous()
     options = resolve_options(
-        name, width // (H + 2 * G), keys, qkv.device,
-        scale=scale, window=window, softcap=softcap, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+        name, width // (H + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed
+    )
     o, _ = packed_attention(unit_stride(qkv), H, G, cu_seqlens, options)
     return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

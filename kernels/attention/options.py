@@ -49,7 +49,6 @@ def resolve_options(
     head_size: int,
     keys: int,
     device: torch.device,
-    *,
     scale: float | None,
     window: int | None,
     softcap: float,

@@ -62,10 +62,7 @@ def causal_attention_varlen(
             f"{name}: max_seqlen must be at least 1, the longest document's length or more, "
             f"got {max_seqlen}"
         )
-    options = resolve_options(
-        name, K, N, q.device,
-        scale=scale, window=window, softcap=softcap, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+    options = resolve_options(name, K, N, q.device, scale, window, softcap, dropout_p, seed)
     # The operator takes one sequence of N tokens: a batch of 1.
     q, k, v = (unit_stride(x).unsqueeze(0) for x in (q, k, v))
     o, lse = attention(q, k, v, cu_seqlens.contiguous(), options)
