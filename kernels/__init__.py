@@ -9,8 +9,9 @@ if "." not in __name__:
         "this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'"
     )
 
-from .attention.causal import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
+from .attention.causal import causal_attention, causal_attention_qkvpacked
 from .attention.decode import attention_decode
+from .attention.varlen import causal_attention_varlen
 from .loss.cross_entropy import cross_entropy
 from .loss.linear_cross_entropy import linear_cross_entropy
 from .mlp.gelu_mlp import gelu_mlp

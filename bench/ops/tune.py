@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import InputError, unknown_name
-from ...kernels.attention import _launch as _attention_launch
+from ...kernels.attention import launch as attention_launch
 from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
@@ -83,12 +83,12 @@ def _gemm_tile(*sizes: int) -> Variant:
 
 
 def _attention_tile(kernel: str, *sizes: int) -> Variant:
-    shipped = _attention_launch.plan
+    shipped = attention_launch.plan
     names = ("block_m", "block_n", "num_warps", "num_stages")
-    tile = _attention_launch.Tile(**dict(zip(names, sizes, strict=True)))
+    tile = attention_launch.Tile(**dict(zip(names, sizes, strict=True)))
     return Variant(
         name=f"{kernel} {sizes}",
-        target="attention._launch.plan",
+        target="attention.launch.plan",
         value=lambda wanted, *rest: tile if wanted == kernel else shipped(wanted, *rest),
     )
 
@@ -122,7 +122,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("dkdv", 64, 64, 4, 2),
         _attention_tile("dkdv", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 128, 4, 2),
-        *(_constant("attention._launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
+        *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
     "cross_entropy": tuple(
         _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)

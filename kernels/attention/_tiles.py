@@ -1,10 +1,12 @@
-"""What the kernels of causal attention share: where a program works, how it reads and writes, the arithmetic of one tile.
+"""What the attention kernels share: finding a tile, loads and stores, the arithmetic of a tile.
 
-Whatever is walked comes through a TMA descriptor where the launcher could make one, through pointers otherwise: `_rows` and
-`_statistics` are where the two meet.
-
-Scores live in the base-2 domain: p = exp2(s c - m), c = scale log2(e), with m the running maximum of s c. It starts at LOWEST
-rather than -inf, so that rows without a visible key yet need no case of their own.
+Base 2     GPUs have an instruction for exp2 but none for exp. exp(scale q k^T) = exp2(c q k^T) with
+           c = scale log2(e), so exp2 costs no extra multiplication.
+Loads      a `source` is a TMA descriptor if the launcher could make one, otherwise a pointer. With
+           a descriptor one instruction loads a whole tile. `_load_rows` and `_load_statistics`
+           accept both.
+Maximum    the running maximum starts at LOWEST, a finite number. For a query that has seen no key
+           yet, exp2(-inf - LOWEST) = 0, whereas exp2(-inf - (-inf)) would be NaN.
 """
 
 from ..core.tile import tanh
@@ -15,17 +17,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
 
 
-# --- where a program works
+# --- which tile a program owns
 
 
 @triton.jit
-def _place(
-    work_ptr, cu_seqlens_ptr, T, S, H, tiles, heads, heads_at_once, BLOCK: tl.constexpr, IS_KEYS: tl.constexpr
+def _locate(
+    work_ptr, cu_seqlens_ptr, T, S, H, tiles, heads, heads_at_once,
+    BLOCK: tl.constexpr, IS_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Which tile, batch and head a program owns, and where its sequence lies: first token, queries, keys.
+    """Return tile, batch and head of this program; first token, queries and keys of its sequence.
 
-    Heads go in groups whose keys and values fit the L2 together; inside a group the tiles with most work come first.
+    Programs run roughly in the order of their ids. Heads go in groups of `heads_at_once`, whose
+    keys and values fit in the L2 cache together. Within a group the tiles with the most work come
+    first, so that short tiles fill the gaps at the end.
     """
+    # Head, and the tile's rank among the tiles of its group of heads.
     pid = tl.program_id(0)
     first_head = pid // (heads_at_once * tiles) * heads_at_once
     within = pid - first_head * tiles
@@ -33,16 +39,18 @@ def _place(
     head = first_head + within % at_once
     rank = within // at_once
     if cu_seqlens_ptr is None:
-        # The last queries see most keys, the first keys are seen by most queries.
+        # The last queries see the most keys. The first keys are seen by the most queries.
         tile = rank if IS_KEYS else tiles - 1 - rank
         return tile, head // H, head % H, 0, T, S
     else:
-        # A slot that no tile took holds -1, -1: the first tile of an empty document.
+        # Packed documents: read (document, tile) from the list. An unused slot holds (-1, -1) and
+        # becomes the first tile of an empty document.
         document = tl.load(work_ptr + 2 * rank)
         used = document >= 0
         start = tl.load(cu_seqlens_ptr + document, mask=used, other=0)
         stop = tl.load(cu_seqlens_ptr + document + 1, mask=used, other=0)
-        # What cu_seqlens holds cannot be checked without waiting for the GPU; whatever it is, no access leaves the tensors.
+        # Checking cu_seqlens on the host would wait for the GPU. Clamp instead: whatever it holds,
+        # no access is out of bounds.
         start = tl.minimum(tl.maximum(start, 0), T)
         length = tl.minimum(tl.maximum(stop, start), T) - start
         tile = tl.maximum(tl.load(work_ptr + 2 * rank + 1), 0)
@@ -53,23 +61,30 @@ def _place(
 
 @triton.jit
 def _key_range(first, queries, shift, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys that a tile of queries walks, in tiles: from the window's edge, all seen from, all seen to, to the diagonal."""
+    """Split the keys that queries [first, first + BLOCK_M) see into three ranges; return 4 bounds.
+
+    The ranges are: tiles on the window's edge, tiles that every query sees in full, tiles on the
+    diagonal. `shift` is S - T. Ranges begin at multiples of BLOCK_N.
+    """
     hi = tl.minimum(first + BLOCK_M, queries) + shift
-    # Keys that the first query of the tile sees, every later one sees too: all but the window's last few.
+    # Later queries see every key that the first query sees, except the oldest keys of its window.
     inner_hi = (first + shift + 1) // BLOCK_N * BLOCK_N
     if window is None:
         return 0, 0, inner_hi, hi
     else:
         lo = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
         inner_lo = tl.cdiv(tl.maximum(first + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
-        # A window too narrow for any such tile has its edge and the diagonal in the same ones.
+        # In a narrow window no tile is seen in full: its edge and the diagonal share tiles.
         inner_lo = tl.minimum(inner_lo, tl.maximum(inner_hi, lo))
         return lo, inner_lo, tl.maximum(inner_hi, inner_lo), hi
 
 
 @triton.jit
 def _query_range(first, queries, shift, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Queries that a tile of keys walks, in tiles: from the diagonal, all see from, all see to, to the window's end."""
+    """Split the queries that see keys [first, first + BLOCK_N) into three ranges; return 4 bounds.
+
+    The ranges are: tiles on the diagonal, tiles that see every key, tiles on the window's edge.
+    """
     lo = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
     inner_lo = lo + tl.cdiv(tl.maximum(first + BLOCK_N - 1 - shift - lo, 0), BLOCK_M) * BLOCK_M
     if window is None:
@@ -85,11 +100,15 @@ def _query_range(first, queries, shift, window, BLOCK_M: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def _rows(
+def _load_rows(
     source, batch, first, end, head, stride_b, stride_t, stride_h,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [first, first + BLOCK) of one head, (BLOCK, BLOCK_K): zeros from token `end` and column HEAD on."""
+    """Load tokens [first, first + BLOCK) of one head, (BLOCK, BLOCK_K).
+
+    Columns from HEAD on are zero. So are tokens from `end` on if `source` is a pointer; a
+    descriptor gives zeros only past the end of the tensor.
+    """
     if isinstance(source, tl.tensor_descriptor):
         return source.load([batch, first, head, 0]).reshape(BLOCK, BLOCK_K)
     else:
@@ -101,14 +120,14 @@ def _rows(
 
 
 @triton.jit
-def _statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
-    """One number for each of the tokens [first, first + BLOCK) of row `index` of (rows, T): `other` from token `end` on.
+def _load_statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
+    """Load one number per token [first, first + BLOCK) from row `index` of (rows, T).
 
-    A descriptor gives 0 there, as `_rows` does for the tokens themselves, and what follows from zeros alone is 0 too. It is
-    for whole rows, read in whole tiles.
+    Tokens from `end` on give `other`. A descriptor gives 0 there, which is as good: the launcher
+    makes one only if `end` is the end of the row, and then `_load_rows` gives zeros there too.
     """
     if isinstance(source, tl.tensor_descriptor):
-        # An ordinary load of so few numbers puts every one of them into each thread that needs it: 32 more instructions.
+        # An ordinary load puts each number into every thread that needs it: 32 more instructions.
         return source.load([index, first]).reshape(BLOCK)
     else:
         offs = first + tl.arange(0, BLOCK)
@@ -120,7 +139,7 @@ def _store_rows(
     pointer, tile, batch, first, end, head, stride_b, stride_t, stride_h,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write what `_rows` would read."""
+    """Store `tile` as tokens [first, first + BLOCK) of one head; skip tokens from `end` on."""
     offs, offs_k = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK_K)
     start = pointer + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
     start += tl.cast(first, tl.int64) * stride_t
@@ -132,25 +151,31 @@ def _store_rows(
     )
 
 
-# --- arithmetic of a tile
+# --- tile arithmetic
 
 
 @triton.jit
-def _capped(s, scale, softcap):
-    """Scores ready for exp2 once multiplied by `_exponent`: raw products, or soft-capped ones."""
+def _capped_scores(s, scale, softcap):
+    """q k^T as it is, or soft-capped. Multiplied by `_exp2_scale`, both are exponents of exp2."""
     return s if softcap is None else softcap * tanh(s * (scale / softcap))
 
 
 @triton.jit
-def _exponent(scale, softcap):
+def _exp2_scale(scale, softcap):
+    """Converts scores to base-2 exponents. Soft-capped scores are scaled already."""
     return scale * LOG2E if softcap is None else LOG2E
 
 
 @triton.jit
-def _weights(s, m, c, IS_EDGE: tl.constexpr):
-    """Weights of a tile of scores against the maximum so far: p, what earlier weights shrink by, and the new maximum."""
+def _softmax_step(s, m, c, IS_EDGE: tl.constexpr):
+    """One step of the online softmax, for scores s (BLOCK_M, BLOCK_N) and running maximum m.
+
+    Return the weights exp2(s c - new maximum), what earlier sums must be multiplied by, and the
+    new maximum.
+    """
     if IS_EDGE:
-        # The largest score of a tile weighs 1 exactly, though s c - m is one rounded operation: a lone key gives its value.
+        # Subtract before multiplying: the largest score gets a weight of exactly 1. So a query
+        # that sees one key returns exactly its value, whereas s c - m is rounded.
         largest = tl.maximum(tl.max(s, 1), LOWEST)
         behind = tl.where(largest * c >= m, 0.0, largest * c - m)
         new = tl.maximum(m, largest * c)
@@ -161,32 +186,30 @@ def _weights(s, m, c, IS_EDGE: tl.constexpr):
 
 
 @triton.jit
-def _visible(queries, keys, shift, window):
-    """Which keys are seen by which queries, of indices that broadcast against each other."""
+def _is_visible(queries, keys, shift, window):
+    """Whether each query sees each key. The indices broadcast; `shift` is S - T."""
     ahead = queries + shift - keys
     return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
 
 
 @triton.jit
-def _kept(
-    seed,
-    row,
-    quads_per_row,
-    first_row,
-    first_key,
-    threshold,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Which attention weights of a tile dropout keeps: word j % 4 of Philox counter row * quads_per_row + j / 4 for key j."""
+def _dropout_mask(
+    seed, row, quads_per_row, first_row, first_key, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return True for the attention weights to keep, (BLOCK_M, BLOCK_N).
+
+    Key j takes word j % 4 of Philox counter row * quads_per_row + j / 4: four keys per counter.
+    """
     rows = row + first_row + tl.arange(0, BLOCK_M)
     quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
     w0, w1, w2, w3 = tl.randint4x(seed, rows[:, None] * quads_per_row + quads[None, :])
+    # Joined this way, reshape puts the four words of a counter next to each other, in order.
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return pairs.reshape(BLOCK_M, BLOCK_N).to(tl.int32, bitcast=True) >= threshold
 
 
-# --- packed documents: a program owns BLOCK_T slots of the list of tiles
+# --- packed documents: a program writes BLOCK_T slots of the list of tiles
 
 
 @triton.jit
@@ -194,10 +217,12 @@ def _causal_attention_schedule_kernel(
     cu_seqlens_ptr, work_ptr, tiles, documents,
     BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """List (document, tile) for every tile of BLOCK tokens, those with most work first.
+    """List (document, tile) for every tile of BLOCK tokens, those with the most work first.
 
-    Slot floor(start / BLOCK) + document + tile is every tile's own, without a sum over documents; some slots stay empty.
+    Tile t of a document that begins at `start` has slot floor(start / BLOCK) + document + t. Slots
+    are unique and need no sum over documents. Some slots belong to no tile.
     """
+    # The document of each slot: count the documents that begin at or before it.
     slots = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     document = tl.full((BLOCK_T,), -1, tl.int32)
     for first in range(0, documents, BLOCK_D):
@@ -206,24 +231,27 @@ def _causal_attention_schedule_kernel(
         document += tl.sum(
             ((begins[None, :] <= slots[:, None]) & (d < documents)[None, :]).to(tl.int32), 1
         )
-    # Slots before the first document, if that does not begin at 0, have none: their tile is below 0.
+
+    # The tile of each slot. Slots before the first document get a tile below 0.
     document = tl.maximum(document, 0)
     start = tl.load(cu_seqlens_ptr + document)
     tile = slots - (start // BLOCK + document)
     used = (tile >= 0) & (tile < tl.cdiv(tl.load(cu_seqlens_ptr + document + 1) - start, BLOCK))
 
+    # Its rank: the number of tiles that come before it. Tile t of a document sees t + 1 tiles of
+    # keys, so tiles with a larger t come first. Among equal ones the earlier document comes first.
     rank = tl.zeros((BLOCK_T,), tl.int32)
     for first in range(0, documents, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         lengths = tl.load(cu_seqlens_ptr + d + 1, mask=d < documents, other=0)
         lengths -= tl.load(cu_seqlens_ptr + d, mask=d < documents, other=0)
         more = tl.maximum(tl.cdiv(lengths, BLOCK)[None, :] - tile[:, None], 0)
-        # Tiles further into their documents come first; of equal ones that of the earlier document.
         rank += tl.sum(
             tl.maximum(more - 1, 0) + ((more > 0) & (d[None, :] < document[:, None])).to(tl.int32),
             1,
         )
-    # Of documents that make no sense the ranks may lie anywhere, their sum having wrapped around.
+
+    # Invalid cu_seqlens can make the ranks overflow: never write outside the list.
     used &= (rank >= 0) & (rank < tiles)
     tl.store(work_ptr + 2 * rank, document, mask=used)
     tl.store(work_ptr + 2 * rank + 1, tile, mask=used)

@@ -1,14 +1,19 @@
-"""Attention of new tokens to a cache of keys and values: what generation does at every step. Inference only.
+"""Attention of new tokens to a cache of keys and values, as in every step of generation.
 
-    position   of new token t of sequence b: p = cache_lengths[b] - T + t
-    scores     s_j = scale q k_j^T    t_j = c tanh(s_j / c) (softcap c > 0, else s_j)    for keys j with 0 <= p - j < window
-    output     o = softmax(t) v, zero where a token sees no key
+    position   new token t of sequence b is at p = cache_lengths[b] - T + t
+    scores     s_j = scale q k_j^T         for keys j with 0 <= p - j < window
+               t_j = c tanh(s_j / c)       soft-capping, if c > 0; otherwise t_j = s_j
+    output     o = softmax(t) v            zero for a token that sees no key
 
-Shapes     q, o: (B, T, H, K)   k_cache, v_cache: (B, S, G, K), G divides H   cache_lengths: (B,), the T new tokens included
+Shapes     q, o: (B, T, H, K)   k_cache, v_cache: (B, S, G, K), G divides H   cache_lengths: (B,)
 Precision  any float dtype in and out; scores, softmax and sums in float32
-Cost       memory-bound: every visible key and value is read once for the H / G heads and 16 to 64 rows of a tile, see cost()
-Splits     the keys of a tile are shared out over programs, as many as fill the GPU; each leaves o and its log-sum-exp in
-           float32, a second kernel joins them. No atomics; the order of summation depends on shapes, lengths and SMs alone
+Gradient   none: inference only
+Cost       memory-bound. All H / G query heads of a key head, and up to 64 (token, head) rows, share
+           one read of the keys and values. See cost().
+Splits     One new token gives only B G tiles of queries, too few for a GPU. The keys are therefore
+           split among programs. Each writes its own o and log-sum-exp in float32; a second kernel
+           joins them. No atomics: the order of additions depends only on the shapes, the lengths
+           and the number of SMs.
 Source     Dao, Haziza, Massa & Sizov 2023, "Flash-Decoding for long-context inference"
 """
 
@@ -23,9 +28,11 @@ from ..core.layout import strides_bth, wide
 from ..core.matmul import autocast
 from ..core.op import can_read_values, define_op, public
 from ..core.triton import cdiv, next_power_of_2, tl, triton
-from ._tiles import LOWEST, _capped, _exponent, _rows, _visible, _weights
+from ._inputs import check_head_counts, unit_stride
+from ._tiles import LOWEST, _capped_scores, _exp2_scale, _is_visible, _load_rows, _softmax_step
+from .options import MAX_HEAD_SIZE, check_score_options
 
-MAX_HEAD_SIZE, MAX_SPLITS = 256, 64
+MAX_SPLITS = 64
 
 
 # --- reference: the definition; also the CPU implementation and the test oracle
@@ -42,12 +49,13 @@ def reference(
 ) -> Tensor:
     """Return o in q's dtype."""
     (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
-    _refuse_bad_lengths(cache_lengths, S)
+    _check_length_values(cache_lengths, S)
+    # Which keys each token sees.
     keys = torch.arange(S, device=q.device)
     position = (cache_lengths.long() - T)[:, None] + torch.arange(T, device=q.device)
     ahead = position[:, None, :, None] - keys  # (B, 1, T, S)
     seen = (ahead >= 0) & (ahead < window)
-    # (B, G, H / G, T, K) against (B, G, 1, S, K). What lies behind a sequence's last key may be anything, NaN too.
+    # Softmax of the scores. Query heads (B, G, H / G, T, K), key heads (B, G, 1, S, K).
     heads = wide(q).unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)
     k, v = (wide(x).permute(0, 2, 1, 3).unsqueeze(2) for x in (k_cache, v_cache))
     s = heads @ k.mT * scale
@@ -55,7 +63,9 @@ def reference(
         s = softcap * torch.tanh(s / softcap)
     p = torch.softmax(s.masked_fill(~seen[:, :, None], -math.inf), -1)
     p = p.masked_fill(~seen.any(-1, keepdim=True)[:, :, None], 0.0)
-    o = p @ v.masked_fill((keys >= cache_lengths[:, None])[:, None, None, :, None], 0.0)
+    # The unused end of a cache may hold NaN, which would survive a multiplication by 0.
+    unused = (keys >= cache_lengths[:, None])[:, None, None, :, None]
+    o = p @ v.masked_fill(unused, 0.0)
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, K).to(q.dtype).contiguous()
 
 
@@ -68,35 +78,38 @@ def shapes(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """Room for what `reference` returns."""
+    """Allocate the output of `reference`."""
     return q.new_empty(q.shape)
 
 
-def _refuse_bad_lengths(cache_lengths: Tensor, S: int) -> None:
-    """Raise for lengths that the cache does not have, where looking costs no synchronization."""
+def _check_length_values(cache_lengths: Tensor, S: int) -> None:
+    """Check that lengths are in [0, S], if that needs no synchronization."""
     if not can_read_values(cache_lengths):
         return
     if ((cache_lengths < 0) | (cache_lengths > S)).any():
         raise ValueError(
-            f"attention_decode: cache_lengths must be from 0 to the cache's {S}, got {cache_lengths.tolist()[:20]}"
+            f"attention_decode: cache_lengths must be from 0 to the cache's {S}, "
+            f"got {cache_lengths.tolist()[:20]}"
         )
 
 
-# --- kernels: a program owns a tile of (token, head) rows of one key head and a share of their keys; or one row's shares
+# --- kernels: a program owns a tile of rows of one key head, and one split of their keys
 
 
 @triton.jit
 def _attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, lse_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     B, T, S, H, group, splits, scale, window, softcap,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Sequences and tiles may be many: they share the one axis that takes more than 65,535.
+    # Find this program's rows. Sequences and tiles share the first axis of the grid: the others
+    # are limited to 65,535.
     pid, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(T * group, BLOCK_M)
     batch, pid_m = pid // tiles, pid % tiles
-    # Row r is token r / group of head r % group: all heads of a group read the same keys.
+    # Row r is token r / group, head r % group: the heads of a group read the same keys.
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens, heads = rows // group, kv_head * group + rows % group
     offs_k = tl.arange(0, BLOCK_K)
@@ -108,26 +121,26 @@ def _attention_decode_kernel(
     )
     q = tl.load(q_ptr + base[:, None] + offs_k[None, :], mask=mask, other=0.0)
 
+    # The keys [lo, hi) that any of the rows sees, and this program's split of them.
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), S).to(tl.int32)
     shift = length - T
-    first, last = (
-        pid_m * BLOCK_M // group,
-        tl.minimum((pid_m * BLOCK_M + BLOCK_M - 1) // group, T - 1),
-    )
+    first = pid_m * BLOCK_M // group
+    last = tl.minimum((pid_m * BLOCK_M + BLOCK_M - 1) // group, T - 1)
     hi = last + shift + 1
     lo = 0 if window is None else tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), splits) * BLOCK_N
-    lo += split * share
-    hi = tl.minimum(lo + share, hi)
+    keys_per_split = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), splits) * BLOCK_N
+    lo += split * keys_per_split
+    hi = tl.minimum(lo + keys_per_split, hi)
 
-    c = _exponent(scale, softcap)
+    # Loop over the keys with an online softmax, see _kernels.py.
+    c = _exp2_scale(scale, softcap)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     total, m = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
-    for first_key in tl.range(lo, hi, BLOCK_N):
-        keys = _rows(
+    for begin in tl.range(lo, hi, BLOCK_N):
+        keys = _load_rows(
             k_ptr,
             batch,
-            first_key,
+            begin,
             hi,
             kv_head,
             stride_kb,
@@ -137,16 +150,16 @@ def _attention_decode_kernel(
             BLOCK_N,
             BLOCK_K,
         )
-        s = _capped(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
-        offs_n = first_key + tl.arange(0, BLOCK_N)
-        seen = _visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
+        s = _capped_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
+        offs_n = begin + tl.arange(0, BLOCK_N)
+        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
         s = tl.where(seen, s, -float("inf"))
-        p, shrink, m = _weights(s, m, c, True)
+        p, shrink, m = _softmax_step(s, m, c, True)
         total = total * shrink + tl.sum(p, 1)
-        values = _rows(
+        values = _load_rows(
             v_ptr,
             batch,
-            first_key,
+            begin,
             hi,
             kv_head,
             stride_vb,
@@ -157,6 +170,8 @@ def _attention_decode_kernel(
             BLOCK_K,
         )
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+
+    # Normalize and store. `total` is 0 for a row that sees no key of this split.
     out = ((split * B + batch).to(tl.int64) * T + tokens) * H + heads
     tl.store(lse_ptr + out, m + tl.log2(total), mask=tokens < T)
     o = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -169,12 +184,12 @@ def _attention_decode_join_kernel(
     rows, splits,
     HEAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the shares of one row by their part of its sum of exponentials."""
+    """Average the splits of one row, each weighted by its sum of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     offs = offs_s.to(tl.int64) * rows + row
     lse = tl.load(lse_ptr + offs, mask=offs_s < splits, other=-float("inf"))
-    # No share has seen a key where all are -inf.
+    # If no split has seen a key, all lse are -inf, and subtracting their maximum would give NaN.
     weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), LOWEST))
     mask = (offs_s < splits)[:, None] & (offs_k < HEAD)[None, :]
     partial = tl.load(o_partial_ptr + offs[:, None] * HEAD + offs_k[None, :], mask=mask, other=0.0)
@@ -188,7 +203,7 @@ def _attention_decode_join_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Launch sizes: rows and keys of a tile, padded head size, programs that share a tile's keys."""
+    """Launch sizes: rows and keys of a tile, padded head size, splits of the keys."""
 
     block_m: int
     block_n: int
@@ -199,10 +214,10 @@ class Plan:
 def plan(
     B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int, sms: int = DEFAULT_SM_COUNT
 ) -> Plan:
-    """Choose tiles, and splits that give every SM two programs where the cache is long enough."""
+    """Choose tiles, and splits that give every SM two programs if the cache is long enough."""
     rows, block_k = T * H // G, max(16, next_power_of_2(K))
     block_m = min(64, max(16, next_power_of_2(rows)))
-    # A tile of keys takes 16 KB, and its values as much.
+    # A tile of keys takes 16 KB, and so does a tile of values.
     block_n = max(16, min(128, 16_384 // (block_k * itemsize)))
     programs = B * G * cdiv(rows, block_m)
     splits = max(1, min(MAX_SPLITS, 2 * sms // max(1, programs), cdiv(S, block_n)))
@@ -220,21 +235,20 @@ def launch(
 ) -> Tensor:
     """Kernel counterpart of `reference`."""
     (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
-    _refuse_bad_lengths(cache_lengths, S)
+    _check_length_values(cache_lengths, S)
     p = plan(B, T, S, H, G, K, q.element_size(), sm_count(q.device))
     o = shapes(q, k_cache, v_cache, cache_lengths, scale, window, softcap)
-    partial = (
-        o
-        if p.splits == 1
-        else torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
-    )
+    partial = o
+    if p.splits > 1:
+        partial = torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
     lse = torch.empty((p.splits, B, T, H), dtype=torch.float32, device=q.device)
     _attention_decode_kernel[(cdiv(T * H // G, p.block_m) * B, G, p.splits)](
-        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths, o_ptr=partial, lse_ptr=lse,
-        **strides_bth(q=q, k=k_cache, v=v_cache),
-        B=B, T=T, S=S, H=H, group=H // G, splits=p.splits,
-        scale=scale, window=window if window < S else None, softcap=softcap if softcap > 0 else None,
-        HEAD=K, BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, num_warps=4, num_stages=2,
+        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths,
+        o_ptr=partial, lse_ptr=lse, **strides_bth(q=q, k=k_cache, v=v_cache),
+        B=B, T=T, S=S, H=H, group=H // G, splits=p.splits, scale=scale,
+        window=window if window < S else None, softcap=softcap if softcap > 0 else None,
+        HEAD=K, BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     if p.splits > 1:
         _attention_decode_join_kernel[(B * T * H,)](
@@ -245,7 +259,7 @@ def launch(
 
 
 def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[str, int]:
-    """Least bytes to move, and FLOPs (about), for T new tokens at the end of S."""
+    """Least bytes to move, and approximate FLOPs, for T new tokens at the end of S."""
     return {
         "fwd_bytes": 2 * B * (S * G + T * H) * K * itemsize,
         "fwd_flops": 2 * 2 * B * T * S * H * K,
@@ -259,81 +273,69 @@ _decode = define_op("attention_decode", launch=launch, reference=reference, shap
 
 @public
 def attention_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, scale: float | None = None,
-    window: int | None = None, softcap: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
     """Attend from each sequence's newest tokens to its cached keys and values, their own included.
 
     Args:
-        q: (B, T, H, K), float32, bfloat16 or float16 (float64 on the CPU too), K <= 256; any strides, copied where the last one
-            is not 1. T is 1 when generating, more when reading a prompt.
-        k_cache, v_cache: (B, S, G, K), dtype and device of q; G divides H. What lies behind a sequence's last key is not used.
-        cache_lengths: (B,) int32 or int64 on q's device: how many of the S keys each sequence has, the T new ones included, so
-            that new token t is at cache_lengths[b] - T + t. Lengths outside [0, S] are an error on the CPU; on a GPU, where
-            looking would mean waiting, they are cut to S.
-        scale: positive factor of the scores before the softmax; default 1 / sqrt(K).
-        window: how many keys a token sees, itself included; None for all.
-        softcap: c > 0 turns a score s into c tanh(s / c).
-    Returns: o (B, T, H, K) in the dtype of q; zero for a token that sees no key. It has no gradient.
-    Raises: ValueError for shapes, dtypes, devices and options that do not fit, naming what was expected. TypeError for float64
+        q: (B, T, H, K), float32, bfloat16 or float16, on a CPU also float64. K <= 256. Any strides:
+            copied if the last one is not 1. T is 1 when generating, more when reading a prompt.
+        k_cache, v_cache: (B, S, G, K), dtype and device of q. G divides H. Keys and values after a
+            sequence's length are not used.
+        cache_lengths: (B,) int32 or int64 on the device of q: how many of the S keys each sequence
+            has, the T new ones included. New token t is at cache_lengths[b] - T + t. A length
+            outside [0, S] is an error on a CPU. On a GPU, where a check would wait for the device,
+            it is clamped.
+        scale: multiplies the scores before the softmax, positive. Default: 1 / sqrt(K).
+        window: how many keys a token sees, itself included. Default: all.
+        softcap: c > 0 replaces a score s by c tanh(s / c). Default: 0, scores stay as they are.
+    Returns: o (B, T, H, K), dtype of q; zero for a token that sees no key. It has no gradient.
+    Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
         on a GPU.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     _check(q, k_cache, v_cache, cache_lengths)
-    for name, value, fits, expected in (
-        (
-            "scale",
-            scale,
-            scale is None or 0 < scale < math.inf,
-            "None (1 / sqrt(K)) or positive and finite",
-        ),
-        (
-            "window",
-            window,
-            window is None or window >= 1,
-            "None or at least 1 key (a token sees itself)",
-        ),
-        ("softcap", softcap, 0 <= softcap < math.inf, "0 (none) or positive and finite"),
-    ):
-        if not fits:
-            raise ValueError(f"attention_decode: {name} must be {expected}, got {value}")
-    q, k_cache, v_cache = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache)
-    )
-    S, scale = k_cache.shape[1], 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    check_score_options("attention_decode", scale=scale, window=window, softcap=softcap)
+    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    S = k_cache.shape[1]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     window = S if window is None else min(window, S)
-    return _decode(
-        q, k_cache, v_cache, cache_lengths.contiguous(), float(scale), window, float(softcap)
-    )
+    return _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, float(softcap))
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:
-    def fail(expected: str, got: object) -> None:
-        raise ValueError(f"attention_decode: {expected}, got {got}")
-
+    name = "attention_decode"
     if q.ndim != 4 or k_cache.ndim != 4 or v_cache.shape != k_cache.shape:
-        shapes = f"{tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-        fail("q must be (B, T, H, K), k_cache and v_cache (B, S, G, K)", shapes)
-    (B, _, H, K), G = q.shape, k_cache.shape[2]
-    if k_cache.shape[0] != B or k_cache.shape[3] != K or not 1 <= K <= MAX_HEAD_SIZE:
-        fail(
-            f"the caches must have q's batch {B} and head size {K}, at most {MAX_HEAD_SIZE}",
-            tuple(k_cache.shape),
+        raise ValueError(
+            f"{name}: q must be (B, T, H, K), k_cache and v_cache (B, S, G, K), "
+            f"got {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         )
-    if H == 0:
-        fail("q must have at least one head", tuple(q.shape))
-    if G == 0 or H % G:
-        fail(f"the key heads must divide the {H} query heads", G)
+    B, _, _, K = q.shape
+    if k_cache.shape[0] != B or k_cache.shape[3] != K or not 1 <= K <= MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name}: the caches must have q's batch size {B} and head size {K}, "
+            f"at most {MAX_HEAD_SIZE}, got {tuple(k_cache.shape)}"
+        )
+    check_head_counts(name, q, k_cache)
     if not (q.dtype == k_cache.dtype == v_cache.dtype and q.is_floating_point()):
-        fail(
-            "q and the caches must share one float dtype; cast them",
-            f"{q.dtype}, {k_cache.dtype} and {v_cache.dtype}",
+        raise ValueError(
+            f"{name}: q and the caches must have the same float dtype, "
+            f"got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}; cast them"
         )
     if cache_lengths.shape != (B,) or cache_lengths.dtype not in (torch.int32, torch.int64):
-        fail(
-            f"cache_lengths must be int32 or int64 ({B},)",
-            f"{cache_lengths.dtype} {tuple(cache_lengths.shape)}",
+        raise ValueError(
+            f"{name}: cache_lengths must be int32 or int64 ({B},), "
+            f"got {cache_lengths.dtype} {tuple(cache_lengths.shape)}"
         )
     if not q.device == k_cache.device == v_cache.device == cache_lengths.device:
-        devices = f"{q.device}, {k_cache.device}, {v_cache.device} and {cache_lengths.device}"
-        fail("q, the caches and cache_lengths must be on one device; move them", devices)
+        raise ValueError(
+            f"{name}: q, the caches and cache_lengths must be on the same device, got {q.device}, "
+            f"{k_cache.device}, {v_cache.device} and {cache_lengths.device}; move them"
+        )

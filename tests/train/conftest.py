@@ -82,12 +82,6 @@ def error_of(tritium):
     return call
 
 
-@pytest.fixture
-def error_of(error_of):
-    """The former name of error_of."""
-    return error_of
-
-
 @pytest.fixture(scope="session")
 def forking():
     """The program that forks ranks. Started once, because importing PyTorch takes seconds."""

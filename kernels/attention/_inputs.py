@@ -1,0 +1,67 @@
+"""Check the tensors that attention takes, and bring them into a layout that its kernels read."""
+
+import torch
+from torch import Tensor
+
+from ..core.op import can_read_values
+
+
+def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor, *, axes: int, shapes: str) -> None:
+    """Check q, k and v of `axes` axes, the last two of which are heads and head size."""
+    if q.ndim != axes or k.ndim != axes or v.shape != k.shape:
+        raise ValueError(
+            f"{name}: {shapes}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"{name}: k and v must have q's head size {q.shape[-1]}, got {tuple(k.shape)}"
+        )
+    check_head_counts(name, q, k)
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(
+            f"{name}: q, k and v must have the same float dtype, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}; cast them"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"{name}: q, k and v must be on the same device, "
+            f"got {q.device}, {k.device} and {v.device}; move them"
+        )
+
+
+def check_head_counts(name: str, q: Tensor, k: Tensor) -> None:
+    """Check the number of heads, the last axis but one."""
+    H, G = q.shape[-2], k.shape[-2]
+    if H == 0:
+        raise ValueError(f"{name}: q must have at least one head, got {tuple(q.shape)}")
+    if G == 0 or H % G:
+        raise ValueError(f"{name}: the key heads must divide the {H} query heads, got {G}")
+
+
+def check_documents(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
+    """Check the shape, dtype and device of cu_seqlens."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"{name}: cu_seqlens must be int32 (documents + 1,), "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"{name}: cu_seqlens must be on {device} like q, got {cu_seqlens.device}; move it"
+        )
+
+
+def check_document_values(name: str, cu_seqlens: Tensor | None, N: int) -> None:
+    """Check that documents follow one another within N tokens, if that needs no synchronization."""
+    if cu_seqlens is None or not can_read_values(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > N or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"{name}: cu_seqlens must rise from 0 to at most the {N} tokens, "
+            f"got {cu_seqlens.tolist()[:20]}; give the cumulative sums of the documents' lengths"
+        )
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied if its last stride is not 1: kernels do not take that stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,148 @@
+"""The operators behind the public functions of causal attention, and their gradients.
+
+`attention` takes q, k and v as three tensors, `packed_attention` takes them in one. Both return o
+and lse. Three implementations compute the same:
+
+    CUDA                  the Triton kernels, launch.py
+    CPU                   the definition, _reference.py
+    CPU, plain attention  PyTorch's scaled_dot_product_attention (SDPA), which is faster than the
+                          definition. It returns no lse: a caller that needs lse calls
+                          `attention.dispatch`, which skips SDPA.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core.op import define_op
+from ._inputs import unit_stride
+from ._reference import (
+    reference_bwd,
+    reference_fwd,
+    reference_qkvpacked_bwd,
+    reference_qkvpacked_fwd,
+    shapes_bwd,
+    shapes_fwd,
+    shapes_qkvpacked_bwd,
+    shapes_qkvpacked_fwd,
+    split_qkv,
+)
+from .launch import launch_bwd, launch_fwd, launch_qkvpacked_bwd, launch_qkvpacked_fwd
+from .options import AttentionOptions
+
+# --- plain attention on a CPU
+
+
+def _is_plain(T: int, S: int, cu_seqlens: Tensor | None, options: AttentionOptions) -> bool:
+    """Whether SDPA computes it: as many queries as keys, no documents, no option but the scale."""
+    has_options = options.softcap > 0 or options.dropout_p > 0
+    return cu_seqlens is None and T == S <= options.window and not has_options
+
+
+def _sdpa_applies(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> bool:
+    return _is_plain(q.shape[1], k.shape[1], cu_seqlens, options)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """Return o, and an empty tensor in place of lse."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, K)
+    o = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=options.scale, enable_gqa=True
+    )
+    return o.transpose(1, 2).contiguous(), o.new_empty(0)
+
+
+def _sdpa_applies_packed(
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> bool:
+    return _is_plain(qkv.shape[1], qkv.shape[1], cu_seqlens, options)
+
+
+def _sdpa_packed(
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """Return o (B, T, H K), and an empty tensor in place of lse."""
+    o, lse = _sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    return o.flatten(2), lse
+
+
+# --- operators
+
+attention = define_op(
+    "causal_attention_fwd",
+    launch=launch_fwd,
+    reference=reference_fwd,
+    shapes=shapes_fwd,
+    composite=_sdpa,
+    composite_if=_sdpa_applies,
+)
+_attention_bwd = define_op(
+    "causal_attention_bwd", launch=launch_bwd, reference=reference_bwd, shapes=shapes_bwd
+)
+packed_attention = define_op(
+    "causal_attention_qkvpacked_fwd",
+    launch=launch_qkvpacked_fwd,
+    reference=reference_qkvpacked_fwd,
+    shapes=shapes_qkvpacked_fwd,
+    composite=_sdpa_packed,
+    composite_if=_sdpa_applies_packed,
+)
+_packed_attention_bwd = define_op(
+    "causal_attention_qkvpacked_bwd",
+    launch=launch_qkvpacked_bwd,
+    reference=reference_qkvpacked_bwd,
+    shapes=shapes_qkvpacked_bwd,
+)
+
+# --- gradients
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, options = inputs
+    o, lse = output
+    ctx.set_materialize_grads(False)
+    # Tensors go through save_for_backward: activation checkpointing does not see those kept on ctx.
+    ctx.options = dataclasses.replace(options, seed=None)
+    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, options.seed)
+
+
+def _grad(ctx, do, dlse):
+    if do is None and dlse is None:
+        return None, None, None, None, None
+    q, k, v, o, lse, cu_seqlens, seed = ctx.saved_tensors
+    do = torch.zeros_like(q) if do is None else unit_stride(do)
+    dlse = None if dlse is None else dlse.contiguous()
+    options = dataclasses.replace(ctx.options, seed=seed)
+    dq, dk, dv = _attention_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    return dq, dk, dv, None, None
+
+
+def _save_packed(ctx, inputs, output):
+    qkv, n_head, n_kv_head, cu_seqlens, options = inputs
+    o, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.head_counts = n_head, n_kv_head
+    ctx.options = dataclasses.replace(options, seed=None)
+    ctx.save_for_backward(qkv, o, lse, cu_seqlens, options.seed)
+
+
+def _grad_packed(ctx, do, _dlse):
+    # The public function does not return lse, so lse has no gradient.
+    if do is None:
+        return None, None, None, None, None
+    qkv, o, lse, cu_seqlens, seed = ctx.saved_tensors
+    options = dataclasses.replace(ctx.options, seed=seed)
+    dqkv = _packed_attention_bwd(
+        do.contiguous(), qkv, o, lse, *ctx.head_counts, cu_seqlens, options
+    )
+    return dqkv, None, None, None, None
+
+
+attention.register_autograd(_grad, setup_context=_save)
+packed_attention.register_autograd(_grad_packed, setup_context=_save_packed)

@@ -1,0 +1,318 @@
+"""Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads.
+
+Tiles were chosen by the machine code that they compile to (`tritium bench codegen`): no spilled
+registers, matrix instructions in every main loop, and the largest share of time left to the matrix
+units. They have not been timed.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core.device import arch
+from ..core.layout import descriptor, strides_bth
+from ..core.triton import cdiv, next_power_of_2
+from ._inputs import check_document_values
+from ._kernels import (
+    _causal_attention_bwd_dkdv_kernel,
+    _causal_attention_bwd_dq_kernel,
+    _causal_attention_fwd_kernel,
+)
+from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
+from ._tiles import _causal_attention_schedule_kernel
+from .options import AttentionOptions
+
+# Keys and values of the heads that run at the same time should stay in the L2 cache, which has
+# 40 MB or more on data-center GPUs.
+L2_BYTES = 16 << 20
+# Tile sizes of the kernel that lists the tiles of packed documents.
+SLOTS_PER_PROGRAM, DOCUMENTS_PER_STEP = 64, 64
+
+
+# --- tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Launch sizes of a kernel: queries and keys of a tile, warps of a program, tiles in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def arguments(self, head_size: int) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "HEAD": head_size,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": padded(head_size),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def _tiles(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[int, Tile]]:
+    """Rows (block_m, block_n, num_warps, num_stages) by kernel and head size."""
+    names = ("block_m", "block_n", "num_warps", "num_stages")
+    return {
+        kernel: {size: Tile(**dict(zip(names, row, strict=True))) for size, row in rows.items()}
+        for kernel, rows in kernels.items()
+    }
+
+
+# By the start of the architecture's name, by kernel, and by the largest padded head size of a row.
+# A program that owns 128 rows reads half as much through the L2 cache as one that owns 64. The side
+# that it loops over is as wide as registers allow.
+TILES = {
+    "sm_9": _tiles(
+        fwd={64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    ),
+    "sm_10": _tiles(
+        fwd={64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dq={64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        # At head size 256 two accumulators of 64 rows fill the tensor memory, and the third loop of
+        # a window exceeds it.
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1)},
+    ),
+    # sm_12 and sm_ (8.x) stay within 99 KB of shared memory, what a program has on consumer GPUs.
+    "sm_12": _tiles(
+        fwd={64: (128, 32, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
+        dq={64: (128, 32, 4, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
+        dkdv={64: (32, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+    ),
+    "sm_": _tiles(
+        fwd={64: (128, 32, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
+        dq={64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+        dkdv={64: (32, 128, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+    ),
+    "gfx": _tiles(
+        fwd={64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
+        dq={64: (128, 64, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
+        dkdv={64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1)},
+    ),
+}
+# float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are
+# in registers.
+FLOAT32_TILES = _tiles(
+    fwd={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    dq={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    dkdv={64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+)
+
+
+def padded(head_size: int) -> int:
+    """Columns of a tile: a power of two for Triton, at least 16 for matrix instructions."""
+    return max(16, next_power_of_2(head_size))
+
+
+def plan(
+    kernel: str, head_size: int, dtype: torch.dtype, architecture: str, dropout: bool = False
+) -> Tile:
+    """Choose the tile of a kernel: "fwd", "dq" or "dkdv"."""
+    family = next(rows for name, rows in TILES.items() if architecture.startswith(name))
+    rows = (FLOAT32_TILES if dtype == torch.float32 else family)[kernel]
+    tile = rows[min(size for size in rows if size >= padded(head_size))]
+    if not dropout:
+        return tile
+    # The random words take as many registers as the scores: halve the side that is looped over.
+    looped = "block_m" if kernel == "dkdv" else "block_n"
+    return replace(tile, **{looped: max(16, getattr(tile, looped) // 2)})
+
+
+# --- launchers: each has the signature of its reference
+
+
+def launch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """Kernel counterpart of `reference_fwd`."""
+    check_document_values("causal_attention_varlen", cu_seqlens, q.shape[1])
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    group = H // max(1, G)
+    o, lse = _clear_padding(cu_seqlens, *shapes_fwd(q, k, v, cu_seqlens, options))
+    tile = plan("fwd", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    work, tiles = _schedule(cu_seqlens, T, tile.block_m)
+    kv_bytes = 2 * S * K * k.element_size()
+    _causal_attention_fwd_kernel[(tiles * B * H,)](
+        q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
+        work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=options.seed,
+        o_ptr=o, lse_ptr=lse, **strides_bth(q=q, k=k, v=v),
+        T=T, S=S, H=H, group=group,
+        tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
+        **_option_arguments(options, S), **tile.arguments(K),
+    )  # fmt: skip
+    return o, lse
+
+
+def launch_bwd(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel counterpart of `reference_bwd`."""
+    grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    _clear_padding(cu_seqlens, *grads)
+    _launch_grads(grads, do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    return grads
+
+
+def launch_qkvpacked_fwd(
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """Kernel counterpart of `reference_qkvpacked_fwd`."""
+    check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
+    o, lse = launch_fwd(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    return o.flatten(2), lse
+
+
+def launch_qkvpacked_bwd(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
+) -> Tensor:
+    """Kernel counterpart of `reference_qkvpacked_bwd`."""
+    dqkv = shapes_qkvpacked_bwd(do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, options)
+    _clear_padding(cu_seqlens, dqkv)
+    grads = split_qkv(dqkv, n_head, n_kv_head)
+    q, k, v = split_qkv(qkv, n_head, n_kv_head)
+    do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
+    _launch_grads(grads, do, None, q, k, v, o, lse, cu_seqlens, options)
+    return dqkv
+
+
+def _launch_grads(
+    grads: tuple[Tensor, Tensor, Tensor],
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
+) -> None:
+    """Write dq, dk and dv to `grads`. Their heads are adjacent; dk and dv have the same strides."""
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    group = H // max(1, G)
+    dq, dk, dv = grads
+    delta = torch.empty_like(lse)
+    kv_bytes = 2 * S * K * k.element_size()
+    q_bytes = 2 * T * K * q.element_size() * group
+    common = {
+        "cu_seqlens_ptr": cu_seqlens,
+        "seed_ptr": options.seed,
+        **strides_bth(do=do, q=q, k=k, v=v),
+        **{"T": T, "S": S, "H": H, "group": group},
+        **_option_arguments(options, S),
+    }
+
+    # Programs that own queries: dq, and delta for the second kernel.
+    tile = plan("dq", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    work, tiles = _schedule(cu_seqlens, T, tile.block_m)
+    _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
+        do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
+        o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta, dq_ptr=dq,
+        stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
+        tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
+        **common, **tile.arguments(K),
+    )  # fmt: skip
+
+    # Programs that own keys: dk and dv. The list of tiles can be reused if the tiles are as long.
+    listed, tile = tile.block_m, plan("dkdv", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    if cu_seqlens is None or tile.block_n != listed:
+        work, tiles = _schedule(cu_seqlens, S, tile.block_n)
+    _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
+        **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
+        lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
+        delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
+        work_ptr=work, dk_ptr=dk, dv_ptr=dv,
+        stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
+        tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
+        **common, **tile.arguments(K),
+    )  # fmt: skip
+
+
+# --- arguments of the kernels
+
+
+def _clear_padding(cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Fill with zeros if there are documents.
+
+    No program writes the tokens after the last document. A NaN left there would survive a
+    multiplication by 0.
+    """
+    return tensors if cu_seqlens is None else tuple(x.zero_() for x in tensors)
+
+
+def _schedule(cu_seqlens: Tensor | None, tokens: int, block: int) -> tuple[Tensor | None, int]:
+    """Return the list of tiles of packed documents (tiles, 2), and the number of programs per head.
+
+    Without documents there is no list. The number of tiles that documents fill is known on the
+    device only, so there is one program for every tile that there could be.
+    """
+    if cu_seqlens is None:
+        return None, cdiv(tokens, block)
+    documents = cu_seqlens.shape[0] - 1
+    tiles = tokens // block + documents
+    work = torch.full((tiles, 2), -1, dtype=torch.int32, device=cu_seqlens.device)
+    _causal_attention_schedule_kernel[(cdiv(tiles, SLOTS_PER_PROGRAM),)](
+        cu_seqlens_ptr=cu_seqlens, work_ptr=work, tiles=tiles, documents=documents,
+        BLOCK=block, BLOCK_T=SLOTS_PER_PROGRAM, BLOCK_D=DOCUMENTS_PER_STEP,
+    )  # fmt: skip
+    return work, tiles
+
+
+def _heads_at_once(bytes_per_head: int) -> int:
+    return max(1, L2_BYTES // max(1, bytes_per_head))
+
+
+def _streamed(rows: int, **tensors: Tensor) -> dict:
+    """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, if one can be made.
+
+    float32 stays a pointer: its matmuls take operands from registers, and operands that come
+    through a descriptor take twice as many registers.
+    """
+    return {
+        name: x if x.dtype == torch.float32 else descriptor(x, (1, rows, 1, padded(x.shape[-1])))
+        for name, x in tensors.items()
+    }
+
+
+def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: int):
+    """lse or delta (B, H, T) as a descriptor of `rows` numbers, if one can be made.
+
+    Documents begin anywhere, which a descriptor of whole tiles cannot address.
+    """
+    if cu_seqlens is not None or q.dtype == torch.float32:
+        return x
+    return descriptor(x.flatten(0, 1), (1, rows))
+
+
+def _option_arguments(options: AttentionOptions, S: int) -> dict:
+    """Options as kernel arguments. None compiles the kernel without the option."""
+    has_dropout = options.dropout_p > 0
+    return {
+        "scale": options.scale,
+        "window": options.window if options.window < S else None,
+        "softcap": options.softcap if options.softcap > 0 else None,
+        # Kernels compare random words as signed numbers.
+        "threshold": int(options.dropout_p * 2**32) - 2**31 if has_dropout else None,
+        "keep": 1 - options.dropout_p if has_dropout else None,
+    }

@@ -1,0 +1,201 @@
+"""Launches of causal attention: tiles, descriptors, order of heads, lists of tiles."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.kernels.attention.cases import (
+    assert_bitwise_equal,
+    attend_lse,
+    make_inputs,
+    meta,
+    needs_kernels,
+    packed,
+    run,
+)
+from tritium.bench.codegen.launches import compile_launch, record_launches
+from tritium.kernels import causal_attention_qkvpacked
+from tritium.kernels.attention import launch as attention_launch
+from tritium.kernels.attention.launch import (
+    FLOAT32_TILES,
+    TILES,
+    _schedule,
+    launch_bwd,
+    launch_fwd,
+    padded,
+    plan,
+)
+from tritium.kernels.attention.options import AttentionOptions
+from tritium.kernels.core.triton import cdiv
+
+# --- tiles
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("rows", [*TILES.values(), FLOAT32_TILES], ids=[*TILES, "float32"])
+def test_every_kernel_has_tiles_up_to_head_size_256(rows):
+    for kernel in ("fwd", "dq", "dkdv"):
+        assert max(rows[kernel]) == 256
+        for tile in rows[kernel].values():
+            owned, looped = tile.block_m, tile.block_n
+            if kernel == "dkdv":
+                owned, looped = looped, owned
+            assert owned >= 16
+            assert looped >= 16
+            assert tile.block_n % 4 == 0, "dropout draws words for four keys at a time"
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [
+        ("sm_80", "sm_"),
+        ("sm_89", "sm_"),
+        ("sm_90", "sm_9"),
+        ("sm_103", "sm_10"),
+        ("sm_120", "sm_12"),
+        ("gfx950", "gfx"),
+    ],
+)
+def test_tiles_are_chosen_by_architecture_head_size_and_dtype(arch, family):
+    assert plan("dq", 40, torch.bfloat16, arch) is TILES[family]["dq"][64]
+    assert plan("dkdv", 65, torch.float16, arch) is TILES[family]["dkdv"][128]
+    assert plan("fwd", 65, torch.float32, arch) is FLOAT32_TILES["fwd"][128]
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("kernel", "owned", "looped"),
+    [("fwd", "block_m", "block_n"), ("dkdv", "block_n", "block_m")],
+)
+def test_dropout_halves_the_side_that_is_looped_over(kernel, owned, looped):
+    tile = plan(kernel, 64, torch.bfloat16, "sm_90")
+    with_dropout = plan(kernel, 64, torch.bfloat16, "sm_90", True)
+    assert getattr(with_dropout, owned) == getattr(tile, owned)
+    assert getattr(with_dropout, looped) == max(16, getattr(tile, looped) // 2)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("head_size", "columns"),
+    [(1, 16), (16, 16), (40, 64), (64, 64), (65, 128), (111, 128), (256, 256)],
+)
+def test_head_size_is_padded_to_a_power_of_two(head_size, columns):
+    assert padded(head_size) == columns
+
+
+# --- descriptors and the order of heads
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_descriptors_and_pointers_give_the_same_result(dtype, device, monkeypatch):
+    """qkv aligned for TMA; with rows that are one element too long; beginning at an odd address."""
+    B, T, H, K = 2, 140, 2, 16
+    q, k, v, do, _ = make_inputs(B, T, T, H, H, K, dtype, device)
+    aligned = packed(q, k, v)
+    odd = torch.cat([aligned, aligned[..., :1]], -1)[..., :-1]
+    shifted = torch.cat([aligned.flatten()[:1], aligned.flatten()])[1:].view_as(aligned)
+    seen, original = [], attention_launch.descriptor
+
+    def descriptor(x, block):
+        seen.append(original(x, block))
+        return seen[-1]
+
+    monkeypatch.setattr(attention_launch, "descriptor", descriptor)
+    results = [
+        run(lambda x: (causal_attention_qkvpacked(x, H),), [x], [do.flatten(2)])
+        for x in (aligned, odd, shifted)
+    ]
+    if device.type == "cpu" or torch.cuda.get_device_capability()[0] >= 9:
+        # Per run: k and v of the forward; k and v for dq; do, q, lse and delta for dk and dv. The
+        # backward makes do contiguous, so it has a descriptor whatever the layout of qkv.
+        unaligned_run = [True, True, True, True, False, True, False, False]
+        is_pointer = [isinstance(x, torch.Tensor) for x in seen]
+        assert is_pointer == [False] * 8 + unaligned_run + unaligned_run
+    for other in results[1:]:
+        assert_bitwise_equal(other, results[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_order_of_heads_does_not_change_the_result(heads, device, monkeypatch):
+    """Five heads in groups of 1, 2 and 4: the last group may be smaller."""
+    q, k, v, *incoming = make_inputs(1, 140, 140, 5, 5, 16, torch.bfloat16, device)
+    expected = run(attend_lse(), (q, k, v), incoming)
+    monkeypatch.setattr(attention_launch, "L2_BYTES", heads * 2 * 140 * 16 * 2)
+    assert_bitwise_equal(run(attend_lse(), (q, k, v), incoming), expected)
+
+
+# --- the list of tiles of packed documents
+
+
+@needs_kernels
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (5, 0, 130, 64, 1, 0, 33),
+        (0, 0, 33, 0),
+        (1,) * 9,
+        (128, 128),
+        (64, 0, 0, 64, 1),
+        (300,),
+        (0, 0),
+        (3,),
+        (0,) * 200 + (17, 400, 16, 15),
+    ],
+)
+def test_list_has_each_tile_once_and_the_most_work_first(lengths, block, device):
+    cu_seqlens = [0, *itertools.accumulate(lengths)]
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    work, tiles = _schedule(cu_seqlens, sum(lengths), block)
+    assert work.shape == (tiles, 2)
+    listed = [tuple(pair) for pair in work.tolist() if pair != [-1, -1]]
+    expected = [
+        (document, tile)
+        for document, length in enumerate(lengths)
+        for tile in range(cdiv(length, block))
+    ]
+    assert sorted(listed) == expected
+    assert listed == sorted(listed, key=lambda pair: (-pair[1], pair[0]))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "invalid", [[40, 90], [300, 200, 100], [0, 500, 300], [-50, 100], [0, 2**31 - 17] * 18]
+)
+def test_list_of_invalid_documents_stays_in_bounds(invalid, device):
+    """Memory before and after cu_seqlens does not change the list: the kernel does not read it."""
+    surrounded = [-(2**30)] * 8 + invalid + [2**30] * 8
+    surrounded = torch.tensor(surrounded, dtype=torch.int32, device=device)
+    work, _ = _schedule(surrounded[8:-8], 100, 16)
+    used = work[(work != -1).any(1)]
+    assert (used >= 0).all()
+    assert (used[:, 0] < len(invalid) - 1).all()
+    alone, _ = _schedule(torch.tensor(invalid, dtype=torch.int32, device=device), 100, 16)
+    assert torch.equal(work, alone)
+
+
+# --- ahead-of-time compilation
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(
+    ("T", "S", "documents", "window", "dropout_p"),
+    [(1, 1, 0, 1, 0.1), (1, 300, 0, 1, 0.0), (1, 1, 1, 1, 0.0)],
+)
+def test_sizes_of_one_compile(T, S, documents, window, dropout_p):
+    """Triton makes an integer argument of 1 a constant, which lacks the methods of a tensor."""
+    q, k, lse = meta(1, T, 1, 16), meta(1, S, 1, 16), meta(1, 1, T, dtype=torch.float32)
+    cu_seqlens = meta(documents + 1, dtype=torch.int32) if documents else None
+    seed = meta(dtype=torch.int64) if dropout_p else None
+    options = AttentionOptions(scale=0.25, window=window, dropout_p=dropout_p, seed=seed)
+    with record_launches("sm_90") as launches:
+        launch_fwd(q, k, k, cu_seqlens, options)
+        launch_bwd(q, lse, q, k, k, q, lse, cu_seqlens, options)
+    names = {launch.kernel.__name__ for launch in launches}
+    assert len(names) == (4 if documents else 3)
+    for launch in launches:
+        assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
