@@ -1,10 +1,12 @@
-"""Which attention a model computes with: rows of one table, chosen by name.
+"""The implementations of attention that a model can train with, one row each.
 
-    tritium       this project's kernels; straight from and into what linear layers wrote where nothing turns the heads
-    sdpa          PyTorch's, with the backend that it chooses; packed documents through a mask of T x T
-    flash-attn    the package of that name, extra `flash-attn`: GPUs and 16 bits only
+    tritium       this project's kernels. Without RoPE they read and write the layout of the
+                  linear layers
+    sdpa          PyTorch's scaled_dot_product_attention; packed documents use a (T, T) mask
+    flash-attn    the flash-attn package (extra `flash-attn`), on CUDA in 16 bits
 
-Shapes     q, o: (B, T, H, K)   k, v: (B, T, G, K)   cu_seqlens: (documents + 1,) int32 over the B T tokens, or None
+Shapes     q, o: (B, T, H, K)   k, v: (B, T, G, K)
+           cu_seqlens: (documents + 1,) int32 over the B T tokens, or None
 """
 
 import importlib.util
@@ -19,48 +21,58 @@ from ..kernels import causal_attention, causal_attention_qkvpacked, causal_atten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """A row: `attend(q, k, v, cu_seqlens)`, and `packed(qkv, n_head, n_kv_head, cu_seqlens)` where it saves copies."""
+class AttentionRow:
+    """An implementation that the option `attention` names."""
 
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    packed: Callable[[Tensor, int, int, Tensor | None], Tensor] | None = None
+    """attend(q, k, v, cu_seqlens)."""
+    attend_packed: Callable[[Tensor, int, int, Tensor | None], Tensor] | None = None
+    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens), where it saves copies."""
     needs: str | None = None
+    """The module that must be installed."""
+    needs_16_bit_cuda: bool = False
+    """Whether it runs on CUDA in 16 bits only."""
 
 
-def choose_attention(name: str) -> Implementation:
-    """Look a row up. Raises: ValueError if there is none of that name, or its package is not installed."""
+def choose_attention(name: str) -> AttentionRow:
+    """Return a row. Raises: ValueError for an unknown name, or if its package is not installed."""
     if name not in ATTENTIONS:
         raise ValueError(f"attention: expected {', '.join(ATTENTIONS)}, got {name!r}")
     row = ATTENTIONS[name]
     if row.needs is not None and importlib.util.find_spec(row.needs) is None:
         raise ValueError(
-            f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', or take tritium"
+            f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', "
+            "or use tritium"
         )
     return row
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _tritium(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return causal_attention(q, k, v)
     B, T = q.shape[:2]
-    return causal_attention_varlen(
-        *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, B * T
-    ).unflatten(0, (B, T))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return causal_attention_varlen(q, k, v, cu_seqlens, B * T).unflatten(0, (B, T))
 
 
-def _ours_packed(qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None) -> Tensor:
+def _tritium_packed(qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None) -> Tensor:
     return causal_attention_qkvpacked(qkv, n_head, n_kv_head=n_kv_head, cu_seqlens=cu_seqlens)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    (B, T), mask = q.shape[:2], None
+    mask = None
     if cu_seqlens is not None:
+        B, T = q.shape[:2]
         token = torch.arange(B * T, device=q.device, dtype=cu_seqlens.dtype)
         document = torch.searchsorted(cu_seqlens, token, right=True).view(B, 1, T)
-        mask = (document.transpose(1, 2) == document).tril().unsqueeze(1)  # (B, 1, T, T)
+        is_same_document = document.transpose(1, 2) == document
+        mask = is_same_document.tril().unsqueeze(1)  # (B, 1, T, T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    options = {"is_causal": mask is None, "attn_mask": mask, "enable_gqa": q.shape[1] != k.shape[1]}
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    is_grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(
+        q, k, v, is_causal=mask is None, attn_mask=mask, enable_gqa=is_grouped
+    )
+    return o.transpose(1, 2)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -68,13 +80,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor
 
     if cu_seqlens is None:
         return flash_attn.flash_attn_func(q, k, v, causal=True)
-    (B, T), packed = q.shape[:2], (x.flatten(0, 1) for x in (q, k, v))
-    o = flash_attn.flash_attn_varlen_func(*packed, cu_seqlens, cu_seqlens, T, T, causal=True)
+    B, T = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    o = flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, T, T, causal=True)
     return o.unflatten(0, (B, T))
 
 
 ATTENTIONS = {
-    "tritium": Implementation(attend=_ours, packed=_ours_packed),
-    "sdpa": Implementation(attend=_sdpa),
-    "flash-attn": Implementation(attend=_flash, needs="flash_attn"),
+    "tritium": AttentionRow(attend=_tritium, attend_packed=_tritium_packed),
+    "sdpa": AttentionRow(attend=_sdpa),
+    "flash-attn": AttentionRow(attend=_flash, needs="flash_attn", needs_16_bit_cuda=True),
 }

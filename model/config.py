@@ -1,44 +1,44 @@
-"""The shape of a GPT, as data."""
+"""The shape of a GPT, as data. The choices are rows of the tables in layers.py."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# Rows of the embedding are added up to a multiple of this: 128 bytes of bf16, what tensor cores and shards like.
+from .layers import MLPS, NORMS, POSITIONS
+
+# The embedding has a multiple of this many rows: 128 bytes of bf16, an alignment that tensor
+# cores and shards prefer.
 VOCABULARY_MULTIPLE = 64
-# And swiglu's hidden layer, for the same reason.
-FEEDFORWARD_MULTIPLE = 64
-# What a model is put together from, beside sizes; model/gpt.py has a row for each.
-CHOICES = {"position": ("learned", "rotary"), "norm": ("layer", "rms"), "mlp": ("gelu", "swiglu")}
+_CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """A GPT-2-style decoder: pre-norm blocks, head tied to the embedding; what differs in its successors is a choice.
+    """A decoder like GPT-2: pre-norm blocks, and a head that shares its weight with the embedding.
 
-    Raises: ValueError if a size is not positive, d_model is no multiple of n_head or n_head none of n_kv_head, for a choice
-        that there is not, and for rotary positions with heads of an odd size.
+    Raises: ValueError if a size is not positive, if d_model is not a multiple of n_head, if n_head is
+        not a multiple of n_kv_head, for an unknown choice, and for RoPE with an odd head size.
     """
 
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
-    """Query heads a block."""
+    """Query heads per block."""
     d_model: int = 768
     """Width of the residual stream."""
     vocab_size: int = 50_257
-    """Tokens that can be predicted; the embedding has a few more rows, see padded_vocab_size."""
+    """Tokens that the model can predict."""
     context_tokens: int = 1024
-    """Most tokens the model can look at."""
+    """Largest number of tokens that the model can attend to."""
     n_kv_head: int | None = None
-    """Key and value heads a block; None: as many as query heads."""
+    """Key and value heads per block. Default: n_head."""
     bias: bool = True
-    """Whether linear maps and layer norms add a bias, as GPT-2's do. Neither rms norm nor the swiglu perceptron has any."""
-    position: Literal[CHOICES["position"]] = "learned"
-    """learned: a vector for each position, added to the token's; rotary: queries and keys are turned by it."""
-    norm: Literal[CHOICES["norm"]] = "layer"
+    """Whether linear layers and layer norms have a bias. RMS norm and SwiGLU never have one."""
+    position: Literal[tuple(POSITIONS)] = "learned"
+    """learned: add a vector per position; rotary: rotate queries and keys (RoPE)."""
+    norm: Literal[tuple(NORMS)] = "layer"
     """layer: layer norm; rms: root-mean-square norm."""
-    mlp: Literal[CHOICES["mlp"]] = "gelu"
-    """gelu: two linear maps, GELU between; swiglu: three, of which one is the gate of another."""
+    mlp: Literal[tuple(MLPS)] = "gelu"
+    """gelu: two linear layers with GELU between them; swiglu: SwiGLU, three linear layers."""
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "context_tokens", "n_kv_head"):
@@ -47,25 +47,27 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
         if self.d_model % self.n_head:
             raise ValueError(
-                f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), got {self.d_model}"
+                f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), "
+                f"got {self.d_model}"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(
-                f"GPTConfig: n_head must be a multiple of n_kv_head ({self.n_kv_head}), got {self.n_head}"
+                f"GPTConfig: n_head must be a multiple of n_kv_head ({self.n_kv_head}), "
+                f"got {self.n_head}"
             )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"GPTConfig: {name} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if self.position == "rotary" and self.head_size % 2:
+        for name, rows in _CHOICES.items():
+            choice = getattr(self, name)
+            if choice not in rows:
+                raise ValueError(f"GPTConfig: {name} must be {' or '.join(rows)}, got {choice!r}")
+        if POSITIONS[self.position].rotates and self.head_size % 2:
             raise ValueError(
-                f"GPTConfig: rotary positions need heads of an even size, got {self.head_size}; change n_head"
+                f"GPTConfig: {self.position} positions need an even head size, "
+                f"got {self.head_size}; change n_head"
             )
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads a block."""
+        """Key and value heads per block."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
@@ -75,12 +77,10 @@ class GPTConfig:
 
     @property
     def d_feedforward(self) -> int:
-        """Width of the MLP's hidden layer; swiglu's is chosen so that its three matrices have as many numbers as gelu's two."""
-        if self.mlp == "gelu":
-            return 4 * self.d_model
-        return -(-8 * self.d_model // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
+        """Width of the MLP's hidden layer."""
+        return MLPS[self.mlp].width(self.d_model)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up for alignment. The added rows never get probability."""
+        """Rows of the embedding: vocab_size rounded up. The padding rows never get probability."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,47 +1,48 @@
-"""What a GPT costs, as formulas: parameters, FLOPs a token, bytes of activations and of a whole training step.
+"""The cost of a GPT, as formulas: parameters, FLOPs, bytes of activations and of a step.
 
-    parameters   N = V D + C D + L (norms 2 D + qkv D (D + 2 G K) + projection D^2 + MLP 2 D F, gated 3 D F) + D, where C is 0
-                 with rotary positions; biases have as many numbers as their layer has outputs, but rms norms and gated
-                 perceptrons have none: L (2 D + D + 2 G K + D + F + D) + D
-    FLOPs        6 (N - C D) + 12 L D T a token, forward and backward: two for each multiply-add, the backward twice the
-                 forward; attention counted in full, although causal kernels do half. What MFU is reported with.
-    activations  what autograd keeps between forward and backward, see activation_bytes
-    a step       everything alive at its fullest moment, see step_bytes
+    parameters   V D embedding + C D positions (learned only) + D final norm, and per block
+                 2 D norms + D (D + 2 G K) qkv + D^2 projection + 2 D F MLP (SwiGLU 3 D F).
+                 A bias has as many elements as its layer has outputs; RMS norm and SwiGLU have none
+    FLOPs        6 (parameters - C D) + 12 L D T per token, forward and backward: 2 per
+                 multiply-add, and the backward costs two forwards. Attention is counted in full,
+                 although causal kernels compute half. MFU is reported with this number
+    activations  activation_bytes: what autograd keeps between forward and backward
+    step         step_bytes: everything allocated at the fullest moment of a step
 
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
 from ..kernels.loss.linear_cross_entropy import block_rows, cost
 from .config import GPTConfig
+from .layers import MLPS, NORMS, POSITIONS
+from .recompute import RECOMPUTATIONS
+
+_ADAMW_STATE_BYTES = 8
 
 
 def parameters(config: GPTConfig) -> int:
-    """Trainable numbers, without the embedding's rows added for alignment: the figure that models are known by."""
+    """Return the trainable elements, without the padding rows of the embedding."""
     D = config.d_model
-    gains, outputs = 2 * D, D + 2 * _kv_width(config) + D
-    outputs += config.d_feedforward + D if config.mlp == "gelu" else 0
-    norm_biases = config.n_layer * gains + D if config.norm == "layer" else 0
-    biases = norm_biases + config.n_layer * outputs if config.bias else 0
-    return (
-        config.vocab_size * D
-        + positions(config)
-        + matrices(config)
-        + config.n_layer * gains
-        + D
-        + biases
-    )
+    gains = config.n_layer * 2 * D + D
+    biases = 0
+    if config.bias:
+        biases += gains if NORMS[config.norm].has_bias else 0
+        mlp_outputs = config.d_feedforward + D if MLPS[config.mlp].has_bias else 0
+        biases += config.n_layer * (D + 2 * _kv_width(config) + D + mlp_outputs)
+    return config.vocab_size * D + positions(config) + matrices(config) + gains + biases
 
 
 def matrices(config: GPTConfig) -> int:
-    """Numbers in the weight matrices of all blocks."""
+    """Return the elements of the weight matrices of all blocks."""
     D = config.d_model
-    mlp = (2 if config.mlp == "gelu" else 3) * D * config.d_feedforward
-    return config.n_layer * (D * (D + 2 * _kv_width(config)) + D * D + mlp)
+    attention = D * (D + 2 * _kv_width(config)) + D * D
+    mlp = MLPS[config.mlp].matrices * D * config.d_feedforward
+    return config.n_layer * (attention + mlp)
 
 
 def positions(config: GPTConfig) -> int:
-    """Numbers of the table of positions."""
-    return config.context_tokens * config.d_model if config.position == "learned" else 0
+    """Return the elements of the learned positions."""
+    return config.context_tokens * config.d_model if POSITIONS[config.position].has_table else 0
 
 
 def _kv_width(config: GPTConfig) -> int:
@@ -49,59 +50,59 @@ def _kv_width(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig, tokens: int) -> int:
-    """FLOPs of forward and backward for each token of a sequence of `tokens`."""
-    return (
-        6 * (parameters(config) - positions(config)) + 12 * config.n_layer * config.d_model * tokens
-    )
+    """Return the FLOPs of forward and backward per token, in sequences of `tokens`."""
+    matmuls = 6 * (parameters(config) - positions(config))
+    return matmuls + 12 * config.n_layer * config.d_model * tokens
 
 
 def activation_bytes(
     config: GPTConfig, batch: int, tokens: int, itemsize: int, recompute: str = "none"
 ) -> int:
-    """Bytes kept between forward and backward of the loss of `batch` sequences of `tokens`, weights not counted.
+    """Return the bytes kept between forward and backward of the loss, without the weights.
 
-    A block keeps for each token the inputs of qkv, projection and MLP (3 D), q k v (D + 2 G K), with rotary positions q and k
-    turned as well (D + G K), the MLP's hidden layer before and after GELU, or gate and value (2 F), and the residual stream
-    that its two norms read (2 D), of `itemsize` bytes: 4, or 2 in 16 bits. In float32 either way are statistics: mean, unless
-    of an rms norm, and deviation of two norms, log-sum-exp of H heads. The head keeps the gradients that it has formed
-    already, in float32; rotary positions two tables of K / 2 columns.
-
-    With `recompute`, one of recompute.RECOMPUTATIONS, a block keeps less: without GELU's output (F), or of all of this nothing
-    or attention's output and log-sum-exp, but its inputs: stream and branch (2 D), in the first block the stream alone.
+    Args:
+        batch, tokens: sequences, and their length.
+        itemsize: bytes per element of the activations: 4, or 2 in 16 bits.
+        recompute: mode of activation checkpointing.
     """
-    D, rotary = config.d_model, config.position == "rotary"
-    block = _block_bytes(config, itemsize) - _recomputed_bytes(config, itemsize, recompute)
-    inputs = (2 * config.n_layer - 1) * D * itemsize if recompute in ("selective", "block") else 0
-    final_norm = itemsize * D + 4 * (2 if config.norm == "layer" else 1)
+    D = config.d_model
+    row = RECOMPUTATIONS[recompute]
+    block = _block_bytes(config, itemsize) - _dropped_bytes(config, itemsize, recompute)
+    # A block's inputs are the stream and a branch; the first block has no branch.
+    inputs = (2 * config.n_layer - 1) * D * itemsize if row.keeps_inputs else 0
+    final_norm = itemsize * D + 4 * NORMS[config.norm].statistics
     token_ids = 8
     per_token = config.n_layer * block + inputs + final_norm + token_ids
-    positions, divisor = tokens * (4 * config.head_size if rotary else 8), 8
-    return batch * tokens * per_token + positions + divisor + _head_bytes(config, batch * tokens)
+
+    # RoPE keeps two tables of K / 2 float32 columns, an embedding the int64 positions.
+    per_position = 4 * config.head_size if POSITIONS[config.position].rotates else 8
+    divisor = 8  # of the mean loss
+    head = _head_bytes(config, batch * tokens)
+    return batch * tokens * per_token + tokens * per_position + divisor + head
 
 
 def _block_bytes(config: GPTConfig, itemsize: int) -> int:
-    """What a block keeps for each token."""
-    D, KV = config.d_model, _kv_width(config)
-    statistics = 2 if config.norm == "layer" else 1
-    turned = D + KV if config.position == "rotary" else 0
-    return (5 * D + D + 2 * KV + turned + 2 * config.d_feedforward) * itemsize + 4 * (
-        2 * statistics + config.n_head
-    )
+    """Bytes per token that a block keeps.
+
+    5 D: the inputs of qkv, projection and MLP, and the residual stream that two norms read.
+    D + 2 G K: q, k, v. RoPE: D + G K for rotated q and k. 2 F: the MLP's hidden tensors.
+    Float32: the statistics of two norms, and a log-sum-exp per head.
+    """
+    D = config.d_model
+    KV = _kv_width(config)
+    rotated = D + KV if POSITIONS[config.position].rotates else 0
+    elements = 5 * D + D + 2 * KV + rotated + 2 * config.d_feedforward
+    return elements * itemsize + 4 * (2 * NORMS[config.norm].statistics + config.n_head)
 
 
-def _recomputed_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
-    """What of that it does not keep, but makes again in its backward."""
-    block, attention = _block_bytes(config, itemsize), config.d_model * itemsize + 4 * config.n_head
-    return {
-        "none": 0,
-        "gelu": config.d_feedforward * itemsize,
-        "selective": block - attention,
-        "block": block,
-    }[recompute]
+def _dropped_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
+    """Bytes per token that a block does not keep, and computes again in its backward."""
+    block = _block_bytes(config, itemsize)
+    return RECOMPUTATIONS[recompute].dropped_bytes(config, itemsize, block)
 
 
 def _head_bytes(config: GPTConfig, rows: int) -> int:
-    """The float32 gradients of the head's inputs and weight."""
+    """The float32 gradients of the head's input and weight, which its forward computes."""
     return cost(rows, config.d_model, config.vocab_size, 4)["saved_bytes"]
 
 
@@ -113,60 +114,73 @@ def step_bytes(
     *,
     accumulates: bool,
     recompute: str = "none",
+    block_matrix_state_bytes: int = _ADAMW_STATE_BYTES,
 ) -> dict[str, int]:
-    """Bytes alive at the fullest moment of a training step with AdamW, by part: what they are for.
+    """Return the bytes allocated at the fullest moment of a training step, by part.
 
-    That moment is one of four. In the head's forward there are logits; at the start of the backward there are all activations
-    beside what the last block makes again and its MLP computes for its gradient; in the first block there is that, and the
-    gradients of all others; at the end all gradients have been formed. In between activations are freed and gradients formed
-    at an even pace, so no moment in between has more of both. Scores of attention's reference stay below the MLP's share where
-    heads are 64 wide, and are left out.
+    The fullest moment is one of four: the forward of the head, with its logits; the backward of the
+    last block; the backward of the first block, with the gradients of all others; the end, with all
+    gradients. In between, activations are freed and gradients allocated at an even pace.
 
     Args:
-        batch, tokens: sequences at once and their length.
-        itemsize: 4; 2 for products in 16 bits, with copies of the float32 weights of all linear maps.
-        accumulates: whether gradients exist before the forward: of micro-batches before this one, or in a reducer's buckets.
-        recompute: as for activation_bytes.
+        batch, tokens: sequences per micro-batch, and their length.
+        itemsize: 4; or 2 for matmuls in 16 bits, with copies of the weights of linear layers.
+        accumulates: whether gradients exist before the forward: of earlier micro-batches, or in
+            the buckets that reduce them.
+        recompute: mode of activation checkpointing.
+        block_matrix_state_bytes: optimizer state per element of the blocks' matrices; all other
+            parameters have AdamW's.
     Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
     """
-    N, D, F, V = batch * tokens, config.d_model, config.d_feedforward, config.vocab_size
+    N = batch * tokens
+    D = config.d_model
     embedding = 4 * config.padded_vocab_size * D
-    weights = 4 * parameters(config) + embedding - 4 * V * D
-    kept = _head_bytes(config, N)
-    activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept
-    is_narrow = itemsize < 4
-    copies = itemsize * matrices(config) if is_narrow else 0
+    weights = 4 * parameters(config) + embedding - 4 * config.vocab_size * D
+    saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
+    kept_head = _head_bytes(config, N)
+    activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept_head
+    copies = itemsize * matrices(config) if itemsize < 4 else 0
     before = weights if accumulates else 0
 
-    rows = block_rows(N, V)
-    # A chunk's logits and their softmax, which becomes their gradient; the next chunk's begin while that one is still there.
-    logits = 4 * rows * V * (2 if rows == N else 3)
-    if is_narrow:
-        # The head's weight is cast, and its reference widens it again; the kernels do not, but hold more logits.
-        logits = itemsize * V * D + max(
-            logits + 4 * V * D, cost(N, D, V, itemsize)["workspace_bytes"]
-        )
-    norm_and_branch = 2 * itemsize * N * D
-    # Scaling the gradients of the head makes new ones, the weight's then as long as the padded embedding.
+    # forward of the head: the logits, or scaled gradients, of which the weight's is padded
+    logits = _logits_bytes(config, N, itemsize) + 2 * itemsize * N * D  # norm and branch
     scaled = itemsize * N * D + embedding
-    forward = (copies, before, activations, kept + max(logits + norm_and_branch, scaled), 0)
+    forward = (copies, before, activations, kept_head + max(logits, scaled), 0)
 
-    # An MLP's da, dw2 and dh, before which autograd lets go of a where it differentiates PyTorch's functions.
-    mlp = (2 if is_narrow or recompute == "gelu" else 1) * itemsize * N * F + itemsize * F * D
-    if config.mlp == "swiglu":
-        # da, the gate's sigmoid and SiLU, both gradients and a; in 16 bits the gate too, and three of them rounded back. Then
-        # weights' gradients beside all of it but, in 16 bits, one.
-        mlp = (4 * 4 + 3 * itemsize if is_narrow else 6 * 4) * N * F
-        mlp += max(3 * itemsize * F * D, 4 * N * F if is_narrow else 0)
-    again = N * _recomputed_bytes(config, itemsize, recompute)
+    # start of the backward
+    recomputed = N * _dropped_bytes(config, itemsize, recompute)
+    mlp = MLPS[config.mlp].backward_bytes(
+        N, D, config.d_feedforward, itemsize, RECOMPUTATIONS[recompute].in_mlp
+    )
     head = embedding + itemsize * N * D
-    backward = (copies, before, activations, head, again + mlp)
+    backward = (copies, before, activations, head, recomputed + mlp)
+
+    # the backward of the first block, after the gradients of all others
     others = (config.n_layer - 1) / config.n_layer
     formed = before or int(others * (weights - embedding - 4 * positions(config)))
-    first_block = (copies, formed, int((1 - others) * activations), head, again + mlp)
+    first_block = (copies, formed, int((1 - others) * activations), head, recomputed + mlp)
 
-    # The embedding's gradients as the head's weight and as the input's table, of which one is in `weights` unless accumulated.
-    update = (copies, weights, 0, embedding * (2 if accumulates else 1), 4 * N * D)
+    # the end: the embedding has a gradient as the head's weight and one as the input's table
+    extra_embeddings = 2 if accumulates else 1
+    update = (copies, weights, 0, embedding * extra_embeddings, 4 * N * D)
+
     fullest = max(forward, backward, first_block, update, key=sum)
     names = ("copies", "gradients", "activations", "head", "temporaries")
-    return {"weights": weights, "optimizer": 2 * weights, **dict(zip(names, fullest, strict=True))}
+    parts = dict(zip(names, fullest, strict=True))
+    return {"weights": weights, "optimizer": 2 * weights - saved_state, **parts}
+
+
+def _logits_bytes(config: GPTConfig, N: int, itemsize: int) -> int:
+    """A chunk's logits and their softmax, whose memory becomes the gradient.
+
+    With several chunks the next one's logits are allocated before the last is freed. In 16 bits the
+    head's weight is cast, and the reference widens it again; the kernels hold more logits instead.
+    """
+    V = config.vocab_size
+    rows = block_rows(N, V)
+    logits = 4 * rows * V * (2 if rows == N else 3)
+    if itemsize == 4:
+        return logits
+    weight = config.d_model * V
+    workspace = cost(N, config.d_model, V, itemsize)["workspace_bytes"]
+    return itemsize * weight + max(logits + 4 * weight, workspace)

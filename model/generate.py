@@ -1,11 +1,11 @@
-"""Sampling from a GPT with a cache of keys and values."""
+"""Text generation with a cache of keys and values."""
 
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the tokens a model has read, so that each new token costs one step.
+    """Keys and values of the tokens so far. With it a new token costs one forward of one token.
 
     Args:
         config: shape of the model.
@@ -13,19 +13,23 @@ class KVCache:
 
     def __init__(self, config):
         self._config = config
-        self.keys = self.values = self._lengths = None
+        self.keys = None
+        self.values = None
+        self._lengths = None
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Append k, v (B, T, G, K) of one layer; return all (B, S, G, K) of it, and S of each sequence (B,) int32.
+        """Append k, v (B, T, G, K) of one layer.
 
-        The model advances `length` itself.
+        Returns: all keys and values of the layer, (B, S, G, K), and S per sequence, (B,) int32.
+        The model advances `length` after its last layer.
         """
         if self.keys is None:
-            # Now it is known in which dtype the model computes, under autocast not that of its weights.
+            # Here the dtype of k is known. Under autocast it differs from the weights' dtype.
             c = self._config
             shape = (c.n_layer, k.shape[0], c.context_tokens, c.kv_heads, c.head_size)
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+            self.keys = k.new_empty(shape)
+            self.values = v.new_empty(shape)
         stop = self.length + k.shape[1]
         self.keys[layer, :, self.length : stop] = k
         self.values[layer, :, self.length : stop] = v
@@ -48,31 +52,34 @@ def generate(
 ) -> Tensor:
     """Continue each sequence by sampling.
 
-    When the context is full, its later half is read again and generation goes on from there.
+    When the context is full, generation continues from the later half of it.
 
     Args:
         model: a GPT.
         tokens: (B, T) int64, T >= 1.
-        max_new_tokens: how many to add.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: keep only the k likeliest tokens.
-        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-        seed: of the sampling; None draws from PyTorch's generator.
-        stop_token: end once every sequence has produced it.
-    Returns: (B, T + new) int64, the prompt included.
-    Raises: ValueError for an empty prompt or an option out of its range.
+        max_new_tokens: largest number of tokens to add.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep only the k most likely tokens.
+        top_p: keep the most likely tokens that together reach this probability, in (0, 1].
+        seed: seed of the sampling. None: use PyTorch's default generator.
+        stop_token: stop when every sequence has produced it.
+    Returns: (B, T + new tokens) int64, the prompt included.
+    Raises: ValueError for an empty prompt or an option out of range.
     """
     _check(tokens, max_new_tokens, temperature, top_k, top_p)
-    context, out = model.config.context_tokens, tokens
+    context = model.config.context_tokens
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    cache, read = None, 0
+    out = tokens
+    cache = None
+    start = 0  # the first token that is not in the cache
     for length in range(tokens.shape[1], tokens.shape[1] + max_new_tokens):
         if cache is None or cache.length == context:
             cache = KVCache(model.config)
-            read = max(0, length - (context if length <= context else max(1, context // 2)))
-        logits = model(out[:, read:length], cache=cache)[:, -1].float()
-        read = length
+            kept = context if length <= context else max(1, context // 2)
+            start = max(0, length - kept)
+        logits = model(out[:, start:length], cache=cache)[:, -1].float()
+        start = length
         chosen = _choose(logits, temperature, top_k, top_p, generator)
         out = torch.cat([out, chosen[:, None]], dim=1)
         if stop_token is not None:
@@ -85,10 +92,10 @@ def generate(
 def _choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator
 ) -> Tensor:
-    """One token (B,) from logits (B, V)."""
+    """Sample one token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    # Of the likeliest nothing is left to divide, so that no temperature overflows.
+    # The largest logit becomes 0, so that no temperature overflows.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -96,11 +103,10 @@ def _choose(
     if top_p is not None:
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        # A token stays if those before it have not reached top_p: the likeliest always does.
-        dropped = probability.cumsum(-1) - probability >= top_p
-        logits = logits.masked_fill(
-            torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf
-        )
+        # Drop a token if the more likely ones reach top_p. The most likely token always stays.
+        is_dropped = probability.cumsum(-1) - probability >= top_p
+        mask = torch.zeros_like(is_dropped).scatter(-1, index, is_dropped)
+        logits = logits.masked_fill(mask, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -109,7 +115,8 @@ def _check(
 ) -> None:
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
-            f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; give a prompt"
+            f"generate: tokens must be (B, T) with T at least 1, got {tuple(tokens.shape)}; "
+            "give a prompt"
         )
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
@@ -118,4 +125,4 @@ def _check(
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")

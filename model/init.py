@@ -1,4 +1,4 @@
-"""GPT-2's initialization: normal weights of deviation 0.02, smaller where a block adds to the residual stream.
+"""GPT-2's initialization: normal weights, smaller where a block adds to the residual stream.
 
 Source     Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3
 """
@@ -8,20 +8,21 @@ import math
 import torch
 from torch import nn
 
-DEVIATION = 0.02
+STANDARD_DEVIATION = 0.02
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, n_layer: int) -> None:
-    """Fill every parameter of a GPT in place, drawing from PyTorch's default generator of its device.
+    """Fill every parameter of a GPT in place from PyTorch's default generator of its device.
 
-    Matrices: normal with deviation 0.02; the 2 n_layer projections onto the residual stream: 0.02 / sqrt(2 n_layer), so that
-    the stream's variance does not grow with depth. Gains one, biases zero.
+    Matrices: standard deviation 0.02. The 2 n_layer projections onto the residual stream:
+    0.02 / sqrt(2 n_layer), so that the variance of the stream does not grow with depth.
+    Gains are 1, biases 0.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         elif name.endswith("c_proj.weight"):
-            parameter.normal_(0.0, DEVIATION / math.sqrt(2 * n_layer))
+            parameter.normal_(0.0, STANDARD_DEVIATION / math.sqrt(2 * n_layer))
         else:
-            parameter.normal_(0.0, DEVIATION)
+            parameter.normal_(0.0, STANDARD_DEVIATION)

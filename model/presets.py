@@ -1,14 +1,12 @@
-"""Models by name, a row each: the published GPT-2s, and one of their size as later models are built."""
+"""Models by name: the published GPT-2s, and the smallest of them with Llama's layers."""
 
-import difflib
-
+from ..errors import unknown_name
 from .config import GPTConfig
 
 
 class _Presets(dict):
     def __missing__(self, name):
-        near = difflib.get_close_matches(str(name), self, n=3, cutoff=0.3) or list(self)
-        raise KeyError(f"no preset {name!r}; near: {', '.join(near)}")
+        raise KeyError(unknown_name("preset", name, self))
 
 
 PRESETS: dict[str, GPTConfig] = _Presets(
@@ -17,7 +15,6 @@ PRESETS: dict[str, GPTConfig] = _Presets(
         "gpt2-medium": GPTConfig(n_layer=24, n_head=16, d_model=1024),
         "gpt2-large": GPTConfig(n_layer=36, n_head=20, d_model=1280),
         "gpt2-xl": GPTConfig(n_layer=48, n_head=25, d_model=1600),
-        # The smallest GPT-2 with what Llama changed.
         "llama-124m": GPTConfig(
             n_layer=12,
             n_head=12,

@@ -1,17 +1,19 @@
-"""What the backward computes again instead of keeping it: rows of one table, chosen by name, the dearer the less is kept.
+"""Activation checkpointing: what the backward computes again instead of keeping. Rows of one table.
 
     none         nothing
-    gelu         GELU's output, one pass over its input: gelu_mlp(recompute=True)
-    selective    blocks, but for attention, whose o and lse are kept: its products, and no others, grow with T
-    block        blocks; their inputs are kept
+    gelu         the output of GELU, in one pass over its input: gelu_mlp(recompute=True)
+    selective    blocks, except attention, whose output and log-sum-exp are kept: only attention's
+                 matmuls grow with T
+    block        whole blocks; only their inputs are kept
 
-cost.activation_bytes has the bytes of each.
+The rows are in order of cost: the cheapest first.
 
-Source     Chen et al. 2016, arXiv:1604.06174; Korthikanti et al. 2022, arXiv:2205.05198, for selective
+Source     Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import (
@@ -22,43 +24,97 @@ from torch.utils.checkpoint import (
 
 from .config import GPTConfig
 
-# The forwards of what attention.ATTENTIONS has, by the beginning of their names.
-_ATTENTION = (
-    *("tritium::causal_attention", "flash_attn::_flash_attn"),
-    *(f"aten::_scaled_dot_product_{backend}" for backend in ("flash", "efficient", "cudnn")),
+# The forward operators of the rows of attention.ATTENTIONS, by the start of their names.
+_ATTENTION_OPERATORS = (
+    "tritium::causal_attention",
+    "flash_attn::_flash_attn",
+    "aten::_scaled_dot_product_flash",
+    "aten::_scaled_dot_product_efficient",
+    "aten::_scaled_dot_product_cudnn",
 )
 
 
-def _plain(block: Callable, *inputs):
+@dataclass(frozen=True, kw_only=True)
+class RecomputeRow:
+    """A mode of activation checkpointing that the option `recompute` names."""
+
+    run_block: Callable
+    """Calls run_block(block, *inputs)."""
+    dropped_bytes: Callable[[GPTConfig, int, int], int]
+    """Bytes per token and block that are not kept: (config, itemsize, bytes without this)."""
+    keeps_inputs: bool = False
+    """Whether the inputs of blocks are kept."""
+    in_mlp: bool = False
+    """Whether the MLP recomputes its activation itself."""
+    needs_mlp: str | None = None
+    """The only MLP that has this mode; None: all have."""
+    extra_matmul_forwards: int = 0
+    """How often the backward runs the matmuls of blocks again."""
+    extra_attention_forwards: int = 0
+    """How often the backward runs attention again."""
+
+    def fits(self, config: GPTConfig) -> bool:
+        """Return whether a model can use this mode."""
+        return self.needs_mlp in (None, config.mlp)
+
+
+def _run(block: Callable, *inputs):
     return block(*inputs)
 
 
-def _checkpointed(block: Callable, *inputs, **options):
-    # Nothing in a block draws random numbers.
+def _checkpoint(block: Callable, *inputs, **options):
+    # Blocks draw no random numbers.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _keep_attention(_, operator: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
-    keeps = operator.name().startswith(_ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+    if operator.name().startswith(_ATTENTION_OPERATORS):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_checkpoint_selective = functools.partial(
+    _checkpoint,
+    context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention),
+)
+
+
+def _attention_bytes(config: GPTConfig, itemsize: int) -> int:
+    """The output and the float32 log-sum-exp of attention, per token."""
+    return config.d_model * itemsize + 4 * config.n_head
 
 
 RECOMPUTATIONS = {
-    "none": _plain,
-    "gelu": _plain,
-    "selective": functools.partial(
-        _checkpointed,
-        context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention),
+    "none": RecomputeRow(run_block=_run, dropped_bytes=lambda config, itemsize, block: 0),
+    "gelu": RecomputeRow(
+        run_block=_run,
+        dropped_bytes=lambda config, itemsize, block: config.d_feedforward * itemsize,
+        in_mlp=True,
+        needs_mlp="gelu",
     ),
-    "block": _checkpointed,
+    "selective": RecomputeRow(
+        run_block=_checkpoint_selective,
+        dropped_bytes=lambda config, itemsize, block: block - _attention_bytes(config, itemsize),
+        keeps_inputs=True,
+        extra_matmul_forwards=1,
+    ),
+    "block": RecomputeRow(
+        run_block=_checkpoint,
+        dropped_bytes=lambda config, itemsize, block: block,
+        keeps_inputs=True,
+        extra_matmul_forwards=1,
+        extra_attention_forwards=1,
+    ),
 }
 
 
 def check_recompute(name: str, config: GPTConfig) -> None:
-    """Raises: ValueError if there is none of that name, or gelu is to be recomputed where there is none."""
+    """Raise ValueError for an unknown mode, or a mode that the model's MLP does not have."""
     if name not in RECOMPUTATIONS:
         raise ValueError(f"recompute: expected {', '.join(RECOMPUTATIONS)}, got {name!r}")
-    if name == "gelu" and config.mlp != "gelu":
+    if not RECOMPUTATIONS[name].fits(config):
+        fitting = [mode for mode, row in RECOMPUTATIONS.items() if row.fits(config)]
         raise ValueError(
-            f"recompute: gelu needs an MLP with GELU, got {config.mlp!r}; take none, selective or block"
+            f"recompute: {name} needs an MLP with {RECOMPUTATIONS[name].needs_mlp}, "
+            f"got {config.mlp!r}; use {', '.join(fitting)}"
         )

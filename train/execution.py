@@ -70,7 +70,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         row = choose_attention(name)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if row.needs == "flash_attn" and not (device.type == "cuda" and dtype.itemsize == 2):
+    if row.needs_16_bit_cuda and not (device.type == "cuda" and dtype.itemsize == 2):
         raise InputError(
             f"attention: expected a GPU and 16 bits for flash-attn, got {device.type} and {dtype}; "
             "take tritium or sdpa"

@@ -83,8 +83,6 @@ _ACCUMULATE_BYTES = 10
 # Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, convert
 # its gradient to float32, add it.
 _HEAD_BYTES = 6 + 6 + 12
-# Extra forwards that the backward runs, of the blocks' matmuls and of attention.
-_EXTRA_FORWARDS = {"none": (0, 0), "gelu": (0, 0), "selective": (1, 0), "block": (1, 1)}
 # Rough numbers, only used to tell whether a step is launch-bound.
 _KERNELS_PER_LAYER = 40  # forward + backward
 _LAUNCH_SECONDS = 5e-6
@@ -154,11 +152,12 @@ class Plan:
         # With several GPUs, gradients stay in the buckets that reduce them.
         accumulates = micro_batch < self.sequences or self.machine.gpus > 1
         sizes = (self.model, micro_batch, self.context_tokens, self.machine.itemsize)
-        parts = step_bytes(*sizes, accumulates=accumulates, recompute=self.recompute)
-        # step_bytes counts AdamW's state for all parameters.
-        adamw = OPTIMIZERS["adamw"].block_matrix_state_bytes
-        saved = adamw - OPTIMIZERS[self.optimizer].block_matrix_state_bytes
-        parts["optimizer"] -= saved * matrices(self.model)
+        parts = step_bytes(
+            *sizes,
+            accumulates=accumulates,
+            recompute=self.recompute,
+            block_matrix_state_bytes=OPTIMIZERS[self.optimizer].block_matrix_state_bytes,
+        )
         return {**parts, "process": PROCESS_BYTES}
 
     def fits(self, micro_batch: int) -> bool:
@@ -207,9 +206,9 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
     link = _LINK_RATES[quality] * known.link_bytes_per_second / 2
 
     # compute
-    extra_matmuls, extra_attention = _EXTRA_FORWARDS[plan.recompute]
-    matmuls = 6 * (P - positions(model)) + 2 * extra_matmuls * matrices(model)
-    attention = (7 + 2 * extra_attention) * L * D * T
+    row = RECOMPUTATIONS[plan.recompute]
+    matmuls = 6 * (P - positions(model)) + 2 * row.extra_matmul_forwards * matrices(model)
+    attention = (7 + 2 * row.extra_attention_forwards) * L * D * T
     compute = n * matmuls / matmul_flops + n * attention / attention_flops
 
     # memory traffic

@@ -127,10 +127,8 @@ def _verdict(plan: Plan) -> str:
 
 def _cheapest_recompute(plan: Plan, micro_batch: int) -> str | None:
     """The cheapest activation checkpointing with which a micro-batch fits, or None."""
-    for mode in RECOMPUTATIONS:
-        if mode == "gelu" and plan.model.mlp != "gelu":
-            continue
-        if replace(plan, recompute=mode).fits(micro_batch):
+    for mode, row in RECOMPUTATIONS.items():
+        if row.fits(plan.model) and replace(plan, recompute=mode).fits(micro_batch):
             return mode
     return None
 

@@ -1,0 +1,269 @@
+"""The layers of a GPT and the tables of what a configuration can choose: NORMS, MLPS, POSITIONS.
+
+A row holds everything that differs between the choices: the module, its parameters, and the memory
+of its backward. GPTConfig, `--help`, cost.py and `tritium plan` read the rows. Adding a row is the
+whole change.
+
+Shapes     x and residual streams (B T, D): B sequences, T tokens, D = d_model; F = d_feedforward;
+           H query heads, G key and value heads, K = D / H. Weights are (out, in), as torch.nn.Linear
+           stores them; the published GPT-2 checkpoints store (in, out).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    attention_decode,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    rms_norm,
+    rotary,
+    swiglu_mlp,
+)
+from .attention import ATTENTIONS, AttentionRow
+from .generate import KVCache
+
+if TYPE_CHECKING:
+    from .config import GPTConfig
+
+# RoPE rotates pair i of the K / 2 pairs of a head by the angle position / ROPE_BASE^(2 i / K).
+ROPE_BASE = 10_000.0
+# The hidden width of SwiGLU is a multiple of this: tensor cores and shards prefer aligned sizes.
+FEEDFORWARD_MULTIPLE = 64
+
+
+class ForwardContext(NamedTuple):
+    """What every block receives in a forward pass, in addition to the residual stream.
+
+    sizes: (B, T).   cu_seqlens: where packed documents begin, or None.
+    rope: cosines and sines of RoPE, or None.   cache: keys and values of earlier tokens, or None.
+    attention: the implementation.
+    """
+
+    sizes: tuple[int, int]
+    cu_seqlens: Tensor | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    cache: KVCache | None = None
+    attention: AttentionRow = ATTENTIONS["tritium"]
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias. init.py fills the parameters."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+# --- norms: each adds a block's output to the residual stream first, in the same kernel
+
+
+class LayerNorm(nn.Module):
+    """Add `branch` to the residual stream, then apply layer norm."""
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
+
+    def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the norm of the sum, the sum). Without a branch the sum is the stream."""
+        if branch is None:
+            return layer_norm(stream, self.weight, self.bias), stream
+        return add_layer_norm(branch, stream, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Add `branch` to the residual stream, then apply root-mean-square norm."""
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+
+    def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the norm of the sum, the sum). Without a branch the sum is the stream."""
+        if branch is None:
+            return rms_norm(stream, self.weight), stream
+        return add_rms_norm(branch, stream, self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRow:
+    """A normalization that the option `norm` names."""
+
+    module: Callable[["GPTConfig"], nn.Module]
+    has_bias: bool
+    """Whether it has a bias if config.bias is set."""
+    statistics: int
+    """Float32 numbers per token that the backward needs."""
+
+
+NORMS = {
+    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2),
+    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1),
+}
+
+
+# --- positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRow:
+    """A way to encode positions that the option `position` names."""
+
+    has_table: bool
+    """Whether a learned vector per position is added to the token's embedding."""
+    rotates: bool
+    """Whether queries and keys are rotated (RoPE), which needs an even head size."""
+
+
+POSITIONS = {
+    "learned": PositionRow(has_table=True, rotates=False),
+    "rotary": PositionRow(has_table=False, rotates=True),
+}
+
+
+def rope_tables(position: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """Return RoPE's cosines and sines for `position`, (T,) or (B, T): (..., K / 2) float32."""
+    pair = torch.arange(0, head_size, 2, device=position.device)
+    angle = position.unsqueeze(-1) * ROPE_BASE ** (-pair / head_size)
+    return angle.cos(), angle.sin()
+
+
+# --- attention
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key and value heads."""
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.n_head = config.n_head
+        self.kv_heads = config.kv_heads
+        qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_size
+        self.c_attn = Linear(config.d_model, qkv_width, bias=config.bias)
+        self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
+        qkv = self.c_attn(x).unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
+        attend_packed = context.attention.attend_packed
+        if context.rope is None and context.cache is None and attend_packed is not None:
+            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens)
+            return self.c_proj(o.flatten(0, 1))
+
+        # Split the heads, and rotate queries and keys together.
+        heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
+        qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
+        if context.rope is not None:
+            qk = rotary(qk, *context.rope)
+        q, k = qk.split((self.n_head, self.kv_heads), dim=2)  # (B, T, H, K) and (B, T, G, K)
+
+        if context.cache is None:
+            o = context.attention.attend(q, k, v, context.cu_seqlens)
+        else:
+            k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
+            o = attention_decode(q, k, v, lengths)
+        return self.c_proj(o.reshape(len(x), -1))
+
+
+# --- MLPs
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU (tanh form) between them.
+
+    recompute: whether the backward computes GELU's output again instead of keeping it.
+    """
+
+    recompute = False
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.c_fc = Linear(config.d_model, config.d_feedforward, bias=config.bias)
+        self.c_proj = Linear(config.d_feedforward, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c_fc = self.c_fc
+        c_proj = self.c_proj
+        return gelu_mlp(
+            x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, recompute=self.recompute
+        )
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: silu(x @ c_gate.T) * (x @ c_fc.T), then c_proj. It has no biases."""
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.c_gate = Linear(config.d_model, config.d_feedforward, bias=False)
+        self.c_fc = Linear(config.d_model, config.d_feedforward, bias=False)
+        self.c_proj = Linear(config.d_feedforward, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu_mlp(x, self.c_gate.weight, self.c_fc.weight, self.c_proj.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPRow:
+    """An MLP that the option `mlp` names. It keeps two tensors (B T, F) for its backward."""
+
+    module: Callable[["GPTConfig"], nn.Module]
+    width: Callable[[int], int]
+    """d_model -> F."""
+    matrices: int
+    """Weight matrices of D x F elements."""
+    has_bias: bool
+    """Whether it has biases, F and D long, if config.bias is set."""
+    backward_bytes: Callable[[int, int, int, int, bool], int]
+    """Temporary bytes of its backward: (B T, D, F, itemsize, whether GELU is recomputed)."""
+
+
+def _gelu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
+    """da, dw2 and dh. In float32 autograd frees the activation before it allocates dh."""
+    hidden = 2 if itemsize < 4 or is_recomputed else 1
+    return hidden * itemsize * N * F + itemsize * F * D
+
+
+def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
+    """float32: six tensors (N, F): da, sigmoid and SiLU of the gate, two gradients, the activation.
+
+    16 bits: four of them at a time, the gate too, and three rounded copies. The weight gradients are
+    allocated next to all of these, in 16 bits except one.
+    """
+    if itemsize < 4:
+        return (4 * 4 + 3 * itemsize) * N * F + max(3 * itemsize * F * D, 4 * N * F)
+    return 6 * 4 * N * F + 3 * itemsize * F * D
+
+
+def _swiglu_width(d_model: int) -> int:
+    """8 D / 3, rounded up: three such matrices have as many elements as GELU's two."""
+    return -(-8 * d_model // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
+
+
+MLPS = {
+    "gelu": MLPRow(
+        module=MLP,
+        width=lambda d_model: 4 * d_model,
+        matrices=2,
+        has_bias=True,
+        backward_bytes=_gelu_backward_bytes,
+    ),
+    "swiglu": MLPRow(
+        module=GatedMLP,
+        width=_swiglu_width,
+        matrices=3,
+        has_bias=False,
+        backward_bytes=_swiglu_backward_bytes,
+    ),
+}
