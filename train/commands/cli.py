@@ -159,10 +159,3 @@ def program() -> str:
     if name.name != "tritium":
         return "python -m tritium"
     return "tritium" if shutil.which("tritium") == str(name.resolve()) else sys.argv[0]
-
-
-def near(word: str, words: Sequence[str]) -> str:
-    """Only bench still uses this; errors.unknown_name replaces it."""
-    import difflib
-
-    return ", ".join(difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words)
