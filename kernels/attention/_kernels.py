@@ -32,6 +32,16 @@ Mask       The keys that a tile of queries sees form a band. Only tiles on an ed
            A loop runs up to three times, over the ranges W, I and D, and evaluates the mask in W
            and D only (IS_EDGE).
 
+Names      q, k, v, do, lse, delta without _ptr may be TMA descriptors, see _tiles.py.
+           start      first token of the program's sequence or document
+           shift      keys minus queries of it, S - T
+           group      query heads per key head, H / G
+           heads      heads of all sequences: B H, or B G in the kernel that owns keys
+           row        index of query 0 of this head in (B, H, T): addresses lse, counts random words
+           quads      Philox counters per query, four keys each
+           threshold  a weight is kept if its random word is not below it
+           keep       1 - dropout_p
+
 Options that do not apply are None. Triton compiles a kernel without the code that uses them.
 """
 
