@@ -5,21 +5,32 @@ compile with torch.compile(fullgraph=True).
 """
 
 if "." not in __name__:
-    raise ImportError(
-        "this folder is part of the package 'tritium': write 'import tritium.kernels', not 'import kernels'"
-    )
+    # Python was started in the repository root and something imports `kernels`: transformers looks
+    # for the PyPI package of that name. It treats a module without __file__ and __version__ as not
+    # installed. Other programs get the error below.
+    del __file__
 
-from .attention.causal import causal_attention, causal_attention_qkvpacked
-from .attention.decode import attention_decode
-from .attention.varlen import causal_attention_varlen
-from .loss.cross_entropy import cross_entropy
-from .loss.linear_cross_entropy import linear_cross_entropy
-from .mlp.gelu_mlp import gelu_mlp
-from .mlp.linear import linear
-from .mlp.swiglu_mlp import swiglu_mlp
-from .norm.layer_norm import add_layer_norm, layer_norm
-from .norm.rms_norm import add_rms_norm, rms_norm
-from .rotary import rotary
+    def __getattr__(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModuleNotFoundError(
+            "this folder is part of the package 'tritium': "
+            "write 'import tritium.kernels', not 'import kernels'",
+            name=__name__,
+        )
+
+else:
+    from .attention.causal import causal_attention, causal_attention_qkvpacked
+    from .attention.decode import attention_decode
+    from .attention.varlen import causal_attention_varlen
+    from .loss.cross_entropy import cross_entropy
+    from .loss.linear_cross_entropy import linear_cross_entropy
+    from .mlp.gelu_mlp import gelu_mlp
+    from .mlp.linear import linear
+    from .mlp.swiglu_mlp import swiglu_mlp
+    from .norm.layer_norm import add_layer_norm, layer_norm
+    from .norm.rms_norm import add_rms_norm, rms_norm
+    from .rotary import rotary
 
 __all__ = [
     "add_layer_norm",

@@ -1,8 +1,10 @@
 """GPT models: configurations are data, modules are thin layers over `tritium.kernels`."""
 
 if "." not in __name__:
-    raise ImportError(
-        "this folder is part of the package 'tritium': write 'import tritium.model', not 'import model'"
+    raise ModuleNotFoundError(
+        "this folder is part of the package 'tritium': "
+        "write 'import tritium.model', not 'import model'",
+        name=__name__,
     )
 
 from .config import GPTConfig

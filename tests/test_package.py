@@ -28,7 +28,7 @@ def test_the_wheel_holds_every_package_and_no_tests(tmp_path):
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(tmp_path.glob("tritium-*.whl"))) as wheel:
         names = [name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")]
-    sources = {"__init__.py", "__main__.py"} | {
+    sources = {"__init__.py", "__main__.py", "errors.py"} | {
         str(path.relative_to(ROOT))
         for folder in ("kernels", "model", "train", "bench")
         for path in (ROOT / folder).rglob("*.py")

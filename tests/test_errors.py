@@ -1,0 +1,27 @@
+import pytest
+
+from tritium.errors import describe_os_error, unknown_name
+
+pytestmark = pytest.mark.plain
+
+RECIPES = ("laptop", "gpt2", "gpt2-xl")
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    assert (
+        unknown_name("recipe", "lapto", RECIPES) == "unknown recipe 'lapto'; did you mean 'laptop'?"
+    )
+    two = "unknown recipe 'gtp2'; did you mean 'gpt2'"
+    assert unknown_name("recipe", "gtp2", RECIPES).startswith(two)
+
+
+def test_a_name_like_no_other_lists_all():
+    expected = "unknown recipe 'x'; expected one of laptop, gpt2, gpt2-xl"
+    assert unknown_name("recipe", "x", RECIPES) == expected
+
+
+def test_a_file_error_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="missing") as caught:
+        open(tmp_path / "missing")
+    assert describe_os_error(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
+    assert describe_os_error(OSError(28, "No space left on device")) == "No space left on device"
