@@ -180,7 +180,7 @@ def _softmax_step(s, m, c, IS_EDGE: tl.constexpr):
     if IS_EDGE:
         # Subtract the largest score before multiplying by c. Then its weight is exactly 1, and a
         # query that sees one key returns exactly the value of that key. s c - m would be rounded.
-        # `behind` is how far the tile's largest score is below the running maximum.
+        # `behind` is largest c - m where that is negative, else 0.
         largest = tl.maximum(tl.max(s, 1), LOWEST)
         behind = tl.where(largest * c >= m, 0.0, largest * c - m)
         new = tl.maximum(m, largest * c)

@@ -81,8 +81,8 @@ def _layer_norm_bwd_kernel(
         h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
 
-        # Masked elements of xhat are not 0. They add nothing to a sum, because each sum multiplies
-        # them by dy or g, which are 0 there.
+        # Masked elements of xhat may differ from 0. They add nothing to a sum, because each sum
+        # multiplies them by dy or g, which are 0 there.
         g = dy * weight[None, :]
         if mean_ptr is not None:
             h -= tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
