@@ -47,7 +47,7 @@ def reference_rotary(
 @triton.jit
 def _rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr,  # inputs, then outputs
-    # Strides in the order of the pointers. y is contiguous and last strides are 1: none is passed.
+    # Strides in the order of the pointers. y is contiguous, and all last strides are 1: not passed.
     stride_xb, stride_xt, stride_xh, stride_cosb, stride_cost, stride_sinb, stride_sint,
     M, T, H, sign,  # sizes, then scalars
     IS_INTERLEAVED: tl.constexpr, HEAD: tl.constexpr,  # each value compiles a kernel of its own
@@ -63,7 +63,7 @@ def _rotary_kernel(
     mask_m, mask_p = offs_m < M, offs_p < HEAD // 2
     mask = mask_m[:, None] & mask_p[None, :]
 
-    # Load the angles. One program reads them again for each head of a token, from the cache.
+    # Load the angles. All heads of a token use the same ones: repeated loads hit the cache.
     cos_ptrs = cos_ptr + (batch * stride_cosb + t * stride_cost)[:, None] + offs_p[None, :]
     sin_ptrs = sin_ptr + (batch * stride_sinb + t * stride_sint)[:, None] + offs_p[None, :]
     cos = tl.load(cos_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -152,8 +152,8 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, dy):
-    # The inverse of a rotation is its transpose. So the gradient is the same operator with the
-    # angle negated. Being that operator, it can be differentiated again.
+    # The transpose of a rotation is its inverse. The gradient is therefore the same operator with
+    # negated angles, and it can be differentiated again.
     dy = _with_unit_last_stride(dy)
     dx = _rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.is_reversed)
     return dx, None, None, None, None  # one gradient per argument; tables and flags get none

@@ -7,7 +7,7 @@ from ..core.op import can_read_values
 
 
 def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor, *, axes: int, shapes: str) -> None:
-    """Check q, k and v of `axes` axes, the last two of which are heads and head size."""
+    """Check q, k and v. They must have `axes` axes; the last two are heads and head size."""
     if q.ndim != axes or k.ndim != axes or v.shape != k.shape:
         raise ValueError(
             f"{name}: {shapes}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
@@ -30,7 +30,7 @@ def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor, *, axes: int, shapes
 
 
 def check_head_counts(name: str, q: Tensor, k: Tensor) -> None:
-    """Check the number of heads, the last axis but one."""
+    """Check the number of heads, the second-to-last axis."""
     H, G = q.shape[-2], k.shape[-2]
     if H == 0:
         raise ValueError(f"{name}: q must have at least one head, got {tuple(q.shape)}")
@@ -63,5 +63,5 @@ def check_document_values(name: str, cu_seqlens: Tensor | None, N: int) -> None:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied if its last stride is not 1: kernels do not take that stride."""
+    """Return `x`, copied if its last stride is not 1. Kernels assume that this stride is 1."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -43,6 +43,7 @@ Names      q, k, v, do, lse, delta without _ptr may be TMA descriptors, see _til
            keep       1 - dropout_p
 
 Options that do not apply are None. Triton compiles a kernel without the code that uses them.
+With dropout, `keep` is 1 - dropout_p, and `kept` is True for the weights to keep.
 """
 
 from ..core.triton import tl, triton
@@ -155,7 +156,7 @@ def _causal_attention_fwd_kernel(
 
 @triton.jit
 def _weights_and_dscores(s, dp, lse, delta, scale, softcap):
-    """Return the weights p and the gradient of the scores before soft-capping, up to `scale`."""
+    """Return p and ds of causal.py. `s` is from _capped_scores, `lse` is in base 2."""
     p = tl.exp2(s * _exp2_scale(scale, softcap) - lse)
     ds = p * (dp - delta)
     if softcap is not None:

@@ -36,7 +36,7 @@ from .options import AttentionOptions
 
 
 def _is_plain(T: int, S: int, cu_seqlens: Tensor | None, options: AttentionOptions) -> bool:
-    """Whether SDPA computes it: as many queries as keys, no documents, no option but the scale."""
+    """Whether SDPA applies: as many queries as keys, no documents, no option except `scale`."""
     has_options = options.softcap > 0 or options.dropout_p > 0
     return cu_seqlens is None and T == S <= options.window and not has_options
 
@@ -107,7 +107,7 @@ def _save(ctx, inputs, output):
     q, k, v, cu_seqlens, options = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
-    # Tensors go through save_for_backward: activation checkpointing does not see those kept on ctx.
+    # Save tensors with save_for_backward: activation checkpointing does not see attributes of ctx.
     ctx.options = dataclasses.replace(options, seed=None)
     ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, options.seed)
 

@@ -1,8 +1,9 @@
 """The definition of causal attention in PyTorch: the formulas of causal.py, by blocks of queries.
 
 The CPU runs these functions and the tests compare the kernels with them. Each `reference_*` has a
-`shapes_*` that allocates the same outputs without computing them. torch.compile needs it: on fake
-tensors it would unroll the Python loop over blocks, once for every sequence length.
+`shapes_*` that allocates the same outputs without computing them. torch.compile calls `shapes_*` on
+fake tensors. With `reference_*` it would unroll the Python loop over blocks, and compile again for
+every sequence length.
 
 Heads are the first axis here, so that one batched matmul covers all heads and sequences:
 (H, B, T, K), flattened to (H B, T, K).
@@ -20,8 +21,8 @@ from ..core.triton import cdiv
 from ._inputs import check_document_values
 from .options import AttentionOptions
 
-# Queries of one block. Keys after the block's last query are skipped, which halves the work, and
-# the scores of a block stay near the cache.
+# Queries of one block. Keys after the block's last query are skipped. This halves the work, and the
+# scores of a block take little memory.
 BLOCK_QUERIES = 128
 
 

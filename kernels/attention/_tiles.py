@@ -1,4 +1,4 @@
-"""What the attention kernels share: finding a tile, loads and stores, the arithmetic of a tile.
+"""Functions that the attention kernels share: find a tile, load and store it, compute with it.
 
 Base 2     GPUs have an instruction for exp2 but none for exp. exp(scale q k^T) = exp2(c q k^T) with
            c = scale log2(e), so exp2 costs no extra multiplication.
@@ -29,7 +29,7 @@ def _locate(
 
     Programs run roughly in the order of their ids. Heads go in groups of `heads_at_once`, whose
     keys and values fit in the L2 cache together. Within a group the tiles with the most work come
-    first, so that short tiles fill the gaps at the end.
+    first. Tiles with little work come last and fill the multiprocessors that become free.
     """
     # Head, and the tile's rank among the tiles of its group of heads.
     pid = tl.program_id(0)
@@ -49,8 +49,8 @@ def _locate(
         used = document >= 0
         start = tl.load(cu_seqlens_ptr + document, mask=used, other=0)
         stop = tl.load(cu_seqlens_ptr + document + 1, mask=used, other=0)
-        # Checking cu_seqlens on the host would wait for the GPU. Clamp instead: whatever it holds,
-        # no access is out of bounds.
+        # Checking cu_seqlens on the host would wait for the GPU. Clamp instead, so that invalid
+        # values cause no access out of bounds.
         start = tl.minimum(tl.maximum(start, 0), T)
         length = tl.minimum(tl.maximum(stop, start), T) - start
         tile = tl.maximum(tl.load(work_ptr + 2 * rank + 1), 0)
@@ -123,8 +123,9 @@ def _load_rows(
 def _load_statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
     """Load one number per token [first, first + BLOCK) from row `index` of (rows, T).
 
-    Tokens from `end` on give `other`. A descriptor gives 0 there, which is as good: the launcher
-    makes one only if `end` is the end of the row, and then `_load_rows` gives zeros there too.
+    Tokens from `end` on give `other`. A descriptor gives 0 there instead. This is safe, because the
+    launcher makes a descriptor only if `end` is the end of the row. Then `_load_rows` gives zeros
+    for these tokens, and they add nothing to a gradient.
     """
     if isinstance(source, tl.tensor_descriptor):
         # An ordinary load puts each number into every thread that needs it: 32 more instructions.
@@ -156,13 +157,16 @@ def _store_rows(
 
 @triton.jit
 def _capped_scores(s, scale, softcap):
-    """q k^T as it is, or soft-capped. Multiplied by `_exp2_scale`, both are exponents of exp2."""
+    """Return s = q k^T unchanged, or softcap tanh(scale s / softcap). See `_exp2_scale`."""
     return s if softcap is None else softcap * tanh(s * (scale / softcap))
 
 
 @triton.jit
 def _exp2_scale(scale, softcap):
-    """Converts scores to base-2 exponents. Soft-capped scores are scaled already."""
+    """Return c such that exp(score) = exp2(c s), for s from `_capped_scores`.
+
+    Soft-capped scores contain `scale` already.
+    """
     return scale * LOG2E if softcap is None else LOG2E
 
 
@@ -170,12 +174,13 @@ def _exp2_scale(scale, softcap):
 def _softmax_step(s, m, c, IS_EDGE: tl.constexpr):
     """One step of the online softmax, for scores s (BLOCK_M, BLOCK_N) and running maximum m.
 
-    Return the weights exp2(s c - new maximum), what earlier sums must be multiplied by, and the
-    new maximum.
+    Return the weights exp2(s c - new maximum), the number by which to multiply earlier sums, and
+    the new maximum.
     """
     if IS_EDGE:
-        # Subtract before multiplying: the largest score gets a weight of exactly 1. So a query
-        # that sees one key returns exactly its value, whereas s c - m is rounded.
+        # Subtract the largest score before multiplying by c. Then its weight is exactly 1, and a
+        # query that sees one key returns exactly the value of that key. s c - m would be rounded.
+        # `behind` is largest c - m where that is negative, else 0.
         largest = tl.maximum(tl.max(s, 1), LOWEST)
         behind = tl.where(largest * c >= m, 0.0, largest * c - m)
         new = tl.maximum(m, largest * c)
@@ -204,7 +209,7 @@ def _dropout_mask(
     rows = row + first_row + tl.arange(0, BLOCK_M)
     quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
     w0, w1, w2, w3 = tl.randint4x(seed, rows[:, None] * quads_per_row + quads[None, :])
-    # Joined this way, reshape puts the four words of a counter next to each other, in order.
+    # These joins and the reshape put the four words of a counter next to each other, in order.
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return pairs.reshape(BLOCK_M, BLOCK_N).to(tl.int32, bitcast=True) >= threshold
 
@@ -217,7 +222,7 @@ def _causal_attention_schedule_kernel(
     cu_seqlens_ptr, work_ptr, tiles, documents,
     BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """List (document, tile) for every tile of BLOCK tokens, those with the most work first.
+    """List (document, tile) for every tile of BLOCK tokens. Tiles with the most work come first.
 
     Tile t of a document that begins at `start` has slot floor(start / BLOCK) + document + t. Slots
     are unique and need no sum over documents. Some slots belong to no tile.

@@ -4,7 +4,8 @@
                t = c tanh(s / c)              soft-capping, if c > 0; otherwise t = s
                t = -inf                       for keys that the query does not see
                p = exp(t - lse)               weights, where lse = log sum_j exp(t): softmax
-               o = (p * z) v                  z = keep / (1 - dropout_p); 1 without dropout
+               o = (p * z) v                  z = kept / (1 - dropout_p), kept is 0 or 1; without
+                                              dropout z = 1
     backward   dv = (p * z)^T do
                dp = (do v^T) * z
                dt = p * (dp - delta)          delta = sum(do * o) - dlse, one number per query
@@ -24,13 +25,13 @@ Precision  any float dtype in and out; scores, softmax and sums in float32. p an
 Dropout    random bits depend only on the seed and on (b, h, i, j), so the backward and activation
            checkpointing get the mask of the forward. Word j % 4 of Philox counter
            ((b H + h) T + i) ceil(S / 4) + j / 4. j is counted from the document's first key.
-Cost       matmuls: 2 forward, 7 backward, of 2 B H K FLOPs per visible (query, key) pair. An
-           algorithm needs 2 and 5 at least, which is what cost() counts.
+Cost       matmuls: 2 forward, 7 backward, of 2 B H K FLOPs per visible (query, key) pair. The
+           formulas need 2 and 5, and cost() counts these.
 Determinism  no atomics. One backward kernel owns queries and writes dq (3 matmuls), the other owns
-           keys and writes dk and dv (4 matmuls). Both recompute the scores and p: 2 matmuls and the
-           exponentials are done twice. A single kernel of 5 matmuls would add to dq from many
-           programs; ordering these additions costs published kernels 18 % and more, and dq needs a
-           float32 copy.
+           keys and writes dk and dv (4 matmuls). Both compute s, p and dp, so 2 matmuls and the
+           exponentials are done twice. In a single kernel of 5 matmuls many programs would add to
+           dq. Published kernels lose 18 % or more if they order these additions, and they need a
+           float32 copy of dq.
 Files      _reference.py definition    _kernels.py, _tiles.py kernels    launch.py launchers
            _operator.py operators and gradients    options.py options    _inputs.py checks
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023 (FlashAttention-2), arXiv:2307.08691

@@ -8,8 +8,8 @@
 Shapes     q, o: (B, T, H, K)   k_cache, v_cache: (B, S, G, K), G divides H   cache_lengths: (B,)
 Precision  any float dtype in and out; scores, softmax and sums in float32
 Gradient   none: inference only
-Cost       memory-bound. All H / G query heads of a key head, and up to 64 (token, head) rows, share
-           one read of the keys and values. See cost().
+Cost       memory-bound. A row is one token of one query head. Up to 64 rows of the same key head
+           share one read of the keys and values. See cost().
 Splits     One new token gives only B G tiles of queries, too few for a GPU. The keys are therefore
            split among programs. Each writes its own o and log-sum-exp in float32; a second kernel
            joins them. No atomics: the order of additions depends only on the shapes, the lengths
@@ -104,8 +104,8 @@ def _attention_decode_kernel(
     B, T, S, H, group, splits, scale, window, softcap,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Find this program's rows. Sequences and tiles share the first axis of the grid: the others
-    # are limited to 65,535.
+    # Find this program's rows. Sequences and tiles share the first axis of the grid, because CUDA
+    # limits the other axes to 65,535.
     pid, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(T * group, BLOCK_M)
     batch, pid_m = pid // tiles, pid % tiles
@@ -217,7 +217,7 @@ def plan(
     """Choose tiles, and splits that give every SM two programs if the cache is long enough."""
     rows, block_k = T * H // G, max(16, next_power_of_2(K))
     block_m = min(64, max(16, next_power_of_2(rows)))
-    # A tile of keys takes 16 KB, and so does a tile of values.
+    # A tile of keys takes at most 16 KB, and so does a tile of values.
     block_n = max(16, min(128, 16_384 // (block_k * itemsize)))
     programs = B * G * cdiv(rows, block_m)
     splits = max(1, min(MAX_SPLITS, 2 * sms // max(1, programs), cdiv(S, block_n)))
@@ -286,7 +286,7 @@ def attention_decode(
 
     Args:
         q: (B, T, H, K), float32, bfloat16 or float16, on a CPU also float64. K <= 256. Any strides:
-            copied if the last one is not 1. T is 1 when generating, more when reading a prompt.
+            copied if the last one is not 1. T is 1 for a generated token, more for a prompt.
         k_cache, v_cache: (B, S, G, K), dtype and device of q. G divides H. Keys and values after a
             sequence's length are not used.
         cache_lengths: (B,) int32 or int64 on the device of q: how many of the S keys each sequence

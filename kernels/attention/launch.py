@@ -1,8 +1,8 @@
 """Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads.
 
 Tiles were chosen by the machine code that they compile to (`tritium bench codegen`): no spilled
-registers, matrix instructions in every main loop, and the largest share of time left to the matrix
-units. They have not been timed.
+registers, matrix instructions in every main loop, and matrix units that are busy for as much of the
+time as possible. They have not been timed.
 """
 
 from dataclasses import dataclass, replace
@@ -208,7 +208,10 @@ def _launch_grads(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
-    """Write dq, dk and dv to `grads`. Their heads are adjacent; dk and dv have the same strides."""
+    """Write dq, dk and dv to `grads`.
+
+    In each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
+    """
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // max(1, G)
     dq, dk, dv = grads
@@ -234,9 +237,11 @@ def _launch_grads(
         **common, **tile.arguments(K),
     )  # fmt: skip
 
-    # Programs that own keys: dk and dv. The list of tiles can be reused if the tiles are as long.
-    listed, tile = tile.block_m, plan("dkdv", K, q.dtype, arch(q.device), options.dropout_p > 0)
-    if cu_seqlens is None or tile.block_n != listed:
+    # Programs that own keys: dk and dv. Reuse the list of tiles if both kernels have tiles of the
+    # same length.
+    listed_length = tile.block_m
+    tile = plan("dkdv", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
@@ -284,7 +289,7 @@ def _heads_at_once(bytes_per_head: int) -> int:
 
 
 def _streamed(rows: int, **tensors: Tensor) -> dict:
-    """Each (B, T, H, K) tensor as a descriptor of `rows` tokens of one head, if one can be made.
+    """Return (B, T, H, K) tensors as descriptors of `rows` tokens of one head, where possible.
 
     float32 stays a pointer: its matmuls take operands from registers, and operands that come
     through a descriptor take twice as many registers.
@@ -296,9 +301,10 @@ def _streamed(rows: int, **tensors: Tensor) -> dict:
 
 
 def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: int):
-    """lse or delta (B, H, T) as a descriptor of `rows` numbers, if one can be made.
+    """Return lse or delta (B, H, T) as a descriptor of `rows` numbers, if possible.
 
-    Documents begin anywhere, which a descriptor of whole tiles cannot address.
+    With documents a tile can reach into the next document. A load through a pointer masks the
+    numbers there, a load through a descriptor cannot.
     """
     if cu_seqlens is not None or q.dtype == torch.float32:
         return x

@@ -11,11 +11,11 @@ MAX_HEAD_SIZE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Options as the operators take them: checked, with no default left to choose.
+    """Options as the operators take them: checked, and with all defaults filled in.
 
     Fields:
         scale: multiplies q k^T.
-        window: how many keys a query sees, itself included; as many as there are keys: all.
+        window: how many keys a query sees, itself included; the number of keys if it sees all.
         softcap: c > 0 replaces a score s by c tanh(s / c); 0: scores stay as they are.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: seed of the dropout mask, () int64 on the device of q; None without dropout.
@@ -73,7 +73,7 @@ def resolve_options(
 
 
 def _seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as a tensor: a kernel that reads it from memory works in a CUDA graph."""
+    """Return the seed as a tensor. A CUDA graph would freeze a seed that is passed as a number."""
     if seed is None:
         return torch.randint(2**62, (), device=device)
     if not isinstance(seed, Tensor):

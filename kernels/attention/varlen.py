@@ -1,12 +1,12 @@
 """Causal attention over documents of different lengths, packed end to end without padding.
 
-Formulas, precision and cost are those of causal.py; no document sees another. cu_seqlens, the
+causal.py gives formulas, precision and cost. Documents do not attend to each other. cu_seqlens, the
 cumulative lengths, says where each document begins: document d has the tokens
 [cu_seqlens[d], cu_seqlens[d + 1]).
 
 A program of a kernel owns a tile of one document. The lengths are known on the device only, so a
-small kernel first lists the tiles of all documents, those with the most work first
-(_tiles.py: _causal_attention_schedule_kernel). The host never waits for the device.
+small kernel (_causal_attention_schedule_kernel in _tiles.py) first lists the tiles of all
+documents. Tiles with the most work come first. The host never waits for the device.
 """
 
 from torch import Tensor
@@ -37,8 +37,8 @@ def causal_attention_varlen(
 
     Args:
         q: (N, H, K), dtypes of causal_attention. All N rows of q, k, v and of o's gradient must be
-            finite, padding included, and so must their dot products: tiles read past the end of a
-            document and multiply by 0 what they find there.
+            finite, and so must the dots of these rows. This includes padding: tiles read past the
+            end of a document and multiply the values there by 0.
         k, v: (N, G, K), dtype and device of q. G divides H.
         cu_seqlens: (documents + 1,) int32 on the device of q, cumulative lengths: 0 first, at most
             N last. Documents may be empty. Tokens after the last document are padding: their o,

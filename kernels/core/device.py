@@ -47,7 +47,8 @@ def _row(
     )
 
 
-# Keyed by the name that people type. Matched in this order: "h100 pcie" is before "h100".
+# Keyed by the name that people type. The first row that matches wins, so "h100 pcie" must come
+# before "h100".
 CEILINGS = {
     "b200": _row("b200", "blackwell", 2250, 8.0, 180, 1800),
     "gh200": _row("gh200", "hopper", 989.4, 4.0, 96, 900),
@@ -94,7 +95,7 @@ def ceiling(device_name: str) -> Ceiling | None:
 def sm_count(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU (compute units on AMD).
 
-    DEFAULT_SM_COUNT for other devices.
+    Return DEFAULT_SM_COUNT for other devices.
     """
     if device.type != "cuda":
         return DEFAULT_SM_COUNT
@@ -104,7 +105,7 @@ def sm_count(device: torch.device) -> int:
 def arch(device: torch.device) -> str:
     """Return the architecture of a GPU as compilers name it: "sm_90", "gfx942".
 
-    DEFAULT_ARCH for other devices.
+    Return DEFAULT_ARCH for other devices.
     """
     return _arch(device) if device.type == "cuda" else DEFAULT_ARCH
 

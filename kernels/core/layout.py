@@ -18,13 +18,13 @@ def wide(x: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """Return x (..., N) as (M, N) with a unit last stride: a view if possible, else a copy."""
-    # No reshape of a matrix: it would add a node to the autograd graph, forward and backward.
+    # Do not reshape a matrix: that would add a node to the autograd graph.
     x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """Undo as_rows: return y (M, F) with the leading axes of x (..., N), as (..., F)."""
+    """Undo as_rows: reshape y (M, F) to (..., F), with the leading axes of x (..., N)."""
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -50,7 +50,7 @@ def descriptor(x: Tensor, block: Sequence[int]):
 
 
 def strides_bth(**tensors: Tensor) -> dict[str, int]:
-    """Return arguments stride_NAMEb, stride_NAMEt, stride_NAMEh of a launch, for (B, T, H, K)."""
+    """Return stride_NAMEb, stride_NAMEt and stride_NAMEh of (B, T, H, K) tensors, for a launch."""
     return {
         f"stride_{name}{axis}": x.stride(i)
         for name, x in tensors.items()

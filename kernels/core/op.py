@@ -52,7 +52,7 @@ ACCEPTED_TYPES = {
 def is_32_bit(x: Tensor, *_) -> bool:
     """Whether `x` has 32 bits or more: the default condition for a composite.
 
-    With 16 bits autograd would keep the float32 tensors in which references compute.
+    For 16-bit tensors autograd would save the float32 copies in which references compute.
     """
     return x.dtype.itemsize > 2
 
@@ -73,12 +73,12 @@ def define_op(
         name: operator name, unique in the `tritium` namespace.
         launch: runs the Triton kernels. None if the operator has no kernel yet.
         reference: the definition in PyTorch. Every parameter is annotated: the schema is read from
-            the annotations. It returns new tensors.
+            the annotations. It must return new tensors.
         shapes: allocates the outputs of `reference` without computing them. Needed if `reference`
             loops over a size in Python: on fake tensors the loop would fix that size in compiled
             code.
-        composite: computes the same with PyTorch functions that autograd differentiates itself. It
-            runs on CPU tensors in place of the operator and avoids the cost of a custom operator.
+        composite: computes the same result with PyTorch functions that autograd can differentiate.
+            It runs on CPU tensors in place of the operator, without the cost of a custom operator.
             The first argument must be a tensor.
         composite_if: whether the composite applies to these arguments.
         mutates: names of the arguments written in place.
@@ -223,7 +223,8 @@ def can_read_values(x: Tensor) -> bool:
 def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """Replace gradients that are not needed by None.
 
-    An operator must return a tensor for each output, so it returns empty tensors for these.
+    An operator must return a tensor for each output. It returns empty tensors for gradients that
+    are not needed.
     """
     return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
@@ -231,9 +232,9 @@ def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 def public(function: Callable) -> Callable:
     """Check the arguments of a public operator against its annotations.
 
-    Without this check Python would take True for a window of 1, and a wrong type would fail deep
-    inside, under another name. Floating-point tensors must have one of FLOATS, because a float8
-    lacks the operations that follow.
+    Without this check Python would take True for a window of 1, and a wrong type would raise inside
+    an implementation, with a message about another function. Floating-point tensors must have one
+    of FLOATS, because PyTorch lacks many operations for other types, such as float8.
 
     Raises: ValueError that names the argument. Missing, repeated and unknown arguments raise
         Python's own TypeError.

@@ -1,7 +1,7 @@
 """Sums over rows in two stages of fixed order, without atomics: the result is deterministic.
 
-The programs of an operator's kernel write one row of partial sums each. The kernel here adds up
-these rows.
+First, each program of an operator's kernel writes one row of partial sums. Then the kernel of this
+file adds up these rows.
 """
 
 import torch

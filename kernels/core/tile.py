@@ -6,8 +6,8 @@ from .triton import tl, triton
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent in float32, accurate to a few units in the last place."""
-    # Near zero: 1 - e below would cancel, so use the Taylor series. The next term is below the
-    # resolution of float32 for |x| < 0.25.
+    # Near zero, 1 - e below would lose digits, so use the Taylor series. For |x| < 0.25 its next
+    # term is too small to change a float32.
     squared = x * x
     near = x + x * squared * (
         -1 / 3 + squared * (2 / 15 + squared * (-17 / 315 + squared * (62 / 2835)))

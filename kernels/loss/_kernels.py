@@ -1,16 +1,16 @@
 """Kernels of cross_entropy and linear_cross_entropy: a program owns BLOCK_M rows of logits.
 
-Math, shapes and precision are those of cross_entropy.py.
+cross_entropy.py gives math, shapes and precision.
 
 Columns    The main loop loads tiles of UNROLL x BLOCK_V columns without a mask, 16 bytes per load.
            It starts at the row's first address that is a multiple of 16 bytes from the start of the
-           tensor: most rows of 50,257 columns start between two such addresses. A second loop takes
-           the other columns with a mask: those before that address and those after the last tile.
+           tensor: most rows of 50,257 columns start between two such addresses. A second loop, with
+           a mask, takes the columns before that address and the columns after the last tile.
 Softmax    Each lane keeps the maximum and the sum of exponentials of the columns that it has read.
            The lanes are combined once, at the end of the row.
 Target     The sum of exponentials leaves out the target's column. If the target has the largest
-           logit, log(1 + sum) keeps the digits of the other columns. So do the loss and the
-           target's gradient p - 1, even if p rounds to 1.
+           logit, log(1 + sum) keeps the digits of the other columns. The loss and the target's
+           gradient p - 1 are then accurate even if p rounds to 1.
 Rows       A row whose target is ignore_index is not read: its loss and gradient are 0. A row whose
            target is not a column gets NaN for both.
 Cost       memory-bound; cost() of cross_entropy.py gives bytes and FLOPs
@@ -57,18 +57,18 @@ def _cap(x, softcap):
 
 @triton.jit
 def _load_targets(target_ptr, ignore_index, N, V, BLOCK_M: tl.constexpr):
-    """Row numbers; target columns; whether each row has a loss; whether its target is a column."""
+    """Return row numbers, target columns, and two masks: has a loss, target is a column."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(target_ptr + offs_m, mask=offs_m < N, other=ignore_index)
     has_loss = (offs_m < N) & (target != ignore_index)
     is_valid = has_loss & (target >= 0) & (target < V)
-    # Each column is compared with the target: in int64 that takes twice the instructions.
+    # Kernels compare each column with the target. In int64 this takes twice the instructions.
     return offs_m, tl.where(is_valid, target, 0).to(tl.int32), has_loss, is_valid
 
 
 @triton.jit
 def _split(offs_m, stride_m, V, TILE: tl.constexpr, VEC: tl.constexpr):
-    """Columns before each row's first aligned address, and columns that the main loop covers."""
+    """Count the columns before each row's first aligned address, and those of the main loop."""
     first = offs_m * stride_m
     lead = (tl.cdiv(first, VEC) * VEC - first).to(tl.int32)
     return lead, tl.maximum(V - tl.max(lead, axis=0), 0) // TILE * TILE
@@ -216,7 +216,7 @@ def _write_dlogits(
     top, log_sum = top[:, None, None], log_sum[:, None, None]
     read, written = has_loss[:, None, None], (offs_m < N)[:, None, None]
 
-    # main loop: aligned tiles; empty_gradient aligns the rows of dlogits as those of logits
+    # main loop: aligned tiles; empty_gradient aligns the rows of dlogits like the rows of logits
     lead, body = _split(offs_m, stride_m, V, UNROLL * BLOCK_V, VEC)
     aligned_ptr = _aligned(logits_ptr, offs_m, stride_m, VEC)
     out_ptr = _aligned(dlogits_ptr, offs_m, stride_dm, VEC)

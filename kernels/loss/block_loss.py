@@ -11,7 +11,7 @@ The references of cross_entropy and linear_cross_entropy go through their rows i
 Shapes     logits, s, p: (M, V)   index (the targets' columns), loss, lse: (M,)
 Precision  float32, or float64 for float64 logits
 Rows       A row whose target is ignore_index has weight 0: its loss and gradient are 0. A row whose
-           target is not a column has weight NaN: so are its loss and gradient.
+           target is not a column has weight NaN: its loss and gradient are NaN.
 """
 
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def reduce_losses(loss: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor,
 
 
 def cap_logits(logits: Tensor, softcap: float) -> Tensor:
-    """Return s, in float32 or wider. If nothing changes, it is `logits` itself."""
+    """Return s, in float32 or wider. Without a softcap and a cast it is `logits` itself."""
     s = wide(logits)
     return torch.div(s, softcap).tanh_().mul_(softcap) if softcap else s
 
@@ -100,7 +100,8 @@ def block_dlogits(
     smoothing = options.label_smoothing / p.shape[-1]
     column = index[:, None]
 
-    # At the target, p - 1 is minus the sum of the other p: this keeps its digits if p rounds to 1.
+    # At the target, compute p - 1 as minus the sum of the other p. It keeps its digits if p rounds
+    # to 1.
     p.scatter_(1, column, 0.0)
     others = p.sum(-1)
     z_term = 2 * options.z_loss * lse
@@ -116,7 +117,7 @@ def block_dlogits(
     if options.softcap:
         p.addcmul_(p * s, s, value=-(options.softcap**-2))
     ignored = scale == 0
-    # Ignored rows become 0, even from NaN. If their number can be read, a pass over p may be saved.
+    # Ignored rows become 0, even from NaN. On a CPU, skip this pass if no row is ignored.
     if not can_read_values(ignored) or ignored.any():
         p.masked_fill_(ignored[:, None], 0.0)
     return p

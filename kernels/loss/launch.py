@@ -21,9 +21,9 @@ LOAD_BYTES = 16
 # Lanes of a program: 4 warps of 32, or 2 of 64 on AMD.
 LANES = 128
 # Loads that a lane has in flight, by the start of the architecture's name. Estimates from machine
-# code: with two loads, the exponentials of the maxima take 86 % of the clocks that an H200's
-# memory needs; with eight, fewer programs fit. On AMD, with all options in 16 bits, four loads
-# spill 16 to 68 bytes, two at most 8.
+# code: with two loads, the exponentials that rescale the sums take 86 % of the time that an H200
+# needs to load the logits. With eight loads, fewer programs fit on a multiprocessor. On AMD, with
+# all options and 16-bit logits, four loads spill 16 to 68 bytes, two loads at most 8.
 UNROLL = {"sm_": 4, "gfx": 2}
 # Elements of a program that owns several short rows.
 SHORT_ROWS_ELEMENTS = 1_024
@@ -66,10 +66,10 @@ def plan(V: int, itemsize: int, architecture: str) -> Tile:
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """Allocate dlogits (N, V), with each row aligned as the same row of the logits.
+    """Allocate dlogits (N, V). Each row is aligned like the same row of the logits.
 
-    Row n of both starts at the same distance from a multiple of LOAD_BYTES, measured from row 0, so
-    that kernels load and store LOAD_BYTES at a time.
+    Measured from row 0, row n of both tensors starts at the same distance from a multiple of
+    LOAD_BYTES. Kernels can therefore load and store LOAD_BYTES at a time.
     """
     N, V = logits.shape
     stride = V + (logits.stride(0) - V) % (LOAD_BYTES // logits.itemsize)

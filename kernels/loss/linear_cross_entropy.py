@@ -10,11 +10,11 @@ Shapes     x, dx: (N, D)   w, dw: (V, D)   b, db: (V,)   target: (N,)   l: (N,) 
 Precision  any float dtype in; gradients in the same dtype. Between forward and backward dx, dw and
            db are float32 and unscaled, so that they are rounded once, after the scaling. The
            reference computes matmuls in float32, from float32 copies of 16-bit operands.
-Chunks     The kernels take CHUNK_ROWS rows at a time. That is enough for matmuls at full speed, and
-           for reading and writing dw once per chunk to take little time. A chunk of logits is the
-           only large buffer. The reference takes BLOCK_ELEMENTS logits at a time, which stay in a
-           CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out makes
-           float32 copies of a chunk and of the weight.
+Chunks     The kernels take CHUNK_ROWS rows at a time. With so many rows the matmuls run at full
+           speed, and take much longer than reading and writing dw once per chunk. A chunk of logits
+           is the only large buffer. The reference takes BLOCK_ELEMENTS logits at a time, which stay
+           in a CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out
+           makes float32 copies of a chunk and of the weight.
 Cost       compute-bound: 2 N V D FLOPs for the loss, 4 N V D more for the gradients; see cost()
 Files      block_loss.py, _kernels.py and launch.py are shared with cross_entropy. One kernel
            overwrites a chunk of logits with its gradient. Matmuls are PyTorch's (cuBLAS).
@@ -192,8 +192,8 @@ def _empty_gradients(
 def plan(N: int, V: int) -> int:
     """Choose the rows per chunk for N rows of V logits. All chunks have about the same size."""
     N = max(N, 1)
-    max_elements_rows = MIN_CHUNK_ELEMENTS // _row_stride(V) // ROWS_MULTIPLE * ROWS_MULTIPLE
-    chunks = cdiv(N, max(CHUNK_ROWS, max_elements_rows))
+    min_elements_rows = MIN_CHUNK_ELEMENTS // _row_stride(V) // ROWS_MULTIPLE * ROWS_MULTIPLE
+    chunks = cdiv(N, max(CHUNK_ROWS, min_elements_rows))
     return cdiv(cdiv(N, chunks), ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
@@ -241,7 +241,7 @@ def _launch_chunks(
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the row losses and the float32 gradients of sum_n dloss_n l_n; dloss None is ones."""
+    """Return the row losses, and float32 gradients of sum_n dloss_n l_n. Default of dloss: ones."""
     N, V = x.shape[0], weight.shape[0]
     loss = x.new_empty(N, dtype=torch.float32)
     dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, torch.float32)

@@ -20,7 +20,7 @@ from ..core.device import sm_count
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, tl, triton
 
-# Elements per tile: 16 bytes of bfloat16 per load, for 128 threads, twice. Tiles of kernels that
+# Elements per tile: each of 128 threads loads 16 bytes of bfloat16 twice. Tiles of kernels that
 # also sum columns are COLUMNS wide.
 BLOCK, COLUMNS = 2_048, 256
 PROGRAMS_PER_SM = 8
@@ -95,7 +95,7 @@ def swiglu(up, gate):
     return gate * _sigmoid(gate) * up
 
 
-# By PyTorch's names for the argument `approximate`; EPILOGUES holds forward and backward.
+# Keyed by PyTorch's argument `approximate`. EPILOGUES has the forward and the backward.
 ACTIVATIONS = {"tanh": gelu_tanh, "none": gelu_erf}
 EPILOGUES = {"tanh": (_gelu_tanh_fwd, _gelu_tanh_bwd), "none": (_gelu_erf_fwd, _gelu_erf_bwd)}
 

@@ -30,7 +30,7 @@ def linear_gelu(
 def linear_bwd(
     dy: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias; those that `needs` leaves out are empty."""
+    """Return the gradients of x, weight and bias. Gradients that are not needed are empty."""
     needs_x, needs_weight, needs_bias = needs
     return (
         torch.mm(dy, weight) if needs_x else dy.new_empty(0),

@@ -8,12 +8,13 @@ Shapes     x, y, dx, dy: (N, D)   w1: (F, D)   h, a, dh: (N, F)   w2: (D, F)
            N = all leading axes, flattened
 Precision  any float dtype in and out; matmuls in that dtype, accumulated in float32; h and a are
            stored in it; GELU in float32
-Fusion     a and h come from one GEMM with an epilogue, and so do dh and db1. Or each pair comes
-           from cuBLAS and one elementwise kernel. plan() of gemm.py chooses.
+Fusion     a and h come from one GEMM with an epilogue, or from cuBLAS and one elementwise kernel:
+           plan() of gemm.py chooses. The same holds for dh and db1.
 Memory     keeps h and a for the backward. With `recompute` it keeps only h. Forward and backward
-           then take RECOMPUTE_ROWS rows at a time, so that no other (N, F) tensor exists. Gradients
-           can differ by rounding: the backward computes a from the rounded h, a fused forward from
-           h in float32; dw1, dw2 and db1 are summed over the chunks in float32.
+           then take RECOMPUTE_ROWS rows at a time, so that no other (N, F) tensor exists.
+           `recompute` can change gradients by rounding. The backward computes a from the rounded h,
+           while a fused forward computes it from h in float32. The sums of dw1, dw2 and db1 over
+           the chunks are in float32.
 Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
 Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
 """
@@ -33,8 +34,8 @@ from ._linear_layer import linear_bwd, linear_gelu, linear_out
 from .gemm import gemm, is_fused
 
 # Rows per chunk with `recompute`. ESTIMATE for an H200 at D = 768: a tenth slower than all rows at
-# once. Half of that time adds to dw1 and dw2 in float32. The other half is idle multiprocessors:
-# with so few rows, the matmuls of dx and y have 1.5 tiles per multiprocessor.
+# once. Half of the extra time goes into adding to dw1 and dw2 in float32. In the other half
+# multiprocessors are idle, because the matmuls of dx and y have only 1.5 tiles per multiprocessor.
 RECOMPUTE_ROWS = 8_192
 APPROXIMATE = ("tanh", "none")
 
@@ -72,7 +73,7 @@ def reference_bwd(
     matmul: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w1, b1, w2 and b2; those that `needs` leaves out are empty."""
+    """Return the gradients of x, w1, b1, w2 and b2. Gradients that are not needed are empty."""
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
     needs_h = needs_x or needs_w1 or needs_b1
     if a is None and needs_w2:
@@ -169,8 +170,8 @@ def _launch_dh(
 def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> dict[str, int]:
     """Least bytes to move, and FLOPs of the matmuls, with `itemsize` bytes per element.
 
-    Forward: read x, w1 and w2; write y, h and, without `recompute`, a. Backward: read dy and all of
-    these but y; write dx, dw1 and dw2.
+    Forward: read x, w1 and w2; write y, h and, without `recompute`, a. Backward: read dy and these
+    tensors except y; write dx, dw1 and dw2.
     """
     saved = (1 if recompute else 2) * N * F
     return {
@@ -185,7 +186,7 @@ def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> d
 
 
 def _composite_applies(x: Tensor, w1, b1, w2, b2, approximate, recompute: bool, matmul) -> bool:
-    """With `recompute` it does not: autograd would keep a."""
+    """The composite does not apply with `recompute`, because autograd would keep a."""
     return is_32_bit(x) and not recompute
 
 

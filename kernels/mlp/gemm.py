@@ -4,16 +4,16 @@
 
 One program per multiprocessor goes through tiles of c, in groups of GROUP_M rows of tiles, whose
 operands stay in the L2 cache. The compiler flattens the loop over tiles and the loop over K into
-one: the operands of the next tile are loaded during the epilogue. The epilogue takes a tile in
-PARTS pieces of columns. This needs fewer registers and, for outputs stored through a descriptor, a
-smaller buffer.
+one: the operands of the next tile are loaded during the epilogue. The epilogue splits a tile by
+columns into PARTS pieces and processes one piece at a time. This needs fewer registers and, for
+outputs stored through a descriptor, a smaller buffer.
 
 Shapes     a: (M, K)   b: (K, N)   c, pre, aux: (M, N)   bias, sums: (N,)
            a and b have any strides, also transposed
 Precision  operands and outputs of one dtype; sums over K, epilogue and sums over M in float32;
            float32 operands are not rounded to TF32
 Order      sums over M are computed in two stages of fixed order
-Cost       2 M N K FLOPs; each operand and output of gemm() moves once, except for misses of the L2
+Cost       2 M N K FLOPs; each operand and output moves once, if operands stay in the L2 cache
 Source     Triton's tutorials: persistent matmul; matrix multiplication (grouping)
 """
 
@@ -131,7 +131,7 @@ def plan(
 
 
 def is_fused(matmul: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
-    """Whether gemm() multiplies a (M, K) by a (K, N) matrix, or cuBLAS and an elementwise kernel.
+    """Whether gemm() should multiply a (M, K) by a (K, N) matrix. If not, cuBLAS does.
 
     `matmul` is "fused", "cublas", or "auto", which asks plan().
     """
@@ -340,7 +340,7 @@ def _operand_descriptor(x: Tensor, rows: int, columns: int):
     """Return a descriptor of tiles of x, or x, and whether x is stored transposed."""
     transposed = x.stride(1) != 1 and x.stride(0) == 1
     if x.dtype == torch.float32:
-        # float32 is multiplied from registers: tiles from a descriptor would take more of them.
+        # float32 operands are in registers. Tiles from a descriptor would take more registers.
         return x, transposed
     stored = descriptor(x.t(), (columns, rows)) if transposed else descriptor(x, (rows, columns))
     return (x if isinstance(stored, Tensor) else stored), transposed

@@ -27,7 +27,7 @@ from ._checks import check_parameter, check_x
 from ._epilogues import launch_activation_bwd
 from ._linear_layer import linear_bwd, linear_gelu
 
-# The public names of the activations, and PyTorch's.
+# Public names of the activations, and the argument `approximate` of PyTorch's gelu.
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
@@ -45,7 +45,7 @@ def reference_fwd(
 def reference_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, approximate: str, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias; those that `needs` leaves out are empty."""
+    """Return the gradients of x, weight and bias. Gradients that are not needed are empty."""
     dh = torch.ops.aten.gelu_backward(dy, h, approximate=approximate)
     return linear_bwd(dh, x, weight, needs)
 

@@ -1,4 +1,4 @@
-"""The MLP of Llama: two linear layers, one of which gates the other through SiLU, and a third.
+"""The MLP of Llama: two linear layers, SiLU of the first times the second, and a third layer.
 
     forward    g = x wg^T    u = x wu^T    a = silu(g) u    y = a wd^T
                silu(g) = g s    s = 1 / (1 + exp(-g))
@@ -10,7 +10,7 @@ Shapes     x, y, dx, dy: (N, D)   wg, wu: (F, D)   g, u, a: (N, F)   wd: (D, F)
 Precision  any float dtype in and out; matmuls in that dtype, accumulated in float32; g, u and a are
            stored in it; SiLU in float32
 Fusion     u and a come from one GEMM with an epilogue, or from cuBLAS and one elementwise kernel:
-           plan() of gemm.py chooses. The other matmuls are cuBLAS's.
+           plan() of gemm.py chooses. cuBLAS computes the other matmuls.
 Memory     keeps g and u for the backward, where one elementwise kernel computes dg, du and a
 Cost       compute-bound: 6 N D F FLOPs forward, 12 N D F backward; see cost()
 Source     Shazeer 2020, arXiv:2002.05202
@@ -52,7 +52,7 @@ def reference_bwd(
     up: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w_gate, w_up and w_down; those `needs` leaves out are empty."""
+    """Return gradients of x, w_gate, w_up and w_down. Gradients that are not needed are empty."""
     da = wide(torch.mm(dy, w_down))
     g = wide(gate)
     s = torch.sigmoid(g)
@@ -118,7 +118,7 @@ def launch_bwd(
 def cost(N: int, D: int, F: int, itemsize: int) -> dict[str, int]:
     """Least bytes to move, and FLOPs of the matmuls, with `itemsize` bytes per element.
 
-    Forward: read x and the weights; write y, g and u. Backward: read dy and all of these but y;
+    Forward: read x and the weights; write y, g and u. Backward: read dy and these tensors except y;
     write dx and the gradients of the weights.
     """
     return {
@@ -155,7 +155,7 @@ _fwd.register_autograd(_grad, setup_context=_save)
 
 @public
 def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """Apply two linear layers, multiply one's output by SiLU of the other's, and apply a third.
+    """Compute silu(x w_gate^T) * (x w_up^T), and apply a third linear layer to it.
 
     Args:
         x: (..., D), float32, bfloat16 or float16 (on the CPU also float64), any layout.

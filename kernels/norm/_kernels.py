@@ -81,7 +81,8 @@ def _layer_norm_bwd_kernel(
         h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
 
-        # Masked elements of dy and g are 0, so those of xhat add nothing to a sum.
+        # Masked elements of xhat may differ from 0. They add nothing to a sum, because each sum
+        # multiplies them by dy or g, which are 0 there.
         g = dy * weight[None, :]
         if mean_ptr is not None:
             h -= tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
@@ -97,7 +98,7 @@ def _layer_norm_bwd_kernel(
         dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-        # Add up per element of the tile; one reduction over its rows follows after the loop.
+        # Sum each element of the tile over the blocks. After the loop, sum over the tile's rows.
         dw += dy * xhat
         if db_partial_ptr is not None:
             db += dy

@@ -38,13 +38,13 @@ def _layer_norm_fwd_wide_kernel(
         total += h
         squares += h * h
     if residual_ptr is not None:
-        # The passes below may read an element of h in another thread than the one that wrote it.
+        # In the passes below, a thread may read an element of h that another thread wrote.
         tl.debug_barrier()
         source_ptr = h_ptr
     else:
         source_ptr = x_ptr
 
-    # Second pass: squares of the centered row. The squares above lose digits to a large mean.
+    # Second pass: squares of the centered row. The squares above lose digits if the mean is large.
     mean = 0.0
     if mean_ptr is not None:
         mean = tl.sum(total, axis=0) / N
@@ -117,8 +117,8 @@ def _layer_norm_bwd_wide_kernel(
                 dx += dh.to(tl.float32)
             tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
 
-            # No barrier: only this program uses its partial row, and each thread reads back what
-            # it wrote itself. The first row starts the sums.
+            # No barrier is needed: only this program uses its row of partial sums, and each thread
+            # reads only elements that it wrote itself. For the first row the sums start at 0.
             mask_old = mask_n & (block != pid)
             dw = tl.load(dw_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy * xhat
             tl.store(dw_partial_ptr + offs_n, dw, mask=mask_n)

@@ -129,9 +129,9 @@ def norm_cost(
 ) -> dict[str, int]:
     """Return the least bytes to move and the FLOPs, forward and backward.
 
-    `fwd_flops` and `bwd_flops` count one element. The forward reads x and writes y, with a residual
-    reads that and writes h too. The backward reads dy and h and writes dx, with a residual reads dh
-    too.
+    `fwd_flops` and `bwd_flops` are per element. The forward reads x and writes y. With a residual
+    it also reads the residual and writes h. The backward reads dy and h and writes dx. With a
+    residual it also reads dh.
     """
     fwd_tensors = 4 if residual else 2
     bwd_tensors = 4 if residual else 3

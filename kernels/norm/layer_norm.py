@@ -63,9 +63,10 @@ def reference_bwd(
     rstd: Tensor,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of h, weight and bias, the last one empty without a bias."""
+    """Return the gradients of h, weight and bias. Without a bias its gradient is empty."""
     centered = wide(h) - mean[:, None]  # as in the forward
     w = weight.to(centered.dtype)
+    # w takes the place of the bias, whose values have no influence on the gradients.
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         wide(dy), centered, h.shape[-1:], torch.zeros_like(mean)[:, None], rstd[:, None],
         w, w if has_bias else None, [True, True, has_bias],

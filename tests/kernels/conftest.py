@@ -9,11 +9,11 @@ from tritium.kernels.mlp import gemm
 
 @pytest.fixture
 def small_tile() -> gemm.Tile:
-    """A tile so small that tests have several in each direction, with an epilogue in four parts."""
+    """A tile so small that tests have several tiles per axis. Its epilogue has four parts."""
     return gemm.Tile(block_m=16, block_n=64, block_k=16, parts=4, num_warps=4, num_stages=2)
 
 
-# A reference has no such choice.
+# Only launchers choose between the two. A reference runs once.
 @pytest.fixture(params=["fused", "cublas"] if INTERPRET or torch.cuda.is_available() else ["auto"])
 def matmul(request, small_tile, monkeypatch) -> str:
     """Make public functions use the fused GEMM with several tiles, or cuBLAS."""

@@ -35,7 +35,7 @@ def complex_rotary(x, cos, sin, *, interleaved=False):
 
 
 def torch_rotary(x, cos, sin, *, interleaved=False):
-    """The usual code of a model, in the dtype of x."""
+    """RoPE as models usually implement it, in the dtype of x."""
     T = x.shape[1]
     cos, sin = (table[:T].to(x.dtype).unsqueeze(-2) for table in (cos, sin))
     x1, x2 = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
@@ -76,7 +76,7 @@ def test_reference_matches_complex_multiplication(interleaved):
 
 @pytest.mark.plain
 def test_scores_depend_on_the_distance_between_tokens_only():
-    """Purpose of RoPE: the dot of a query at t and a key at s depends on t - s alone."""
+    """This is the purpose of RoPE: the dot of a query at t and a key at s depends on t - s only."""
     _, cos, sin, _ = tensors(1, 20, 1, 8, torch.float64, "cpu")
     q, k = torch.randn(2, 8, dtype=torch.float64)
     rotated_q, rotated_k = (
@@ -114,6 +114,23 @@ def test_heads_past_the_last_full_tile_are_rotated(interleaved, device):
     baseline = run(torch_rotary, x, cos, sin, dy, interleaved=interleaved)
     for name, *values in zip(["y", "dx"], got, truth, baseline, strict=True):
         assert_accurate(name, *values, length=2)
+
+
+@pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU"
+)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_masked_elements_are_not_written(interleaved, device, monkeypatch):
+    """5 heads in a tile of 8, and 3 pairs in a tile of 4. Memory after y keeps its values."""
+    x, cos, sin, _ = tensors(1, 5, 1, 6, torch.float32, device)
+    assert plan(5, 6) == (8, 4)
+    memory = torch.full((200,), 7.0, device=device)
+    x_in_memory = torch.zeros(200, device=device)[:30].view_as(x).copy_(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *args, **options: memory[:30].view_as(x))
+        y = launch_rotary(x_in_memory, cos, sin, interleaved, False)
+    assert y.data_ptr() == memory.data_ptr()
+    assert (memory[30:] == 7).all()
 
 
 # --- 3. layouts

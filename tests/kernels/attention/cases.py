@@ -1,4 +1,4 @@
-"""What the tests of attention share: inputs, the definition in one piece, the bar for errors."""
+"""Helpers of the attention tests: inputs, a definition without blocks, the bar for errors."""
 
 import math
 
@@ -70,7 +70,7 @@ def sdpa(q, k, v, *, scale=None, window=None):
 
 
 def run(function, inputs, incoming):
-    """Outputs and gradients of the inputs, for these gradients of the outputs."""
+    """Return outputs and gradients of the inputs. `incoming` are gradients of the outputs."""
     # No clone: it would lose the strides.
     leaves = [value.detach().requires_grad_() for value in inputs]
     outputs = function(*leaves)
@@ -85,7 +85,7 @@ def attend(**options):
 
 
 def attend_lse(**options):
-    """The same, returning (o, lse)."""
+    """causal_attention with these options, as a function of q, k and v that returns (o, lse)."""
     return lambda q, k, v: causal_attention(q, k, v, return_lse=True, **options)
 
 
@@ -107,8 +107,8 @@ def assert_matches_definition(
     truth = run(lambda *x: definition(*x, **options), [x.double() for x in inputs], incoming)
     theirs = run(lambda *x: baseline(*x, **options), inputs, incoming)
     theirs[1] = theirs[1].to(got[1].dtype)
-    # ds = p (dp - delta) cancels. delta is computed from the rounded o, so a rounding error of o
-    # times do comes back times q or k.
+    # In ds = p (dp - delta) large terms cancel. delta is computed from the rounded o, so dq and dk
+    # contain the rounding error of o, multiplied by do and by k or q.
     group, scale = q.shape[2] // k.shape[2], options.get("scale", q.shape[-1] ** -0.5)
     values = v.double().repeat_interleave(group, dim=2)
     dp = torch.einsum("bthk,bshk->bhts", do.double(), values).abs().max().item()

@@ -1,4 +1,4 @@
-"""causal_attention against its definition in one piece, and against PyTorch."""
+"""Compare causal_attention with a definition without blocks, and with PyTorch."""
 
 import pytest
 import torch
@@ -32,8 +32,9 @@ OPTIONS = [
     {"scale": 0.3},
     {"window": 7, "softcap": 3.0, "scale": 0.5},
 ]
-# (B, T, S, H, G, K): one token, odd, around a tile, several tiles; grouped and multi-query heads;
-# more keys than queries; head sizes that are no power of two, the smallest and the largest.
+# (B, T, S, H, G, K): one token, odd lengths, lengths next to a tile's, several tiles; grouped and
+# multi-query heads; more keys than queries; head sizes that are not a power of two; the smallest
+# and the largest head size.
 SHAPES = [
     (1, 1, 1, 1, 1, 16),
     (2, 17, 17, 3, 3, 40),
@@ -60,7 +61,7 @@ SHAPES = [
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("T", [5, 8])
 def test_gradients_match_finite_differences(T, return_lse, options):
-    """At 8 keys, T = 8 without options and without lse runs SDPA, the other cases the reference."""
+    """There are 8 keys. T = 8 without options and lse runs SDPA. Other cases run the reference."""
     q, k, v, *_ = (x.requires_grad_() for x in make_inputs(1, T, 8, 4, 2, 3, torch.float64, "cpu"))
     function = (attend_lse if return_lse else attend)(**options)
     assert torch.autograd.gradcheck(function, (q, k, v))
@@ -83,7 +84,7 @@ def test_reference_matches_definition(shape, options):
     "shape", [(2, 17, 17, 6, 2, 5), (2, 9, 20, 4, 2, 16), (0, 3, 3, 2, 1, 4), (2, 0, 0, 2, 1, 4)]
 )
 def test_result_without_lse_matches_definition(shape, options):
-    """SDPA computes it if there are as many queries as keys and no options."""
+    """SDPA computes the result if there are as many queries as keys and no options."""
     _, T, S, H, G, _ = shape
     q, k, v, do, _ = make_inputs(*shape, torch.float64, "cpu")
     expected = run(lambda *x: definition(*x, **options)[:1], (q, k, v), [do])
@@ -129,7 +130,7 @@ def test_plain_attention_on_a_cpu_uses_sdpa(T, options, uses_sdpa):
     ("shape", "dtype"),
     [
         *((shape, dtype) for shape in SHAPES for dtype in DTYPES),
-        # Many tiles. float32 tiles are smaller: 300 tokens have many already.
+        # Many tiles. float32 tiles are smaller, so the shapes above have many already.
         ((1, 1000, 1000, 1, 1, 64), torch.bfloat16),
     ],
 )
@@ -147,13 +148,13 @@ def test_accuracy_compared_with_sdpa(shape, dtype, device):
             for window in (1, 2, 40, 127, 128, 129, 200)
             for T in (150, 300)
         ),
-        # float32 tiles are smaller: as many edges in a shorter sequence.
+        # float32 tiles are smaller, so a shorter sequence has as many edges.
         *(
             ({"window": window}, T, 100, torch.float32)
             for window in (1, 31, 32, 33, 70)
             for T in (50, 100)
         ),
-        # A last query that just misses the first key of a tile; windows that hold whole tiles.
+        # Windows that contain whole tiles. In some tiles the last query misses one key only.
         ({"window": 255}, 384, 384, torch.bfloat16),
         ({"window": 127}, 200, 200, torch.float32),
         ({"window": 129}, 300, 300, torch.float16),
@@ -197,7 +198,7 @@ def test_query_that_sees_one_key_returns_its_value_exactly(dtype, device):
 
 
 def test_views_of_a_packed_projection_match_contiguous_tensors(device):
-    """With an incoming gradient that is not contiguous."""
+    """The incoming gradient is not contiguous either."""
     B, T, H, K = 2, 20, 3, 8
     qkv = torch.randn(B, T, 3 * H * K, device=device)
     views = [part.view(B, T, H, K) for part in qkv.split(H * K, dim=-1)]

@@ -1,4 +1,4 @@
-"""Attention under torch.compile: one graph for any length, and outputs as the compiler was told."""
+"""Attention under torch.compile: one graph for any length, and fake outputs like the real ones."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def outputs_and_grads(function, inputs, cu_seqlens):
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_ten_lengths_compile_at_most_twice(function, dynamic):
-    """Once for the first length, once for any length."""
+    """One compilation is for the first length, a second one for all lengths."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
@@ -85,7 +85,7 @@ def test_one_graph_for_any_number_of_heads(function):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake_outputs_match_real_outputs(dtype, device):
-    """In shape, dtype and strides, also for inputs with unusual strides."""
+    """They match in shape, dtype and strides, also for inputs with unusual strides."""
     B, T, S = 2, 5, 9
     ops = torch.ops.tritium
     options = (0.5, S, 0.0, 0.0, None)

@@ -1,4 +1,4 @@
-"""attention_decode against the last rows of full attention, sequence by sequence."""
+"""Compare attention_decode with the last rows of full attention, sequence by sequence."""
 
 import pytest
 import torch

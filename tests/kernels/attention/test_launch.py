@@ -91,7 +91,7 @@ def test_head_size_is_padded_to_a_power_of_two(head_size, columns):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_descriptors_and_pointers_give_the_same_result(dtype, device, monkeypatch):
-    """qkv aligned for TMA; with rows that are one element too long; beginning at an odd address."""
+    """qkv is aligned for TMA, or has rows that are one element too long, or has an odd address."""
     B, T, H, K = 2, 140, 2, 16
     q, k, v, do, _ = make_inputs(B, T, T, H, H, K, dtype, device)
     aligned = packed(q, k, v)

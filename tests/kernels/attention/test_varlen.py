@@ -1,4 +1,4 @@
-"""Packed documents against a loop over the documents."""
+"""Compare packed documents with a loop over the documents."""
 
 import itertools
 
@@ -87,8 +87,8 @@ def test_packed_documents_match_documents_one_by_one(lengths, options, dtype, de
     cu_seqlens = cumulative(lengths, device)
     got = run(attend_varlen(cu_seqlens, max(1, *lengths), **options), inputs, incoming)
     expected = run(attend_one_by_one(lengths, **options), inputs, incoming)
-    # Kernels walk the same tiles in the same order. With a window the loops differ: a document
-    # shorter than the window has no window when it is alone.
+    # Kernels compute the same tiles in the same order, packed or not. A window changes that: a
+    # single document that is shorter than the window runs without a window.
     exact = (INTERPRET or device.type == "cuda") and "window" not in options
     for a, b in zip(got, expected, strict=True):
         if exact or a.numel() == 0:
@@ -203,7 +203,7 @@ def test_dropout_of_a_single_document_matches_causal_attention(device):
 
 
 def test_equal_documents_get_different_dropout_masks(device):
-    """And max_seqlen does not change them."""
+    """max_seqlen does not change the masks."""
     inputs, _ = make_documents((50,), 2, 1, 16, torch.float32, device)
     twice = [torch.cat([x, x]) for x in inputs]
     cu_seqlens = cumulative((50, 50), device)

@@ -37,7 +37,7 @@ def test_autocast_of_another_device_type_changes_nothing():
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_matmul_out_sums_in_float32(dtype, accumulate, device):
-    """A result rounded to 16 bits would be far above the bar, which is that of float32."""
+    """The bar is for float32: a result that was rounded to 16 bits would fail."""
     a, b = (torch.randn(size, device=device).to(dtype) for size in ((5, 300), (300, 7)))
     before = torch.randn(5, 7, device=device) if accumulate else torch.zeros(5, 7, device=device)
     out = before.clone()
@@ -67,3 +67,14 @@ def test_operands_and_out_may_be_strided(device):
 def test_meta_tensors_are_accepted():
     a = torch.empty(3, 3, dtype=torch.bfloat16, device="meta")
     matmul_out(a, a, torch.empty(3, 3, device="meta"), accumulate=True)
+
+
+@pytest.mark.plain
+def test_accumulate_reaches_the_matmul_of_a_gpu(monkeypatch):
+    """Meta tensors take the branch of CUDA tensors. They have no values, so record the call."""
+    betas = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, beta, **options: betas.append(beta))
+    a = torch.empty(3, 3, dtype=torch.bfloat16, device="meta")
+    for accumulate in (False, True):
+        matmul_out(a, a, torch.empty(3, 3, device="meta"), accumulate=accumulate)
+    assert betas == [0, 1]

@@ -126,7 +126,7 @@ def test_options_compile_in_one_graph():
     def run(x, offset):
         return scaled(x * 2, ScaleOptions(scale=0.5, offset=offset), x.shape[0])
 
-    for size in (3, 5, 7):  # from the second size on it is a symbol
+    for size in (3, 5, 7):  # compiled code treats the size as a symbol from the second size on
         x = torch.ones(size, requires_grad=True)
         y = run(x, torch.ones(()))
         assert y.tolist() == [size + 1.0] * size

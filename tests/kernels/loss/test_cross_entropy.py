@@ -41,7 +41,7 @@ SHAPES = [(1, 1), (5, 1), (1, 3), (33, 65), (7, 257), (4, 1024), (9, 1031), (3, 
 
 
 def tensors(N, V, dtype, device):
-    """Logits, targets of which every fifth is ignored, and an incoming gradient for each row."""
+    """Return logits, targets, and an incoming gradient for each row. Every fifth row is ignored."""
     generator = torch.Generator().manual_seed(N * 100_003 + V)
     logits = (2 * torch.randn(N, V, generator=generator)).to(device, dtype)
     target = torch.randint(V, (N,), generator=generator)
@@ -50,7 +50,7 @@ def tensors(N, V, dtype, device):
 
 
 def run(function, logits, *args, incoming=None, **options):
-    """Loss, and gradient of the logits."""
+    """Return the loss and the gradient of the logits."""
     leaf = logits.detach().requires_grad_()
     loss = function(leaf, *args, **options)
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
@@ -143,7 +143,7 @@ def test_loss_and_gradient_are_accurate_far_from_zero(shift, V, device):
 
 @pytest.mark.parametrize("lead", [20.0, 60.0])
 def test_gradient_keeps_its_digits_if_the_target_has_probability_one(lead, device):
-    """The subtraction p - 1 would give 0. PyTorch's error is as large as the value: no bar here."""
+    """The subtraction p - 1 would give 0, as in PyTorch. So PyTorch cannot be the baseline here."""
     logits = torch.tensor([[lead, 0.0, 0.0]], device=device)
     target = torch.zeros(1, dtype=torch.long, device=device)
     loss, dlogits = run(cross_entropy, logits, target)
@@ -524,7 +524,7 @@ def test_main_loop_loads_and_stores_16_bytes_at_a_time(V, stride):
 
 @pytest.mark.codegen
 def test_compiles_if_every_size_is_one():
-    """Triton turns arguments of 1 into constants."""
+    """Triton makes constants of arguments that are 1."""
     options = LossOptions(ignore_index=1, label_smoothing=0.5, z_loss=1.0, softcap=1.0)
     for name, text in disassembled(launches_of(1, 1, torch.bfloat16, "sm_90", options)):
         assert "STG" in text, f"{name} stores nothing"

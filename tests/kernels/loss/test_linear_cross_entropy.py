@@ -48,7 +48,7 @@ NAMES = ["loss", "dx", "dweight", "dbias"]
 
 
 def tensors(N, D, V, dtype, device):
-    """x, weight and bias; targets of which every fifth is ignored; a gradient for each row."""
+    """Return (x, weight, bias), targets, and a gradient per row. Every fifth row is ignored."""
     generator = torch.Generator().manual_seed(N * 10_007 + D * 101 + V)
     inputs = [
         torch.randn(shape, generator=generator).to(device, dtype)
@@ -65,7 +65,7 @@ def unfused_loss(x, weight, target, bias=None, **options):
 
 
 def run(function, inputs, target, incoming=None, **options):
-    """Loss, and gradients of x, weight and, if given, bias."""
+    """Return the loss and the gradients of x, weight and, if given, bias."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     x, weight, *bias = leaves
     loss = function(x, weight, target, *bias, **options)
@@ -82,7 +82,7 @@ def run_backward(function, inputs, target):
 
 
 def scales(inputs, target, incoming=None, **options):
-    """Magnitude of the terms that each gradient sums. Their roundings do not cancel."""
+    """Return the magnitude of the terms that each gradient sums. Rounding errors do not cancel."""
     x, weight, bias = (value.detach().double() for value in inputs)
     logits = F.linear(x, weight, bias).requires_grad_()
     loss = torch_cross_entropy(logits, target, **options)
@@ -109,7 +109,7 @@ def set_chunk_rows(monkeypatch):
 
 @pytest.fixture
 def chunks_of_five(set_chunk_rows):
-    """Several chunks, which do not divide the rows."""
+    """Use chunks of five rows. The number of rows need not be divisible by five."""
     set_chunk_rows(5)
 
 
@@ -409,7 +409,7 @@ def test_second_derivative_raises(reduction, device):
 
 
 def peak_bytes(call, N, D, V, dtype):
-    """Peak memory of call(x, weight, target), without its arguments.
+    """Return the peak memory of call(x, weight, target), without its arguments.
 
     Held counts the bytes of tensors on "meta", which take no memory.
     """

@@ -8,7 +8,7 @@ SHAPES = [(1, 1, 1), (5, 1, 3), (17, 129, 65), (32, 16, 64)]
 
 
 def randn(shapes, seed, dtype, device):
-    """Normal tensors of the given shapes."""
+    """Return normally distributed tensors of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
@@ -18,7 +18,7 @@ def double(values):
 
 
 def run(function, inputs, incoming, **options):
-    """Output, and gradients of those inputs that are not None."""
+    """Return the output, and the gradients of those inputs that are not None."""
     inputs = [None if value is None else value.detach().requires_grad_() for value in inputs]
     y = function(*inputs, **options)
     leaves = [value for value in inputs if value is not None]
@@ -26,7 +26,7 @@ def run(function, inputs, incoming, **options):
 
 
 def transposed(value):
-    """The same values, stored by columns."""
+    """Return the same values in column-major order."""
     return value.t().contiguous().t()
 
 

@@ -42,7 +42,7 @@ def torch_mlp(x, w1, b1, w2, b2, *, approximate="tanh"):
 
 
 def scales(inputs, incoming, truth, approximate="tanh"):
-    """By name: the magnitude of a result plus twice that of the terms it sums.
+    """Return the magnitude of each result, plus twice the magnitude of the terms that it sums.
 
     The terms are rounded twice: as h, and as dh or a.
     """
@@ -145,7 +145,7 @@ def test_recompute_is_as_accurate_over_many_chunks(dtype, device, small_chunks):
 
 @pytest.mark.parametrize("width", [257, 3000])
 def test_bias_gradient_sums_all_rows_of_a_program(width, device, monkeypatch):
-    """With one multiprocessor each program has several blocks of rows; at 3,000 columns, all."""
+    """With one multiprocessor a program has several blocks of rows, or all of them."""
     monkeypatch.setattr("tritium.kernels.mlp._epilogues.sm_count", lambda device: 1)
     inputs, incoming = tensors(200, 8, width, torch.float32, device)
     truth = run(torch_mlp, double(inputs), incoming)
@@ -277,7 +277,7 @@ def test_recompute_saves_one_tensor_less(device):
 
 
 def test_recompute_gives_bitwise_equal_results_without_fusion(device):
-    """So few rows are not fused. A fused forward computes a from h before h is rounded."""
+    """GELU is not fused for so few rows. A fused forward computes a before h is rounded."""
     inputs, incoming = tensors(6, 8, 12, torch.float32, device)
     assert_equal(
         run(gelu_mlp, inputs, incoming, recompute=True),

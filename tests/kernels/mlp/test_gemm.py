@@ -41,14 +41,14 @@ def scaled(pre, aux):
 
 @pytest.fixture
 def small_tiles(small_tile, monkeypatch):
-    """Several tiles in each direction, in groups of two rows; two programs."""
+    """Use several tiles per axis, in groups of two rows of tiles, and two programs."""
     monkeypatch.setattr(module, "plan", lambda *_, **__: (small_tile, True))
     monkeypatch.setattr(module, "GROUP_M", 2)
     monkeypatch.setattr(module, "sm_count", lambda device: 2)
 
 
 def in_layout(matrix, letter, row_or_column):
-    """The matrix contiguous (N), transposed (T), without a unit stride (S) or expanded (E)."""
+    """Store a matrix contiguous (N), transposed (T), without a unit stride (S) or expanded (E)."""
     if letter == "T":
         return transposed(matrix)
     if letter == "S":
@@ -79,7 +79,7 @@ def addmm(a, b, bias):
 
 
 def root_sum_squares(values):
-    """Of the columns, the largest: the magnitude of sums whose terms cancel."""
+    """Return the largest root sum of squares of a column: the magnitude of sums that cancel."""
     return values.square().sum(0).max().sqrt().item()
 
 
@@ -222,7 +222,7 @@ def meta(*shapes, dtype=torch.bfloat16):
 
 @pytest.mark.codegen
 def test_exact_gelu_gradient_uses_matrix_instructions():
-    """Its derivative has more terms than the tanh form's: a few bytes may spill, once per tile."""
+    """It has more terms than that of the tanh form: a few bytes may spill, once per tile."""
     x, w2, h = meta((32768, 768), (768, 3072), (32768, 3072))
     with record_launches("sm_90") as launches:
         gemm(x, w2, aux=h, epilogue=EPILOGUES["none"][1], sums=h[0])
@@ -256,7 +256,7 @@ def test_float32_uses_no_matrix_instructions_and_no_descriptors():
 
 @pytest.mark.codegen
 def test_compiles_if_every_size_is_one():
-    """Triton turns arguments of 1 into constants."""
+    """Triton makes constants of arguments that are 1."""
     one, vector = meta((1, 1), (1,))
     with record_launches("sm_90") as launches:
         all_outputs(one, one, vector, one)

@@ -29,7 +29,7 @@ def torch_mlp(x, w_gate, w_up, w_down):
 
 
 def scales(inputs, incoming, truth):
-    """For each of NAMES: the magnitude of the result plus three times that of the terms it sums.
+    """Return the magnitude of each result, plus three times the magnitude of the terms it sums.
 
     The terms are rounded three times: as g, as da, and as u or a.
     """

@@ -33,7 +33,7 @@ def tensors(M, N, dtype, device, mean=0.0):
 
 
 def run(function, inputs, incoming):
-    """Outputs and gradients of `function` at fresh leaves of `inputs`."""
+    """Return the outputs of `function`, and the gradients of those inputs that are not None."""
     leaves = [value.detach().requires_grad_() if value is not None else None for value in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -59,8 +59,8 @@ def check(operator, definition, inputs, incoming, names):
     truth = run(definition, double, [value.double() for value in incoming])
     baseline = run(definition, inputs, incoming)
     M, N = inputs[0].shape
-    # dx is r times the rest of g without its mean. In a row of one element this rest is 0, while
-    # the terms that cancel are as large as g.
+    # In dx large terms cancel. In a row of one element dx is 0, while the terms are as large as
+    # r g. So the size of r g decides how large an error may be.
     h, weight = (double[0] + double[1], double[2]) if len(inputs) == 4 else double[:2]
     scale = (
         (incoming[0] * weight).abs().max() / (h.var(-1, correction=0) + 1e-5).min().sqrt()
@@ -139,7 +139,7 @@ def test_masked_columns_do_not_enter_the_variance(N, device):
     ],
 )
 def test_backward_programs_own_several_blocks_of_rows(M, N, sms, partials, device, monkeypatch):
-    """In the last case the sum of the partial sums takes several steps, too."""
+    """In the last case the kernel that adds up the partial sums takes several steps, too."""
     monkeypatch.setattr(sys.modules[plan.__module__], "sm_count", lambda device: sms)
     assert plan(M, N, sms).partials == partials
     x, residual, weight, bias, *incoming = tensors(M, N, torch.float32, device)
@@ -190,7 +190,7 @@ def test_any_layout_gives_the_result_of_a_contiguous_copy(name, device):
 
 @pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
 def test_row_strides_are_independent(N, device):
-    """Rows of one tensor at a time are slices of longer rows. They are read without a copy."""
+    """Each tensor in its own run is a slice of a tensor with longer rows, read without a copy."""
     M = 3
     x, residual, weight, bias, dy, dh = tensors(M, N, torch.float32, device)
     values = {"x": x, "residual": residual, "dy": dy, "dh": dh}
@@ -365,8 +365,8 @@ def test_compiles_for_every_target_without_spills(N, target):
     with record_launches(target) as launches:
         for dtype in (torch.bfloat16, torch.float32):
             h, w = x.to(dtype), weight.to(dtype)
-            # With all optional tensors: this takes most registers. The golden table of the bench
-            # has the other variants.
+            # The variant with all optional tensors needs the most registers. The golden table of
+            # the bench has the other variants.
             launch_add_fwd(h, h, w, w, 1e-5)
             launch_bwd(h, h, h, w, statistics, statistics, True)
     assert len(launches) == 6

@@ -28,7 +28,7 @@ def tensors(M, N, dtype, device):
 
 
 def run(function, inputs, incoming):
-    """Outputs and gradients of `function` at fresh leaves of `inputs`."""
+    """Return the outputs of `function` and the gradients of its inputs."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -52,8 +52,8 @@ def check(operator, definition, inputs, incoming, names):
     baseline = run(definition, inputs, incoming)
     truth = run(definition, double, [value.double() for value in incoming])
     M, N = inputs[0].shape
-    # dx is r times the rest of g without its part along h. In a row of one element this rest is
-    # almost 0, while the terms that cancel are as large as g.
+    # In dx large terms cancel. In a row of one element dx is almost 0, while the terms are as large
+    # as r g. So the size of r g decides how large an error may be.
     h = double[0] + double[1] if len(inputs) == 3 else double[0]
     scale = (
         (incoming[0] * inputs[-1]).abs().max() / (h.square().mean(-1) + 1e-6).min().sqrt()
@@ -267,8 +267,8 @@ def test_compiles_for_every_target_without_spills(N, arch):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((8192, N), (N,)))
         rstd = torch.empty(8192, device="meta")
         with record_launches(arch) as launches:
-            # With a residual: this takes most registers. The golden table of the bench has the
-            # other variants.
+            # The variant with a residual needs the most registers. The golden table of the bench
+            # has the other variants.
             launch_add_fwd(x, x, weight, 1e-6)
             launch_bwd(x, x, x, weight, rstd)
         for launch in launches:
