@@ -85,6 +85,6 @@ def test_what_is_not_there_is_named(monkeypatch):
         GPT(SMALL, attention="flash")
     with pytest.raises(
         ValueError,
-        match=r"an installed flash-attn, found none; pip install 'tritium\[flash-attn\]', or take",
+        match=r"an installed flash-attn, found none; pip install 'tritium\[flash-attn\]', or use tritium",
     ):
         choose_attention("flash-attn")

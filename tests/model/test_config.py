@@ -33,7 +33,7 @@ def test_sizes_that_follow_from_others():
         ({"mlp": "relu"}, r"mlp must be gelu or swiglu, got 'relu'"),
         (
             {"position": "rotary", "d_model": 36},
-            r"rotary positions need heads of an even size, got 3; change n_head",
+            r"rotary positions need an even head size, got 3; change n_head",
         ),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_context_of_one_token_and_tiny_temperatures(model):
         ({"temperature": -1.0}, "temperature must be 0 or more and finite, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be 0 or more and finite, got nan"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     ],
 )
 def test_options_out_of_range_are_named(model, options, message):

@@ -96,6 +96,6 @@ def test_what_there_is_not_is_refused():
     ):
         GPT(SMALL, recompute="all")
     with pytest.raises(
-        ValueError, match="gelu needs an MLP with GELU, got 'swiglu'; take none, selective or block"
+        ValueError, match="gelu needs an MLP with gelu, got 'swiglu'; use none, selective, block"
     ):
         check_recompute("gelu", LLAMA)
