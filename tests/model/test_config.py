@@ -1,3 +1,5 @@
+"""GPTConfig derives sizes and checks them."""
+
 import pytest
 
 from tritium.model import GPTConfig
@@ -5,38 +7,51 @@ from tritium.model import GPTConfig
 pytestmark = pytest.mark.plain
 
 
-def test_sizes_that_follow_from_others():
-    config = GPTConfig(n_layer=2, n_head=6, d_model=48, vocab_size=65, n_kv_head=2)
-    assert (config.kv_heads, config.head_size, config.d_feedforward, config.padded_vocab_size) == (
-        2,
-        8,
-        192,
-        128,
-    )
-    assert GPTConfig().padded_vocab_size == 50_304
-    assert GPTConfig(mlp="swiglu").d_feedforward == 2048 == 8 * 768 // 3
-    assert GPTConfig(mlp="swiglu", d_model=1600, n_head=25).d_feedforward == 4288, (
-        "a multiple of 64"
-    )
-    assert GPTConfig(vocab_size=64).padded_vocab_size == 64
+def test_kv_heads_are_n_head_by_default():
+    assert GPTConfig(n_head=6, d_model=48).kv_heads == 6
+    assert GPTConfig(n_head=6, d_model=48, n_kv_head=2).kv_heads == 2
+
+
+def test_heads_share_d_model():
+    assert GPTConfig(n_head=6, d_model=48, n_kv_head=2).head_size == 8
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(64, 64), (65, 128), (50_257, 50_304)])
+def test_embedding_rows_are_a_multiple_of_64(vocab_size, rows):
+    assert GPTConfig(vocab_size=vocab_size).padded_vocab_size == rows
+
+
+def test_gelu_mlp_is_four_times_as_wide_as_the_model():
+    assert GPTConfig(n_head=6, d_model=48).d_feedforward == 192
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("n_head", "d_model", "width"),
+    [
+        (12, 768, 2048),  # 8 * 768 / 3
+        (25, 1600, 4288),  # 8 * 1600 / 3 = 4266.7, rounded up to a multiple of 64
+    ],
+)
+def test_swiglu_mlp_is_eight_thirds_as_wide_as_the_model(n_head, d_model, width):
+    assert GPTConfig(mlp="swiglu", n_head=n_head, d_model=d_model).d_feedforward == width
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
     [
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"n_kv_head": -1}, "n_kv_head must be at least 1, got -1"),
         ({"n_head": 5}, r"d_model must be a multiple of n_head \(5\), got 768"),
         ({"n_kv_head": 5}, r"n_head must be a multiple of n_kv_head \(5\), got 12"),
-        ({"position": "alibi"}, r"position must be learned or rotary, got 'alibi'"),
-        ({"norm": "batch"}, r"norm must be layer or rms, got 'batch'"),
-        ({"mlp": "relu"}, r"mlp must be gelu or swiglu, got 'relu'"),
+        ({"position": "alibi"}, "position must be learned or rotary, got 'alibi'"),
+        ({"norm": "batch"}, "norm must be layer or rms, got 'batch'"),
+        ({"mlp": "relu"}, "mlp must be gelu or swiglu, got 'relu'"),
         (
             {"position": "rotary", "d_model": 36},
-            r"rotary positions need heads of an even size, got 3; change n_head",
+            "rotary positions need an even head size, got 3; change n_head",
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(change, message):
+def test_invalid_option_raises(options, message):
     with pytest.raises(ValueError, match="^GPTConfig: " + message):
-        GPTConfig(**change)
+        GPTConfig(**options)

@@ -1,3 +1,8 @@
+"""The formulas of cost.py, compared with models and with the memory that they hold.
+
+tests/train/test_plan.py compares step_bytes with the memory that a whole step allocates.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -15,48 +20,39 @@ SMALL = GPTConfig(n_layer=3, n_head=4, d_model=32, vocab_size=100, context_token
 LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 
 
+def padding(config: GPTConfig) -> int:
+    """Return the elements of the embedding's padding rows."""
+    return (config.padded_vocab_size - config.vocab_size) * config.d_model
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *[
-            ("gpt2", 124_439_808),
-            ("gpt2-medium", 354_823_168),
-            ("gpt2-large", 774_030_080),
-            ("gpt2-xl", 1_557_611_200),
-        ],
+        # the published GPT-2 checkpoints
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
         ("llama-124m", 123_551_232),
     ],
 )
 def test_presets_have_their_published_parameters(name, count):
-    assert parameters(PRESETS[name]) == count
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        SMALL,
-        replace(SMALL, bias=False),
-        PRESETS["gpt2"],
-        LLAMA,
-        replace(LLAMA, bias=True),
-        PRESETS["llama-124m"],
-    ],
-)
-def test_parameters_are_those_of_the_model(config):
+    """tests/model/test_layers.py compares the formula with each combination of layers."""
+    config = PRESETS[name]
+    assert parameters(config) == count
     with torch.device("meta"):
         model = GPT(config)
-    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
-    assert sum(parameter.numel() for parameter in model.parameters()) - padding == parameters(
-        config
-    )
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    assert elements - padding(config) == count
 
 
-def test_flops_are_counted_as_for_mfu():
-    # 6 (124,439,808 - 1024 * 768) + 12 * 12 * 768 * 1024: 0.855 GFLOP a token.
-    assert flops_per_token(PRESETS["gpt2"], 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+def test_flops_exclude_learned_positions_and_include_attention():
+    """0.855 GFLOP per token: 124,439,808 parameters, 1024 * 768 of them learned positions."""
+    expected = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert flops_per_token(PRESETS["gpt2"], 1024) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("config", "B", "T"),
     [
@@ -66,28 +62,44 @@ def test_flops_are_counted_as_for_mfu():
         (replace(SMALL, norm="rms"), 2, 16),
         (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7),
     ],
+    ids=["gpt2", "no_bias", "llama", "rms", "one_layer"],
 )
-def test_activation_bytes_are_those_held_between_forward_and_backward(config, B, T, dtype):
+def test_activation_bytes_are_held_between_forward_and_backward(config, B, T, dtype):
     tokens = torch.randint(config.vocab_size, (B, T))
-    for mode in RECOMPUTATIONS:
-        if mode == "gelu" and config.mlp != "gelu":
+    for mode, row in RECOMPUTATIONS.items():
+        if not row.fits(config):
             continue
         model = GPT(config, recompute=mode)
         working = working_copy(model, dtype)
-        with Held(tokens, *model.parameters(), *working.parameters()) as seen:
+        with Held(tokens, *model.parameters(), *working.parameters()) as held:
             loss = working(tokens, tokens)
-        kept = seen.now - loss.nbytes + tokens.nbytes
-        assert kept == activation_bytes(config, B, T, dtype.itemsize, mode)
+        # The formula includes the tokens, which the caller keeps, but not the loss.
+        kept = held.now - loss.nbytes + tokens.nbytes
+        assert kept == activation_bytes(config, B, T, dtype.itemsize, mode), mode
 
 
-def test_a_step_holds_all_gradients_if_it_accumulates_and_copies_in_16_bits():
-    """What a whole step allocates is compared with a measurement in tests/train/test_plan.py."""
+def test_step_holds_gradients_of_all_weights_if_it_accumulates():
     config = PRESETS["gpt2"]
-    padded = 4 * (
-        parameters(config) + (config.padded_vocab_size - config.vocab_size) * config.d_model
-    )
+    weights = 4 * (parameters(config) + padding(config))
     parts = step_bytes(config, 8, 1024, 2, accumulates=True)
-    assert parts["weights"] == parts["gradients"] == parts["optimizer"] / 2 == padded
-    assert parts["copies"] == 2 * matrices(config)
-    assert step_bytes(config, 8, 1024, 4, accumulates=False)["gradients"] == 0
-    assert sum(step_bytes(config, 9, 1024, 2, accumulates=True).values()) > sum(parts.values())
+    assert parts["weights"] == weights
+    assert parts["gradients"] == weights
+    assert parts["optimizer"] == 2 * weights
+
+
+def test_step_without_accumulation_holds_no_gradients_at_its_fullest_moment():
+    """The batch is large, so the fullest moment comes before the first gradient of a block."""
+    assert step_bytes(PRESETS["gpt2"], 8, 1024, 4, accumulates=False)["gradients"] == 0
+
+
+def test_step_holds_16_bit_copies_of_the_matrices():
+    config = PRESETS["gpt2"]
+    assert step_bytes(config, 8, 1024, 2, accumulates=True)["copies"] == 2 * matrices(config)
+    assert step_bytes(config, 8, 1024, 4, accumulates=True)["copies"] == 0
+
+
+def test_larger_batch_holds_more_bytes():
+    config = PRESETS["gpt2"]
+    eight = step_bytes(config, 8, 1024, 2, accumulates=True)
+    nine = step_bytes(config, 9, 1024, 2, accumulates=True)
+    assert sum(nine.values()) > sum(eight.values())

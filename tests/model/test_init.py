@@ -1,3 +1,5 @@
+"""Initial weights."""
+
 import math
 
 import pytest
@@ -8,7 +10,7 @@ from tritium.model import GPT, GPTConfig
 pytestmark = pytest.mark.plain
 
 
-def test_deviations_are_those_of_gpt2():
+def test_initial_weights_follow_gpt2():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=8, n_head=2, d_model=64, vocab_size=256, context_tokens=64))
     for name, parameter in model.named_parameters():
@@ -18,13 +20,13 @@ def test_deviations_are_those_of_gpt2():
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
             expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
-            # The deviation of n normal draws is known to one part in sqrt(2 n): allow five of these.
-            assert abs(parameter.std().item() / expected - 1) < 5 / math.sqrt(
-                2 * parameter.numel()
-            ), name
+            # The measured deviation of n normal numbers has a relative standard error of
+            # 1 / sqrt(2 n). Allow five of them.
+            tolerance = 5 / math.sqrt(2 * parameter.numel())
+            assert abs(parameter.std().item() / expected - 1) < tolerance, name
 
 
-def test_same_seed_same_weights():
+def test_same_seed_gives_the_same_weights():
     config = GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=16, context_tokens=4)
     models = []
     for _ in range(2):
