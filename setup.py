@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-FOLDERS = [
-    f"{name}{rest}" for name in ("kernels", "model", "train", "bench") for rest in ("", ".*")
-]
+FOLDERS = ["kernels*", "model*", "train*", "bench*"]
 
 
 class BuildPackages(build_py):
-    """The root folder is a package, but its setup.py is no module of it, nor is what only pytest runs."""
+    """Leaves out setup.py, which is in the folder of the package, and the tests in bench/."""
 
     def find_package_modules(self, package, package_dir):
         return [
@@ -29,14 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=[
-        "tritium",
-        "tritium.kernels",
-        "tritium.model",
-        "tritium.train",
-        "tritium.bench",
-        "tritium.bench.ops",
-    ],
+    packages=["tritium", *(f"tritium.{name}" for name in find_packages(include=FOLDERS))],
     package_dir={"tritium": "."},
     cmdclass={"build_py": BuildPackages},
     entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},

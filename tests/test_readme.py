@@ -1,76 +1,151 @@
-"""README's commands are the ones that work and that CI runs."""
+"""README's and docs/training.md's commands work. The first two blocks are the ones that CI runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from tritium import kernels
-from tritium.train.distributed.tensor_parallel import check_tensor_parallel
+from tritium.__main__ import dispatch
+from tritium.train.commands import train as train_command
+from tritium.train.commands.cli import run
+from tritium.train.distributed.launch import Launch
 from tritium.train.recipes import RECIPES
 
 pytestmark = pytest.mark.plain
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = README + (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PLAIN_BLOCKS = "".join(re.findall(r"^```\n(.*?)^```$", PAGES, flags=re.MULTILINE | re.DOTALL))
+# A command line, up to the two spaces before its explanation.
+COMMANDS = re.findall(r"^(?:\$ )?(tritium .+?)(?:  .*)?$", PLAIN_BLOCKS, flags=re.MULTILINE)
+TORCHRUN = re.findall(
+    r"^torchrun .*? -m tritium\.train (.+?)(?:  .*)?$", PLAIN_BLOCKS, flags=re.MULTILINE
+)
+
+# Options that make a shown `tritium train` take a second.
+TINY = [
+    "--data",
+    "corpus.txt",
+    "--tokenizer",
+    "bytes",
+    "--device",
+    "cpu",
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--d-model",
+    "16",
+    "--context-tokens",
+    "16",
+    "--steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--eval-tokens",
+    "64",
+    "--sample-tokens",
+    "2",
+]
 
 
 def test_the_first_two_blocks_are_one_line_each():
-    for block in BLOCKS[:2]:
-        assert block.count("\n") == 1
-        assert block.startswith(
-            "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e "
-        )
-    assert BLOCKS[0].endswith("&& .venv/bin/tritium train\n")
-    assert re.search(
-        r"&& \.venv/bin/pytest -n 2 && TRITON_INTERPRET=1 \.venv/bin/pytest -n 2\n$", BLOCKS[1]
-    )
+    start = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e "
+    assert all(block.startswith(start) and block.count("\n") == 1 for block in SHELL_BLOCKS)
+    assert SHELL_BLOCKS[0].endswith("&& .venv/bin/tritium train\n")
+    tests = "&& .venv/bin/pytest -n 2 && TRITON_INTERPRET=1 .venv/bin/pytest -n 2\n"
+    assert SHELL_BLOCKS[1].endswith(tests)
 
 
 def test_ci_runs_the_second_block():
     script = (ROOT / ".ci" / "run").read_text()
-    awk = re.search(r"awk '(.*?)' README.md", script).group(1)
-    assert "block == 2" in awk
-    assert "bash -euo pipefail -c" in script
+    assert "block == 2" in re.search(r"awk '(.*?)' README.md", script)[1]
 
 
-def test_what_the_first_line_needs_is_installed_by_it():
-    setup = (ROOT / "setup.py").read_text()
-    constraints = (ROOT / "constraints.txt").read_text()
-    assert '"tritium = tritium.__main__:main"' in setup
-    assert "torch==2.13.0" in constraints
-    assert "triton==3.7.1" in constraints
+def test_the_table_of_operators_is_complete():
+    rows = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(kernels.__all__)
 
 
-def test_named_recipes_and_operators_exist():
-    line = next(line for line in README.splitlines() if line.startswith("Recipes: "))
-    assert re.findall(r"`([a-z0-9-]+)`", line)[: len(RECIPES)] == list(RECIPES)
-    imported = ", ".join(re.findall(r"from tritium\.kernels import (.*)", README)).split(", ")
-    assert imported == sorted(kernels.__all__)
-    table = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
-    assert {name for row in table for name in re.findall(r"`(\w+)`", row)} == set(kernels.__all__)
+def test_the_recipes_are_named():
+    line = re.search(r"^Recipes: .*$", README, flags=re.MULTILINE)[0]
+    assert re.findall(r"`([a-z0-9-]+)`", line) == list(RECIPES)
 
 
-def test_commands_shown_are_parsed(tmp_path, monkeypatch):
-    """Every `tritium train ...` line with options is understood, though not run."""
-    from tritium.train.commands import train
+def test_the_files_that_are_linked_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
 
-    understood = []
-    monkeypatch.setattr(
-        train, "_run_and_report", lambda run, world, work: understood.append(run) or 0
-    )
+
+def test_the_python_blocks_run():
+    scope = {}
+    for block in PYTHON_BLOCKS:
+        exec(block, scope)
+    assert scope["text"].shape == (2, 24)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with the text that the commands name, and a home for datasets."""
+    text = "the quick brown fox jumps over a lazy dog\n" * 200
+    (tmp_path / "corpus").mkdir()
+    for name in ("corpus.txt", "input.txt", "corpus/a.txt"):
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^tritium (train(?= +[a-z-]).*?)(?:  .*)?$", README, flags=re.MULTILINE)
-    for line in lines:
-        assert train.main(line.split()[1:]) == 0
-    assert len(lines) >= 4
-    assert len(understood) == len(lines)
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    return tmp_path
 
 
-def test_tensor_ranks_shown_divide_the_heads_of_the_run():
-    shown = re.findall(r"runs/([a-z0-9-]+)-\d+ --tensor-parallel (\d+)", README)
-    assert shown
-    for name, ranks in shown:
-        check_tensor_parallel(RECIPES[name].gpt(vocab_size=1), torch.bfloat16, int(ranks))
+def test_train_resume_and_sample_run(folder):
+    shown = [command for command in COMMANDS if command.startswith("tritium train")]
+    assert len(shown) == 4
+    for command in shown:
+        words = shlex.split(command)[1:]
+        if "--resume" not in words:
+            given = [word for word in words if word.startswith("--")]
+            for option, value in zip(TINY[::2], TINY[1::2], strict=True):
+                if option in given:
+                    words[words.index(option) + 1] = value
+                else:
+                    words += [option, value]
+            if len(words) == 1 + len(TINY):
+                words.insert(1, "laptop")  # without a recipe: gpt2 where there is a GPU
+        assert run(dispatch, words) == 0, command
+    sample = next(command for command in COMMANDS if command.startswith("tritium sample"))
+    assert run(dispatch, [*shlex.split(sample)[1:], "--max-new-tokens", "2"]) == 0
+
+
+def test_data_build_and_plan_run(folder):
+    build = next(command for command in COMMANDS if "data build" in command)
+    words = shlex.split(build.replace(" more.jsonl.gz", "").replace("bpe:8192", "bytes"))[1:]
+    assert run(dispatch, words) == 0
+    plan = next(command for command in COMMANDS if "tritium plan" in command and "--gpu" in command)
+    assert run(dispatch, shlex.split(plan)[1:]) == 0
+
+
+def test_the_options_of_torchrun_lines_are_known(monkeypatch):
+    """The lines need several GPUs: their words are parsed, and no run starts."""
+    parsed = []
+    monkeypatch.setattr(train_command, "join", lambda launch: parsed.append(launch) or 1 / 0)
+    for words in TORCHRUN:
+        with pytest.raises(ZeroDivisionError):
+            train_command.main(shlex.split(words))
+    assert len(parsed) == len(TORCHRUN) >= 4
+    assert {launch.parallel for launch in parsed} == {"auto", "fsdp"}
+    assert all(isinstance(launch, Launch) for launch in parsed)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("tritium bench")])
+def test_bench_commands_have_their_options(command, capsys):
+    """They take minutes or need a GPU. tests/bench runs them; here their options are looked up."""
+    words = shlex.split(command)[2:]
+    with pytest.raises(SystemExit):
+        dispatch(["bench", words[0], "--help"])
+    options = [word for word in words if word.startswith("--")]
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in options)

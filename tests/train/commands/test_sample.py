@@ -19,7 +19,7 @@ def test_bad_options_and_damaged_runs_are_one_line(error_of, tritium, tiny, tmp_
     run = tmp_path / "run"
     line = error_of("sample", run, "--temperature", "-1")
     assert "temperature must be 0 or more and finite" in line
-    assert "top_p must lie in (0, 1]" in error_of("sample", run, "--top-p", "2")
+    assert "top_p must be in (0, 1]" in error_of("sample", run, "--top-p", "2")
     assert "tritium: --seed: expected a number" in error_of("sample", run, "--seed", "-1")
     file = run / "checkpoints" / "step-20" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
