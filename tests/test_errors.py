@@ -22,6 +22,6 @@ def test_a_name_like_no_other_lists_all():
 
 def test_a_file_error_names_the_file(tmp_path):
     with pytest.raises(OSError, match="missing") as caught:
-        open(tmp_path / "missing")
+        (tmp_path / "missing").read_bytes()
     assert describe_os_error(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
     assert describe_os_error(OSError(28, "No space left on device")) == "No space left on device"

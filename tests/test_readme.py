@@ -28,30 +28,11 @@ TORCHRUN = re.findall(
 )
 
 # Options that make a shown `tritium train` take a second.
-TINY = [
-    "--data",
-    "corpus.txt",
-    "--tokenizer",
-    "bytes",
-    "--device",
-    "cpu",
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--d-model",
-    "16",
-    "--context-tokens",
-    "16",
-    "--steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--eval-tokens",
-    "64",
-    "--sample-tokens",
-    "2",
-]
+TINY_OPTIONS = {
+    "data": "corpus.txt", "tokenizer": "bytes", "device": "cpu", "n-layer": 1, "n-head": 2,
+    "d-model": 16, "context-tokens": 16, "steps": 2, "batch-size": 2, "eval-tokens": 64,
+    "sample-tokens": 2,
+}  # fmt: skip
 
 
 def test_the_first_two_blocks_are_one_line_each():
@@ -107,14 +88,13 @@ def test_train_resume_and_sample_run(folder):
     for command in shown:
         words = shlex.split(command)[1:]
         if "--resume" not in words:
-            given = [word for word in words if word.startswith("--")]
-            for option, value in zip(TINY[::2], TINY[1::2], strict=True):
-                if option in given:
-                    words[words.index(option) + 1] = value
+            if len(words) == 1:
+                words.append("laptop")  # the default where there is no GPU
+            for name, value in TINY_OPTIONS.items():
+                if f"--{name}" in words:
+                    words[words.index(f"--{name}") + 1] = str(value)
                 else:
-                    words += [option, value]
-            if len(words) == 1 + len(TINY):
-                words.insert(1, "laptop")  # without a recipe: gpt2 where there is a GPU
+                    words += [f"--{name}", str(value)]
         assert run(dispatch, words) == 0, command
     sample = next(command for command in COMMANDS if command.startswith("tritium sample"))
     assert run(dispatch, [*shlex.split(sample)[1:], "--max-new-tokens", "2"]) == 0
