@@ -2,7 +2,8 @@
 
 if "." not in __name__:
     raise ImportError(
-        "this folder is part of the package 'tritium': write 'import tritium.model', not 'import model'"
+        "this folder is part of the package 'tritium': "
+        "write 'import tritium.model', not 'import model'"
     )
 
 from .config import GPTConfig
