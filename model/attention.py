@@ -1,9 +1,8 @@
-"""The implementations of attention that a model can train with, one row each.
+"""The implementations of attention that a model can train with: the rows of ATTENTIONS.
 
-    tritium       this project's kernels. Without RoPE they read and write the layout of the
-                  linear layers
+    tritium       this project's kernels. Without RoPE they read the packed output of the qkv layer
     sdpa          PyTorch's scaled_dot_product_attention; packed documents use a (T, T) mask
-    flash-attn    the flash-attn package (extra `flash-attn`), on CUDA in 16 bits
+    flash-attn    the flash-attn package, on CUDA in 16 bits
 
 Shapes     q, o: (B, T, H, K)   k, v: (B, T, G, K)
            cu_seqlens: (documents + 1,) int32 over the B T tokens, or None
@@ -25,13 +24,16 @@ class AttentionRow:
     """An implementation that the option `attention` names."""
 
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """attend(q, k, v, cu_seqlens)."""
+    """attend(q, k, v, cu_seqlens) returns o."""
+    operators: tuple[str, ...]
+    """How the names of its forward operators start. Selective checkpointing keeps their outputs."""
     attend_packed: Callable[[Tensor, int, int, Tensor | None], Tensor] | None = None
-    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens), where it saves copies."""
+    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens) returns o (B, T, H K). It reads the
+    output of the qkv layer without copies. None: the model splits qkv and calls `attend`."""
     needs: str | None = None
     """The module that must be installed."""
     needs_16_bit_cuda: bool = False
-    """Whether it runs on CUDA in 16 bits only."""
+    """Whether it runs only on CUDA and only in 16 bits."""
 
 
 def choose_attention(name: str) -> AttentionRow:
@@ -42,7 +44,7 @@ def choose_attention(name: str) -> AttentionRow:
     if row.needs is not None and importlib.util.find_spec(row.needs) is None:
         raise ValueError(
             f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', "
-            "or use tritium"
+            "or set attention to tritium"
         )
     return row
 
@@ -87,7 +89,23 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor
 
 
 ATTENTIONS = {
-    "tritium": AttentionRow(attend=_tritium, attend_packed=_tritium_packed),
-    "sdpa": AttentionRow(attend=_sdpa),
-    "flash-attn": AttentionRow(attend=_flash, needs="flash_attn", needs_16_bit_cuda=True),
+    "tritium": AttentionRow(
+        attend=_tritium,
+        attend_packed=_tritium_packed,
+        operators=("tritium::causal_attention",),
+    ),
+    "sdpa": AttentionRow(
+        attend=_sdpa,
+        operators=(
+            "aten::_scaled_dot_product_flash",
+            "aten::_scaled_dot_product_efficient",
+            "aten::_scaled_dot_product_cudnn",
+        ),
+    ),
+    "flash-attn": AttentionRow(
+        attend=_flash,
+        operators=("flash_attn::_flash_attn",),
+        needs="flash_attn",
+        needs_16_bit_cuda=True,
+    ),
 }

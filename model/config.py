@@ -5,8 +5,8 @@ from typing import Literal
 
 from .layers import MLPS, NORMS, POSITIONS
 
-# The embedding has a multiple of this many rows: 128 bytes of bf16, an alignment that tensor
-# cores and shards prefer.
+# The number of rows of the embedding is a multiple of this. Tensor cores and shards prefer sizes
+# that are multiples of 128 bytes, which are 64 elements of bfloat16.
 VOCABULARY_MULTIPLE = 64
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
@@ -15,8 +15,8 @@ _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 class GPTConfig:
     """A decoder like GPT-2: pre-norm blocks, and a head that shares its weight with the embedding.
 
-    Raises: ValueError if a size is not positive, if d_model is not a multiple of n_head, if n_head is
-        not a multiple of n_kv_head, for an unknown choice, and for RoPE with an odd head size.
+    Raises: ValueError if a size is not positive, if d_model is not a multiple of n_head, if n_head
+        is not a multiple of n_kv_head, for an unknown choice, and for RoPE with an odd head size.
     """
 
     n_layer: int = 12
@@ -26,7 +26,7 @@ class GPTConfig:
     d_model: int = 768
     """Width of the residual stream."""
     vocab_size: int = 50_257
-    """Tokens that the model can predict."""
+    """Number of different tokens."""
     context_tokens: int = 1024
     """Largest number of tokens that the model can attend to."""
     n_kv_head: int | None = None
@@ -82,5 +82,5 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up. The padding rows never get probability."""
+        """Rows of the embedding: vocab_size rounded up. The model never predicts a padding row."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,14 +1,16 @@
-"""The cost of a GPT, as formulas: parameters, FLOPs, bytes of activations and of a step.
+"""The cost of a GPT, as formulas: parameters, FLOPs, bytes of activations and of a training step.
 
-    parameters   V D embedding + C D positions (learned only) + D final norm, and per block
-                 2 D norms + D (D + 2 G K) qkv + D^2 projection + 2 D F MLP (SwiGLU 3 D F).
-                 A bias has as many elements as its layer has outputs; RMS norm and SwiGLU have none
+    parameters   V D embedding + C D learned positions + D final norm, and per block
+                 2 D norms + D (D + 2 G K) qkv + D^2 projection + 2 D F MLP (SwiGLU: 3 D F).
+                 A bias has as many elements as its layer has outputs. RMS norm and SwiGLU have none
     FLOPs        6 (parameters - C D) + 12 L D T per token, forward and backward: 2 per
-                 multiply-add, and the backward costs two forwards. Attention is counted in full,
-                 although causal kernels compute half. MFU is reported with this number
+                 multiply-add; the backward costs twice the forward. Attention counts all T keys per
+                 query, although causal kernels compute half of them. MFU uses this number
     activations  activation_bytes: what autograd keeps between forward and backward
-    step         step_bytes: everything allocated at the fullest moment of a step
+    step         step_bytes: all memory, at the moment of a step when it is largest
 
+Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forward width, H query
+           heads, G key and value heads, K head size, B sequences, T tokens, N = B T
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
@@ -21,7 +23,7 @@ _ADAMW_STATE_BYTES = 8
 
 
 def parameters(config: GPTConfig) -> int:
-    """Return the trainable elements, without the padding rows of the embedding."""
+    """Return the number of parameters, without the padding rows of the embedding."""
     D = config.d_model
     gains = config.n_layer * 2 * D + D
     biases = 0
@@ -33,7 +35,7 @@ def parameters(config: GPTConfig) -> int:
 
 
 def matrices(config: GPTConfig) -> int:
-    """Return the elements of the weight matrices of all blocks."""
+    """Return the number of elements of all weight matrices in the blocks."""
     D = config.d_model
     attention = D * (D + 2 * _kv_width(config)) + D * D
     mlp = MLPS[config.mlp].matrices * D * config.d_feedforward
@@ -41,7 +43,7 @@ def matrices(config: GPTConfig) -> int:
 
 
 def positions(config: GPTConfig) -> int:
-    """Return the elements of the learned positions."""
+    """Return the number of elements of the learned positions."""
     return config.context_tokens * config.d_model if POSITIONS[config.position].has_table else 0
 
 
@@ -58,10 +60,12 @@ def flops_per_token(config: GPTConfig, tokens: int) -> int:
 def activation_bytes(
     config: GPTConfig, batch: int, tokens: int, itemsize: int, recompute: str = "none"
 ) -> int:
-    """Return the bytes kept between forward and backward of the loss, without the weights.
+    """Return the bytes that autograd keeps between forward and backward, without the weights.
+
+    The sequences are not packed: positions are the same in each.
 
     Args:
-        batch, tokens: sequences, and their length.
+        batch, tokens: number of sequences, and their length.
         itemsize: bytes per element of the activations: 4, or 2 in 16 bits.
         recompute: mode of activation checkpointing.
     """
@@ -74,19 +78,21 @@ def activation_bytes(
     token_ids = 8
     per_token = config.n_layer * block + inputs + final_norm + token_ids
 
-    # RoPE keeps two tables of K / 2 float32 columns, an embedding the int64 positions.
+    # RoPE keeps two float32 tables (T, K / 2). Learned positions keep their int64 indices.
     per_position = 4 * config.head_size if POSITIONS[config.position].rotates else 8
-    divisor = 8  # of the mean loss
+    divisor = 8  # the mean loss keeps the number of targets
     head = _head_bytes(config, batch * tokens)
     return batch * tokens * per_token + tokens * per_position + divisor + head
 
 
 def _block_bytes(config: GPTConfig, itemsize: int) -> int:
-    """Bytes per token that a block keeps.
+    """Return the bytes per token that a block keeps.
 
-    5 D: the inputs of qkv, projection and MLP, and the residual stream that two norms read.
-    D + 2 G K: q, k, v. RoPE: D + G K for rotated q and k. 2 F: the MLP's hidden tensors.
-    Float32: the statistics of two norms, and a log-sum-exp per head.
+    5 D          inputs of qkv, projection and MLP, and the residual stream that each norm reads
+    D + 2 G K    q, k and v
+    D + G K      q and k after the rotation, with RoPE
+    2 F          hidden tensors of the MLP
+    float32      statistics of two norms, and a log-sum-exp per query head
     """
     D = config.d_model
     KV = _kv_width(config)
@@ -96,13 +102,13 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
 
 
 def _dropped_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
-    """Bytes per token that a block does not keep, and computes again in its backward."""
+    """Return the bytes per token that a block computes again in its backward."""
     block = _block_bytes(config, itemsize)
     return RECOMPUTATIONS[recompute].dropped_bytes(config, itemsize, block)
 
 
 def _head_bytes(config: GPTConfig, rows: int) -> int:
-    """The float32 gradients of the head's input and weight, which its forward computes."""
+    """Return the bytes of the head's float32 gradients, which its forward computes."""
     return cost(rows, config.d_model, config.vocab_size, 4)["saved_bytes"]
 
 
@@ -118,63 +124,86 @@ def step_bytes(
 ) -> dict[str, int]:
     """Return the bytes allocated at the fullest moment of a training step, by part.
 
-    The fullest moment is one of four: the forward of the head, with its logits; the backward of the
-    last block; the backward of the first block, with the gradients of all others; the end, with all
-    gradients. In between, activations are freed and gradients allocated at an even pace.
+    The fullest moment is one of four:
+
+    1. the head, with logits or with its scaled gradients
+    2. the backward of the last block, with the activations of all blocks
+    3. the backward of the first block, with the gradients of all other blocks
+    4. the end of the backward, with all gradients
+
+    Between 2 and 3, each block frees its activations and allocates its gradients. Blocks are equal,
+    so no moment in between is fuller than both.
 
     Args:
         batch, tokens: sequences per micro-batch, and their length.
-        itemsize: 4; or 2 for matmuls in 16 bits, with copies of the weights of linear layers.
-        accumulates: whether gradients exist before the forward: of earlier micro-batches, or in
-            the buckets that reduce them.
+        itemsize: bytes per element of activations: 4, or 2 if matmuls run in 16 bits. Then linear
+            layers have 16-bit copies of their weights.
+        accumulates: whether gradients exist before the forward, from earlier micro-batches or in
+            the buckets of an all-reduce.
         recompute: mode of activation checkpointing.
-        block_matrix_state_bytes: optimizer state per element of the blocks' matrices; all other
-            parameters have AdamW's.
+        block_matrix_state_bytes: bytes of optimizer state per element of the blocks' matrices. All
+            other parameters have the state of AdamW.
     Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
     """
+    weights = _weight_bytes(config)
+    saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
+    moments = _moments(config, batch, tokens, itemsize, accumulates, recompute)
+    names = ("copies", "gradients", "activations", "head", "temporaries")
+    parts = dict(zip(names, max(moments, key=sum), strict=True))
+    return {"weights": weights, "optimizer": 2 * weights - saved_state, **parts}
+
+
+def _weight_bytes(config: GPTConfig) -> int:
+    """Return the bytes of all float32 weights, with the padding rows of the embedding."""
+    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
+    return 4 * (parameters(config) + padding)
+
+
+def _moments(
+    config: GPTConfig, batch: int, tokens: int, itemsize: int, accumulates: bool, recompute: str
+) -> list[tuple[int, ...]]:
+    """Return (copies, gradients, activations, head, temporaries) at the four moments of a step."""
     N = batch * tokens
     D = config.d_model
+    weights = _weight_bytes(config)
     embedding = 4 * config.padded_vocab_size * D
-    weights = 4 * parameters(config) + embedding - 4 * config.vocab_size * D
-    saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
     kept_head = _head_bytes(config, N)
     activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept_head
     copies = itemsize * matrices(config) if itemsize < 4 else 0
     before = weights if accumulates else 0
 
-    # forward of the head: the logits, or scaled gradients, of which the weight's is padded
-    logits = _logits_bytes(config, N, itemsize) + 2 * itemsize * N * D  # norm and branch
+    # 1. the head. Its forward also holds the output of the final norm and the last branch. Its
+    # backward scales the gradients into new tensors; the weight's then has the padding rows.
+    logits = _logits_bytes(config, N, itemsize) + 2 * itemsize * N * D
     scaled = itemsize * N * D + embedding
-    forward = (copies, before, activations, kept_head + max(logits, scaled), 0)
+    head = (copies, before, activations, kept_head + max(logits, scaled), 0)
 
-    # start of the backward
+    # 2. the backward of the last block
     recomputed = N * _dropped_bytes(config, itemsize, recompute)
     mlp = MLPS[config.mlp].backward_bytes(
         N, D, config.d_feedforward, itemsize, RECOMPUTATIONS[recompute].in_mlp
     )
-    head = embedding + itemsize * N * D
-    backward = (copies, before, activations, head, recomputed + mlp)
+    last_block = (copies, before, activations, scaled, recomputed + mlp)
 
-    # the backward of the first block, after the gradients of all others
+    # 3. the backward of the first block
     others = (config.n_layer - 1) / config.n_layer
-    formed = before or int(others * (weights - embedding - 4 * positions(config)))
-    first_block = (copies, formed, int((1 - others) * activations), head, recomputed + mlp)
+    gradients = before or int(others * (weights - embedding - 4 * positions(config)))
+    first_block = (copies, gradients, int((1 - others) * activations), scaled, recomputed + mlp)
 
-    # the end: the embedding has a gradient as the head's weight and one as the input's table
+    # 4. the end. The embedding's weight has two gradients: from the head, and from the lookup of
+    # tokens. Without accumulation, one of them is already counted in `weights`. Temporaries: the
+    # float32 gradient of the embedding's output.
     extra_embeddings = 2 if accumulates else 1
-    update = (copies, weights, 0, embedding * extra_embeddings, 4 * N * D)
-
-    fullest = max(forward, backward, first_block, update, key=sum)
-    names = ("copies", "gradients", "activations", "head", "temporaries")
-    parts = dict(zip(names, fullest, strict=True))
-    return {"weights": weights, "optimizer": 2 * weights - saved_state, **parts}
+    end = (copies, weights, 0, embedding * extra_embeddings, 4 * N * D)
+    return [head, last_block, first_block, end]
 
 
 def _logits_bytes(config: GPTConfig, N: int, itemsize: int) -> int:
-    """A chunk's logits and their softmax, whose memory becomes the gradient.
+    """Return the bytes of the head's logits, and of its weight in other dtypes.
 
-    With several chunks the next one's logits are allocated before the last is freed. In 16 bits the
-    head's weight is cast, and the reference widens it again; the kernels hold more logits instead.
+    A chunk has logits, and a softmax that its gradient overwrites. With several chunks, the next
+    logits are allocated before the softmax is freed. In 16 bits the weight is cast to 16 bits. The
+    reference then casts it back to float32; the kernels do not, but have larger chunks.
     """
     V = config.vocab_size
     rows = block_rows(N, V)

@@ -5,10 +5,12 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the tokens so far. With it a new token costs one forward of one token.
+    """Keys and values of the tokens so far. With them, a forward takes only the new tokens.
 
     Args:
-        config: shape of the model.
+        config: the GPTConfig of the model.
+    Attributes:
+        length: number of tokens in the cache.
     """
 
     def __init__(self, config):
@@ -21,11 +23,13 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Append k, v (B, T, G, K) of one layer.
 
-        Returns: all keys and values of the layer, (B, S, G, K), and S per sequence, (B,) int32.
-        The model advances `length` after its last layer.
+        The model adds T to `length` after its last layer.
+
+        Returns: all S = length + T keys and values of the layer, (B, S, G, K), and B times S,
+            (B,) int32.
         """
         if self.keys is None:
-            # Here the dtype of k is known. Under autocast it differs from the weights' dtype.
+            # Take the dtype from k: under autocast it differs from the dtype of the weights.
             c = self._config
             shape = (c.n_layer, k.shape[0], c.context_tokens, c.kv_heads, c.head_size)
             self.keys = k.new_empty(shape)
@@ -52,15 +56,15 @@ def generate(
 ) -> Tensor:
     """Continue each sequence by sampling.
 
-    When the context is full, generation continues from the later half of it.
+    When the context is full, generation keeps its later half and continues.
 
     Args:
         model: a GPT.
         tokens: (B, T) int64, T >= 1.
         max_new_tokens: largest number of tokens to add.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits. 0: always choose the most likely token.
         top_k: keep only the k most likely tokens.
-        top_p: keep the most likely tokens that together reach this probability, in (0, 1].
+        top_p: keep the fewest most likely tokens whose total probability reaches this, in (0, 1].
         seed: seed of the sampling. None: use PyTorch's default generator.
         stop_token: stop when every sequence has produced it.
     Returns: (B, T + new tokens) int64, the prompt included.
@@ -95,7 +99,7 @@ def _choose(
     """Sample one token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    # The largest logit becomes 0, so that no temperature overflows.
+    # The largest logit becomes 0, so that dividing by a small temperature does not overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

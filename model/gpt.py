@@ -1,16 +1,17 @@
-"""A GPT, built as GPT-2 or its successors: pre-norm blocks, one embedding for input and head.
+"""A GPT like GPT-2 or Llama: pre-norm blocks; the embedding and the head share one weight.
 
     stream     h = wte[token] + wpe[position]                RoPE: h = wte[token]
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))
     head       logits = ln_f(h) @ wte.T
 
-Module names are those of the published GPT-2 checkpoints. A block returns its last branch without
-adding it to the stream. The next norm adds it, in one pass over memory.
+Modules have the names of the published GPT-2 checkpoints. A branch is the output of attention or of
+an MLP. A block returns its last branch without adding it to the stream. The next norm adds it, in
+one pass over memory.
 
 Shapes     streams and branches (B T, D), tokens (B, T): B sequences, T tokens, D = d_model,
            V = vocab_size
-Source     Radford et al. 2019, "Language models are unsupervised multitask learners"; Touvron et al.
-           2023, arXiv:2302.13971
+Source     Radford et al. 2019, "Language models are unsupervised multitask learners";
+           Touvron et al. 2023, arXiv:2302.13971
 """
 
 import torch
@@ -40,7 +41,7 @@ class Block(nn.Module):
     def forward(
         self, branch: Tensor | None, stream: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        """Return the MLP's output and the residual stream that it is not yet added to."""
+        """Return the MLP's output, and the residual stream to which the next norm adds it."""
         y, stream = self.ln_1(branch, stream)
         branch = self.attn(y, context, self.layer)
         y, stream = self.ln_2(branch, stream)
@@ -51,11 +52,11 @@ class GPT(nn.Module):
     """A GPT with freshly initialized weights.
 
     Args:
-        config: its shape.
+        config: shape of the model.
         attention: a row of ATTENTIONS. Generation with a cache always uses tritium's kernels.
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
-        compute_dtype: dtype of the residual stream in the blocks; None: that of the embedding.
+        compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
     Raises: ValueError if the attention is unknown or not installed, or if the mode of activation
         checkpointing is unknown or does not fit the MLP.
     """
@@ -92,10 +93,11 @@ class GPT(nn.Module):
         Args:
             tokens: (B, T) int64. T plus the length of the cache is at most context_tokens.
             targets: (B, T) int64, the tokens to predict; -100 is ignored.
-            cu_seqlens: (documents + 1,) int32 on the device of tokens: where each document packed
-                in the B T tokens begins, 0 first, B T last. Documents do not attend to each other,
-                and positions restart with each. Default: B documents of T tokens.
-            cache: keys and values of earlier tokens; extended in place.
+            cu_seqlens: (documents + 1,) int32, on the device of tokens. The B T tokens are packed
+                documents; document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. Documents do
+                not attend to each other, and positions start at 0 in each. Default: B documents of
+                T tokens.
+            cache: keys and values of earlier tokens. The forward adds those of `tokens`.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
@@ -119,7 +121,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
 
-        # head, without the padding rows of the embedding: they never get probability
+        # head, without the padding rows of the embedding, so that it never predicts them
         y, _ = self.ln_f(branch, stream)
         weight = self.wte.weight[: self.config.vocab_size].to(y.dtype)
         if targets is None:
@@ -142,7 +144,7 @@ class GPT(nn.Module):
 
 
 def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of each token: (T,) after `past` tokens, or (B, T) within its packed document."""
+    """Return the position of each token: past + (0 ... T - 1), or (B, T) in its document."""
     B, T = tokens.shape
     if cu_seqlens is None:
         return torch.arange(past, past + T, device=tokens.device)
@@ -151,5 +153,5 @@ def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding with an uninitialized weight, which init_weights fills."""
+    """Return an embedding without initial values; init_weights fills it."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

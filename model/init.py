@@ -13,11 +13,11 @@ STANDARD_DEVIATION = 0.02
 
 @torch.no_grad()
 def init_weights(model: nn.Module, n_layer: int) -> None:
-    """Fill every parameter of a GPT in place from PyTorch's default generator of its device.
+    """Fill every parameter of a GPT in place, with the default random generator of its device.
 
-    Matrices: standard deviation 0.02. The 2 n_layer projections onto the residual stream:
+    Matrices: standard deviation 0.02. The 2 n_layer projections that add to the residual stream:
     0.02 / sqrt(2 n_layer), so that the variance of the stream does not grow with depth.
-    Gains are 1, biases 0.
+    Norm weights: 1. Biases: 0.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

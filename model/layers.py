@@ -1,12 +1,11 @@
-"""The layers of a GPT and the tables of what a configuration can choose: NORMS, MLPS, POSITIONS.
+"""The layers of a GPT, and three tables of choices: NORMS, POSITIONS and MLPS.
 
-A row holds everything that differs between the choices: the module, its parameters, and the memory
-of its backward. GPTConfig, `--help`, cost.py and `tritium plan` read the rows. Adding a row is the
-whole change.
+To add a choice, add a row. A row holds the module, and the numbers that the formulas of cost.py
+need. GPTConfig, `--help` and `tritium plan` read the tables.
 
-Shapes     x and residual streams (B T, D): B sequences, T tokens, D = d_model; F = d_feedforward;
-           H query heads, G key and value heads, K = D / H. Weights are (out, in), as torch.nn.Linear
-           stores them; the published GPT-2 checkpoints store (in, out).
+Shapes     x, branch and stream (B T, D): B sequences, T tokens, D = d_model; F = d_feedforward;
+           H query heads, G key and value heads, K = D / H. Weights are (out, in), as in
+           torch.nn.Linear; the published GPT-2 checkpoints store (in, out).
 """
 
 from collections.abc import Callable
@@ -35,16 +34,19 @@ if TYPE_CHECKING:
 
 # RoPE rotates pair i of the K / 2 pairs of a head by the angle position / ROPE_BASE^(2 i / K).
 ROPE_BASE = 10_000.0
-# The hidden width of SwiGLU is a multiple of this: tensor cores and shards prefer aligned sizes.
+# The hidden width of SwiGLU is a multiple of this. Tensor cores and shards prefer aligned sizes.
 FEEDFORWARD_MULTIPLE = 64
 
 
 class ForwardContext(NamedTuple):
-    """What every block receives in a forward pass, in addition to the residual stream.
+    """Inputs of a forward pass that all blocks share.
 
-    sizes: (B, T).   cu_seqlens: where packed documents begin, or None.
-    rope: cosines and sines of RoPE, or None.   cache: keys and values of earlier tokens, or None.
-    attention: the implementation.
+    Args:
+        sizes: (B, T).
+        cu_seqlens: where packed documents begin, or None.
+        rope: cosines and sines of RoPE, or None.
+        cache: keys and values of earlier tokens, or None.
+        attention: the implementation of attention.
     """
 
     sizes: tuple[int, int]
@@ -66,7 +68,8 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-# --- norms: each adds a block's output to the residual stream first, in the same kernel
+# --- norms. In the same kernel, each first adds the last branch to the residual stream. A branch is
+# the output of attention or of an MLP.
 
 
 class LayerNorm(nn.Module):
@@ -78,7 +81,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
 
     def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (the norm of the sum, the sum). Without a branch the sum is the stream."""
+        """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
         if branch is None:
             return layer_norm(stream, self.weight, self.bias), stream
         return add_layer_norm(branch, stream, self.weight, self.bias)
@@ -92,7 +95,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.d_model))
 
     def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (the norm of the sum, the sum). Without a branch the sum is the stream."""
+        """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
         if branch is None:
             return rms_norm(stream, self.weight), stream
         return add_rms_norm(branch, stream, self.weight)
@@ -100,13 +103,14 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class NormRow:
-    """A normalization that the option `norm` names."""
+    """A norm that the option `norm` names."""
 
     module: Callable[["GPTConfig"], nn.Module]
+    """Has a weight (D,), and the same forward as LayerNorm."""
     has_bias: bool
-    """Whether it has a bias if config.bias is set."""
+    """Whether it has a bias (D,) if config.bias is true."""
     statistics: int
-    """Float32 numbers per token that the backward needs."""
+    """Float32 numbers per token that it keeps for its backward."""
 
 
 NORMS = {
@@ -123,9 +127,9 @@ class PositionRow:
     """A way to encode positions that the option `position` names."""
 
     has_table: bool
-    """Whether a learned vector per position is added to the token's embedding."""
+    """Whether the model adds a learned vector per position to the embedding of the token."""
     rotates: bool
-    """Whether queries and keys are rotated (RoPE), which needs an even head size."""
+    """Whether attention rotates queries and keys (RoPE). RoPE needs an even head size."""
 
 
 POSITIONS = {
@@ -135,7 +139,13 @@ POSITIONS = {
 
 
 def rope_tables(position: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Return RoPE's cosines and sines for `position`, (T,) or (B, T): (..., K / 2) float32."""
+    """Return the cosines and sines of RoPE's angles.
+
+    Args:
+        position: (T,) or (B, T) integers.
+        head_size: K.
+    Returns: two tensors (T, K / 2) or (B, T, K / 2), float32.
+    """
     pair = torch.arange(0, head_size, 2, device=position.device)
     angle = position.unsqueeze(-1) * ROPE_BASE ** (-pair / head_size)
     return angle.cos(), angle.sin()
@@ -216,30 +226,36 @@ class GatedMLP(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class MLPRow:
-    """An MLP that the option `mlp` names. It keeps two tensors (B T, F) for its backward."""
+    """An MLP that the option `mlp` names."""
 
     module: Callable[["GPTConfig"], nn.Module]
+    """Maps (B T, D) to (B T, D). Keeps its input and two tensors (B T, F) for its backward."""
     width: Callable[[int], int]
-    """d_model -> F."""
+    """width(d_model) returns F."""
     matrices: int
-    """Weight matrices of D x F elements."""
+    """Number of weight matrices. Each has D F elements."""
     has_bias: bool
-    """Whether it has biases, F and D long, if config.bias is set."""
+    """Whether it has two biases, (F,) and (D,), if config.bias is true."""
     backward_bytes: Callable[[int, int, int, int, bool], int]
-    """Temporary bytes of its backward: (B T, D, F, itemsize, whether GELU is recomputed)."""
+    """backward_bytes(N, D, F, itemsize, is_recomputed) returns the bytes that its backward
+    allocates at once. N = B T; is_recomputed: recompute is "gelu"."""
 
 
 def _gelu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """da, dw2 and dh. In float32 autograd frees the activation before it allocates dh."""
+    """Return the bytes of da and dh, (N, F), and of dw2.
+
+    In float32 autograd frees the activation before it allocates dh, so dh adds nothing.
+    """
     hidden = 2 if itemsize < 4 or is_recomputed else 1
     return hidden * itemsize * N * F + itemsize * F * D
 
 
 def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """float32: six tensors (N, F): da, sigmoid and SiLU of the gate, two gradients, the activation.
+    """Return the bytes of reference_bwd's tensors (N, F), and of the weight gradients after them.
 
-    16 bits: four of them at a time, the gate too, and three rounded copies. The weight gradients are
-    allocated next to all of these, in 16 bits except one.
+    float32: da, s, silu(g), dg, du and a.
+    16 bits: da, g, s and silu(g) in float32; dg, du and a in 16 bits. One more float32 tensor, from
+    which a is rounded, is freed before the weight gradients are allocated.
     """
     if itemsize < 4:
         return (4 * 4 + 3 * itemsize) * N * F + max(3 * itemsize * F * D, 4 * N * F)
@@ -247,7 +263,7 @@ def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed:
 
 
 def _swiglu_width(d_model: int) -> int:
-    """8 D / 3, rounded up: three such matrices have as many elements as GELU's two."""
+    """Return 8 D / 3, rounded up. Three such matrices have as many elements as GELU's two."""
     return -(-8 * d_model // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
 
 

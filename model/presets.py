@@ -1,4 +1,4 @@
-"""Models by name: the published GPT-2s, and the smallest of them with Llama's layers."""
+"""Model configurations by name: the four published GPT-2s, and GPT-2 124M with Llama's layers."""
 
 from ..errors import unknown_name
 from .config import GPTConfig

@@ -1,12 +1,12 @@
-"""Activation checkpointing: what the backward computes again instead of keeping. Rows of one table.
+"""Activation checkpointing: the backward computes activations again instead of keeping them.
+
+The rows of RECOMPUTATIONS, the cheapest first, and what each computes again:
 
     none         nothing
     gelu         the output of GELU, in one pass over its input: gelu_mlp(recompute=True)
-    selective    blocks, except attention, whose output and log-sum-exp are kept: only attention's
-                 matmuls grow with T
-    block        whole blocks; only their inputs are kept
-
-The rows are in order of cost: the cheapest first.
+    selective    each block, except attention. Attention's output and log-sum-exp are kept, because
+                 its cost per token grows with T
+    block        each block; only its inputs are kept
 
 Source     Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198
 """
@@ -22,16 +22,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from .attention import ATTENTIONS
 from .config import GPTConfig
 
-# The forward operators of the rows of attention.ATTENTIONS, by the start of their names.
-_ATTENTION_OPERATORS = (
-    "tritium::causal_attention",
-    "flash_attn::_flash_attn",
-    "aten::_scaled_dot_product_flash",
-    "aten::_scaled_dot_product_efficient",
-    "aten::_scaled_dot_product_cudnn",
-)
+# Those of all rows together: on a CPU, tritium's attention runs PyTorch's operators.
+_ATTENTION_OPERATORS = tuple(name for row in ATTENTIONS.values() for name in row.operators)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +34,20 @@ class RecomputeRow:
     """A mode of activation checkpointing that the option `recompute` names."""
 
     run_block: Callable
-    """Calls run_block(block, *inputs)."""
+    """run_block(block, *inputs) returns block(*inputs)."""
     dropped_bytes: Callable[[GPTConfig, int, int], int]
-    """Bytes per token and block that are not kept: (config, itemsize, bytes without this)."""
+    """dropped_bytes(config, itemsize, block_bytes) returns the bytes per token that a block does
+    not keep. block_bytes is what it keeps in mode none."""
     keeps_inputs: bool = False
-    """Whether the inputs of blocks are kept."""
+    """Whether the inputs of each block are kept instead."""
     in_mlp: bool = False
-    """Whether the MLP recomputes its activation itself."""
+    """Whether the MLP module computes its activation again: GPT sets its attribute `recompute`."""
     needs_mlp: str | None = None
-    """The only MLP that has this mode; None: all have."""
+    """The row of MLPS that the mode needs. None: any."""
     extra_matmul_forwards: int = 0
-    """How often the backward runs the matmuls of blocks again."""
+    """How many times the backward runs the forward matmuls of each block again."""
     extra_attention_forwards: int = 0
-    """How often the backward runs attention again."""
+    """How many times the backward runs the forward of attention again."""
 
     def fits(self, config: GPTConfig) -> bool:
         """Return whether a model can use this mode."""
@@ -63,7 +59,7 @@ def _run(block: Callable, *inputs):
 
 
 def _checkpoint(block: Callable, *inputs, **options):
-    # Blocks draw no random numbers.
+    # A block uses no random numbers, so their state need not be saved.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
@@ -109,12 +105,12 @@ RECOMPUTATIONS = {
 
 
 def check_recompute(name: str, config: GPTConfig) -> None:
-    """Raise ValueError for an unknown mode, or a mode that the model's MLP does not have."""
+    """Raise ValueError for an unknown mode, or for a mode that needs another MLP."""
     if name not in RECOMPUTATIONS:
         raise ValueError(f"recompute: expected {', '.join(RECOMPUTATIONS)}, got {name!r}")
     if not RECOMPUTATIONS[name].fits(config):
-        fitting = [mode for mode, row in RECOMPUTATIONS.items() if row.fits(config)]
+        *others, last = [mode for mode, row in RECOMPUTATIONS.items() if row.fits(config)]
         raise ValueError(
-            f"recompute: {name} needs an MLP with {RECOMPUTATIONS[name].needs_mlp}, "
-            f"got {config.mlp!r}; use {', '.join(fitting)}"
+            f"recompute: {name} needs mlp {RECOMPUTATIONS[name].needs_mlp}, got {config.mlp}; "
+            f"use {', '.join(others)} or {last}"
         )

@@ -88,7 +88,7 @@ def test_attention_without_its_package_raises(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = (
         "attention: expected an installed flash-attn, found none; "
-        r"pip install 'tritium\[flash-attn\]', or use tritium"
+        r"pip install 'tritium\[flash-attn\]', or set attention to tritium"
     )
     with pytest.raises(ValueError, match=message):
         choose_attention("flash-attn")

@@ -108,6 +108,6 @@ def test_unknown_mode_raises():
 
 
 def test_mode_that_the_mlp_does_not_have_raises():
-    message = "gelu needs an MLP with gelu, got 'swiglu'; use none, selective, block"
+    message = "recompute: gelu needs mlp gelu, got swiglu; use none, selective or block"
     with pytest.raises(ValueError, match=message):
         check_recompute("gelu", LLAMA)
