@@ -51,8 +51,8 @@ from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
-from ...train.run.profile import Row, activities, operators
 from ..record import check_writable, provenance, write_record
+from ..report import training_table
 from .agreement import check_agreement
 from .implementations import (
     TrainedModel,
@@ -61,10 +61,6 @@ from .implementations import (
     make_implementations,
     nanogpt_shape,
 )
-from .show import render
-
-PROFILED_STEPS = 3
-PROFILE_ROWS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +90,10 @@ class Options:
 
     steps: int | None = None
     """Timed steps per model; default: 100 on CUDA, 10 on a CPU."""
-    warmup_steps: int | None = None
-    """Steps per model before them; default: 10 on CUDA, 2 on a CPU."""
     micro_batch_size: int | None = None
     """Sequences per step; default: the recipe's micro-batch."""
     context_tokens: int | None = None
     """Tokens per sequence; default: the recipe's."""
-    vocab_size: int | None = None
-    """Size of the vocabulary; default: that of the recipe's tokenizer."""
     compile: Literal["auto", "on", "off", "each"] = "auto"
     """Whether to use torch.compile. each: compare every model with and without; auto: on CUDA."""
     attention: tuple[Literal["sdpa", "flash-attn"], ...] | None = None
@@ -114,12 +106,11 @@ class Options:
     """Also write the figures to this file, as JSON."""
 
     def __post_init__(self):
-        least = dict.fromkeys(("steps", "micro_batch_size", "context_tokens", "vocab_size"), 1)
-        for name, bound in {**least, "warmup_steps": 0}.items():
+        for name in ("steps", "micro_batch_size", "context_tokens"):
             value = getattr(self, name)
-            if value is not None and value < bound:
+            if value is not None and value < 1:
                 flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: expected {bound} or more, got {value}")
+                raise InputError(f"{flag}: expected 1 or more, got {value}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -139,17 +130,19 @@ def main(argv: Sequence[str]) -> int:
     config = config.with_options(
         micro_batch_size=micro_batch, batch_size=micro_batch, context_tokens=context_tokens
     )
-    shape = config.gpt(options.vocab_size or vocab_size_of(config.tokenizer))
+    shape = config.gpt(vocab_size_of(config.tokenizer))
     if options.nanogpt is not None:
         shape = nanogpt_shape(shape)
     out = None if options.out is None else check_writable(Path(options.out))
 
     # Measure, show and write.
+    if device.type == "cpu":
+        print("No GPU: no Triton kernel runs, so the ratios say nothing about a GPU.\n")
     figures = {"recipe": name, **measure(config, shape, options, device)}
-    print(render(provenance() | figures))
+    print(training_table(provenance() | figures, speeds=True))
+    print("\n" + "\n".join(_agreement_lines(figures)))
     if out:
         write_record(out, "train", figures)
-        print(f"\nfigures: {out}")
     return 0
 
 
@@ -186,8 +179,7 @@ def measure(
     # Warm up and train in turn.
     protocol = PROTOCOLS[device.type]
     steps = options.steps or protocol.steps
-    warmup_steps = protocol.warmup_steps if options.warmup_steps is None else options.warmup_steps
-    for step in range(warmup_steps):
+    for step in range(protocol.warmup_steps):
         for model in models:
             model.step(batch(step))
     rounds, peaks = train_in_turn(models, batch, steps, device)
@@ -202,13 +194,11 @@ def measure(
         "micro_batch_size": config.micro_batch,
         "context_tokens": config.model.context_tokens,
         "steps": steps,
-        "warmup_steps": warmup_steps,
+        "warmup_steps": protocol.warmup_steps,
         "device": device.type,
         "dtype": str(choose_dtype(config.execution.precision, device)).removeprefix("torch."),
         "agreement": agreement,
         "implementations": implementations,
-        # Last, because a profiler may slow down later steps.
-        "profile": {one.name: profiled(one, batch(0), device) for one in (models[0], baseline)},
     }
 
 
@@ -328,20 +318,18 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": median, "p10": p10, "p90": p90}
 
 
-def profiled(model: TrainedModel, batch: Batch, device: torch.device) -> list[dict[str, Any]]:
-    """Return the time per step by operator, longest first, then all others in one row."""
-    with torch.profiler.profile(activities=activities(device)) as trace:
-        for _ in range(PROFILED_STEPS):
-            model.step(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    rows = operators(trace.events(), PROFILED_STEPS, device)
-    shown, others = rows[:PROFILE_ROWS], rows[PROFILE_ROWS:]
-    rest = Row(
-        part="everything else",
-        operator="",
-        seconds=sum(row.seconds for row in others),
-        share=sum(row.share for row in others),
-        calls=None,
-    )
-    return [asdict(row) for row in (*shown, rest)]
+def _agreement_lines(figures: dict[str, Any]) -> list[str]:
+    """Return how far each model is from the baseline on the first batch, and its last loss."""
+    lines = ["First batch compared with the baseline, and the loss after the last step:"]
+    for name, row in figures["implementations"].items():
+        found, last = figures["agreement"].get(name), f"last loss {row['losses'][-1]:.4f}"
+        if found is None:  # the baseline
+            lines.append(f"  {name}: {last}")
+            continue
+        loss, gradient = (
+            f"{quantity} differs by {found[f'{quantity}_gap']:.1e}, "
+            f"bound {found[f'{quantity}_bound']:.1e}"
+            for quantity in ("loss", "gradient")
+        )
+        lines.append(f"  {name}: {loss}; {gradient}; {last}")
+    return lines
