@@ -154,12 +154,8 @@ def _nanogpt_table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def traffic_tables(record: Record) -> str:
-    """Return bytes per token of each preset's block, and the memory of its MLP."""
-    return f"{_block_table(record)}\n\n{_mlp_table(record)}"
-
-
-def _block_table(record: Record) -> str:
+def traffic_table(record: Record) -> str:
+    """Return bytes per token of each preset's block."""
     names, directions = ("tritium", "eager"), ("forward", "backward")
     heads = [f"{name} forward | backward | sum" for name in (*names, "least")]
     dtype = record["dtype"].removeprefix("torch.")
@@ -192,25 +188,6 @@ def _block_table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _mlp_table(record: Record) -> str:
-    columns = ("kept", "peak", "allocated")
-    presets: dict[tuple, list[str]] = {}
-    for row in record["mlp"]:
-        key = (row["implementation"], *(row[name] for name in columns))
-        presets.setdefault(key, []).append(row["preset"])
-    lines = [
-        "Memory of the MLP in tensors of (N, F), counted in the same run. With recompute the",
-        "temporary tensors have fewer rows, and `allocated` counts each of them:",
-        "",
-        "| | width of | kept for the backward | peak | allocated in total |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for (implementation, *counts), names in presets.items():
-        cells = " | ".join(f"{count:.2f}" for count in counts)
-        lines.append(f"| `{implementation}` | {', '.join(names)} | {cells} |")
-    return "\n".join(lines)
-
-
 def _codegen_table(record: Record) -> str:
     """Return the rows of one architecture; shapes with equal figures share a line."""
     names = ("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "limited_by")
@@ -239,7 +216,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "kernels": ("Kernels", _kernels_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
-    "traffic": ("Memory traffic", traffic_tables),
+    "traffic": ("Memory traffic", traffic_table),
     "codegen": ("Machine code", _codegen_table),
 }
 

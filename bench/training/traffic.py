@@ -32,10 +32,6 @@ unit that needs it. Row statistics are computed again. In elements per token, re
 
 (An addition in the matmul before it, instead of the norm after it, would save 2 D in the forward.)
 
-The memory of the MLP is given in tensors of (N, F): bytes kept between forward and backward besides
-x, weights and y; peak and total bytes besides x, weights and biases. Bytes that do not grow with
-the tokens are left out.
-
 Shapes     D model width, F = 4 D, H heads, lse (B, H, T) float32
 """
 
@@ -46,16 +42,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ...kernels import gelu_mlp
 from ...model import PRESETS, GPTConfig, gpt
 from ...train.commands.cli import parse
 from ..record import check_writable, provenance, write_record
-from ..report import traffic_tables
+from ..report import traffic_table
 from . import baseline
-from .memory import held, moved
+from .moved import moved
 
 PRESET_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DTYPE = torch.bfloat16
@@ -143,32 +138,6 @@ def block_row(preset: str) -> dict[str, Any]:
     return row
 
 
-def mlp_rows(preset: str) -> list[dict[str, Any]]:
-    """Measure the memory of one preset's MLP, in tensors of (N, F), per implementation."""
-    config = PRESETS[preset]
-    D, F = config.d_model, config.d_feedforward
-    with torch.device("meta"):
-        layers = nn.Sequential(nn.Linear(D, F), nn.GELU(approximate="tanh"), nn.Linear(F, D))
-        layers = layers.to(DTYPE)
-    weights = tuple(layers.parameters())
-    implementations = {
-        "nn.Sequential(Linear, GELU, Linear)": layers,
-        "gelu_mlp": lambda x: gelu_mlp(x, *weights),
-        "gelu_mlp(recompute=True)": lambda x: gelu_mlp(x, *weights, recompute=True),
-    }
-    unit = (SEQUENCES[1] - SEQUENCES[0]) * config.context_tokens * F * DTYPE.itemsize
-    rows = []
-    for name, mlp in implementations.items():
-        counts = []
-        for sequences in SEQUENCES:
-            x = _tensor(sequences * config.context_tokens, D, device="meta")
-            counts.append(held(lambda mlp=mlp, x=x: mlp(x), (x, *weights)))
-        small, large = counts
-        figures = {key: (large[key] - small[key]) / unit for key in small}
-        rows.append({"preset": preset, "implementation": name, **figures})
-    return rows
-
-
 def figures() -> dict[str, Any]:
     """Return the figures of the record."""
     return {
@@ -176,7 +145,6 @@ def figures() -> dict[str, Any]:
         "itemsize": DTYPE.itemsize,
         "sequences": SEQUENCES,
         "blocks": [block_row(preset) for preset in PRESET_NAMES],
-        "mlp": [row for preset in PRESET_NAMES for row in mlp_rows(preset)],
     }
 
 
@@ -186,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(TrafficOptions, argv, prog="tritium bench traffic", description=about)
     out = None if options.out is None else check_writable(Path(options.out))
     found = figures()
-    print(traffic_tables({**provenance(), **found}))
+    print(traffic_table({**provenance(), **found}))
     if out:
         write_record(out, "traffic", found)
     return 0

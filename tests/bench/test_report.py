@@ -119,7 +119,7 @@ def test_the_newest_triton_has_the_table_of_machine_code(tmp_path):
     assert "3.6.0" not in text
 
 
-def test_traffic_becomes_two_tables(tmp_path):
+def test_traffic_becomes_a_table(tmp_path):
     passes = {
         "forward": {"token_bytes": 4000, "step_bytes": 10**6},
         "backward": {"token_bytes": 500, "step_bytes": 10**5},
@@ -131,23 +131,11 @@ def test_traffic_becomes_two_tables(tmp_path):
         "eager": passes,
         "least": {"forward": 300, "backward": 100},
     }
-    mlp = {"implementation": "gelu_mlp", "kept": 2.0, "peak": 4.25, "allocated": 4.75}
-    counted = {
-        "dtype": "torch.bfloat16",
-        "itemsize": 2,
-        "blocks": [block],
-        "mlp": [
-            {**mlp, "preset": "gpt2"},
-            {**mlp, "preset": "gpt2-xl"},
-            {**mlp, "preset": "other", "kept": 1.0},
-        ],
-    }
+    counted = {"dtype": "torch.bfloat16", "itemsize": 2, "blocks": [block]}
     write_record(tmp_path / "traffic.json", "traffic", counted)
     lines = report(tmp_path).splitlines()
     ours = "4,000 (40.0) | 500 (5.0) | 4,500 (45.0)"
     assert f"| gpt2 | {ours} | {ours} | 300 (3.0) | 100 (1.0) | 400 (4.0) | 1.1 / 1.1 |" in lines
-    assert "| `gelu_mlp` | gpt2, gpt2-xl | 2.00 | 4.25 | 4.75 |" in lines
-    assert "| `gelu_mlp` | other | 1.00 | 4.25 | 4.75 |" in lines
 
 
 def test_the_command_writes_the_report(tmp_path, monkeypatch):

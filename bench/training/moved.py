@@ -1,23 +1,17 @@
-"""Count the bytes that a program moves and holds, operator by operator, on tensors without data.
+"""Count the bytes that a program moves, operator by operator, on tensors without data.
 
 Tensors on "meta" or of FakeTensorMode need no memory and no time, so the sizes can be those of real
-training. The classes are TorchDispatchModes. Enter RunLaunchers last: the others then see the
-operators inside the launchers.
+training.
 """
 
 import math
-import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..codegen.launches import Launch, RunLaunchers, record_launches
@@ -26,44 +20,6 @@ from ..codegen.launches import Launch, RunLaunchers, record_launches
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # Operators that overwrite their first argument without reading it.
 OVERWRITING = ("copy_", "fill_", "zero_")
-
-
-class Held(TorchDispatchMode):
-    """Count the bytes of the tensors made inside.
-
-    Args:
-        tensors: tensors made before, which do not count.
-
-    Attributes:
-        now: bytes that exist now.
-        most: largest value of `now`.
-        allocated: bytes of all tensors made.
-    """
-
-    now = most = allocated = 0
-
-    def __init__(self, *tensors: Tensor):
-        super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata for tensor in tensors}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in _tensors(output):
-            self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage):
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += nbytes
-            self.most = max(self.most, self.now)
-            self.allocated += nbytes
-            weakref.finalize(storage, self._forget, key, nbytes)
-
-    def _forget(self, key, nbytes):
-        self.seen.discard(key)
-        self.now -= nbytes
 
 
 class Moved(TorchDispatchMode):
@@ -127,33 +83,12 @@ def moved(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
 
     Returns: its result, and the bytes moved by name of the operator or kernel.
     """
+    # RunLaunchers is entered last: Moved then sees the operators inside the launchers.
     with record_launches("sm_90") as launches, Moved() as seen, RunLaunchers():
         output = call()
     for launch in launches:
         seen.nbytes[launch.kernel.__name__] += moved_by_launch(launch)
     return output, +seen.nbytes
-
-
-def held(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Run `forward` and its backward as on a GPU, with kernels left out.
-
-    The output is freed when the backward begins.
-
-    Returns: bytes `kept` between forward and backward besides `inputs` and the output, `peak` bytes
-        besides `inputs`, and bytes `allocated` in total.
-    """
-    # record_launches would keep the tensors of each launch.
-    with mock.patch.object(JITFunction, "run", _skip), Held(*inputs) as seen, RunLaunchers():
-        y = forward()
-        kept = seen.now - y.nbytes
-        dy, edge = torch.empty_like(y), get_gradient_edge(y)
-        del y
-        torch.autograd.grad(edge, inputs, dy)
-    return {"kept": kept, "peak": seen.most, "allocated": seen.allocated}
-
-
-def _skip(*args, **kwargs) -> None:
-    """Stands for a launch."""
 
 
 def stored_bytes(x: Tensor) -> int:

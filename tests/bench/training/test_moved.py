@@ -3,10 +3,9 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritium.bench.training.memory import Held, Moved, held, moved
+from tritium.bench.training.moved import Moved, moved
 from tritium.kernels import add_layer_norm
 from tritium.kernels.core.triton import tl, triton
 
@@ -84,26 +83,3 @@ def test_tritium_operators_are_counted_by_their_kernels(device):
     # x is both summands, so its gradient is a sum of two.
     assert set(backward) == {"_layer_norm_bwd_kernel", "_partial_sums_kernel", "add"}
     assert backward["add"] == 2 * 2 * M * N
-
-
-def test_freed_tensors_no_longer_count_as_held():
-    x = torch.zeros(100)
-    with Held(x) as seen:
-        y = x + 1
-        assert (seen.now, seen.most, seen.allocated) == (400, 400, 400)
-        y.view(10, 10).add_(1)
-        y = y[:10].clone()
-        assert (seen.now, seen.most, seen.allocated) == (40, 440, 440)
-        del y
-    assert (seen.now, seen.most, seen.allocated) == (0, 440, 440)
-
-
-def test_saved_tensors_are_kept_until_the_backward():
-    x = torch.empty(100, device="meta", requires_grad=True)
-
-    def forward() -> Tensor:
-        return x.exp().mul(2).sin()  # exp saves its output, sin its input
-
-    # Peak: the two saved, y's gradient, the cosine and cosine times gradient. Allocated: three in
-    # the forward, these last three, two more gradients.
-    assert held(forward, [x]) == {"kept": 2 * 400, "peak": 5 * 400, "allocated": 8 * 400}
