@@ -71,7 +71,7 @@ def operator_launches(
     operator: Operator, shape: Sequence[int], dtype: torch.dtype, arch: str
 ) -> list[Launch]:
     """Return the launches of an operator's forward and backward at one shape."""
-    inputs = operator.inputs(shape, dtype, torch.device("meta"))
+    inputs = operator.make_inputs(shape, dtype, torch.device("meta"))
     with record_launches(arch) as launches, RunLaunchers():
         outputs, leaves = outputs_and_leaves(operator.ours, inputs)
         if leaves:

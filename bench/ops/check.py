@@ -27,7 +27,7 @@ def find_error(
     Returns: what is wrong, in one line; None if nothing is.
     """
     torch.manual_seed(0)
-    inputs = operator.inputs(operator.check_shape(shape), dtype, device)
+    inputs = operator.make_inputs(operator.check_shape(*shape), dtype, device)
     in_float64 = {name: _to_float64(value) for name, value in inputs.items()}
     expected, output_grads = _results(operator.eager, in_float64, None)
     eager, _ = _results(operator.eager, inputs, output_grads)

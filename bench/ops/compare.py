@@ -89,7 +89,7 @@ def measure(
 
     # Time the others.
     rows = []
-    cost = operator.cost(shape, dtype.itemsize)
+    cost = operator.cost(*shape, dtype.itemsize)
     limit = limits.bytes_per_second if operator.bound == "bytes" else limits.flops_per_second
     for direction, parts in directions.items():
         turns = {name: timed(call, sets, direction) for name, call in calls.items()}
@@ -120,7 +120,7 @@ def measure(
 
 def directions_of(operator: Operator, shape: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Return the DIRECTIONS of an operator. Operators for inference have no backward."""
-    cost = operator.cost(shape, 1)
+    cost = operator.cost(*shape, 1)
     return {
         name: parts
         for name, parts in DIRECTIONS.items()
@@ -132,10 +132,10 @@ def rotated_inputs(
     operator: Operator, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
     """Return enough sets of inputs that none is in a GPU's cache when its turn comes again."""
-    first = operator.inputs(shape, dtype, device)
+    first = operator.make_inputs(shape, dtype, device)
     nbytes = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
     more = input_sets(nbytes, device) - 1
-    return [first, *(operator.inputs(shape, dtype, device) for _ in range(more))]
+    return [first, *(operator.make_inputs(shape, dtype, device) for _ in range(more))]
 
 
 def timed(call: Callable, sets: list[dict[str, Any]], direction: str) -> Callable[[int], object]:

@@ -110,7 +110,7 @@ class Planted:
     def label(self, shape):
         return f"N={shape[0]}"
 
-    def inputs(self, shape, dtype, device):
+    def make_inputs(self, shape, dtype, device):
         c = torch.empty(1, device=device)
         return {"x": torch.empty(1, device=device, dtype=dtype), "c": c, "block": shape[0]}
 
