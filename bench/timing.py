@@ -5,11 +5,11 @@ call uses the next of several sets of inputs, which together are larger than the
 a sample is one call.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # A shorter run of calls on a GPU would be mostly the host's time.
@@ -41,13 +41,8 @@ class Ceilings:
 
 def summary(seconds: Sequence[float]) -> Sample:
     """Return median and spread of samples."""
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return Sample(
-        median=statistics.median(ordered),
-        p10=ordered[round(0.1 * last)],
-        p90=ordered[round(0.9 * last)],
-    )
+    p10, median, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
+    return Sample(median=median, p10=p10, p90=p90)
 
 
 def time_in_turn(

@@ -248,15 +248,11 @@ def main(argv: Sequence[str]) -> int:
         if out:
             write_record(out / "kernels.json", "kernels", {**run, "entries": entries})
     if out:
-        _plot(entries, limits, out)
+        for name in dict.fromkeys(entry["operator"] for entry in entries):
+            measured = [entry for entry in entries if entry["operator"] == name]
+            plot_operator(measured, asdict(limits), out)
+        print(f"written: {out / 'kernels.json'} and a plot per operator")
     return 0
-
-
-def _plot(entries: list[dict[str, Any]], limits: Ceilings, out: Path) -> None:
-    for name in dict.fromkeys(entry["operator"] for entry in entries):
-        measured = [entry for entry in entries if entry["operator"] == name]
-        plot_operator(measured, asdict(limits), out)
-    print(f"written: {out / 'kernels.json'} and a plot per operator")
 
 
 def _print(entry: dict[str, Any], console: Console) -> None:

@@ -53,6 +53,7 @@ from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ..record import check_writable, provenance, write_record
 from ..report import training_table
+from ..timing import summary
 from .agreement import check_agreement
 from .implementations import (
     TrainedModel,
@@ -278,7 +279,7 @@ def _ratios(
     ratios = []
     for model, seconds in zip(models, medians, strict=True):
         pairs = zip(seconds, tritium[model.compiled], strict=True)
-        ratios.append(_spread([other / own for other, own in pairs]))
+        ratios.append(_summary([other / own for other, own in pairs]))
     return ratios
 
 
@@ -305,7 +306,7 @@ def _figures(
         "kind": model.kind,
         "compiled": model.compiled,
         "tokens_per_second": tokens_per_second,
-        "step_seconds": _spread(seconds),
+        "step_seconds": _summary(seconds),
         "mfu": None if known is None else flops / known.bf16_flops,
         "peak_memory_bytes": peak,
         "losses": losses,
@@ -313,9 +314,8 @@ def _figures(
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
-    return {"median": median, "p10": p10, "p90": p90}
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    return asdict(summary(values))
 
 
 def _agreement_lines(figures: dict[str, Any]) -> list[str]:

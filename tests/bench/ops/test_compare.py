@@ -147,9 +147,3 @@ def test_the_backward_uses_every_input_set_in_turn():
 def test_bad_options_raise(words, message):
     with pytest.raises(InputError, match=message):
         main(words)
-
-
-def test_a_folder_that_cannot_be_written_raises(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        on_cpu("layer_norm", "2x8", out=tmp_path / "file" / "out")
