@@ -141,8 +141,8 @@ def describe(compiled, text: str, arch: str) -> dict[str, Any]:
 # --- comparison with earlier rows
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEYS)
+def _by_key(rows: Sequence[dict]) -> dict[str, dict]:
+    return {" ".join(row[name] for name in KEYS): row for row in rows}
 
 
 def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
@@ -150,48 +150,42 @@ def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
 
     That is: more spills, lost matrix instructions or bulk loads, narrower accesses, other rows.
     """
-    golden_rows = {_key(row): row for row in golden}
-    worse = []
-    for row in rows:
-        label = " ".join(_key(row))
-        before = golden_rows.pop(_key(row), None)
-        if before is None:
-            worse.append(f"{label}: not in the golden table")
-            continue
-        spilled, spilled_before = row["spilled_bytes"], before["spilled_bytes"]
-        if spilled > spilled_before:
-            worse.append(f"{label}: spills {spilled} bytes, golden {spilled_before}")
-        worse += [
-            f"{label}: lost {name}"
-            for name in before["matrix_instructions"]
-            if name not in row["matrix_instructions"]
-        ]
-        if before["tma_loads"] and not row["tma_loads"]:
-            worse.append(f"{label}: lost its TMA loads")
-        access, access_before = row["access_bytes"], before["access_bytes"]
-        if 0 < access < access_before:
-            worse.append(f"{label}: accesses {access} bytes at a time, golden {access_before}")
-    return worse + [f"{' '.join(key)}: gone" for key in golden_rows]
+    now, before = _by_key(rows), _by_key(golden)
+    worse = [f"{key}: not in the golden table" for key in now.keys() - before.keys()]
+    worse += [f"{key}: gone" for key in before.keys() - now.keys()]
+    for key in now.keys() & before.keys():
+        row, old = now[key], before[key]
+        if row["spilled_bytes"] > old["spilled_bytes"]:
+            worse.append(
+                f"{key}: spills {row['spilled_bytes']} bytes, golden {old['spilled_bytes']}"
+            )
+        lost = old["matrix_instructions"].keys() - row["matrix_instructions"].keys()
+        worse += [f"{key}: lost {name}" for name in lost]
+        if old["tma_loads"] and not row["tma_loads"]:
+            worse.append(f"{key}: lost its TMA loads")
+        if 0 < row["access_bytes"] < old["access_bytes"]:
+            worse.append(
+                f"{key}: accesses {row['access_bytes']} bytes at a time, "
+                f"golden {old['access_bytes']}"
+            )
+    return sorted(worse)
 
 
 def changes(rows: Sequence[dict], old: Sequence[dict]) -> list[str]:
     """Return every difference to earlier rows of the same operators and architectures."""
-    before = {_key(row): row for row in old}
+    operators, archs = ({row[name] for row in rows} for name in ("operator", "arch"))
+    before = _by_key(row for row in old if row["operator"] in operators and row["arch"] in archs)
+    now = _by_key(rows)
     lines = []
-    for row in rows:
-        then = before.pop(_key(row), None)
-        if then is None:
-            lines.append(f"{' '.join(_key(row))}: new")
+    for key in sorted(now.keys() | before.keys()):
+        if key not in before or key not in now:
+            lines.append(f"{key}: {'new' if key in now else 'gone'}")
             continue
+        row, then = now[key], before[key]
         changed = [f"{n} {then[n]} -> {row[n]}" for n in FIGURES if then[n] != row[n]]
         if changed:
-            lines.append(f"{' '.join(_key(row))}: {', '.join(changed)}")
-    operators, archs = ({row[name] for row in rows} for name in ("operator", "arch"))
-    return lines + [
-        f"{' '.join(key)}: gone"
-        for key, row in before.items()
-        if row["operator"] in operators and row["arch"] in archs
-    ]
+            lines.append(f"{key}: {', '.join(changed)}")
+    return lines
 
 
 # --- the command

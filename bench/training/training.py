@@ -279,7 +279,7 @@ def _ratios(
     ratios = []
     for model, seconds in zip(models, medians, strict=True):
         pairs = zip(seconds, tritium[model.compiled], strict=True)
-        ratios.append(_summary([other / own for other, own in pairs]))
+        ratios.append(summary([other / own for other, own in pairs]))
     return ratios
 
 
@@ -306,7 +306,7 @@ def _figures(
         "kind": model.kind,
         "compiled": model.compiled,
         "tokens_per_second": tokens_per_second,
-        "step_seconds": _summary(seconds),
+        "step_seconds": summary(seconds),
         "mfu": None if known is None else flops / known.bf16_flops,
         "peak_memory_bytes": peak,
         "losses": losses,
@@ -314,22 +314,16 @@ def _figures(
     }
 
 
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    return asdict(summary(values))
-
-
 def _agreement_lines(figures: dict[str, Any]) -> list[str]:
     """Return how far each model is from the baseline on the first batch, and its last loss."""
     lines = ["First batch compared with the baseline, and the loss after the last step:"]
     for name, row in figures["implementations"].items():
-        found, last = figures["agreement"].get(name), f"last loss {row['losses'][-1]:.4f}"
-        if found is None:  # the baseline
-            lines.append(f"  {name}: {last}")
-            continue
-        loss, gradient = (
+        found = figures["agreement"].get(name, {})  # none for the baseline
+        gaps = [
             f"{quantity} differs by {found[f'{quantity}_gap']:.1e}, "
-            f"bound {found[f'{quantity}_bound']:.1e}"
+            f"bound {found[f'{quantity}_bound']:.1e}; "
             for quantity in ("loss", "gradient")
-        )
-        lines.append(f"  {name}: {loss}; {gradient}; {last}")
+            if found
+        ]
+        lines.append(f"  {name}: {''.join(gaps)}last loss {row['losses'][-1]:.4f}")
     return lines

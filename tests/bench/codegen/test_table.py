@@ -177,9 +177,9 @@ def test_changes_name_new_changed_and_lost_rows():
     rows = [row("same"), row("more", registers=5), row("new")]
     old = [row("same"), row("more"), row("lost"), row("lost", arch="sm_90")]
     assert changes(rows, old) == [
+        "o N=1 lost sm_80: gone",
         "o N=1 more sm_80: registers 0 -> 5",
         "o N=1 new sm_80: new",
-        "o N=1 lost sm_80: gone",
     ]
 
 
