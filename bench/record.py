@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON, triton
 from ..train.files import write_whole
 
-# Raised whenever a field changes its name or meaning: other formats are not read.
+# Increase it when a field changes its name or meaning. Files of other formats are not read.
 FORMAT = 2
 
 

@@ -58,7 +58,7 @@ _ACCESS_BYTES = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
 
 
 def all_warps(compiled) -> int:
-    """Return the warps per block, with those that the compiler added for specialized code."""
+    """Return the warps per block, including those that warp specialization adds."""
     total = re.search(r'"ttg.total-num-warps" = (\d+)', compiled.asm.get("ttgir", ""))
     return int(total.group(1)) if total else compiled.metadata.num_warps
 

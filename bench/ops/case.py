@@ -59,9 +59,9 @@ class Operator:
         shapes: shapes to time on a GPU.
         small_shapes: shapes to time on a CPU.
         launch_shapes: shapes to compile ahead of time. Together they reach every kernel and tile.
-        bound: "bytes" or "flops", the limit that a share is computed of.
+        bound: "bytes" or "flops", the ceiling that limits the operator.
         others: implementations to compare with, besides eager and compiled PyTorch.
-        compiles: whether torch.compile takes part. It needs minutes for an `eager` that loops.
+        compiles: whether torch.compile takes part. Compiling an `eager` with a loop takes minutes.
     """
 
     name: str

@@ -131,7 +131,7 @@ def directions_of(operator: Operator, shape: Sequence[int]) -> dict[str, tuple[s
 def rotated_inputs(
     operator: Operator, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return enough sets of inputs that none is in a GPU's cache when its turn comes again."""
+    """Return several sets of inputs, together larger than the cache of a GPU."""
     first = operator.make_inputs(shape, dtype, device)
     nbytes = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
     more = input_sets(nbytes, device) - 1

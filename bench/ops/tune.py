@@ -45,7 +45,7 @@ class Variant:
 
     @classmethod
     def shipped(cls, target: str) -> "Variant":
-        """Return the present value as a variant, so that replacing it costs as much time."""
+        """Return the shipped value as a variant: its calls have the same overhead as others."""
         return cls(name=SHIPPED, target=target, value=getattr(*_place(target)))
 
     @contextlib.contextmanager

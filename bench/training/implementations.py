@@ -58,7 +58,7 @@ class TrainedModel:
     def gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and its gradients by tritium's parameter names.
 
-        In float16 the gradients are scaled. None is left on the parameters.
+        In float16 the gradients are scaled. The parameters keep no gradient.
         """
         loss = self.trainer.backward(batch)
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}

@@ -5,7 +5,7 @@ possible. Nothing is timed. The blocks run forward and backward on tensors witho
 parameters in bfloat16. Each ATen operator and each Triton kernel reads and writes its tensors once;
 repeated reads are taken to come from a cache. The eager block's attention is PyTorch's fused
 operator for CPUs, whose inputs and outputs are those of a fused GPU kernel. Bytes that such a
-kernel moves inside are not counted, while both kernels of tritium's attention backward are.
+kernel moves inside are not counted. tritium's attention backward has two kernels: both count.
 
 Two batch sizes are run. The difference gives the bytes per token. The rest are bytes per step:
 weights, their gradients and partial sums.
@@ -30,7 +30,7 @@ unit that needs it. Row statistics are computed again. In elements per token, re
                qkv         3 D + D,  3 D + D
                sum         32 D + 5 F               and lse
 
-(An addition in the matmul before it, instead of the norm after it, would save 2 D in the forward.)
+If the matmul before the norm did the addition, the forward would move 2 D less.
 
 Shapes     D model width, F = 4 D, H heads, lse (B, H, T) float32
 """

@@ -11,9 +11,9 @@ Fairness
     data           All models get the same batches. Random tokens are drawn before the clock starts,
                    frequent and rare ones as in text (Zipf: probability proportional to 1 / rank),
                    because repeated tokens collide in the gradient of the embedding.
-    step           One micro-batch: copy to the device, forward, backward, clipping, AdamW. With
-                   several micro-batches per step a run has the last two less often. Reading data,
-                   evaluations and checkpoints are not included.
+    step           One micro-batch: copy to the device, forward, backward, clipping, AdamW. A
+                   run with several micro-batches per step clips and updates less often. Reading
+                   data, evaluations and checkpoints are not included.
     settings       The precision of float32 matmuls and the allocator are set as in training, for
                    all models.
     statistics     Medians over all timed steps, with 10th and 90th percentiles. The ratio is the
@@ -66,7 +66,7 @@ from .implementations import (
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How many steps are run. CUDA's queue runs empty between rounds: a round starts untimed."""
+    """How many steps are run. CUDA's queue is empty between rounds: first steps are not timed."""
 
     steps: int
     warmup_steps: int
