@@ -1,4 +1,4 @@
-"""tritium bench: the measuring commands. Each is a module that is imported when it is called."""
+"""tritium bench: the measuring commands. A command is imported when it runs."""
 
 import importlib
 from collections.abc import Sequence

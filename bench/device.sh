@@ -5,7 +5,7 @@
 #   bench/device.sh OUT_DIR [--rehearse]
 #
 # No network is needed. Missing packages are installed from wheels in .whl/, if there are any; with
-# pytest-xdist among them the tests end sooner. Each part has a deadline in seconds from the start,
+# pytest-xdist among them the tests run in parallel. Each part has a deadline in seconds from the start,
 # the last one below 9 minutes. Time that a part does not use is left for the parts after it. A part
 # that is stopped leaves its results so far in OUT_DIR. An operator whose tests fail is not timed.
 # --rehearse runs the same parts at tiny sizes on a CPU.
@@ -95,7 +95,7 @@ else
     # Most of a test's time is compilation on one core.
     "$python" -c "import xdist" 2>/dev/null && pytest_options+=(-n 8)
     kernels_options=()
-    # Only tritium's own attention: each other one is another model to compile.
+    # Only tritium's own attention: each further attention is one more model to compile.
     train_options=(gpt2 --attention)
     # A nanoGPT checkout, if one was copied here.
     [ -d .nanogpt ] && train_options+=(--nanogpt .nanogpt)

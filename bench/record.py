@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON, triton
 from ..train.files import write_whole
 
-# Raised whenever a field changes its name or meaning: other formats are not read.
+# Increase it when a field changes its name or meaning. Files of other formats are not read.
 FORMAT = 2
 
 
@@ -79,28 +79,28 @@ def check_writable(path: Path) -> Path:
 
 def kind_of(path: Path) -> str | None:
     """Return the kind of a record, or None for other files."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return record.get("kind") if isinstance(record, dict) else None
+    return _read(path).get("kind")
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any]:
     """Read a record. Raises: InputError for another kind or format, or a file that is no JSON."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, IsADirectoryError):
-        raise InputError(
-            f"{path}: expected JSON written by tritium bench {kind}, got something else"
-        ) from None
-    found = (record.get("kind"), record.get("format")) if isinstance(record, dict) else (None, None)
+    record = _read(path)
+    found = record.get("kind"), record.get("format")
     if found != (kind, FORMAT):
         raise InputError(
             f"{path}: expected a record of kind {kind!r}, format {FORMAT}, "
             f"got kind {found[0]!r}, format {found[1]!r}; measure again with tritium bench {kind}"
         )
     return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; an empty one for other files."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, IsADirectoryError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _cpu_name() -> str:

@@ -48,7 +48,7 @@ def report(folder: Path) -> str:
             f"of {', '.join(SECTIONS)}, found none"
         )
     parts = [HEAD]
-    if not any(record.get("device") == "cuda" for record in records):
+    if not any(map(_on_gpu, records)):
         parts.append(NO_GPU)
     for kind, (title, table) in SECTIONS.items():
         tables = [table(record) for record in records if record["kind"] == kind]
@@ -69,9 +69,13 @@ def _records(folder: Path) -> list[Record]:
     return [record for record in records if record["kind"] != "codegen" or record is newest]
 
 
+def _on_gpu(record: Record) -> bool:
+    return record.get("device") == "cuda"
+
+
 def _kernels_table(record: Record) -> str:
     """Return forward plus backward of each implementation: microseconds, or ratios on a CPU."""
-    on_gpu = record["device"] == "cuda"
+    on_gpu = _on_gpu(record)
     names = list(
         dict.fromkeys(row["implementation"] for entry in record["entries"] for row in entry["rows"])
     )
@@ -106,10 +110,9 @@ def _kernels_table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _training_table(record: Record) -> str:
-    """Return tokens per second, MFU and memory, or ratios on a CPU."""
-    on_gpu = record["device"] == "cuda"
-    columns = ["tokens/s", "MFU", "step, median ms", "p10-p90 ms", "peak memory, GB"] * on_gpu
+def training_table(record: Record, *, speeds: bool) -> str:
+    """Return the ratios of a training record, with tokens per second, MFU and memory if asked."""
+    columns = ["tokens/s", "MFU", "step, median ms", "p10-p90 ms", "peak memory, GB"] * speeds
     columns.append("tokens/s of tritium / this one")
     batch = f"{record['micro_batch_size']} x {record['context_tokens']} tokens per step"
     lines = [
@@ -127,7 +130,7 @@ def _training_table(record: Record) -> str:
             f"{step['median'] * 1e3:.1f}",
             f"{step['p10'] * 1e3:.1f}-{step['p90'] * 1e3:.1f}",
             "-" if peak is None else f"{peak / 1e9:.1f}",
-        ] * on_gpu
+        ] * speeds
         cells.append(f"{ratio['median']:.2f} ({ratio['p10']:.2f}-{ratio['p90']:.2f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -151,12 +154,8 @@ def _nanogpt_table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def traffic_tables(record: Record) -> str:
-    """Return bytes per token of each preset's block, and the memory of its MLP."""
-    return f"{_block_table(record)}\n\n{_mlp_table(record)}"
-
-
-def _block_table(record: Record) -> str:
+def traffic_table(record: Record) -> str:
+    """Return bytes per token of each preset's block."""
     names, directions = ("tritium", "eager"), ("forward", "backward")
     heads = [f"{name} forward | backward | sum" for name in (*names, "least")]
     dtype = record["dtype"].removeprefix("torch.")
@@ -189,25 +188,6 @@ def _block_table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _mlp_table(record: Record) -> str:
-    columns = ("kept", "peak", "allocated")
-    presets: dict[tuple, list[str]] = {}
-    for row in record["mlp"]:
-        key = (row["implementation"], *(row[name] for name in columns))
-        presets.setdefault(key, []).append(row["preset"])
-    lines = [
-        "Memory of the MLP in tensors of (N, F), counted in the same run. With recompute the",
-        "temporary tensors have fewer rows, and `allocated` counts each of them:",
-        "",
-        "| | width of | kept for the backward | peak | allocated in total |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for (implementation, *counts), names in presets.items():
-        cells = " | ".join(f"{count:.2f}" for count in counts)
-        lines.append(f"| `{implementation}` | {', '.join(names)} | {cells} |")
-    return "\n".join(lines)
-
-
 def _codegen_table(record: Record) -> str:
     """Return the rows of one architecture; shapes with equal figures share a line."""
     names = ("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "limited_by")
@@ -234,9 +214,9 @@ def _codegen_table(record: Record) -> str:
 # Kind of record -> title of its section, function that makes its table.
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "kernels": ("Kernels", _kernels_table),
-    "train": ("Training", _training_table),
+    "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
-    "traffic": ("Memory traffic", traffic_tables),
+    "traffic": ("Memory traffic", traffic_table),
     "codegen": ("Machine code", _codegen_table),
 }
 

@@ -5,11 +5,10 @@ call uses the next of several sets of inputs, which together are larger than the
 a sample is one call.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # A shorter run of calls on a GPU would be mostly the host's time.
@@ -17,42 +16,15 @@ RUN_SECONDS = 2e-3
 MAX_CALLS = 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Seconds per call: median, 10th and 90th percentile of the samples."""
-
-    median: float
-    p10: float
-    p90: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """Measured limits of a machine.
-
-    Attributes:
-        bytes_per_second: of a large copy, counting reads and writes.
-        flops_per_second: of a large matmul.
-    """
-
-    bytes_per_second: float
-    flops_per_second: float
-
-
-def summary(seconds: Sequence[float]) -> Sample:
-    """Return median and spread of samples."""
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return Sample(
-        median=statistics.median(ordered),
-        p10=ordered[round(0.1 * last)],
-        p90=ordered[round(0.9 * last)],
-    )
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median, 10th and 90th percentile of samples."""
+    p10, median, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
+    return {"median": median, "p10": p10, "p90": p90}
 
 
 def time_in_turn(
     calls: dict[str, Callable[[int], object]], device: torch.device, *, rounds: int, warmup: int = 3
-) -> dict[str, Sample]:
+) -> dict[str, dict[str, float]]:
     """Time several calls in turn, so that all meet the same clocks and temperatures.
 
     Args:
@@ -60,6 +32,7 @@ def time_in_turn(
         device: where the calls run.
         rounds: samples per call. Each round takes one sample of each.
         warmup: runs of each call before the first sample.
+    Returns: name -> summary of the seconds per call.
     """
     run = _gpu_run if device.type == "cuda" else _cpu_run
     counts = {}
@@ -84,18 +57,22 @@ def input_sets(bytes_per_set: int, device: torch.device) -> int:
     return min(64, -(-2 * cache // max(1, bytes_per_set)))
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure a copy far larger than the caches and a square matmul, of random numbers."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure the limits of a machine with random numbers.
+
+    Returns: bytes_per_second of a copy far larger than the caches, counting reads and writes, and
+        flops_per_second of a large square matmul.
+    """
     n, side, rounds = (1 << 28, 8192, 10) if device.type == "cuda" else (1 << 24, 1024, 5)
     source = torch.randn(n, device=device).to(dtype)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    copy = time_in_turn({"copy": lambda _: target.copy_(source)}, device, rounds=rounds)
-    matmul = time_in_turn({"matmul": lambda _: torch.mm(a, b)}, device, rounds=rounds)
-    return Ceilings(
-        bytes_per_second=2 * source.numel() * source.itemsize / copy["copy"].median,
-        flops_per_second=2 * side**3 / matmul["matmul"].median,
-    )
+    calls = {"copy": lambda _: target.copy_(source), "matmul": lambda _: torch.mm(a, b)}
+    times = time_in_turn(calls, device, rounds=rounds)
+    return {
+        "bytes_per_second": 2 * source.nbytes / times["copy"]["median"],
+        "flops_per_second": 2 * side**3 / times["matmul"]["median"],
+    }
 
 
 def _gpu_run(call: Callable[[int], object], count: int) -> float:

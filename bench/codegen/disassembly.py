@@ -53,8 +53,8 @@ def disassembly(compiled) -> str:
 def disassemblies(kernels: Sequence) -> list[str]:
     """Return the machine code of several compiled kernels.
 
-    nvdisasm takes half a second to start, so it runs once per architecture: on the instructions of
-    all kernels, one behind the other.
+    nvdisasm takes half a second to start, so it runs once per architecture, on the joined
+    instructions of all kernels.
     """
     texts = [compiled.asm.get("amdgcn", "") for compiled in kernels]
     archs = [

@@ -5,16 +5,14 @@ A row is one kernel of an operator at one shape for one GPU architecture:
     registers, spilled_bytes      per thread
     shared_bytes                  per block
     blocks_per_sm, limited_by     how many blocks fit on a multiprocessor, and what limits them
-    matrix_instructions           count per name, in the whole kernel
-    tma_loads                     bulk tensor loads in the whole kernel
-    hottest_loop                  NVIDIA only: instructions per iteration, their mix, bytes of
-                                  global memory per block and per lane and access
-    compile_seconds
+    matrix_instructions           count per name
+    tma_loads                     number of bulk tensor loads
+    access_bytes                  NVIDIA only: bytes of global memory per lane and instruction
+    mix                           NVIDIA only: count of the most frequent instructions
 
 The golden tables bench/results/codegen-triton-*.json hold the rows that were accepted last.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +42,7 @@ FIGURES = (
     "blocks_per_sm",
     "matrix_instructions",
     "tma_loads",
+    "access_bytes",
 )
 HELP = f"""Compile every kernel as it ships and read its machine code. No GPU is needed.
 
@@ -72,7 +71,7 @@ def operator_launches(
     operator: Operator, shape: Sequence[int], dtype: torch.dtype, arch: str
 ) -> list[Launch]:
     """Return the launches of an operator's forward and backward at one shape."""
-    inputs = operator.inputs(shape, dtype, torch.device("meta"))
+    inputs = operator.make_inputs(shape, dtype, torch.device("meta"))
     with record_launches(arch) as launches, RunLaunchers():
         outputs, leaves = outputs_and_leaves(operator.ours, inputs)
         if leaves:
@@ -84,17 +83,17 @@ def operator_launches(
 def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[str, Any]]:
     """Compile the operators' launches for each architecture. Return the rows of the JSON."""
     found = list(_compiled(operators, archs))
-    texts = disassembly.disassemblies([compiled for _, compiled, _ in found])
+    texts = disassembly.disassemblies([compiled for _, compiled in found])
     return [
-        {**keys, **describe(compiled, text, keys["arch"]), "compile_seconds": round(seconds, 3)}
-        for (keys, compiled, seconds), text in zip(found, texts, strict=True)
+        {**keys, **describe(compiled, text, keys["arch"])}
+        for (keys, compiled), text in zip(found, texts, strict=True)
     ]
 
 
 def _compiled(
     operators: Sequence[Operator], archs: Sequence[str]
-) -> Iterator[tuple[dict[str, str], Any, float]]:
-    """Yield the keys of a row, the compiled kernel and the seconds that took."""
+) -> Iterator[tuple[dict[str, str], Any]]:
+    """Yield the keys of each row and the compiled kernel."""
     for operator in operators:
         for shape in operator.launch_shapes:
             for arch in archs:
@@ -103,10 +102,7 @@ def _compiled(
                 first = {_name(launch): launch for launch in reversed(launches)}
                 for kernel, launch in first.items():
                     values = (operator.name, operator.label(shape), kernel, arch)
-                    began = time.perf_counter()
-                    compiled = compile_launch(launch, arch)
-                    seconds = time.perf_counter() - began
-                    yield dict(zip(KEYS, values, strict=True)), compiled, seconds
+                    yield dict(zip(KEYS, values, strict=True)), compile_launch(launch, arch)
 
 
 def _name(launch: Launch) -> str:
@@ -133,23 +129,20 @@ def describe(compiled, text: str, arch: str) -> dict[str, Any]:
         "limited_by": limit,
         "matrix_instructions": machine_code.matrix_instructions(text),
         "tma_loads": machine_code.tma_loads(text),
+        "access_bytes": 0,
+        "mix": {},
     }
-    if arch.startswith("sm_") and not machine_code.is_specialized(compiled):
-        loop = machine_code.hottest_loop(text)
-        row["hottest_loop"] = {
-            "instructions": len(loop),
-            "moved_bytes": machine_code.moved_bytes(loop, num_warps),
-            "access_bytes": machine_code.access_bytes(loop),
-            "mix": machine_code.instruction_mix(loop),
-        }
+    if arch.startswith("sm_"):
+        row["access_bytes"] = machine_code.access_bytes(text)
+        row["mix"] = machine_code.instruction_mix(text)
     return row
 
 
 # --- comparison with earlier rows
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEYS)
+def _by_key(rows: Sequence[dict]) -> dict[str, dict]:
+    return {" ".join(row[name] for name in KEYS): row for row in rows}
 
 
 def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
@@ -157,117 +150,65 @@ def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
 
     That is: more spills, lost matrix instructions or bulk loads, narrower accesses, other rows.
     """
-    golden_rows = {_key(row): row for row in golden}
-    worse = []
-    for row in rows:
-        label = " ".join(_key(row))
-        before = golden_rows.pop(_key(row), None)
-        if before is None:
-            worse.append(f"{label}: not in the golden table")
-            continue
-        spilled, spilled_before = row["spilled_bytes"], before["spilled_bytes"]
-        if spilled > spilled_before:
-            worse.append(f"{label}: spills {spilled} bytes, golden {spilled_before}")
-        worse += [
-            f"{label}: lost {name}"
-            for name in before["matrix_instructions"]
-            if name not in row["matrix_instructions"]
-        ]
-        if before["tma_loads"] and not row["tma_loads"]:
-            worse.append(f"{label}: lost its TMA loads")
-        access, access_before = (
-            one.get("hottest_loop", {}).get("access_bytes", 0) for one in (row, before)
-        )
-        if 0 < access < access_before:
-            worse.append(f"{label}: accesses {access} bytes at a time, golden {access_before}")
-    return worse + [f"{' '.join(key)}: gone" for key in golden_rows]
+    now, before = _by_key(rows), _by_key(golden)
+    worse = [f"{key}: not in the golden table" for key in now.keys() - before.keys()]
+    worse += [f"{key}: gone" for key in before.keys() - now.keys()]
+    for key in now.keys() & before.keys():
+        row, old = now[key], before[key]
+        if row["spilled_bytes"] > old["spilled_bytes"]:
+            worse.append(
+                f"{key}: spills {row['spilled_bytes']} bytes, golden {old['spilled_bytes']}"
+            )
+        lost = old["matrix_instructions"].keys() - row["matrix_instructions"].keys()
+        worse += [f"{key}: lost {name}" for name in lost]
+        if old["tma_loads"] and not row["tma_loads"]:
+            worse.append(f"{key}: lost its TMA loads")
+        if 0 < row["access_bytes"] < old["access_bytes"]:
+            worse.append(
+                f"{key}: accesses {row['access_bytes']} bytes at a time, "
+                f"golden {old['access_bytes']}"
+            )
+    return sorted(worse)
 
 
 def changes(rows: Sequence[dict], old: Sequence[dict]) -> list[str]:
     """Return every difference to earlier rows of the same operators and architectures."""
-    before = {_key(row): row for row in old}
+    operators, archs = ({row[name] for row in rows} for name in ("operator", "arch"))
+    before = _by_key(row for row in old if row["operator"] in operators and row["arch"] in archs)
+    now = _by_key(rows)
     lines = []
-    for row in rows:
-        then = before.pop(_key(row), None)
-        if then is None:
-            lines.append(f"{' '.join(_key(row))}: new")
+    for key in sorted(now.keys() | before.keys()):
+        if key not in before or key not in now:
+            lines.append(f"{key}: {'new' if key in now else 'gone'}")
             continue
+        row, then = now[key], before[key]
         changed = [f"{n} {then[n]} -> {row[n]}" for n in FIGURES if then[n] != row[n]]
         if changed:
-            lines.append(f"{' '.join(_key(row))}: {', '.join(changed)}")
-    operators, archs = ({row[name] for row in rows} for name in ("operator", "arch"))
-    return lines + [
-        f"{' '.join(key)}: gone"
-        for key, row in before.items()
-        if row["operator"] in operators and row["arch"] in archs
-    ]
+            lines.append(f"{key}: {', '.join(changed)}")
+    return lines
 
 
 # --- the command
 
 
-def _print_tables(rows: Sequence[dict]) -> None:
-    console = Console(width=None if Console().is_terminal else 200)
-    table = Table(*KEYS, title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""))
-    for title in ("warps", "registers", "spilled B", "shared B", "blocks/SM"):
-        table.add_column(title, justify="right")
-    for title in ("limited by", "matrix", "TMA", "compile s"):
-        table.add_column(title, justify="right" if title in ("TMA", "compile s") else "left")
+def _print_table(rows: Sequence[dict]) -> None:
+    columns = ("warps", "registers", "spilled B", "shared B", "blocks/SM", "limited by", "matrix")
+    title = f"triton {triton.__version__}, {DTYPE}".replace("torch.", "")
+    table = Table(*KEYS, *columns, "TMA", "access B", "mix", title=title)
     for row in rows:
-        figures = [row[name] for name in ("num_warps", *FIGURES[:4])]
-        matrix = _counts(row["matrix_instructions"]) or "none"
-        seconds = f"{row['compile_seconds']:.2f}"
         table.add_row(
             *(row[key] for key in KEYS),
-            *map(str, figures),
-            row["limited_by"],
-            matrix,
+            *(str(row[name]) for name in ("num_warps", *FIGURES[:4], "limited_by")),
+            _counts(row["matrix_instructions"]),
             str(row["tma_loads"]),
-            seconds,
+            str(row["access_bytes"]),
+            _counts(row["mix"]),
         )
-    console.print(table)
-
-    loops = [row for row in rows if "hottest_loop" in row]
-    if not loops:
-        return
-    title = "hottest loop: global bytes per block and iteration, bytes per lane and access"
-    table = Table(*KEYS, "instructions", "moved B", "access B", "mix", title=title)
-    for row in loops:
-        loop = row["hottest_loop"]
-        counts = [str(loop[name]) for name in ("instructions", "moved_bytes", "access_bytes")]
-        table.add_row(*(row[key] for key in KEYS), *counts, _counts(loop["mix"]))
-    console.print(table)
+    Console(width=None if Console().is_terminal else 200).print(table)
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    record = read_record(path, "codegen")
-    wanted = {*KEYS, *FIGURES}
-    rows = record.get("rows")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and wanted <= set(row) for row in rows
-    ):
-        fields = ", ".join(sorted(wanted))
-        raise InputError(f"{path}: expected rows with {fields}, got others; measure again")
-    return record
-
-
-def _check_complete(out: Path, chosen: Sequence[Operator], archs: Sequence[str]) -> None:
-    """Raise if the file has rows that this run would not measure again."""
-    names = {operator.name for operator in chosen}
-    lost = [
-        row
-        for row in _read(out)["rows"]
-        if row["operator"] not in names or row["arch"] not in archs
-    ]
-    if lost:
-        raise InputError(
-            f"{out}: expected no row of other operators or architectures, got {len(lost)}; "
-            "name another file"
-        )
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "-"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -282,22 +223,14 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(unknown_name("architecture", name, TARGETS))
     if not options.arch:
         raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
-    old = _read(Path(options.compare)) if options.compare else None
+    old = read_record(Path(options.compare), "codegen") if options.compare else None
     out = None if options.out is None else check_writable(Path(options.out))
     chosen = [OPERATORS[name] for name in options.operators or OPERATORS]
-    if out and out.exists():
-        _check_complete(out, chosen, options.arch)
 
-    # Compile everything again: a cached kernel would show no time to compile.
-    began = time.perf_counter()
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.always_compile = True
-        rows = rows_of(chosen, options.arch)
-    seconds = time.perf_counter() - began
-
-    # Show and write.
-    _print_tables(rows)
-    print(f"{len(rows)} rows in {seconds:.0f} s; commit {provenance()['commit']}")
+    # Compile, show and write.
+    rows = rows_of(chosen, options.arch)
+    _print_table(rows)
+    print(f"{len(rows)} rows; commit {provenance()['commit']}")
     if old:
         print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
         for line in changes(rows, old["rows"]) or ["no row changed"]:

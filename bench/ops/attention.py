@@ -1,6 +1,6 @@
 """Causal attention, compared with each backend of SDPA and the flash-attention libraries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels import causal_attention
 from ...kernels.attention.causal import cost
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 
 # B, T, H, K: heads of GPT-2 at 1,024 tokens, long contexts at head size 64, and head size 128.
 SHAPES = (
@@ -21,9 +21,8 @@ SHAPES = (
 )
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    B, T, H, K = shape
-    return {name: randn(B, T, H, K, dtype=dtype, device=device) for name in "qkv"}
+def _inputs(randn: Randn, B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
+    return {name: randn(B, T, H, K) for name in "qkv"}
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,11 +63,9 @@ ATTENTION = Operator(
     inputs=_inputs,
     ours=causal_attention,
     eager=eager,
-    cost=lambda shape, itemsize: cost(
-        shape[0], shape[1], shape[1], shape[2], shape[2], shape[3], itemsize
-    ),
+    cost=lambda B, T, H, K, itemsize: cost(B, T, T, H, H, K, itemsize),
     # The length stays: another one may take another path.
-    check_shape=lambda shape: (1, shape[1], min(shape[2], 2), shape[3]),
+    check_shape=lambda B, T, H, K: (1, T, min(H, 2), K),
     shapes=SHAPES,
     small_shapes=((2, 128, 4, 64), (1, 257, 2, 64)),
     # Tiles depend on the head size.

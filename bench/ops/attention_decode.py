@@ -1,27 +1,25 @@
 """Attention of new tokens to a key-value cache, compared with SDPA over the same cache."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import attention_decode
 from ...kernels.attention.decode import cost
-from .case import Implementation, Operator
+from .case import Implementation, Operator, Randn
 
 # B, T, S, H, G, K: one sequence that must fill the GPU, a batch of GPT-2's, grouped heads.
 SHAPES = ((1, 1, 8192, 32, 32, 128), (64, 1, 1024, 12, 12, 64), (16, 1, 8192, 32, 8, 128))
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    B, T, S, H, G, K = shape
-    sizes = {"q": (B, T, H, K), "k_cache": (B, S, G, K), "v_cache": (B, S, G, K)}
-    tensors = {
-        name: torch.randn(size, dtype=torch.float32, device=device).to(dtype)
-        for name, size in sizes.items()
+def _inputs(randn: Randn, B: int, T: int, S: int, H: int, G: int, K: int) -> dict[str, Tensor]:
+    return {
+        # Without gradients: the operator is for inference.
+        "q": randn(B, T, H, K).detach(),
+        "k_cache": randn(B, S, G, K).detach(),
+        "v_cache": randn(B, S, G, K).detach(),
+        "cache_lengths": torch.full((B,), S, dtype=torch.int32),
     }
-    return {**tensors, "cache_lengths": torch.full((B,), S, dtype=torch.int32, device=device)}
 
 
 def _eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> Tensor:
@@ -45,8 +43,8 @@ ATTENTION_DECODE = Operator(
     inputs=_inputs,
     ours=attention_decode,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize),
-    check_shape=lambda shape: (1, *shape[1:]),
+    cost=cost,
+    check_shape=lambda B, *sizes: (1, *sizes),
     shapes=SHAPES,
     small_shapes=((2, 1, 300, 4, 2, 64),),
     launch_shapes=SHAPES[2:],

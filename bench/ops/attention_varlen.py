@@ -4,7 +4,7 @@ Compared with a loop over the documents and with the flash-attention library.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels import causal_attention_varlen
 from ...kernels.attention.causal import cost
 from .attention import eager, sdpa
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 
 # N, documents, H, K: a batch of GPT-2's as short texts, and a long context with few documents.
 SHAPES = ((32768, 256, 12, 64), (32768, 16, 16, 128))
@@ -25,16 +25,16 @@ def lengths(N: int, documents: int) -> tuple[int, ...]:
     They are exponentially distributed, so that a few documents hold most of the N tokens.
     """
     generator = torch.Generator().manual_seed(0)
-    cuts = torch.rand(documents, generator=generator, dtype=torch.float64).log_().neg_().cumsum(0)
+    uniform = torch.rand(documents, generator=generator, dtype=torch.float64, device="cpu")
+    cuts = uniform.log().neg().cumsum(0)
     ends = (cuts / cuts[-1] * N).round().long()
     return tuple(ends.diff(prepend=ends.new_zeros(1)).tolist())
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    N, documents, H, K = shape
+def _inputs(randn: Randn, N: int, documents: int, H: int, K: int) -> dict[str, Tensor]:
     ends = torch.tensor([0, *lengths(N, documents)]).cumsum(0)
-    q, k, v = (randn(N, H, K, dtype=dtype, device=device) for _ in range(3))
-    return {"q": q, "k": k, "v": v, "cu_seqlens": ends.to(device, torch.int32)}
+    q, k, v = (randn(N, H, K) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "cu_seqlens": ends.to(torch.int32)}
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -57,8 +57,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
 
 
-def _cost(shape: Sequence[int], itemsize: int) -> dict[str, int]:
-    N, documents, H, K = shape
+def _cost(N: int, documents: int, H: int, K: int, itemsize: int) -> dict[str, int]:
     costs = [cost(1, T, T, H, H, K, itemsize) for T in lengths(N, documents)]
     return {name: sum(one[name] for one in costs) for name in costs[0]}
 
@@ -70,7 +69,7 @@ ATTENTION_VARLEN = Operator(
     ours=_ours,
     eager=_per_document(eager),
     cost=_cost,
-    check_shape=lambda shape: (min(shape[0], 4096), min(shape[1], 32), min(shape[2], 2), shape[3]),
+    check_shape=lambda N, documents, H, K: (min(N, 4096), min(documents, 32), min(H, 2), K),
     shapes=SHAPES,
     small_shapes=((512, 7, 2, 64),),
     launch_shapes=SHAPES[:1],

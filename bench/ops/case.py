@@ -3,6 +3,7 @@
 `tritium bench kernels`, `tritium bench codegen` and the pytest-benchmark cases all read them.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch._functorch.config
 from torch import Tensor
 
 Outputs = Tensor | tuple[Tensor, ...]
+# Sizes -> normal numbers of the benchmark's dtype and device: the function `randn` of this file.
+Randn = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,35 +49,41 @@ class Operator:
 
     Attributes:
         name: name of the operator in tritium.kernels.
-        sizes: names of the numbers in a shape.
-        inputs: (shape, dtype, device) -> arguments by name. Floating-point ones that require
-            gradients get them.
+        sizes: names of the numbers in a shape. The functions below take them as arguments.
+        inputs: (randn, *sizes) -> arguments by name.
         ours: the operator, called with these arguments.
         eager: the definition in plain PyTorch. In float64 it gives the expected results.
-        cost: (shape, itemsize) -> fwd_bytes, bwd_bytes, fwd_flops and bwd_flops. Operators for
+        cost: (*sizes, itemsize) -> fwd_bytes, bwd_bytes, fwd_flops and bwd_flops. Operators for
             inference have no bwd_ entries.
-        check_shape: shrinks a shape to one whose float64 results are cheap.
+        check_shape: (*sizes) -> a smaller shape, whose float64 results are cheap.
         shapes: shapes to time on a GPU.
         small_shapes: shapes to time on a CPU.
         launch_shapes: shapes to compile ahead of time. Together they reach every kernel and tile.
-        bound: "bytes" or "flops", the limit that a share is computed of.
+        bound: "bytes" or "flops", the ceiling that limits the operator.
         others: implementations to compare with, besides eager and compiled PyTorch.
-        compiles: whether torch.compile takes part. It needs minutes for an `eager` that loops.
+        compiles: whether torch.compile takes part. Compiling an `eager` with a loop takes minutes.
     """
 
     name: str
     sizes: tuple[str, ...]
-    inputs: Callable[[Sequence[int], torch.dtype, torch.device], dict[str, Any]]
+    inputs: Callable[..., dict[str, Tensor]]
     ours: Callable[..., Outputs]
     eager: Callable[..., Outputs]
-    cost: Callable[[Sequence[int], int], dict[str, int]]
-    check_shape: Callable[[Sequence[int]], tuple[int, ...]]
+    cost: Callable[..., dict[str, int]]
+    check_shape: Callable[..., tuple[int, ...]]
     shapes: tuple[tuple[int, ...], ...]
     small_shapes: tuple[tuple[int, ...], ...]
     launch_shapes: tuple[tuple[int, ...], ...]
     bound: str
     others: tuple[Implementation, ...] = ()
     compiles: bool = True
+
+    def make_inputs(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return arguments by name. Floating-point ones get gradients, except for inference."""
+        with device:
+            return self.inputs(functools.partial(randn, dtype=dtype), *shape)
 
     def implementations(self) -> list[Implementation]:
         """Return ours, eager and compiled PyTorch, the others, and ours again to show the noise."""
@@ -125,7 +134,6 @@ def forced(operator: str, matmul: str, **options: Any) -> Implementation:
     )
 
 
-def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Return normal numbers that require gradients. A GPU would clock higher on zeros."""
-    x = torch.randn(shape, device=device, dtype=torch.float32) * scale
-    return x.to(dtype).requires_grad_()
+    return (torch.randn(shape, dtype=torch.float32) * scale).to(dtype).requires_grad_()

@@ -27,7 +27,7 @@ def find_error(
     Returns: what is wrong, in one line; None if nothing is.
     """
     torch.manual_seed(0)
-    inputs = operator.inputs(operator.check_shape(shape), dtype, device)
+    inputs = operator.make_inputs(operator.check_shape(*shape), dtype, device)
     in_float64 = {name: _to_float64(value) for name, value in inputs.items()}
     expected, output_grads = _results(operator.eager, in_float64, None)
     eager, _ = _results(operator.eager, inputs, output_grads)
@@ -40,7 +40,7 @@ def find_error(
     for name, value in expected.items():
         if got[name].shape != value.shape:
             return f"{name} is {tuple(got[name].shape)}, expected {tuple(value.shape)}"
-        # The maximum finds one wrong element; the mean square finds a small factor on all of them.
+        # The maximum finds one wrong element. The mean square finds small errors in all elements.
         # Rounding to nearest is off by at most eps / 2, and by eps / sqrt(12) in the mean square.
         for measure, norm, fraction in (("at most", _max, 1.0), ("in the mean square", _rms, 0.3)):
             error = norm(got[name].double() - value)
@@ -54,7 +54,7 @@ def find_error(
 def _results(
     call: Callable, inputs: dict[str, Any], output_grads: list[Tensor] | None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Return outputs and gradients by name, and the gradients of the outputs, drawn if None."""
+    """Return outputs and gradients by name, and the output gradients, which are drawn if None."""
     outputs, leaves = outputs_and_leaves(call, inputs)
     if output_grads is None:
         output_grads = [torch.randn_like(output) for output in outputs]

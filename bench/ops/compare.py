@@ -10,7 +10,7 @@ operator saves or computes for the backward.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from ...errors import InputError, unknown_name
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
 from ..record import write_record
-from ..timing import Ceilings, ceilings, input_sets, time_in_turn
+from ..timing import ceilings, input_sets, time_in_turn
 from . import OPERATORS
 from .case import Operator, outputs_and_leaves
 from .check import find_error
@@ -65,7 +65,7 @@ def measure(
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    limits: Ceilings,
+    limits: dict[str, float],
     rounds: int,
 ) -> dict[str, Any]:
     """Check and time every implementation at one shape. Return the entry of the JSON."""
@@ -89,19 +89,19 @@ def measure(
 
     # Time the others.
     rows = []
-    cost = operator.cost(shape, dtype.itemsize)
-    limit = limits.bytes_per_second if operator.bound == "bytes" else limits.flops_per_second
+    cost = operator.cost(*shape, dtype.itemsize)
+    limit = limits[f"{operator.bound}_per_second"]
     for direction, parts in directions.items():
         turns = {name: timed(call, sets, direction) for name, call in calls.items()}
         work = sum(cost[f"{part}_{operator.bound}"] for part in parts)
         for name, sample in time_in_turn(turns, device, rounds=rounds).items():
-            rate = work / sample.median
+            rate = work / sample["median"]
             peak = _peak_bytes(calls[name], sets[0], device) if direction == "both" else None
             rows.append(
                 {
                     "implementation": name,
                     "direction": direction,
-                    "seconds": asdict(sample),
+                    "seconds": sample,
                     "rate": rate,
                     "share": rate / limit,
                     "peak_bytes": peak,
@@ -120,7 +120,7 @@ def measure(
 
 def directions_of(operator: Operator, shape: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Return the DIRECTIONS of an operator. Operators for inference have no backward."""
-    cost = operator.cost(shape, 1)
+    cost = operator.cost(*shape, 1)
     return {
         name: parts
         for name, parts in DIRECTIONS.items()
@@ -131,11 +131,11 @@ def directions_of(operator: Operator, shape: Sequence[int]) -> dict[str, tuple[s
 def rotated_inputs(
     operator: Operator, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return enough sets of inputs that none is in a GPU's cache when its turn comes again."""
-    first = operator.inputs(shape, dtype, device)
+    """Return several sets of inputs, together larger than the cache of a GPU."""
+    first = operator.make_inputs(shape, dtype, device)
     nbytes = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
     more = input_sets(nbytes, device) - 1
-    return [first, *(operator.inputs(shape, dtype, device) for _ in range(more))]
+    return [first, *(operator.make_inputs(shape, dtype, device) for _ in range(more))]
 
 
 def timed(call: Callable, sets: list[dict[str, Any]], direction: str) -> Callable[[int], object]:
@@ -229,13 +229,13 @@ def main(argv: Sequence[str]) -> int:
         print("memory is not measured, and the ratios say nothing about a GPU.")
     limits = ceilings(device, dtype)
     print(
-        f"ceilings, measured now: copy {limits.bytes_per_second / 1e9:,.0f} GB/s, "
-        f"matmul {limits.flops_per_second / 1e12:,.2f} TFLOP/s; {dtype}"
+        f"ceilings, measured now: copy {limits['bytes_per_second'] / 1e9:,.0f} GB/s, "
+        f"matmul {limits['flops_per_second'] / 1e12:,.2f} TFLOP/s; {dtype}"
     )
 
     # Measure the operators. Write after each one: an interruption loses nothing.
     console = Console(width=None if Console().is_terminal else 160)
-    run = {"device": device.type, "dtype": str(dtype), "ceilings": asdict(limits)}
+    run = {"device": device.type, "dtype": str(dtype), "ceilings": limits}
     entries: list[dict[str, Any]] = []
     for operator, shape in ((one, shape) for one in operators for shape in shapes[one.name]):
         try:
@@ -248,15 +248,11 @@ def main(argv: Sequence[str]) -> int:
         if out:
             write_record(out / "kernels.json", "kernels", {**run, "entries": entries})
     if out:
-        _plot(entries, limits, out)
+        for name in dict.fromkeys(entry["operator"] for entry in entries):
+            measured = [entry for entry in entries if entry["operator"] == name]
+            plot_operator(measured, limits, out)
+        print(f"written: {out / 'kernels.json'} and a plot per operator")
     return 0
-
-
-def _plot(entries: list[dict[str, Any]], limits: Ceilings, out: Path) -> None:
-    for name in dict.fromkeys(entry["operator"] for entry in entries):
-        measured = [entry for entry in entries if entry["operator"] == name]
-        plot_operator(measured, asdict(limits), out)
-    print(f"written: {out / 'kernels.json'} and a plot per operator")
 
 
 def _print(entry: dict[str, Any], console: Console) -> None:

@@ -1,21 +1,18 @@
 """Cross-entropy of materialized logits, compared with PyTorch and other libraries."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import cross_entropy
 from ...kernels.loss.cross_entropy import cost
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    M, V = shape
+def _inputs(randn: Randn, M: int, V: int) -> dict[str, Tensor]:
     return {
-        "logits": randn(M, V, dtype=dtype, device=device),
-        "target": torch.randint(V, (M,), device=device),
+        "logits": randn(M, V),
+        "target": torch.randint(V, (M,)),
     }
 
 
@@ -45,8 +42,8 @@ CROSS_ENTROPY = Operator(
     inputs=_inputs,
     ours=cross_entropy,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize),
-    check_shape=lambda shape: (min(shape[0], 61), shape[1]),
+    cost=cost,
+    check_shape=lambda M, V: (min(M, 61), V),
     shapes=((8192, 50304), (16384, 50304), (4096, 128256), (32768, 32768)),
     small_shapes=((64, 4096), (16, 50257)),
     # GPT-2's published vocabulary: its rows are not aligned to 16 bytes.

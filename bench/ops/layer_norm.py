@@ -1,31 +1,26 @@
 """Layer norm, alone and with the residual addition, compared with PyTorch and other libraries."""
 
-from collections.abc import Sequence
+import functools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import add_layer_norm, layer_norm
 from ...kernels.norm.layer_norm import cost
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 
 
-def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def check_shape(M: int, N: int) -> tuple[int, int]:
     """Keep enough rows that each program has several."""
-    return min(shape[0], 4099), shape[1]
+    return min(M, 4099), N
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    M, N = shape
-    sizes = {"x": (M, N), "weight": (N,), "bias": (N,)}
-    return {name: randn(*size, dtype=dtype, device=device) for name, size in sizes.items()}
+def _inputs(randn: Randn, M: int, N: int) -> dict[str, Tensor]:
+    return {"x": randn(M, N), "weight": randn(N), "bias": randn(N)}
 
 
-def _add_inputs(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    return {**_inputs(shape, dtype, device), "residual": randn(*shape, dtype=dtype, device=device)}
+def _add_inputs(randn: Randn, M: int, N: int) -> dict[str, Tensor]:
+    return {**_inputs(randn, M, N), "residual": randn(M, N)}
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -71,7 +66,7 @@ LAYER_NORM = Operator(
     inputs=_inputs,
     ours=layer_norm,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize),
+    cost=cost,
     others=(Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),),
     **_COMMON,
 )
@@ -80,7 +75,7 @@ ADD_LAYER_NORM = Operator(
     inputs=_add_inputs,
     ours=_add_ours,
     eager=_add_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize, residual=True),
+    cost=functools.partial(cost, residual=True),
     others=(
         Implementation(name="flash-attn", call=_flash_attn_add, needs="flash_attn", cuda_only=True),
     ),

@@ -3,26 +3,23 @@
 Compared with the unfused pair, PyTorch's fused operator and Liger's.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import linear_cross_entropy
 from ...kernels.loss.linear_cross_entropy import cost
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 
 # N, D, V: 16 and 64 sequences of 1,024 tokens at GPT-2's smallest and largest width.
 SHAPES = ((16384, 768, 50304), (65536, 768, 50304), (16384, 1600, 50304))
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    N, D, V = shape
+def _inputs(randn: Randn, N: int, D: int, V: int) -> dict[str, Tensor]:
     return {
-        "x": randn(N, D, dtype=dtype, device=device),
-        "weight": randn(V, D, dtype=dtype, device=device, scale=D**-0.5),
-        "target": torch.randint(V, (N,), device=device),
+        "x": randn(N, D),
+        "weight": randn(V, D, scale=D**-0.5),
+        "target": torch.randint(V, (N,)),
     }
 
 
@@ -54,8 +51,8 @@ LINEAR_CROSS_ENTROPY = Operator(
     inputs=_inputs,
     ours=linear_cross_entropy,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize),
-    check_shape=lambda shape: (min(shape[0], 613), *shape[1:]),
+    cost=cost,
+    check_shape=lambda N, D, V: (min(N, 613), D, V),
     shapes=SHAPES,
     small_shapes=((128, 64, 4096), (64, 64, 8191)),
     launch_shapes=SHAPES[:1],

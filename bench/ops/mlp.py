@@ -1,29 +1,24 @@
 """The GELU MLP, compared with PyTorch's layers."""
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import gelu_mlp
 from ...kernels.mlp.gelu_mlp import cost
-from .case import Operator, forced, randn
+from .case import Operator, Randn, forced
 
 # N, D with F = 4 D: GPT-2's four widths at 32 sequences of 1,024 tokens.
 SHAPES = ((32768, 768), (32768, 1024), (32768, 1280), (32768, 1600))
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    N, D = shape
-    options = {"dtype": dtype, "device": device}
+def _inputs(randn: Randn, N: int, D: int) -> dict[str, Tensor]:
     # Weights scaled by 1 / sqrt(fan-in) give outputs of order one, as in a network.
     return {
-        "x": randn(N, D, **options),
-        "w1": randn(4 * D, D, scale=D**-0.5, **options),
-        "w2": randn(D, 4 * D, scale=(4 * D) ** -0.5, **options),
-        "b1": randn(4 * D, **options),
-        "b2": randn(D, **options),
+        "x": randn(N, D),
+        "w1": randn(4 * D, D, scale=D**-0.5),
+        "w2": randn(D, 4 * D, scale=(4 * D) ** -0.5),
+        "b1": randn(4 * D),
+        "b2": randn(D),
     }
 
 
@@ -41,9 +36,9 @@ GELU_MLP = Operator(
     inputs=_inputs,
     ours=_ours,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(shape[0], shape[1], 4 * shape[1], itemsize),
+    cost=lambda N, D, itemsize: cost(N, D, 4 * D, itemsize),
     # Enough rows that plan() fuses where it can.
-    check_shape=lambda shape: (min(shape[0], 4097), shape[1]),
+    check_shape=lambda N, D: (min(N, 4097), D),
     shapes=SHAPES,
     small_shapes=((128, 128), (256, 256)),
     launch_shapes=SHAPES[:1],

@@ -3,19 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-# The colour-blind-safe palette of Okabe and Ito, extended. The first colour is tritium's.
-_COLOURS = (
-    "#d55e00",
-    "#0072b2",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-    "#999999",
-    "#b5a642",
-)
-
 
 def plot_operator(entries: list[dict[str, Any]], ceilings: dict[str, float], folder: Path) -> Path:
     """Plot the throughput of each implementation over the shapes, forward and backward.
@@ -40,29 +27,27 @@ def plot_operator(entries: list[dict[str, Any]], ceilings: dict[str, float], fol
     directions = [direction for direction in ("forward", "backward") if direction in timed]
 
     size = (1 + 5 * len(directions), 4.4)
-    figure, panels = pyplot.subplots(
-        1, len(directions), figsize=size, sharey=True, layout="constrained", squeeze=False
-    )
-    for axes, direction in zip(panels[0], directions, strict=True):
-        for name, colour in zip(names, _COLOURS * 2, strict=False):
-            points = [
-                (place, row["rate"] / scale)
-                for place, entry in enumerate(entries)
-                for row in entry["rows"]
-                if (row["implementation"], row["direction"]) == (name, direction)
-            ]
-            style = {"linewidth": 1.4, "zorder": 2}
-            if name == "tritium":
-                style = {"linewidth": 2.4, "zorder": 3}
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, **style)
-        label = f"ceiling of this machine, {ceiling:,.3g}"
-        axes.axhline(ceiling, color="#444444", linestyle="--", linewidth=1, label=label)
-        labels = ["\n".join(entry["label"].split()) for entry in entries]
-        axes.set_xticks(range(len(entries)), labels, fontsize=8)
-        axes.set_title(direction)
-        axes.set_ylim(0, None)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
+    # Colours that colour-blind readers can tell apart.
+    with pyplot.style.context("tableau-colorblind10"):
+        figure, panels = pyplot.subplots(
+            1, len(directions), figsize=size, sharey=True, layout="constrained", squeeze=False
+        )
+        for axes, direction in zip(panels[0], directions, strict=True):
+            for name in names:
+                points = [
+                    (place, row["rate"] / scale)
+                    for place, entry in enumerate(entries)
+                    for row in entry["rows"]
+                    if (row["implementation"], row["direction"]) == (name, direction)
+                ]
+                width = 2.4 if name == "tritium" else 1.4
+                axes.plot(*zip(*points, strict=True), "o-", label=name, linewidth=width)
+            label = f"ceiling of this machine, {ceiling:,.3g}"
+            axes.axhline(ceiling, color="#444444", linestyle="--", linewidth=1, label=label)
+            labels = ["\n".join(entry["label"].split()) for entry in entries]
+            axes.set_xticks(range(len(entries)), labels, fontsize=8)
+            axes.set(title=direction, ylim=(0, None))
+            axes.grid(axis="y", alpha=0.3)
     panels[0][0].set_ylabel(unit)
     panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(entries[0]["operator"], fontweight="bold")

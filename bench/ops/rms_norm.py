@@ -1,29 +1,22 @@
 """RMS norm, alone and with the residual addition, compared with PyTorch and other libraries."""
 
-from collections.abc import Sequence
+import functools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import add_rms_norm, rms_norm
 from ...kernels.norm.rms_norm import cost
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 from .layer_norm import check_shape
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    M, N = shape
-    return {
-        "x": randn(M, N, dtype=dtype, device=device),
-        "weight": randn(N, dtype=dtype, device=device),
-    }
+def _inputs(randn: Randn, M: int, N: int) -> dict[str, Tensor]:
+    return {"x": randn(M, N), "weight": randn(N)}
 
 
-def _add_inputs(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    return {**_inputs(shape, dtype, device), "residual": randn(*shape, dtype=dtype, device=device)}
+def _add_inputs(randn: Randn, M: int, N: int) -> dict[str, Tensor]:
+    return {**_inputs(randn, M, N), "residual": randn(M, N)}
 
 
 def _eager(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +58,7 @@ RMS_NORM = Operator(
     inputs=_inputs,
     ours=rms_norm,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize),
+    cost=cost,
     others=(
         Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),
         Implementation(name="quack", call=_quack, needs="quack", cuda_only=True),
@@ -77,6 +70,6 @@ ADD_RMS_NORM = Operator(
     inputs=_add_inputs,
     ours=_add_ours,
     eager=_add_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize, residual=True),
+    cost=functools.partial(cost, residual=True),
     **_COMMON,
 )

@@ -1,14 +1,13 @@
 """Rotary position embedding, compared with the usual PyTorch code and with Liger."""
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...kernels import rotary
 from ...kernels.rotary import cost
-from .case import Implementation, Operator, randn
+from .case import Implementation, Operator, Randn
 
 # B, T, H, K: queries of GPT-2's smallest and largest model, and of a Llama with 32 heads of 128.
 SHAPES = ((32, 1024, 12, 64), (16, 1024, 25, 64), (4, 4096, 32, 128))
@@ -21,8 +20,8 @@ def _tables(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return {"x": randn(*shape, dtype=dtype, device=device)}
+def _inputs(randn: Randn, B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
+    return {"x": randn(B, T, H, K)}
 
 
 def _ours(x: Tensor) -> Tensor:
@@ -54,8 +53,8 @@ ROTARY = Operator(
     inputs=_inputs,
     ours=_ours,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(shape[0] * shape[1] * shape[2], shape[3], itemsize),
-    check_shape=lambda shape: (1, min(shape[1], 257), *shape[2:]),
+    cost=lambda B, T, H, K, itemsize: cost(B * T * H, K, itemsize),
+    check_shape=lambda B, T, H, K: (1, min(T, 257), H, K),
     shapes=SHAPES,
     small_shapes=((2, 256, 12, 64),),
     launch_shapes=SHAPES[:1],

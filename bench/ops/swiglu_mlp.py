@@ -1,28 +1,23 @@
 """The SwiGLU MLP, compared with PyTorch's layers and Liger's."""
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import swiglu_mlp
 from ...kernels.mlp.swiglu_mlp import cost
-from .case import Implementation, Operator, forced, randn
+from .case import Implementation, Operator, Randn, forced
 
 # N, D, F: GPT-2's smallest and largest width, 32 sequences of 1,024 tokens. F gives as many
 # weights as GPT-2's MLP has.
 SHAPES = ((32768, 768, 2048), (32768, 1600, 4288))
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    N, D, width = shape
-    options = {"dtype": dtype, "device": device}
+def _inputs(randn: Randn, N: int, D: int, width: int) -> dict[str, Tensor]:
     return {
-        "x": randn(N, D, **options),
-        "w_gate": randn(width, D, scale=D**-0.5, **options),
-        "w_up": randn(width, D, scale=D**-0.5, **options),
-        "w_down": randn(D, width, scale=width**-0.5, **options),
+        "x": randn(N, D),
+        "w_gate": randn(width, D, scale=D**-0.5),
+        "w_up": randn(width, D, scale=D**-0.5),
+        "w_down": randn(D, width, scale=width**-0.5),
     }
 
 
@@ -42,9 +37,9 @@ SWIGLU_MLP = Operator(
     inputs=_inputs,
     ours=swiglu_mlp,
     eager=_eager,
-    cost=lambda shape, itemsize: cost(*shape, itemsize),
+    cost=cost,
     # Enough rows that plan() fuses where it can.
-    check_shape=lambda shape: (min(shape[0], 4097), *shape[1:]),
+    check_shape=lambda N, D, width: (min(N, 4097), D, width),
     shapes=SHAPES,
     small_shapes=((128, 128, 344),),
     launch_shapes=SHAPES[:1],

@@ -9,8 +9,8 @@ kernels/, with device and date next to them.
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,12 +45,12 @@ class Variant:
 
     @classmethod
     def shipped(cls, target: str) -> "Variant":
-        """Return the present value as a variant, so that replacing it costs as much time."""
+        """Return the shipped value as a variant: its calls have the same overhead as others."""
         return cls(name=SHIPPED, target=target, value=getattr(*_place(target)))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Make launchers use the variant."""
+        """Make launchers use the variant. As a decorator: during each call."""
         module, name = _place(self.target)
         before = getattr(module, name)
         setattr(module, name, self.value)
@@ -58,15 +58,6 @@ class Variant:
             yield
         finally:
             setattr(module, name, before)
-
-    def during(self, call: Callable) -> Callable:
-        """Return `call` with launchers using the variant."""
-
-        def run(*args, **kwargs):
-            with self.active():
-                return call(*args, **kwargs)
-
-        return run
 
 
 @functools.cache
@@ -174,11 +165,11 @@ def tune(
     for direction in directions_of(operator, shape):
         # A variant is active when a graph is made and when it runs backward.
         calls = {
-            variant.name: variant.during(variant.during(timed)(operator.ours, sets, direction))
+            variant.name: variant.active()(variant.active()(timed)(operator.ours, sets, direction))
             for variant in chosen
         }
         for name, sample in time_in_turn(calls, device, rounds=rounds).items():
-            times[name][direction] = asdict(sample)
+            times[name][direction] = sample
     return {
         "shape": list(shape),
         "label": operator.label(shape),

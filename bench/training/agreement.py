@@ -78,14 +78,6 @@ def check_agreement(
 
 def _relative_gap(gradients: dict[str, Tensor], baseline: dict[str, Tensor]) -> float:
     """Return |g - g'| / |g'| over all parameters."""
-    squares = [
-        torch.stack(
-            [
-                (gradient - baseline[name]).double().square().sum(),
-                baseline[name].double().square().sum(),
-            ]
-        )
-        for name, gradient in gradients.items()
-    ]
-    gap, norm = torch.stack(squares).sum(dim=0).sqrt().tolist()
-    return gap / norm
+    gap = sum((g - baseline[name]).double().square().sum() for name, g in gradients.items())
+    norm = sum(baseline[name].double().square().sum() for name in gradients)
+    return (gap / norm).sqrt().item()

@@ -58,7 +58,7 @@ class TrainedModel:
     def gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and its gradients by tritium's parameter names.
 
-        In float16 the gradients are scaled. None is left on the parameters.
+        In float16 the gradients are scaled. The parameters keep no gradient.
         """
         loss = self.trainer.backward(batch)
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
@@ -166,20 +166,20 @@ def choose_attentions(
         names: attentions; None for all that run here on CUDA, and for none on a CPU.
     Raises: InputError if a named one cannot run here.
     """
-    if names is not None:
-        for name in names:
-            check_attention(name, device, choose_dtype(config.execution.precision, device))
-        return list(dict.fromkeys(names))
-    others = [name for name in ATTENTIONS if name != "tritium"]
-    return [name for name in others if device.type == "cuda" and _runs_here(config, name, device)]
-
-
-def _runs_here(config: TrainConfig, attention: str, device: torch.device) -> bool:
-    try:
-        check_attention(attention, device, choose_dtype(config.execution.precision, device))
-    except InputError:
-        return False
-    return True
+    dtype = choose_dtype(config.execution.precision, device)
+    wanted = names
+    if names is None:
+        wanted = [name for name in ATTENTIONS if name != "tritium" and device.type == "cuda"]
+    chosen = []
+    for name in dict.fromkeys(wanted):
+        try:
+            check_attention(name, device, dtype)
+        except InputError:
+            if names is not None:
+                raise
+            continue
+        chosen.append(name)
+    return chosen
 
 
 def make_implementations(

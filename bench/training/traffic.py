@@ -5,7 +5,7 @@ possible. Nothing is timed. The blocks run forward and backward on tensors witho
 parameters in bfloat16. Each ATen operator and each Triton kernel reads and writes its tensors once;
 repeated reads are taken to come from a cache. The eager block's attention is PyTorch's fused
 operator for CPUs, whose inputs and outputs are those of a fused GPU kernel. Bytes that such a
-kernel moves inside are not counted, while both kernels of tritium's attention backward are.
+kernel moves inside are not counted. tritium's attention backward has two kernels: both count.
 
 Two batch sizes are run. The difference gives the bytes per token. The rest are bytes per step:
 weights, their gradients and partial sums.
@@ -30,37 +30,41 @@ unit that needs it. Row statistics are computed again. In elements per token, re
                qkv         3 D + D,  3 D + D
                sum         32 D + 5 F               and lse
 
-(An addition in the matmul before it, instead of the norm after it, would save 2 D in the forward.)
-
-The memory of the MLP is given in tensors of (N, F): bytes kept between forward and backward besides
-x, weights and y; peak and total bytes besides x, weights and biases. Bytes that do not grow with
-the tokens are left out.
+If the matmul before the norm did the addition, the forward would move 2 D less.
 
 Shapes     D model width, F = 4 D, H heads, lse (B, H, T) float32
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...kernels import gelu_mlp
 from ...model import PRESETS, GPTConfig, gpt
 from ...train.commands.cli import parse
+from ..codegen.launches import Launch, RunLaunchers, record_launches
 from ..record import check_writable, provenance, write_record
-from ..report import traffic_tables
+from ..report import traffic_table
 from . import baseline
-from .memory import held, moved
 
 PRESET_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DTYPE = torch.bfloat16
 # Sequences per step in the two counts. Launches are planned by size, so these are realistic.
 SEQUENCES = (32, 64)
+
+# Operators that allocate memory without writing it.
+ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+# Operators that overwrite their first argument without reading it.
+OVERWRITING = ("copy_", "fill_", "zero_")
 
 # Direction -> bytes by name of the operator or kernel.
 Passes = dict[str, Counter[str]]
@@ -72,6 +76,95 @@ class TrafficOptions:
 
     out: str | None = None
     """Also write the figures to this file, as JSON."""
+
+
+# --- counting bytes
+
+
+class Moved(TorchDispatchMode):
+    """Count the bytes that ATen operators read and write, by name, in `nbytes`.
+
+    Each input and output tensor counts once. Views and allocations count nothing. Expanded tensors
+    count the elements that are stored.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.namespace == "aten":
+            with self:
+                output = function.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = function(*args, **kwargs)
+        self.nbytes[function._opname] += _moved_by_operator(function, args, kwargs, output)
+        return output
+
+
+def _moved_by_operator(function, args: tuple, kwargs: dict[str, Any], output: Any) -> int:
+    if function._opname in ALLOCATING:
+        return 0
+    inputs, parameters = _tensors((args, kwargs)), function._schema.arguments
+    values = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+    written = _tensors([values.get(p.name) for p in parameters if p.is_write])
+    overwritten = _tensors([values.get(p.name) for p in parameters if p.is_out])
+    if function._opname in OVERWRITING:
+        overwritten = written
+    input_storages = {x.untyped_storage()._cdata for x in inputs}
+    written += [x for x in _tensors(output) if x.untyped_storage()._cdata not in input_storages]
+    if not written:
+        return 0  # a view
+    # A tensor that is passed twice is read once.
+    read = {
+        _region(x): stored_bytes(x) for x in inputs if not any(x is other for other in overwritten)
+    }
+    return sum(read.values()) + sum(map(stored_bytes, written))
+
+
+def moved_by_launch(launch: Launch) -> int:
+    """Return the bytes of a launch's tensors.
+
+    Each argument counts once: a kernel here reads a tensor or writes it. Repeated reads are taken
+    to come from a cache.
+    """
+    arguments = (
+        value.base if isinstance(value, TensorDescriptor) else value
+        for value in launch.arguments.values()
+    )
+    return sum(map(stored_bytes, _tensors(list(arguments))))
+
+
+def moved(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
+    """Run `call` as on a GPU of sm_90, with kernels recorded instead of run.
+
+    Returns: its result, and the bytes moved by name of the operator or kernel.
+    """
+    # RunLaunchers is entered last: Moved then sees the operators inside the launchers.
+    with record_launches("sm_90") as launches, Moved() as seen, RunLaunchers():
+        output = call()
+    for launch in launches:
+        seen.nbytes[launch.kernel.__name__] += moved_by_launch(launch)
+    return output, +seen.nbytes
+
+
+def stored_bytes(x: Tensor) -> int:
+    """Return the bytes of a tensor, where expanded axes count as one element."""
+    sizes = (1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True))
+    return math.prod(sizes) * x.element_size()
+
+
+def _region(x: Tensor) -> tuple:
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+# --- blocks
 
 
 def least(config: GPTConfig, itemsize: int) -> dict[str, int]:
@@ -143,32 +236,6 @@ def block_row(preset: str) -> dict[str, Any]:
     return row
 
 
-def mlp_rows(preset: str) -> list[dict[str, Any]]:
-    """Measure the memory of one preset's MLP, in tensors of (N, F), per implementation."""
-    config = PRESETS[preset]
-    D, F = config.d_model, config.d_feedforward
-    with torch.device("meta"):
-        layers = nn.Sequential(nn.Linear(D, F), nn.GELU(approximate="tanh"), nn.Linear(F, D))
-        layers = layers.to(DTYPE)
-    weights = tuple(layers.parameters())
-    implementations = {
-        "nn.Sequential(Linear, GELU, Linear)": layers,
-        "gelu_mlp": lambda x: gelu_mlp(x, *weights),
-        "gelu_mlp(recompute=True)": lambda x: gelu_mlp(x, *weights, recompute=True),
-    }
-    unit = (SEQUENCES[1] - SEQUENCES[0]) * config.context_tokens * F * DTYPE.itemsize
-    rows = []
-    for name, mlp in implementations.items():
-        counts = []
-        for sequences in SEQUENCES:
-            x = _tensor(sequences * config.context_tokens, D, device="meta")
-            counts.append(held(lambda mlp=mlp, x=x: mlp(x), (x, *weights)))
-        small, large = counts
-        figures = {key: (large[key] - small[key]) / unit for key in small}
-        rows.append({"preset": preset, "implementation": name, **figures})
-    return rows
-
-
 def figures() -> dict[str, Any]:
     """Return the figures of the record."""
     return {
@@ -176,7 +243,6 @@ def figures() -> dict[str, Any]:
         "itemsize": DTYPE.itemsize,
         "sequences": SEQUENCES,
         "blocks": [block_row(preset) for preset in PRESET_NAMES],
-        "mlp": [row for preset in PRESET_NAMES for row in mlp_rows(preset)],
     }
 
 
@@ -186,7 +252,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(TrafficOptions, argv, prog="tritium bench traffic", description=about)
     out = None if options.out is None else check_writable(Path(options.out))
     found = figures()
-    print(traffic_tables({**provenance(), **found}))
+    print(traffic_table({**provenance(), **found}))
     if out:
         write_record(out, "traffic", found)
     return 0

@@ -11,9 +11,9 @@ Fairness
     data           All models get the same batches. Random tokens are drawn before the clock starts,
                    frequent and rare ones as in text (Zipf: probability proportional to 1 / rank),
                    because repeated tokens collide in the gradient of the embedding.
-    step           One micro-batch: copy to the device, forward, backward, clipping, AdamW. With
-                   several micro-batches per step a run has the last two less often. Reading data,
-                   evaluations and checkpoints are not included.
+    step           One micro-batch: copy to the device, forward, backward, clipping, AdamW. A
+                   run with several micro-batches per step clips and updates less often. Reading
+                   data, evaluations and checkpoints are not included.
     settings       The precision of float32 matmuls and the allocator are set as in training, for
                    all models.
     statistics     Medians over all timed steps, with 10th and 90th percentiles. The ratio is the
@@ -51,8 +51,9 @@ from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
-from ...train.run.profile import Row, activities, operators
 from ..record import check_writable, provenance, write_record
+from ..report import training_table
+from ..timing import summary
 from .agreement import check_agreement
 from .implementations import (
     TrainedModel,
@@ -61,15 +62,11 @@ from .implementations import (
     make_implementations,
     nanogpt_shape,
 )
-from .show import render
-
-PROFILED_STEPS = 3
-PROFILE_ROWS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How many steps are run. CUDA's queue runs empty between rounds: a round starts untimed."""
+    """How many steps are run. CUDA's queue is empty between rounds: first steps are not timed."""
 
     steps: int
     warmup_steps: int
@@ -94,14 +91,10 @@ class Options:
 
     steps: int | None = None
     """Timed steps per model; default: 100 on CUDA, 10 on a CPU."""
-    warmup_steps: int | None = None
-    """Steps per model before them; default: 10 on CUDA, 2 on a CPU."""
     micro_batch_size: int | None = None
     """Sequences per step; default: the recipe's micro-batch."""
     context_tokens: int | None = None
     """Tokens per sequence; default: the recipe's."""
-    vocab_size: int | None = None
-    """Size of the vocabulary; default: that of the recipe's tokenizer."""
     compile: Literal["auto", "on", "off", "each"] = "auto"
     """Whether to use torch.compile. each: compare every model with and without; auto: on CUDA."""
     attention: tuple[Literal["sdpa", "flash-attn"], ...] | None = None
@@ -114,12 +107,11 @@ class Options:
     """Also write the figures to this file, as JSON."""
 
     def __post_init__(self):
-        least = dict.fromkeys(("steps", "micro_batch_size", "context_tokens", "vocab_size"), 1)
-        for name, bound in {**least, "warmup_steps": 0}.items():
+        for name in ("steps", "micro_batch_size", "context_tokens"):
             value = getattr(self, name)
-            if value is not None and value < bound:
+            if value is not None and value < 1:
                 flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: expected {bound} or more, got {value}")
+                raise InputError(f"{flag}: expected 1 or more, got {value}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -139,17 +131,19 @@ def main(argv: Sequence[str]) -> int:
     config = config.with_options(
         micro_batch_size=micro_batch, batch_size=micro_batch, context_tokens=context_tokens
     )
-    shape = config.gpt(options.vocab_size or vocab_size_of(config.tokenizer))
+    shape = config.gpt(vocab_size_of(config.tokenizer))
     if options.nanogpt is not None:
         shape = nanogpt_shape(shape)
     out = None if options.out is None else check_writable(Path(options.out))
 
     # Measure, show and write.
+    if device.type == "cpu":
+        print("No GPU: no Triton kernel runs, so the ratios say nothing about a GPU.\n")
     figures = {"recipe": name, **measure(config, shape, options, device)}
-    print(render(provenance() | figures))
+    print(training_table(provenance() | figures, speeds=True))
+    print("\n" + "\n".join(_agreement_lines(figures)))
     if out:
         write_record(out, "train", figures)
-        print(f"\nfigures: {out}")
     return 0
 
 
@@ -186,8 +180,7 @@ def measure(
     # Warm up and train in turn.
     protocol = PROTOCOLS[device.type]
     steps = options.steps or protocol.steps
-    warmup_steps = protocol.warmup_steps if options.warmup_steps is None else options.warmup_steps
-    for step in range(warmup_steps):
+    for step in range(protocol.warmup_steps):
         for model in models:
             model.step(batch(step))
     rounds, peaks = train_in_turn(models, batch, steps, device)
@@ -202,13 +195,11 @@ def measure(
         "micro_batch_size": config.micro_batch,
         "context_tokens": config.model.context_tokens,
         "steps": steps,
-        "warmup_steps": warmup_steps,
+        "warmup_steps": protocol.warmup_steps,
         "device": device.type,
         "dtype": str(choose_dtype(config.execution.precision, device)).removeprefix("torch."),
         "agreement": agreement,
         "implementations": implementations,
-        # Last, because a profiler may slow down later steps.
-        "profile": {one.name: profiled(one, batch(0), device) for one in (models[0], baseline)},
     }
 
 
@@ -288,7 +279,7 @@ def _ratios(
     ratios = []
     for model, seconds in zip(models, medians, strict=True):
         pairs = zip(seconds, tritium[model.compiled], strict=True)
-        ratios.append(_spread([other / own for other, own in pairs]))
+        ratios.append(summary([other / own for other, own in pairs]))
     return ratios
 
 
@@ -315,7 +306,7 @@ def _figures(
         "kind": model.kind,
         "compiled": model.compiled,
         "tokens_per_second": tokens_per_second,
-        "step_seconds": _spread(seconds),
+        "step_seconds": summary(seconds),
         "mfu": None if known is None else flops / known.bf16_flops,
         "peak_memory_bytes": peak,
         "losses": losses,
@@ -323,25 +314,16 @@ def _figures(
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
-    return {"median": median, "p10": p10, "p90": p90}
-
-
-def profiled(model: TrainedModel, batch: Batch, device: torch.device) -> list[dict[str, Any]]:
-    """Return the time per step by operator, longest first, then all others in one row."""
-    with torch.profiler.profile(activities=activities(device)) as trace:
-        for _ in range(PROFILED_STEPS):
-            model.step(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    rows = operators(trace.events(), PROFILED_STEPS, device)
-    shown, others = rows[:PROFILE_ROWS], rows[PROFILE_ROWS:]
-    rest = Row(
-        part="everything else",
-        operator="",
-        seconds=sum(row.seconds for row in others),
-        share=sum(row.share for row in others),
-        calls=None,
-    )
-    return [asdict(row) for row in (*shown, rest)]
+def _agreement_lines(figures: dict[str, Any]) -> list[str]:
+    """Return how far each model is from the baseline on the first batch, and its last loss."""
+    lines = ["First batch compared with the baseline, and the loss after the last step:"]
+    for name, row in figures["implementations"].items():
+        found = figures["agreement"].get(name, {})  # none for the baseline
+        gaps = [
+            f"{quantity} differs by {found[f'{quantity}_gap']:.1e}, "
+            f"bound {found[f'{quantity}_bound']:.1e}; "
+            for quantity in ("loss", "gradient")
+            if found
+        ]
+        lines.append(f"  {name}: {''.join(gaps)}last loss {row['losses'][-1]:.4f}")
+    return lines

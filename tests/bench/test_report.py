@@ -74,82 +74,6 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     assert NO_GPU not in text
 
 
-def test_cpu_records_show_ratios_only(tmp_path):
-    write_record(tmp_path / "kernels.json", "kernels", {**KERNELS, "device": "cpu"})
-    write_record(tmp_path / "train.json", "train", {**TRAIN, "device": "cpu"})
-    text = report(tmp_path)
-    assert NO_GPU in text
-    assert "| `layer_norm` | M=8 N=65 | 1.00 | 1.00 | failed |" in text
-    assert "| baseline | 1.25 (1.20-1.30) |" in text
-    assert "123,457" not in text
-
-
-def test_kernels_with_equal_figures_share_a_line(tmp_path):
-    row = {
-        "operator": "layer_norm",
-        "kernel": "_k",
-        "arch": "sm_90",
-        "registers": 40,
-        "spilled_bytes": 0,
-        "shared_bytes": 32,
-        "blocks_per_sm": 12,
-        "limited_by": "registers",
-        "matrix_instructions": {},
-        "tma_loads": 0,
-    }
-    rows = [
-        {**row, "shape": "M=8 N=64"},
-        {**row, "shape": "M=8 N=65"},
-        {**row, "shape": "M=8 N=66", "registers": 50},
-        {**row, "shape": "M=8 N=64", "arch": "sm_80"},
-    ]
-    write_record(tmp_path / "codegen.json", "codegen", {"rows": rows})
-    lines = [line for line in report(tmp_path).splitlines() if "`_k`" in line]
-    assert lines == [
-        "| `layer_norm` | `_k` | N=64, N=65 | 40 | 0 | 32 | 12 | registers | - |",
-        "| `layer_norm` | `_k` | N=66 | 50 | 0 | 32 | 12 | registers | - |",
-    ]
-
-
-def test_the_newest_triton_has_the_table_of_machine_code(tmp_path):
-    for version in ("3.7.1", "3.6.0"):
-        write_record(tmp_path / f"{version}.json", "codegen", {"rows": [], "triton": version})
-    text = report(tmp_path)
-    assert "(triton 3.7.1, " in text
-    assert "3.6.0" not in text
-
-
-def test_traffic_becomes_two_tables(tmp_path):
-    passes = {
-        "forward": {"token_bytes": 4000, "step_bytes": 10**6},
-        "backward": {"token_bytes": 500, "step_bytes": 10**5},
-    }
-    block = {
-        "preset": "gpt2",
-        "d_model": 50,
-        "tritium": passes,
-        "eager": passes,
-        "least": {"forward": 300, "backward": 100},
-    }
-    mlp = {"implementation": "gelu_mlp", "kept": 2.0, "peak": 4.25, "allocated": 4.75}
-    counted = {
-        "dtype": "torch.bfloat16",
-        "itemsize": 2,
-        "blocks": [block],
-        "mlp": [
-            {**mlp, "preset": "gpt2"},
-            {**mlp, "preset": "gpt2-xl"},
-            {**mlp, "preset": "other", "kept": 1.0},
-        ],
-    }
-    write_record(tmp_path / "traffic.json", "traffic", counted)
-    lines = report(tmp_path).splitlines()
-    ours = "4,000 (40.0) | 500 (5.0) | 4,500 (45.0)"
-    assert f"| gpt2 | {ours} | {ours} | 300 (3.0) | 100 (1.0) | 400 (4.0) | 1.1 / 1.1 |" in lines
-    assert "| `gelu_mlp` | gpt2, gpt2-xl | 2.00 | 4.25 | 4.75 |" in lines
-    assert "| `gelu_mlp` | other | 1.00 | 4.25 | 4.75 |" in lines
-
-
 def test_the_command_writes_the_report(tmp_path, monkeypatch):
     write_record(tmp_path / "train.json", "train", TRAIN)
     monkeypatch.setattr(report_module, "RESULTS", tmp_path)
@@ -176,10 +100,3 @@ def test_a_folder_without_records_raises(name, tmp_path):
         "codegen, found none",
     ):
         main([str(tmp_path / name)])
-
-
-def test_a_record_of_another_format_raises(tmp_path, monkeypatch):
-    write_record(tmp_path / "train.json", "train", TRAIN)
-    monkeypatch.setattr(record, "FORMAT", 3)
-    with pytest.raises(InputError, match="format 3, got kind 'train', format 2"):
-        report(tmp_path)

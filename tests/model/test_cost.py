@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritium.bench.training.memory import Held
+from tests.held import Held
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
 from tritium.model.recompute import RECOMPUTATIONS

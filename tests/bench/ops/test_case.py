@@ -29,16 +29,16 @@ def test_shapes_have_costs_and_smaller_shapes_to_check(name):
     operator = OPERATORS[name]
     assert name in public_names
     assert operator.bound in ("bytes", "flops")
-    inputs = operator.inputs(operator.small_shapes[0], torch.float32, CPU)
+    inputs = operator.make_inputs(operator.small_shapes[0], torch.float32, CPU)
     # Operators for inference have no gradients.
     parts = ("fwd", "bwd") if any(x.requires_grad for x in inputs.values()) else ("fwd",)
     for shape in (*operator.shapes, *operator.small_shapes, *operator.launch_shapes):
         assert len(shape) == len(operator.sizes)
-        cost = operator.cost(shape, 2)
+        cost = operator.cost(*shape, 2)
         bounds = {name for name in cost if name.endswith(operator.bound)}
         assert bounds == {f"{part}_{operator.bound}" for part in parts}
         assert all(value > 0 for value in cost.values())
-        smaller = operator.check_shape(shape)
+        smaller = operator.check_shape(*shape)
         assert all(a <= b for a, b in zip(smaller, shape, strict=True))
     assert operator.label(operator.shapes[0]).startswith(f"{operator.sizes[0]}=")
 

@@ -27,7 +27,7 @@ def test_variants_replace_a_value_by_another_of_its_type(name):
 def test_a_variant_is_active_only_during_its_call():
     shipped = norm_launch.TILE_ELEMENTS
     variant = Variant(name="tiny", target="norm.launch.TILE_ELEMENTS", value=1)
-    assert variant.during(lambda add: norm_launch.TILE_ELEMENTS + add)(2) == 3
+    assert variant.active()(lambda add: norm_launch.TILE_ELEMENTS + add)(2) == 3
     assert shipped == norm_launch.TILE_ELEMENTS
 
 

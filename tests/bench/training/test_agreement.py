@@ -1,4 +1,3 @@
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ from tritium.bench.training.baseline import Baseline
 from tritium.bench.training.implementations import make_implementations
 from tritium.bench.training.training import random_batch
 from tritium.errors import InputError
-from tritium.model.attention import ATTENTIONS
 from tritium.train.config import TrainConfig
 
 pytestmark = pytest.mark.plain
@@ -58,17 +56,6 @@ def test_equal_losses_with_other_gradients_raise(monkeypatch):
     change_logits(monkeypatch, lambda z: z.detach() + 0.5 * (z - z.detach()))
     with pytest.raises(InputError, match="the gradient of tritium on the first batch"):
         agreement()
-
-
-def test_another_attention_that_is_wrong_raises(monkeypatch):
-    row = ATTENTIONS["sdpa"]
-
-    def wrong(q, k, v, documents):
-        return row.attend(q, k, v, documents) * 1.1
-
-    monkeypatch.setitem(ATTENTIONS, "sdpa", replace(row, attend=wrong))
-    with pytest.raises(InputError, match="of tritium, sdpa on the first batch"):
-        agreement(attentions=["sdpa"])
 
 
 def test_a_missing_causal_mask_exceeds_the_bound_of_bfloat16(monkeypatch):

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from tritium.bench.training.agreement import check_agreement
-from tritium.bench.training.baseline import Baseline
 from tritium.bench.training.implementations import (
-    TrainedModel,
     choose_attentions,
     import_nanogpt,
     make_implementations,
@@ -38,22 +36,14 @@ CPU = torch.device("cpu")
 # A model.py with nanoGPT's interface: its names of sizes, weights under "transformer", and an exact
 # GELU, which changes the loss here.
 CHECKOUT = """
-from dataclasses import dataclass
+import types
 import torch
 from torch import nn
-from tritium.bench.training.agreement import check_agreement
 from tritium.bench.training.baseline import Baseline
 from tritium.model import GPTConfig as Shape
 
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
+class GPTConfig(types.SimpleNamespace):
+    pass
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -85,21 +75,6 @@ class GPT(nn.Module):
 def checkout(tmp_path):
     (tmp_path / "model.py").write_text(CHECKOUT)
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("compiled", "compiled_models"),
-    [([False], []), ([True], ["GPT", "Baseline"]), ([False, True], ["GPT", "Baseline"])],
-)
-def test_models_are_compiled_as_asked(monkeypatch, compiled, compiled_models):
-    seen = []
-    monkeypatch.setattr(
-        torch, "compile", lambda model, fullgraph: seen.append(type(model).__name__) or model
-    )
-    models = make_implementations(TINY, TINY.gpt(vocab_size=300), CPU, compiled)
-    assert seen == compiled_models
-    assert [model.compiled for model in models] == [way for way in compiled for _ in range(2)]
-    assert len({model.name for model in models}) == len(models)
 
 
 def test_all_models_have_equal_initial_weights():
@@ -203,13 +178,3 @@ def test_on_cuda_every_installed_attention_takes_part(monkeypatch):
     assert choose_attentions(TINY, None, cuda) == ["sdpa"]
     with pytest.raises(InputError, match="attention: expected an installed flash-attn"):
         choose_attentions(TINY, ("flash-attn",), cuda)
-
-
-def test_held_bytes_are_weights_and_both_moments():
-    shape = TINY.gpt(vocab_size=300)
-    model = TrainedModel("baseline", Baseline(shape), TINY, compiled=False)
-    weights = sum(parameter.nbytes for parameter in model.model.parameters())
-    assert model.held_bytes() == weights
-    model.step(random_batch(TINY, shape, 0))
-    step_counters = 4 * len(list(model.model.parameters()))
-    assert model.held_bytes() == 3 * weights + step_counters

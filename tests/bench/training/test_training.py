@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from tritium.bench.record import read_record
-from tritium.bench.training import training
 from tritium.bench.training.baseline import Baseline
 from tritium.bench.training.implementations import make_implementations
-from tritium.bench.training.show import render
-from tritium.bench.training.training import main, profiled, random_batch, train_in_turn
+from tritium.bench.training.training import main, random_batch, train_in_turn
 from tritium.errors import InputError
 from tritium.train.config import TrainConfig
 from tritium.train.recipes import RECIPES
@@ -38,7 +36,7 @@ def tiny_recipe(monkeypatch):
 
 
 def on_cpu(*words):
-    return main(["tiny", "--device", "cpu", "--steps", "3", "--warmup-steps", "1", *words])
+    return main(["tiny", "--device", "cpu", "--steps", "3", *words])
 
 
 def test_figures_are_written_and_printed(tmp_path, capsys):
@@ -56,15 +54,13 @@ def test_figures_are_written_and_printed(tmp_path, capsys):
         assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"]
         assert found["mfu"] is None
         assert found["peak_memory_bytes"] is None
-        assert len(found["losses"]) == 1 + 3
+        assert len(found["losses"]) == 2 + 3  # after two warm-up steps
         assert found["losses"][-1] < found["losses"][0]
-        assert f"{name:24}" + "".join(f"{loss:10.4f}" for loss in found["losses"]) in shown
-        rows = record["profile"][name]
-        assert sum(row["share"] for row in rows) == pytest.approx(1)
-        assert any(row["calls"] for row in rows)
+        assert f"| {name} | {found['tokens_per_second']:,.0f} |" in shown
+        assert f"last loss {found['losses'][-1]:.4f}" in shown
     ours, baseline = (record["implementations"][name] for name in ("tritium", "baseline"))
     assert ours["losses"] == pytest.approx(baseline["losses"], rel=1e-5)
-    assert render(record) in shown
+    assert f"gradient differs by {record['agreement']['tritium']['gradient_gap']:.1e}" in shown
 
 
 def test_runs_on_this_device(device, tmp_path):
@@ -75,7 +71,7 @@ def test_runs_on_this_device(device, tmp_path):
         assert (row["peak_memory_bytes"] is None) == (device.type == "cpu")
 
 
-def test_compiled_models_are_compared_with_compiled_tritium(monkeypatch, tmp_path, capsys):
+def test_compiled_models_are_compared_with_compiled_tritium(monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(
         torch, "compile", lambda model, **_: compiled.append(type(model).__name__) or model
@@ -92,21 +88,6 @@ def test_compiled_models_are_compared_with_compiled_tritium(monkeypatch, tmp_pat
     }
     for name in ("tritium", "tritium, compiled"):
         assert rows[name]["ratio"] == {"median": 1, "p10": 1, "p90": 1}
-    shown = capsys.readouterr().out
-    for name in ("baseline", "baseline, compiled"):
-        assert f"times the tokens/s of {name} (p10" in shown
-
-
-def test_a_model_that_disagrees_is_not_timed(monkeypatch, tmp_path):
-    forward = Baseline.forward
-
-    def wrong(self, tokens, targets=None):
-        return 1.01 * forward(self, tokens, targets)
-
-    monkeypatch.setattr(Baseline, "forward", wrong)
-    with pytest.raises(InputError, match="differ from the baseline's by rounding"):
-        on_cpu("--out", str(tmp_path / "train.json"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_slow_baseline_is_reported_as_slower(monkeypatch, tmp_path):
@@ -187,7 +168,7 @@ def test_on_cuda_a_round_starts_untimed_and_peaks_exclude_the_other_models(monke
     assert peaks == [10_000_000 - weights, 10_000_000 - pair[0].held_bytes()]
 
 
-def test_other_attentions_take_part_when_asked_for(tmp_path, capsys):
+def test_other_attentions_take_part_when_asked_for(tmp_path):
     path = tmp_path / "train.json"
     assert on_cpu("--attention", "sdpa", "--out", str(path)) == 0
     record = read_record(path, "train")
@@ -195,16 +176,6 @@ def test_other_attentions_take_part_when_asked_for(tmp_path, capsys):
     assert list(record["agreement"]) == ["tritium", "tritium, sdpa"]
     losses = [row["losses"] for row in record["implementations"].values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert "\ntritium, sdpa " in capsys.readouterr().out
-
-
-def test_a_profile_ends_with_everything_it_leaves_out(monkeypatch):
-    monkeypatch.setattr(training, "PROFILE_ROWS", 2)
-    model = make_implementations(TINY, SHAPE, CPU, [False])[0]
-    first, second, rest = profiled(model, random_batch(TINY, SHAPE, 0), CPU)
-    assert first["seconds"] >= second["seconds"] > 0
-    assert (rest["part"], rest["operator"], rest["calls"]) == ("everything else", "", None)
-    assert rest["share"] == pytest.approx(1 - first["share"] - second["share"])
 
 
 def test_batches_repeat_per_step_and_have_frequent_and_rare_tokens():
@@ -221,7 +192,6 @@ def test_batches_repeat_per_step_and_have_frequent_and_rare_tokens():
     [
         (["tinny"], "unknown recipe 'tinny'; did you mean 'tiny'"),
         (["tiny", "--steps", "0"], "--steps: expected 1 or more, got 0"),
-        (["tiny", "--warmup-steps", "-1"], "--warmup-steps: expected 0 or more, got -1"),
         (["tiny", "--micro-batch-size", "0"], "--micro-batch-size: expected 1 or more, got 0"),
         (["tiny", "--compile", "everything"], "invalid choice 'everything'"),
         (["tiny", "--step", "3"], "did you mean --steps"),

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
+from tests.held import Held
 from tests.kernels.compare import assert_close, assert_equal
 from tests.kernels.loss.cases import (
     ALL_OPTIONS,
@@ -24,7 +25,6 @@ from tests.kernels.loss.cases import (
     torch_cross_entropy,
 )
 from tests.tolerance import assert_accurate, walk
-from tritium.bench.training.memory import Held
 from tritium.kernels import linear_cross_entropy
 from tritium.kernels.loss.launch import launch_scale
 from tritium.kernels.loss.linear_cross_entropy import (
