@@ -5,7 +5,7 @@ The rows of RECOMPUTATIONS, the cheapest first, and what each computes again:
     none         nothing
     gelu         the output of GELU, in one pass over its input: gelu_mlp(recompute=True)
     selective    each block, except attention. Attention's output and log-sum-exp are kept, because
-                 its cost per token grows with T
+                 attention is the only layer whose cost per token grows with T
     block        each block; only its inputs are kept
 
 Source     Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 from .attention import ATTENTIONS
 from .config import GPTConfig
 
-# Those of all rows together: on a CPU, tritium's attention runs PyTorch's operators.
+# The operators of all rows, whichever row is used: on a CPU, tritium's attention runs PyTorch's.
 _ATTENTION_OPERATORS = tuple(name for row in ATTENTIONS.values() for name in row.operators)
 
 

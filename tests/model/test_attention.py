@@ -79,7 +79,7 @@ def test_generation_does_not_depend_on_the_implementation():
 
 
 def test_unknown_attention_raises():
-    message = "attention: expected tritium, sdpa, flash-attn, got 'flash'"
+    message = f"attention: expected {', '.join(ATTENTIONS)}, got 'flash'"
     with pytest.raises(ValueError, match=message):
         GPT(SMALL, attention="flash")
 
