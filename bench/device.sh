@@ -73,7 +73,7 @@ part machine 75 bash -c machine && cat "$out/machine.log"
 # A line per test run: name of the part, test files below tests/kernels/, operators they cover.
 if [ -n "$rehearse" ]; then
     suites=("layer_norm norm/test_layer_norm.py layer_norm,add_layer_norm")
-    pytest_options=(-k "plan_covers or cost_is")
+    pytest_options=(-k "plan or cost")
     kernels_options=(--device cpu --rounds 2 --shape 8x64)
     train_options=(shakespeare-char --device cpu --steps 2)
     run_options=(shakespeare-char --data train --tokenizer bytes --device cpu --steps 2
