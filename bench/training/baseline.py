@@ -81,7 +81,7 @@ class Block(nn.Module):
         self.ln_1 = _norm(config)
         self.attn = Attention(config)
         self.ln_2 = _norm(config)
-        self.mlp = MLP(config) if config.mlp == "gelu" else GatedMLP(config)
+        self.mlp = {"gelu": MLP, "swiglu": GatedMLP}[config.mlp](config)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation)
@@ -156,7 +156,9 @@ class RMSNorm(nn.RMSNorm):
 def _norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layer":
         return LayerNorm(config.d_model, bias=config.bias)
-    return RMSNorm(config.d_model, eps=1e-6)
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, eps=1e-6)
+    raise ValueError(f"baseline: expected norm layer or rms, got {config.norm!r}; write it here")
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
