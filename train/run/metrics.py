@@ -239,7 +239,7 @@ def _cut_back(path: Path, start: int, steps: int) -> set[int]:
             step = int(row["step"])
         except (ValueError, KeyError, TypeError):
             continue
-        # The evaluation after the last step is always made again: resuming a finished run
+        # The evaluation after the last step is always repeated: resuming a finished run
         # returns it.
         if step < start or (is_evaluation and step == start < steps):
             kept.append(line + "\n")
