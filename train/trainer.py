@@ -26,8 +26,8 @@ from .optim import Optimizer
 def quiet_collector():
     """Keep Python's garbage collector out of the steps inside.
 
-    It never looks at objects from before. New garbage waits for a gc.collect() of the caller.
-    Tensors do not wait, because a step makes no reference cycles that hold tensors.
+    Existing objects are never examined again. New garbage stays until the caller runs gc.collect().
+    Tensors are freed at once, because a step makes no reference cycles that hold tensors.
     """
     gc.collect()
     gc.freeze()
@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         engine: the model, and how ranks share it.
-        optimizer: of the engine's model.
+        optimizer: the optimizer of the engine's model.
         separator: token that begins a document, if documents must not attend to each other.
             None: each row is one document.
     Attributes:

@@ -152,8 +152,7 @@ class World:
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` was true on any rank in the previous call; alone, in this call.
 
-        The answer comes one call late, so that no rank waits for the slowest one: meanwhile its
-        host goes on and its device has work.
+        The answer comes one call late, so that no rank waits for the slowest rank.
         """
         if self.size == 1:
             return flag

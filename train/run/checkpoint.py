@@ -39,7 +39,7 @@ def save_checkpoint(
         run: the run's folder.
         step: number of optimizer steps done.
         engine: holds the weights.
-        optimizer: of the engine's model.
+        optimizer: the optimizer of the engine's model.
     Returns: the folder, which rank 0 wrote.
     Raises: OSError as the system reports it. It leaves nothing behind, and older checkpoints stay.
     """
