@@ -1,4 +1,10 @@
-"""Read a compiled kernel's machine code: occupancy, instructions, width of memory accesses.
+"""Read a compiled kernel's machine code: occupancy, matrix instructions, the hottest loop.
+
+    occupancy     blocks per multiprocessor: the smallest limit of registers, shared memory, threads
+                  and slots
+    hottest loop  the innermost loop with the most matrix instructions; the shortest of equal ones,
+                  which has no masks. In kernels without matrix instructions the loop that moves the
+                  most bytes, then the longest one. NVIDIA only
 
 Source     NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability";
            AMD, CDNA3 Instruction Set Architecture, chapter 3
@@ -45,16 +51,22 @@ MULTIPROCESSORS = {
     "gfx950": Multiprocessor(shared_bytes=160 << 10, **_AMD),
 }
 
-# Matrix instructions, as the disassemblers print them.
+# Matrix instructions and bulk tensor loads, as the disassemblers print them.
 _MATRIX = {
     "HGMMA": r"\bHGMMA\b",
     "HMMA": r"\bHMMA\b",
     "tcgen05": r"\bUTC\w*MMA\b",
     "MFMA": r"\bv_mfma_",
 }
+_TMA_LOAD = r"\bUTMALDG\b"
 # LDGSTS copies from global to shared memory.
 _GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
 _ACCESS_BYTES = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+
+
+def is_specialized(compiled) -> bool:
+    """Whether some warps of a block run other code than the rest, so that no loop is hottest."""
+    return "ttg.warp_specialize" in compiled.asm.get("ttgir", "")
 
 
 def all_warps(compiled) -> int:
@@ -87,32 +99,114 @@ def matrix_instructions(text: str) -> dict[str, int]:
 
 def tma_loads(text: str) -> int:
     """Count the bulk tensor loads in machine code."""
-    return len(re.findall(r"\bUTMALDG\b", text))
+    return len(re.findall(_TMA_LOAD, text))
 
 
-def instruction_mix(sass: str) -> dict[str, int]:
-    """Count the five most frequent instructions of a kernel for NVIDIA GPUs, without modifiers."""
-    names = (text.split(".")[0] for text in _instructions(sass))
-    # NOPs pad the end of a kernel.
-    return dict(Counter(name for name in names if name != "NOP").most_common(5))
+def instruction_mix(loop: list[str]) -> dict[str, int]:
+    """Count the eight most frequent instructions by name, without their modifiers."""
+    return dict(Counter(map(_name, loop)).most_common(8))
 
 
-def access_bytes(sass: str) -> int:
-    """Return the bytes that a lane loads or stores in global memory at once.
+def moved_bytes(loop: list[str], num_warps: int) -> int:
+    """Return the bytes of global memory that one iteration of a block loads and stores."""
+    return sum(32 * _access_bytes(instruction) for instruction in loop) * num_warps
 
-    Kernels access memory in several widths: this is the one that moves the most bytes. 0 if no
-    instruction of a lane accesses global memory.
-    """
+
+def access_bytes(loop: list[str]) -> int:
+    """Return the bytes that a lane loads or stores at once in most of the traffic; 0 if none."""
     traffic: Counter[int] = Counter()
-    for text in _instructions(sass):
-        if text.split(".")[0] in _GLOBAL_ACCESS:
-            width = re.search(r"\.(128|64|U8|S8|U16|S16)\b", text)
-            nbytes = _ACCESS_BYTES[width.group(1)] if width else 4
-            traffic[nbytes] += nbytes
+    for instruction in loop:
+        width = _access_bytes(instruction)
+        traffic[width] += width
     return max(traffic, key=traffic.get, default=0)
 
 
-def _instructions(sass: str) -> list[str]:
-    """Return the instructions with modifiers, without predicates and operands: LDG.E.128 ..."""
-    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([\w.]+)"
-    return re.findall(pattern, sass, flags=re.MULTILINE)
+def hottest_loop(sass: str) -> list[str]:
+    """Return the instructions that every iteration of the hottest loop runs.
+
+    Args:
+        sass: disassembly of a kernel for NVIDIA GPUs.
+    Returns: instructions without predicates and addresses. The whole kernel if no loop matters.
+    """
+    code, jumps = _parse(sass)
+    loops = _innermost_loops(code, jumps)
+    if not loops:
+        # A trap and padding follow the last exit.
+        exits = [index for index, text in enumerate(code) if text.startswith("EXIT")]
+        return code[: exits[-1] + 1] if exits else code
+    start, stop = max(loops, key=lambda loop: _weight(code[slice(*loop)]))
+    if not _has_matrix(code[start:stop]):
+        return code[start:stop]
+    # A persistent kernel jumps over its epilogue in most iterations. Jumps out of the loop skip
+    # nothing: they leave it, or wait elsewhere and come back.
+    skipped: set[int] = set()
+    for index in range(start, stop):
+        passed = range(index + 1, jumps[index]) if jumps[index] < stop else ()
+        if not _has_matrix([code[i] for i in passed]):
+            skipped.update(passed)
+    return [code[i] for i in range(start, stop) if i not in skipped]
+
+
+def _parse(sass: str) -> tuple[list[str], list[int]]:
+    """Return the instructions, and for each the index it jumps to: its own if it does not jump."""
+    lines = re.findall(
+        r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ +)?(.*?)\s*;", sass, flags=re.MULTILINE
+    )
+    code = [text for _, text in lines]
+    index_at = {int(address, 16): index for index, (address, _) in enumerate(lines)}
+    jumps = [
+        index_at.get(int(text.split("0x")[-1], 16), index)
+        if text.startswith("BRA") and "0x" in text
+        else index
+        for index, text in enumerate(code)
+    ]
+    return code, jumps
+
+
+def _innermost_loops(code: list[str], jumps: list[int]) -> list[tuple[int, int]]:
+    """Return the start and stop of the innermost loops; none if no loop has the matrix work."""
+    loops = [
+        (target, index + 1)
+        for index, target in enumerate(jumps)
+        # Repeated waits stand behind the exit. Their jumps back into the kernel are no loops.
+        if target < index and not any(text.startswith("EXIT") for text in code[target:index])
+    ]
+    loops = [loop for loop in loops if not _is_wait(code[slice(*loop)])]
+    innermost = [
+        loop
+        for loop in loops
+        if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
+    ]
+    if _has_matrix(code) and not any(_has_matrix(code[slice(*loop)]) for loop in innermost):
+        return []
+    return innermost
+
+
+def _weight(loop: list[str]) -> tuple[int, int, int]:
+    """Order loops as the top of this file says."""
+    if count := sum(matrix_instructions("\n".join(loop)).values()):
+        return count, 0, -len(loop)
+    return 0, moved_bytes(loop, num_warps=1), len(loop)
+
+
+def _is_wait(loop: list[str]) -> bool:
+    """Whether a loop only waits for a barrier."""
+    is_short = len(loop) < 8 and not _has_matrix(loop)
+    return is_short and any(text.startswith("SYNCS") for text in loop)
+
+
+def _has_matrix(instructions: list[str]) -> bool:
+    return bool(matrix_instructions("\n".join(instructions)))
+
+
+def _name(instruction: str) -> str:
+    """HGMMA.64x128x16.F32 R0, ... -> HGMMA"""
+    return instruction.split()[0].split(".")[0]
+
+
+def _access_bytes(instruction: str) -> int:
+    """Return the bytes that a lane loads or stores in global memory."""
+    if _name(instruction) not in _GLOBAL_ACCESS:
+        return 0
+    width = re.search(r"\.(128|64|U8|S8|U16|S16)\b", instruction.split()[0])
+    return _ACCESS_BYTES[width.group(1)] if width else 4

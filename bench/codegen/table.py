@@ -5,14 +5,16 @@ A row is one kernel of an operator at one shape for one GPU architecture:
     registers, spilled_bytes      per thread
     shared_bytes                  per block
     blocks_per_sm, limited_by     how many blocks fit on a multiprocessor, and what limits them
-    matrix_instructions           count per name
-    tma_loads                     number of bulk tensor loads
-    access_bytes                  NVIDIA only: bytes of global memory per lane and instruction
-    mix                           NVIDIA only: count of the most frequent instructions
+    matrix_instructions           count per name, in the whole kernel
+    tma_loads                     bulk tensor loads in the whole kernel
+    hottest_loop                  NVIDIA only: instructions per iteration, their mix, bytes of
+                                  global memory per block and per lane and access
+    compile_seconds
 
 The golden tables bench/results/codegen-triton-*.json hold the rows that were accepted last.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,6 @@ FIGURES = (
     "blocks_per_sm",
     "matrix_instructions",
     "tma_loads",
-    "access_bytes",
 )
 HELP = f"""Compile every kernel as it ships and read its machine code. No GPU is needed.
 
@@ -83,17 +84,17 @@ def operator_launches(
 def rows_of(operators: Sequence[Operator], archs: Sequence[str]) -> list[dict[str, Any]]:
     """Compile the operators' launches for each architecture. Return the rows of the JSON."""
     found = list(_compiled(operators, archs))
-    texts = disassembly.disassemblies([compiled for _, compiled in found])
+    texts = disassembly.disassemblies([compiled for _, compiled, _ in found])
     return [
-        {**keys, **describe(compiled, text, keys["arch"])}
-        for (keys, compiled), text in zip(found, texts, strict=True)
+        {**keys, **describe(compiled, text, keys["arch"]), "compile_seconds": round(seconds, 3)}
+        for (keys, compiled, seconds), text in zip(found, texts, strict=True)
     ]
 
 
 def _compiled(
     operators: Sequence[Operator], archs: Sequence[str]
-) -> Iterator[tuple[dict[str, str], Any]]:
-    """Yield the keys of each row and the compiled kernel."""
+) -> Iterator[tuple[dict[str, str], Any, float]]:
+    """Yield the keys of a row, the compiled kernel and the seconds that took."""
     for operator in operators:
         for shape in operator.launch_shapes:
             for arch in archs:
@@ -102,7 +103,10 @@ def _compiled(
                 first = {_name(launch): launch for launch in reversed(launches)}
                 for kernel, launch in first.items():
                     values = (operator.name, operator.label(shape), kernel, arch)
-                    yield dict(zip(KEYS, values, strict=True)), compile_launch(launch, arch)
+                    began = time.perf_counter()
+                    compiled = compile_launch(launch, arch)
+                    seconds = time.perf_counter() - began
+                    yield dict(zip(KEYS, values, strict=True)), compiled, seconds
 
 
 def _name(launch: Launch) -> str:
@@ -129,12 +133,15 @@ def describe(compiled, text: str, arch: str) -> dict[str, Any]:
         "limited_by": limit,
         "matrix_instructions": machine_code.matrix_instructions(text),
         "tma_loads": machine_code.tma_loads(text),
-        "access_bytes": 0,
-        "mix": {},
     }
-    if arch.startswith("sm_"):
-        row["access_bytes"] = machine_code.access_bytes(text)
-        row["mix"] = machine_code.instruction_mix(text)
+    if arch.startswith("sm_") and not machine_code.is_specialized(compiled):
+        loop = machine_code.hottest_loop(text)
+        row["hottest_loop"] = {
+            "instructions": len(loop),
+            "moved_bytes": machine_code.moved_bytes(loop, num_warps),
+            "access_bytes": machine_code.access_bytes(loop),
+            "mix": machine_code.instruction_mix(loop),
+        }
     return row
 
 
@@ -163,11 +170,10 @@ def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
         worse += [f"{key}: lost {name}" for name in lost]
         if old["tma_loads"] and not row["tma_loads"]:
             worse.append(f"{key}: lost its TMA loads")
-        if 0 < row["access_bytes"] < old["access_bytes"]:
-            worse.append(
-                f"{key}: accesses {row['access_bytes']} bytes at a time, "
-                f"golden {old['access_bytes']}"
-            )
+        access = row.get("hottest_loop", {}).get("access_bytes", 0)
+        old_access = old.get("hottest_loop", {}).get("access_bytes", 0)
+        if 0 < access < old_access:
+            worse.append(f"{key}: accesses {access} bytes at a time, golden {old_access}")
     return sorted(worse)
 
 
@@ -191,24 +197,68 @@ def changes(rows: Sequence[dict], old: Sequence[dict]) -> list[str]:
 # --- the command
 
 
-def _print_table(rows: Sequence[dict]) -> None:
-    columns = ("warps", "registers", "spilled B", "shared B", "blocks/SM", "limited by", "matrix")
-    title = f"triton {triton.__version__}, {DTYPE}".replace("torch.", "")
-    table = Table(*KEYS, *columns, "TMA", "access B", "mix", title=title)
+def _print_tables(rows: Sequence[dict]) -> None:
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table(*KEYS, title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""))
+    for title in ("warps", "registers", "spilled B", "shared B", "blocks/SM"):
+        table.add_column(title, justify="right")
+    for title in ("limited by", "matrix", "TMA", "compile s"):
+        table.add_column(title, justify="right" if title in ("TMA", "compile s") else "left")
     for row in rows:
+        figures = [row[name] for name in ("num_warps", *FIGURES[:4])]
+        matrix = _counts(row["matrix_instructions"]) or "none"
+        seconds = f"{row['compile_seconds']:.2f}"
         table.add_row(
             *(row[key] for key in KEYS),
-            *(str(row[name]) for name in ("num_warps", *FIGURES[:4], "limited_by")),
-            _counts(row["matrix_instructions"]),
+            *map(str, figures),
+            row["limited_by"],
+            matrix,
             str(row["tma_loads"]),
-            str(row["access_bytes"]),
-            _counts(row["mix"]),
+            seconds,
         )
-    Console(width=None if Console().is_terminal else 200).print(table)
+    console.print(table)
+
+    loops = [row for row in rows if "hottest_loop" in row]
+    if not loops:
+        return
+    title = "hottest loop: global bytes per block and iteration, bytes per lane and access"
+    table = Table(*KEYS, "instructions", "moved B", "access B", "mix", title=title)
+    for row in loops:
+        loop = row["hottest_loop"]
+        counts = [str(loop[name]) for name in ("instructions", "moved_bytes", "access_bytes")]
+        table.add_row(*(row[key] for key in KEYS), *counts, _counts(loop["mix"]))
+    console.print(table)
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "-"
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = read_record(path, "codegen")
+    wanted = {*KEYS, *FIGURES}
+    rows = record.get("rows")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and wanted <= set(row) for row in rows
+    ):
+        fields = ", ".join(sorted(wanted))
+        raise InputError(f"{path}: expected rows with {fields}, got others; measure again")
+    return record
+
+
+def _check_complete(out: Path, chosen: Sequence[Operator], archs: Sequence[str]) -> None:
+    """Raise if the file has rows that this run would not measure again."""
+    names = {operator.name for operator in chosen}
+    lost = [
+        row
+        for row in _read(out)["rows"]
+        if row["operator"] not in names or row["arch"] not in archs
+    ]
+    if lost:
+        raise InputError(
+            f"{out}: expected no row of other operators or architectures, got {len(lost)}; "
+            "name another file"
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -223,14 +273,22 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(unknown_name("architecture", name, TARGETS))
     if not options.arch:
         raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
-    old = read_record(Path(options.compare), "codegen") if options.compare else None
+    old = _read(Path(options.compare)) if options.compare else None
     out = None if options.out is None else check_writable(Path(options.out))
     chosen = [OPERATORS[name] for name in options.operators or OPERATORS]
+    if out and out.exists():
+        _check_complete(out, chosen, options.arch)
 
-    # Compile, show and write.
-    rows = rows_of(chosen, options.arch)
-    _print_table(rows)
-    print(f"{len(rows)} rows; commit {provenance()['commit']}")
+    # Compile everything again: a cached kernel would show no time to compile.
+    began = time.perf_counter()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        rows = rows_of(chosen, options.arch)
+    seconds = time.perf_counter() - began
+
+    # Show and write.
+    _print_tables(rows)
+    print(f"{len(rows)} rows in {seconds:.0f} s; commit {provenance()['commit']}")
     if old:
         print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
         for line in changes(rows, old["rows"]) or ["no row changed"]:

@@ -137,15 +137,27 @@ def test_regressions_are_reported():
     assert regressions([good], []) == [f"{label}: not in the golden table"]
     assert regressions([], [good]) == [f"{label}: gone"]
     assert regressions([good], [good | {"tma_loads": 1}]) == [f"{label}: lost its TMA loads"]
-    narrow = good | {"access_bytes": 2}
+    narrow = good | {"hottest_loop": good["hottest_loop"] | {"access_bytes": 2}}
     assert regressions([narrow], [good]) == [f"{label}: accesses 2 bytes at a time, golden 16"]
     assert regressions([good], [narrow]) == []
 
 
-def test_rows_of_nvidia_have_a_mix_and_specialized_warps_are_counted():
-    assert planted_row(_good_kernel, "sm_120")["mix"]
-    assert not planted_row(_good_kernel, "gfx942")["mix"]
-    assert planted_row(_specialized_kernel, "sm_100")["num_warps"] > 4
+def test_golden_rows_without_a_hottest_loop_are_compared_too():
+    row = planted_row(_good_kernel)
+    golden = {key: value for key, value in row.items() if key != "hottest_loop"}
+    assert regressions([row], [golden]) == regressions([golden], [row]) == []
+
+
+def test_rows_have_a_hottest_loop_on_nvidia_only():
+    for arch in ("sm_80", "sm_120"):
+        assert planted_row(_good_kernel, arch)["hottest_loop"]["mix"]["HMMA"] > 0
+    assert "hottest_loop" not in planted_row(_good_kernel, "gfx942")
+
+
+def test_specialized_warps_are_counted_and_have_no_hottest_loop():
+    row = planted_row(_specialized_kernel, "sm_100")
+    assert row["num_warps"] > 4
+    assert "hottest_loop" not in row
     assert planted_row(_good_kernel, "sm_100")["num_warps"] == 4
 
 
@@ -154,9 +166,10 @@ def test_the_command_writes_rows_and_compares_them(tmp_path, capsys):
     words = ["attention_decode", "--arch", "sm_90"]
     assert main([*words, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
+    assert "hottest loop" in shown
     assert "2 rows" in shown
     row = read_record(out, "codegen")["rows"][0]
-    assert {*table.FIGURES, "limited_by", "mix"} <= set(row)
+    assert {*table.FIGURES, "limited_by", "compile_seconds", "hottest_loop"} <= set(row)
 
     record = json.loads(out.read_text())
     record["rows"][0]["registers"] += 5
@@ -181,6 +194,7 @@ def test_changes_name_new_changed_and_lost_rows():
         "o N=1 more sm_80: registers 0 -> 5",
         "o N=1 new sm_80: new",
     ]
+    assert changes(rows, rows) == []
 
 
 @pytest.mark.plain
@@ -200,8 +214,22 @@ def test_bad_options_raise(words, message):
 
 @pytest.mark.plain
 def test_files_are_checked_before_anything_is_compiled(tmp_path):
-    write_record(tmp_path / "x.json", "train", {})
-    with pytest.raises(InputError, match="expected a record of kind 'codegen'"):
-        main(["--compare", str(tmp_path / "x.json")])
+    path = tmp_path / "x.json"
+    write_record(path, "codegen", {"rows": [{"operator": "layer_norm"}]})
+    expected = r"x\.json: expected rows with arch, blocks_per_sm, .*, got others"
+    with pytest.raises(InputError, match=expected):
+        main(["--compare", str(path)])
     with pytest.raises(InputError, match="expected a file that can be written, got a folder"):
         main(["--out", str(tmp_path)])
+
+
+@pytest.mark.plain
+def test_a_smaller_run_does_not_replace_a_larger_table(tmp_path):
+    path = tmp_path / "x.json"
+    row = {"operator": "rotary", "shape": "", "kernel": ""} | dict.fromkeys(table.FIGURES, 0)
+    rows = [row | {"arch": arch} for arch in ("sm_80", "sm_90")]
+    write_record(path, "codegen", {"rows": rows})
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"expected no row of other operators .*, got 1; name"):
+        main(["rotary", "--arch", "sm_80", "--out", str(path)])
+    assert path.read_bytes() == before
