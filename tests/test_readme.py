@@ -18,9 +18,11 @@ pytestmark = pytest.mark.plain
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-PLAIN_BLOCKS = "".join(re.findall(r"^```\n(.*?)^```$", PAGES, flags=re.MULTILINE | re.DOTALL))
+# (language, text) of each fenced block
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL_BLOCKS = [text for language, text in FENCED.findall(README) if language == "sh"]
+PYTHON_BLOCKS = [text for language, text in FENCED.findall(README) if language == "python"]
+PLAIN_BLOCKS = "".join(text for language, text in FENCED.findall(PAGES) if not language)
 # A command line, up to the two spaces before its explanation.
 COMMANDS = re.findall(r"^(?:\$ )?(tritium .+?)(?:  .*)?$", PLAIN_BLOCKS, flags=re.MULTILINE)
 TORCHRUN = re.findall(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tritium.bench.training.memory import Held
+from tests.held import Held
 from tritium.model import GPT, GPTConfig
 from tritium.model.cost import parameters
 from tritium.model.layers import MLPS, NORMS, POSITIONS, ROPE_BASE, rope_tables
