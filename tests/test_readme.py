@@ -5,11 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritium import kernels
 from tritium.__main__ import dispatch
 from tritium.train.commands import train as train_command
 from tritium.train.commands.cli import run
+from tritium.train.config import PART_OF
 from tritium.train.distributed.launch import Launch
 from tritium.train.recipes import RECIPES
 
@@ -61,8 +63,10 @@ def test_the_recipes_are_named():
 
 
 def test_the_files_that_are_linked_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in ("README.md", "docs/training.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
 
 
 def test_the_python_blocks_run():
@@ -110,24 +114,65 @@ def test_data_build_and_plan_run(folder):
     assert run(dispatch, shlex.split(plan)[1:]) == 0
 
 
-def test_the_options_of_torchrun_lines_are_known(monkeypatch):
-    """The lines need several GPUs: their words are parsed, and no run starts."""
-    parsed = []
-    monkeypatch.setattr(train_command, "join", lambda launch: parsed.append(launch) or 1 / 0)
-    for words in TORCHRUN:
-        with pytest.raises(ZeroDivisionError):
-            train_command.main(shlex.split(words))
-    assert len(parsed) == len(TORCHRUN) >= 4
-    assert {launch.parallel for launch in parsed} == {"auto", "fsdp"}
-    assert all(isinstance(launch, Launch) for launch in parsed)
+@pytest.fixture
+def parse_train(monkeypatch):
+    """Parse words of `tritium train` and return its Launch. No run starts."""
+
+    class ParsedError(Exception):
+        pass
+
+    def stop(launch):
+        raise ParsedError(launch)
+
+    monkeypatch.setattr(train_command, "join", stop)
+
+    def call(words: list[str]) -> Launch:
+        with pytest.raises(ParsedError) as parsed:
+            train_command.main(words)
+        return parsed.value.args[0]
+
+    return call
+
+
+def test_torchrun_lines_are_parsed(parse_train):
+    """The lines need several GPUs, so only their words are parsed."""
+    launches = [parse_train(shlex.split(words)) for words in TORCHRUN]
+    assert len(launches) >= 4
+    assert {launch.parallel for launch in launches} == {"auto", "fsdp"}
+
+
+def test_options_named_in_the_text_are_parsed(parse_train):
+    """`--option` must exist. `--option value` must be valid; capitals stand for a value."""
+    options = set(re.findall(r"`(--[a-z][a-z0-9 -]*?)(?: ([A-Z]+))?`", PAGES))
+    assert ("--recompute", "") in options
+    for option, placeholder in options:
+        name, *values = option.split()
+        if not values and not placeholder:
+            field = name.removeprefix("--").replace("-", "_")
+            assert field in PART_OF or field in Launch.__dataclass_fields__, name
+            continue
+        parse_train(["laptop", name, *(values or ["2"])])
+
+
+# Words added to a shown `tritium bench` command, so that it takes seconds on a CPU.
+TINY_BENCH = {
+    "kernels": "--device cpu --rounds 2 --shape 8x64",
+    "codegen": "",
+    "train": "--device cpu --steps 1 --context-tokens 16 --micro-batch-size 1",
+    "traffic": "",
+}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("tritium bench")])
-def test_bench_commands_have_their_options(command, capsys):
-    """They take minutes or need a GPU. tests/bench runs them; here their options are looked up."""
-    words = shlex.split(command)[2:]
-    with pytest.raises(SystemExit):
-        dispatch(["bench", words[0], "--help"])
-    options = [word for word in words if word.startswith("--")]
-    shown = capsys.readouterr().out
-    assert all(option in shown for option in options)
+def test_bench_commands_run(command, folder, capsys):
+    words = shlex.split(command)[1:]
+    if words[1] == "tune":
+        if torch.cuda.is_available():
+            pytest.skip("takes minutes on a GPU")
+        assert run(dispatch, words) == 2
+        assert "expected a GPU, found none" in capsys.readouterr().err
+        return
+    if "--nanogpt" in words:  # no checkout is here; test_implementations.py imports one
+        at = words.index("--nanogpt")
+        del words[at : at + 2]
+    assert run(dispatch, words + TINY_BENCH[words[1]].split()) == 0
