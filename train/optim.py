@@ -11,8 +11,8 @@
                gradients overflowed is skipped and the scale halved, without waiting for the device
                (with Muon or zero1 the host does wait)
 
-To add an optimizer, add a row; no other file changes. `tritium plan` reads its
-`block_matrix_state_bytes`.
+To add an optimizer, add a row, and describe it in the help of `optimizer` in config.py. `tritium
+plan` reads its `block_matrix_state_bytes`.
 
 Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024,
            kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982
