@@ -5,8 +5,8 @@
       .execution        ExecutionOptions: device, precision, ...; results agree to rounding
       .report           ReportOptions: what the run writes, and when
 
-Options have flat names: the command line and config.json say `n_layer` and `device`, without the
-part that holds them. `from_options` and `options` translate.
+Options have flat names on the command line and in config.json: `n_layer`, not `model.n_layer`.
+`from_options` and `options` convert between flat names and the nested dataclasses.
 
 The docstring of an option is its help text: one line, because --help would keep a line break.
 """
@@ -29,7 +29,7 @@ DIVERGED = "training diverged: lower `lr`, raise `warmup_steps`, or set `grad_cl
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionOptions:
-    """How a run is executed. Results agree to rounding, whatever the options are."""
+    """How the run executes: device, precision, memory. Results differ only by rounding."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
@@ -40,31 +40,31 @@ class ExecutionOptions:
     attention: Literal[tuple(ATTENTIONS)] = "tritium"
     """tritium: own kernels; sdpa: PyTorch's; flash-attn: the package of that name, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
-    """Activation checkpointing of GELU, of blocks without attention (selective), or of blocks."""
+    """Activation checkpointing: of GELU, of blocks except attention (selective), or of blocks."""
     micro_batch_size: int | None = None
-    """Sequences per forward and backward on each rank. Default: all of the rank's batch."""
+    """Sequences per forward and backward on each rank. Default: the complete batch of the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """The files that a run writes, and when."""
+    """What the run writes, and when."""
 
     out: str | None = None
     """Folder of the run. Default: the next free runs/RECIPE-N."""
     eval_interval: int = 250
-    """Steps between evaluations. The last step always has one, over all held-out text."""
+    """Steps between evaluations. There is always one after the last step."""
     eval_tokens: int = 32_768
-    """Held-out tokens per evaluation before the last, spread evenly over the text."""
+    """Held-out tokens per evaluation. The evaluation after the last step uses all of them."""
     checkpoint_interval: int = 500
-    """Steps between checkpoints. The last step always has one."""
+    """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     prompt: str = ""
-    """Start of the samples written at each evaluation. Default: the start of a document."""
+    """Text that the sample of each evaluation continues. Empty: the start of a document."""
     sample_tokens: int = 200
     """Tokens per sample."""
     profile: int = 0
-    """Steps to profile, after the first 10, into RUN/profile: a trace, a table of operators."""
+    """Number of steps to profile, after the first 10, into RUN/profile. 0: none."""
     wandb: str | None = None
     """Weights & Biases project that receives the lines of metrics.jsonl."""
     tensorboard: bool = False
@@ -73,7 +73,7 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run. recipes.py holds the named ones.
+    """All options of a run. recipes.py has named configurations.
 
     Raises: InputError, naming the option, for values out of range.
     """
@@ -88,7 +88,7 @@ class TrainConfig:
     """Seed of the initial weights, the order of the data and the samples."""
     model: GPTConfig = _DEFAULT_MODEL
     document_mask: bool = False
-    """Keep documents in a sequence from attending to each other. Positions restart at each."""
+    """Documents in a sequence do not attend to each other, and each starts at position 0."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -97,15 +97,15 @@ class TrainConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
-    """Learning rate at the end."""
+    """Learning rate at the last step. The schedule constant does not use it."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"
-    """cosine: to min_lr; constant; wsd: constant, then linear to min_lr over the last fifth."""
+    """cosine: falls to min_lr; constant; wsd: constant, then linear to min_lr in the last fifth."""
     optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"
-    """muon: Muon for the matrices of blocks, AdamW for other parameters, with the same options."""
+    """adamw: AdamW; muon: Muon for the matrices of blocks, AdamW for all other parameters."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, of matrices only."""
+    """Decoupled weight decay of matrices and embeddings. Biases and norms do not decay."""
     beta1: float = 0.9
     """AdamW's decay rate of the gradient's mean."""
     beta2: float = 0.95
@@ -147,7 +147,7 @@ class TrainConfig:
         return self.batch_size if micro_batch is None else micro_batch
 
     def gpt(self, vocab_size: int) -> GPTConfig:
-        """Return the shape of the model for a vocabulary."""
+        """Return the shape of the model, with this vocabulary size."""
         return replace(self.model, vocab_size=vocab_size)
 
     def options(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class TrainConfig:
             if name not in PART_OF:
                 raise InputError(unknown_name("option", name, PART_OF))
 
-        # The parts first, then the options of the TrainConfig itself.
+        # Replace the nested parts first, then the options of the TrainConfig itself.
         parts = {"model": self.model, "execution": self.execution, "report": self.report}
         try:
             for name, part in parts.items():
@@ -175,17 +175,17 @@ class TrainConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> "TrainConfig":
-        """Build a configuration from flat names; missing ones take their defaults."""
+        """Build a configuration from flat names. Missing options take their defaults."""
         return cls().with_options(**options)
 
 
 def _names(part: type) -> list[str]:
-    """Return the options that a dataclass holds itself. vocab_size is not an option."""
+    """Return the options that are fields of `part` itself. vocab_size is not an option."""
     nested = ("model", "execution", "report", "vocab_size")
     return [each.name for each in fields(part) if each.name not in nested]
 
 
-# Flat name -> the part of a TrainConfig that holds the option.
+# Flat name -> function that returns the part of a TrainConfig with this option.
 PART_OF = {
     **dict.fromkeys(_names(TrainConfig), lambda config: config),
     **dict.fromkeys(_names(GPTConfig), lambda config: config.model),
@@ -193,7 +193,7 @@ PART_OF = {
     **dict.fromkeys(_names(ReportOptions), lambda config: config.report),
 }
 
-# Flat name -> least value.
+# Flat name -> smallest allowed value.
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_tokens"), 1),
     **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),

@@ -32,13 +32,13 @@ def choose_device(name: str) -> torch.device:
 def choose_matmul(device: torch.device) -> None:
     """Make PyTorch multiply float32 matrices on `device` in float32, as fast as it can.
 
-    CUDA: no TF32. A matmul is in float32 there only if `precision` says so, and every GPU with TF32
-    also has bfloat16.
+    CUDA: TF32 is off. Matmuls are in float32 there only if the user asked for it with `precision`.
+    Every GPU with TF32 also has bfloat16, for users who want speed.
 
     CPU: on x86 processors not made by Intel, PyTorch's default library MKL runs slower code. The
     setting "bf16" moves float32 matmuls to oneDNN, which computes them in float32 unless the
-    processor has bf16 matrix units (AMX). It is kept only if a matmul is still accurate to float32.
-    AMD EPYC, 2 cores, 2024: 440 instead of 200 GFLOP/s.
+    processor has bf16 matrix units (AMX). The setting is kept only if a matmul
+    still has the accuracy of float32. AMD EPYC, 2 cores, 2024: 440 instead of 200 GFLOP/s.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -53,9 +53,9 @@ def choose_matmul(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Make glibc's allocator keep what PyTorch frees, for the rest of the process.
 
-    By default the allocator gets memory for each tensor above 128 KiB from the system, which clears
-    it page by page, and returns it afterwards. On an AMD EPYC (2024) this took a third of a small
-    model's step. Memory in use does not grow.
+    By default the allocator requests memory from the system for each tensor above 128 KiB, and
+    returns it when the tensor is freed. The system clears the pages of each request. On an AMD EPYC
+    (2024) this took a third of the step time of a small model. Memory in use does not grow.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -66,7 +66,7 @@ def keep_freed_memory() -> None:
 
 
 def _is_float32_accurate(n: int = 256) -> bool:
-    """Return whether the error of an n x n matmul is within n float32 roundings of its terms.
+    """Return whether an n x n matmul is within the error bound of float32: n eps / 2 |a| @ |b|.
 
     Operands rounded to bfloat16 or TF32 make errors ten or more times as large.
     """

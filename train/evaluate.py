@@ -1,4 +1,4 @@
-"""The loss of a batch, and of held-out text in the three units that people compare."""
+"""Compute the loss of a batch, and evaluate: nats per token, perplexity and bits per byte."""
 
 import math
 from collections.abc import Iterable
@@ -39,8 +39,8 @@ def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
 
     Args:
         model: a GPT, compiled or not.
-        separator: token that begins a document, if documents must not attend to each other. None:
-            each row is one document.
+        separator: token that begins a document. Documents do not attend to each other. None: each
+            row is one document.
     Returns: () float32 on the model's device, nats per token; 0 without targets.
     """
     device = next(model.parameters()).device
@@ -65,7 +65,7 @@ def evaluate(
     """Return the mean cross-entropy over all targets of all batches, on all ranks.
 
     Args:
-        batches: this rank's part; all ranks have the same number of batches.
+        batches: the batches of this rank. All ranks have the same number of batches.
         bytes_per_token: mean length of a token in the text.
         separator: as in batch_loss.
         world: ranks that evaluate together.

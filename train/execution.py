@@ -1,6 +1,6 @@
-"""How a run executes: resolved once from the configuration and the launch, then passed on.
+"""Choose how a run executes, once, from its configuration and the launch.
 
-Nothing else chooses a device, a dtype, an engine or a micro-batch.
+All code of a training run reads the device, dtype, engine and micro-batch from an Execution.
 """
 
 from dataclasses import dataclass
@@ -60,12 +60,12 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
 
 
 def compiles_on(device: torch.device) -> bool:
-    """Return whether runs on `device` are compiled by default: on CUDA, where Triton is."""
+    """Return whether runs on `device` are compiled by default: on CUDA, if Triton is installed."""
     return device.type == "cuda" and HAS_TRITON
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise InputError if an attention is not installed or does not support device and dtype."""
+    """Raise InputError if the attention is not installed or does not support device and dtype."""
     try:
         row = choose_attention(name)
     except ValueError as error:
@@ -73,7 +73,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
     if row.needs_16_bit_cuda and not (device.type == "cuda" and dtype.itemsize == 2):
         raise InputError(
             f"attention: expected a GPU and 16 bits for flash-attn, got {device.type} and {dtype}; "
-            "take tritium or sdpa"
+            "use tritium or sdpa"
         )
 
 

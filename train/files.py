@@ -2,7 +2,7 @@
 
 A process that dies while it writes (full disk, kill -9, power cut) must not leave a file that looks
 complete. So the bytes go to a temporary file in the same folder, are flushed to the disk, and the
-temporary file is then renamed to the final name. POSIX and Windows rename in one step.
+temporary file is then renamed to the final name. A rename is atomic on POSIX and on Windows.
 """
 
 import hashlib

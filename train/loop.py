@@ -1,8 +1,8 @@
 """The training loop, from a configuration to a trained model.
 
 A run is a folder: config.json (all that is needed to repeat it), tokenizer.json, metrics.jsonl,
-samples.txt, loss.png, checkpoints/step-N. On one CPU a resumed run has bitwise the weights of a run
-that was never stopped.
+samples.txt, loss.png, checkpoints/step-N. On one CPU, the weights of a resumed run are bitwise
+equal to the weights of a run that never stopped.
 """
 
 import gc
@@ -56,7 +56,7 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
 
 
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Go on with a stopped run from its newest checkpoint. Returns and raises as `start`."""
+    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
     record = world.on_rank0(lambda: read_run(run))
     checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
     execution = _resolve_on_all_ranks(record.train, world)
@@ -79,7 +79,7 @@ def sample_text(
 
     Args:
         prompt: text to continue. Empty: the start of a document.
-        options: of GPT.generate.
+        options: other arguments of GPT.generate.
     """
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
     device = model.wte.weight.device
@@ -105,7 +105,7 @@ def _resolve_on_all_ranks(config: TrainConfig, world: World) -> Execution:
 
 
 def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
-    """Build or find the dataset, and raise now for what would fail only during the run."""
+    """Build or find the dataset, and check that the run can use it."""
     path = prepare(
         config.data,
         config.tokenizer,
@@ -114,6 +114,7 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
         progress=progress,
     )
     dataset = open_dataset(path)
+    # Raise now if the prompt, an evaluation or a batch would raise later in the run.
     T = config.model.context_tokens
     dataset.tokenizer.encode(config.report.prompt)
     next(evaluation_batches(dataset.val, context_tokens=T, batch_size=1, max_tokens=1))
@@ -179,7 +180,7 @@ def _save_first(
 ) -> None:
     """Write a checkpoint before the first step, so that the run can be resumed from there.
 
-    It also shows now if the disk is too small.
+    If the disk is too small, the run fails here and not hours later.
     """
     try:
         save_checkpoint(run, 0, engine, optimizer, keep=config.report.keep_checkpoints)
@@ -222,13 +223,14 @@ class _Session:
     signals: Signals
 
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
-        """Take the steps from `first` to the last. Returns: the last evaluation."""
+        """Run the steps from `first` to the last. Returns: the last evaluation."""
         config = self.config
         world = self.trainer.engine.world
         device = self.trainer.engine.execution.device
         steps = range(first, config.steps)
         for step in profiled(steps, config, self.run, self.metrics, device, world):
-            # At the beginning of a step: a run that stops before it evaluates once it is resumed.
+            # Evaluate at the beginning of a step, not at the end of the one before. A run that
+            # stopped between the two then evaluates after it is resumed.
             is_due = step > 0 and step % config.report.eval_interval == 0
             if self.signals.received or (is_due and step not in self.metrics.evaluated):
                 self.evaluate_or_stop(step)
@@ -256,7 +258,7 @@ class _Session:
     def evaluate_or_stop(self, done: int) -> Evaluation:
         """Evaluate and sample after `done` steps.
 
-        Raises: InterruptedRun, after a checkpoint is written, if a signal was received.
+        Raises: InterruptedRun if a signal was received. A checkpoint is written before.
         """
         engine = self.trainer.engine
         is_last = done == self.config.steps
@@ -284,7 +286,7 @@ def _evaluate(
     signals: Signals,
     max_tokens: int | None,
 ) -> Evaluation | None:
-    """Evaluate on held-out text until a signal is received; None if one was received before."""
+    """Evaluate on held-out text. A signal ends it early. Returns: None without any batch."""
     execution = trainer.engine.execution
     batches = evaluation_batches(
         dataset.val,

@@ -4,14 +4,15 @@
     muon       PyTorch's Muon for the matrices of blocks:
                  W <- W - lr (decay W + 0.2 sqrt(max(rows, columns)) orthogonalized(momentum))
                and AdamW for all other parameters. The scale gives Muon's updates the size of
-               AdamW's, so one learning rate, schedule and decay serve both. The matrix of queries,
-               keys and values is orthogonalized as one, always in bfloat16
+               AdamW's, so both use the same learning rate, schedule and decay. The matrix of
+               queries, keys and values is orthogonalized as one matrix. Muon always orthogonalizes
+               in bfloat16
     float16    losses are scaled up before the backward and gradients down after it. A step whose
                gradients overflowed is skipped and the scale halved, without waiting for the device
-               (with Muon and zero1 the host waits)
+               (with Muon or zero1 the host does wait)
 
-A new row is the whole change that a new optimizer needs. `tritium plan` reads
-`block_matrix_state_bytes`.
+To add an optimizer, add a row, and describe it in the help of `optimizer` in config.py. `tritium
+plan` reads its `block_matrix_state_bytes`.
 
 Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024,
            kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982
@@ -38,7 +39,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of PyTorch's optimizers, with the parameters that it changes and its options."""
+    """One of PyTorch's optimizers, the parameters that it updates, and its options."""
 
     optimizer: type[torch.optim.Optimizer]
     groups: Groups
@@ -50,9 +51,9 @@ class OptimizerRow:
     """An optimizer that the option `optimizer` names."""
 
     parts: Callable[[nn.Module, "TrainConfig"], list[Part]]
-    """Distributes all trained parameters of a model over parts."""
+    """Function that returns the parts. Each trained parameter is in exactly one of them."""
     torch_class: str
-    """Class that torch.optim must have."""
+    """Name of the class that torch.optim must have."""
     engines: tuple[str, ...]
     """Names of the engines that support it."""
     block_matrix_state_bytes: int
@@ -128,7 +129,7 @@ def check_optimizer(name: str, engine: str = "single") -> None:
 
 
 class Optimizer:
-    """Turns gradients into a step. Each trained parameter is in one group of one part.
+    """Updates parameters from their gradients. Each trained parameter is in one group of one part.
 
     Args:
         engine: holds the model whose parameters `update` changes.
@@ -158,10 +159,10 @@ class Optimizer:
         )
 
     def update(self, lr: float) -> Tensor:
-        """Clip the gradients to config.grad_clip (0: no clipping), take a step and drop them.
+        """Clip the gradients to config.grad_clip (0: no clipping), update, and drop the gradients.
 
-        Returns: their global norm before clipping, (). It is not finite if float16 overflowed; the
-            step is then skipped.
+        Returns: the global norm of the gradients before clipping, (). It is not finite if float16
+            overflowed. The parameters then stay as they were.
         """
         for part in self.parts:
             self.scaler.unscale_(part)
@@ -169,7 +170,7 @@ class Optimizer:
                 group["lr"] = lr
         grad_norm = self._clip()
         if len(self.parts) > 1 and self.scaler.is_enabled() and not grad_norm.isfinite():
-            # The scaler skips only parts that overflowed. Without gradients the others do nothing.
+            # The scaler skips only parts that overflowed. Without gradients the rest do nothing.
             self._drop_gradients()
         for part in self.parts:
             self.scaler.step(part)
@@ -185,7 +186,7 @@ class Optimizer:
         return states
 
     def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Restore a state that `states` returned. With ZeRO-1 other ranks ignore it."""
+        """Restore a state that `states` returned. Ranks that do not keep this state ignore it."""
         for part in self._local_parts():
             if any(parameter is each for each in _parameters_of(part)):
                 part.state[parameter] = state
@@ -220,7 +221,7 @@ def _parameters_of(part: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Group parameters by the ranks that divide them: PyTorch's functions take one mesh."""
+    """Group parameters by device mesh, because PyTorch's functions accept one mesh per call."""
     groups = collections.defaultdict(list)
     for parameter in parameters:
         groups[getattr(parameter, "device_mesh", None)].append(parameter)

@@ -2,22 +2,24 @@
 
 Memory     model/cost.step_bytes, which tests compare with measured peaks, plus PROCESS_BYTES, must
            leave RESERVE of the memory free. Matmuls are bfloat16 on CUDA and float32 on a CPU. The
-           formulas describe the references. The kernels need less, except for the logits of the
-           head, where the formula has the larger of the two. Each GPU holds all weights, gradients
-           and optimizer state.
+           formulas describe the reference implementations. The Triton kernels need less, except
+           for the logits of the head: there the formula uses the larger of the two. Each GPU holds
+           all weights, gradients and optimizer state.
 
-Step time  a range: with all rates good, and with all rates poor. Seconds on one GPU, for n tokens
-           in m micro-batches; the model has P parameters, N of them without positions:
-    matmuls       6 N n / (fraction of the bf16 peak); plus 2 n per weight of the blocks for each
+Step time  a range: the time at good rates and the time at poor rates. A rate is a fraction of a
+           device's limit. Seconds on one GPU, for n tokens in m micro-batches; the model has P
+           parameters, and N without position embeddings:
+    matmuls       6 N n / (rate x bf16 peak); plus 2 n per weight of the blocks for each
                   time that activation checkpointing recomputes them
-    attention     7 L D T n / (fraction of the bf16 peak): 2 matmuls forward and 5 backward, each
+    attention     7 L D T n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each
                   2 D T FLOPs over the visible half; plus 2 L D T n for each recomputation
-    activations   n (L D bytes + V bytes of logits) / (fraction of the memory bandwidth)
-    parameters    (P + weights of blocks + m (weights of blocks + head)) bytes / (fraction of the
-                  memory bandwidth), with AdamW's update for all optimizers
-    all-reduce    2 (g - 1) / g 4 P bytes / (fraction of one direction of the link): a float32 ring
-                  over the g GPUs of a node. Good: hidden behind the rest. Poor: added to it
-           Launches, data and evaluations are left out. `Plan.is_launch_bound` tells whether
+    activations   n (L D bytes + V bytes of logits) / (rate x memory bandwidth)
+    parameters    (P + weights of blocks + m (weights of blocks + head)) bytes / (rate x memory
+                  bandwidth), with AdamW's update for all optimizers
+    all-reduce    2 (g - 1) / g 4 P bytes / (rate x one direction of the link): a float32 ring over
+                  the g GPUs of a node. At good rates it overlaps the other terms; at poor rates
+                  it is added to them
+           Launches, data and evaluations are not included. `Plan.is_launch_bound` tells whether
            launches may take longer than the rest.
 
 Source     rates: public measurements, next to each constant. Tests compare the range with llm.c's
@@ -92,10 +94,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What to plan for. None: as in the recipe, or this machine."""
+    """The run and the machine to plan for. None: as in the recipe, or this machine."""
 
     recipe: str
-    """Recipe to plan for. GPT-2's and Llama's presets have the published vocabulary of 50,257."""
+    """Recipe to plan for. A published model has its published vocabulary."""
     gpu: str | None = None
     """GPU to plan for, such as h100, a100-80gb or rtx-4090. None: this machine's."""
     gpus: int = 1
@@ -119,7 +121,7 @@ class Machine:
     name: str
     gpus: int
     memory_bytes: int
-    """Per GPU."""
+    """Memory per GPU."""
     itemsize: int
     """Bytes per element of matmul operands."""
     ceiling: Ceiling | None
@@ -133,7 +135,7 @@ class Plan:
     model: GPTConfig
     machine: Machine
     sequences: int
-    """Per step, on each GPU."""
+    """Sequences per step, on each GPU."""
     micro_batch: int
     """Sequences per forward and backward, on each GPU."""
     context_tokens: int
@@ -148,7 +150,7 @@ class Plan:
         return self.sequences * self.machine.gpus * self.context_tokens
 
     def memory(self, micro_batch: int) -> dict[str, float]:
-        """Return the bytes on each GPU at the fullest moment of a step, by part."""
+        """Return the peak bytes on each GPU during a step, by part."""
         # With several GPUs, gradients stay in the buckets that reduce them.
         accumulates = micro_batch < self.sequences or self.machine.gpus > 1
         sizes = (self.model, micro_batch, self.context_tokens, self.machine.itemsize)

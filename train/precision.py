@@ -1,8 +1,9 @@
 """The precision of a run, and the working copy that computes in it.
 
     masters        float32 weights: the optimizer changes them, checkpoints hold them
-    working copy   shares the masters, but has its own weights of linear layers, in the run's dtype.
-                   They are cast once per step. Activations have the same dtype
+    working copy   the model that computes. The weights of its linear layers are copies in the run's
+                   dtype, cast once per step. Its other parameters are the masters themselves.
+                   Activations have the run's dtype
     float32        weights of norms, embeddings until their sum enters the blocks, statistics,
                    losses, sums in matmuls, gradients of masters
 
@@ -57,7 +58,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a model that computes with the weights of `model`, cast to `dtype` in linear layers.
+    """Return a copy of `model` whose linear layers have weights cast to `dtype`.
 
     All other parameters are shared. Gradients of cast weights are added to those of `model`.
     float32: the model itself.
@@ -90,7 +91,7 @@ def refresh(working: nn.Module, model: nn.Module) -> None:
 
 
 def linear_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield weights and biases of linear layers: of modules with a matrix, except embeddings."""
+    """Yield weights and biases of linear layers: modules with a 2D weight, except embeddings."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         is_matrix = weight is not None and weight.ndim == 2

@@ -24,7 +24,7 @@ from .optim import Optimizer
 
 @contextlib.contextmanager
 def quiet_collector():
-    """Keep Python's garbage collector out of the steps inside.
+    """Disable Python's garbage collector inside the context, so that it does not interrupt steps.
 
     Existing objects are never examined again. New garbage stays until the caller runs gc.collect().
     Tensors are freed at once, because a step makes no reference cycles that hold tensors.
@@ -40,15 +40,15 @@ def quiet_collector():
 
 
 class Trainer:
-    """Takes the steps of a training.
+    """Computes gradients and updates a model, one batch per step.
 
     Args:
         engine: the model, and how ranks share it.
         optimizer: the optimizer of the engine's model.
-        separator: token that begins a document, if documents must not attend to each other.
-            None: each row is one document.
+        separator: token that begins a document. Documents do not attend to each other. None: each
+            row is one document.
     Attributes:
-        model, working: the engine's masters, and the model that computes.
+        model, working: the engine's float32 masters, and the model that computes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trainer:
             part = batch[start : start + execution.micro_batch]
             # The model returns the mean over the targets of this part. Weighted by the part's
             # fraction of all targets, the parts sum to the mean over the batch. Engines average
-            # gradients over ranks; the factor data_ranks turns the average into a sum.
+            # gradients over ranks. Multiplied by data_ranks, the average becomes a sum.
             loss_weight = float(part.num_targets.sum() / num_targets) * execution.world.data_ranks
             self.engine.begin_micro_step(is_last=start + execution.micro_batch >= len(batch))
             loss = batch_loss(self.engine.network, part, self.separator) * loss_weight

@@ -167,7 +167,7 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
 def test_a_stopped_and_resumed_run_ends_like_an_unbroken_one(
     name, calls, tiny, tritium, tmp_path, monkeypatch
 ):
-    """Stopped in a step, before or in an evaluation, in the last one, in the last checkpoint."""
+    """Stop in a step, before or in an evaluation, in the last evaluation or last checkpoint."""
     assert tritium(*tiny)[0] == 0
     run, broken = tmp_path / "run", tmp_path / "broken"
     stopped_after(calls, name, monkeypatch)

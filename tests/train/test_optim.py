@@ -41,7 +41,7 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(model, optimiz
     assert set(found) == set(names.values())
     linear = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     matrices = {f"h.{layer}.{name}.weight" for layer in (0, 1) for name in linear}
-    assert {name for name, kind in found.items() if kind == "Muon"} == (
+    assert {name for name, owner in found.items() if owner == "Muon"} == (
         matrices if optimizer == "muon" else set()
     )
 
@@ -82,7 +82,7 @@ def test_an_adamw_step_matches_the_formula(model):
 
 
 def test_muon_steps_have_the_size_of_adamw_steps(model):
-    """Nearly orthogonal, singular values 0.5 to 1.5; root mean square about 0.2."""
+    """The update is nearly orthogonal: singular values 0.5 to 1.5, root mean square about 0.2."""
     optimizer = make_optimizer(model, optimizer="muon", weight_decay=0.1, grad_clip=0)
     weight, gain = model.h[0].mlp.c_proj.weight, model.ln_f.weight
     before = weight.detach().clone(), gain.detach().clone()

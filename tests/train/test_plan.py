@@ -32,7 +32,7 @@ LARGE_VOCABULARY = GPTConfig(
 
 
 def trained(config: GPTConfig, **options) -> tuple[Trainer, Callable[[], None]]:
-    """A trainer after one step, and a function that makes one more step."""
+    """Return a trainer after one step, and a function that runs one more step."""
     model = GPT(config, recompute=options.get("recompute", "none"))
     run = TrainConfig.from_options(**options)
     trainer = single_trainer(model, run)
@@ -97,7 +97,7 @@ def library_defaults():
         (LLAMA, 4, 2),
     ],
 )
-def test_formula_is_the_measured_peak(config, batch, micro_batch, precision, library_defaults):
+def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision, library_defaults):
     itemsize = getattr(torch, precision).itemsize
     sizes = (config, micro_batch, config.context_tokens, itemsize)
     formula = sum(step_bytes(*sizes, accumulates=micro_batch < batch).values())
@@ -119,7 +119,7 @@ def test_formula_is_the_measured_peak(config, batch, micro_batch, precision, lib
         (LARGE_VOCABULARY, 4, 4, "block"),
     ],
 )
-def test_formula_is_the_measured_peak_with_activation_checkpointing(
+def test_formula_matches_the_measured_peak_with_activation_checkpointing(
     config, batch, micro_batch, recompute, precision, library_defaults
 ):
     itemsize = getattr(torch, precision).itemsize
@@ -139,7 +139,7 @@ def test_formula_is_the_measured_peak_with_activation_checkpointing(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizer_bytes_are_those_of_the_state(optimizer):
+def test_optimizer_bytes_match_the_state(optimizer):
     trainer, _ = trained(DEEP, batch_size=1, optimizer=optimizer)
     # Without the step counts, one number per parameter.
     measured = sum(4 * tensor.numel() for tensor in states(trainer) if tensor.ndim)

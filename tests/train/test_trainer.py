@@ -109,7 +109,7 @@ def test_a_short_training_in_16_bits_matches_float32(precision):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight"])
 def test_a_step_that_overflows_in_float16_is_skipped_and_halves_the_scale(optimizer, name):
-    """The step of all parameters, whichever of PyTorch's optimizers has the overflow."""
+    """All parameters keep their values, whichever of PyTorch's optimizers has the overflow."""
     trainer = make(precision="float16", optimizer=optimizer)
     trainer.backward(batch())
     trainer.update(1e-3)

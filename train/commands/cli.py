@@ -64,7 +64,7 @@ def parse(
 
 
 def _names(options: type) -> Iterator[str]:
-    """The options of a dataclass, and of the dataclasses in it."""
+    """Yield the options of a dataclass, and of the dataclasses in it."""
     hints = get_type_hints(options)
     for field in fields(options):
         if is_dataclass(hints[field.name]):

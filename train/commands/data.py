@@ -12,7 +12,7 @@ from ..data.build import build
 from ..data.tokenizer import DEFAULT_TOKENIZER
 from .cli import parse, program
 
-_DESCRIPTION = "Turn text into token shards, for `tritium train --data OUT_DIR`."
+_DESCRIPTION = "Convert text to token shards, for `tritium train --data OUT_DIR`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class DataOptions:
     """Options of `tritium data build`."""
 
     out_dir: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
-    """Folder to make."""
+    """Folder to create. It must be new or empty."""
     inputs: tyro.conf.Positional[
         Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT [INPUT ...]")]
     ]

@@ -51,7 +51,7 @@ class PlanFlags(PlanOptions):
     """Options of `tritium plan`."""
 
     recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
-    """Recipe to plan for. A preset of a published model has the published vocabulary."""
+    """Recipe to plan for. A published model has its published vocabulary."""
     price: float | None = None
     """Price per GPU and hour, in any currency. None: no price."""
 
@@ -135,7 +135,7 @@ def _cheapest_recompute(plan: Plan, micro_batch: int) -> str | None:
 
 def _describe_memory(plan: Plan) -> list[str]:
     parts = plan.memory(plan.micro_batch)
-    lines = ["memory of each device at the fullest moment of a step, by formula:"]
+    lines = ["peak memory of each device during a step, by formula:"]
     for name, note in _MEMORY_NOTES.items():
         if parts[name]:
             lines.append(f"  {name:12}{_size(parts[name]):>10}  {note}")
@@ -181,13 +181,13 @@ def _describe_time(plan: Plan, price: float | None) -> list[str]:
 
 
 def _time_range(low: float, high: float) -> str:
-    """Two numbers of seconds, in hours, seconds or milliseconds."""
+    """Format a range of seconds, in hours, seconds or milliseconds."""
     unit, seconds = ("hours", 3600) if high >= 360 else ("s", 1) if high >= 1 else ("ms", 1e-3)
     return f"{_number(low / seconds)} to {_number(high / seconds)} {unit}"
 
 
 def _number(number: float) -> str:
-    """Three digits: an estimate has no more."""
+    """Format with three digits, because an estimate is not more precise."""
     return f"{number:.3g}" if number < 100 else f"{float(f'{number:.3g}'):,.0f}"
 
 

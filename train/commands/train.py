@@ -1,4 +1,4 @@
-"""tritium train: train a new model, or go on with a stopped run."""
+"""tritium train: train a new model, or continue a stopped run."""
 
 import shlex
 import time
@@ -36,7 +36,7 @@ torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(GPTConfig):
-    """The model."""
+    """The shape of the model."""
 
     vocab_size: tyro.conf.Suppress[int] = GPTConfig.vocab_size
 
@@ -65,9 +65,9 @@ class TrainOptions:
     """Options of `tritium train`."""
 
     run: tyro.conf.OmitArgPrefixes[TrainFlags]
-    """The experiment: data, optimizer and schedule."""
+    """The experiment: data, batch, optimizer and learning rate."""
     launch: tyro.conf.OmitArgPrefixes[Launch]
-    """How several processes share the run."""
+    """How the processes that torchrun starts divide the work."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     config = options.run.config()
     is_dataset = (Path(config.data[0]) / "dataset.json").is_file()
     if is_dataset and not any(word.startswith("--tokenizer") for word in argv):
-        # A dataset has its own tokenizer. The recipe's is for the recipe's data.
+        # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
         config = replace(config, tokenizer=None)
 
     # run
@@ -114,8 +114,8 @@ def _resume(argv: Sequence[str]) -> int:
         )
     except InputError as error:
         raise InputError(
-            "--resume RUN_DIR: expected no options after it except how several processes share "
-            f"the run: {error}"
+            "--resume RUN_DIR: expected only options of the launch after it (--parallel, "
+            f"--shard-ranks, --tensor-parallel): {error}"
         ) from None
     with join(launch) as world:
         return _run_and_report(run, world, lambda: resume(run, world))
@@ -150,7 +150,7 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
             print(f"stopped; go on with: {command} --resume {shlex.quote(str(run))}")
         return 130
     except Exception as error:
-        # One rank may run out of memory alone. The others wait for it until torchrun ends them.
+        # If only one rank runs out of memory, the others wait for it until torchrun ends them.
         if is_out_of_memory(error) and (run / "config.json").exists():
             raise NoMemoryError(what_fits(read_run(run), world)) from error
         raise

@@ -5,10 +5,10 @@ End-of-text follows each document. The splits are made in one of two ways.
 100 documents or more: a document is held out if the hash of its text, as a fraction, is below
 `held_out`. The choice depends on the text of the document only, not on other documents or on order.
 
-Fewer than 100 documents, for example one book: the hash could leave a split empty. The text itself
-is cut, and the last `held_out` fraction of all characters is held out. End-of-text is inserted
-between documents only, not after the last. tinyshakespeare then has its usual 1,003,854 and 111,540
-characters, and no token that occurs only once.
+Fewer than 100 documents, for example one book: the hash could leave a split empty. So the text
+itself is cut, and the last `held_out` fraction of all characters is held out. End-of-text is
+inserted between documents only, not after the last. tinyshakespeare then has its usual 1,003,854
+and 111,540 characters, and no token that occurs only once.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from .shards import token_dtype, write_shard
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
 
 # With 100 documents and held_out 0.1, the validation split is empty with probability 0.9**100: once
-# in 30,000 corpora.
+# in 37,000 corpora.
 _FEW_DOCUMENTS = 100
 _SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
 _PART_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 24
-_PART_OVERHEAD = 64  # bytes of a Python object, so that a batch of empty lines has a limit too
+_PART_OVERHEAD = 64  # characters counted per part, to limit a batch of very short documents too
 
 
 def build(
@@ -50,7 +50,7 @@ def build(
     text_field: str = "text",
     progress: bool = True,
 ) -> DatasetInfo:
-    """Turn text into a dataset folder: the whole folder or nothing.
+    """Convert text to a dataset folder. After an error there is no partial folder.
 
     Args:
         out_dir: a folder that does not exist or is empty.
@@ -157,7 +157,7 @@ class _Progress:
         task = self._bars.add_task(label, total=self._corpus.total_bytes)
         shown = 0
         for document in self._corpus.documents():
-            # Update in steps of half a percent. An update for each of a million documents takes
+            # Update once per half percent. An update for each of a million documents takes
             # longer than reading them.
             if self._corpus.bytes_read - shown > self._corpus.total_bytes // 200:
                 shown = self._corpus.bytes_read
@@ -195,7 +195,7 @@ def _assign_splits(
             yield from _parts(split, document.text, add_end=True)
         return
 
-    train_characters = int(sum(lengths) * (1 - held_out))  # not yet assigned
+    train_characters = int(sum(lengths) * (1 - held_out))  # still to assign to train
     for number, document in enumerate(documents("tokenizing"), 1):
         head = document.text[:train_characters]
         tail = document.text[train_characters:]
@@ -230,7 +230,7 @@ def _parts(split: str, text: str, add_end: bool) -> Iterator[_Part]:
 def _write_tokens(
     writers: dict[str, "_SplitWriter"], parts: Iterable[_Part], tokenizer: Tokenizer
 ) -> None:
-    """Encode on all cores and write in order. The next batch is read in the meantime."""
+    """Encode on all cores and write in order. While a batch is encoded, the next one is read."""
     threads = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -56,7 +56,7 @@ class Corpus:
 
     Attributes:
         inputs: the inputs as strings.
-        files: the paths of all files, in reading order.
+        files: the paths of all files, in the order in which they are read.
         total_bytes: size of all files on disk.
         bytes_read, duplicates, skipped_files: counts of the latest `documents()` call, up to now.
     """
@@ -218,7 +218,7 @@ def _walk(
 
 
 def _read_text(path: Path) -> str | None:
-    """Return the text with its line ends but without a byte order mark, or None if not UTF-8."""
+    """Return the text without its byte order mark; None if it has NUL bytes or is not UTF-8."""
     raw = path.read_bytes()
     if b"\0" in raw:
         return None

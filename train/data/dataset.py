@@ -2,8 +2,8 @@
 
 DIR/dataset.json      how it was built, and the shards of each split
 DIR/tokenizer.json    the tokenizer of the shards
-DIR/train-00000.bin   shards of the training split (see shards.py) ...
-DIR/val-00000.bin     ... and of the validation split
+DIR/train-00000.bin   first shard of the training split; shards.py defines the format
+DIR/val-00000.bin     first shard of the validation split
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ SPLITS = ("train", "val")
 
 @dataclass(kw_only=True)
 class SplitInfo:
-    """The shards of one split and what they hold.
+    """The shards of one split, and counts of their content.
 
     Attributes:
         shards: file names, in order.

@@ -161,7 +161,7 @@ class Loader:
         self._pinned = pinned
         self._rows = batch_size // world_size
         self._first_row = rank * self._rows
-        # A block covers at most 16 epochs: each epoch sets up a permutation of its own.
+        # A block covers at most 16 epochs, because each epoch needs its own permutation.
         steps = min(_BLOCK_TOKENS // (self._rows * context_tokens), 16 * self.windows // batch_size)
         self._block_steps = max(1, steps)
         self._block: tuple[int, Batch] | None = None
@@ -169,7 +169,7 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Return this rank's batch of `step`: batch_size // world_size rows.
 
-        Steps are 0, 1, 2, ... without end and may be asked for in any order.
+        Steps are 0, 1, 2, ... without end. They may be read in any order.
         """
         number, place = divmod(step, self._block_steps)
         if self._block is None or self._block[0] != number:
@@ -262,8 +262,8 @@ def _read(
 def document_starts(tokens: Tensor, separator: int) -> Tensor:
     """Find where documents start in the rows of a batch, laid end to end.
 
-    A document starts at the start of each row and at each `separator`. So a separator is the first
-    token of the document after it, as in generation, where it starts a new document.
+    A document starts at the start of each row and at each `separator`: a separator is the first
+    token of the document that follows it. Generation also starts a document with a separator.
 
     Args:
         tokens: (B, T), any integer dtype, on the CPU.

@@ -1,4 +1,4 @@
-"""Turn what a user names (a dataset, files, folders, stdlib) into a dataset folder.
+"""Find or build the dataset folder for the data that a user names: a dataset, files, stdlib, ...
 
 Built datasets are kept in a cache, so a second run with the same data starts at once.
 """

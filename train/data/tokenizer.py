@@ -12,7 +12,7 @@ pairs are merged. `sha256` covers this definition and `tokenizer.json` stores it
 a text is encoded like any other text. Only build.py inserts the end-of-text id, between documents.
 
 rustbpe learns byte pairs and tiktoken applies them. rustbpe gives tiktoken's ranks directly, its
-wheel has 1.1 MB and runs on Python 3.10 to 3.13, and it learns the same vocabulary on any number of
+wheel is 1.1 MB and runs on Python 3.10 to 3.13, and it learns the same vocabulary on any number of
 threads. Hugging Face tokenizers can learn too, but only in its own pipeline format. Measured on 2
 cores of an AMD EPYC, November 2026, with 12 MB of Python and 4,096 tokens: learning takes 1.0 s
 (Hugging Face 1.3 s), and encoding runs at 16 MB/s (Hugging Face 5.4 MB/s with the same pattern).
@@ -51,7 +51,7 @@ LEARNED_PATTERN = (
 # Places where text may be cut without changing its ids: after a single line end that is followed by
 # text, and before a single space between two letters. Both patterns always end a piece there.
 _SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
-# tiktoken fails on a run of 1,000,000 spaces. Such text is encoded in steps of this size.
+# tiktoken fails on a run of 1,000,000 spaces. Such text is encoded in parts of this length.
 _STEP_CHARACTERS = 1 << 19
 _SMALLEST_BPE = 258  # 256 bytes, one merge, end-of-text
 _KINDS = ("bytes", "chars", "bpe")
@@ -89,7 +89,7 @@ class Tokenizer:
         return f"Tokenizer({self.name}, {self.vocab_size} tokens, {self.sha256[:12]})"
 
     def encode(self, text: str) -> np.ndarray:
-        """Turn text into ids.
+        """Convert text to ids.
 
         A lone surrogate is encoded as U+FFFD, and `<|endoftext|>` like any other text.
 
@@ -134,7 +134,7 @@ class Tokenizer:
         return b"".join([self.pieces[i] for i in ids.tolist()])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into text. Bytes that are not UTF-8 (part of a character) become U+FFFD.
+        """Convert ids to text. Bytes that are not UTF-8 (part of a character) become U+FFFD.
 
         Args and Raises: see `decode_bytes`.
         """
@@ -379,7 +379,8 @@ def _learn_bpe(size: int, texts: Iterable[str]) -> Tokenizer:
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
-    # rustbpe holds `buffer_size` documents in memory. Its default is 8,192: gigabytes of books.
+    # rustbpe holds `buffer_size` documents in memory. Its default of 8,192 would take
+    # gigabytes for books.
     trainer.train_from_iterator(iter(texts), size - 1, buffer_size=256, pattern=LEARNED_PATTERN)
     pieces = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
     merges = len(pieces) - 256

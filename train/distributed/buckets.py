@@ -1,15 +1,15 @@
-"""Gradients averaged over ranks in buckets, while the backward of the last micro-batch still runs.
+"""Average gradients over ranks in buckets, during the backward of the last micro-batch.
 
     bucket    about 25 MB of float32 gradients, in reverse parameter order: about the order in which
               a backward completes them
     views     a parameter's gradient is a view of its bucket, so an all-reduce needs no copies
-    start     once the last gradient of a bucket has been added. Buckets start in order, because
-              ranks must call collectives in the same order
+    start     the all-reduce of a bucket starts once all its gradients are complete. Buckets start
+              in order, because ranks must call collectives in the same order
     finish    wait for all buckets, then divide by the number of ranks
 
 Sums are in float32 whatever the precision of the run, and the order of additions is fixed.
 
-Cost      per step and element: 4 bytes to zero, 8 to divide, and what the ranks exchange
+Cost      per step and element: 4 bytes to zero, 8 bytes to divide, and the all-reduce
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,12 +38,12 @@ class GradientBuckets:
         self._num_started = len(self._buckets)
 
     def begin_step(self) -> None:
-        """Set all gradients to zero. A step adds to them in place."""
+        """Set all gradients to zero. Each backward of the step adds to them in place."""
         for bucket in self._buckets:
             bucket.zero()
 
     def begin_last_backward(self) -> None:
-        """Start buckets as soon as they are complete, from here until `finish`."""
+        """From now until `finish`, start the all-reduce of each bucket once it is complete."""
         self._num_started = 0
         for bucket in self._buckets:
             bucket.num_missing = len(bucket.parameters)
@@ -59,7 +59,7 @@ class GradientBuckets:
 
     def finish(self) -> None:
         """Wait until all gradients are averages over the ranks."""
-        # Buckets of parameters that the backward did not reach.
+        # Start the buckets with parameters that the backward did not reach.
         while self._num_started < len(self._buckets):
             self._start_next()
         for bucket in self._buckets:
@@ -89,13 +89,13 @@ class _Bucket:
 
     def zero(self) -> None:
         self.gradients.zero_()
-        # Again in each step: an optimizer drops the gradients that it has used.
+        # Set the views in each step, because the optimizer sets gradients to None.
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.grad = view
 
 
 def _groups(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Cut parameters into groups of at most BUCKET_BYTES, or of one parameter."""
+    """Cut parameters into groups of at most BUCKET_BYTES. A larger one is a group by itself."""
     groups: list[list[nn.Parameter]] = []
     size = BUCKET_BYTES
     for parameter in parameters:

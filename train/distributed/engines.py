@@ -80,7 +80,7 @@ class SingleProcess:
         """Wait until the gradients of the masters are averages over ranks."""
 
     def refresh_working(self) -> None:
-        """Make `working` follow the masters after they changed."""
+        """Copy the masters into `working` again, after they changed."""
         refresh(self.working, self.model)
 
     def make_optimizer(
@@ -92,25 +92,25 @@ class SingleProcess:
     # --- complete tensors; all ranks must call these
 
     def complete_model(self) -> GPT | None:
-        """Return a model that rank 0 can sample from alone, until the next update; else None."""
+        """Return a model that rank 0 can call alone, until the next update; None on other ranks."""
         return self.working if self.world.is_rank0 else None
 
     def gather_weights(self) -> Weights:
-        """Return the complete weights; with FSDP on the CPU of rank 0, and nothing elsewhere."""
+        """Return the complete weights. FSDP: on the CPU of rank 0; {} on other ranks."""
         return self.model.state_dict()
 
     def scatter_weights(self, weights: Weights | None) -> None:
-        """Load the weights that gather_weights returned, given on rank 0 and None elsewhere."""
+        """Load complete weights. Rank 0 passes them, other ranks may pass None."""
         self.model.load_state_dict(weights)
         self.refresh_working()
 
     def gather_optimizer_states(self, optimizer: "Optimizer") -> States:
-        """Return the complete optimizer state, on the ranks where gather_weights has weights."""
+        """Return the complete optimizer state. ZeRO1, FSDP: on rank 0; {} on other ranks."""
         names = self._names()
         return {names[parameter]: state for parameter, state in optimizer.states().items()}
 
     def scatter_optimizer_states(self, states: States | None, optimizer: "Optimizer") -> None:
-        """Load the state that gather_optimizer_states returned, given on rank 0, else None."""
+        """Load a complete optimizer state. Rank 0 passes it, other ranks may pass None."""
         layout = self._layout(states)
         for name, parameter in self.model.named_parameters():
             state = {}
@@ -140,7 +140,7 @@ class DDP(SingleProcess):
     """All weights on each rank. The last backward of a step averages gradients, in buckets."""
 
     def _prepare(self) -> nn.Module:
-        # Nodes may have drawn different weights, with different versions of a library.
+        # Nodes with different versions of a library may have drawn different weights.
         self._broadcast_weights()
         working = super()._prepare()
         trained = [each for each in self.model.parameters() if each.requires_grad]
@@ -207,8 +207,8 @@ class ZeRO1(DDP):
 class FSDP(SingleProcess):
     """Weights, gradients and optimizer state divided among ranks: fully_shard.
 
-    A block's linear layers are gathered for it in the run's dtype, all other parameters once per
-    pass in float32.
+    The linear layers of a block are gathered in the run's dtype when the block runs. All other
+    parameters are gathered once per pass, in float32.
     """
 
     shards_weights = True
@@ -239,7 +239,7 @@ class FSDP(SingleProcess):
         for block in model.h:
             layers = [block.attn, block.mlp]
             if self.execution.is_compiled:
-                # The forwards and not the modules: fully_shard's hooks stay outside of the graphs.
+                # Compile forwards, not modules, to keep fully_shard's hooks outside of the graphs.
                 for layer in layers:
                     layer.forward = torch.compile(layer.forward, fullgraph=True)
             fully_shard(layers, mesh=data, mp_policy=narrow, reshard_after_forward=True)
@@ -247,7 +247,7 @@ class FSDP(SingleProcess):
         return model
 
     def _compile(self) -> nn.Module:
-        """Return the model as it is: its layers are compiled."""
+        """Return the model itself: its layers are compiled already."""
         return self.working
 
     def begin_micro_step(self, *, is_last: bool) -> None:

@@ -1,4 +1,4 @@
-"""From torchrun's variables and the options of the launch to a connected World."""
+"""Connect the ranks: make a World from torchrun's variables and the options of the launch."""
 
 import contextlib
 import datetime
@@ -16,23 +16,23 @@ from .engines import ENGINES, SingleProcess
 from .world import SINGLE_PROCESS, World
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# Clusters set these two for other programs too, so they do not tell that torchrun was used.
+# Clusters set these two for other programs too, so they do not show that torchrun is used.
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
-# One rank may build a dataset while others wait. torchrun finds ranks that died sooner.
+# Long, because one rank may build a dataset while others wait. torchrun ends dead runs sooner.
 _TIMEOUT = datetime.timedelta(minutes=30)
 _PARALLEL = tuple(name for name, engine in ENGINES.items() if engine is not SingleProcess)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Options of `tritium train` that belong to the launch: a run may be resumed with others."""
+    """How the processes that torchrun starts divide the work. A resumed run may change this."""
 
     parallel: Literal[("auto", *_PARALLEL)] = "auto"
-    """Ranks divide the batch; zero1: optimizer state too; fsdp: weights too. auto: ddp or fsdp."""
+    """ddp divides the batch, zero1 also optimizer state, fsdp also weights. auto: ddp or fsdp."""
     shard_ranks: int | None = None
-    """With fsdp, ranks that together hold a copy of the weights. Default: all."""
+    """fsdp: number of ranks that together hold one copy of the weights. Default: all."""
     tensor_parallel: int = 1
-    """With fsdp, neighbouring ranks that compute each layer together."""
+    """fsdp: number of neighbouring ranks that compute each layer together."""
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@
     columns divided  c_proj: the columns that read the rank's heads or hidden columns
     communication    per attention and MLP: the forward sums outputs, the backward sums gradients of
                      inputs
-    on every rank    norms, embeddings, head and the bias of c_proj, which one rank adds; their
-                     gradients come out equal
+    on every rank    norms, embeddings, head and the bias of c_proj. Tensor rank 0 adds the bias.
+                     The gradients of these parameters are equal on all ranks
 
 Weights are DTensors over the tensor ranks. Operators run on a rank's part of them.
 
@@ -27,12 +27,12 @@ from torch.func import functional_call
 from ...errors import InputError
 from ...model import GPT, GPTConfig
 
-# Dimension of each linear layer's weight that ranks divide: 0, its outputs, or 1, its inputs.
+# Dimension of each linear layer's weight that is divided over ranks: 0 (outputs) or 1 (inputs).
 _DIVIDED_DIM = {"c_attn": 0, "c_fc": 0, "c_gate": 0, "c_proj": 1}
 
 
 def check_tensor_parallel(config: GPTConfig, dtype: torch.dtype, ranks: int) -> None:
-    """Raise InputError unless ranks divide heads and hidden columns, or for float16."""
+    """Raise InputError if heads or columns are not divisible by `ranks`, or for float16."""
     sizes = {
         "heads": config.n_head,
         "key and value heads": config.kv_heads,
@@ -110,7 +110,7 @@ def _forward(layer: nn.Module, local: nn.Module, mesh: DeviceMesh, x: Tensor, *r
         elif mesh.get_local_rank() == 0:
             parameters[name] = value
         else:
-            # Zero, because one rank adds the bias, but with the gradient of the summed output.
+            # The value is 0, because tensor rank 0 adds the bias. The gradient is as on that rank.
             parameters[name] = value - value.detach()
     x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     x = x.to_local(grad_placements=[Partial()])

@@ -1,4 +1,4 @@
-"""The processes that train one model together, and what they agree on.
+"""The processes that train one model together, and how they agree on errors and results.
 
     ranks       rank = (replica * shards + shard) * tensor ranks + tensor rank: a DeviceMesh of
                 three dimensions
@@ -6,7 +6,7 @@
     agreement   errors, small objects and signals go through gloo between CPUs, so no device waits
                 for them; tensors of the training go through NCCL on CUDA
 
-launch.py connects the processes. engines.py has the ways in which they share the model.
+launch.py connects the processes. engines.py defines how they share the model.
 """
 
 import gc
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class World:
-    """This process among the processes that train together.
+    """All processes of a run, as one of them sees them.
 
     Args:
         rank: number of this process, from 0.
@@ -65,11 +65,11 @@ class World:
         self._pending_flag: tuple[dist.Work, Tensor] | None = None
 
     def device(self, name: str) -> torch.device:
-        """Return the device of this rank: under torchrun the GPU with the number of its local rank.
+        """Return the device of this rank. Under torchrun: the GPU whose number is the local rank.
 
         Args:
             name: the option `device`.
-        Raises: InputError if there is no such device, or if it is one device for all ranks.
+        Raises: InputError if there is no such device, or if `name` is a single GPU such as cuda:1.
         """
         if not self.is_distributed:
             return choose_device(name)
@@ -96,7 +96,7 @@ class World:
         shape = (self.data_ranks // self.shard_ranks, self.shard_ranks, self.tensor_ranks)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards", "tensor"))
         if self.tensor_ranks > 1:
-            # PyTorch needs this dimension to sum the norm of a tensor divided along both.
+            # PyTorch needs one flat dimension to sum the norm of a tensor divided along both.
             mesh["shards", "tensor"]._flatten()
         return mesh
 
@@ -150,9 +150,10 @@ class World:
                 )
 
     def any_rank(self, flag: bool) -> bool:
-        """Return whether `flag` was true on any rank in the previous call; alone, in this call.
+        """Return whether `flag` was true on any rank in the previous call.
 
-        The answer comes one call late, so that no rank waits for the slowest rank.
+        The answer comes one call late, so that no rank waits for the slowest rank. A single
+        process gets its own flag at once.
         """
         if self.size == 1:
             return flag
@@ -182,8 +183,8 @@ class World:
         """Close the connection. All ranks must call it."""
         if self._pending_flag is not None:
             self._pending_flag[0].wait()
-        # A model that is freed later would release the last reference to the connection, and wait
-        # for its threads, which wait for Python.
+        # Free models now. A model that is freed later would release the last reference to the
+        # connection and wait for its threads, which themselves wait for Python.
         gc.collect()
         dist.destroy_process_group()
 

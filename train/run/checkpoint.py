@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had not stopped.
+"""Checkpoints: all that a run needs to continue as if it had not stopped.
 
     RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
     RUN/checkpoints/step-N/optimizer.safetensors   optimizer state, as NAME.exp_avg, NAME.step, ...
@@ -27,7 +27,7 @@ from ..optim import Optimizer
 
 _MODEL_FILE = "model.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_HINT = "delete this checkpoint to go on from the one before"
+_HINT = "delete this checkpoint to resume from the one before"
 
 
 def save_checkpoint(
@@ -41,7 +41,7 @@ def save_checkpoint(
         engine: holds the weights.
         optimizer: the optimizer of the engine's model.
     Returns: the folder, which rank 0 wrote.
-    Raises: OSError as the system reports it. It leaves nothing behind, and older checkpoints stay.
+    Raises: OSError if a write fails. No partial checkpoint is left, and older checkpoints stay.
     """
     weights = engine.gather_weights()
     states = engine.gather_optimizer_states(optimizer)
@@ -63,7 +63,7 @@ def load_checkpoint(folder: Path, engine: SingleProcess, optimizer: Optimizer) -
     state = world.on_rank0(lambda: state)
     engine.scatter_weights(weights)
     engine.scatter_optimizer_states(optimizer_states, optimizer)
-    # Empty if the run computed in another precision before.
+    # Empty if the checkpoint was not written in float16.
     if state["loss_scale"]:
         optimizer.scaler.load_state_dict(state["loss_scale"])
     generator = bytearray.fromhex(state["torch_rng"])
@@ -97,7 +97,7 @@ def _write(
 ) -> Path:
     folder = run / "checkpoints" / f"step-{step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    # Left by a process that was killed while it wrote or deleted.
+    # Delete the files of a process that was killed while it wrote or deleted.
     for unfinished in folder.parent.glob(".step-*.tmp"):
         shutil.rmtree(unfinished)
     try:
@@ -136,7 +136,7 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def _delete(folder: Path) -> None:
-    """Rename first, so that a folder with the name of a checkpoint is never half deleted."""
+    """Delete a checkpoint. Rename it first, so that no half-deleted folder has its name."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.tmp")))
 
 
@@ -162,7 +162,7 @@ def _read_state(folder: Path) -> dict:
         raise InputError(f"{folder}/state.json: damaged: {error}; {_HINT}") from None
     if folder.name != f"step-{state['step']}":
         raise InputError(
-            f"{folder}: expected the checkpoint of that step, got that of step {state['step']}; "
+            f"{folder}: expected the checkpoint of the step in its name, got step {state['step']}; "
             f"{_HINT}"
         )
     return state

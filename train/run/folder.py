@@ -59,7 +59,7 @@ def check_folder_unused(run: Path) -> None:
 
 
 def claim_folder(run: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Make `run` and write config.json and tokenizer.json. If several processes try, one succeeds.
+    """Create `run`, config.json and tokenizer.json. If several processes try, one succeeds.
 
     Raises: InputError as check_folder_unused.
     """
@@ -137,8 +137,8 @@ def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True
     dataset = open_dataset(path)
     if dataset.tokenizer.sha256 != record.tokenizer_sha256:
         raise InputError(
-            f"{path}: expected shards of tokenizer {record.tokenizer_sha256[:12]} as {run} was "
-            f"trained on, got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or "
+            f"{path}: expected tokenizer {record.tokenizer_sha256[:12]}, with which {run} was "
+            f"trained, got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or "
             "start a new run"
         )
     if record.tokens is not None and record.tokens != _tokens(dataset):
@@ -187,8 +187,8 @@ def _describe(tokens: dict[str, int]) -> str:
     return f"{tokens['train']:,} training and {tokens['val']:,} validation tokens"
 
 
-def _field_names(kind: type) -> list[str]:
-    return [each.name for each in fields(kind)]
+def _field_names(dataclass_type: type) -> list[str]:
+    return [each.name for each in fields(dataclass_type)]
 
 
 def _check_names(kind: str, given: dict[str, Any], known: Iterable[str]) -> None:

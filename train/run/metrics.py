@@ -52,7 +52,7 @@ class Metrics:
         grad_norm: null if float16 overflowed and the optimizer skipped the step.
         tokens_per_second.
         mfu: fraction of the devices' bf16 peak; null if the peak of the device is not known.
-        memory: most bytes in use so far, on rank 0.
+        memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
     An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte.
 
@@ -220,7 +220,7 @@ def _progress_bar() -> Progress:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(compact=True),
     )
-    # If stderr is a file, the bar would be one line at its end. Evaluations are always printed.
+    # In a file, the bar would only be a line at the end. Evaluations are always printed.
     return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
 

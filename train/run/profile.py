@@ -31,7 +31,7 @@ from .metrics import Metrics, console
 WARMUP_STEPS = 10
 BETWEEN = "between operators"
 OTHER = "other"
-# Part of a step -> pattern. The first part that matches an operator, a backward node or a kernel.
+# Part of a step -> pattern for names of operators, backward nodes and kernels. First match wins.
 PARTS = {
     "data": r"^data$|pin_memory|Memcpy HtoD",
     "optimizer": r"^Optimizer\.|_foreach_|_fused_adam|vector_norm|_amp_",
@@ -140,7 +140,7 @@ def operators(events: Sequence, steps: int, device: torch.device) -> list[Row]:
     """Return the time of each operator in each part, longest first.
 
     Args:
-        events: of a profiler that recorded `steps` steps and the end of their work on the device.
+        events: the events of a profiler that recorded `steps` steps, until the device was done.
         steps: number of steps.
         device: the device that ran them.
     """
@@ -182,7 +182,7 @@ def _cpu_times(events: Sequence) -> dict[tuple[str, str], list[float]]:
 def _cuda_times(events: Sequence) -> dict[tuple[str, str], list[float]]:
     """Microseconds of each kernel, by part and operator."""
     times = defaultdict(list)
-    # A range that a user named is also in the list of kernels.
+    # The list of kernels also has the named ranges of record_function.
     annotations = {event.name for event in events if event.is_user_annotation}
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in events:
@@ -233,7 +233,7 @@ def _part(name: str) -> str | None:
 
 
 def _part_of(event, kernel: str = "") -> str:
-    """The part of the outermost operator, from `event` up, that has one; else of the kernel."""
+    """Return the part of the outermost operator around `event` that has one, or the kernel's."""
     part = _part(kernel)
     while event is not None:
         part = _part(event.name) or part

@@ -20,7 +20,7 @@ class Signals:
 
     @property
     def received(self) -> bool:
-        """Whether a rank has noted a signal. All ranks must ask at the same places."""
+        """Whether any rank has received a signal. All ranks must read it at the same places."""
         self._noted_on_any = self._noted_on_any or self._world.any_rank(self._noted_here)
         return self._noted_on_any
 

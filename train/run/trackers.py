@@ -1,8 +1,8 @@
 """Trackers: TensorBoard and Weights & Biases receive the lines of metrics.jsonl too.
 
 Both packages are in the extra `log` and are imported only when used. metrics.jsonl has everything
-that a tracker has, and nothing is read back from a tracker. A resumed run goes on in the same
-tracker.
+that a tracker has, and nothing is read back from a tracker. A resumed run continues in the
+same run of the tracker.
 """
 
 import importlib.util
@@ -80,7 +80,8 @@ def check_trackers(config: TrainConfig) -> None:
         if not is_requested:
             continue
         found = importlib.util.find_spec(package)
-        # wandb makes a folder `wandb` in the working directory. It is found, but has no origin.
+        # wandb makes a folder `wandb` in the working directory. find_spec then finds a namespace
+        # package, which has no origin.
         if found is None or found.origin is None:
             raise InputError(
                 f"{package}: expected an installed {package}, found none; "

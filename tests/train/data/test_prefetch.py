@@ -46,7 +46,7 @@ def test_prefetch_reads_two_batches_ahead_in_another_thread():
         assert seen == [(5, False), (6, False), (7, False)]
 
 
-def test_error_is_raised_when_its_step_is_asked_for():
+def test_error_is_raised_when_its_step_is_requested():
     def read(step):
         if step == 1:
             raise OSError("the disk is gone")

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.plain
 
 
 class Work:
-    """A pending all-reduce. Its sum of two equal ranks arrives when it is waited for."""
+    """A pending all-reduce of two equal ranks. `wait` replaces the tensor by the sum."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor

@@ -163,7 +163,7 @@ def test_any_engine_resumes_a_run_of_any_other(before, after, once, launch, tmp_
 
 
 def test_weights_are_the_same_before_the_first_step(once):
-    """Whatever engine writes them: no row is reordered."""
+    """Each engine writes the rows in the same order."""
     folders = [
         once("gpt2", engine) / "checkpoints" / "step-0" for engine in ("single", "tensor", "hsdp")
     ]
@@ -208,7 +208,7 @@ def backward(engine: SingleProcess, *, num_micro_batches: int = 3) -> torch.Tens
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_gradients_of_equal_ranks_are_those_of_one_process(precision, reduced):
+def test_gradients_of_equal_ranks_match_one_process(precision, reduced):
     single = engine_of("single", precision=precision)
     ddp = engine_of("ddp", precision=precision)
     for _ in range(2):

@@ -98,7 +98,7 @@ def test_checkpoints_of_other_models_and_steps_raise(run):
     ):
         load_weights(folder, wider)
     with pytest.raises(
-        InputError, match="expected the checkpoint of that step, got that of step 1"
+        InputError, match="expected the checkpoint of the step in its name, got step 1"
     ):
         load_checkpoint(folder.rename(folder.with_name("step-2")), engine, optimizer)
     with pytest.raises(InputError, match="expected a checkpoint in it, found none"):

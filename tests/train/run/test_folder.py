@@ -37,7 +37,7 @@ def run(tmp_path, dataset) -> Path:
 
 
 def change(run: Path, **changes) -> None:
-    """Change fields of config.json, None: delete; a dictionary changes fields of a field."""
+    """Change fields of config.json. None deletes a field; a dictionary changes entries of it."""
     record = json.loads((run / "config.json").read_text())
     for key, value in changes.items():
         if isinstance(value, dict):
@@ -147,7 +147,7 @@ def test_a_dataset_that_cannot_be_built_again_raises(run, dataset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer_sha256": "0" * 64}, "expected shards of tokenizer 000000000000 as"),
+        ({"tokenizer_sha256": "0" * 64}, "expected tokenizer 000000000000, with which"),
         ({"tokens": {"train": 5}}, "expected 5 training and .* validation tokens as .*, got"),
     ],
 )
@@ -157,9 +157,32 @@ def test_another_dataset_raises(run, changes, message):
         open_recorded_dataset(read_run(run), run)
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "added", "message"),
+    [
+        ("bytes", "", None),
+        ("bytes", "more text", "expected .* training and .* validation tokens as .*, got"),
+        ("chars", "", "expected tokenizer .*, with which"),
+    ],
+)
+def test_a_dataset_built_again_must_equal_the_recorded_one(
+    tokenizer, added, message, run, dataset, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    shutil.rmtree(dataset.path)
+    corpus.write_text(corpus.read_text() + added)
+    change(run, train={"data": [str(corpus)], "tokenizer": tokenizer})
+    if message is None:
+        found = open_recorded_dataset(read_run(run), run, progress=False)
+        assert found.tokenizer.sha256 == dataset.tokenizer.sha256
+        return
+    with pytest.raises(InputError, match=message):
+        open_recorded_dataset(read_run(run), run, progress=False)
+
+
 @pytest.mark.parametrize("found", ["next to the run", "built again"])
 def test_a_run_of_an_older_version_resumes(found, tmp_path, tritium, monkeypatch):
-    """Its dataset is not where it was. The loss is the one that the older version reached."""
+    """Its dataset was moved or deleted. The loss matches the loss of the older version."""
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     run = tmp_path / "moved" / "run"
     shutil.copytree(OLD_RUN / "run", run)

@@ -137,7 +137,7 @@ def test_step_skipped_by_float16_has_no_grad_norm(tmp_path):
     assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path)[0]] == [(5.0, None)]
 
 
-def test_on_cuda_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
+def test_on_cuda_reading_does_not_wait_for_the_newest_step(tmp_path, monkeypatch):
     """With fake CUDA events that record the order of waits."""
     waited = []
 
