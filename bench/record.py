@@ -83,7 +83,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any]:
-    """Read a record. Raises: InputError for another kind or format, or a file that is no JSON."""
+    """Read a record. Raises: InputError for another kind or format, or a file that is not JSON."""
     record = _read(path)
     found = record.get("kind"), record.get("format")
     if found != (kind, FORMAT):

@@ -5,10 +5,10 @@ compile with torch.compile(fullgraph=True).
 """
 
 if "." not in __name__:
-    # Python was started in the repository root and something imports `kernels`: transformers looks
-    # for the PyPI package of that name. It treats a module without __file__ and __version__ as not
-    # installed. Other programs get the error below.
-    del __file__
+    # Python was started in the repository root, and a program imports `kernels`. transformers looks
+    # for the PyPI package of that name; a module without a version is not installed for it. All
+    # other imports get the error below, and no file of this folder is imported a second time.
+    __path__ = []
 
     def __getattr__(name):
         if name.startswith("__"):

@@ -81,8 +81,8 @@ def _repair_repeated_work() -> None:
 
     interpreter._get_np_dtype = cached_numpy_dtype
 
-    # Patches of triton.language, applied again for each function that a kernel calls. If the launch
-    # of the kernel has applied them already, the first builtin of the package is no builtin now.
+    # The interpreter patches triton.language again for each function that a kernel calls. A patch
+    # replaces the builtins. So if the first builtin is replaced, the patch is applied already.
     first_builtins = {}
     patch = interpreter._patch_builtin
 

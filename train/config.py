@@ -47,7 +47,7 @@ class ExecutionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What the run writes, and when."""
+    """The files and messages that the run writes, and how often."""
 
     out: str | None = None
     """Folder of the run. Default: the next free runs/RECIPE-N."""

@@ -62,7 +62,7 @@ def test_a_missing_causal_mask_exceeds_the_bound_of_bfloat16(monkeypatch):
     config = CONFIG.with_options(precision="bfloat16")
     assert agreement(config)["gradient_gap"] > 1e-4, "bfloat16 had no effect"
 
-    # Of the baseline only: on a CPU tritium's attention is PyTorch's too.
+    # Only in the baseline's module: on a CPU tritium's attention is PyTorch's function too.
     def unmasked(q, k, v, **_):
         return F.scaled_dot_product_attention(q, k, v)
 
