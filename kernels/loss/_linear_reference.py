@@ -108,7 +108,10 @@ def _reference_blocks(
         # its gradients
         dlogits = block_dlogits(p, s, index[rows], top + log_sum, scale[rows], options)
         if dx.numel():
-            dx[rows] = dlogits @ wide_weight
+            if dx.dtype == dlogits.dtype:
+                torch.mm(dlogits, wide_weight, out=dx[rows])
+            else:
+                dx[rows] = dlogits @ wide_weight
         if dw.numel():
             dw[:V].addmm_(dlogits.t(), wide_x)
         if db.numel():

@@ -1,6 +1,7 @@
 """Launchers of the kernels of cross_entropy and linear_cross_entropy, and their launch sizes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from .options import LossOptions
 
 # Bytes of one load of one lane. Its address must be a multiple of this.
 LOAD_BYTES = 16
-# Bytes of rows that all running programs of the in-place kernel may hold. It reads each row twice;
-# the second read comes from the L2 cache if the rows in flight fit. The cache has 40 MB on an A100
-# and 50 MB on an H100 or H200. An estimate: the rest is for other data.
-ROWS_IN_FLIGHT_BYTES = 30_000_000
+# Bytes of rows that all running programs of the in-place kernel may hold, by the start of the
+# architecture's name. The kernel reads each row twice; the second read comes from the L2 cache if
+# the rows in flight fit. Estimates: 60 % of the L2 cache of a B200 (126 MB), and of an H100 or H200
+# (50 MB).
+ROWS_IN_FLIGHT_BYTES = {"sm_100": 75_000_000, "sm_": 30_000_000, "gfx": 30_000_000}
 # Elements of a program that owns several short rows.
 SHORT_ROWS_ELEMENTS = 1_024
 REDUCE_BLOCK, SCALE_BLOCK = 8_192, 2_048
@@ -94,11 +96,9 @@ def plan(V: int, itemsize: int, architecture: str, *, sms: int = 0) -> Tile:
             kernel reads each row once.
     """
     vec = LOAD_BYTES // itemsize
-    choices = next(rows for name, rows in LANES.items() if architecture.startswith(name))
-    choice = next(
-        (row for row in choices if row.programs * sms * V * itemsize <= ROWS_IN_FLIGHT_BYTES),
-        choices[-1],
-    )
+    choices = _of(architecture, LANES)
+    most = _of(architecture, ROWS_IN_FLIGHT_BYTES) // (V * itemsize)  # rows in flight
+    choice = next((row for row in choices if row.programs * sms <= most), choices[-1])
     block_v = choice.lanes * vec
     if block_v <= V:
         unroll = max(size for size in (1, 2, 4) if size <= choice.unroll and size * block_v <= V)
@@ -106,6 +106,11 @@ def plan(V: int, itemsize: int, architecture: str, *, sms: int = 0) -> Tile:
     block_v = next_power_of_2(max(V, 16))
     block_m = SHORT_ROWS_ELEMENTS // block_v
     return Tile(block_m=block_m, lanes=choice.lanes, unroll=1, block_v=block_v, vec=vec)
+
+
+def _of(architecture: str, table: dict[str, Any]) -> Any:
+    """Return the first value whose key `architecture` starts with."""
+    return next(value for name, value in table.items() if architecture.startswith(name))
 
 
 def empty_gradient(logits: Tensor) -> Tensor:

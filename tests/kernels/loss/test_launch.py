@@ -30,7 +30,7 @@ def test_rows_in_flight_of_the_in_place_kernel_fit_the_l2_cache(V, itemsize, lan
     tile = plan(V, itemsize, "sm_90", sms=132)
     assert tile.lanes == lanes
     programs = {(128, 4): 5, (512, 2): 2, (512, 4): 1}[lanes, tile.unroll]
-    assert programs * 132 * V * itemsize <= ROWS_IN_FLIGHT_BYTES
+    assert programs * 132 * V * itemsize <= ROWS_IN_FLIGHT_BYTES["sm_"]
     assert plan(V, itemsize, "sm_90").lanes == 128, "other kernels read each row once"
 
 
