@@ -98,7 +98,7 @@ def _embedding_bwd_long_runs_kernel(
     keys_ptr, partial_ptr, dweight_ptr,
     N, V, D,
     IS_ADDED: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The program of a piece adds up the partial sums of the run that begins there and goes on."""
     piece = tl.program_id(0)
@@ -107,13 +107,25 @@ def _embedding_bwd_long_runs_kernel(
     before = tl.load(keys_ptr + piece * PIECE - 1, mask=piece > 0, other=-1)
     goes_on = tl.load(keys_ptr + after, mask=after < N, other=-1) == key
     if goes_on & (key != before) & (key >= 0) & (key < V):
+        # the number of pieces to which the run goes on
+        count = 0
+        for start in range(after, N, PIECE * BLOCK_P):
+            offs = start + tl.arange(0, BLOCK_P) * PIECE
+            same = tl.load(keys_ptr + offs, mask=offs < N, other=-1) == key
+            count += tl.sum(same.to(tl.int32), axis=0)
+
+        # the sums of these pieces, then that of the first
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < D
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, count, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            slot = 2 * (piece + 1 + offs_m).to(tl.int64)
+            partial_ptrs = partial_ptr + (slot * D)[:, None] + offs_n[None, :]
+            acc += tl.load(
+                partial_ptrs, mask=(offs_m < count)[:, None] & mask_n[None, :], other=0.0
+            )
         slot = (2 * piece + 1).to(tl.int64)
         total = tl.load(partial_ptr + slot * D + offs_n, mask=mask_n, other=0.0)
-        while goes_on:
-            slot = (2 * (after // PIECE)).to(tl.int64)
-            total += tl.load(partial_ptr + slot * D + offs_n, mask=mask_n, other=0.0)
-            after += PIECE
-            goes_on = tl.load(keys_ptr + after, mask=after < N, other=-1) == key
+        total += tl.sum(acc, axis=0)
         _store_row(dweight_ptr, key, total, D, offs_n, IS_ADDED)

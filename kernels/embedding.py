@@ -131,7 +131,9 @@ BLOCK_COLUMNS, TILE_ELEMENTS = 256, 2_048
 # Sorted tokens per piece, and rows of dy that a program of the backward loads at once. The most
 # frequent token of English text is 5 % of all tokens: without pieces one program would add 1,600 of
 # 32,768 rows, and the others would have finished.
-PIECE, BLOCK_ROWS = 128, 8
+PIECE, BLOCK_ROWS = 128, 4
+# Pieces in which a program looks for the end of its run at once.
+PIECES_PER_STEP = 256
 
 
 def launch_fwd(
@@ -193,13 +195,15 @@ def _launch_sums(
         "keys_ptr": keys, "partial_ptr": partial, "dweight_ptr": dweight,
         "N": N, "V": dweight.shape[0], "D": D,
         # One warp per program: its lanes load 16 bytes of 16-bit elements.
-        "IS_ADDED": is_added, "PIECE": PIECE, "BLOCK_N": block_n, "num_warps": 1,
+        "IS_ADDED": is_added, "PIECE": PIECE, "BLOCK_M": BLOCK_ROWS, "BLOCK_N": block_n,
+        "num_warps": 1,
     }  # fmt: skip
     _embedding_bwd_kernel[(N, cdiv(D, block_n))](
-        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), BLOCK_M=BLOCK_ROWS, **arguments
+        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), **arguments
     )
     if pieces > 1:
-        _embedding_bwd_long_runs_kernel[(pieces - 1, cdiv(D, block_n))](**arguments)
+        grid = (pieces - 1, cdiv(D, block_n))
+        _embedding_bwd_long_runs_kernel[grid](BLOCK_P=PIECES_PER_STEP, **arguments)
 
 
 def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:

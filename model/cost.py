@@ -204,8 +204,8 @@ def _logits_bytes(config: GPTConfig, N: int, itemsize: int) -> int:
 
     A chunk has logits, and a softmax that its gradient overwrites. With several chunks, the next
     logits are allocated before the softmax is freed. In 16 bits the weight is rounded to 16 bits.
-    The reference casts it back to float32, and has float32 rows of x and dx; the kernels do not, but
-    have larger chunks.
+    The reference then has float32 copies of the weight and of a chunk of x and dx. The kernels do
+    not, but have larger chunks.
     """
     D = config.d_model
     V = config.vocab_size

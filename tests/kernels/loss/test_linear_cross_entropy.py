@@ -336,7 +336,7 @@ def test_gradient_of_a_float32_weight_is_not_rounded_to_the_dtype_of_x(reduction
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("V", "padded"), [(5, 6), (65, 128), (1030, 1088), (1024, 2100)])
 def test_padding_rows_of_the_weight_change_nothing(V, padded, reduction, dtype, device):
-    """The padding would win every softmax. Only the rounding of matmuls may depend on their size."""
+    """The padding would win every softmax. Rounding in matmuls may depend on their size."""
     (x, weight, bias), target, _ = tensors(9, 4, padded, dtype, device)
     target = (target % V).where(target >= 0, OPTIONS[-1]["ignore_index"])
     weight[V:] = 1e3
