@@ -207,14 +207,15 @@ def _launch_sums(
 
 
 def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:
-    """Return the least bytes to move, and the FLOPs, for float32 weights without positions.
+    """Return the least bytes to move, and the FLOPs, for float32 weights.
 
-    `itemsize` is that of y. Each row of dweight is written once.
+    `itemsize` is that of y. Each row of dweight is written once. The position weight is small and
+    not counted.
     """
     return {
         "fwd_bytes": N * D * (4 + itemsize),
         "bwd_bytes": N * D * itemsize + 4 * V * D,
-        "fwd_flops": 0,
+        "fwd_flops": N * D,
         "bwd_flops": N * D,
     }
 

@@ -5,6 +5,7 @@ from .attention import ATTENTION
 from .attention_decode import ATTENTION_DECODE
 from .attention_varlen import ATTENTION_VARLEN
 from .case import Operator
+from .embedding import EMBEDDING
 from .rotary import ROTARY
 from .swiglu_mlp import SWIGLU_MLP
 
@@ -15,6 +16,7 @@ OPERATORS: dict[str, Operator] = {
         layer_norm.ADD_LAYER_NORM,
         rms_norm.RMS_NORM,
         rms_norm.ADD_RMS_NORM,
+        EMBEDDING,
         ROTARY,
         ATTENTION,
         ATTENTION_VARLEN,
