@@ -280,14 +280,19 @@ def _read(
     for row, start, count in rows:
         row[: count + 1] = stream.read(start, start + count + 1)
         row[count + 1 :] = 0
-    if sorted_rows is None:
-        return Batch(windows, num_targets)
-    orders = torch.empty((len(indices), context_tokens), dtype=torch.int32, pin_memory=pinned)
-    for first in range(0, len(indices), sorted_rows):
+    orders = None if sorted_rows is None else token_orders(windows, sorted_rows, pinned)
+    return Batch(windows, num_targets, orders, sorted_rows or 1)
+
+
+def token_orders(windows: Tensor, sorted_rows: int, pinned: bool = False) -> Tensor:
+    """Sort the inputs of each group of `sorted_rows` windows: `orders` of a Batch."""
+    inputs = windows.numpy()[:, :-1]
+    orders = torch.empty(inputs.shape, dtype=torch.int32, pin_memory=pinned)
+    for first in range(0, len(inputs), sorted_rows):
         group = slice(first, first + sorted_rows)
-        order = np.argsort(windows.numpy()[group, :-1], axis=None, kind="stable")
-        orders.numpy()[group] = order.reshape(-1, context_tokens)
-    return Batch(windows, num_targets, orders, sorted_rows)
+        order = np.argsort(inputs[group], axis=None, kind="stable")
+        orders.numpy()[group] = order.reshape(-1, inputs.shape[1])
+    return orders
 
 
 def document_starts(tokens: Tensor, separator: int) -> Tensor:
