@@ -16,21 +16,24 @@ def _embedding_fwd_kernel(
     mask_m = offs_m < N
     mask_n = (offs_n < D)[None, :]
 
+    # the rows of the tokens
     token = tl.load(tokens_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     is_valid = (token >= 0) & (token < V)
     weight_ptrs = weight_ptr + (token * stride_wv)[:, None] + offs_n[None, :]
     y = tl.load(weight_ptrs, mask=(mask_m & is_valid)[:, None] & mask_n, other=0.0).to(tl.float32)
 
+    # the rows of the positions
     if position_weight_ptr is not None:
         if position_ptr is not None:
             position = tl.load(position_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
         else:
             position = offs_m % T
         is_valid = is_valid & (position >= 0) & (position < C)
-        weight_ptrs = position_weight_ptr + (position * stride_pc)[:, None] + offs_n[None, :]
+        position_ptrs = position_weight_ptr + (position * stride_pc)[:, None] + offs_n[None, :]
         mask = (mask_m & is_valid)[:, None] & mask_n
-        y += tl.load(weight_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(position_ptrs, mask=mask, other=0.0).to(tl.float32)
 
+    # an invalid index gives NaN
     y = tl.where(is_valid[:, None], y, float("nan")).to(y_ptr.dtype.element_ty)
     y_ptrs = y_ptr + (offs_m * D)[:, None] + offs_n[None, :]
     tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n)

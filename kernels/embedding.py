@@ -1,26 +1,30 @@
-"""Embedding of tokens, with the addition of learned positions and the cast to the dtype of a model.
+"""Embedding of tokens: lookup, addition of learned positions, and cast to the dtype of the model.
 
     forward    y[n] = weight[token[n]] + position_weight[position[n]]
     backward   dweight[v] = sum of dy[n] over all n with token[n] = v; the same for position_weight
 
-Order      `order` is the stable sort of the tokens: equal tokens follow each other, in the order of
-           their positions. A run is a group of equal tokens. One program adds the rows of dy of a
-           run, always in the same order, without atomics: the gradient is deterministic. A data
-           loader can sort on the host; order_of(tokens) is that order.
-Long runs  The sorted tokens are divided into pieces. A run that crosses into the next one leaves a
-           partial sum per piece. A second kernel adds these sums.
+Order      The backward takes the tokens in sorted order. A run is a group of equal tokens. One
+           program sums the rows of dy of a run, always in the same order and without atomics: the
+           gradient is deterministic. The sort is stable, so a data loader can compute the same
+           order on the host.
+Long runs  The sorted tokens are divided into pieces. A run that crosses into the next piece leaves
+           a partial sum per piece. A second kernel adds these sums.
 Shapes     tokens, position, order: (N,)   weight: (V, D)   position_weight: (C, D)   y, dy: (N, D)
            Without `position`, token n has position n mod T: sequences of T tokens. Then
            dposition_weight is a sum over sequences, which PyTorch computes.
+Head       A head can share the weight. Then its gradient comes first, and the backward adds to it
+           in place: see return_weight.
 Precision  any float dtype in and out; sums in float32
-Invalid    On a GPU, a token outside [0, V) or a position outside [0, C) makes the row of y NaN and
-           adds to no gradient. CPUs raise IndexError.
+Invalid    On a GPU, a token outside [0, V) or a position outside [0, C) makes the row of y NaN. The
+           table without such a row gets no gradient from it. CPUs raise IndexError.
 Cost       memory-bound; cost() gives bytes. Estimates for N = 65,536, D = 768, V = 50,304, float32
            weights, 16-bit y and sequences of 1,024 tokens on an H200 (4.8 TB/s):
-             forward    6 N D = 302 MB, 63 us. Lookup, lookup, addition and cast in four passes
-                        would move 22 N D = 1,107 MB, 231 us
-             backward   4 N D + 4 V D + rows of the tokens = 355 MB + at most 155 MB, 74 to 106 us:
-                        dy is read for each weight, and dweight is filled with zeros first
+             forward    6 N D = 302 MB, 63 us. PyTorch's two lookups, addition and cast move
+                        22 N D = 1,107 MB, 231 us
+             backward   2 N D for each table = 201 MB; 4 V D = 155 MB to fill dweight with zeros; at
+                        most 155 MB for the rows with tokens: 74 to 107 us
+             with the gradient of a head: 201 MB, and at most 309 MB for the rows with tokens: 42 to
+                        106 us
 """
 
 import torch
@@ -255,9 +259,10 @@ def _grad(ctx, dy, dhead=None):
     if needs_position_weight and position is not None:
         dposition = _bwd(dy, position, None, ctx.position_rows, ctx.weight_dtype)
     elif needs_position_weight:
-        sums = wide(dy[:0]).dtype
+        sums = torch.promote_types(dy.dtype, torch.float32)
         dposition = dy.unflatten(0, (-1, ctx.T)).sum(0, dtype=sums).to(ctx.weight_dtype)
-        dposition = F.pad(dposition, (0, 0, 0, ctx.position_rows - ctx.T))
+        if ctx.position_rows > ctx.T:
+            dposition = F.pad(dposition, (0, 0, 0, ctx.position_rows - ctx.T))
     return None, dweight, None, dposition, None, None, None
 
 
@@ -265,7 +270,7 @@ _fwd.register_autograd(_grad, setup_context=_save)
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """embedding_fwd, and the weight for the head, whose gradient the backward then receives."""
+    """Return y, and the weight for a head. The backward gets the head's gradient of the weight."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -296,14 +301,16 @@ def embedding(
     Args:
         tokens: (..., T), int64 or int32.
         weight: (V, D), float32, bfloat16 or float16 (on the CPU also float64), device of tokens.
-        position: (T,) or shape of tokens, int64 or int32. Default: 0 to T - 1.
+        position: (T,) or shape of tokens, int64 or int32; the backward sorts it. Default: 0 to
+            T - 1.
         position_weight: (C, D), dtype and device of weight. Default: no positions are added.
         order: (N,) int64 or int32 for N tokens: `order_of(tokens)`, the stable sort of all tokens,
             flattened. Another order gives wrong gradients. Default: the backward sorts the tokens.
         dtype: dtype of the result; default: that of weight. Gradients have the dtype of weight.
-        return_weight: also return `weight`, for a head that shares it. Only the head may use it.
-            The backward then adds to the head's gradient of the weight in place, where autograd
-            would fill a tensor with zeros and add two of them: 16 V D bytes less in float32.
+        return_weight: also return `weight`, for a head that shares it. Pass it to one operator that
+            returns its gradient in a new tensor, such as linear_cross_entropy. The backward adds to
+            this tensor in place. Autograd would fill a second tensor with zeros and add both, which
+            moves 16 V D bytes more in float32.
     Returns: (..., T, D), contiguous; with return_weight also a view of weight.
     Raises: ValueError if shapes, dtypes or devices do not match. IndexError on the CPU for a token
         or position outside its table; on other devices its row is NaN and adds to no gradient.
@@ -319,8 +326,8 @@ def embedding(
     if position is not None:
         position = position.expand(tokens.shape).reshape(-1).contiguous()
     T = max(1, tokens.shape[-1]) if tokens.ndim else 1
-    rows = tokens.reshape(-1).contiguous()
-    inputs = (rows, weight, position, position_weight, order, T, dtype or weight.dtype)
+    flat_tokens = tokens.reshape(-1).contiguous()
+    inputs = (flat_tokens, weight, position, position_weight, order, T, dtype or weight.dtype)
 
     # Look up.
     if return_weight and torch.is_grad_enabled() and not _fwd.uses_composite(*inputs):

@@ -29,11 +29,11 @@ def check_linear(
             f"{name}: bias must have shape ({weight.shape[0]},) to match weight "
             f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
-    if weight.dtype not in (x.dtype, torch.float32) or x.dtype.itemsize > weight.dtype.itemsize:
-        allowed = f"{x.dtype} or torch.float32" if x.dtype.itemsize == 2 else x.dtype
+    allowed = [x.dtype, torch.float32] if x.dtype.itemsize == 2 else [x.dtype]
+    if weight.dtype not in allowed:
         raise ValueError(
-            f"{name}: weight must be {allowed} to match x, got {weight.dtype}; "
-            "convert it, or use torch.autocast"
+            f"{name}: weight must be {' or '.join(map(str, allowed))} to match x, "
+            f"got {weight.dtype}; convert it, or use torch.autocast"
         )
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(

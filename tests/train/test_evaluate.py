@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tritium.kernels.embedding import order_of
 from tritium.model import GPT, GPTConfig
-from tritium.train.data.loader import Batch
+from tritium.train.data.loader import Batch, token_orders
 from tritium.train.evaluate import batch_loss, evaluate
 
 pytestmark = pytest.mark.plain
@@ -46,3 +47,23 @@ def test_with_a_separator_documents_do_not_attend_to_each_other():
         expected, rel=1e-5
     )
     assert batch_loss(model, batch, None).item() != pytest.approx(expected, rel=1e-3)
+
+
+def test_loss_passes_the_order_of_a_sorted_batch():
+    seen = []
+
+    class Model(GPT):
+        def forward(self, *tokens, **options):
+            seen.append(options)
+            return super().forward(*tokens, **options)
+
+    model = Model(GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=30, context_tokens=8))
+    windows = torch.randint(30, (4, 9))
+    plain = Batch(windows, np.full(4, 8))
+    ordered = Batch(windows, np.full(4, 8), token_orders(windows, 2), 2)
+    for separator in (None, 7):
+        losses = [batch_loss(model, batch[:2], separator) for batch in (plain, ordered)]
+        assert torch.equal(*losses)
+        without, given = seen[-2:]
+        assert "token_order" not in without
+        assert torch.equal(given["token_order"].long(), order_of(windows[:2, :-1]))

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -109,3 +111,16 @@ def test_frozen_weights_get_no_gradient(model):
     copy(TOKENS, TOKENS).backward()
     assert model.h[0].mlp.c_fc.weight.grad is None
     assert model.h[1].mlp.c_fc.weight.grad is not None
+
+
+@pytest.mark.parametrize("is_operator", [False, True])
+def test_gradient_of_the_shared_weight_is_not_rounded_to_16_bits(model, is_operator, monkeypatch):
+    """Neither are its two parts, from the embedding and from the head."""
+    embedding = sys.modules["tritium.kernels.embedding"]
+    monkeypatch.setattr(embedding._fwd, "_composite_if", lambda *_: not is_operator)
+    copy = working_copy(model, torch.bfloat16)
+    copy(TOKENS, TOKENS.flip(1)).backward()
+    gradient = model.wte.weight.grad
+    assert gradient.dtype == torch.float32
+    is_rounded = gradient[:20] == gradient[:20].bfloat16().float()
+    assert is_rounded.float().mean() < 0.1

@@ -544,6 +544,20 @@ def test_kernels_take_the_stated_fraction_of_the_unfused_memory(D, N, fraction, 
     assert peak_bytes(fused_rows(launch_rows_bwd), N, *sizes) <= found + 4 * N
 
 
+@pytest.mark.plain
+def test_kernels_hold_a_16_bit_copy_of_a_float32_weight_as_cost_states(monkeypatch):
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(MODULE, "matmul_out", lambda a, b, out, accumulate=False: None)
+    N, D, V = 16_384, 768, 50_304
+    x = torch.empty(N, D, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(V, D, device="meta")
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    with Held(x, weight, target) as held:
+        launch_fwd(x, weight, target, None, LossOptions(), 50_257, True, True)
+    stated = cost(N, D, V, 2, weight_itemsize=4)
+    assert held.most == stated["workspace_bytes"] + stated["saved_bytes"] + 4 * N
+
+
 def test_saves_only_the_gradients_that_the_backward_needs(device):
     (x, weight, bias), target, _ = tensors(9, 4, 12, torch.float32, device)
     kept = []
