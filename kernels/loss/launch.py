@@ -20,8 +20,8 @@ from .options import LossOptions
 # Bytes of one load of one lane. Its address must be a multiple of this.
 LOAD_BYTES = 16
 # Bytes of rows that all running programs of the in-place kernel may hold, by the start of the
-# architecture's name. The kernel reads each row twice; the second read comes from the L2 cache if
-# the rows in flight fit. Estimates: 60 % of the L2 cache of a B200 (126 MB), and of an H100 or H200
+# architecture's name. The kernel reads each row twice. The second read comes from the L2 cache if
+# the rows in flight fit. Estimates: 60 % of the L2 cache of a B200 (126 MB) and of an H100 or H200
 # (50 MB).
 ROWS_IN_FLIGHT_BYTES = {"sm_100": 75_000_000, "sm_": 30_000_000, "gfx": 30_000_000}
 # Elements of a program that owns several short rows.
@@ -34,8 +34,8 @@ class Lanes:
     """The threads of a program that owns one long row.
 
     lanes: threads per program.   unroll: loads that a lane has in flight.
-    programs: programs of the in-place kernel that run on a multiprocessor at once. Its registers
-        limit them: for sm_90 it takes 96, 64 and 98 with Triton 3.7.1.
+    programs: programs of the in-place kernel that run on a multiprocessor at once. The registers
+        of their lanes limit them.
     """
 
     lanes: int
@@ -50,9 +50,10 @@ class Lanes:
 #             that an H200 needs to load the logits. With eight loads, fewer programs fit on a
 #             multiprocessor. On AMD, with all options and 16-bit logits, four loads spill 16 to 68
 #             bytes, two loads at most 8.
-#   lanes     V = 50,304 in 16 bits on 132 multiprocessors: 5 programs of 128 lanes hold 66 MB of
-#             rows, 2 programs of 512 lanes hold 27 MB. Both have 32 KB or more of loads in flight
-#             on a multiprocessor; 4.8 TB/s and 700 ns of latency need 25 KB.
+#   lanes     A row of V = 50,304 logits in 16 bits has 100,608 bytes. With 5 programs of 128 lanes
+#             on each of 132 multiprocessors, 66 MB of rows are in flight. With 2 programs of 512
+#             lanes it is 27 MB. Both have at least 32 KB of loads in flight on a multiprocessor;
+#             4.8 TB/s and 700 ns of latency need 25 KB.
 LANES = {
     "sm_": (
         Lanes(lanes=128, unroll=4, programs=5),

@@ -53,7 +53,7 @@ def tensors(B, T, V, D, dtype, device):
 
 
 def torch_embedding(tokens, weight, *, position=None, position_weight=None, order=None, dtype=None):
-    """The same by PyTorch. Its sums are in float32 if the weights are."""
+    """Compute the same with PyTorch. It sums gradients in the dtype of the weights."""
     y = F.embedding(tokens, weight)
     if position_weight is not None:
         if position is None:
@@ -97,7 +97,7 @@ def assert_all_accurate(tokens, weight, position_weight, dy, *, order=None, **op
 @pytest.mark.plain
 @pytest.mark.parametrize("is_dispatched", [False, True])
 def test_gradients_match_finite_differences(is_dispatched, monkeypatch):
-    """Those of the operator, and those of the functions that replace it on a CPU."""
+    """Test the operator, and the PyTorch functions that replace it on a CPU."""
     monkeypatch.setattr(MODULE._fwd, "_composite_if", lambda *_: not is_dispatched)
     tokens, weight, table, _ = tensors(2, 3, 4, 5, torch.float64, "cpu")
     position = torch.tensor([[0, 1, 2], [0, 0, 1]])
@@ -275,6 +275,7 @@ def test_compiles_as_one_graph_with_bitwise_equal_reruns(backend, device):
 
 
 def test_compiles_once_for_any_number_of_sequences(device):
+    torch._dynamo.reset()
     compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager", dynamic=True)
     for B in (2, 3, 5):
         inputs = tensors(B, 6, 7, 8, torch.float32, device)
@@ -352,7 +353,7 @@ def tied_loss(tokens, weight, table, matrix, target, *, is_tied, order=None):
     "backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.plain)]
 )
 def test_gradients_of_embedding_and_head_are_added_in_place(backend, device, monkeypatch):
-    """Bitwise those of autograd, which adds two tensors: one addition per element in both."""
+    """The sum is bitwise that of autograd, which adds two tensors."""
     monkeypatch.setattr(MODULE._fwd, "_composite_if", lambda *_: False)
     tokens, weight, table, _ = tensors(2, 20, 13, 8, torch.float32, device)
     tokens %= 11
@@ -387,7 +388,7 @@ def test_shared_weight_gets_its_gradient_without_a_head(device):
 
 @pytest.mark.plain
 def test_sharing_the_weight_saves_a_tensor_of_its_size(monkeypatch):
-    """The gradient of the embedding is added to that of the head; there is no second tensor."""
+    """The gradient of the embedding needs no tensor of its own."""
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     V, D, N = 1000, 64, 32
     weight = torch.empty(V, D, device="meta")

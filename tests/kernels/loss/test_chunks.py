@@ -44,7 +44,7 @@ def test_chunks_of_many_rows_are_whole_waves(D, rows, tiles):
     ],
 )
 def test_batches_take_the_fewest_waves(D, N, rows, expected):
-    """Fewer waves are impossible: so many tiles need them even in one chunk."""
+    """One chunk of all rows would need as many."""
     assert plan(N, V, D, SMS) == rows
     assert waves(N, D, rows) == expected == cdiv(N // 128 * cdiv(D, 256), SMS)
     assert expected <= waves(N, D, 4_096)
@@ -61,7 +61,7 @@ def test_rows_are_bounded_and_fill_tiles():
 
 
 def test_chunks_are_equal_if_that_costs_no_wave():
-    """12 chunks of 43 row tiles, where 44 would be whole waves and leave 28 for the last chunk."""
+    """With 44 row tiles per chunk, whole waves, the last of 12 chunks would have 28."""
     assert plan(65_536, V, 768, SMS) == 43 * 128
     assert plan(MAX_CHUNK_ROWS + 1, V, 256, SMS) == 2_944, "two chunks of 22.5 tiles"
 

@@ -22,7 +22,7 @@ from tests.kernels.loss.cases import (
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import disassemblies, resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
-from tritium.bench.codegen.machine_code import access_bytes, hottest_loop
+from tritium.bench.codegen.machine_code import access_bytes, hottest_loop, occupancy
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.loss.cross_entropy import (
     BLOCK_ELEMENTS,
@@ -32,10 +32,11 @@ from tritium.kernels.loss.cross_entropy import (
     launch_bwd,
     launch_fwd,
 )
-from tritium.kernels.loss.launch import launch_rows_fwd_bwd
+from tritium.kernels.loss.launch import LANES, launch_rows_fwd_bwd
 from tritium.kernels.loss.options import LossOptions
 
 MODULE = sys.modules[launch_fwd.__module__]
+LAUNCH = sys.modules[launch_rows_fwd_bwd.__module__]
 # One element; odd sizes; one past a power of two; rows of one tile and of several tiles.
 SHAPES = [(1, 1), (5, 1), (1, 3), (33, 65), (7, 257), (4, 1024), (9, 1031), (3, 9001)]
 
@@ -520,6 +521,16 @@ def test_main_loop_loads_and_stores_16_bytes_at_a_time(V, stride):
     launches = launches_of(8192, V, torch.bfloat16, "sm_90", NO_OPTION, stride)
     for name, text in disassembled(launches):
         assert access_bytes(hottest_loop(text)) == 16, name
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("row", LANES["sm_"])
+def test_in_place_kernel_runs_as_many_programs_as_its_table_says(row, monkeypatch):
+    monkeypatch.setattr(LAUNCH, "LANES", {"sm_": (row,)})
+    launch = launches_of(8192, 50_304, torch.bfloat16, "sm_90", NO_OPTION)[-1]
+    assert launch.kernel.__name__ == "_cross_entropy_fwd_bwd_kernel"
+    used = resources(compile_launch(launch, "sm_90"))
+    assert occupancy(used, row.lanes // 32, "sm_90") == (row.programs, "registers")
 
 
 @pytest.mark.codegen
