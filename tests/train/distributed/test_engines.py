@@ -114,7 +114,7 @@ def test_a_run_matches_a_single_process(engine, once):
     assert_matches_single(once("gpt2", engine), once("gpt2", "single"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "hsdp", "fsdp-tensor"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp-tensor"])
 def test_micro_batches_grouped_heads_and_compiled_code_match_a_single_process(engine, once):
     assert_matches_single(
         once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "single")
