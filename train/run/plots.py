@@ -10,8 +10,8 @@ def plot_loss(run: Path) -> Path:
     from matplotlib.figure import Figure
 
     training, evaluations = read_metrics(run)
-    # Training waits for the plot. pyplot and a computed layout would take longer (0.27 s, not 0.18 s
-    # on an AMD EPYC, 2026-11-26).
+    # Training waits for the plot. pyplot and a computed layout would take longer: 0.27 s, not
+    # 0.18 s (AMD EPYC, 2026-11-26).
     figure = Figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.12, top=0.92)
     axes = figure.subplots()
