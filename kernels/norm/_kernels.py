@@ -7,6 +7,7 @@ rms_norm.py give math, shapes and precision. A pointer of an optional input or o
     residual_ptr and h_ptr are None        no residual is added
     dh_ptr is None                         no gradient reached h itself
     bias_ptr, db_partial_ptr are None      no bias
+    dadded_partial_ptr is None             no gradient of added_bias
 """
 
 from ..core.triton import tl, triton
@@ -56,14 +57,15 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
+    dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p of P owns blocks p, p + P, p + 2 P ... of BLOCK_M rows.
 
-    It writes dx of its rows and one row of partial sums of dw and db.
+    It writes dx of its rows and one row of partial sums each of dw, db and the columns of dx.
     """
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
@@ -71,6 +73,7 @@ def _layer_norm_bwd_kernel(
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dadded = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
@@ -102,8 +105,12 @@ def _layer_norm_bwd_kernel(
         dw += dy * xhat
         if db_partial_ptr is not None:
             db += dy
+        if dadded_partial_ptr is not None:
+            dadded += dx  # 0 in masked rows, because rstd and dh are 0 there
 
     partial_offs = pid.to(tl.int64) * N + offs_n
     tl.store(dw_partial_ptr + partial_offs, tl.sum(dw, axis=0), mask=mask_n)
     if db_partial_ptr is not None:
         tl.store(db_partial_ptr + partial_offs, tl.sum(db, axis=0), mask=mask_n)
+    if dadded_partial_ptr is not None:
+        tl.store(dadded_partial_ptr + partial_offs, tl.sum(dadded, axis=0), mask=mask_n)
