@@ -15,8 +15,8 @@ from ._wide_kernels import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_ker
 # WIDE_BLOCK_N elements (_wide_kernels.py).
 MAX_RESIDENT_WIDTH = 8_192
 WIDE_BLOCK_N = 2_048
-# Elements of a tile: 16 for each of 128 threads. On sm_90 the backward takes up to 128 registers per
-# thread, with all optional sums.
+# Elements of a tile: 16 for each of 128 threads. With all optional sums the backward takes up to
+# 128 registers per thread on sm_90.
 TILE_ELEMENTS = 2_048
 
 
