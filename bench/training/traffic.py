@@ -50,6 +50,7 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...model import PRESETS, GPTConfig, gpt
+from ...model.layers import Branch
 from ...train.commands.cli import parse
 from ..codegen.launches import Launch, RunLaunchers, record_launches
 from ..record import check_writable, provenance, write_record
@@ -182,10 +183,18 @@ def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
     with torch.device("meta"):
         block = gpt.Block(config, layer=0).to(DTYPE)
     tokens = sequences * config.context_tokens
-    branch, stream, dy = (_tensor(tokens, config.d_model, device="meta") for _ in range(3))
+    y, stream, dy = (_tensor(tokens, config.d_model, device="meta") for _ in range(3))
+    # The norms return the gradients of the biases of the layers before them: the first norm that of
+    # the block before, the next block's norm that of this block's MLP.
+    branch = Branch(y, _tensor(config.d_model, device="meta"))
     context = gpt.ForwardContext((sequences, config.context_tokens))
-    inputs = (branch, stream, *block.parameters())
-    return _passes(lambda: block(branch, stream, context), inputs, dy)
+    parameters = [each for each in block.parameters() if each is not block.mlp.c_proj.bias]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        branch_after, stream_after = block(branch, stream, context)
+        return branch_after.y, stream_after
+
+    return _passes(forward, (*branch, stream, *parameters), dy)
 
 
 def eager_passes(config: GPTConfig, sequences: int) -> Passes:
