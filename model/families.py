@@ -65,7 +65,6 @@ def _read_gpt2(fields: Fields) -> GPTConfig:
         vocab_size=fields["vocab_size"],
         context_tokens=fields.get("n_positions") or fields["n_ctx"],
         norm_eps=fields.get("layer_norm_epsilon", 1e-5),
-        tied_head=fields.get("tie_word_embeddings", True),
     )
 
 
@@ -79,13 +78,13 @@ def _write_gpt2(config: GPTConfig) -> Fields:
         "n_positions": config.context_tokens,
         "n_ctx": config.context_tokens,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": config.norm_eps,
+        "layer_norm_epsilon": config.eps,
         # Training with tritium has no dropout.
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
         "scale_attn_weights": True,
-        "tie_word_embeddings": config.tied_head,
+        "tie_word_embeddings": True,
     }
 
 
@@ -119,9 +118,7 @@ def _read_llama(fields: Fields) -> GPTConfig:
     scaling = fields.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise InputError(
-            f"rope_type: expected default, got {kind!r}; tritium does not scale RoPE"
-        )
+        raise InputError(f"rope_type: expected default, got {kind!r}; tritium does not scale RoPE")
     heads = fields["num_attention_heads"]
     head_size = fields.get("head_dim") or fields["hidden_size"] // heads
     if head_size * heads != fields["hidden_size"]:
@@ -143,7 +140,6 @@ def _read_llama(fields: Fields) -> GPTConfig:
         norm="rms",
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         mlp="swiglu",
-        tied_head=fields.get("tie_word_embeddings", False),
     )
 
 
@@ -158,14 +154,14 @@ def _write_llama(config: GPTConfig) -> Fields:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_tokens,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
+        "rms_norm_eps": config.eps,
         # Both spellings: of transformers 5 and of earlier versions.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "rope_theta": config.rope_base,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tied_head,
+        "tie_word_embeddings": True,
     }
 
 
@@ -199,6 +195,7 @@ FAMILIES = {
             "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False,
             "add_cross_attention": False,
+            "tie_word_embeddings": True,
         },
         names=_same_name,
         prefix="transformer.",
@@ -209,7 +206,12 @@ FAMILIES = {
         architecture="LlamaForCausalLM",
         read_config=_read_llama,
         write_config=_write_llama,
-        required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        required={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+        },
         names=_llama_names,
         prefix="model.",
         transposed=None,
@@ -233,7 +235,12 @@ def family_of(config: GPTConfig) -> str:
 
     Raises: InputError if no family of transformers has it.
     """
-    if (config.position, config.norm, config.mlp, config.bias) == ("learned", "layer", "gelu", True):
+    if (config.position, config.norm, config.mlp, config.bias) == (
+        "learned",
+        "layer",
+        "gelu",
+        True,
+    ):
         return "gpt2"
     if (config.position, config.norm, config.mlp) == ("rotary", "rms", "swiglu"):
         return "llama"

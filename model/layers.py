@@ -32,8 +32,6 @@ from .generate import KVCache
 if TYPE_CHECKING:
     from .config import GPTConfig
 
-# RoPE rotates pair i of the K / 2 pairs of a head by the angle position / ROPE_BASE^(2 i / K).
-ROPE_BASE = 10_000.0
 # The hidden width of SwiGLU is a multiple of this. Tensor cores and shards prefer aligned sizes.
 FEEDFORWARD_MULTIPLE = 64
 
@@ -105,13 +103,14 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
+        self.eps = config.eps
 
     def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
         if branch is None:
-            return layer_norm(stream, self.weight, self.bias), stream
+            return layer_norm(stream, self.weight, self.bias, eps=self.eps), stream
         return add_layer_norm(
-            branch.y, stream, self.weight, self.bias, added_bias=branch.added_bias
+            branch.y, stream, self.weight, self.bias, eps=self.eps, added_bias=branch.added_bias
         )
 
 
@@ -121,12 +120,15 @@ class RMSNorm(nn.Module):
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.eps = config.eps
 
     def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
         if branch is None:
-            return rms_norm(stream, self.weight), stream
-        return add_rms_norm(branch.y, stream, self.weight, added_bias=branch.added_bias)
+            return rms_norm(stream, self.weight, eps=self.eps), stream
+        return add_rms_norm(
+            branch.y, stream, self.weight, eps=self.eps, added_bias=branch.added_bias
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +141,13 @@ class NormRow:
     """Whether it has a bias (D,) if config.bias is true."""
     statistics: int
     """Float32 numbers per token that it keeps for its backward."""
+    eps: float
+    """Default of the option `norm_eps`."""
 
 
 NORMS = {
-    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2),
-    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1),
+    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2, eps=1e-5),
+    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1, eps=1e-6),
 }
 
 
@@ -166,16 +170,17 @@ POSITIONS = {
 }
 
 
-def rope_tables(position: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of RoPE's angles.
+def rope_tables(position: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of RoPE's angles position / base^(2 i / K).
 
     Args:
         position: (T,) or (B, T) integers.
         head_size: K.
+        base: as config.rope_base.
     Returns: two tensors (T, K / 2) or (B, T, K / 2), float32.
     """
     pair = torch.arange(0, head_size, 2, device=position.device)
-    angle = position.unsqueeze(-1) * ROPE_BASE ** (-pair / head_size)
+    angle = position.unsqueeze(-1) * base ** (-pair / head_size)
     return angle.cos(), angle.sin()
 
 

@@ -128,7 +128,9 @@ def _open_files(folder: Path) -> dict[str, Callable[[], Tensor]]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                files = {str(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
+                files = {
+                    str(file) for file in json.loads(index.read_bytes())["weight_map"].values()
+                }
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise InputError(f"{index}: expected a weight_map of tensors and files") from None
             read = {}
@@ -210,7 +212,7 @@ def load_into(model: "GPT", source: Source) -> None:
             padding = value.new_zeros(config.padded_vocab_size - config.vocab_size, shape[1])
             value = torch.cat((value, padding))
         model.load_state_dict({name: value}, strict=False, assign=True)
-    source.check_empty(config.tied_head)
+    source.check_empty(is_tied=True)
 
 
 # --- out of a model
