@@ -1,4 +1,4 @@
-"""Read and write models as folders that transformers opens. families.py has the families.
+"""Read and write models as folders that transformers opens. _families.py has the families.
 
     config.json                       the shape
     model.safetensors                 the weights, in one file, or in
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .config import GPTConfig
-from .families import FAMILIES, Family, Fields, family_of
+from ._families import FAMILIES, Family, Fields, family_of
 
 if TYPE_CHECKING:
     from .gpt import GPT
