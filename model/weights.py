@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from .config import GPTConfig
 from ._families import FAMILIES, Family, Fields, family_of
+from .config import GPTConfig
 
 if TYPE_CHECKING:
     from .gpt import GPT
