@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from ...model.cost import parameters
 from ..data.transformers_tokenizer import save_for_transformers
+from ..run.folder import read_run
 from ..run.metrics import read_metrics
 from ..run.models import EXPORTED_TOKENIZER, TrainedModel, open_model
 from .cli import parse
@@ -37,14 +39,15 @@ def main(argv: Sequence[str]) -> int:
     )
     out = Path(options.out)
     trained = open_model(Path(options.model))
+    tokenizer = trained.tokenizer() if trained.tokenizer_file else None
+    model = trained.load()
     if options.dtype != "auto":
-        trained.model.to(getattr(torch, options.dtype))
-    end_of_text = trained.tokenizer.end_of_text if trained.tokenizer else None
-    trained.model.save_pretrained(out, end_of_text=end_of_text)
+        model.to(getattr(torch, options.dtype))
+    model.save_pretrained(out, end_of_text=tokenizer.end_of_text if tokenizer else None)
     try:
-        if trained.tokenizer:
-            save_for_transformers(trained.tokenizer, out, trained.model.config.context_tokens)
-            trained.tokenizer.save(out / EXPORTED_TOKENIZER)
+        if tokenizer:
+            save_for_transformers(tokenizer, out, model.config.context_tokens)
+            tokenizer.save(out / EXPORTED_TOKENIZER)
         (out / "README.md").write_text(_model_card(trained), encoding="utf-8")
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -55,9 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _model_card(trained: TrainedModel) -> str:
     """Return a README for the folder: what the model is, and how it was trained."""
-    config = trained.model.config
-    parameters = sum(value.numel() for value in trained.model.parameters())
-    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
+    config = trained.config
     name = (trained.run or trained.path).resolve().name
     lines = [
         "---",
@@ -67,23 +68,24 @@ def _model_card(trained: TrainedModel) -> str:
         "",
         f"# {name}",
         "",
-        f"A language model with {parameters - padding:,} parameters: {config.n_layer} blocks of "
+        f"A language model with {parameters(config):,} parameters: {config.n_layer} blocks of "
         f"width {config.d_model}, {config.vocab_size:,} tokens, a context of "
         f"{config.context_tokens:,} tokens.",
         "",
     ]
-    if trained.record is None:
+    if trained.run is None:
         return "\n".join([*lines, f"Converted from {trained.path.name} by tritium.", ""])
-    train = trained.record.train
-    evaluations = [row for row in read_metrics(trained.run)[1] if row["step"] == trained.steps]
+    train = read_run(trained.run).train
+    steps = int(trained.checkpoint.name.removeprefix("step-"))
+    evaluations = [row for row in read_metrics(trained.run)[1] if row["step"] == steps]
     lines += [
         "Trained by tritium.",
         "",
         "| | |",
         "|---|---|",
-        f"| data | {', '.join(train.data) or 'default corpus'} |",
-        f"| tokenizer | {trained.tokenizer.name} |",
-        f"| steps | {trained.steps:,} of {train.steps:,} |",
+        f"| data | {', '.join(train.data)} |",
+        f"| tokenizer | {trained.tokenizer().name} |",
+        f"| steps | {steps:,} of {train.steps:,} |",
         f"| tokens per step | {train.batch_size * config.context_tokens:,} |",
         *(f"| validation loss | {row['val_loss']:.4f} nats per token |" for row in evaluations),
         "",

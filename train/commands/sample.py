@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device(options.device)
     choose_matmul(device)
     trained = open_model(Path(options.model))
-    tokenizer = trained.require_tokenizer()
-    model = trained.model.float().to(device)
+    tokenizer = trained.tokenizer()
+    model = trained.load().float().to(device)
     model = working_copy(model, choose_dtype(options.precision, device))
     try:
         text = sample_text(

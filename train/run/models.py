@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InputError
-from ...model import GPT
+from ...model import GPT, GPTConfig
+from ...model.weights import open_source
 from ..data.tokenizer import Tokenizer
 from .checkpoint import load_weights, newest_checkpoint
-from .folder import RunRecord, read_run
+from .folder import read_run
 
 # The tokenizer in a folder that `tritium export` wrote. tokenizer.json is transformers' there.
 EXPORTED_TOKENIZER = "tritium_tokenizer.json"
@@ -21,50 +22,55 @@ EXPORTED_TOKENIZER = "tritium_tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A model on the CPU, and what is known about it."""
+    """A model on the disk, and what is known about it."""
 
     path: Path
-    model: GPT
-    tokenizer: Tokenizer | None
+    config: GPTConfig
+    tokenizer_file: Path | None
     """None: the model came without a tokenizer that tritium reads."""
     run: Path | None = None
-    """Folder of the run that trained it."""
-    record: RunRecord | None = None
-    """Content of the run's config.json."""
-    steps: int | None = None
-    """Optimizer steps of the checkpoint."""
+    """Folder of the run that trained it. None: the model is not from a run."""
+    checkpoint: Path | None = None
+    """Folder of the run's checkpoint."""
 
-    def require_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer. Raises: InputError if there is none."""
-        if self.tokenizer is None:
+    def load(self, *, attention: str = "tritium", recompute: str = "none") -> GPT:
+        """Read the weights. Returns: the model, on the CPU."""
+        if self.checkpoint is None:
+            return GPT.from_pretrained(self.path, attention=attention, recompute=recompute)
+        model = GPT(self.config, attention=attention, recompute=recompute)
+        load_weights(self.checkpoint, model)
+        return model
+
+    def tokenizer(self) -> Tokenizer:
+        """Read the tokenizer. Raises: InputError if there is none."""
+        if self.tokenizer_file is None:
             raise InputError(
                 f"{self.path}: expected a tokenizer that tritium reads, found none; "
                 "`tritium export` writes one"
             )
-        return self.tokenizer
+        return Tokenizer.load(self.tokenizer_file)
 
 
 def open_model(path: Path) -> TrainedModel:
-    """Read a trained model.
+    """Find a trained model. Its weights are not read yet.
 
-    Raises: InputError if there is no model at `path`, or if a file is damaged.
+    Raises: InputError if there is no model at `path`.
     """
     is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").exists()
     run = path.parent.parent if is_checkpoint else path
     if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
         file = path / EXPORTED_TOKENIZER
-        tokenizer = Tokenizer.load(file) if file.is_file() else None
-        return TrainedModel(path=path, model=GPT.from_pretrained(path), tokenizer=tokenizer)
-    record = read_run(run)
-    model = GPT(record.model)
-    steps = load_weights(path if is_checkpoint else newest_checkpoint(run), model)
+        return TrainedModel(
+            path=path,
+            config=open_source(path).config,
+            tokenizer_file=file if file.is_file() else None,
+        )
     return TrainedModel(
         path=path,
-        model=model,
-        tokenizer=Tokenizer.load(run / "tokenizer.json"),
+        config=read_run(run).model,
+        tokenizer_file=run / "tokenizer.json",
         run=run,
-        record=record,
-        steps=steps,
+        checkpoint=path if is_checkpoint else newest_checkpoint(run),
     )
 
 

@@ -24,12 +24,12 @@ def test_an_exported_run_opens_in_transformers_and_generates_the_same_tokens(
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     trained = open_model(run)
-    ids = torch.tensor([trained.tokenizer.encode("the quick").tolist()])
+    ids = torch.tensor([trained.tokenizer().encode("the quick").tolist()])
     assert tokenizer("the quick")["input_ids"] == ids[0].tolist()
     expected = other.generate(
         ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    found = trained.model.generate(ids, 6, temperature=0.0)
+    found = trained.load().generate(ids, 6, temperature=0.0)
     assert found[0, -6:].tolist() == expected[0, -6:].tolist()
 
     card = (tmp_path / "out" / "README.md").read_text()

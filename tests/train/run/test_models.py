@@ -15,20 +15,21 @@ def test_a_run_and_its_checkpoints_open(tritium, tiny, tmp_path):
         open_model(path)
         for path in (run, run / "checkpoints" / "step-20", run / "checkpoints" / "step-10")
     )
-    assert (newest.steps, last.steps, earlier.steps) == (20, 20, 10)
+    assert newest.checkpoint == last.checkpoint == run / "checkpoints" / "step-20"
     assert newest.run == last.run == earlier.run == run
-    assert newest.tokenizer.name == "bytes"
-    assert torch.equal(newest.model.wte.weight, last.model.wte.weight)
-    assert not torch.equal(newest.model.wte.weight, earlier.model.wte.weight)
+    assert newest.tokenizer().name == "bytes"
+    weights = [each.load().wte.weight for each in (newest, last, earlier)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
     model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=50, context_tokens=8))
     model.save_pretrained(tmp_path / "out")
     found = open_model(tmp_path / "out")
-    assert torch.equal(found.model.wte.weight[:50], model.wte.weight[:50])
+    assert torch.equal(found.load().wte.weight[:50], model.wte.weight[:50])
     assert found.run is None
     with pytest.raises(InputError, match=r"out: expected a tokenizer that tritium reads"):
-        found.require_tokenizer()
+        found.tokenizer()
     with pytest.raises(InputError, match="expected the folder of a run"):
         open_model(tmp_path / "none")
