@@ -9,7 +9,7 @@ import gc
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -130,13 +130,13 @@ def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
         return
     trained = open_model(Path(config.init_from))
     expected, found = trained.config, config.gpt(dataset.tokenizer.vocab_size)
-    for each in fields(expected):
-        value, given = getattr(expected, each.name), getattr(found, each.name)
-        if value != given:
-            raise InputError(
-                f"{each.name}: expected {value}, as in {config.init_from}, got {given}"
-                f"{'; use its tokenizer' if each.name == 'vocab_size' else ''}"
-            )
+    if expected.vocab_size != found.vocab_size:
+        raise InputError(
+            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
+            f"{found.vocab_size}; use the tokenizer of the model"
+        )
+    if expected != found:
+        raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
     if trained.tokenizer_file and trained.tokenizer().sha256 != dataset.tokenizer.sha256:
         raise InputError(
             f"tokenizer: expected {trained.tokenizer().name} of {config.init_from}, got "
