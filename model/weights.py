@@ -10,6 +10,7 @@ read at a time, so memory holds the model once.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -305,10 +306,14 @@ def _write_weights(
         total = sum(value.nbytes for shard in shards for value in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{_SAFETENSORS}.index.json", index)
+    mask = os.umask(0)
+    os.umask(mask)
     for file, shard in zip(files, shards, strict=True):
         # Copies of one shard at a time.
         stored = {name: value.cpu().contiguous() for name, value in shard.items()}
         save_file(stored, folder / file, metadata={"format": "pt"})
+        # safetensors lets only the owner read its files. Give them the mode of other new files.
+        (folder / file).chmod(0o666 & ~mask)
     return str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
 
 
