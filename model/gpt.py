@@ -22,7 +22,7 @@ from .attention import choose_attention
 from .config import GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
-from .layers import MLPS, NORMS, POSITIONS, Attention, ForwardContext, rope_tables
+from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
 from .recompute import RECOMPUTATIONS, check_recompute
 
 
@@ -39,8 +39,8 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp].module(config)
 
     def forward(
-        self, branch: Tensor | None, stream: Tensor, context: ForwardContext
-    ) -> tuple[Tensor, Tensor]:
+        self, branch: Branch | None, stream: Tensor, context: ForwardContext
+    ) -> tuple[Branch, Tensor]:
         """Return the MLP's output, and the residual stream to which the next norm adds it."""
         y, stream = self.ln_1(branch, stream)
         branch = self.attn(y, context, self.layer)

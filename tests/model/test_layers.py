@@ -8,7 +8,15 @@ import torch
 from tests.held import Held
 from tritium.model import GPT, GPTConfig
 from tritium.model.cost import parameters
-from tritium.model.layers import MLPS, NORMS, POSITIONS, ROPE_BASE, rope_tables
+from tritium.model.layers import (
+    MLPS,
+    NORMS,
+    POSITIONS,
+    ROPE_BASE,
+    Branch,
+    Linear,
+    rope_tables,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -81,11 +89,31 @@ def test_norm_adds_the_branch_to_the_stream_first(name):
             parameter.normal_()
     branch = torch.randn(TOKENS, config.d_model)
     stream = torch.randn(TOKENS, config.d_model)
-    y, total = norm(branch, stream)
+    y, total = norm(Branch(branch, None), stream)
     expected, same = norm(None, branch + stream)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(total, branch + stream)
     torch.testing.assert_close(same, branch + stream, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_bias_of_a_branch_gets_its_gradient_from_the_norm(name):
+    config = GPTConfig(**SMALL, norm=name)
+    norm = NORMS[name].module(config)
+    layer = Linear(8, config.d_model, bias=True)
+    for parameter in (*norm.parameters(), *layer.parameters()):
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(TOKENS, 8)
+    stream = torch.randn(TOKENS, config.d_model)
+    branch = layer.branch(x)
+    assert torch.equal(branch.y, layer(x))
+    assert torch.autograd.grad(branch.y.sum(), layer.bias, allow_unused=True) == (None,)
+
+    found, expected = (
+        torch.autograd.grad(norm(each, stream)[0].square().sum(), layer.bias)[0]
+        for each in (layer.branch(x), Branch(layer(x), None))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 # --- MLPs
@@ -109,7 +137,7 @@ def test_mlp_keeps_two_hidden_tensors(name):
     mlp = MLPS[name].module(config)
     x = torch.randn(TOKENS, config.d_model, requires_grad=True)
     with Held(x, *mlp.parameters()) as held:
-        y = mlp(x)
+        y, _ = mlp(x)
     assert held.now - y.nbytes == 2 * 4 * TOKENS * config.d_feedforward
 
 
