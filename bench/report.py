@@ -86,7 +86,7 @@ def _kernels_table(record: Record) -> str:
     lines = [
         f"Forward plus backward (attention_decode: forward), {unit}, {dtype}",
         f"({describe_provenance(record)};",
-        f"measured ceilings: {copy:.2f} TB/s, {matmul:,.0f} TFLOP/s):"
+        f"measured ceilings: {copy:.2f} TB/s, {matmul:,.0f} TFLOP/s; *: not a CUDA graph):"
         if on_gpu
         else "no Triton kernel ran):",
         "",
@@ -98,7 +98,10 @@ def _kernels_table(record: Record) -> str:
         rows = {row["implementation"]: row for row in entry["rows"]}
         medians = {name: row["seconds"]["median"] for name, row in rows.items()}
         if on_gpu:
-            cells = {name: f"{seconds * 1e6:,.1f}" for name, seconds in medians.items()}
+            cells = {
+                name: f"{seconds * 1e6:,.1f}{_mark(rows[name])}"
+                for name, seconds in medians.items()
+            }
         else:
             eager = medians.get("eager", math.nan)
             cells = {name: f"{seconds / eager:.2f}" for name, seconds in medians.items()}
@@ -108,6 +111,11 @@ def _kernels_table(record: Record) -> str:
             line.append(f"{rows['tritium']['share']:.0%}" if "tritium" in rows else "failed")
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
+
+
+def _mark(row: Record) -> str:
+    """Return a star for a time that is not of a CUDA graph, and may include the host's time."""
+    return "*" if row["seconds"].get("timed_by") == "backlog" else ""
 
 
 def training_table(record: Record, *, speeds: bool) -> str:

@@ -26,7 +26,7 @@ from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
 from ..record import check_writable, write_record
-from ..timing import time_in_turn
+from ..timing import side_stream, time_in_turn
 from . import OPERATORS
 from .case import Implementation, Operator
 from .check import find_error
@@ -211,7 +211,8 @@ def main(argv: Sequence[str]) -> int:
     console = Console(width=None if Console().is_terminal else 140)
     operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):
-        entry = tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
+        with side_stream(device):
+            entry = tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
         entries.append(entry)
         _print(entry, console)
         if out:

@@ -24,12 +24,16 @@ ENTRY = {
     "failed": {"quack": "output 0 is off by 1"},
     "rows": [{**ROW, "implementation": name} for name in ("tritium", "eager")],
 }
-QUACK = {**ROW, "implementation": "quack", "seconds": {"median": 2e-4, "p10": 0, "p90": 1}}
+QUACK_SECONDS = {"median": 2e-4, "p10": 0, "p90": 1, "timed_by": "backlog"}
+QUACK = {**ROW, "implementation": "quack", "seconds": QUACK_SECONDS}
 KERNELS = {
     "device": "cuda",
     "dtype": "torch.bfloat16",
     "ceilings": {"bytes_per_second": 4e12, "flops_per_second": 7e14},
-    "entries": [ENTRY, {**ENTRY, "label": "M=8 N=65", "rows": [*ENTRY["rows"], QUACK]}],
+    "entries": [
+        ENTRY,
+        {**ENTRY, "label": "M=8 N=65", "failed": {}, "rows": [*ENTRY["rows"], QUACK]},
+    ],
 }
 IMPLEMENTATION = {
     "tokens_per_second": 123456.7,
@@ -69,6 +73,7 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     assert "NVIDIA H200" in text
     assert "4.00 TB/s, 700 TFLOP/s" in text
     assert "| `layer_norm` | M=8 N=64 | 100.0 | 100.0 | failed | 75% |" in text
+    assert "| `layer_norm` | M=8 N=65 | 100.0 | 100.0 | 200.0* | 75% |" in text
     assert "| tritium | 123,457 | 50.0% | 100.0 | 90.0-200.0 | 2.0 | 1.25 (1.20-1.30) |" in text
     assert "| baseline | 123,457 | - | 100.0 | 90.0-200.0 | - | 1.25 (1.20-1.30) |" in text
     assert NO_GPU not in text
