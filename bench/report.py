@@ -196,6 +196,32 @@ def traffic_table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def predict_table(record: Record) -> str:
+    """Return the totals of predicted steps."""
+    parts = list(dict.fromkeys(part for step in record["steps"] for part in step["parts"]))
+    commit = f"Commit {record['commit']}. " if "commit" in record else ""
+    lines = [
+        "ESTIMATES: no GPU ran. `bench/training/efficiency.py` states assumptions and sources.",
+        f"{commit}MFU is of 989.4 TFLOP/s. Parts are milliseconds of the GPU:",
+        "",
+        f"| step | GPU | floor, ms | predicted, ms | tokens/s | MFU | {' | '.join(parts)} |",
+        "|---|---|" + "--:|" * (4 + len(parts)),
+    ]
+    for step in record["steps"]:
+        cells = [
+            f"{step['recipe']}, {step['batch']} x {step['context_tokens']} tokens in micro-batches "
+            f"of {step['micro_batch']}",
+            step["gpu_name"],
+            f"{1e3 * step['floor_seconds']:.1f}",
+            f"{1e3 * step['seconds']:.1f}",
+            f"{step['tokens_per_second']:,.0f}",
+            f"{step['mfu']:.1%}",
+            *(f"{1e3 * step['parts'].get(part, 0.0):.1f}" for part in parts),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _codegen_table(record: Record) -> str:
     """Return the rows of one architecture; shapes with equal figures share a line."""
     names = ("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "limited_by")
@@ -224,6 +250,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "kernels": ("Kernels", _kernels_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
+    "predict": ("Predicted training steps", predict_table),
     "traffic": ("Memory traffic", traffic_table),
     "codegen": ("Machine code", _codegen_table),
 }

@@ -55,6 +55,25 @@ TRAIN = {
 }
 
 
+PREDICT = {
+    "assumptions": {},
+    "steps": [
+        {
+            "recipe": "gpt2",
+            "gpu_name": "h200",
+            "batch": 64,
+            "micro_batch": 32,
+            "context_tokens": 1024,
+            "floor_seconds": 0.08,
+            "seconds": 0.1234,
+            "tokens_per_second": 531_000.4,
+            "mfu": 0.456,
+            "parts": {"MLP": 0.04, "norms": 0.006},
+        }
+    ],
+}
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(record.torch.cuda, "is_available", lambda: True)
@@ -79,6 +98,14 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     assert NO_GPU not in text
 
 
+def test_a_predicted_step_is_a_row_that_is_called_an_estimate(tmp_path):
+    write_record(tmp_path / "predict.json", "predict", PREDICT)
+    text = report(tmp_path)
+    assert "ESTIMATES: no GPU ran." in text
+    row = "gpt2, 64 x 1024 tokens in micro-batches of 32 | h200 | 80.0 | 123.4 | 531,000 | 45.6%"
+    assert f"| {row} | 40.0 | 6.0 |" in text
+
+
 def test_the_command_writes_the_report(tmp_path, monkeypatch):
     write_record(tmp_path / "train.json", "train", TRAIN)
     monkeypatch.setattr(report_module, "RESULTS", tmp_path)
@@ -101,7 +128,7 @@ def test_the_report_of_another_folder_is_printed_and_not_written(tmp_path, capsy
 def test_a_folder_without_records_raises(name, tmp_path):
     with pytest.raises(
         InputError,
-        match="expected a folder with records of format 2 of kernels, train, nanogpt, traffic, "
-        "codegen, found none",
+        match="expected a folder with records of format 2 of kernels, train, nanogpt, predict, "
+        "traffic, codegen, found none",
     ):
         main([str(tmp_path / name)])
