@@ -7,6 +7,7 @@ from ..errors import InputError, unknown_name
 
 # Command -> module of this folder with `main(argv)`, which returns the exit status.
 COMMANDS = {
+    "machine": "machine",
     "kernels": "ops.compare",
     "codegen": "codegen.table",
     "train": "training.training",
@@ -18,6 +19,7 @@ COMMANDS = {
 
 HELP = """usage: tritium bench COMMAND [options]
 
+  machine [RECIPE]     limits of this machine, and whether a training step is repeatable
   kernels [OP ...]     compare operators with eager PyTorch, torch.compile, SDPA and libraries
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT

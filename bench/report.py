@@ -60,10 +60,13 @@ def report(folder: Path) -> str:
 def _records(folder: Path) -> list[Record]:
     """Return the records of a known kind, in the order of their paths.
 
-    Of several codegen records only the one with the newest Triton is returned.
+    A record of bench/device.sh also holds the records of its parts. If there are several codegen
+    records, only the one with the newest Triton is returned.
     """
     kinds = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
     records = [read_record(path, kind) for path, kind in kinds.items() if kind in SECTIONS]
+    parts = [part for record in records for part in record.get("records", {}).values()]
+    records += [part for part in parts if part["kind"] in SECTIONS and part["format"] == FORMAT]
     codegen = [record for record in records if record["kind"] == "codegen"]
     newest = max(codegen, key=lambda record: record["triton"], default=None)
     return [record for record in records if record["kind"] != "codegen" or record is newest]
@@ -196,6 +199,35 @@ def traffic_table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def _device_table(record: Record) -> str:
+    """Return how the parts of a command of bench/device.sh ended."""
+    lines = [
+        f"`bench/device.sh {record['command']}` ({describe_provenance(record)}):",
+        "",
+        "| part | ended | seconds | last line, or failed tests |",
+        "|---|---|--:|---|",
+    ]
+    for part in record["parts"]:
+        note = ", ".join(part.get("failed_tests", ())) or part["last_line"]
+        cells = [part["name"], part["status"], f"{part['seconds']:.0f}", note.replace("|", "/")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _machine_table(record: Record) -> str:
+    """Return the limits of a machine, and whether a training step was repeatable on it."""
+    limits = record["ceilings"]
+    verdicts = [
+        f"{mode} {'equal' if first == second else 'NOT EQUAL'}"
+        for mode, (first, second) in record["step_hashes"].items()
+    ]
+    return (
+        f"{describe_provenance(record)}: copy {limits['bytes_per_second'] / 1e12:.2f} TB/s, matmul "
+        f"{limits['flops_per_second'] / 1e12:,.0f} TFLOP/s. Weights after two equal steps of "
+        f"{record['recipe']}, {record['micro_batch']} sequences: {', '.join(verdicts)}."
+    )
+
+
 def predict_table(record: Record) -> str:
     """Return the totals of predicted steps."""
     parts = list(dict.fromkeys(part for step in record["steps"] for part in step["parts"]))
@@ -247,6 +279,8 @@ def _codegen_table(record: Record) -> str:
 
 # Kind of record -> title of its section, function that makes its table.
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "device": ("Commands on a GPU machine", _device_table),
+    "machine": ("Machines", _machine_table),
     "kernels": ("Kernels", _kernels_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),

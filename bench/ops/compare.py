@@ -54,6 +54,8 @@ class CompareOptions:
     """cpu, cuda ...; auto: CUDA if there is one."""
     rounds: int = 20
     """Samples per implementation."""
+    without: tuple[str, ...] = ()
+    """Implementations to leave out, such as torch.compile, which compiles for minutes."""
     out: str | None = None
     """Folder for kernels.json and a plot per operator."""
 
@@ -68,11 +70,14 @@ def measure(
     device: torch.device,
     limits: dict[str, float],
     rounds: int,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check and time every implementation at one shape. Return the entry of the JSON."""
     # Check all implementations.
     missing, failed, calls = {}, {}, {}
     for implementation in operator.implementations():
+        if implementation.name in without:
+            continue
         if why := implementation.why_missing(device):
             missing[implementation.name] = why
         elif why := find_error(operator, implementation, shape, dtype, device):
@@ -241,7 +246,9 @@ def main(argv: Sequence[str]) -> int:
     for operator, shape in ((one, shape) for one in operators for shape in shapes[one.name]):
         try:
             with side_stream(device):
-                entry = measure(operator, shape, dtype, device, limits, options.rounds)
+                entry = measure(
+                    operator, shape, dtype, device, limits, options.rounds, options.without
+                )
         except torch.OutOfMemoryError:
             label = f"{operator.name}  {operator.label(shape)}"
             print(f"{label}: out of memory with the inputs and graphs of all implementations")

@@ -104,22 +104,30 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     "causal_attention": (
         _attention_tile("fwd", 128, 64, 4, 3),
+        _attention_tile("fwd", 128, 64, 4, 2),
         _attention_tile("fwd", 128, 128, 8, 2),
-        _attention_tile("fwd", 128, 64, 8, 3),
+        _attention_tile("fwd", 128, 128, 8, 3),
         _attention_tile("fwd", 64, 128, 4, 2),
-        _attention_tile("dq", 128, 128, 8, 2),
-        _attention_tile("dq", 64, 128, 4, 2),
+        _attention_tile("dq", 64, 64, 4, 2),
+        _attention_tile("dq", 128, 64, 4, 2),
         _attention_tile("dq", 128, 64, 4, 3),
+        _attention_tile("dq", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 64, 4, 2),
         _attention_tile("dkdv", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 128, 4, 2),
         *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
-    "cross_entropy": tuple(
-        _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
+    "cross_entropy": (
+        *(_constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)),
+        *(_constant("loss.launch.LANES", lanes) for lanes in (256, 512)),
     ),
-    "linear_cross_entropy": tuple(
-        _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)
+    "linear_cross_entropy": (
+        # 5,504 and 11,264 rows are whole waves of cuBLAS's tiles at D = 768.
+        *(
+            _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows)
+            for rows in (2048, 5504, 8192, 11264, 16384)
+        ),
+        *(_constant("loss.launch.LANES", lanes) for lanes in (256, 512)),
     ),
     "layer_norm": tuple(
         _constant("norm.launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)
@@ -135,6 +143,10 @@ class TuneOptions:
     """Operator."""
     shape: tuple[str, ...] = ()
     """Sizes such as 32768x768; default: a few per operator."""
+    variant: tuple[str, ...] = ()
+    """Names of variants, such as cublas; default: all."""
+    device: str = "auto"
+    """auto: CUDA. cpu: a rehearsal, in which the references run and all variants are equal."""
     rounds: int = 10
     """Samples per variant."""
     out: str | None = None
@@ -192,6 +204,15 @@ def _print(entry: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _chosen(operator: str, names: Sequence[str]) -> list[Variant]:
+    """Return the named variants of an operator; all without names."""
+    known = {variant.name: variant for variant in VARIANTS[operator]}
+    for name in names:
+        if name not in known:
+            raise InputError(unknown_name("variant", name, known))
+    return [known[name] for name in names or known]
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench tune`. Returns: exit status."""
     about = "Compare the launch sizes of an operator in one run."
@@ -201,8 +222,9 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(unknown_name("operator with variants", name, VARIANTS))
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
-    device = choose_device("auto")
-    if device.type != "cuda":
+    variants = _chosen(name, options.variant)
+    device = choose_device(options.device)
+    if device.type != "cuda" and options.device == "auto":
         raise InputError(
             "tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs no GPU"
         )
@@ -212,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
     operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):
         with side_stream(device):
-            entry = tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
+            entry = tune(operator, variants, shape, torch.bfloat16, device, options.rounds)
         entries.append(entry)
         _print(entry, console)
         if out:
