@@ -44,7 +44,8 @@ class Part:
 
     Attributes:
         name: of its log, NAME.log.
-        words: its arguments to Python. FOLDER stands for the folder of the command's files.
+        words: its arguments. FOLDER stands for the folder of the command's files, PYTHON for this
+            Python.
         until: its deadline, seconds after the start of the command.
         program: the program, if it is not Python.
     """
@@ -111,16 +112,17 @@ def train(rehearse: bool) -> list[Part]:
     nanogpt = " --nanogpt .nanogpt" if (ROOT / ".nanogpt").is_dir() else ""
     models = f"bench train gpt2 --attention{nanogpt} --steps 60"
     return [
-        _tritium("train-64", 250, f"{models} --micro-batch-size 64 --out FOLDER/train-64.json"),
+        _tritium("train-32", 250, f"{models} --micro-batch-size 32 --out FOLDER/train-32.json"),
         _tritium(
             "profile",
             360,
             "bench predict gpt2 --batch 64 --micro-batch 64 --measure 5 --out FOLDER/profile.json",
         ),
+        # Last: the logits of the baselines may not fit into the memory of an H100.
         _tritium(
-            "train-32",
+            "train-64",
             TOTAL_SECONDS,
-            f"{models} --micro-batch-size 32 --out FOLDER/train-32.json",
+            f"{models} --micro-batch-size 64 --out FOLDER/train-64.json",
         ),
     ]
 
@@ -182,7 +184,7 @@ def later(rehearse: bool) -> list[Part]:
     """Return the parts that can wait: all tests, a race detector, torch.compile's kernels."""
     if rehearse:
         return [_pytest("tests", TOTAL_SECONDS, 0, "tests/kernels/test_rotary.py -k", "plan")]
-    race = "--tool racecheck --error-exitcode 1 python3 -m pytest -p no:cacheprovider -x"
+    race = "--tool racecheck --error-exitcode 1 PYTHON -m pytest -p no:cacheprovider -x"
     some = "accura and bf16 and (layer_norm or rotary or cross_entropy)"
     return [
         _pytest("tests", 300, 14, "tests/kernels -m", "not codegen"),
@@ -215,8 +217,10 @@ def run_part(part: Part, folder: Path, seconds: float, save: Callable[[], None])
     """
     if seconds < 1:
         return {"name": part.name, "status": "skipped", "seconds": 0.0, "last_line": ""}
-    program = [part.program] if part.program else [sys.executable]
-    command = [*program, *(word.replace("FOLDER", str(folder)) for word in part.words)]
+    words = (
+        word.replace("FOLDER", str(folder)).replace("PYTHON", sys.executable) for word in part.words
+    )
+    command = [part.program or sys.executable, *words]
     log = folder / f"{part.name}.log"
     began = time.monotonic()
     try:

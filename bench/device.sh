@@ -4,14 +4,14 @@
 #   export TRITIUM_COMMIT=$(git rev-parse --short HEAD)      where the checkout has .git
 #   bench/device.sh correct|train|kernels|tune|later OUT_DIR [--rehearse]
 #
-# Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command that
-# is killed leaves its results. bench/device.py has the parts and their deadlines. --rehearse runs
-# tiny sizes on the CPU. What the results decide:
+# Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
+# that is killed leaves its results. bench/device.py has the parts and their deadlines. --rehearse
+# runs tiny sizes on the CPU. What the results decide:
 #
 # correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.
 #           A failed test, a loss that does not fall, or unequal hashes: mend it before anything is
 #           timed. Limits that differ from LIMITS in bench/training/efficiency.py: correct LIMITS.
-# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 64 and 32 sequences,
+# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 32 and 64 sequences,
 #           then a profile next to the prediction. The ratios and tokens per second are what README
 #           states. A row of the profile that is marked "!" is what to work on next, the longest row
 #           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
@@ -24,9 +24,9 @@
 # later     All kernel tests, compute-sanitizer's race detector, and torch.compile's kernels. A race
 #           or a failed test is a bug. A kernel that torch.compile beats is tuned or removed.
 #
-# No network is needed. Missing packages are installed from wheels in .whl/, if there are any: rustbpe,
-# liger-kernel, and tyro with docstring-parser, shtab and typeguard. Caches of Triton and Inductor stay
-# in .cache/device/, which git ignores, for the next command.
+# No network is needed. Missing packages are installed from wheels in .whl/, if there are any:
+# rustbpe, liger-kernel, and tyro with docstring-parser and typeguard. Caches of Triton and Inductor
+# stay in .cache/device/, which git ignores, for the next command.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

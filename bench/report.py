@@ -228,24 +228,46 @@ def _machine_table(record: Record) -> str:
     )
 
 
+def _tune_table(record: Record) -> str:
+    """Return the times of the variants of an operator, the fastest first."""
+    lines = [f"`{record['operator']}`, median us ({describe_provenance(record)}):"]
+    for entry in record["entries"]:
+        rows = entry["seconds"]
+        directions = list(next(iter(rows.values())))
+        lines += ["", f"| {entry['label']} | {' | '.join(directions)} |"]
+        lines.append("|---|" + "--:|" * len(directions))
+        last = directions[-1]
+        for name, samples in sorted(rows.items(), key=lambda row: row[1][last]["median"]):
+            cells = [f"{samples[direction]['median'] * 1e6:.1f}" for direction in directions]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        for name, why in entry["failed"].items():
+            lines.append(
+                f"| {name} | failed: {why.replace('|', '/')} |{' |' * len(directions[1:])}"
+            )
+    return "\n".join(lines)
+
+
 def predict_table(record: Record) -> str:
     """Return the totals of predicted steps."""
     parts = list(dict.fromkeys(part for step in record["steps"] for part in step["parts"]))
     commit = f"Commit {record['commit']}. " if "commit" in record else ""
     lines = [
-        "ESTIMATES: no GPU ran. `bench/training/efficiency.py` states assumptions and sources.",
+        "ESTIMATES, except measured ms. `bench/training/efficiency.py` states the assumptions.",
         f"{commit}MFU is of 989.4 TFLOP/s. Parts are milliseconds of the GPU:",
         "",
-        f"| step | GPU | floor, ms | predicted, ms | tokens/s | MFU | {' | '.join(parts)} |",
-        "|---|---|" + "--:|" * (4 + len(parts)),
+        "| step | GPU | floor, ms | predicted, ms | measured, ms | tokens/s | MFU "
+        f"| {' | '.join(parts)} |",
+        "|---|---|" + "--:|" * (5 + len(parts)),
     ]
     for step in record["steps"]:
+        measured = step.get("measured", {})
         cells = [
             f"{step['recipe']}, {step['batch']} x {step['context_tokens']} tokens in micro-batches "
             f"of {step['micro_batch']}",
             step["gpu_name"],
             f"{1e3 * step['floor_seconds']:.1f}",
             f"{1e3 * step['seconds']:.1f}",
+            f"{1e3 * measured['seconds']:.1f}" if _on_gpu(measured) else "-",
             f"{step['tokens_per_second']:,.0f}",
             f"{step['mfu']:.1%}",
             *(f"{1e3 * step['parts'].get(part, 0.0):.1f}" for part in parts),
@@ -282,6 +304,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "device": ("Commands on a GPU machine", _device_table),
     "machine": ("Machines", _machine_table),
     "kernels": ("Kernels", _kernels_table),
+    "tune": ("Launch sizes", _tune_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
     "predict": ("Predicted training steps", predict_table),

@@ -238,5 +238,6 @@ def main(argv: Sequence[str]) -> int:
         entries.append(entry)
         _print(entry, console)
         if out:
-            write_record(out, "tune", {"operator": name, "entries": entries})
+            figures = {"device": device.type, "operator": name, "entries": entries}
+            write_record(out, "tune", figures)
     return 0

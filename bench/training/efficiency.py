@@ -1,10 +1,10 @@
 """How close to its floor each kind of kernel comes: the assumptions of `tritium bench predict`.
 
-    floor       max(bytes / copy bandwidth, FLOPs / matmul rate), both as measured ceilings
+    floor       max(bytes / copy bandwidth, FLOPs / matmul rate), with the rates of LIMITS
     predicted   floor / efficiency + GAP_SECONDS
 
-NOTHING HERE IS MEASURED on tritium's kernels. Every row of EFFICIENCIES is an estimate, and states
-from what. A measured profile replaces it: `tritium bench predict --measure`.
+Nothing here is measured on tritium's kernels. Every row of EFFICIENCIES is an estimate and states
+its reason. Replace it by a measurement of `tritium bench predict --measure`.
 """
 
 import functools
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import InputError
 from ...kernels.core.device import DEFAULT_SM_COUNT
 from ...kernels.core.triton import cdiv
 from ..record import read_record
@@ -22,7 +23,7 @@ from .step import ATTENTION_MATMULS, Work
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Measured ceilings of a GPU."""
+    """What a GPU can reach."""
 
     bytes_per_second: float
     """Of a copy, reads plus writes."""
@@ -30,15 +31,15 @@ class Limits:
     """Of an 8192 x 8192 x 8192 matmul in bfloat16, on random data."""
 
 
-# Seen in earlier runs on such machines; `tritium bench kernels` measures them again.
+# Assumed; `tritium bench machine` measures them.
 LIMITS = {
     "h100": Limits(bytes_per_second=3.0e12, flops_per_second=780e12),
     "h200": Limits(bytes_per_second=4.3e12, flops_per_second=780e12),
 }
 # Between two kernels of a stream: the first drains, the second starts.
 GAP_SECONDS = 2e-6
-# Host time per operator: (launch of a Triton kernel, ATen operator). Triton's launch takes 9 to 18
-# us (anchors: vLLM, tritonbench); Python and autograd around an eager custom operator take longer.
+# Host time of (a launch of a Triton kernel, an ATen operator). Triton's launch takes 9 to 18 us
+# (vLLM pull request 34838, tritonbench 637). An eager custom operator adds Python and autograd.
 HOST_SECONDS = {"compiled": (20e-6, 5e-6), "eager": (60e-6, 10e-6)}
 
 # Per multiprocessor and clock on sm_90.
@@ -77,7 +78,7 @@ def efficiency_of(work: Work, limits: Limits) -> tuple[Efficiency, float]:
 # (K up to, fraction of the ceiling). Gluon's tutorial 07 on an H100, 8192 x 8192 x K in 16 bits:
 # cuBLAS 588, 588, 616, 646, 665 TFLOP/s at K = 512, 1,024, 2,048, 4,096, 16,384.
 _BY_DEPTH = ((1024, 588 / 780), (2048, 616 / 780), (4096, 646 / 780), (float("inf"), 665 / 780))
-# cuBLAS's usual tile for large matmuls on sm_90.
+# Assumed to be cuBLAS's tile for large matmuls on sm_90.
 _TILE_M, _TILE_N = 128, 256
 
 
@@ -110,9 +111,9 @@ def _attention(work: Work, limits: Limits) -> float:
     sum and the largest. Loads at the start and stores at the end of a program take as long as one
     more tile.
 
-    Forward of 128 x 128 tiles without serialization, and Triton's tutorial on an H100 (causal,
-    TFLOP/s): head 64 with 1,024 tokens 297, measured 291; with 16,384 tokens 398, measured 363;
-    head 128 with 16,384 tokens 385, measured 378.
+    This gives for causal forwards with tiles of 128 x 128, without serialization: head size 64,
+    1,024 tokens: 297 TFLOP/s; 16,384 tokens: 398; head size 128, 16,384 tokens: 385. The paper of
+    FlashAttention-3 shows 291, 363 and 378 for Triton's tutorial on an H100.
     """
     sizes = work.launch.arguments
     rows, columns, K = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -154,13 +155,21 @@ def _golden_rows(path: Path) -> tuple[dict, ...]:
     return tuple(row for row in read_record(path, "codegen")["rows"] if row["arch"] == "sm_90")
 
 
-def _golden_row(kernel: str, head_size: int) -> dict:
-    """Return the row of the golden table for a kernel: the one with the nearest head size."""
+def _golden_row(kernel: str, head_size: int = 0) -> dict:
+    """Return the row of the golden table for a kernel: the one with the nearest head size.
+
+    Raises: InputError if the table does not have the kernel.
+    """
     rows = [row for row in _golden_rows(GOLDEN_TABLE) if row["kernel"] == kernel]
+    if not rows:
+        raise InputError(
+            f"{GOLDEN_TABLE.name}: expected a row for {kernel}, found none; run `tritium bench "
+            "codegen`"
+        )
 
     def distance(row: dict) -> int:
         found = re.search(r"\bK=(\d+)", row["shape"])
-        return abs(int(found[1]) - head_size)
+        return abs(int(found[1]) - head_size) if found else 0
 
     return min(rows, key=distance)
 
@@ -171,7 +180,7 @@ def _golden_row(kernel: str, head_size: int) -> dict:
 def _loss_rows(work: Work, _: Limits) -> float:
     """A program reads its row twice. The second time it comes from the L2 cache if all rows fit."""
     sizes = work.launch.arguments
-    golden = next(row for row in _golden_rows(GOLDEN_TABLE) if row["kernel"] == work.kernel)
+    golden = _golden_row(work.kernel)
     rows = DEFAULT_SM_COUNT * golden["blocks_per_sm"] * sizes.get("BLOCK_M", 1)
     in_flight = rows * 2 * sizes["V"]
     return 0.8 if in_flight < L2_BYTES else 0.8 * 2 / 3

@@ -47,6 +47,7 @@ from .efficiency import (
 )
 from .implementations import TrainedModel
 from .step import Work, step_work
+from .training import random_batch
 
 # Without a preset: recipe, sequences per step, sequences per micro-batch. None: the recipe's.
 STEPS = (
@@ -166,8 +167,6 @@ def measure(plan: Plan, config: TrainConfig, steps: int) -> dict[str, Any]:
 
     The tokens are random, as in `tritium bench train`.
     """
-    from .training import random_batch
-
     device = choose_device("auto")
     choose_matmul(device)
     model = replace(plan.model, context_tokens=plan.context_tokens)

@@ -101,9 +101,43 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
 def test_a_predicted_step_is_a_row_that_is_called_an_estimate(tmp_path):
     write_record(tmp_path / "predict.json", "predict", PREDICT)
     text = report(tmp_path)
-    assert "ESTIMATES: no GPU ran." in text
-    row = "gpt2, 64 x 1024 tokens in micro-batches of 32 | h200 | 80.0 | 123.4 | 531,000 | 45.6%"
+    assert "ESTIMATES, except measured ms." in text
+    row = (
+        "gpt2, 64 x 1024 tokens in micro-batches of 32 | h200 | 80.0 | 123.4 | - | 531,000 | 45.6%"
+    )
     assert f"| {row} | 40.0 | 6.0 |" in text
+
+
+def test_variants_of_a_launch_are_rows_the_fastest_first(tmp_path, on_gpu):
+    def samples(seconds):
+        return {"forward": {"median": seconds}, "both": {"median": 3 * seconds}}
+
+    entry = {
+        "label": "M=8 N=64",
+        "seconds": {"as shipped": samples(2e-5), "other": samples(1e-5)},
+        "failed": {"third": "dx is off by 1"},
+    }
+    figures = {"device": "cuda", "operator": "layer_norm", "entries": [entry]}
+    write_record(tmp_path / "tune.json", "tune", figures)
+    text = report(tmp_path)
+    assert "| M=8 N=64 | forward | both |\n|---|--:|--:|\n| other | 10.0 | 30.0 |" in text
+    assert "| as shipped | 20.0 | 60.0 |\n| third | failed: dx is off by 1 | |" in text
+
+
+def test_a_command_of_device_sh_has_a_row_per_part(tmp_path, on_gpu):
+    part = {"name": "tests", "seconds": 61.4, "last_line": "1 failed | 9 passed"}
+    parts = [
+        {**part, "status": "failed", "failed_tests": ["tests/a.py::test_x"]},
+        {**part, "status": "stopped"},
+    ]
+    inner = {"kind": "train", "format": record.FORMAT, **record.provenance(), **TRAIN}
+    figures = {"command": "train", "parts": parts, "records": {"train-64.json": inner}}
+    write_record(tmp_path / "train.json", "device", figures)
+    text = report(tmp_path)
+    assert "| tests | failed | 61 | tests/a.py::test_x |" in text
+    assert "| tests | stopped | 61 | 1 failed / 9 passed |" in text
+    assert "| tritium | 123,457 |" in text
+    assert NO_GPU not in text
 
 
 def test_the_command_writes_the_report(tmp_path, monkeypatch):
@@ -128,7 +162,7 @@ def test_the_report_of_another_folder_is_printed_and_not_written(tmp_path, capsy
 def test_a_folder_without_records_raises(name, tmp_path):
     with pytest.raises(
         InputError,
-        match="expected a folder with records of format 2 of kernels, train, nanogpt, predict, "
-        "traffic, codegen, found none",
+        match="expected a folder with records of format 2 of device, machine, kernels, tune, "
+        "train, nanogpt, predict, traffic, codegen, found none",
     ):
         main([str(tmp_path / name)])
