@@ -117,17 +117,11 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("dkdv", 64, 128, 4, 2),
         *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
-    "cross_entropy": (
-        *(_constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)),
-        *(_constant("loss.launch.LANES", lanes) for lanes in (256, 512)),
+    "cross_entropy": tuple(
+        _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
     ),
-    "linear_cross_entropy": (
-        # 5,504 and 11,264 rows are whole waves of cuBLAS's tiles at D = 768.
-        *(
-            _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows)
-            for rows in (2048, 5504, 8192, 11264, 16384)
-        ),
-        *(_constant("loss.launch.LANES", lanes) for lanes in (256, 512)),
+    "linear_cross_entropy": tuple(
+        _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)
     ),
     "layer_norm": tuple(
         _constant("norm.launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)

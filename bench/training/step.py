@@ -10,6 +10,7 @@ So the list of operators is that of the real step. It is a step of one GPU witho
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Traced(Moved):
                     operators=(*self.operators, f"aten::{name}"),
                     kernel=name,
                     nbytes=nbytes - _unwritten(name, args, kwargs or {}),
-                    flops=2 * int(np.prod(sizes)) if sizes else 0,
+                    flops=2 * math.prod(sizes) if sizes else 0,
                     sizes=sizes[-3:],
                     is_pointwise=not self.operators and _is_pointwise(function),
                 )
@@ -102,7 +103,7 @@ class Traced(Moved):
         arguments = launch.arguments
         name = launch.kernel.__name__
         sizes = tuple(arguments[size] for size in "MNK") if name == "_gemm_kernel" else ()
-        flops = 2 * int(np.prod(sizes)) if sizes else _attention_flops(name, arguments)
+        flops = 2 * math.prod(sizes) if sizes else _attention_flops(name, arguments)
         overwritten = arguments.get(_IN_PLACE.get(name))
         read = 0 if overwritten is None else stored_bytes(overwritten)
         self.work.append(
