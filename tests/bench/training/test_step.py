@@ -10,12 +10,12 @@ from tritium.bench.training.step import step_work, trace
 from tritium.bench.training.traffic import moved
 from tritium.kernels import causal_attention, gelu_mlp, layer_norm
 from tritium.model import GPTConfig
-from tritium.model.cost import matrices
+from tritium.model.cost import matrices, parameters
 from tritium.train.recipes import recipe
 
 pytestmark = pytest.mark.plain
 
-MODEL = GPTConfig(n_layer=2, n_head=2, d_model=128, vocab_size=1000, context_tokens=128)
+MODEL = GPTConfig(n_layer=2, n_head=2, d_model=128, vocab_size=1024, context_tokens=128)
 CONFIG = recipe("gpt2")
 
 
@@ -56,10 +56,7 @@ def test_each_micro_batch_has_the_same_kernels_and_the_optimizer_runs_once(work)
 
 def test_adamw_moves_28_bytes_per_parameter(work):
     nbytes = sum(piece.nbytes for piece, _ in work if piece.kernel == "_fused_adamw_")
-    rows = 1024  # padded vocabulary
-    parameters = matrices(MODEL) + (rows + MODEL.context_tokens) * MODEL.d_model
-    parameters += MODEL.n_layer * 13 * MODEL.d_model + 2 * MODEL.d_model  # biases and norms
-    assert nbytes == pytest.approx(28 * parameters, rel=1e-3)
+    assert nbytes == pytest.approx(28 * parameters(MODEL), rel=1e-3)
 
 
 def test_one_micro_batch_has_no_accumulation():
