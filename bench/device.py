@@ -1,9 +1,9 @@
 """The parts of bench/device.sh: what each of its commands runs, and for how long.
 
-A command has TOTAL_SECONDS. Each part is a program with a deadline, in seconds after the start.
-Time that a part does not use is left for the parts after it. A part that is stopped leaves its
-results so far. Two files are written again after each part and every SAVE_SECONDS, so that a
-command that is killed leaves them too:
+A command takes at most TOTAL_SECONDS. Each part is a program with a deadline in seconds after the
+start of the command. A part that ends early leaves its time to the next parts. A part that is
+stopped leaves its results so far. Two files are written after each part and every SAVE_SECONDS, so
+that a command that is killed leaves them too:
 
     OUT_DIR/COMMAND.json      how each part ended, and every JSON that the parts wrote
     OUT_DIR/COMMAND.tar.gz    logs and plots
@@ -32,9 +32,9 @@ from .record import write_record
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 535
 SAVE_SECONDS = 15
-# Of each log the last lines are printed.
+# Lines of each log that are printed: the last ones.
 LOG_LINES = 40
-# The tests that CI runs with the oldest Triton: every kernel once, in float32 and bfloat16.
+# The tests that .ci/run selects: every kernel once, in float32 and bfloat16.
 KERNEL_TESTS = "(accura or bits or packed_documents or last_rows) and not fp16"
 
 
@@ -118,7 +118,7 @@ def train(rehearse: bool) -> list[Part]:
             360,
             "bench predict gpt2 --batch 64 --micro-batch 64 --measure 5 --out FOLDER/profile.json",
         ),
-        # Last: the logits of the baselines may not fit into the memory of an H100.
+        # Last, because the logits of the baselines may not fit into the memory of an H100.
         _tritium(
             "train-64",
             TOTAL_SECONDS,
@@ -127,8 +127,8 @@ def train(rehearse: bool) -> list[Part]:
     ]
 
 
-# Operators, and the shapes at which they are timed: 32 or 64 sequences of GPT-2 124M, and one case
-# that is limited by other things.
+# Operators, and the shapes at which they are timed: GPT-2 124M with 64 sequences, other widths and
+# longer sequences. No shapes: the operators' own.
 KERNEL_SHAPES = (
     ("layer_norm add_layer_norm", "65536x768 32768x1600"),
     ("causal_attention", "64x1024x12x64 4x8192x12x64 8x4096x16x128"),
@@ -157,8 +157,7 @@ def kernels(rehearse: bool) -> list[Part]:
     return parts
 
 
-# Operator, its shape, the variants that are compared, and the deadline. No variants: all those in
-# bench/ops/tune.py.
+# Operator, its shape, the variants to compare, and the deadline. No variants: all.
 TUNED = (
     ("causal_attention", "64x1024x12x64", "", 220),
     ("linear_cross_entropy", "65536x768x50257", "", 360),

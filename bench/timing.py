@@ -25,13 +25,11 @@ from torch import cuda
 Call = Callable[[int], object]
 """Function of the number of the input set: 0, 1, 2 ..."""
 
-# The start of a graph and of the events, about 10 us, is then less than 1 % of a sample.
+# The gaps around a run, a few microseconds, are then much less than 1 % of a sample.
 RUN_SECONDS = 2e-3
 MAX_CALLS = 200
 # The driver queues about 1,000 launches. An eager operator can have 20 per call.
 MAX_BACKLOG_CALLS = 20
-# How long the GPU sleeps before a replay: longer than the host needs to start it.
-REPLAY_SLEEP_SECONDS = 100e-6
 # A call that waits for the device would make the host's time, and so the sleep, as long as the run.
 MAX_SLEEP_SECONDS = 50e-3
 # torch.cuda._sleep counts clocks. GPUs of 2020 to 2025 run at up to 2 GHz.
@@ -198,7 +196,7 @@ def _gpu_run(call: Call, warmup: int, stream: cuda.Stream, pool: Any) -> Run:
         start=graph.replay,
         calls=min(calls, MAX_CALLS),
         timed_by="cuda graph",
-        sleep_seconds=REPLAY_SLEEP_SECONDS,
+        sleep_seconds=_sleep_for(graph.replay),
         graph=graph,
     )
 
@@ -241,12 +239,16 @@ def _behind_backlog(call: Call, calls: int) -> Run:
         for number in range(calls):
             call(number)
 
+    return Run(start=start, calls=calls, timed_by="backlog", sleep_seconds=_sleep_for(start))
+
+
+def _sleep_for(start: Callable[[], object]) -> float:
+    """Return how long the GPU must sleep until the host has started a run."""
+    cuda.synchronize()
     began = time.perf_counter()
     start()
-    host_seconds = time.perf_counter() - began
-    # Twice: the host's time varies.
-    sleep = min(MAX_SLEEP_SECONDS, 2 * host_seconds)
-    return Run(start=start, calls=calls, timed_by="backlog", sleep_seconds=sleep)
+    # Twice, because the host's time varies.
+    return min(MAX_SLEEP_SECONDS, 2 * (time.perf_counter() - began))
 
 
 def _gpu_seconds(run: Run) -> float:

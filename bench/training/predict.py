@@ -1,14 +1,15 @@
-"""tritium bench predict: estimate a training step, kernel by kernel, before a GPU is there.
+"""tritium bench predict: estimate a training step, kernel by kernel, without a GPU.
 
-step.py records the work of the trainer's own step. efficiency.py says how close to its floor each
-kind of kernel comes, and from what that is estimated. The step takes as long as the longer of two:
+step.py records the work of the trainer's own step. efficiency.py gives each kind of kernel an
+efficiency and its reason. Host and GPU work at the same time, so a step takes the larger of:
 
-    GPU     the sum of all kernels, and GAP_SECONDS for each
-    host    the time to start all operators. Host and GPU work at the same time
+    GPU     the sum over all kernels of floor / efficiency + GAP_SECONDS
+    host    the time to start all operators
 
-Assumed: one GPU; every elementwise operator is a kernel, although torch.compile would fuse some
-(marked with *); the clock of a long matmul; no time for data, evaluations and checkpoints.
-With --measure the table also shows a profile of real steps, from the GPU of this machine.
+Assumptions: one GPU. Each elementwise operator is a kernel of its own, although torch.compile would
+fuse some; they are marked with *. Data, evaluations and checkpoints take no time. The clock is that
+of a long matmul. With --measure, a profile of real steps on this machine is shown next to the
+prediction.
 """
 
 from collections import defaultdict
@@ -33,7 +34,6 @@ from ...train.execution import compiles_on
 from ...train.plan import Plan, PlanOptions, make_plan
 from ...train.recipes import recipe
 from ...train.run.profile import WARMUP_STEPS, activities, operators
-from ...train.run.profile import Row as ProfileRow
 from ..record import check_writable, write_record
 from ..report import predict_table
 from .efficiency import (
@@ -49,16 +49,17 @@ from .implementations import TrainedModel
 from .step import Work, step_work
 from .training import random_batch
 
-# Without a preset: recipe, sequences per step, sequences per micro-batch. None: the recipe's.
+# Steps to predict without a preset: recipe, sequences per step, sequences per micro-batch. None: as
+# in the recipe.
 STEPS = (
     ("gpt2", 64, 64),
     ("gpt2", None, None),
     ("gpt2-medium", None, None),
     ("gpt2-xl", None, None),
 )
-# Rows of the table on the screen that take less of the step are one row.
+# The table on the screen adds up rows that take less than this fraction of the step.
 SMALL_SHARE = 0.002
-# A measured time that is further from its prediction needs a look.
+# A measured time that is further from its prediction is marked.
 TOLERANCE = 0.2
 
 
@@ -84,10 +85,10 @@ class PredictOptions:
 
 
 def predict(plan: Plan, config: TrainConfig) -> dict[str, Any]:
-    """Return the figures of one step.
+    """Predict one step. Return the figures of the record.
 
     Args:
-        plan: sizes of the step, and the GPU, one of LIMITS.
+        plan: sizes of the step; its machine is one of LIMITS.
         config: the other options of the run.
     """
     limits = LIMITS[plan.machine.name]
@@ -163,10 +164,11 @@ def _sums(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
 
 
 def measure(plan: Plan, config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Profile training steps of the plan's sizes on this machine. Return the rows of the profile.
+    """Train steps of the plan's sizes on this machine. Return the profile of the last `steps`.
 
     The tokens are random, as in `tritium bench train`.
     """
+    # The model and its batches.
     device = choose_device("auto")
     choose_matmul(device)
     model = replace(plan.model, context_tokens=plan.context_tokens)
@@ -178,9 +180,11 @@ def measure(plan: Plan, config: TrainConfig, steps: int) -> dict[str, Any]:
     sizes = config.with_options(micro_batch_size=plan.sequences)
     warmup = WARMUP_STEPS if device.type == "cuda" else 1
     batches = [random_batch(sizes, model, step) for step in range(warmup + steps)]
+
+    # Warm up, then profile until the device is done.
     for batch in batches[:warmup]:
         trained.step(batch)
-    trained.losses[-1].item()  # waits for the device
+    trained.losses[-1].item()
     with torch.profiler.profile(activities=activities(device)) as profiler:
         for batch in batches[warmup:]:
             trained.step(batch)
@@ -195,11 +199,10 @@ def measure(plan: Plan, config: TrainConfig, steps: int) -> dict[str, Any]:
     }
 
 
-def compare(predicted: Sequence[dict], measured: Sequence[ProfileRow | dict]) -> list[dict]:
-    """Return predicted and measured seconds by part and operator, the longest measured first.
+def compare(predicted: Sequence[dict], measured: Sequence[dict]) -> list[dict[str, Any]]:
+    """Return predicted and measured seconds by part and operator, the longest first.
 
-    Rows of a profile that no prediction has, such as kernels that torch.compile made, have no
-    prediction, and the other way round.
+    A row that only one of the two has is 0 in the other. torch.compile makes such kernels.
     """
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
     for name, rows in (("predicted", predicted), ("measured", measured)):
