@@ -66,7 +66,7 @@ SEQUENCES = (32, 64)
 # Operators that allocate memory without writing it.
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # Operators that overwrite their first argument without reading it.
-OVERWRITING = ("copy_", "fill_", "zero_")
+OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_")
 
 # Direction -> bytes by name of the operator or kernel.
 Passes = dict[str, Counter[str]]
