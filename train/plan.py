@@ -82,9 +82,9 @@ _STEP_BYTES = (28 + 12, 28)
 # micro-batch.
 _CAST_BYTES = 6
 _ACCUMULATE_BYTES = 10
-# Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, convert
-# its gradient to float32, add it.
-_HEAD_BYTES = 6 + 6 + 12
+# Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, scale its
+# float32 gradient, add it.
+_HEAD_BYTES = 6 + 8 + 12
 # Rough numbers, only used to tell whether a step is launch-bound.
 _KERNELS_PER_LAYER = 40  # forward + backward
 _LAUNCH_SECONDS = 5e-6

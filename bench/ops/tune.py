@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ...errors import InputError, unknown_name
 from ...kernels.attention import launch as attention_launch
+from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
@@ -84,6 +85,23 @@ def _attention_tile(kernel: str, *sizes: int) -> Variant:
     )
 
 
+def _loss_lanes(lanes: int, unroll: int) -> Variant:
+    row = loss_launch.Lanes(lanes=lanes, unroll=unroll, programs=0)
+    return Variant(
+        name=f"{lanes} lanes, {unroll} loads",
+        target="loss.launch.LANES",
+        value={**loss_launch.LANES, "sm_": (row,)},
+    )
+
+
+def _chunk_rows(rows: int) -> Variant:
+    return Variant(
+        name=f"chunks of {rows} rows",
+        target="loss.linear_cross_entropy.plan",
+        value=functools.cache(lambda *_: rows),
+    )
+
+
 def _constant(target: str, value: Any) -> Variant:
     return Variant(name=f"{target.rsplit('.', 1)[1]} {value}", target=target, value=value)
 
@@ -117,11 +135,18 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("dkdv", 64, 128, 4, 2),
         *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
-    "cross_entropy": tuple(
-        _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
+    "cross_entropy": (
+        *(_loss_lanes(128, loads) for loads in (1, 2)),
+        *(_loss_lanes(*sizes) for sizes in ((256, 2), (256, 4), (512, 2))),
     ),
-    "linear_cross_entropy": tuple(
-        _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)
+    "linear_cross_entropy": (
+        *(_loss_lanes(*sizes) for sizes in ((128, 4), (256, 4), (512, 2), (512, 4), (1024, 1))),
+        *(_chunk_rows(rows) for rows in (4_096, 5_504, 5_632, 11_264)),
+    ),
+    "embedding": (
+        *(_constant("embedding.PIECE", tokens) for tokens in (64, 256)),
+        *(_constant("embedding.BLOCK_ROWS", rows) for rows in (2, 8)),
+        *(_constant("embedding.BLOCK_COLUMNS", columns) for columns in (512, 1024)),
     ),
     "layer_norm": tuple(
         _constant("norm.launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)

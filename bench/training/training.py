@@ -46,7 +46,7 @@ from ...model import GPTConfig
 from ...model.cost import flops_per_token, parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
-from ...train.data.loader import Batch
+from ...train.data.loader import Batch, token_orders
 from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
 from ...train.plan import vocab_size
@@ -211,7 +211,9 @@ def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
     context_tokens = config.model.context_tokens
     sizes = (config.micro_batch, context_tokens + 1)
     tokens = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator)
-    return Batch(tokens.view(sizes), np.full(config.micro_batch, context_tokens))
+    windows = tokens.view(sizes)
+    orders = token_orders(windows, config.micro_batch)
+    return Batch(windows, np.full(config.micro_batch, context_tokens), orders, config.micro_batch)
 
 
 def train_in_turn(

@@ -35,6 +35,7 @@ OTHER = "other"
 PARTS = {
     "data": r"^data$|pin_memory|Memcpy HtoD",
     "optimizer": r"^Optimizer\.|_foreach_|_fused_adam|vector_norm|_amp_",
+    "embedding": r"embedding",
     "head + loss": r"cross_entropy|nll_loss|log_softmax",
     "attention": r"attention|flash_attn|rotary|ScaledDotProduct",
     "norms": r"(layer|rms)_?norm",
