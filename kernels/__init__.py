@@ -23,6 +23,7 @@ else:
     from .attention.causal import causal_attention, causal_attention_qkvpacked
     from .attention.decode import attention_decode
     from .attention.varlen import causal_attention_varlen
+    from .embedding import embedding
     from .loss.cross_entropy import cross_entropy
     from .loss.linear_cross_entropy import linear_cross_entropy
     from .mlp.gelu_mlp import gelu_mlp
@@ -40,6 +41,7 @@ __all__ = [
     "causal_attention_qkvpacked",
     "causal_attention_varlen",
     "cross_entropy",
+    "embedding",
     "gelu_mlp",
     "layer_norm",
     "linear",

@@ -14,7 +14,8 @@ Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forwa
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
-from ..kernels.loss.linear_cross_entropy import block_rows, cost
+from ..kernels.loss.chunks import block_rows
+from ..kernels.loss.linear_cross_entropy import cost
 from .config import GPTConfig
 from .layers import MLPS, NORMS, POSITIONS
 from .recompute import RECOMPUTATIONS
@@ -81,7 +82,7 @@ def activation_bytes(
     # RoPE keeps two float32 tables (T, K / 2). Learned positions keep their int64 indices.
     per_position = 4 * config.head_size if POSITIONS[config.position].rotates else 8
     divisor = 8  # the mean loss keeps the number of targets
-    head = _head_bytes(config, batch * tokens)
+    head = _head_bytes(config, batch * tokens, itemsize)
     return batch * tokens * per_token + tokens * per_position + divisor + head
 
 
@@ -107,9 +108,9 @@ def _dropped_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
     return RECOMPUTATIONS[recompute].dropped_bytes(config, itemsize, block)
 
 
-def _head_bytes(config: GPTConfig, rows: int) -> int:
-    """Return the bytes of the head's float32 gradients, which its forward computes."""
-    return cost(rows, config.d_model, config.vocab_size, 4)["saved_bytes"]
+def _head_bytes(config: GPTConfig, rows: int, itemsize: int) -> int:
+    """Return the bytes of the head's gradients, which its forward computes."""
+    return cost(rows, config.d_model, config.padded_vocab_size, itemsize)["saved_bytes"]
 
 
 def step_bytes(
@@ -167,13 +168,13 @@ def _moments(
     D = config.d_model
     weights = _weight_bytes(config)
     embedding = 4 * config.padded_vocab_size * D
-    kept_head = _head_bytes(config, N)
+    kept_head = _head_bytes(config, N, itemsize)
     activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept_head
     copies = itemsize * matrices(config) if itemsize < 4 else 0
     before = weights if accumulates else 0
 
     # 1. the head. Its forward also holds the output of the final norm and the last branch. Its
-    # backward scales the gradients into new tensors; the weight's then has the padding rows.
+    # backward scales the gradients into new tensors.
     logits = _logits_bytes(config, N, itemsize) + 2 * itemsize * N * D
     scaled = itemsize * N * D + embedding
     head = (copies, before, activations, kept_head + max(logits, scaled), 0)
@@ -202,14 +203,16 @@ def _logits_bytes(config: GPTConfig, N: int, itemsize: int) -> int:
     """Return the bytes of the head's logits, and of its weight in other dtypes.
 
     A chunk has logits, and a softmax that its gradient overwrites. With several chunks, the next
-    logits are allocated before the softmax is freed. In 16 bits the weight is cast to 16 bits. The
-    reference then casts it back to float32; the kernels do not, but have larger chunks.
+    logits are allocated before the softmax is freed. In 16 bits the weight is rounded to 16 bits.
+    The reference then has float32 copies of the weight and of a chunk of x and dx. The kernels do
+    not, but have larger chunks.
     """
+    D = config.d_model
     V = config.vocab_size
     rows = block_rows(N, V)
     logits = 4 * rows * V * (2 if rows == N else 3)
     if itemsize == 4:
         return logits
-    weight = config.d_model * V
-    workspace = cost(N, config.d_model, V, itemsize)["workspace_bytes"]
-    return itemsize * weight + max(logits + 4 * weight, workspace)
+    sizes = (N, D, config.padded_vocab_size, itemsize)
+    workspace = cost(*sizes, weight_itemsize=4)["workspace_bytes"]
+    return max(logits + 4 * D * V + 2 * 4 * rows * D, workspace)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear, linear_cross_entropy
+from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import choose_attention
 from .config import GPTConfig
 from .generate import KVCache, generate
@@ -90,6 +90,7 @@ class GPT(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
+        token_order: Tensor | None = None,
     ) -> Tensor:
         """Predict the token that follows each position.
 
@@ -101,6 +102,8 @@ class GPT(nn.Module):
                 not attend to each other, and positions start at 0 in each. Default: B documents of
                 T tokens.
             cache: keys and values of earlier tokens. The forward adds those of `tokens`.
+            token_order: (B T,) integers, the stable sort of the tokens laid end to end, for the
+                gradient of the embedding. Default: the backward sorts them.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
@@ -108,30 +111,37 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         self._check(past + T, cu_seqlens, cache)
 
-        # embedding
+        # embedding; its weight is also that of the head
+        is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
         position = _positions(tokens, past, cu_seqlens)
-        stream = self.wte(tokens)
-        if self._position.has_table:
-            stream = stream + self.wpe(position)
+        stream, head = embedding(
+            tokens,
+            self.wte.weight,
+            position=None if is_plain else position,
+            position_weight=self.wpe.weight if self._position.has_table else None,
+            order=token_order,
+            dtype=self.compute_dtype,
+            return_weight=True,
+        )
         rope = None
         if self._position.rotates:
             rope = rope_tables(position, self.config.head_size, self.config.rope_base)
 
         # blocks
         branch = None
-        stream = stream.flatten(0, 1).to(self.compute_dtype or stream.dtype)
+        stream = stream.flatten(0, 1)
         context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention)
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
             cache.length += T
 
-        # head, without the padding rows of the embedding, so that it never predicts them
+        # head. The padding rows of its weight never get probability
         y, _ = self.ln_f(branch, stream)
-        weight = self.wte.weight[: self.config.vocab_size].to(y.dtype)
+        V = self.config.vocab_size
         if targets is None:
-            return linear(y, weight).view(B, T, self.config.vocab_size)
-        return linear_cross_entropy(y, weight, targets.flatten())
+            return linear(y, head[:V].to(y.dtype)).view(B, T, V)
+        return linear_cross_entropy(y, head, targets.flatten(), vocab_size=V)
 
     def _check(self, length: int, cu_seqlens: Tensor | None, cache: KVCache | None) -> None:
         if length > self.config.context_tokens:

@@ -45,12 +45,15 @@ def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
     """
     device = next(model.parameters()).device
     tokens, targets = batch.on(device)
-    if separator is None:
-        return model(tokens, targets)
-    cu_seqlens = copy_to_device(document_starts(batch.inputs, separator), device)
-    # Its length differs between batches: compile once for any length.
-    torch._dynamo.mark_dynamic(cu_seqlens, 0)
-    return model(tokens, targets, cu_seqlens=cu_seqlens)
+    options = {}
+    if batch.token_order is not None:
+        options["token_order"] = copy_to_device(batch.token_order, device)
+    if separator is not None:
+        cu_seqlens = copy_to_device(document_starts(batch.inputs, separator), device)
+        # Its length differs between batches: compile once for any length.
+        torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        options["cu_seqlens"] = cu_seqlens
+    return model(tokens, targets, **options)
 
 
 @torch.no_grad()

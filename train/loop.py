@@ -180,6 +180,7 @@ def _train(
         first = load_checkpoint(checkpoint, engine, optimizer)
 
     # The data, and the metrics of its steps.
+    on_cuda = execution.device.type == "cuda"
     loader = Loader(
         dataset.train,
         context_tokens=config.model.context_tokens,
@@ -187,7 +188,9 @@ def _train(
         seed=config.seed,
         rank=world.data_rank,
         world_size=world.data_ranks,
-        pinned=execution.device.type == "cuda",
+        pinned=on_cuda,
+        # The embedding's kernels use the order of each micro-batch. A CPU needs none.
+        sorted_rows=execution.micro_batch if on_cuda else None,
     )
     metrics = _open_metrics(config, run, engine, optimizer, first)
     if execution.is_compiled:

@@ -82,9 +82,9 @@ _STEP_BYTES = (28 + 12, 28)
 # micro-batch.
 _CAST_BYTES = 6
 _ACCUMULATE_BYTES = 10
-# Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, convert
-# its gradient to float32, add it.
-_HEAD_BYTES = 6 + 6 + 12
+# Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, scale its
+# float32 gradient, add it.
+_HEAD_BYTES = 6 + 8 + 12
 # Rough numbers, only used to tell whether a step is launch-bound.
 _KERNELS_PER_LAYER = 40  # forward + backward
 _LAUNCH_SECONDS = 5e-6
@@ -262,7 +262,7 @@ def make_plan(options: PlanOptions) -> Plan:
             f"GPU, got {micro_batch}; take {largest_divisor(sequences, micro_batch)}"
         )
     return Plan(
-        model=config.gpt(_vocab_size(options.recipe, config)),
+        model=config.gpt(vocab_size(options.recipe, config)),
         machine=machine,
         sequences=sequences,
         micro_batch=micro_batch,
@@ -291,8 +291,8 @@ def plan_of_run(record: RunRecord, world: World) -> Plan:
     )
 
 
-def _vocab_size(name: str, config: TrainConfig) -> int:
-    """The published vocabulary of a preset, or the tokenizer's.
+def vocab_size(name: str, config: TrainConfig) -> int:
+    """Return the published vocabulary of a preset, or the tokenizer's.
 
     A recipe of a preset learns a smaller vocabulary from its data.
     """

@@ -4,8 +4,8 @@
     working copy   the model that computes. The weights of its linear layers are copies in the run's
                    dtype, cast once per step. Its other parameters are the masters themselves.
                    Activations have the run's dtype
-    float32        weights of norms, embeddings until their sum enters the blocks, statistics,
-                   losses, sums in matmuls, gradients of masters
+    float32        weights of norms, both embeddings and their sum, statistics, losses, sums in
+                   matmuls, gradients of masters
 
 A backward leaves a 16-bit gradient on each cast weight. A hook adds it to the float32 gradient of
 the master.
@@ -16,8 +16,8 @@ Cost       bytes per weight of a linear layer, with 16-bit copies:
              torch.autocast    per micro-batch: 24 (6 to cast, 6 to widen a gradient, 12 to add it)
            For the 85 million weights in the blocks of GPT-2 this saves 1.2 GB per micro-batch.
            torch.autocast would also keep the residual stream in float32: 32 D bytes more per token
-           and block. The head shares its weight with the embedding, whose gradient is summed in
-           float32, so the head is cast in each micro-batch.
+           and block. The head shares its float32 weight with the embedding. linear_cross_entropy
+           casts it in each micro-batch, and its gradient is not rounded to 16 bits.
 
 fully_shard needs no working copy: it casts the weights when it gathers them.
 float16 overflows where bfloat16 does not, so its losses are scaled: see optim.py.

@@ -5,6 +5,7 @@ from .attention import ATTENTION
 from .attention_decode import ATTENTION_DECODE
 from .attention_varlen import ATTENTION_VARLEN
 from .case import Operator
+from .embedding import EMBEDDING
 from .rotary import ROTARY
 from .swiglu_mlp import SWIGLU_MLP
 
@@ -13,8 +14,10 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         layer_norm.LAYER_NORM,
         layer_norm.ADD_LAYER_NORM,
+        layer_norm.ADD_LAYER_NORM_AFTER_BIAS,
         rms_norm.RMS_NORM,
         rms_norm.ADD_RMS_NORM,
+        EMBEDDING,
         ROTARY,
         ATTENTION,
         ATTENTION_VARLEN,

@@ -22,11 +22,12 @@ from rich.table import Table
 
 from ...errors import InputError, unknown_name
 from ...kernels.attention import launch as attention_launch
+from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
 from ..record import check_writable, write_record
-from ..timing import time_in_turn
+from ..timing import side_stream, time_in_turn
 from . import OPERATORS
 from .case import Implementation, Operator
 from .check import find_error
@@ -84,6 +85,23 @@ def _attention_tile(kernel: str, *sizes: int) -> Variant:
     )
 
 
+def _loss_lanes(lanes: int, unroll: int) -> Variant:
+    row = loss_launch.Lanes(lanes=lanes, unroll=unroll, programs=0)
+    return Variant(
+        name=f"{lanes} lanes, {unroll} loads",
+        target="loss.launch.LANES",
+        value={**loss_launch.LANES, "sm_": (row,)},
+    )
+
+
+def _chunk_rows(rows: int) -> Variant:
+    return Variant(
+        name=f"chunks of {rows} rows",
+        target="loss.linear_cross_entropy.plan",
+        value=functools.cache(lambda *_: rows),
+    )
+
+
 def _constant(target: str, value: Any) -> Variant:
     return Variant(name=f"{target.rsplit('.', 1)[1]} {value}", target=target, value=value)
 
@@ -104,22 +122,31 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     "causal_attention": (
         _attention_tile("fwd", 128, 64, 4, 3),
+        _attention_tile("fwd", 128, 64, 4, 2),
         _attention_tile("fwd", 128, 128, 8, 2),
-        _attention_tile("fwd", 128, 64, 8, 3),
+        _attention_tile("fwd", 128, 128, 8, 3),
         _attention_tile("fwd", 64, 128, 4, 2),
-        _attention_tile("dq", 128, 128, 8, 2),
-        _attention_tile("dq", 64, 128, 4, 2),
+        _attention_tile("dq", 64, 64, 4, 2),
+        _attention_tile("dq", 128, 64, 4, 2),
         _attention_tile("dq", 128, 64, 4, 3),
+        _attention_tile("dq", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 64, 4, 2),
         _attention_tile("dkdv", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 128, 4, 2),
         *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
-    "cross_entropy": tuple(
-        _constant("loss.launch.UNROLL", {"sm_": loads, "gfx": 2}) for loads in (1, 2)
+    "cross_entropy": (
+        *(_loss_lanes(128, loads) for loads in (1, 2)),
+        *(_loss_lanes(*sizes) for sizes in ((256, 2), (256, 4), (512, 2))),
     ),
-    "linear_cross_entropy": tuple(
-        _constant("loss.linear_cross_entropy.CHUNK_ROWS", rows) for rows in (2048, 8192, 16384)
+    "linear_cross_entropy": (
+        *(_loss_lanes(*sizes) for sizes in ((128, 4), (256, 4), (512, 2), (512, 4), (1024, 1))),
+        *(_chunk_rows(rows) for rows in (4_096, 5_504, 5_632, 11_264)),
+    ),
+    "embedding": (
+        *(_constant("embedding.PIECE", tokens) for tokens in (64, 256)),
+        *(_constant("embedding.BLOCK_ROWS", rows) for rows in (2, 8)),
+        *(_constant("embedding.BLOCK_COLUMNS", columns) for columns in (512, 1024)),
     ),
     "layer_norm": tuple(
         _constant("norm.launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)
@@ -135,6 +162,10 @@ class TuneOptions:
     """Operator."""
     shape: tuple[str, ...] = ()
     """Sizes such as 32768x768; default: a few per operator."""
+    variant: tuple[str, ...] = ()
+    """Names of variants, such as cublas; default: all."""
+    device: str = "auto"
+    """auto: CUDA. cpu: a rehearsal, in which the references run and all variants are equal."""
     rounds: int = 10
     """Samples per variant."""
     out: str | None = None
@@ -192,6 +223,15 @@ def _print(entry: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _chosen(operator: str, names: Sequence[str]) -> list[Variant]:
+    """Return the named variants of an operator; all without names."""
+    known = {variant.name: variant for variant in VARIANTS[operator]}
+    for name in names:
+        if name not in known:
+            raise InputError(unknown_name("variant", name, known))
+    return [known[name] for name in names or known]
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench tune`. Returns: exit status."""
     about = "Compare the launch sizes of an operator in one run."
@@ -201,8 +241,9 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(unknown_name("operator with variants", name, VARIANTS))
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
-    device = choose_device("auto")
-    if device.type != "cuda":
+    variants = _chosen(name, options.variant)
+    device = choose_device(options.device)
+    if device.type != "cuda" and options.device == "auto":
         raise InputError(
             "tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs no GPU"
         )
@@ -211,9 +252,11 @@ def main(argv: Sequence[str]) -> int:
     console = Console(width=None if Console().is_terminal else 140)
     operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):
-        entry = tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
+        with side_stream(device):
+            entry = tune(operator, variants, shape, torch.bfloat16, device, options.rounds)
         entries.append(entry)
         _print(entry, console)
         if out:
-            write_record(out, "tune", {"operator": name, "entries": entries})
+            figures = {"device": device.type, "operator": name, "entries": entries}
+            write_record(out, "tune", figures)
     return 0

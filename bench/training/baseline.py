@@ -108,12 +108,19 @@ class Baseline(nn.Module):
         self.ln_f = _norm(config)
         init_weights(self, config.n_layer)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        token_order: Tensor | None = None,
+    ) -> Tensor:
         """Predict the token after each position.
 
         Args:
             tokens: (B, T) int64, T at most context_tokens.
             targets: (B, T) int64, the tokens to predict; -100 is ignored.
+            token_order: the trainer passes it. PyTorch's embedding does not use it.
         Returns: logits (B, T, V). With targets their mean cross-entropy, (), in nats.
         """
         x = self.wte(tokens)

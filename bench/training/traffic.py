@@ -10,9 +10,10 @@ kernel moves inside are not counted. tritium's attention backward has two kernel
 Two batch sizes are run. The difference gives the bytes per token. The rest are bytes per step:
 weights, their gradients and partial sums.
 
-The least has three units of work: addition and norm, matmul, attention. GELU and the sums for
-biases are part of a matmul. Every tensor between two units is written once, and read once by each
-unit that needs it. Row statistics are computed again. In elements per token, reads + writes:
+The least has three units of work: addition and norm, matmul, attention. GELU is part of a matmul.
+The gradient of a bias is summed by a unit that reads or writes the summed tensor anyway. Every
+tensor between two units is written once, and read once by each unit that needs it. Row statistics
+are computed again. In elements per token, reads + writes:
 
     forward    norms       2 (2 D + 2 D)            branch, stream; their sum, y
                qkv         D + 3 D
@@ -65,7 +66,7 @@ SEQUENCES = (32, 64)
 # Operators that allocate memory without writing it.
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # Operators that overwrite their first argument without reading it.
-OVERWRITING = ("copy_", "fill_", "zero_")
+OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_")
 
 # Direction -> bytes by name of the operator or kernel.
 Passes = dict[str, Counter[str]]
@@ -184,8 +185,8 @@ def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
         block = gpt.Block(config, layer=0).to(DTYPE)
     tokens = sequences * config.context_tokens
     y, stream, dy = (_tensor(tokens, config.d_model, device="meta") for _ in range(3))
-    # The norms return the gradients of the biases of the layers before them: the first norm that of
-    # the block before, the next block's norm that of this block's MLP.
+    # The first norm returns the gradient of the bias that the block before has added to y. The norm
+    # of the next block, which does not run here, returns that of this block's MLP.
     branch = Branch(y, _tensor(config.d_model, device="meta"))
     context = gpt.ForwardContext((sequences, config.context_tokens))
     parameters = [each for each in block.parameters() if each is not block.mlp.c_proj.bias]

@@ -14,6 +14,7 @@ Fairness
     step           One micro-batch: copy to the device, forward, backward, clipping, AdamW. A
                    run with several micro-batches per step clips and updates less often. Reading
                    data, evaluations and checkpoints are not included.
+    size           A recipe of a published model has its published vocabulary.
     settings       The precision of float32 matmuls and the allocator are set as in training, for
                    all models.
     statistics     Medians over all timed steps, with 10th and 90th percentiles. The ratio is the
@@ -45,10 +46,10 @@ from ...model import GPTConfig
 from ...model.cost import flops_per_token, parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
-from ...train.data.loader import Batch
-from ...train.data.tokenizer import vocab_size_of
+from ...train.data.loader import Batch, token_orders
 from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
+from ...train.plan import vocab_size
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ..record import check_writable, provenance, write_record
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     config = config.with_options(
         micro_batch_size=micro_batch, batch_size=micro_batch, context_tokens=context_tokens
     )
-    shape = config.gpt(vocab_size_of(config.tokenizer))
+    shape = config.gpt(vocab_size(name, config))
     if options.nanogpt is not None:
         shape = nanogpt_shape(shape)
     out = None if options.out is None else check_writable(Path(options.out))
@@ -210,7 +211,9 @@ def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
     context_tokens = config.model.context_tokens
     sizes = (config.micro_batch, context_tokens + 1)
     tokens = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator)
-    return Batch(tokens.view(sizes), np.full(config.micro_batch, context_tokens))
+    windows = tokens.view(sizes)
+    orders = token_orders(windows, config.micro_batch)
+    return Batch(windows, np.full(config.micro_batch, context_tokens), orders, config.micro_batch)
 
 
 def train_in_turn(

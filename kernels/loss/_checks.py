@@ -6,8 +6,13 @@ from torch import Tensor
 from ..core.op import can_read_values
 
 
-def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise a ValueError unless x, weight and bias are those of a linear layer."""
+def check_linear(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None
+) -> None:
+    """Raise a ValueError unless x, weight and bias are those of a linear layer.
+
+    `vocab_size` is the number of rows of weight that are not padding, or None.
+    """
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(
             f"{name}: x must be floating point (..., D) with D at least 1, "
@@ -24,12 +29,26 @@ def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
             f"{name}: bias must have shape ({weight.shape[0]},) to match weight "
             f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
+    if weight.dtype not in (x.dtype, torch.float32) or x.dtype.itemsize > weight.dtype.itemsize:
+        allowed = f"{x.dtype} or torch.float32" if x.dtype.itemsize == 2 else x.dtype
+        raise ValueError(
+            f"{name}: weight must be {allowed} to match x, got {weight.dtype}; "
+            "convert it, or use torch.autocast"
+        )
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(
+            f"{name}: bias must be {weight.dtype} like weight, got {bias.dtype}; convert it"
+        )
     for label, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.device != x.device or tensor.dtype != x.dtype):
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(
-                f"{name}: {label} must be {x.dtype} on {x.device} like x, "
-                f"got {tensor.dtype} on {tensor.device}; convert it, or use torch.autocast"
+                f"{name}: {label} must be on {x.device} like x, got {tensor.device}; move it"
             )
+    if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(
+            f"{name}: vocab_size must be from 1 to {weight.shape[0]}, the rows of weight, "
+            f"got {vocab_size}"
+        )
 
 
 def check_target(name: str, label: str, values: Tensor, target: Tensor, ignore_index: int) -> None:

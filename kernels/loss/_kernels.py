@@ -11,6 +11,7 @@ Softmax    Each lane keeps the maximum and the sum of exponentials of the column
 Target     The sum of exponentials leaves out the target's column. If the target has the largest
            logit, log(1 + sum) keeps the digits of the other columns. The loss and the target's
            gradient p - 1 are then accurate even if p rounds to 1.
+Padding    Columns from V on are not read. Their gradient is 0.
 Rows       A row whose target is ignore_index is not read: its loss and gradient are 0. A row whose
            target is not a column gets NaN for both.
 Cost       memory-bound; cost() of cross_entropy.py gives bytes and FLOPs
@@ -193,12 +194,12 @@ def _dlogits(x, columns, target, top, log_sum, at_target, p_scale, uniform, soft
 @triton.jit
 def _write_dlogits(
     logits_ptr, dlogits_ptr, stride_m, stride_dm, offs_m, target, has_loss, is_valid,
-    top, log_sum, s, scale, N, V, softcap, label_smoothing, z_loss,
+    top, log_sum, s, scale, N, V, V_padded, softcap, label_smoothing, z_loss,
     UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of each row's loss, times `scale` (BLOCK_M,).
 
-    Rows without a loss get zeros; their logits are not read.
+    Rows without a loss get zeros; their logits are not read. So do the columns from V to V_padded.
     """
     # miss = 1 - p of the target. The identity 1 - exp(-2 x) = 2 tanh(x) / (1 + tanh(x)) keeps its
     # digits where p is close to 1.
@@ -232,14 +233,15 @@ def _write_dlogits(
     # masked loop: the other columns
     row_ptr = logits_ptr + (offs_m * stride_m)[:, None, None]
     out_ptr = dlogits_ptr + (offs_m * stride_dm)[:, None, None]
-    for start in range(0, V - body, BLOCK_V):
+    for start in range(0, V_padded - body, BLOCK_V):
         columns = _tail_columns(start, lead, body, BLOCK_V)
         inside = columns < V
         x = tl.load(row_ptr + columns, mask=inside & read, other=float("-inf"))
         d = _dlogits(
             x, columns, target[:, None, None], top, log_sum, at_target, p_scale, uniform, softcap
         )
-        tl.store(out_ptr + columns, d.to(dlogits_ptr.dtype.element_ty), mask=inside & written)
+        d = tl.where(inside, d, 0.0).to(dlogits_ptr.dtype.element_ty)
+        tl.store(out_ptr + columns, d, mask=(columns < V_padded) & written)
 
 
 # --- kernels
@@ -267,10 +269,13 @@ def _cross_entropy_fwd_kernel(
 def _cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, statistics_ptr, divisor_ptr, dlogits_ptr,
     stride_dloss, stride_m, stride_dm,
-    N, V, ignore_index, softcap, label_smoothing, z_loss,
+    N, V, V_padded, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of the logits, from the statistics of the forward."""
+    """Store the gradient of the logits, from the statistics of the forward.
+
+    The gradient of columns V to V_padded is 0.
+    """
     offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
     mask_m = offs_m < N
     top = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
@@ -281,7 +286,8 @@ def _cross_entropy_bwd_kernel(
     scale = dloss.to(tl.float32) / tl.load(divisor_ptr)
     _write_dlogits(
         logits_ptr, dlogits_ptr, stride_m, stride_dm, offs_m, target, has_loss, is_valid,
-        top, log_sum, s, scale, N, V, softcap, label_smoothing, z_loss, UNROLL, BLOCK_V, VEC,
+        top, log_sum, s, scale, N, V, V_padded, softcap, label_smoothing, z_loss,
+        UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
 
 
@@ -289,12 +295,12 @@ def _cross_entropy_bwd_kernel(
 def _cross_entropy_fwd_bwd_kernel(
     logits_ptr, target_ptr, dloss_ptr, loss_ptr,
     stride_m, stride_dloss,
-    N, V, ignore_index, softcap, label_smoothing, z_loss,
+    N, V, V_padded, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store each row's loss, and overwrite the logits with the gradient of sum_n dloss_n loss_n.
 
-    If `dloss_ptr` is None, every dloss_n is 1.
+    If `dloss_ptr` is None, every dloss_n is 1. The gradient of columns V to V_padded is 0.
     """
     offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
     top, log_sum, s = _forward(
@@ -309,7 +315,8 @@ def _cross_entropy_fwd_bwd_kernel(
     tl.debug_barrier()
     _write_dlogits(
         logits_ptr, logits_ptr, stride_m, stride_m, offs_m, target, has_loss, is_valid,
-        top, log_sum, s, scale, N, V, softcap, label_smoothing, z_loss, UNROLL, BLOCK_V, VEC,
+        top, log_sum, s, scale, N, V, V_padded, softcap, label_smoothing, z_loss,
+        UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
 
 
@@ -342,5 +349,5 @@ def _linear_cross_entropy_scale_kernel(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < numel
     scale = tl.load(dloss_ptr).to(tl.float32) / tl.load(divisor_ptr)
-    grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0) * scale
+    grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) * scale
     tl.store(out_ptr + offs_n, grad.to(out_ptr.dtype.element_ty), mask=mask_n)

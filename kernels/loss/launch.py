@@ -1,11 +1,12 @@
 """Launchers of the kernels of cross_entropy and linear_cross_entropy, and their launch sizes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.device import arch
+from ..core.device import arch, sm_count
 from ..core.triton import cdiv, next_power_of_2
 from ._kernels import (
     _cross_entropy_bwd_kernel,
@@ -18,27 +19,60 @@ from .options import LossOptions
 
 # Bytes of one load of one lane. Its address must be a multiple of this.
 LOAD_BYTES = 16
-# Lanes of a program: 4 warps of 32, or 2 of 64 on AMD.
-LANES = 128
-# Loads that a lane has in flight, by the start of the architecture's name. Estimates from machine
-# code: with two loads, the exponentials that rescale the sums take 86 % of the time that an H200
-# needs to load the logits. With eight loads, fewer programs fit on a multiprocessor. On AMD, with
-# all options and 16-bit logits, four loads spill 16 to 68 bytes, two loads at most 8.
-UNROLL = {"sm_": 4, "gfx": 2}
+# Bytes of rows that all running programs of the in-place kernel may hold, by the start of the
+# architecture's name. The kernel reads each row twice; the second read comes from the L2 cache if
+# the rows in flight fit. Estimates: 60 % of the L2 cache of a B200 (126 MB), and of an H100 or H200
+# (50 MB).
+ROWS_IN_FLIGHT_BYTES = {"sm_100": 75_000_000, "sm_": 30_000_000, "gfx": 30_000_000}
 # Elements of a program that owns several short rows.
 SHORT_ROWS_ELEMENTS = 1_024
 REDUCE_BLOCK, SCALE_BLOCK = 8_192, 2_048
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lanes:
+    """The threads of a program that owns one long row.
+
+    lanes: threads per program.   unroll: loads that a lane has in flight.
+    programs: programs of the in-place kernel that run on a multiprocessor at once. Its registers
+        limit them: for sm_90 it takes 96, 64 and 98 with Triton 3.7.1.
+    """
+
+    lanes: int
+    unroll: int
+    programs: int
+
+
+# The first row is for kernels that read each row once. The in-place kernel takes the first row with
+# which all rows in flight fit into ROWS_IN_FLIGHT_BYTES, else the last. Estimates from machine
+# code, by the start of the architecture's name:
+#   unroll    With two loads in flight, the exponentials that rescale the sums take 86 % of the time
+#             that an H200 needs to load the logits. With eight loads, fewer programs fit on a
+#             multiprocessor. On AMD, with all options and 16-bit logits, four loads spill 16 to 68
+#             bytes, two loads at most 8.
+#   lanes     V = 50,304 in 16 bits on 132 multiprocessors: 5 programs of 128 lanes hold 66 MB of
+#             rows, 2 programs of 512 lanes hold 27 MB. Both have 32 KB or more of loads in flight
+#             on a multiprocessor; 4.8 TB/s and 700 ns of latency need 25 KB.
+LANES = {
+    "sm_": (
+        Lanes(lanes=128, unroll=4, programs=5),
+        Lanes(lanes=512, unroll=2, programs=2),
+        Lanes(lanes=512, unroll=4, programs=1),
+    ),
+    "gfx": (Lanes(lanes=128, unroll=2, programs=10),),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """Launch sizes.
 
-    block_m: rows per program.   unroll: loads that a lane has in flight.
-    block_v: columns per load of all lanes.   vec: columns per load of one lane.
+    block_m: rows per program.   lanes: threads of a program.   unroll: loads that a lane has in
+    flight.   block_v: columns per load of all lanes.   vec: columns per load of one lane.
     """
 
     block_m: int
+    lanes: int
     unroll: int
     block_v: int
     vec: int
@@ -50,19 +84,33 @@ class Tile:
             "UNROLL": self.unroll,
             "BLOCK_V": self.block_v,
             "VEC": self.vec,
-            "num_warps": LANES // (64 if architecture.startswith("gfx") else 32),
+            "num_warps": self.lanes // (64 if architecture.startswith("gfx") else 32),
         }
 
 
-def plan(V: int, itemsize: int, architecture: str) -> Tile:
-    """Choose the tile for rows of V elements of `itemsize` bytes."""
+def plan(V: int, itemsize: int, architecture: str, *, sms: int = 0) -> Tile:
+    """Choose the tile for rows of V elements of `itemsize` bytes.
+
+    Args:
+        sms: number of multiprocessors, for the in-place kernel, which reads each row twice. 0: the
+            kernel reads each row once.
+    """
     vec = LOAD_BYTES // itemsize
-    if LANES * vec <= V:
-        most = next(unroll for name, unroll in UNROLL.items() if architecture.startswith(name))
-        unroll = max(size for size in (1, 2, 4) if size <= most and size * LANES * vec <= V)
-        return Tile(block_m=1, unroll=unroll, block_v=LANES * vec, vec=vec)
+    choices = _of(architecture, LANES)
+    most = _of(architecture, ROWS_IN_FLIGHT_BYTES) // (V * itemsize)  # rows in flight
+    choice = next((row for row in choices if row.programs * sms <= most), choices[-1])
+    block_v = choice.lanes * vec
+    if block_v <= V:
+        unroll = max(size for size in (1, 2, 4) if size <= choice.unroll and size * block_v <= V)
+        return Tile(block_m=1, lanes=choice.lanes, unroll=unroll, block_v=block_v, vec=vec)
     block_v = next_power_of_2(max(V, 16))
-    return Tile(block_m=SHORT_ROWS_ELEMENTS // block_v, unroll=1, block_v=block_v, vec=vec)
+    block_m = SHORT_ROWS_ELEMENTS // block_v
+    return Tile(block_m=block_m, lanes=choice.lanes, unroll=1, block_v=block_v, vec=vec)
+
+
+def _of(architecture: str, table: dict[str, Any]) -> Any:
+    """Return the first value whose key `architecture` starts with."""
+    return next(value for name, value in table.items() if architecture.startswith(name))
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
@@ -77,10 +125,18 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
 
 def launch_rows_fwd(
-    logits: Tensor, target: Tensor, options: LossOptions, loss: Tensor, statistics: Tensor | None
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    loss: Tensor,
+    statistics: Tensor | None,
+    vocab_size: int | None = None,
 ) -> None:
-    """Write each row's loss (N,) and, if given, the statistics (2, N): top and log_sum."""
-    grid, arguments = _arguments(logits, target, options)
+    """Write each row's loss (N,) and, if given, the statistics (2, N): top and log_sum.
+
+    Logits are the first `vocab_size` columns. Default: all.
+    """
+    grid, arguments = _arguments(logits, target, options, vocab_size)
     _cross_entropy_fwd_kernel[grid](loss_ptr=loss, statistics_ptr=statistics, **arguments)
 
 
@@ -97,21 +153,29 @@ def launch_rows_bwd(
     grid, arguments = _arguments(logits, target, options)
     _cross_entropy_bwd_kernel[grid](
         dloss_ptr=dloss, statistics_ptr=statistics, divisor_ptr=divisor, dlogits_ptr=dlogits,
-        stride_dloss=dloss.stride(0) if dloss.ndim else 0, stride_dm=dlogits.stride(0), **arguments,
+        stride_dloss=dloss.stride(0) if dloss.ndim else 0, stride_dm=dlogits.stride(0),
+        V_padded=logits.shape[1], **arguments,
     )  # fmt: skip
 
 
 def launch_rows_fwd_bwd(
-    logits: Tensor, target: Tensor, dloss: Tensor | None, options: LossOptions, loss: Tensor
+    logits: Tensor,
+    target: Tensor,
+    dloss: Tensor | None,
+    options: LossOptions,
+    loss: Tensor,
+    vocab_size: int | None = None,
 ) -> None:
     """Write each row's loss, and overwrite the logits with the gradient of sum_n dloss_n loss_n.
 
-    `dloss` is (N,), or None for ones.
+    `dloss` is (N,), or None for ones. Logits are the first `vocab_size` columns; the gradient of
+    the others is 0. Default: all.
     """
-    grid, arguments = _arguments(logits, target, options)
+    sms = sm_count(logits.device)
+    grid, arguments = _arguments(logits, target, options, vocab_size, sms=sms)
     _cross_entropy_fwd_bwd_kernel[grid](
         dloss_ptr=dloss, loss_ptr=loss, stride_dloss=0 if dloss is None else dloss.stride(0),
-        **arguments,
+        V_padded=logits.shape[1], **arguments,
     )  # fmt: skip
 
 
@@ -130,23 +194,39 @@ def launch_reduce(rows: Tensor, target: Tensor, options: LossOptions) -> tuple[T
 
 
 def launch_scale(
-    dloss: Tensor, divisor: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
+    dloss: Tensor,
+    divisor: Tensor,
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply gradients by dloss / divisor, and convert them to `dtype`."""
-    scaled = [torch.empty(grad.shape, dtype=dtype, device=grad.device) for grad in (dx, dw, db)]
-    for grad, out in zip((dx, dw, db), scaled, strict=True):
+    """Multiply gradients by dloss / divisor. Convert dw and db to `weight_dtype`."""
+    dtypes = (dx.dtype, weight_dtype, weight_dtype)
+    scaled = []
+    for grad, dtype in zip((dx, dw, db), dtypes, strict=True):
+        out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
         _linear_cross_entropy_scale_kernel[(cdiv(grad.numel(), SCALE_BLOCK),)](
             grad_ptr=grad, dloss_ptr=dloss, divisor_ptr=divisor, out_ptr=out,
             numel=grad.numel(), BLOCK_N=SCALE_BLOCK,
         )  # fmt: skip
+        scaled.append(out)
     return tuple(scaled)
 
 
-def _arguments(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[tuple[int], dict]:
-    """The grid and the arguments that all kernels of rows share."""
-    N, V = logits.shape
+def _arguments(
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    vocab_size: int | None = None,
+    *,
+    sms: int = 0,
+) -> tuple[tuple[int], dict]:
+    """The grid and the arguments that all kernels of rows share. See `plan` for `sms`."""
+    N = logits.shape[0]
+    V = logits.shape[1] if vocab_size is None else vocab_size
     architecture = arch(logits.device)
-    tile = plan(V, logits.itemsize, architecture)
+    tile = plan(V, logits.itemsize, architecture, sms=sms)
     return (cdiv(N, tile.block_m),), {
         "logits_ptr": logits, "target_ptr": target, "stride_m": logits.stride(0), "N": N, "V": V,
         "ignore_index": options.ignore_index, "z_loss": options.z_loss,

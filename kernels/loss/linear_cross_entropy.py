@@ -7,199 +7,55 @@
 
 Shapes     x, dx: (N, D)   w, dw: (V, D)   b, db: (V,)   target: (N,)   l: (N,) float32
            N = all leading axes, flattened
-Precision  any float dtype in; gradients in the same dtype. Between forward and backward dx, dw and
-           db are float32 and unscaled, so that they are rounded once, after the scaling. The
-           reference computes matmuls in float32, from float32 copies of 16-bit operands.
-Chunks     The kernels take CHUNK_ROWS rows at a time. With so many rows the matmuls run at full
-           speed, and take much longer than reading and writing dw once per chunk. A chunk of logits
-           is the only large buffer. The reference takes BLOCK_ELEMENTS logits at a time, which stay
-           in a CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out
-           makes float32 copies of a chunk and of the weight.
+Padding    w and b may have rows from vocab_size on that are no classes. The matmuls multiply them
+           too, because cuBLAS is slow if V is odd. The loss kernel gives them probability 0 and
+           dlogits 0, so their dw and db are 0.
+Precision  any float dtype in. A float32 w can have a 16-bit x: the matmuls take a copy in 16 bits,
+           and dw is not rounded to 16 bits. dw and db are float32 and unscaled until the backward
+           has scaled them, so that they are rounded at most once. dx has the dtype of x and is
+           rounded before and after the scaling; the second rounding is exact if dloss / count is
+           a power of two. The reference computes matmuls in float32, from float32 copies of 16-bit
+           operands.
+Chunks     chunks.py chooses how many rows the kernels take at a time. A chunk of logits and the
+           copy of w are the only large buffers. The reference takes as many logits as stay in a
+           CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out makes
+           float32 copies of a chunk and of its rows of x.
+Memory     largest memory of the kernels, as a fraction of the unfused loss in 16 bits. That holds
+           3 N V elements at once: logits, log-probabilities and their gradient. V = 50,304:
+             N         D = 768    1024      1280      1600
+             16,384    14.8 %     13.2 %    12.8 %    17.2 %
+             32,768     7.7 %      6.9 %     6.8 %     9.1 %
+             65,536     4.1 %      3.8 %     3.8 %     5.1 %
+           The copy of a float32 w adds V D elements of 16 bits.
 Cost       compute-bound: 2 N V D FLOPs for the loss, 4 N V D more for the gradients; see cost()
-Files      block_loss.py, _kernels.py and launch.py are shared with cross_entropy. One kernel
-           overwrites a chunk of logits with its gradient. Matmuls are PyTorch's (cuBLAS).
+Files      _linear_reference.py: the reference. block_loss.py, _kernels.py and launch.py are shared
+           with cross_entropy. One kernel overwrites a chunk of logits with its gradient. Matmuls
+           are PyTorch's (cuBLAS).
 Source     chunks with gradients in the forward: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.layout import as_rows, wide
+from ..core.device import DEFAULT_SM_COUNT, sm_count
+from ..core.layout import as_rows
 from ..core.matmul import autocast, matmul_out
 from ..core.op import define_op, keep_needed, public
-from ..core.triton import cdiv
-from ._checks import check_linear, check_target, check_target_values
-from .block_loss import (
-    BLOCK_ELEMENTS,
-    apply_weights,
-    block_dlogits,
-    block_loss,
-    cap_logits,
-    reduce_losses,
-    row_blocks,
-    row_weights,
+from ._checks import check_linear, check_target
+from ._linear_reference import (
+    empty_gradients,
+    reference_fwd,
+    reference_rows_bwd,
+    reference_scale,
+    shapes_fwd,
+    shapes_rows_bwd,
 )
+from .block_loss import row_blocks
+from .chunks import plan, row_stride
 from .launch import launch_reduce, launch_rows_fwd, launch_rows_fwd_bwd, launch_scale
 from .options import LossOptions
 
-# With fewer rows per block, reading and writing dw for each block takes longer than the matmuls
-# (V = 50,304: blocks of 20 rows are 1.4 x slower).
-MIN_BLOCK_ROWS = 256
-# Rows per chunk on a GPU; more if V is small. Estimates for V = 50,304 and D = 768 in bfloat16 on
-# an H200: matmuls 1.3 ms, reading and writing dw 0.07 ms, 412 MB of logits.
-CHUNK_ROWS, MIN_CHUNK_ELEMENTS = 4_096, 1 << 26
-# All chunks but the last have a multiple of this many rows, which fills the tiles of their matmuls.
-ROWS_MULTIPLE = 128
-# Rows of logits start at multiples of this many elements: GEMMs need it to run at full speed.
-LOGITS_MULTIPLE = 64
-
-
-# --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
-
-
-def block_rows(N: int, V: int) -> int:
-    """Choose how many of N rows of V logits the reference takes at a time."""
-    return max(1, min(N, max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // V)))
-
-
-def reference_fwd(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: LossOptions,
-    want_dx: bool,
-    want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its divisor, and dx, dw and db of the sum of all row losses.
-
-    Gradients that are not wanted are empty; `want_dw` asks for dw and db.
-    """
-    V = weight.shape[0]
-    check_target_values("linear_cross_entropy", target, V, options.ignore_index)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    index, row_weight = row_weights(target, V, options.ignore_index, dtype)
-    loss, *grads = _reference_blocks(x, weight, bias, index, row_weight, options, want_dx, want_dw)
-    return *reduce_losses(loss, row_weight, options.reduction), *grads
-
-
-def reference_scale(
-    dloss: Tensor, divisor: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply the gradients of the forward by dloss / divisor, and convert them to `dtype`."""
-    scale = dloss / divisor
-    return (dx * scale).to(dtype), (dw * scale).to(dtype), (db * scale).to(dtype)
-
-
-def reference_rows_bwd(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: LossOptions,
-    want_dx: bool,
-    want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, dw and db for dloss (N,), computing the logits again."""
-    index, row_weight = row_weights(target, weight.shape[0], options.ignore_index, dloss.dtype)
-    scale = apply_weights(dloss, row_weight)
-    _, *grads = _reference_blocks(x, weight, bias, index, scale, options, want_dx, want_dw)
-    return tuple(grad.to(x.dtype) for grad in grads)
-
-
-def _reference_blocks(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    scale: Tensor,
-    options: LossOptions,
-    want_dx: bool,
-    want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the row losses and the gradients of sum_n scale_n l_n, in float32 or wider."""
-    N, V = x.shape[0], weight.shape[0]
-    loss = torch.empty_like(scale)
-    dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, scale.dtype)
-    dw.zero_()
-    db.zero_()
-    wide_weight = wide(weight)
-    wide_bias = None if bias is None else wide(bias)
-    for rows in row_blocks(N, block_rows(N, V)):
-        # the loss of the block
-        wide_x = wide(x[rows])
-        s = cap_logits(F.linear(wide_x, wide_weight, wide_bias), options.softcap)
-        loss[rows], top, log_sum, p = block_loss(s, index[rows], options)
-        if not (want_dx or want_dw):
-            continue
-        # its gradients
-        dlogits = block_dlogits(p, s, index[rows], top + log_sum, scale[rows], options)
-        if want_dx:
-            torch.mm(dlogits, wide_weight, out=dx[rows])
-        if want_dw:
-            dw.addmm_(dlogits.t(), wide_x)
-        if db.numel():
-            db += dlogits.sum(0)
-    return loss, dx, dw, db
-
-
-def shapes_fwd(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: LossOptions,
-    want_dx: bool,
-    want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the outputs of `reference_fwd`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    loss = x.new_empty(x.shape[0] if options.reduction == "none" else (), dtype=dtype)
-    divisor = x.new_empty((), dtype=torch.int64)
-    return loss, divisor, *_empty_gradients(x, weight, bias, want_dx, want_dw, dtype)
-
-
-def shapes_rows_bwd(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: LossOptions,
-    want_dx: bool,
-    want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the outputs of `reference_rows_bwd`."""
-    return _empty_gradients(x, weight, bias, want_dx, want_dw, x.dtype)
-
-
-def _empty_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, want_dx: bool, want_dw: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    want_db = want_dw and bias is not None
-    return (
-        x.new_empty(x.shape if want_dx else 0, dtype=dtype),
-        x.new_empty(weight.shape if want_dw else 0, dtype=dtype),
-        x.new_empty(weight.shape[0] if want_db else 0, dtype=dtype),
-    )
-
-
 # --- launchers: allocate, plan, launch by keyword
-
-
-def plan(N: int, V: int) -> int:
-    """Choose the rows per chunk for N rows of V logits. All chunks have about the same size."""
-    N = max(N, 1)
-    min_elements_rows = MIN_CHUNK_ELEMENTS // _row_stride(V) // ROWS_MULTIPLE * ROWS_MULTIPLE
-    chunks = cdiv(N, max(CHUNK_ROWS, min_elements_rows))
-    return cdiv(cdiv(N, chunks), ROWS_MULTIPLE) * ROWS_MULTIPLE
-
-
-def _row_stride(V: int) -> int:
-    """Elements between the starts of two rows in a chunk of logits."""
-    return cdiv(V, LOGITS_MULTIPLE) * LOGITS_MULTIPLE
 
 
 def launch_fwd(
@@ -208,11 +64,13 @@ def launch_fwd(
     target: Tensor,
     bias: Tensor | None,
     options: LossOptions,
+    vocab_size: int,
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    loss, *grads = _launch_chunks(x, weight, target, bias, None, options, want_dx, want_dw)
+    grads = empty_gradients(x, weight, bias, want_dx, want_dw)
+    loss = _launch_chunks(x, weight, target, bias, None, options, vocab_size, grads)
     return *launch_reduce(loss, target, options), *grads
 
 
@@ -223,12 +81,14 @@ def launch_rows_bwd(
     target: Tensor,
     bias: Tensor | None,
     options: LossOptions,
+    vocab_size: int,
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_rows_bwd`."""
-    _, *grads = _launch_chunks(x, weight, target, bias, dloss, options, want_dx, want_dw)
-    return tuple(grad.to(x.dtype) for grad in grads)
+    dx, dw, db = empty_gradients(x, weight, bias, want_dx, want_dw)
+    _launch_chunks(x, weight, target, bias, dloss, options, vocab_size, (dx, dw, db))
+    return dx, dw.to(weight.dtype), db.to(weight.dtype)
 
 
 def _launch_chunks(
@@ -238,18 +98,24 @@ def _launch_chunks(
     bias: Tensor | None,
     dloss: Tensor | None,
     options: LossOptions,
-    want_dx: bool,
-    want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the row losses, and float32 gradients of sum_n dloss_n l_n. Default of dloss: ones."""
-    N, V = x.shape[0], weight.shape[0]
+    vocab_size: int,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Return the row losses. Write the gradients of sum_n dloss_n l_n to `grads`, unless empty.
+
+    Default of dloss: ones.
+    """
+    N, D = x.shape
+    V = weight.shape[0]
     loss = x.new_empty(N, dtype=torch.float32)
-    dx, dw, db = _empty_gradients(x, weight, bias, want_dx, want_dw, torch.float32)
+    dx, dw, db = grads
     db.zero_()
     if N == 0:
         dw.zero_()  # otherwise the first chunk overwrites dw
-    rows = plan(N, V)
-    buffer = x.new_empty(min(rows, N), _row_stride(V))
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = plan(N, V, D, sm_count(x.device))
+    buffer = x.new_empty(min(rows, N), row_stride(V))
     for chunk in row_blocks(N, rows):
         # logits
         logits = buffer[: chunk.stop - chunk.start, :V]
@@ -259,39 +125,50 @@ def _launch_chunks(
             torch.addmm(bias, x[chunk], weight.t(), out=logits)
 
         # losses, and dlogits over the logits
-        if not (want_dx or want_dw):
-            launch_rows_fwd(logits, target[chunk], options, loss[chunk], None)
+        if not any(grad.numel() for grad in grads):
+            launch_rows_fwd(logits, target[chunk], options, loss[chunk], None, vocab_size)
             continue
         dloss_chunk = None if dloss is None else dloss[chunk]
-        launch_rows_fwd_bwd(logits, target[chunk], dloss_chunk, options, loss[chunk])
+        launch_rows_fwd_bwd(logits, target[chunk], dloss_chunk, options, loss[chunk], vocab_size)
         dlogits = logits
 
         # gradients of x, weight and bias
-        if want_dx:
+        if dx.numel():
             matmul_out(dlogits, weight, dx[chunk])
-        if want_dw:
+        if dw.numel():
             matmul_out(dlogits.t(), x[chunk], dw, accumulate=chunk.start > 0)
         if db.numel():
             db += dlogits.sum(0, dtype=torch.float32)
-    return loss, dx, dw, db
+    return loss
 
 
-def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:
-    """Least bytes to move, FLOPs of the matmuls, and memory, with `itemsize` bytes per element.
+def cost(
+    N: int, D: int, V: int, itemsize: int, *, weight_itemsize: int = 0, sms: int = DEFAULT_SM_COUNT
+) -> dict[str, int]:
+    """Least bytes to move, FLOPs of the matmuls, and memory.
 
     "fwd" is the loss alone. "bwd" is the additional cost of the gradients, which the forward
     computes unless the reduction is "none". "workspace_bytes" is temporary memory of the kernels:
-    a chunk of logits. "saved_bytes" is memory kept between forward and backward: gradients in
-    float32. Both leave out a few numbers per row.
+    a chunk of logits, and the copy of a float32 weight in 16 bits. "saved_bytes" is memory kept
+    between forward and backward: dx, and dw in float32. Both leave out a few numbers per row.
+
+    Args:
+        V: rows of the weight, with its padding.
+        itemsize: bytes per element of x.
+        weight_itemsize: bytes per element of the weight. 0: those of x.
+        sms: number of multiprocessors.
     """
-    inputs = (N * D + V * D) * itemsize
+    weight_itemsize = weight_itemsize or itemsize
+    inputs = N * D * itemsize + V * D * weight_itemsize
+    chunk = min(plan(N, V, D, sms), N) * row_stride(V) * itemsize
+    weight_copy = V * D * itemsize if weight_itemsize != itemsize else 0
     return {
         "fwd_bytes": inputs,
         "bwd_bytes": inputs,
         "fwd_flops": 2 * N * V * D,
         "bwd_flops": 4 * N * V * D,
-        "workspace_bytes": min(plan(N, V), N) * _row_stride(V) * itemsize,
-        "saved_bytes": 4 * D * (N + V),
+        "workspace_bytes": chunk + weight_copy,
+        "saved_bytes": itemsize * N * D + 4 * V * D,
     }
 
 
@@ -310,9 +187,9 @@ _rows_bwd = define_op(
 
 
 def _save(ctx, inputs, output):
-    x, weight, target, bias, ctx.options, _, _ = inputs
+    x, weight, target, bias, ctx.options, ctx.vocab_size, _, _ = inputs
     _, divisor, *grads = output
-    ctx.dtype = x.dtype
+    ctx.weight_dtype = weight.dtype
     # Do not allocate zeros for the gradients of the outputs dx, dw and db: nobody uses them.
     ctx.set_materialize_grads(False)
     if ctx.options.reduction == "none":
@@ -323,15 +200,16 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 7
+        return (None,) * 8
     needs_x, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
     if ctx.options.reduction == "none":
         want_dw = needs_weight or needs_bias
-        grads = _rows_bwd(dloss, *ctx.saved_tensors, ctx.options, needs_x, want_dw)
+        arguments = (ctx.options, ctx.vocab_size, needs_x, want_dw)
+        grads = _rows_bwd(dloss, *ctx.saved_tensors, *arguments)
     else:
-        grads = _scale(dloss, *ctx.saved_tensors, ctx.dtype)
+        grads = _scale(dloss, *ctx.saved_tensors, ctx.weight_dtype)
     dx, dw, db = keep_needed(grads, (needs_x, needs_weight, needs_bias))
-    return dx, dw, None, db, None, None, None
+    return dx, dw, None, db, None, None, None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -349,6 +227,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     reduction: str = "mean",
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of the logits x @ weight.T + bias without storing all of them.
 
@@ -357,16 +236,19 @@ def linear_cross_entropy(
 
     Args:
         x: (..., D), float32, bfloat16 or float16 (on the CPU also float64), any layout.
-        weight: (V, D), as nn.Linear stores it, dtype and device of x. torch.autocast casts x,
-            weight and bias.
+            torch.autocast casts x.
+        weight: (V, D), as nn.Linear stores it, device of x; dtype of x, or float32. With a 16-bit x
+            a float32 weight is rounded for the matmuls, and its gradient is not rounded.
         target: x.shape[:-1], int64 or int32, device of x. Rows of weight or ignore_index.
-        bias: (V,), dtype and device of x, or None.
+        bias: (V,), dtype and device of weight, or None.
         ignore_index, label_smoothing, z_loss, softcap, reduction: as for cross_entropy.
+        vocab_size: number of classes. Rows of weight and bias from vocab_size on are padding: they
+            must be finite, get no probability, and their gradients are 0. None: all rows.
     Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 x). If
         there are no rows, or all are ignored, the mean and its gradients are 0.
     Raises: ValueError if shapes, dtypes or devices do not match or an option is out of range.
-        IndexError on the CPU for a target that is neither a row of weight nor ignore_index; on
-        other devices the loss is NaN. TypeError for float64 on a GPU.
+        IndexError on the CPU for a target that is neither a class nor ignore_index; on other
+        devices the loss is NaN. TypeError for float64 on a GPU.
     """
     options = LossOptions(
         ignore_index=ignore_index,
@@ -375,15 +257,21 @@ def linear_cross_entropy(
         softcap=softcap,
         reduction=reduction,
     )
-    x, weight, bias = autocast(x, weight, bias)
-    check_linear("linear_cross_entropy", x, weight, bias)
+    (x,) = autocast(x)
+    # A float32 weight stays float32, so that autocast does not round its gradient.
+    weight, bias = (
+        value if value is None or value.dtype == torch.float32 else autocast(value)[0]
+        for value in (weight, bias)
+    )
+    check_linear("linear_cross_entropy", x, weight, bias, vocab_size)
     check_target("linear_cross_entropy", "x", x, target, ignore_index)
     options.check("linear_cross_entropy")
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     compute_gradients = torch.is_grad_enabled() and reduction != "none"
     want_dx = compute_gradients and x.requires_grad
     want_dw = compute_gradients and (
         weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     target_rows = target.reshape(-1).contiguous()
-    loss, *_ = _fwd(as_rows(x), weight, target_rows, bias, options, want_dx, want_dw)
+    loss, *_ = _fwd(as_rows(x), weight, target_rows, bias, options, vocab_size, want_dx, want_dw)
     return loss.reshape(target.shape) if reduction == "none" else loss

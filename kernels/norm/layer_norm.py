@@ -6,7 +6,7 @@
                dx = dresidual = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh
                dw = sum_m dy xhat    db = sum_m dy
                dh is the gradient that reached the output h itself
-    optional   d(added bias) = sum_m dx, the gradient of a bias that is already part of x
+               d(added bias) = sum_m dx, for a bias that is already part of x; optional
 
 Shapes       x, residual, h, y: (M, N)   w, b, added bias: (N,)   mu, r: (M,) float32
              M = all leading axes, flattened
@@ -233,10 +233,9 @@ def layer_norm(
         weight: (N,), any float dtype, device of x.
         bias: (N,), dtype of weight, or None.
         eps: added to the variance; in units of x squared.
-        added_bias: (N,), any float dtype, device of x, or None: a bias that is already part of x.
-            Its value is not read. Its gradient is the sum of the rows of x's gradient, as if x were
-            x0 + added_bias. The backward has this gradient in registers, which saves reading it
-            again: `layer_norm(linear(a, w, b.detach()), weight, bias, added_bias=b)`.
+        added_bias: (N,), any float dtype, device of x, or None: a bias that the layer before has
+            added to x without a gradient. Its value is not read. It gets its gradient here: the sum
+            of the rows of x's gradient, which this operator's backward has in registers.
     Returns: (..., N), dtype of x.
     Raises:
         ValueError: weight, bias or added_bias does not have the documented shape, device or dtype.
@@ -259,6 +258,11 @@ def add_layer_norm(
     added_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `residual` to `x` and normalize the sum, in one pass over memory.
+
+    With added_bias, the gradient of a linear layer's bias needs no pass over memory either:
+
+        branch = linear(a, w, b.detach())
+        y, h = add_layer_norm(branch, h, weight, bias, added_bias=b)
 
     Args:
         x: (..., N), as for layer_norm: the output of a block.

@@ -5,7 +5,7 @@
                dx = dresidual = r (g - xhat mean_n(g xhat)) + dh
                dw = sum_m dy xhat
                dh is the gradient that reached the output h itself
-    optional   d(added bias) = sum_m dx, the gradient of a bias that is already part of x
+               d(added bias) = sum_m dx, for a bias that is already part of x; optional
 
 Shapes       x, residual, h, y: (M, N)   w, added bias: (N,)   r: (M,) float32
              M = all leading axes, flattened
@@ -176,9 +176,8 @@ def rms_norm(
             layout.
         weight: (N,), any float dtype, device of x.
         eps: added to the mean square; in units of x squared.
-        added_bias: (N,), any float dtype, device of x, or None: a bias that is already part of x.
-            Its value is not read. Its gradient is the sum of the rows of x's gradient, as for
-            layer_norm.
+        added_bias: (N,), any float dtype, device of x, or None: a bias that the layer before has
+            added to x without a gradient. It gets its gradient here, as for layer_norm.
     Returns: (..., N), dtype of x.
     Raises:
         ValueError: weight or added_bias does not have the documented shape, device or dtype.

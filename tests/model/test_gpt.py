@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.model.models import LLAMA, SMALL, random_model
+from tritium.kernels.embedding import order_of
 from tritium.model import GPT, GPTConfig
 from tritium.model.generate import KVCache
 
+EMBEDDING = sys.modules[order_of.__module__]._fwd
 V = SMALL.vocab_size
 
 
@@ -264,6 +266,72 @@ def test_packed_documents_with_a_cache_raise():
         random_model()(tokens, cu_seqlens=cu_seqlens, cache=KVCache(SMALL))
 
 
+# --- the weight that the embedding and the head share
+
+
+@pytest.fixture
+def operators_on_the_cpu(monkeypatch):
+    """Run the operators of the embedding also where PyTorch functions would replace them."""
+    monkeypatch.setattr(EMBEDDING, "_composite_if", lambda *_: False)
+
+
+def gradients(model, *arguments, **options) -> dict[str, torch.Tensor]:
+    named = dict(model.named_parameters())
+    loss = model(*arguments, **options)
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+@pytest.mark.plain
+@pytest.mark.usefixtures("operators_on_the_cpu")
+@pytest.mark.parametrize("mode", ["none", "block"])
+@pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["gpt2", "llama"])
+def test_shared_gradient_matches_that_of_two_lookups(config, mode, monkeypatch):
+    """In float64, with documents and with activation checkpointing."""
+    tokens = random_tokens(2, 12)
+    cu_seqlens = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
+    model = GPT(config, recompute=mode)
+    model.load_state_dict(random_model(config).state_dict())
+    model.double()
+    for options in ({}, {"cu_seqlens": cu_seqlens}):
+        got = gradients(model, tokens, tokens.flip(1), **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(EMBEDDING, "_composite_if", lambda *_: True)
+            expected = gradients(model, tokens, tokens.flip(1), **options)
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("operators_on_the_cpu")
+def test_order_of_the_tokens_changes_no_bit(device):
+    model = random_model().to(device)
+    model.compute_dtype = torch.bfloat16
+    for block in model.h:
+        block.to(torch.bfloat16)
+    tokens = random_tokens(2, 12).to(device)
+    order = order_of(tokens.cpu()).int().to(device)
+    got = gradients(model, tokens, tokens, token_order=order)
+    expected = gradients(model, tokens, tokens)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert got["wte.weight"].dtype == torch.float32
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradients_of_a_compiled_model_are_bitwise_equal_in_each_run(backend):
+    """Inductor's own gradient of an embedding uses atomics, which add in any order."""
+    model = random_model()
+    tokens = torch.randint(8, (4, 24), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    order = order_of(tokens)
+    first = gradients(compiled, tokens, tokens, token_order=order)
+    for _ in range(3):
+        again = gradients(compiled, tokens, tokens, token_order=order)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    expected = gradients(model, tokens, tokens)
+    for name, value in expected.items():
+        torch.testing.assert_close(first["_orig_mod." + name], value, rtol=1e-4, atol=1e-5)
+
+
 # --- compilation, training, several processes
 
 
@@ -295,7 +363,9 @@ def test_thirty_steps_match_a_head_that_computes_all_logits(device, monkeypatch)
     assert losses[-1] < 0.95 * losses[0]
     monkeypatch.setattr(
         "tritium.model.gpt.linear_cross_entropy",
-        lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
+        lambda x, weight, target, vocab_size: F.cross_entropy(
+            F.linear(x, weight[:vocab_size]), target
+        ),
     )
     torch.testing.assert_close(losses, train(), rtol=1e-5, atol=0)
 

@@ -8,7 +8,7 @@ import torch
 from tests.held import Held
 from tritium.model import GPT, GPTConfig
 from tritium.model.cost import parameters
-from tritium.model.layers import MLPS, NORMS, POSITIONS, Branch, rope_tables
+from tritium.model.layers import MLPS, NORMS, POSITIONS, Branch, Linear, rope_tables
 
 pytestmark = pytest.mark.plain
 
@@ -86,6 +86,26 @@ def test_norm_adds_the_branch_to_the_stream_first(name):
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(total, branch + stream)
     torch.testing.assert_close(same, branch + stream, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_bias_of_a_branch_gets_its_gradient_from_the_norm(name):
+    config = GPTConfig(**SMALL, norm=name)
+    norm = NORMS[name].module(config)
+    layer = Linear(8, config.d_model, bias=True)
+    for parameter in (*norm.parameters(), *layer.parameters()):
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(TOKENS, 8)
+    stream = torch.randn(TOKENS, config.d_model)
+    branch = layer.branch(x)
+    assert torch.equal(branch.y, layer(x))
+    assert torch.autograd.grad(branch.y.sum(), layer.bias, allow_unused=True) == (None,)
+
+    found, expected = (
+        torch.autograd.grad(norm(each, stream)[0].square().sum(), layer.bias)[0]
+        for each in (layer.branch(x), Branch(layer(x), None))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 # --- MLPs

@@ -73,16 +73,31 @@ class Batch:
         windows: (B, T + 1), dtype of the shards, read-only. Columns [0, T) are the inputs, columns
             [1, T + 1) are the targets. Padding is 0.
         num_targets: (B,) int64, the number of targets in each row, without padding.
+        orders: (B, T) int32, or None. Each group of sorted_rows rows holds the stable sort of the
+            inputs of these rows, laid end to end.
+        sorted_rows: rows per group.
     """
 
     windows: Tensor
     num_targets: np.ndarray
+    orders: Tensor | None = None
+    sorted_rows: int = 1
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(self.windows[rows], self.num_targets[rows])
+        # A slice that begins inside a group has no order.
+        is_aligned = (rows.start or 0) % self.sorted_rows == 0
+        orders = self.orders[rows] if self.orders is not None and is_aligned else None
+        return Batch(self.windows[rows], self.num_targets[rows], orders, self.sorted_rows)
+
+    @property
+    def token_order(self) -> Tensor | None:
+        """The stable sort of all inputs, (B T,) int32 on the CPU; None unless B is sorted_rows."""
+        if self.orders is None or len(self) != self.sorted_rows:
+            return None
+        return self.orders.flatten()
 
     @property
     def inputs(self) -> Tensor:
@@ -122,7 +137,7 @@ class Loader:
 
     def __init__(
         self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int,
-        rank: int = 0, world_size: int = 1, pinned: bool = False,
+        rank: int = 0, world_size: int = 1, pinned: bool = False, sorted_rows: int | None = None,
     ):  # fmt: skip
         """Check the sizes. Reads no tokens.
 
@@ -133,6 +148,8 @@ class Loader:
             seed: decides the order of each epoch.
             rank, world_size: which rows of a step are this rank's.
             pinned: whether batches are in pinned memory, from which CUDA copies without waiting.
+            sorted_rows: sort the inputs of each group of so many rows, see Batch; a divisor of the
+                rows per step and rank. None: do not sort.
         Raises: InputError if a size is below 1, batch_size is not divisible by world_size, or the
             data is shorter than T + 1.
         """
@@ -159,6 +176,7 @@ class Loader:
         self.seed = seed
         self.windows = -(-(len(stream) - 1) // context_tokens)
         self._pinned = pinned
+        self._sorted_rows = sorted_rows
         self._rows = batch_size // world_size
         self._first_row = rank * self._rows
         # A block covers at most 16 epochs, because each epoch needs its own permutation.
@@ -174,7 +192,9 @@ class Loader:
         number, place = divmod(step, self._block_steps)
         if self._block is None or self._block[0] != number:
             indices = self.window_indices(number * self._block_steps, self._block_steps).reshape(-1)
-            block = _read(self.stream, indices, self.context_tokens, self._pinned)
+            block = _read(
+                self.stream, indices, self.context_tokens, self._pinned, self._sorted_rows
+            )
             self._block = number, block
         return self._block[1][place * self._rows : (place + 1) * self._rows]
 
@@ -243,9 +263,13 @@ def evaluation_batches(
 
 
 def _read(
-    stream: TokenStream, indices: np.ndarray, context_tokens: int, pinned: bool = False
+    stream: TokenStream,
+    indices: np.ndarray,
+    context_tokens: int,
+    pinned: bool = False,
+    sorted_rows: int | None = None,
 ) -> Batch:
-    """Read some windows of the stream."""
+    """Read some windows of the stream, and sort their inputs."""
     starts = indices * context_tokens
     num_targets = np.minimum(len(stream) - 1 - starts, context_tokens)
     shape = (len(indices), context_tokens + 1)
@@ -256,7 +280,19 @@ def _read(
     for row, start, count in rows:
         row[: count + 1] = stream.read(start, start + count + 1)
         row[count + 1 :] = 0
-    return Batch(windows, num_targets)
+    orders = None if sorted_rows is None else token_orders(windows, sorted_rows, pinned)
+    return Batch(windows, num_targets, orders, sorted_rows or 1)
+
+
+def token_orders(windows: Tensor, sorted_rows: int, pinned: bool = False) -> Tensor:
+    """Sort the inputs of each group of `sorted_rows` windows: `orders` of a Batch."""
+    inputs = windows.numpy()[:, :-1]
+    orders = torch.empty(inputs.shape, dtype=torch.int32, pin_memory=pinned)
+    for first in range(0, len(inputs), sorted_rows):
+        group = slice(first, first + sorted_rows)
+        order = np.argsort(inputs[group], axis=None, kind="stable")
+        orders.numpy()[group] = order.reshape(-1, inputs.shape[1])
+    return orders
 
 
 def document_starts(tokens: Tensor, separator: int) -> Tensor:

@@ -30,7 +30,7 @@ def change_logits(monkeypatch, change):
     """Make the baseline compute another function."""
     forward = Baseline.forward
 
-    def changed(self, tokens, targets=None):
+    def changed(self, tokens, targets=None, token_order=None):
         logits = change(forward(self, tokens))
         if targets is None:
             return logits

@@ -93,9 +93,9 @@ def test_compiled_models_are_compared_with_compiled_tritium(monkeypatch, tmp_pat
 def test_a_slow_baseline_is_reported_as_slower(monkeypatch, tmp_path):
     forward = Baseline.forward
 
-    def slow(self, *tokens):
+    def slow(self, *tokens, token_order=None):
         time.sleep(0.05)
-        return forward(self, *tokens)
+        return forward(self, *tokens, token_order=token_order)
 
     monkeypatch.setattr(Baseline, "forward", slow)
     on_cpu("--out", str(tmp_path / "train.json"))

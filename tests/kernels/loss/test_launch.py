@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tritium.kernels.loss.launch import empty_gradient, plan
+from tritium.kernels.loss.launch import ROWS_IN_FLIGHT_BYTES, empty_gradient, plan
 
 pytestmark = pytest.mark.plain
 
@@ -19,6 +19,19 @@ def test_tiles_fill_a_program_and_are_powers_of_two():
         assert tile.block_m == 1 or tile.block_v >= V, "rows that share a program fit in one tile"
         assert tile.unroll * tile.block_v <= max(2 * V, 16)
         assert 2 * V >= 1024 or tile.block_m * tile.block_v >= 1024
+
+
+@pytest.mark.parametrize(
+    ("V", "itemsize", "lanes"),
+    [(4_096, 2, 128), (16_384, 2, 128), (32_768, 2, 512), (50_304, 2, 512), (50_304, 4, 512)],
+)
+def test_rows_in_flight_of_the_in_place_kernel_fit_the_l2_cache(V, itemsize, lanes):
+    """With 128 lanes, 5 programs per multiprocessor hold 66 MB of rows if V is 50,304."""
+    tile = plan(V, itemsize, "sm_90", sms=132)
+    assert tile.lanes == lanes
+    programs = {(128, 4): 5, (512, 2): 2, (512, 4): 1}[lanes, tile.unroll]
+    assert programs * 132 * V * itemsize <= ROWS_IN_FLIGHT_BYTES["sm_"]
+    assert plan(V, itemsize, "sm_90").lanes == 128, "other kernels read each row once"
 
 
 def test_rows_of_the_gradient_are_aligned_as_those_of_the_logits():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tritium.errors import InputError
+from tritium.kernels.embedding import order_of
 from tritium.train.data.loader import (
     IGNORE_INDEX,
     Loader,
@@ -136,6 +137,35 @@ def test_batches_of_all_ranks_are_the_batch_of_one_rank(world_size):
     ]  # within one epoch
     for one, other in itertools.combinations(rows, 2):
         assert not one & other
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("sorted_rows", [1, 2, 6])
+def test_order_of_each_micro_batch_is_bitwise_the_sort_of_its_inputs(sorted_rows, dtype):
+    generator = np.random.default_rng(0)
+    stream = TokenStream([generator.integers(0, 9, 1000).astype(dtype)])
+    sizes = {"context_tokens": 8, "batch_size": 12, "seed": 9, "world_size": 2}
+    for rank in range(2):
+        loader = Loader(stream, **sizes, rank=rank, sorted_rows=sorted_rows)
+        plain = Loader(stream, **sizes, rank=rank)
+        for step in (0, 1, 30, 10**9):
+            batch = loader.batch(step)
+            assert torch.equal(batch.windows, plain.batch(step).windows)
+            for start in range(0, 6, sorted_rows):
+                part = batch[start : start + sorted_rows]
+                tokens, _ = part.on("cpu")
+                assert part.token_order.dtype == torch.int32
+                assert torch.equal(part.token_order.long(), order_of(tokens))
+
+
+def test_rows_that_are_not_a_sorted_group_have_no_order():
+    batch = Loader(_stream(1000), context_tokens=8, batch_size=6, seed=9, sorted_rows=2).batch(0)
+    assert batch.token_order is None
+    assert batch[:4].token_order is None
+    assert batch[1:3].token_order is None
+    assert batch[2:6][:2].token_order is not None
+    unsorted = Loader(_stream(1000), context_tokens=8, batch_size=6, seed=9).batch(0)
+    assert unsorted[:2].token_order is None
 
 
 def test_impossible_sizes_raise():

@@ -1,0 +1,386 @@
+"""Embedding of tokens, with the addition of learned positions and the cast to the dtype of a model.
+
+    forward    y[n] = weight[token[n]] + position_weight[position[n]]
+    backward   dweight[v] = sum of dy[n] over all n with token[n] = v; the same for position_weight
+
+Order      `order` is the stable sort of the tokens: equal tokens follow each other, in the order of
+           their positions. A run is a group of equal tokens. One program adds the rows of dy of a
+           run, always in the same order, without atomics: the gradient is deterministic. A data
+           loader can sort on the host; order_of(tokens) is that order.
+Long runs  The sorted tokens are divided into pieces. A run that crosses into the next one leaves a
+           partial sum per piece. A second kernel adds these sums.
+Shapes     tokens, position, order: (N,)   weight: (V, D)   position_weight: (C, D)   y, dy: (N, D)
+           Without `position`, token n has position n mod T: sequences of T tokens. Then
+           dposition_weight is a sum over sequences, which PyTorch computes.
+Precision  any float dtype in and out; sums in float32
+Invalid    On a GPU, a token outside [0, V) or a position outside [0, C) makes the row of y NaN and
+           adds to no gradient. CPUs raise IndexError.
+Cost       memory-bound; cost() gives bytes. Estimates for N = 65,536, D = 768, V = 50,304, float32
+           weights, 16-bit y and sequences of 1,024 tokens on an H200 (4.8 TB/s):
+             forward    6 N D = 302 MB, 63 us. Lookup, lookup, addition and cast in four passes
+                        would move 22 N D = 1,107 MB, 231 us
+             backward   4 N D + 4 V D + rows of the tokens = 355 MB + at most 155 MB, 74 to 106 us:
+                        dy is read for each weight, and dweight is filled with zeros first
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._embedding_kernels import (
+    _embedding_bwd_kernel,
+    _embedding_bwd_long_runs_kernel,
+    _embedding_fwd_kernel,
+)
+from .core.layout import as_rows, wide
+from .core.op import can_read_values, define_op, public
+from .core.triton import cdiv, next_power_of_2
+
+# --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
+
+
+def reference_fwd(
+    tokens: Tensor,
+    weight: Tensor,
+    position: Tensor | None,
+    position_weight: Tensor | None,
+    order: Tensor | None,
+    T: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return y. `order` is for the backward."""
+    _check_values("tokens", tokens, weight)
+    y = wide(weight)[tokens]
+    if position_weight is not None:
+        if position is None:
+            position = torch.arange(tokens.shape[0], device=tokens.device) % T
+        _check_values("position", position, position_weight)
+        y = y + wide(position_weight)[position]
+    return y.to(dtype)
+
+
+def shapes_fwd(
+    tokens: Tensor,
+    weight: Tensor,
+    position: Tensor | None,
+    position_weight: Tensor | None,
+    order: Tensor | None,
+    T: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Allocate the output of `reference_fwd`, which reads values."""
+    return weight.new_empty((tokens.shape[0], weight.shape[1]), dtype=dtype)
+
+
+def reference_bwd(
+    dy: Tensor, tokens: Tensor, order: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    """Return dweight (rows, D)."""
+    # On a CPU it adds the rows of dy in their order. It needs no sorted tokens.
+    dweight = torch.ops.aten.embedding_dense_backward(wide(dy), tokens, rows, -1, False)
+    return dweight.to(dtype)
+
+
+def reference_add(dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None) -> None:
+    """Add the gradient of the weight to `dweight` (V, D), in place."""
+    dweight += reference_bwd(dy, tokens, order, dweight.shape[0], dweight.dtype)
+
+
+def _composite_fwd(
+    tokens: Tensor,
+    weight: Tensor,
+    position: Tensor | None,
+    position_weight: Tensor | None,
+    order: Tensor | None,
+    T: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute y with PyTorch functions that autograd can differentiate."""
+    y = F.embedding(tokens, weight)
+    if position_weight is not None and position is None:
+        position = torch.arange(T, device=tokens.device)
+        y = (y.unflatten(0, (-1, T)) + F.embedding(position, position_weight)).flatten(0, 1)
+    elif position_weight is not None:
+        y = y + F.embedding(position, position_weight)
+    return y.to(dtype)
+
+
+def _uses_composite(tokens: Tensor, weight: Tensor, *_) -> bool:
+    """Whether the composite adds gradients in a fixed order, and in at least float32."""
+    # Compiled for a CPU, the gradient of F.embedding uses atomics.
+    return weight.dtype.itemsize > 2 and not torch.compiler.is_compiling()
+
+
+def _check_values(name: str, index: Tensor, table: Tensor) -> None:
+    """Raise an IndexError for an index outside the table, if values can be read without waiting."""
+    if not can_read_values(index):
+        return
+    rows = table.shape[0]
+    outside = (index < 0) | (index >= rows)
+    if outside.any():
+        raise IndexError(
+            f"embedding: {name} must be from 0 to {rows - 1}, got {index[outside][0].item()}; "
+            "check the size of the table"
+        )
+
+
+# --- launchers: allocate, plan, launch by keyword; no checks, no autograd
+
+# Columns per program, and elements of a tile of the forward: 16 for each of 128 threads.
+BLOCK_COLUMNS, TILE_ELEMENTS = 256, 2_048
+# Sorted tokens per piece, and rows of dy that a program of the backward loads at once. The most
+# frequent token of English text is 5 % of all tokens: without pieces one program would add 1,600 of
+# 32,768 rows, and the others would have finished.
+PIECE, BLOCK_ROWS = 128, 4
+# Pieces in which a program looks for the end of its run at once.
+PIECES_PER_STEP = 256
+
+
+def launch_fwd(
+    tokens: Tensor,
+    weight: Tensor,
+    position: Tensor | None,
+    position_weight: Tensor | None,
+    order: Tensor | None,
+    T: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Kernel counterpart of `reference_fwd`."""
+    N, (V, D) = tokens.shape[0], weight.shape
+    y = torch.empty((N, D), dtype=dtype, device=weight.device)
+    if N == 0:
+        return y
+    block_n = next_power_of_2(min(D, BLOCK_COLUMNS))
+    block_m = TILE_ELEMENTS // block_n
+    has_positions = position_weight is not None
+    _embedding_fwd_kernel[(cdiv(N, block_m), cdiv(D, block_n))](
+        tokens_ptr=tokens, weight_ptr=weight, position_ptr=position,
+        position_weight_ptr=position_weight, y_ptr=y,
+        stride_wv=weight.stride(0), stride_pc=position_weight.stride(0) if has_positions else 0,
+        N=N, V=V, C=position_weight.shape[0] if has_positions else 0, T=T, D=D,
+        BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    return y
+
+
+def launch_bwd(
+    dy: Tensor, tokens: Tensor, order: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    """Kernel counterpart of `reference_bwd`."""
+    dweight = torch.zeros((rows, dy.shape[1]), dtype=dtype, device=dy.device)
+    _launch_sums(dweight, dy, tokens, order, is_added=False)
+    return dweight
+
+
+def launch_add(dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None) -> None:
+    """Kernel counterpart of `reference_add`."""
+    _launch_sums(dweight, dy, tokens, order, is_added=True)
+
+
+def _launch_sums(
+    dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None, *, is_added: bool
+) -> None:
+    """Write or add the sum of each token's rows of dy to its row of dweight."""
+    N, D = dy.shape
+    if N == 0:
+        return
+    if order is None:
+        keys, order = tokens.sort(stable=True)
+    else:
+        keys = tokens[order]
+    block_n = next_power_of_2(min(D, BLOCK_COLUMNS))
+    pieces = cdiv(N, PIECE)
+    partial = torch.empty((pieces, 2, D), dtype=torch.float32, device=dy.device)
+    arguments = {
+        "keys_ptr": keys, "partial_ptr": partial, "dweight_ptr": dweight,
+        "N": N, "V": dweight.shape[0], "D": D,
+        # One warp per program: its lanes load 16 bytes of 16-bit elements.
+        "IS_ADDED": is_added, "PIECE": PIECE, "BLOCK_M": BLOCK_ROWS, "BLOCK_N": block_n,
+        "num_warps": 1,
+    }  # fmt: skip
+    _embedding_bwd_kernel[(N, cdiv(D, block_n))](
+        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), **arguments
+    )
+    if pieces > 1:
+        grid = (pieces - 1, cdiv(D, block_n))
+        _embedding_bwd_long_runs_kernel[grid](BLOCK_P=PIECES_PER_STEP, **arguments)
+
+
+def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:
+    """Return the least bytes to move, and the FLOPs, for float32 weights.
+
+    `itemsize` is that of y. Each row of dweight is written once. The position weight is small and
+    not counted.
+    """
+    return {
+        "fwd_bytes": N * D * (4 + itemsize),
+        "bwd_bytes": N * D * itemsize + 4 * V * D,
+        "fwd_flops": N * D,
+        "bwd_flops": N * D,
+    }
+
+
+# --- operator
+
+_fwd = define_op(
+    "embedding_fwd",
+    launch=launch_fwd,
+    reference=reference_fwd,
+    shapes=shapes_fwd,
+    composite=_composite_fwd,
+    composite_if=_uses_composite,
+)
+_bwd = define_op("embedding_bwd", launch=launch_bwd, reference=reference_bwd)
+_add = define_op("embedding_add", launch=launch_add, reference=reference_add, mutates=("dweight",))
+
+
+def _save(ctx, inputs, output):
+    tokens, weight, position, position_weight, order, ctx.T, _ = inputs
+    ctx.weight_rows, ctx.weight_dtype = weight.shape[0], weight.dtype
+    ctx.position_rows = 0 if position_weight is None else position_weight.shape[0]
+    ctx.save_for_backward(tokens, position, order)
+
+
+def _grad(ctx, dy, dhead=None):
+    """Return the gradients of the arguments. `dhead` is the head's gradient of the weight."""
+    tokens, position, order = ctx.saved_tensors
+    needs_weight, needs_position_weight = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    dy = as_rows(dy)
+    dweight = dposition = None
+    if needs_weight and dhead is None:
+        dweight = _bwd(dy, tokens, order, ctx.weight_rows, ctx.weight_dtype)
+    elif needs_weight:
+        dweight = dhead.contiguous()
+        _add(dweight, dy, tokens, order)
+    if needs_position_weight and position is not None:
+        dposition = _bwd(dy, position, None, ctx.position_rows, ctx.weight_dtype)
+    elif needs_position_weight:
+        sums = wide(dy[:0]).dtype
+        dposition = dy.unflatten(0, (-1, ctx.T)).sum(0, dtype=sums).to(ctx.weight_dtype)
+        dposition = F.pad(dposition, (0, 0, 0, ctx.position_rows - ctx.T))
+    return None, dweight, None, dposition, None, None, None
+
+
+_fwd.register_autograd(_grad, setup_context=_save)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """embedding_fwd, and the weight for the head, whose gradient the backward then receives."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save(ctx, inputs, None)
+        ctx.set_materialize_grads(False)
+        return _fwd.dispatch(*inputs), inputs[1].view_as(inputs[1])
+
+    @staticmethod
+    def backward(ctx, dy, dhead):
+        if dy is None:
+            return None, dhead, None, None, None, None, None
+        return _grad(ctx, dy, dhead)
+
+
+@public
+def embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    position: Tensor | None = None,
+    position_weight: Tensor | None = None,
+    order: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    return_weight: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Look up the row of `weight` of each token, add that of its position, and cast the sum.
+
+    Args:
+        tokens: (..., T), int64 or int32.
+        weight: (V, D), float32, bfloat16 or float16 (on the CPU also float64), device of tokens.
+        position: (T,) or shape of tokens, int64 or int32. Default: 0 to T - 1.
+        position_weight: (C, D), dtype and device of weight. Default: no positions are added.
+        order: (N,) int64 or int32 for N tokens: `order_of(tokens)`, the stable sort of all tokens,
+            flattened. Another order gives wrong gradients. Default: the backward sorts the tokens.
+        dtype: dtype of the result; default: that of weight. Gradients have the dtype of weight.
+        return_weight: also return `weight`, for a head that shares it. Only the head may use it.
+            The backward then adds to the head's gradient of the weight in place, where autograd
+            would fill a tensor with zeros and add two of them: 16 V D bytes less in float32.
+    Returns: (..., T, D), contiguous; with return_weight also a view of weight.
+    Raises: ValueError if shapes, dtypes or devices do not match. IndexError on the CPU for a token
+        or position outside its table; on other devices its row is NaN and adds to no gradient.
+        TypeError for float64 on a GPU.
+    """
+    # Check and flatten.
+    _check(tokens, weight, position, position_weight, order)
+    weight = as_rows(weight)
+    if position_weight is None:
+        position = None
+    else:
+        position_weight = as_rows(position_weight)
+    if position is not None:
+        position = position.expand(tokens.shape).reshape(-1).contiguous()
+    T = max(1, tokens.shape[-1]) if tokens.ndim else 1
+    rows = tokens.reshape(-1).contiguous()
+    inputs = (rows, weight, position, position_weight, order, T, dtype or weight.dtype)
+
+    # Look up.
+    if return_weight and torch.is_grad_enabled() and not _fwd.uses_composite(*inputs):
+        y, weight = _TiedEmbedding.apply(*inputs)
+    else:
+        y = _fwd(*inputs)
+    y = y.view(*tokens.shape, weight.shape[1])
+    return (y, weight) if return_weight else y
+
+
+def order_of(tokens: Tensor) -> Tensor:
+    """Return the order of `tokens` for the backward of `embedding`: (N,) int64, on their device."""
+    return tokens.reshape(-1).sort(stable=True).indices
+
+
+def _check(
+    tokens: Tensor,
+    weight: Tensor,
+    position: Tensor | None,
+    position_weight: Tensor | None,
+    order: Tensor | None,
+) -> None:
+    """Raise a ValueError unless the tensors match. Only metadata is read, never a value."""
+    if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
+        raise ValueError(
+            "embedding: weight must be floating point (V, D) with V and D at least 1, "
+            f"got {_describe(weight)}"
+        )
+    shape = tuple(tokens.shape)
+    for name, index, shapes in (
+        ("tokens", tokens, (shape,)),
+        ("position", position, (shape[-1:], shape)),
+        ("order", order, ((tokens.numel(),),)),
+    ):
+        if index is not None and (
+            index.dtype not in (torch.int64, torch.int32)
+            or tuple(index.shape) not in shapes
+            or index.device != weight.device
+        ):
+            expected = " or ".join(map(str, dict.fromkeys(shapes)))
+            raise ValueError(
+                f"embedding: {name} must be int64 or int32 {expected} on {weight.device}, "
+                f"got {_describe(index)}"
+            )
+    if position_weight is None:
+        return
+    rows = 1 if position is not None else shape[-1] if shape else 1
+    D = weight.shape[1]
+    table = position_weight
+    if (
+        table.ndim != 2
+        or table.shape[0] < rows
+        or table.shape[1] != D
+        or ((table.dtype, table.device) != (weight.dtype, weight.device))
+    ):
+        raise ValueError(
+            f"embedding: position_weight must be {weight.dtype} ({rows} or more, {D}) on "
+            f"{weight.device}, got {_describe(table)}"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
