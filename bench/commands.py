@@ -7,20 +7,24 @@ from ..errors import InputError, unknown_name
 
 # Command -> module of this folder with `main(argv)`, which returns the exit status.
 COMMANDS = {
+    "machine": "machine",
     "kernels": "ops.compare",
     "codegen": "codegen.table",
     "train": "training.training",
     "tune": "ops.tune",
+    "predict": "training.predict",
     "traffic": "training.traffic",
     "report": "report",
 }
 
 HELP = """usage: tritium bench COMMAND [options]
 
+  machine [RECIPE]     limits of this machine, and whether a training step is repeatable
   kernels [OP ...]     compare operators with eager PyTorch, torch.compile, SDPA and libraries
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT
   tune OP              compare launch sizes of an operator on a GPU
+  predict [PRESET]     estimate a training step, kernel by kernel; no GPU is needed
   traffic              count the bytes that a block moves per token; no GPU is needed
   report               write bench/results/REPORT.md from the JSON files next to it
 

@@ -1,129 +1,61 @@
 #!/usr/bin/env bash
-# Measure everything on a fresh GPU machine, the most valuable first:
-# machine, tests, kernels, training speed, a short training run.
+# Measure on a GPU machine: four commands of at most 9 minutes each, and a fifth for later.
 #
-#   bench/device.sh OUT_DIR [--rehearse]
+#   export TRITIUM_COMMIT=$(git rev-parse --short HEAD)      where the checkout has .git
+#   bench/device.sh correct|train|kernels|tune|later OUT_DIR [--rehearse]
 #
-# No network is needed. Missing packages are installed from wheels in .whl/, if there are any; with
-# pytest-xdist among them the tests run in parallel. Each part has a deadline in seconds from the start,
-# the last one below 9 minutes. Time that a part does not use is left for the parts after it. A part
-# that is stopped leaves its results so far in OUT_DIR. An operator whose tests fail is not timed.
-# --rehearse runs the same parts at tiny sizes on a CPU.
+# Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
+# that is killed leaves its results. bench/device.py has the parts and their deadlines. --rehearse
+# runs tiny sizes on the CPU. What the results decide:
+#
+# correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.
+#           A failed test, a loss that does not fall, or unequal hashes: mend it before anything is
+#           timed. Limits that differ from LIMITS in bench/training/efficiency.py: correct LIMITS.
+# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 32 and 64 sequences,
+#           then a profile next to the prediction. The ratios and tokens per second are what README
+#           states. A row of the profile that is marked "!" is what to work on next, the longest row
+#           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
+# kernels   Operators at a few shapes next to other libraries, without torch.compile. An operator
+#           that is slower than another implementation, or further below the ceiling than
+#           bench/training/efficiency.py assumes, is tuned or rewritten.
+# tune      Launch sizes. A variant that beats "as shipped" by more than the spread of the samples
+#           becomes the row in kernels/, with device and date. gelu_mlp: if "cublas" is faster,
+#           `fuses` in kernels/mlp/gemm.py becomes False for this architecture.
+# later     All kernel tests, compute-sanitizer's race detector, and torch.compile's kernels. A race
+#           or a failed test is a bug. A kernel that torch.compile beats is tuned or removed.
+#
+# No network is needed. Missing packages are installed from wheels in .whl/, if there are any:
+# rustbpe, liger-kernel, and tyro with docstring-parser and typeguard. Caches of Triton and Inductor
+# stay in .cache/device/, which git ignores, for the next command.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-[ $# -ge 1 ] || {
-    echo "usage: bench/device.sh OUT_DIR [--rehearse]" >&2
+usage() {
+    echo "usage: bench/device.sh correct|train|kernels|tune|later OUT_DIR [--rehearse]" >&2
     exit 2
 }
-out=$1
-{ mkdir -p "$out" && touch "$out/.writable" && rm "$out/.writable"; } 2>/dev/null || {
-    echo "bench/device.sh: cannot write to $out; name another folder" >&2
+fail() {
+    echo "bench/device.sh: $1" >&2
     exit 2
 }
-out=$(cd "$out" && pwd)
-case "${2:-}" in
-"") rehearse= ;;
---rehearse) rehearse=1 ;;
-*)
-    echo "bench/device.sh: unknown option $2; the only one is --rehearse" >&2
-    exit 2
-    ;;
-esac
+
+case "${1:-}" in correct | train | kernels | tune | later) ;; *) usage ;; esac
+[ $# -ge 2 ] || usage
+case "${3:-}" in "" | --rehearse) ;; *) fail "unknown option $3; the only one is --rehearse" ;; esac
+{ mkdir -p "$2" && touch "$2/.writable" && rm "$2/.writable"; } 2>/dev/null ||
+    fail "cannot write to $2; name another folder"
+git rev-parse HEAD >/dev/null 2>&1 || [ -n "${TRITIUM_COMMIT:-}" ] ||
+    fail "this copy has no .git; set TRITIUM_COMMIT to its commit"
 
 python=${PYTHON:-python3}
-status=0
-
-# part NAME DEADLINE COMMAND...: run a command until the deadline, keep its output in
-# OUT_DIR/NAME.log, print how it ended.
-part() {
-    local name=$1 limit=$(($2 - SECONDS)) began=$SECONDS rc
-    shift 2
-    if [ $limit -lt 1 ]; then
-        echo "$name: skipped, no time was left"
-        status=1
-        return 1
-    fi
-    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
-    rc=$?
-    case $rc in
-    0) echo "$name: done in $((SECONDS - began)) s" ;;
-    124 | 137) echo "$name: stopped after $limit s; its results so far are in $out" ;;
-    *) echo "$name: failed with status $rc: $(tail -n 1 "$out/$name.log")" ;;
-    esac
-    [ $rc -eq 0 ] || status=1
-    return $rc
-}
-
-machine() {
-    nvidia-smi || echo "no GPU"
-    "$python" -m tritium info
-}
+export TRITON_CACHE_DIR=$PWD/.cache/device/triton
+export TORCHINDUCTOR_CACHE_DIR=$PWD/.cache/device/inductor
 
 # Install what is missing.
 if ! "$python" -c "import tritium, tyro, rustbpe" 2>/dev/null; then
     compgen -G ".whl/*.whl" >/dev/null &&
-        part wheels 30 "$python" -m pip install -q --no-index --no-deps .whl/*.whl
-    part install 60 "$python" -m pip install -q --no-deps --no-build-isolation -e .
+        "$python" -m pip install -q --no-index --no-deps .whl/*.whl
+    "$python" -m pip install -q --no-deps --no-build-isolation -e . ||
+        fail "pip cannot install this checkout"
 fi
-export -f machine
-export python
-part machine 75 bash -c machine && cat "$out/machine.log"
-
-# A line per test run: name of the part, test files below tests/kernels/, operators they cover.
-if [ -n "$rehearse" ]; then
-    suites=("layer_norm norm/test_layer_norm.py layer_norm,add_layer_norm")
-    pytest_options=(-k "plan or cost")
-    kernels_options=(--device cpu --rounds 2 --shape 8x64)
-    train_options=(shakespeare-char --device cpu --steps 2)
-    run_options=(shakespeare-char --data train --tokenizer bytes --device cpu --steps 2
-        --eval-tokens 64 --n-layer 1 --sample-tokens 2)
-else
-    suites=(
-        "layer_norm norm/test_layer_norm.py layer_norm,add_layer_norm"
-        "attention attention/test_causal.py causal_attention"
-        "gelu_mlp mlp/test_gemm.py,mlp/test_gelu_mlp.py gelu_mlp"
-        "cross_entropy loss/test_cross_entropy.py cross_entropy"
-        "linear_cross_entropy loss/test_linear_cross_entropy.py linear_cross_entropy"
-        "attention_varlen attention/test_varlen.py causal_attention_varlen"
-        "attention_decode attention/test_decode.py attention_decode"
-        "rms_norm norm/test_rms_norm.py rms_norm,add_rms_norm"
-        "rotary test_rotary.py rotary"
-        "swiglu_mlp mlp/test_swiglu_mlp.py swiglu_mlp"
-    )
-    pytest_options=(-m "not codegen")
-    # Most of a test's time is compilation on one core.
-    "$python" -c "import xdist" 2>/dev/null && pytest_options+=(-n 8)
-    kernels_options=()
-    # Only tritium's own attention: each further attention is one more model to compile.
-    train_options=(gpt2 --attention)
-    # A nanoGPT checkout, if one was copied here.
-    [ -d .nanogpt ] && train_options+=(--nanogpt .nanogpt)
-    run_options=(gpt2 --data stdlib --tokenizer bpe:4096 --steps 40 --batch-size 32
-        --eval-interval 40 --eval-tokens 65536 --compile off)
-fi
-
-# Test first: only operators whose tests pass are timed.
-passed=()
-deadline=75
-for suite in "${suites[@]}"; do
-    read -r name files operators <<<"$suite"
-    deadline=$((deadline + 32))
-    IFS=, read -ra paths <<<"$files"
-    if part "tests-$name" $deadline "$python" -m pytest -p no:cacheprovider \
-        "${pytest_options[@]}" "${paths[@]/#/tests/kernels/}"; then
-        IFS=, read -ra names <<<"$operators"
-        passed+=("${names[@]}")
-    fi
-done
-[ ${#passed[@]} -gt 0 ] && part kernels 400 "$python" -m tritium bench kernels "${passed[@]}" \
-    "${kernels_options[@]}" --out "$out"
-part train 485 "$python" -m tritium bench train "${train_options[@]}" --out "$out/train.json"
-part run 528 "$python" -m tritium train "${run_options[@]}" --out "$out/run"
-cp "$out/run/metrics.jsonl" "$out/metrics.jsonl" 2>/dev/null
-
-# One archive for the plots and logs.
-(cd "$out" && tar czf plots-and-logs.tar.gz ./*.png ./*.log run/loss.png run/samples.txt 2>/dev/null)
-"$python" -m tritium bench report "$out"
-echo "device.sh: $SECONDS s in total"
-exit $status
+exec "$python" -m tritium.bench.device "$1" "$2" --spent $SECONDS ${3:+"$3"}

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -22,7 +23,8 @@ FORMAT = 2
 def provenance() -> dict[str, Any]:
     """Return device, date, commit and versions of this run.
 
-    `gpu` is None without a GPU, `commit` is None outside a checkout.
+    `gpu` is None without a GPU. `commit` is the environment variable TRITIUM_COMMIT, which a copy
+    without .git needs; otherwise the commit of this checkout, or None.
     """
     gpu = torch.cuda.is_available()
     return {
@@ -30,7 +32,7 @@ def provenance() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": os.environ.get("TRITIUM_COMMIT") or _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

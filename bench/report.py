@@ -60,10 +60,13 @@ def report(folder: Path) -> str:
 def _records(folder: Path) -> list[Record]:
     """Return the records of a known kind, in the order of their paths.
 
-    Of several codegen records only the one with the newest Triton is returned.
+    A record of bench/device.sh also holds the records of its parts. If there are several codegen
+    records, only the one with the newest Triton is returned.
     """
     kinds = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
     records = [read_record(path, kind) for path, kind in kinds.items() if kind in SECTIONS]
+    parts = [part for record in records for part in record.get("records", {}).values()]
+    records += [part for part in parts if part["kind"] in SECTIONS and part["format"] == FORMAT]
     codegen = [record for record in records if record["kind"] == "codegen"]
     newest = max(codegen, key=lambda record: record["triton"], default=None)
     return [record for record in records if record["kind"] != "codegen" or record is newest]
@@ -86,7 +89,7 @@ def _kernels_table(record: Record) -> str:
     lines = [
         f"Forward plus backward (attention_decode: forward), {unit}, {dtype}",
         f"({describe_provenance(record)};",
-        f"measured ceilings: {copy:.2f} TB/s, {matmul:,.0f} TFLOP/s):"
+        f"measured ceilings: {copy:.2f} TB/s, {matmul:,.0f} TFLOP/s; *: not a CUDA graph):"
         if on_gpu
         else "no Triton kernel ran):",
         "",
@@ -98,7 +101,10 @@ def _kernels_table(record: Record) -> str:
         rows = {row["implementation"]: row for row in entry["rows"]}
         medians = {name: row["seconds"]["median"] for name, row in rows.items()}
         if on_gpu:
-            cells = {name: f"{seconds * 1e6:,.1f}" for name, seconds in medians.items()}
+            cells = {
+                name: f"{seconds * 1e6:,.1f}{_mark(rows[name])}"
+                for name, seconds in medians.items()
+            }
         else:
             eager = medians.get("eager", math.nan)
             cells = {name: f"{seconds / eager:.2f}" for name, seconds in medians.items()}
@@ -108,6 +114,11 @@ def _kernels_table(record: Record) -> str:
             line.append(f"{rows['tritium']['share']:.0%}" if "tritium" in rows else "failed")
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
+
+
+def _mark(row: Record) -> str:
+    """Return a star for a time that is not of a CUDA graph, and may include the host's time."""
+    return "*" if row["seconds"].get("timed_by") == "backlog" else ""
 
 
 def training_table(record: Record, *, speeds: bool) -> str:
@@ -188,6 +199,83 @@ def traffic_table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def _device_table(record: Record) -> str:
+    """Return how the parts of a command of bench/device.sh ended."""
+    lines = [
+        f"`bench/device.sh {record['command']}` ({describe_provenance(record)}):",
+        "",
+        "| part | ended | seconds | last line, or failed tests |",
+        "|---|---|--:|---|",
+    ]
+    for part in record["parts"]:
+        note = ", ".join(part.get("failed_tests", ())) or part["last_line"]
+        cells = [part["name"], part["status"], f"{part['seconds']:.0f}", note.replace("|", "/")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _machine_table(record: Record) -> str:
+    """Return the limits of a machine, and whether a training step was repeatable on it."""
+    limits = record["ceilings"]
+    verdicts = [
+        f"{mode} {'equal' if first == second else 'NOT EQUAL'}"
+        for mode, (first, second) in record["step_hashes"].items()
+    ]
+    return (
+        f"{describe_provenance(record)}: copy {limits['bytes_per_second'] / 1e12:.2f} TB/s, matmul "
+        f"{limits['flops_per_second'] / 1e12:,.0f} TFLOP/s. Weights after two equal steps of "
+        f"{record['recipe']}, {record['micro_batch']} sequences: {', '.join(verdicts)}."
+    )
+
+
+def _tune_table(record: Record) -> str:
+    """Return the times of the variants of an operator, the fastest first."""
+    lines = [f"`{record['operator']}`, median us ({describe_provenance(record)}):"]
+    for entry in record["entries"]:
+        rows = entry["seconds"]
+        directions = list(next(iter(rows.values())))
+        lines += ["", f"| {entry['label']} | {' | '.join(directions)} |"]
+        lines.append("|---|" + "--:|" * len(directions))
+        last = directions[-1]
+        for name, samples in sorted(rows.items(), key=lambda row: row[1][last]["median"]):
+            cells = [f"{samples[direction]['median'] * 1e6:.1f}" for direction in directions]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        for name, why in entry["failed"].items():
+            lines.append(
+                f"| {name} | failed: {why.replace('|', '/')} |{' |' * len(directions[1:])}"
+            )
+    return "\n".join(lines)
+
+
+def predict_table(record: Record) -> str:
+    """Return the totals of predicted steps."""
+    parts = list(dict.fromkeys(part for step in record["steps"] for part in step["parts"]))
+    commit = f"Commit {record['commit']}. " if "commit" in record else ""
+    lines = [
+        "ESTIMATES, except measured ms. `bench/training/efficiency.py` states the assumptions.",
+        f"{commit}MFU is of 989.4 TFLOP/s. Parts are milliseconds of the GPU:",
+        "",
+        "| step | GPU | floor, ms | predicted, ms | measured, ms | tokens/s | MFU "
+        f"| {' | '.join(parts)} |",
+        "|---|---|" + "--:|" * (5 + len(parts)),
+    ]
+    for step in record["steps"]:
+        measured = step.get("measured", {})
+        cells = [
+            f"{step['recipe']}, {step['batch']} x {step['context_tokens']} tokens in micro-batches "
+            f"of {step['micro_batch']}",
+            step["gpu_name"],
+            f"{1e3 * step['floor_seconds']:.1f}",
+            f"{1e3 * step['seconds']:.1f}",
+            f"{1e3 * measured['seconds']:.1f}" if _on_gpu(measured) else "-",
+            f"{step['tokens_per_second']:,.0f}",
+            f"{step['mfu']:.1%}",
+            *(f"{1e3 * step['parts'].get(part, 0.0):.1f}" for part in parts),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _codegen_table(record: Record) -> str:
     """Return the rows of one architecture; shapes with equal figures share a line."""
     names = ("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm", "limited_by")
@@ -213,9 +301,13 @@ def _codegen_table(record: Record) -> str:
 
 # Kind of record -> title of its section, function that makes its table.
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "device": ("Commands on a GPU machine", _device_table),
+    "machine": ("Machines", _machine_table),
     "kernels": ("Kernels", _kernels_table),
+    "tune": ("Launch sizes", _tune_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
+    "predict": ("Predicted training steps", predict_table),
     "traffic": ("Memory traffic", traffic_table),
     "codegen": ("Machine code", _codegen_table),
 }

@@ -39,11 +39,25 @@ class GPTConfig:
     """layer: layer norm; rms: root-mean-square norm."""
     mlp: Literal[tuple(MLPS)] = "gelu"
     """gelu: two linear layers with GELU between them; swiglu: SwiGLU, three linear layers."""
+    d_hidden: int | None = None
+    """Width of the MLP's hidden layer. Default: four times d_model; SwiGLU: about 8 / 3 times."""
+    norm_eps: float | None = None
+    """Added to the variance in norms. Default: 1e-5 for layer norm, 1e-6 for RMS norm."""
+    rope_base: float = 10_000.0
+    """RoPE rotates pair i of a head by the angle position / rope_base^(2 i / head size)."""
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "d_model", "vocab_size", "context_tokens", "n_kv_head"):
-            size = self.kv_heads if name == "n_kv_head" else getattr(self, name)
-            if size < 1:
+        for name in (
+            "n_layer",
+            "n_head",
+            "d_model",
+            "vocab_size",
+            "context_tokens",
+            "n_kv_head",
+            "d_hidden",
+        ):
+            size = getattr(self, name)
+            if size is not None and size < 1:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
         if self.d_model % self.n_head:
             raise ValueError(
@@ -59,6 +73,9 @@ class GPTConfig:
             choice = getattr(self, name)
             if choice not in rows:
                 raise ValueError(f"GPTConfig: {name} must be {' or '.join(rows)}, got {choice!r}")
+        for name, value in (("norm_eps", self.eps), ("rope_base", self.rope_base)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"GPTConfig: {name} must be a positive number, got {value}")
         if POSITIONS[self.position].rotates and self.head_size % 2:
             raise ValueError(
                 f"GPTConfig: {self.position} positions need an even head size, "
@@ -78,7 +95,12 @@ class GPTConfig:
     @property
     def d_feedforward(self) -> int:
         """Width of the MLP's hidden layer."""
-        return MLPS[self.mlp].width(self.d_model)
+        return self.d_hidden or MLPS[self.mlp].width(self.d_model)
+
+    @property
+    def eps(self) -> float:
+        """Number that norms add to the variance."""
+        return NORMS[self.norm].eps if self.norm_eps is None else self.norm_eps
 
     @property
     def padded_vocab_size(self) -> int:

@@ -14,6 +14,8 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
            Touvron et al. 2023, arXiv:2302.13971
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,9 @@ from .attention import choose_attention
 from .config import GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
-from .layers import MLPS, NORMS, POSITIONS, Attention, ForwardContext, rope_tables
+from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
 from .recompute import RECOMPUTATIONS, check_recompute
+from .weights import load_into, open_source, write_folder
 
 
 class Block(nn.Module):
@@ -39,8 +42,8 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp].module(config)
 
     def forward(
-        self, branch: Tensor | None, stream: Tensor, context: ForwardContext
-    ) -> tuple[Tensor, Tensor]:
+        self, branch: Branch | None, stream: Tensor, context: ForwardContext
+    ) -> tuple[Branch, Tensor]:
         """Return the MLP's output, and the residual stream to which the next norm adds it."""
         y, stream = self.ln_1(branch, stream)
         branch = self.attn(y, context, self.layer)
@@ -120,7 +123,9 @@ class GPT(nn.Module):
             dtype=self.compute_dtype,
             return_weight=True,
         )
-        rope = rope_tables(position, self.config.head_size) if self._position.rotates else None
+        rope = None
+        if self._position.rotates:
+            rope = rope_tables(position, self.config.head_size, self.config.rope_base)
 
         # blocks
         branch = None
@@ -151,6 +156,53 @@ class GPT(nn.Module):
             )
 
     generate = generate
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        attention: str = "tritium",
+        recompute: str = "none",
+    ) -> "GPT":
+        """Read a published model: a folder of transformers (GPT-2, Llama), or a file of nanoGPT.
+
+        Args:
+            path: the folder or file.
+            dtype: of the weights. Default: as in the file.
+            attention, recompute: as for GPT.
+        Returns: the model on the CPU.
+        Raises: InputError if the folder is not a model that tritium has, or is damaged.
+        """
+        source = open_source(Path(path))
+        with torch.device("meta"):
+            model = cls(source.config, attention=attention, recompute=recompute)
+        load_into(model, source)
+        return model if dtype is None else model.to(dtype)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        end_of_text: int | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Write the model as a folder that transformers opens: the whole folder or nothing.
+
+        Args:
+            folder: must not exist, or be empty.
+            end_of_text: id of the token between documents, for generation.
+            max_shard_bytes: largest size of a file of weights.
+        Raises: InputError if the folder is in use, or if transformers has no such model.
+        """
+        write_folder(
+            Path(folder),
+            self.state_dict(),
+            self.config,
+            end_of_text=end_of_text,
+            max_shard_bytes=max_shard_bytes,
+        )
 
 
 def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:

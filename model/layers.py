@@ -3,7 +3,7 @@
 To add a choice, add a row. A row holds the module, and the numbers that the formulas of cost.py
 need. GPTConfig, `--help` and `tritium plan` read the tables.
 
-Shapes     x, branch and stream (B T, D): B sequences, T tokens, D = d_model; F = d_feedforward;
+Shapes     x, y and stream (B T, D): B sequences, T tokens, D = d_model; F = d_feedforward;
            H query heads, G key and value heads, K = D / H. Weights are (out, in), as in
            torch.nn.Linear; the published GPT-2 checkpoints store (in, out).
 """
@@ -32,8 +32,6 @@ from .generate import KVCache
 if TYPE_CHECKING:
     from .config import GPTConfig
 
-# RoPE rotates pair i of the K / 2 pairs of a head by the angle position / ROPE_BASE^(2 i / K).
-ROPE_BASE = 10_000.0
 # The hidden width of SwiGLU is a multiple of this. Tensor cores and shards prefer aligned sizes.
 FEEDFORWARD_MULTIPLE = 64
 
@@ -56,6 +54,20 @@ class ForwardContext(NamedTuple):
     attention: AttentionRow = ATTENTIONS["tritium"]
 
 
+class Branch(NamedTuple):
+    """The output of attention or of an MLP, which the next norm adds to the residual stream.
+
+    Args:
+        y: (B T, D).
+        added_bias: (D,), the bias that is already part of y, or None. It was added without a
+            gradient. The norm returns its gradient, because the norm's backward has the gradient of
+            y in registers.
+    """
+
+    y: Tensor
+    added_bias: Tensor | None
+
+
 class Linear(nn.Module):
     """x @ weight.T + bias. init.py fills the parameters."""
 
@@ -67,9 +79,21 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def branch(self, x: Tensor) -> Branch:
+        """Return the layer's output as a branch."""
+        bias, added_bias = self.split_bias()
+        return Branch(linear(x, self.weight, bias), added_bias)
 
-# --- norms. In the same kernel, each first adds the last branch to the residual stream. A branch is
-# the output of attention or of an MLP.
+    def split_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the bias without gradient, to be added, and the bias for the next norm."""
+        if self.bias is None:
+            return None, None
+        # A view, because fully_shard adds a hook to each output of a module. Hooks on the parameter
+        # itself would stay there and pile up.
+        return self.bias.detach(), self.bias.view_as(self.bias)
+
+
+# --- norms. In the same kernel, each first adds the last branch to the residual stream.
 
 
 class LayerNorm(nn.Module):
@@ -79,12 +103,15 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
+        self.eps = config.eps
 
-    def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
         if branch is None:
-            return layer_norm(stream, self.weight, self.bias), stream
-        return add_layer_norm(branch, stream, self.weight, self.bias)
+            return layer_norm(stream, self.weight, self.bias, eps=self.eps), stream
+        return add_layer_norm(
+            branch.y, stream, self.weight, self.bias, eps=self.eps, added_bias=branch.added_bias
+        )
 
 
 class RMSNorm(nn.Module):
@@ -93,12 +120,15 @@ class RMSNorm(nn.Module):
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.eps = config.eps
 
-    def forward(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
         if branch is None:
-            return rms_norm(stream, self.weight), stream
-        return add_rms_norm(branch, stream, self.weight)
+            return rms_norm(stream, self.weight, eps=self.eps), stream
+        return add_rms_norm(
+            branch.y, stream, self.weight, eps=self.eps, added_bias=branch.added_bias
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +141,13 @@ class NormRow:
     """Whether it has a bias (D,) if config.bias is true."""
     statistics: int
     """Float32 numbers per token that it keeps for its backward."""
+    eps: float
+    """Default of the option `norm_eps`."""
 
 
 NORMS = {
-    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2),
-    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1),
+    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2, eps=1e-5),
+    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1, eps=1e-6),
 }
 
 
@@ -138,16 +170,17 @@ POSITIONS = {
 }
 
 
-def rope_tables(position: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of RoPE's angles.
+def rope_tables(position: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of RoPE's angles position / base^(2 i / K).
 
     Args:
         position: (T,) or (B, T) integers.
         head_size: K.
+        base: as config.rope_base.
     Returns: two tensors (T, K / 2) or (B, T, K / 2), float32.
     """
     pair = torch.arange(0, head_size, 2, device=position.device)
-    angle = position.unsqueeze(-1) * ROPE_BASE ** (-pair / head_size)
+    angle = position.unsqueeze(-1) * base ** (-pair / head_size)
     return angle.cos(), angle.sin()
 
 
@@ -165,12 +198,12 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.d_model, qkv_width, bias=config.bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Branch:
         qkv = self.c_attn(x).unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
         attend_packed = context.attention.attend_packed
         if context.rope is None and context.cache is None and attend_packed is not None:
             o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens)
-            return self.c_proj(o.flatten(0, 1))
+            return self.c_proj.branch(o.flatten(0, 1))
 
         # Split the heads, and rotate queries and keys together.
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
@@ -184,7 +217,7 @@ class Attention(nn.Module):
         else:
             k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
             o = attention_decode(q, k, v, lengths)
-        return self.c_proj(o.reshape(len(x), -1))
+        return self.c_proj.branch(o.reshape(len(x), -1))
 
 
 # --- MLPs
@@ -203,12 +236,12 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.d_model, config.d_feedforward, bias=config.bias)
         self.c_proj = Linear(config.d_feedforward, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Branch:
         c_fc = self.c_fc
         c_proj = self.c_proj
-        return gelu_mlp(
-            x, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias, recompute=self.recompute
-        )
+        bias, added_bias = c_proj.split_bias()
+        y = gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, bias, recompute=self.recompute)
+        return Branch(y, added_bias)
 
 
 class GatedMLP(nn.Module):
@@ -220,8 +253,9 @@ class GatedMLP(nn.Module):
         self.c_fc = Linear(config.d_model, config.d_feedforward, bias=False)
         self.c_proj = Linear(config.d_feedforward, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu_mlp(x, self.c_gate.weight, self.c_fc.weight, self.c_proj.weight)
+    def forward(self, x: Tensor) -> Branch:
+        y = swiglu_mlp(x, self.c_gate.weight, self.c_fc.weight, self.c_proj.weight)
+        return Branch(y, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +263,7 @@ class MLPRow:
     """An MLP that the option `mlp` names."""
 
     module: Callable[["GPTConfig"], nn.Module]
-    """Maps (B T, D) to (B T, D). Keeps its input and two tensors (B T, F) for its backward."""
+    """Maps (B T, D) to a Branch. Keeps its input and two tensors (B T, F) for its backward."""
     width: Callable[[int], int]
     """width(d_model) returns F."""
     matrices: int

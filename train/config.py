@@ -81,11 +81,13 @@ class TrainConfig:
     data: tuple[str, ...] = ("stdlib",)
     """Text to train on: a dataset of `tritium data build`, files, folders, stdlib or python."""
     tokenizer: str | None = None
-    """bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE. A dataset has its own."""
+    """bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE. A dataset has its own."""
     held_out: float = 0.1
     """Fraction of the text held out for validation, when the run builds the dataset."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
+    init_from: str | None = None
+    """Start from the weights of a run, a checkpoint or a folder of transformers, with its shape."""
     model: GPTConfig = _DEFAULT_MODEL
     document_mask: bool = False
     """Documents in a sequence do not attend to each other, and each starts at position 0."""

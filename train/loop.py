@@ -9,12 +9,12 @@ import gc
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..errors import InterruptedRun
+from ..errors import InputError, InterruptedRun
 from ..model import GPT
 from ..model.cost import flops_per_token
 from .config import TrainConfig
@@ -32,6 +32,7 @@ from .optim import Optimizer
 from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
 from .run.metrics import Metrics, console
+from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
 from .run.signals import Signals
@@ -51,6 +52,7 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
+    world.run_on_all_ranks(lambda: _check_initial_model(config, dataset))
     world.on_rank0(lambda: claim_folder(run, config, dataset))
     return _train(config, run, dataset, execution, None)
 
@@ -122,6 +124,38 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
     return dataset
 
 
+def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise InputError if the model to start from has another shape or another tokenizer."""
+    if config.init_from is None:
+        return
+    trained = open_model(Path(config.init_from))
+    expected, found = trained.config, config.gpt(dataset.tokenizer.vocab_size)
+    if expected.vocab_size != found.vocab_size:
+        raise InputError(
+            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
+            f"{found.vocab_size}; use the tokenizer of the model"
+        )
+    if expected != found:
+        raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
+    if trained.tokenizer_file and trained.tokenizer().sha256 != dataset.tokenizer.sha256:
+        raise InputError(
+            f"tokenizer: expected {trained.tokenizer().name} of {config.init_from}, got "
+            f"{dataset.tokenizer.name}; give {trained.tokenizer_file} as `tokenizer`"
+        )
+
+
+def _new_model(config: TrainConfig, dataset: Dataset) -> GPT:
+    """Return a model with new weights, or the model to start from, in float32."""
+    options = {
+        "attention": config.execution.attention,
+        "recompute": config.execution.recompute,
+    }
+    torch.manual_seed(config.seed)
+    if config.init_from is not None:
+        return open_model(Path(config.init_from)).load(**options).float()
+    return GPT(config.gpt(dataset.tokenizer.vocab_size), **options)
+
+
 def _train(
     config: TrainConfig, run: Path, dataset: Dataset, execution: Execution, checkpoint: Path | None
 ) -> Evaluation:
@@ -134,12 +168,9 @@ def _train(
     keep_freed_memory()
 
     # The model and its optimizer.
-    torch.manual_seed(config.seed)
-    model = GPT(
-        config.gpt(dataset.tokenizer.vocab_size),
-        attention=config.execution.attention,
-        recompute=config.execution.recompute,
-    )
+    # A resumed run has its own weights, and may be on a machine without the model it started from.
+    is_new = checkpoint is None
+    model = _new_model(config if is_new else replace(config, init_from=None), dataset)
     engine = execution.engine(model.to(execution.device), execution)
     optimizer = Optimizer(engine, config)
     if checkpoint is None:

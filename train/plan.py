@@ -262,7 +262,7 @@ def make_plan(options: PlanOptions) -> Plan:
             f"GPU, got {micro_batch}; take {largest_divisor(sequences, micro_batch)}"
         )
     return Plan(
-        model=config.gpt(_vocab_size(options.recipe, config)),
+        model=config.gpt(vocab_size(options.recipe, config)),
         machine=machine,
         sequences=sequences,
         micro_batch=micro_batch,
@@ -291,8 +291,8 @@ def plan_of_run(record: RunRecord, world: World) -> Plan:
     )
 
 
-def _vocab_size(name: str, config: TrainConfig) -> int:
-    """The published vocabulary of a preset, or the tokenizer's.
+def vocab_size(name: str, config: TrainConfig) -> int:
+    """Return the published vocabulary of a preset, or the tokenizer's.
 
     A recipe of a preset learns a smaller vocabulary from its data.
     """

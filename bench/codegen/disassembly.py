@@ -1,8 +1,9 @@
 """Read the resources and the machine code of compiled kernels.
 
-NVIDIA's cuobjdump and nvdisasm come with Triton. AMD's compiler prints assembly.
+NVIDIA's ptxas, cuobjdump and nvdisasm come with Triton. AMD's compiler prints assembly.
 """
 
+import os
 import re
 import struct
 import subprocess
@@ -43,6 +44,21 @@ def resources(compiled) -> Resources:
         int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK")
     )
     return Resources(registers=registers, spilled_bytes=stack, shared_bytes=shared)
+
+
+def performance_warnings(compiled) -> list[str]:
+    """Return what NVIDIA's assembler says about lost performance when it compiles the kernel again.
+
+    Only kernels with wgmma instructions are compiled again: the warnings are about these.
+    """
+    ptx = compiled.asm.get("ptx", "")
+    if "wgmma" not in ptx:
+        return []
+    # The assembler was called by Triton before, but Triton does not keep its messages.
+    target = f"sm_{compiled.metadata.target.arch}a"
+    options = ["--verbose", "--gpu-name", target, "--output-file", os.devnull]
+    messages = _run_tool("ptxas", options, ptx.encode())
+    return [line for line in messages.splitlines() if "Performance Loss" in line]
 
 
 def disassembly(compiled) -> str:
@@ -89,10 +105,13 @@ def _instructions(elf: bytes) -> bytes:
 
 
 def _run_tool(tool: str, options: list[str], data: bytes) -> str:
-    """Return the output of one of NVIDIA's tools for a file with this data."""
+    """Return the output of one of NVIDIA's tools, errors included, for a file with this data."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
         command = [folder / tool, *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        )
+        return done.stdout

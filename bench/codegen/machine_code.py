@@ -5,6 +5,8 @@
     hottest loop  the innermost loop with the most matrix instructions; the shortest of equal ones,
                   which has no masks. In kernels without matrix instructions the loop that moves the
                   most bytes, then the longest one. NVIDIA only
+    serialized    a loop waits for each of its HGMMA instructions before it issues the next one. It
+                  should issue all of a matmul and wait once
 
 Source     NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability";
            AMD, CDNA3 Instruction Set Architecture, chapter 3
@@ -59,6 +61,8 @@ _MATRIX = {
     "MFMA": r"\bv_mfma_",
 }
 _TMA_LOAD = r"\bUTMALDG\b"
+# Waits until all HGMMA instructions are done.
+_WAIT_FOR_ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 # LDGSTS copies from global to shared memory.
 _GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
 _ACCESS_BYTES = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
@@ -145,6 +149,18 @@ def hottest_loop(sass: str) -> list[str]:
         if not _has_matrix([code[i] for i in passed]):
             skipped.update(passed)
     return [code[i] for i in range(start, stop) if i not in skipped]
+
+
+def is_serialized(sass: str) -> bool:
+    """Whether an innermost loop waits for each of its HGMMA instructions on its own."""
+    code, jumps = _parse(sass)
+    for start, stop in _innermost_loops(code, jumps):
+        names = [text for text in code[start:stop] if text.startswith(("HGMMA", _WAIT_FOR_ALL))]
+        starts = [index for index, text in enumerate(names) if text.startswith("HGMMA")]
+        waits = [names[index + 1 : index + 2] for index in starts]
+        if len(starts) > 1 and all(wait and wait[0].startswith(_WAIT_FOR_ALL) for wait in waits):
+            return True
+    return False
 
 
 def _parse(sass: str) -> tuple[list[str], list[int]]:

@@ -7,6 +7,8 @@ A row is one kernel of an operator at one shape for one GPU architecture:
     blocks_per_sm, limited_by     how many blocks fit on a multiprocessor, and what limits them
     matrix_instructions           count per name, in the whole kernel
     tma_loads                     bulk tensor loads in the whole kernel
+    serialized                    whether matrix instructions wait for each other, as NVIDIA's
+                                  assembler warns or as a loop shows
     hottest_loop                  NVIDIA only: instructions per iteration, their mix, bytes of
                                   global memory per block and per lane and access
     compile_seconds
@@ -44,6 +46,7 @@ FIGURES = (
     "blocks_per_sm",
     "matrix_instructions",
     "tma_loads",
+    "serialized",
 )
 HELP = f"""Compile every kernel as it ships and read its machine code. No GPU is needed.
 
@@ -133,6 +136,7 @@ def describe(compiled, text: str, arch: str) -> dict[str, Any]:
         "limited_by": limit,
         "matrix_instructions": machine_code.matrix_instructions(text),
         "tma_loads": machine_code.tma_loads(text),
+        "serialized": is_serialized(compiled, text),
     }
     if arch.startswith("sm_") and not machine_code.is_specialized(compiled):
         loop = machine_code.hottest_loop(text)
@@ -143,6 +147,12 @@ def describe(compiled, text: str, arch: str) -> dict[str, Any]:
             "mix": machine_code.instruction_mix(loop),
         }
     return row
+
+
+def is_serialized(compiled, text: str) -> bool:
+    """Whether the matrix instructions of a compiled kernel wait for each other."""
+    warnings = disassembly.performance_warnings(compiled)
+    return any("serialized" in line for line in warnings) or machine_code.is_serialized(text)
 
 
 # --- comparison with earlier rows
@@ -156,6 +166,7 @@ def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
     """Return what is worse than in the golden rows.
 
     That is: more spills, lost matrix instructions or bulk loads, narrower accesses, other rows.
+    Serialized matrix instructions are reported even if the golden row has them.
     """
     now, before = _by_key(rows), _by_key(golden)
     worse = [f"{key}: not in the golden table" for key in now.keys() - before.keys()]
@@ -166,6 +177,8 @@ def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
             worse.append(
                 f"{key}: spills {row['spilled_bytes']} bytes, golden {old['spilled_bytes']}"
             )
+        if row["serialized"]:
+            worse.append(f"{key}: matrix instructions are serialized")
         lost = old["matrix_instructions"].keys() - row["matrix_instructions"].keys()
         worse += [f"{key}: lost {name}" for name in lost]
         if old["tma_loads"] and not row["tma_loads"]:
@@ -202,7 +215,7 @@ def _print_tables(rows: Sequence[dict]) -> None:
     table = Table(*KEYS, title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""))
     for title in ("warps", "registers", "spilled B", "shared B", "blocks/SM"):
         table.add_column(title, justify="right")
-    for title in ("limited by", "matrix", "TMA", "compile s"):
+    for title in ("limited by", "matrix", "TMA", "serialized", "compile s"):
         table.add_column(title, justify="right" if title in ("TMA", "compile s") else "left")
     for row in rows:
         figures = [row[name] for name in ("num_warps", *FIGURES[:4])]
@@ -214,6 +227,7 @@ def _print_tables(rows: Sequence[dict]) -> None:
             row["limited_by"],
             matrix,
             str(row["tma_loads"]),
+            "yes" if row["serialized"] else "no",
             seconds,
         )
     console.print(table)

@@ -14,6 +14,7 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         layer_norm.LAYER_NORM,
         layer_norm.ADD_LAYER_NORM,
+        layer_norm.ADD_LAYER_NORM_AFTER_BIAS,
         rms_norm.RMS_NORM,
         rms_norm.ADD_RMS_NORM,
         EMBEDDING,

@@ -48,7 +48,8 @@ class Operator:
     """An operator, how to call it, and what to compare it with.
 
     Attributes:
-        name: name of the operator in tritium.kernels.
+        name: name of the operator in tritium.kernels. OPERATOR:VARIANT if optional arguments select
+            another kernel.
         sizes: names of the numbers in a shape. The functions below take them as arguments.
         inputs: (randn, *sizes) -> arguments by name.
         ours: the operator, called with these arguments.

@@ -3,10 +3,11 @@
 Each implementation is checked against float64 first (check.py). A wrong one is not timed. A library
 that is not installed is listed as missing.
 
-All implementations are timed in turn, in the same run. Throughput counts the least bytes or FLOPs
-the operator needs, from its cost(). It is also given as a percentage of the ceiling of this
-machine, measured in the same run. "forward" is the forward of training: it includes what the
-operator saves or computes for the backward.
+All implementations are timed in turn, in the same run. On a GPU the column "timed by" says whether
+a CUDA graph was replayed (timing.py). Throughput counts the least bytes or FLOPs the operator
+needs, from its cost(). It is also given as a percentage of the ceiling of this machine, measured in
+the same run. "forward" is the forward of training: it includes what the operator saves or computes
+for the backward.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,7 @@ from ...errors import InputError, unknown_name
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
 from ..record import write_record
-from ..timing import ceilings, input_sets, time_in_turn
+from ..timing import ceilings, input_sets, side_stream, time_in_turn
 from . import OPERATORS
 from .case import Operator, outputs_and_leaves
 from .check import find_error
@@ -53,6 +54,8 @@ class CompareOptions:
     """cpu, cuda ...; auto: CUDA if there is one."""
     rounds: int = 20
     """Samples per implementation."""
+    without: tuple[str, ...] = ()
+    """Implementations to leave out, such as torch.compile, which compiles for minutes."""
     out: str | None = None
     """Folder for kernels.json and a plot per operator."""
 
@@ -67,11 +70,14 @@ def measure(
     device: torch.device,
     limits: dict[str, float],
     rounds: int,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check and time every implementation at one shape. Return the entry of the JSON."""
     # Check all implementations.
     missing, failed, calls = {}, {}, {}
     for implementation in operator.implementations():
+        if implementation.name in without:
+            continue
         if why := implementation.why_missing(device):
             missing[implementation.name] = why
         elif why := find_error(operator, implementation, shape, dtype, device):
@@ -239,12 +245,16 @@ def main(argv: Sequence[str]) -> int:
     entries: list[dict[str, Any]] = []
     for operator, shape in ((one, shape) for one in operators for shape in shapes[one.name]):
         try:
-            entries.append(measure(operator, shape, dtype, device, limits, options.rounds))
+            with side_stream(device):
+                entry = measure(
+                    operator, shape, dtype, device, limits, options.rounds, options.without
+                )
         except torch.OutOfMemoryError:
             label = f"{operator.name}  {operator.label(shape)}"
             print(f"{label}: out of memory with the inputs and graphs of all implementations")
             continue
-        _print(entries[-1], console)
+        entries.append(entry)
+        _print(entry, console)
         if out:
             write_record(out / "kernels.json", "kernels", {**run, "entries": entries})
     if out:
@@ -259,7 +269,7 @@ def _print(entry: dict[str, Any], console: Console) -> None:
     unit, scale = ("GB/s", 1e9) if entry["bound"] == "bytes" else ("TFLOP/s", 1e12)
     directions = list(dict.fromkeys(row["direction"] for row in entry["rows"]))
     columns = [*(f"{direction} us" for direction in directions), unit, "of ceiling", "spread"]
-    table = Table("implementation", *columns, "peak MB")
+    table = Table("implementation", *columns, "peak MB", "timed by")
     table.title = f"{entry['operator']}  {entry['label']}"
     by_name: dict[str, dict[str, dict]] = {}
     for row in entry["rows"]:
@@ -274,6 +284,7 @@ def _print(entry: dict[str, Any], console: Console) -> None:
             f"{last['share']:.0%}",
             f"{(seconds['p90'] - seconds['p10']) / seconds['median']:.0%}",
             "-" if last["peak_bytes"] is None else f"{last['peak_bytes'] / 1e6:.0f}",
+            " / ".join(dict.fromkeys(row["seconds"]["timed_by"] for row in rows.values())),
         )
     for name, why in entry["failed"].items():
         table.add_row(name, f"FAILED: {why}")

@@ -23,6 +23,10 @@ def _add_inputs(randn: Randn, M: int, N: int) -> dict[str, Tensor]:
     return {**_inputs(randn, M, N), "residual": randn(M, N)}
 
 
+def _after_bias_inputs(randn: Randn, M: int, N: int) -> dict[str, Tensor]:
+    return {**_add_inputs(randn, M, N), "added_bias": randn(N)}
+
+
 def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias)
 
@@ -34,6 +38,19 @@ def _add_eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tup
 
 def _add_ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return add_layer_norm(x, residual, weight, bias)
+
+
+def _after_bias_eager(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, added_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Adds 0, with the gradient that adding the bias had.
+    return _add_eager(x + (added_bias - added_bias.detach()), weight, bias, residual)
+
+
+def _after_bias_ours(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, added_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(x, residual, weight, bias, added_bias=added_bias)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -79,5 +96,14 @@ ADD_LAYER_NORM = Operator(
     others=(
         Implementation(name="flash-attn", call=_flash_attn_add, needs="flash_attn", cuda_only=True),
     ),
+    **_COMMON,
+)
+# The variant that a block runs.
+ADD_LAYER_NORM_AFTER_BIAS = Operator(
+    name="add_layer_norm:added_bias",
+    inputs=_after_bias_inputs,
+    ours=_after_bias_ours,
+    eager=_after_bias_eager,
+    cost=functools.partial(cost, residual=True),
     **_COMMON,
 )

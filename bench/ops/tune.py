@@ -27,7 +27,7 @@ from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
 from ..record import check_writable, write_record
-from ..timing import time_in_turn
+from ..timing import side_stream, time_in_turn
 from . import OPERATORS
 from .case import Implementation, Operator
 from .check import find_error
@@ -122,12 +122,14 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     "causal_attention": (
         _attention_tile("fwd", 128, 64, 4, 3),
+        _attention_tile("fwd", 128, 64, 4, 2),
         _attention_tile("fwd", 128, 128, 8, 2),
-        _attention_tile("fwd", 128, 64, 8, 3),
+        _attention_tile("fwd", 128, 128, 8, 3),
         _attention_tile("fwd", 64, 128, 4, 2),
-        _attention_tile("dq", 128, 128, 8, 2),
-        _attention_tile("dq", 64, 128, 4, 2),
+        _attention_tile("dq", 64, 64, 4, 2),
+        _attention_tile("dq", 128, 64, 4, 2),
         _attention_tile("dq", 128, 64, 4, 3),
+        _attention_tile("dq", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 64, 4, 2),
         _attention_tile("dkdv", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 128, 4, 2),
@@ -160,6 +162,10 @@ class TuneOptions:
     """Operator."""
     shape: tuple[str, ...] = ()
     """Sizes such as 32768x768; default: a few per operator."""
+    variant: tuple[str, ...] = ()
+    """Names of variants, such as cublas; default: all."""
+    device: str = "auto"
+    """auto: CUDA. cpu: a rehearsal, in which the references run and all variants are equal."""
     rounds: int = 10
     """Samples per variant."""
     out: str | None = None
@@ -217,6 +223,15 @@ def _print(entry: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _chosen(operator: str, names: Sequence[str]) -> list[Variant]:
+    """Return the named variants of an operator; all without names."""
+    known = {variant.name: variant for variant in VARIANTS[operator]}
+    for name in names:
+        if name not in known:
+            raise InputError(unknown_name("variant", name, known))
+    return [known[name] for name in names or known]
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench tune`. Returns: exit status."""
     about = "Compare the launch sizes of an operator in one run."
@@ -226,8 +241,9 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(unknown_name("operator with variants", name, VARIANTS))
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
-    device = choose_device("auto")
-    if device.type != "cuda":
+    variants = _chosen(name, options.variant)
+    device = choose_device(options.device)
+    if device.type != "cuda" and options.device == "auto":
         raise InputError(
             "tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs no GPU"
         )
@@ -236,9 +252,11 @@ def main(argv: Sequence[str]) -> int:
     console = Console(width=None if Console().is_terminal else 140)
     operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):
-        entry = tune(operator, VARIANTS[name], shape, torch.bfloat16, device, options.rounds)
+        with side_stream(device):
+            entry = tune(operator, variants, shape, torch.bfloat16, device, options.rounds)
         entries.append(entry)
         _print(entry, console)
         if out:
-            write_record(out, "tune", {"operator": name, "entries": entries})
+            figures = {"device": device.type, "operator": name, "entries": entries}
+            write_record(out, "tune", figures)
     return 0

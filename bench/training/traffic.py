@@ -10,9 +10,10 @@ kernel moves inside are not counted. tritium's attention backward has two kernel
 Two batch sizes are run. The difference gives the bytes per token. The rest are bytes per step:
 weights, their gradients and partial sums.
 
-The least has three units of work: addition and norm, matmul, attention. GELU and the sums for
-biases are part of a matmul. Every tensor between two units is written once, and read once by each
-unit that needs it. Row statistics are computed again. In elements per token, reads + writes:
+The least has three units of work: addition and norm, matmul, attention. GELU is part of a matmul.
+The gradient of a bias is summed by a unit that reads or writes the summed tensor anyway. Every
+tensor between two units is written once, and read once by each unit that needs it. Row statistics
+are computed again. In elements per token, reads + writes:
 
     forward    norms       2 (2 D + 2 D)            branch, stream; their sum, y
                qkv         D + 3 D
@@ -50,6 +51,7 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...model import PRESETS, GPTConfig, gpt
+from ...model.layers import Branch
 from ...train.commands.cli import parse
 from ..codegen.launches import Launch, RunLaunchers, record_launches
 from ..record import check_writable, provenance, write_record
@@ -64,7 +66,7 @@ SEQUENCES = (32, 64)
 # Operators that allocate memory without writing it.
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # Operators that overwrite their first argument without reading it.
-OVERWRITING = ("copy_", "fill_", "zero_")
+OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_")
 
 # Direction -> bytes by name of the operator or kernel.
 Passes = dict[str, Counter[str]]
@@ -182,10 +184,18 @@ def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
     with torch.device("meta"):
         block = gpt.Block(config, layer=0).to(DTYPE)
     tokens = sequences * config.context_tokens
-    branch, stream, dy = (_tensor(tokens, config.d_model, device="meta") for _ in range(3))
+    y, stream, dy = (_tensor(tokens, config.d_model, device="meta") for _ in range(3))
+    # The first norm returns the gradient of the bias that the block before has added to y. The norm
+    # of the next block, which does not run here, returns that of this block's MLP.
+    branch = Branch(y, _tensor(config.d_model, device="meta"))
     context = gpt.ForwardContext((sequences, config.context_tokens))
-    inputs = (branch, stream, *block.parameters())
-    return _passes(lambda: block(branch, stream, context), inputs, dy)
+    parameters = [each for each in block.parameters() if each is not block.mlp.c_proj.bias]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        branch_after, stream_after = block(branch, stream, context)
+        return branch_after.y, stream_after
+
+    return _passes(forward, (*branch, stream, *parameters), dy)
 
 
 def eager_passes(config: GPTConfig, sequences: int) -> Passes:

@@ -120,18 +120,21 @@ def _load_rows(
 
 
 @triton.jit
-def _load_statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
+def _load_statistics(
+    source, index, first, end, T, other, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Load one number per token [first, first + BLOCK) from row `index` of (rows, T).
 
-    Tokens from `end` on give `other`. A descriptor gives 0 there instead. This is safe, because the
-    launcher makes a descriptor only if `end` is the end of the row. Then `_load_rows` gives zeros
-    for these tokens, and they add nothing to a gradient.
+    Tokens from `end` on give `other`. Without documents a descriptor gives 0 there instead. This is
+    safe: `end` is the end of the row, so `_load_rows` gives zeros for these tokens, and they add
+    nothing to a gradient.
     """
+    offs = first + tl.arange(0, BLOCK)
     if isinstance(source, tl.tensor_descriptor):
         # An ordinary load puts each number into every thread that needs it: 32 more instructions.
-        return source.load([index, first]).reshape(BLOCK)
+        x = source.load([index, first]).reshape(BLOCK)
+        return tl.where(offs < end, x, other) if HAS_DOCUMENTS else x
     else:
-        offs = first + tl.arange(0, BLOCK)
         return tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
 
 

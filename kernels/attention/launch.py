@@ -68,7 +68,11 @@ def _tiles(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[in
 # that it loops over is as wide as registers allow.
 TILES = {
     "sm_9": _tiles(
-        fwd={64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        # At head size 64 one tile of the forward takes about 512 clocks of each of three units:
+        # matrix instructions, exp2 and issue slots (an estimate). Two independent blocks per
+        # multiprocessor overlap them, so 4 warps are better than 8. With 128 keys and 4 warps the
+        # registers do not suffice, and ptxas lets every matrix instruction wait for the one before.
+        fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     ),
@@ -96,6 +100,10 @@ TILES = {
         dkdv={64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1)},
     ),
 }
+# Rows that replace those of TILES where these would spill. OPTION_TILES: with documents, a window,
+# soft-capping or grouped heads. A narrower tile reads more shared memory per FLOP.
+OPTION_TILES = {"sm_9": _tiles(fwd={}, dq={128: (128, 64, 8, 3)}, dkdv={128: (32, 128, 8, 2)})}
+DROPOUT_TILES = {"sm_9": _tiles(fwd={}, dq={}, dkdv={128: (32, 64, 8, 2)})}
 # float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are
 # in registers.
 FLOAT32_TILES = _tiles(
@@ -111,17 +119,51 @@ def padded(head_size: int) -> int:
 
 
 def plan(
-    kernel: str, head_size: int, dtype: torch.dtype, architecture: str, dropout: bool = False
+    kernel: str,
+    head_size: int,
+    dtype: torch.dtype,
+    architecture: str,
+    *,
+    has_dropout: bool = False,
+    has_options: bool = False,
 ) -> Tile:
-    """Choose the tile of a kernel: "fwd", "dq" or "dkdv"."""
-    family = next(rows for name, rows in TILES.items() if architecture.startswith(name))
-    rows = (FLOAT32_TILES if dtype == torch.float32 else family)[kernel]
-    tile = rows[min(size for size in rows if size >= padded(head_size))]
-    if not dropout:
+    """Choose the tile of a kernel: "fwd", "dq" or "dkdv".
+
+    Args:
+        has_options: whether there are documents, a window, soft-capping or grouped heads.
+    """
+    family = next(name for name in TILES if architecture.startswith(name))
+    rows = (FLOAT32_TILES if dtype == torch.float32 else TILES[family])[kernel]
+    size = min(size for size in rows if size >= padded(head_size))
+    tile = rows[size]
+    if dtype != torch.float32:
+        if has_dropout and size in _rows(DROPOUT_TILES, family, kernel):
+            return DROPOUT_TILES[family][kernel][size]
+        if has_options:
+            tile = _rows(OPTION_TILES, family, kernel).get(size, tile)
+    if not has_dropout:
         return tile
     # The random words take as many registers as the scores: halve the side that is looped over.
     looped = "block_m" if kernel == "dkdv" else "block_n"
     return replace(tile, **{looped: max(16, getattr(tile, looped) // 2)})
+
+
+def _rows(table: dict, family: str, kernel: str) -> dict[int, Tile]:
+    return table[family][kernel] if family in table else {}
+
+
+def _plan(
+    kernel: str, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> Tile:
+    has_options = cu_seqlens is not None or options.window < k.shape[1] or options.softcap > 0
+    return plan(
+        kernel,
+        q.shape[-1],
+        q.dtype,
+        arch(q.device),
+        has_dropout=options.dropout_p > 0,
+        has_options=has_options or q.shape[2] != k.shape[2],
+    )
 
 
 # --- launchers: each has the signature of its reference
@@ -135,7 +177,7 @@ def launch_fwd(
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // max(1, G)
     o, lse = _clear_padding(cu_seqlens, *shapes_fwd(q, k, v, cu_seqlens, options))
-    tile = plan("fwd", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    tile = _plan("fwd", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
     _causal_attention_fwd_kernel[(tiles * B * H,)](
@@ -227,7 +269,7 @@ def _launch_grads(
     }
 
     # Programs that own queries: dq, and delta for the second kernel.
-    tile = plan("dq", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    tile = _plan("dq", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
@@ -240,13 +282,13 @@ def _launch_grads(
     # Programs that own keys: dk and dv. Reuse the list of tiles if both kernels have tiles of the
     # same length.
     listed_length = tile.block_m
-    tile = plan("dkdv", K, q.dtype, arch(q.device), options.dropout_p > 0)
+    tile = _plan("dkdv", q, k, cu_seqlens, options)
     if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
-        lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
-        delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
+        lse=_streamed_statistics(lse, q, tile.block_m),
+        delta=_streamed_statistics(delta, q, tile.block_m),
         work_ptr=work, dk_ptr=dk, dv_ptr=dv,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
@@ -300,15 +342,9 @@ def _streamed(rows: int, **tensors: Tensor) -> dict:
     }
 
 
-def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: int):
-    """Return lse or delta (B, H, T) as a descriptor of `rows` numbers, if possible.
-
-    With documents a tile can reach into the next document. A load through a pointer masks the
-    numbers there, a load through a descriptor cannot.
-    """
-    if cu_seqlens is not None or q.dtype == torch.float32:
-        return x
-    return descriptor(x.flatten(0, 1), (1, rows))
+def _streamed_statistics(x: Tensor, q: Tensor, rows: int):
+    """Return lse or delta (B, H, T) as a descriptor of `rows` numbers, if possible."""
+    return x if q.dtype == torch.float32 else descriptor(x.flatten(0, 1), (1, rows))
 
 
 def _option_arguments(options: AttentionOptions, S: int) -> dict:

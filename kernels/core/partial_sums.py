@@ -14,36 +14,53 @@ PARTIALS_PER_STEP = 64
 
 
 @triton.jit
-def _partial_sums_kernel(
-    a_partial_ptr, b_partial_ptr, a_ptr, b_ptr,
-    P, N,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program adds up the P partial sums of BLOCK_N columns. b may be None."""
+def _sum_rows(partial_ptr, sum_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add up the P rows of BLOCK_N columns."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    a = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    b = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, P, BLOCK_P):
         offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         mask = (offs_p < P)[:, None] & mask_n[None, :]
-        a_ptrs = a_partial_ptr + offs_p[:, None] * N + offs_n[None, :]
-        a += tl.load(a_ptrs, mask=mask, other=0.0)
-        if b_partial_ptr is not None:
-            b_ptrs = b_partial_ptr + offs_p[:, None] * N + offs_n[None, :]
-            b += tl.load(b_ptrs, mask=mask, other=0.0)
-    tl.store(a_ptr + offs_n, tl.sum(a, axis=0).to(a_ptr.dtype.element_ty), mask=mask_n)
-    if b_partial_ptr is not None:
-        tl.store(b_ptr + offs_n, tl.sum(b, axis=0).to(b_ptr.dtype.element_ty), mask=mask_n)
+        acc += tl.load(partial_ptr + offs_p[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+    tl.store(sum_ptr + offs_n, tl.sum(acc, axis=0).to(sum_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _partial_sums_kernel(
+    a_partial_ptr, b_partial_ptr, c_partial_ptr, a_ptr, b_ptr, c_ptr,
+    P, N,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) adds up BLOCK_N columns of a, b or c. Partial sums of b and c may be None."""
+    pair = tl.program_id(1)
+    if pair == 0:
+        _sum_rows(a_partial_ptr, a_ptr, P, N, BLOCK_P, BLOCK_N)
+    if b_partial_ptr is not None:  # noqa: SIM102 (the outer condition is a constant)
+        if pair == 1:
+            _sum_rows(b_partial_ptr, b_ptr, P, N, BLOCK_P, BLOCK_N)
+    if c_partial_ptr is not None:  # noqa: SIM102
+        if pair == 2:
+            _sum_rows(c_partial_ptr, c_ptr, P, N, BLOCK_P, BLOCK_N)
 
 
 def sum_partials(
-    a_partial: Tensor, a: Tensor, b_partial: Tensor | None = None, b: Tensor | None = None
+    a_partial: Tensor,
+    a: Tensor,
+    b_partial: Tensor | None = None,
+    b: Tensor | None = None,
+    c_partial: Tensor | None = None,
+    c: Tensor | None = None,
 ) -> None:
-    """Write the sum of the rows of `a_partial` (P, N) float32 to `a` (N,). The same for b."""
+    """Write the sum of the rows of `a_partial` (P, N) float32 to `a` (N,). The same for b and c.
+
+    All partial sums have one shape. `b` is ignored if `b_partial` is None; the same for c.
+    """
     P, N = a_partial.shape
-    _partial_sums_kernel[(cdiv(N, COLUMNS_PER_PROGRAM),)](
-        a_partial_ptr=a_partial, b_partial_ptr=b_partial, a_ptr=a, b_ptr=b, P=P, N=N,
+    pairs = 3 if c_partial is not None else 2 if b_partial is not None else 1
+    _partial_sums_kernel[(cdiv(N, COLUMNS_PER_PROGRAM), pairs)](
+        a_partial_ptr=a_partial, b_partial_ptr=b_partial, c_partial_ptr=c_partial,
+        a_ptr=a, b_ptr=b, c_ptr=c, P=P, N=N,
         BLOCK_P=PARTIALS_PER_STEP, BLOCK_N=COLUMNS_PER_PROGRAM,
     )  # fmt: skip
 

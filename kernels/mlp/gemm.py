@@ -245,13 +245,12 @@ def _gemm_kernel(
                 b, k, column, K, N, stride_bk, stride_bn, IS_B_TRANSPOSED, BLOCK_K, BLOCK_N
             )
             acc = tl.dot(left, right, acc, input_precision="ieee")
-        aux = None
-        if aux_ptr is not None:
-            # All parts at once: the program waits for memory once, not once per part.
-            aux = _load_tile(aux_ptr, row, column, M, N, N, 1, False, BLOCK_M, BLOCK_N)
 
         # epilogue, in PARTS pieces of columns
         if PARTS == 1:
+            aux = None
+            if aux_ptr is not None:
+                aux = _load_tile(aux_ptr, row, column, M, N, N, 1, False, BLOCK_M, BLOCK_N)
             _finish(
                 acc, aux, bias_ptr, c, pre, sums_partial_ptr, row, column, M, N,
                 EPILOGUE, BLOCK_M, BLOCK_N,
@@ -260,7 +259,11 @@ def _gemm_kernel(
             for side in tl.static_range(2):
                 half, half_aux = _half(acc, side, BLOCK_M, BLOCK_N), None
                 if aux_ptr is not None:
-                    half_aux = _half(aux, side, BLOCK_M, BLOCK_N)
+                    # With the whole tile of aux in registers, exact GELU and SwiGLU spill on sm_90.
+                    half_aux = _load_tile(
+                        aux_ptr, row, column + side * (BLOCK_N // 2), M, N, N, 1, False,
+                        BLOCK_M, BLOCK_N // 2,
+                    )  # fmt: skip
                 if PARTS == 2:
                     _finish(
                         half, half_aux, bias_ptr, c, pre, sums_partial_ptr,

@@ -5,14 +5,20 @@ from torch import Tensor
 MAX_WIDTH = 65_536
 
 
-def check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Raise a ValueError unless x has rows of a supported width that weight and bias match."""
+def check(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    added_bias: Tensor | None = None,
+) -> None:
+    """Raise a ValueError unless x has rows of a supported width that all vectors match."""
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(
             f"{name}: x must be (..., N) with N from 1 to {MAX_WIDTH}, "
             f"got {tuple(x.shape)}; reshape it"
         )
-    for label, vector in (("weight", weight), ("bias", bias)):
+    for label, vector in (("weight", weight), ("bias", bias), ("added_bias", added_bias)):
         if vector is None:
             continue
         if vector.shape != x.shape[-1:]:
@@ -27,6 +33,10 @@ def check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> N
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(
             f"{name}: bias must be {weight.dtype} like weight, got {bias.dtype}; cast it"
+        )
+    if added_bias is not None and not added_bias.is_floating_point():
+        raise ValueError(
+            f"{name}: added_bias must be floating point, got {added_bias.dtype}; cast it"
         )
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise ValueError(

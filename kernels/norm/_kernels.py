@@ -7,6 +7,7 @@ rms_norm.py give math, shapes and precision. A pointer of an optional input or o
     residual_ptr and h_ptr are None        no residual is added
     dh_ptr is None                         no gradient reached h itself
     bias_ptr, db_partial_ptr are None      no bias
+    dadded_partial_ptr is None             no gradient of added_bias
 """
 
 from ..core.triton import tl, triton
@@ -55,22 +56,36 @@ def _layer_norm_fwd_kernel(
 
 
 @triton.jit
+def _fold(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add the second half of a tile's rows to the first half. A single row stays as it is."""
+    if BLOCK_M == 1:
+        return x
+    else:
+        return tl.sum(x.reshape(2, BLOCK_M // 2, BLOCK_N), axis=0)
+
+
+@triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
+    dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p of P owns blocks p, p + P, p + 2 P ... of BLOCK_M rows.
 
-    It writes dx of its rows and one row of partial sums of dw and db.
+    It writes dx of its rows and one row of partial sums each of dw, db and the columns of dx.
     """
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Each thread has elements of both halves of a tile. So _fold moves no data between threads, and
+    # the sums take half of the registers.
+    ROWS: tl.constexpr = (BLOCK_M + 1) // 2
+    dw = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    db = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    dadded = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
@@ -98,12 +113,17 @@ def _layer_norm_bwd_kernel(
         dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-        # Sum each element of the tile over the blocks. After the loop, sum over the tile's rows.
-        dw += dy * xhat
+        # Sum over the blocks. After the loop, sum over the rows that are left.
+        dw += _fold(dy * xhat, BLOCK_M, BLOCK_N)
         if db_partial_ptr is not None:
-            db += dy
+            db += _fold(dy, BLOCK_M, BLOCK_N)
+        if dadded_partial_ptr is not None:
+            # dx is 0 in masked rows, because rstd and dh are 0 there.
+            dadded += _fold(dx, BLOCK_M, BLOCK_N)
 
     partial_offs = pid.to(tl.int64) * N + offs_n
     tl.store(dw_partial_ptr + partial_offs, tl.sum(dw, axis=0), mask=mask_n)
     if db_partial_ptr is not None:
         tl.store(db_partial_ptr + partial_offs, tl.sum(db, axis=0), mask=mask_n)
+    if dadded_partial_ptr is not None:
+        tl.store(dadded_partial_ptr + partial_offs, tl.sum(dadded, axis=0), mask=mask_n)

@@ -71,19 +71,23 @@ def _layer_norm_fwd_wide_kernel(
 
 @triton.jit
 def _layer_norm_bwd_wide_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
+    dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
     M, N,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p of P owns rows p, p + P, p + 2 P ...
 
-    It writes dx of its rows and adds to one row of partial sums of dw and db in memory.
+    It writes dx of its rows. In memory, it adds to one row of partial sums each of dw, db and the
+    columns of dx.
     """
     pid = tl.program_id(0)
     dw_partial_ptr += pid.to(tl.int64) * N
     if db_partial_ptr is not None:
         db_partial_ptr += pid.to(tl.int64) * N
+    if dadded_partial_ptr is not None:
+        dadded_partial_ptr += pid.to(tl.int64) * N
     for block in range(pid, M, tl.num_programs(0)):
         row = tl.cast(block, tl.int64)
         mean = tl.load(mean_ptr + row) if mean_ptr is not None else 0.0
@@ -103,7 +107,7 @@ def _layer_norm_bwd_wide_kernel(
         mean_g = tl.sum(sum_g, axis=0) / N if mean_ptr is not None else 0.0
         mean_gx = tl.sum(sum_gx, axis=0) / N
 
-        # Second pass: dx, and this row's terms of dw and db.
+        # Second pass: dx, and this row's terms of the sums.
         for start in range(0, N, BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
@@ -125,3 +129,6 @@ def _layer_norm_bwd_wide_kernel(
             if db_partial_ptr is not None:
                 db = tl.load(db_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy
                 tl.store(db_partial_ptr + offs_n, db, mask=mask_n)
+            if dadded_partial_ptr is not None:
+                dadded = tl.load(dadded_partial_ptr + offs_n, mask=mask_old, other=0.0) + dx
+                tl.store(dadded_partial_ptr + offs_n, dadded, mask=mask_n)

@@ -15,8 +15,8 @@ from ._wide_kernels import _layer_norm_bwd_wide_kernel, _layer_norm_fwd_wide_ker
 # WIDE_BLOCK_N elements (_wide_kernels.py).
 MAX_RESIDENT_WIDTH = 8_192
 WIDE_BLOCK_N = 2_048
-# Elements of a tile: 16 for each of 128 threads. The backward keeps six such tiles in about 100
-# registers per thread.
+# Elements of a tile: 16 for each of 128 threads. With all optional sums the backward takes up to
+# 128 registers per thread on sm_90.
 TILE_ELEMENTS = 2_048
 
 
@@ -100,10 +100,13 @@ def launch_norm_bwd(
     mean: Tensor | None,
     rstd: Tensor,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, dw and db, which is empty without a bias.
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dw, db, and the sums of the columns of dx in `added_dtype`.
 
-    One kernel writes dx and partial sums of dw and db. A second one adds up the partial sums.
+    db is empty without a bias. The sums are empty if `added_dtype` is None.
+
+    One kernel writes dx and all partial sums. A second one adds up the partial sums.
     """
     M, N = h.shape
     p = plan(M, N, sm_count(h.device))
@@ -112,16 +115,20 @@ def launch_norm_bwd(
     db = weight.new_empty(N if has_bias else 0)
     dw_partial = empty_partials(p.partials, h)
     db_partial = empty_partials(p.partials, h) if has_bias else None
+    has_added = added_dtype is not None
+    dadded = h.new_empty(N if has_added else 0, dtype=added_dtype)
+    dadded_partial = empty_partials(p.partials, h) if has_added else None
 
     kernel = _layer_norm_bwd_wide_kernel if p.is_wide else _layer_norm_bwd_kernel
     kernel[(p.partials,)](
         dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         dx_ptr=dx, dw_partial_ptr=dw_partial, db_partial_ptr=db_partial,
+        dadded_partial_ptr=dadded_partial,
         stride_dym=dy.stride(0), stride_dhm=0 if dh is None else dh.stride(0),
         stride_hm=h.stride(0), M=M, N=N, **p.tile,
     )  # fmt: skip
-    sum_partials(dw_partial, dw, db_partial, db)
-    return dx, dw, db
+    sum_partials(dw_partial, dw, db_partial, db, dadded_partial, dadded)
+    return dx, dw, db, dadded
 
 
 def norm_cost(

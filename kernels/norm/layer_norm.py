@@ -6,15 +6,16 @@
                dx = dresidual = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh
                dw = sum_m dy xhat    db = sum_m dy
                dh is the gradient that reached the output h itself
+               d(added bias) = sum_m dx, for a bias that is already part of x; optional
 
-Shapes       x, residual, h, y: (M, N)   w, b: (N,)   mu, r: (M,) float32
+Shapes       x, residual, h, y: (M, N)   w, b, added bias: (N,)   mu, r: (M,) float32
              M = all leading axes, flattened
 Precision    any float dtype in and out; h is rounded to its dtype before the statistics, which are
              float32
 Cost         memory-bound; with E bytes per element the forward moves 2 E per element (4 E with a
              residual), the backward 3 E (4 E); cost() gives bytes and FLOPs
-Determinism  dw and db are summed in two stages of fixed order, without atomics; the order depends
-             on the number of SMs only
+Determinism  column sums are computed in two stages of fixed order, without atomics; the order
+             depends on the number of SMs only
 Source       Ba, Kiros & Hinton 2016, arXiv:1607.06450
 
 The kernels are in _kernels.py and _wide_kernels.py, their launchers in launch.py. rms_norm uses the
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..core.layout import as_rows, like_rows_of, wide
-from ..core.op import define_op, public
+from ..core.op import define_op, keep_needed, public
+from ._added_bias import attach, column_sums
 from ._checks import check, check_residual
 from .launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 
@@ -33,9 +35,12 @@ from .launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 
 
 def reference_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y in x's dtype, and the mean and reciprocal standard deviation of each row."""
+    """Return y in x's dtype, and the mean and reciprocal standard deviation of each row.
+
+    added_bias has no influence on the outputs. It is an argument because it gets a gradient.
+    """
     h = wide(x)
     # Detached: y does not change if a constant is added to a row, so the mean gets no gradient.
     mean = h.detach().mean(-1, keepdim=True)
@@ -46,11 +51,16 @@ def reference_fwd(
 
 
 def reference_add_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    added_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y in x's dtype, h = x + residual in their common dtype, mean, rstd."""
     h = x + residual
-    y, mean, rstd = reference_fwd(h, weight, bias, eps)
+    y, mean, rstd = reference_fwd(h, weight, bias, eps, None)
     return y.to(x.dtype), h, mean, rstd
 
 
@@ -62,8 +72,13 @@ def reference_bwd(
     mean: Tensor,
     rstd: Tensor,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of h, weight and bias. Without a bias its gradient is empty."""
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of h, weight, bias and added_bias.
+
+    The gradient of bias is empty unless `has_bias`. That of added_bias has the dtype `added_dtype`
+    and is empty if this is None.
+    """
     centered = wide(h) - mean[:, None]  # as in the forward
     w = weight.to(centered.dtype)
     # w takes the place of the bias, whose values have no influence on the gradients.
@@ -74,14 +89,15 @@ def reference_bwd(
     if dh is not None:
         dx += dh
     db = dw.new_empty(0) if db is None else db
-    return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype)
+    dadded = column_sums(dx, added_dtype)
+    return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype), dadded
 
 
 # --- launchers
 
 
 def launch_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_fwd`."""
     y, _, mean, rstd = launch_norm_fwd(x, None, weight, bias, eps, centered=True)
@@ -89,7 +105,12 @@ def launch_fwd(
 
 
 def launch_add_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    added_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_add_fwd`."""
     return launch_norm_fwd(x, residual, weight, bias, eps, centered=True)
@@ -103,9 +124,10 @@ def launch_bwd(
     mean: Tensor,
     rstd: Tensor,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_bwd`."""
-    return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias)
+    return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias, added_dtype)
 
 
 def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
@@ -115,22 +137,43 @@ def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, 
 
 # --- operator: on a CPU in 32 bits the references run as composites, differentiated by autograd
 
+
+def composite_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, added_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference_fwd`, with a gradient of added_bias."""
+    return reference_fwd(attach(x, added_bias), weight, bias, eps, None)
+
+
+def composite_add_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    added_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference_add_fwd`, with a gradient of added_bias."""
+    return reference_add_fwd(attach(x, added_bias), residual, weight, bias, eps, None)
+
+
 _fwd = define_op(
-    "layer_norm_fwd", launch=launch_fwd, reference=reference_fwd, composite=reference_fwd
+    "layer_norm_fwd", launch=launch_fwd, reference=reference_fwd, composite=composite_fwd
 )
 _add_fwd = define_op(
     "add_layer_norm_fwd",
     launch=launch_add_fwd,
     reference=reference_add_fwd,
-    composite=reference_add_fwd,
+    composite=composite_add_fwd,
 )
 _bwd = define_op("layer_norm_bwd", launch=launch_bwd, reference=reference_bwd)
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias, _, added_bias = inputs
     _, mean, rstd = output
     ctx.has_bias = bias is not None
+    ctx.added_dtype = None if added_bias is None else added_bias.dtype
     # None instead of zeros for the gradients of mean and rstd, which nobody uses.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, rstd)
@@ -138,15 +181,18 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, dy, _dmean, _drstd):
     if dy is None:
-        return None, None, None, None
-    dx, dw, db = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias)
-    return dx, dw, db if ctx.has_bias else None, None
+        return (None,) * 5
+    added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
+    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias, added_dtype)
+    dx, dw, db, dadded = keep_needed(grads, (True, True, ctx.has_bias, added_dtype is not None))
+    return dx, dw, db, None, dadded
 
 
 def _save_add(ctx, inputs, output):
-    x, residual, weight, bias, _ = inputs
+    x, residual, weight, bias, _, added_bias = inputs
     _, h, mean, rstd = output
     ctx.has_bias = bias is not None
+    ctx.added_dtype = None if added_bias is None else added_bias.dtype
     ctx.dtypes = x.dtype, residual.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, mean, rstd)
@@ -154,12 +200,14 @@ def _save_add(ctx, inputs, output):
 
 def _grad_add(ctx, dy, dh, _dmean, _drstd):
     if dy is None and dh is None:
-        return None, None, None, None, None
+        return (None,) * 6
     dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
     dh = None if dh is None else as_rows(dh)
-    dx, dw, db = _bwd(dy, dh, *ctx.saved_tensors, ctx.has_bias)
+    added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
+    grads = _bwd(dy, dh, *ctx.saved_tensors, ctx.has_bias, added_dtype)
+    dx, dw, db, dadded = keep_needed(grads, (True, True, ctx.has_bias, added_dtype is not None))
     x_dtype, residual_dtype = ctx.dtypes
-    return dx.to(x_dtype), dx.to(residual_dtype), dw, db if ctx.has_bias else None, None
+    return dx.to(x_dtype), dx.to(residual_dtype), dw, db, None, dadded
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -168,7 +216,12 @@ _add_fwd.register_autograd(_grad_add, setup_context=_save_add)
 
 @public
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    added_bias: Tensor | None = None,
 ) -> Tensor:
     """Normalize each vector along the last axis, then multiply by `weight` and add `bias`.
 
@@ -180,34 +233,48 @@ def layer_norm(
         weight: (N,), any float dtype, device of x.
         bias: (N,), dtype of weight, or None.
         eps: added to the variance; in units of x squared.
+        added_bias: (N,), any float dtype, device of x, or None: a bias that the layer before has
+            added to x without a gradient. Its value is not read. It gets its gradient here: the sum
+            of the rows of x's gradient, which this operator's backward has in registers.
     Returns: (..., N), dtype of x.
     Raises:
-        ValueError: weight or bias does not have the documented shape, device or dtype.
+        ValueError: weight, bias or added_bias does not have the documented shape, device or dtype.
         TypeError: x is float64 on a GPU.
     """
-    check("layer_norm", x, weight, bias)
+    check("layer_norm", x, weight, bias, added_bias)
     bias = None if bias is None else bias.contiguous()
-    y, _, _ = _fwd(as_rows(x), weight.contiguous(), bias, eps)
+    y, _, _ = _fwd(as_rows(x), weight.contiguous(), bias, eps, added_bias)
     return like_rows_of(x, y)
 
 
 @public
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    added_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `residual` to `x` and normalize the sum, in one pass over memory.
+
+    With added_bias, the gradient of a linear layer's bias needs no pass over memory either:
+
+        branch = linear(a, w, b.detach())
+        y, h = add_layer_norm(branch, h, weight, bias, added_bias=b)
 
     Args:
         x: (..., N), as for layer_norm: the output of a block.
         residual: shape and device of x, any float dtype: the residual stream.
-        weight, bias, eps: as for layer_norm.
+        weight, bias, eps, added_bias: as for layer_norm.
     Returns: (y, h), each (..., N):
         h = x + residual, in the dtype that PyTorch gives this sum;
         y = layer_norm(h, weight, bias), in the dtype of x.
     Raises: as layer_norm; ValueError if residual does not have the shape and device of x.
     """
-    check("add_layer_norm", x, weight, bias)
+    check("add_layer_norm", x, weight, bias, added_bias)
     check_residual("add_layer_norm", x, residual)
     bias = None if bias is None else bias.contiguous()
-    y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps)
+    y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps, added_bias)
     return like_rows_of(x, y), like_rows_of(x, h)

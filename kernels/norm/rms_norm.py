@@ -5,8 +5,9 @@
                dx = dresidual = r (g - xhat mean_n(g xhat)) + dh
                dw = sum_m dy xhat
                dh is the gradient that reached the output h itself
+               d(added bias) = sum_m dx, for a bias that is already part of x; optional
 
-Shapes       x, residual, h, y: (M, N)   w: (N,)   r: (M,) float32
+Shapes       x, residual, h, y: (M, N)   w, added bias: (N,)   r: (M,) float32
              M = all leading axes, flattened
 Precision    any float dtype in and out; h is rounded to its dtype before the statistics, which are
              float32
@@ -22,53 +23,70 @@ import torch
 from torch import Tensor
 
 from ..core.layout import as_rows, like_rows_of, wide
-from ..core.op import define_op, public
+from ..core.op import define_op, keep_needed, public
+from ._added_bias import column_sums
 from ._checks import check, check_residual
 from .launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
-def reference_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y in x's dtype, and the reciprocal root mean square of each row."""
+def reference_fwd(
+    x: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y in x's dtype, and the reciprocal root mean square of each row.
+
+    added_bias has no influence on the outputs. It is an argument because it gets a gradient.
+    """
     h = wide(x)
     rstd = torch.rsqrt(h.square().mean(-1) + eps)
     return (h * rstd[:, None]).mul_(weight).to(x.dtype), rstd
 
 
 def reference_add_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in x's dtype, h = x + residual in their common dtype, rstd."""
     h = x + residual
-    y, rstd = reference_fwd(h, weight, eps)
+    y, rstd = reference_fwd(h, weight, eps, None)
     return y.to(x.dtype), h, rstd
 
 
 def reference_bwd(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of h and weight."""
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of h, weight and added_bias.
+
+    That of added_bias has the dtype `added_dtype` and is empty if this is None.
+    """
     wide_dy = wide(dy)
     xhat = wide(h) * rstd[:, None]
     g = wide_dy * weight
     dx = torch.addcmul(g, xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(rstd[:, None])
     if dh is not None:
         dx += dh
-    return dx.to(h.dtype), (wide_dy * xhat).sum(0).to(weight.dtype)
+    dw = (wide_dy * xhat).sum(0).to(weight.dtype)
+    return dx.to(h.dtype), dw, column_sums(dx, added_dtype)
 
 
 # --- launchers
 
 
-def launch_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def launch_fwd(
+    x: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Run the kernel of `reference_fwd`."""
     y, _, _, rstd = launch_norm_fwd(x, None, weight, None, eps, centered=False)
     return y, rstd
 
 
 def launch_add_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_add_fwd`."""
     y, h, _, rstd = launch_norm_fwd(x, residual, weight, None, eps, centered=False)
@@ -76,11 +94,16 @@ def launch_add_fwd(
 
 
 def launch_bwd(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_bwd`."""
-    dx, dw, _ = launch_norm_bwd(dy, dh, h, weight, None, rstd, False)
-    return dx, dw
+    dx, dw, _, dadded = launch_norm_bwd(dy, dh, h, weight, None, rstd, False, added_dtype)
+    return dx, dw, dadded
 
 
 def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
@@ -100,8 +123,9 @@ _bwd = define_op("rms_norm_bwd", launch=launch_bwd, reference=reference_bwd)
 
 
 def _save(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, _, added_bias = inputs
     _, rstd = output
+    ctx.added_dtype = None if added_bias is None else added_bias.dtype
     # None instead of zeros for the gradient of rstd, which nobody uses.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, rstd)
@@ -109,14 +133,17 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, dy, _drstd):
     if dy is None:
-        return None, None, None
-    dx, dw = _bwd(as_rows(dy), None, *ctx.saved_tensors)
-    return dx, dw, None
+        return (None,) * 4
+    added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
+    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, added_dtype)
+    dx, dw, dadded = keep_needed(grads, (True, True, added_dtype is not None))
+    return dx, dw, None, dadded
 
 
 def _save_add(ctx, inputs, output):
-    x, residual, weight, _ = inputs
+    x, residual, weight, _, added_bias = inputs
     _, h, rstd = output
+    ctx.added_dtype = None if added_bias is None else added_bias.dtype
     ctx.dtypes = x.dtype, residual.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, rstd)
@@ -124,12 +151,14 @@ def _save_add(ctx, inputs, output):
 
 def _grad_add(ctx, dy, dh, _drstd):
     if dy is None and dh is None:
-        return None, None, None, None
+        return (None,) * 5
     dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
     dh = None if dh is None else as_rows(dh)
-    dx, dw = _bwd(dy, dh, *ctx.saved_tensors)
+    added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
+    grads = _bwd(dy, dh, *ctx.saved_tensors, added_dtype)
+    dx, dw, dadded = keep_needed(grads, (True, True, added_dtype is not None))
     x_dtype, residual_dtype = ctx.dtypes
-    return dx.to(x_dtype), dx.to(residual_dtype), dw, None
+    return dx.to(x_dtype), dx.to(residual_dtype), dw, None, dadded
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -137,7 +166,9 @@ _add_fwd.register_autograd(_grad_add, setup_context=_save_add)
 
 
 @public
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, added_bias: Tensor | None = None
+) -> Tensor:
     """Scale each vector along the last axis to unit root mean square, then multiply by `weight`.
 
     Args:
@@ -145,32 +176,39 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
             layout.
         weight: (N,), any float dtype, device of x.
         eps: added to the mean square; in units of x squared.
+        added_bias: (N,), any float dtype, device of x, or None: a bias that the layer before has
+            added to x without a gradient. It gets its gradient here, as for layer_norm.
     Returns: (..., N), dtype of x.
     Raises:
-        ValueError: weight does not have the documented shape, device or dtype.
+        ValueError: weight or added_bias does not have the documented shape, device or dtype.
         TypeError: x is float64 on a GPU.
     """
-    check("rms_norm", x, weight)
-    y, _ = _fwd(as_rows(x), weight.contiguous(), eps)
+    check("rms_norm", x, weight, added_bias=added_bias)
+    y, _ = _fwd(as_rows(x), weight.contiguous(), eps, added_bias)
     return like_rows_of(x, y)
 
 
 @public
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    added_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `residual` to `x` and normalize the sum, in one pass over memory.
 
     Args:
         x: (..., N), as for rms_norm: the output of a block.
         residual: shape and device of x, any float dtype: the residual stream.
-        weight, eps: as for rms_norm.
+        weight, eps, added_bias: as for rms_norm.
     Returns: (y, h), each (..., N):
         h = x + residual, in the dtype that PyTorch gives this sum;
         y = rms_norm(h, weight), in the dtype of x.
     Raises: as rms_norm; ValueError if residual does not have the shape and device of x.
     """
-    check("add_rms_norm", x, weight)
+    check("add_rms_norm", x, weight, added_bias=added_bias)
     check_residual("add_rms_norm", x, residual)
-    y, h, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), eps)
+    y, h, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), eps, added_bias)
     return like_rows_of(x, y), like_rows_of(x, h)

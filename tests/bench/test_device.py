@@ -1,65 +1,201 @@
-"""bench/device.sh as a rehearsal: every part on the CPU at tiny sizes, and bad arguments."""
+"""bench/device.sh: rehearsals on the CPU, deadlines, results of stopped commands, bad arguments."""
 
+import contextlib
+import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tritium.__main__ import dispatch
+from tritium.bench import device
+from tritium.bench.device import COMMANDS, KERNEL_SHAPES, TOTAL_SECONDS, TUNED, Part
+from tritium.bench.ops import OPERATORS
+from tritium.bench.ops.compare import shapes_of
+from tritium.bench.ops.tune import VARIANTS
 from tritium.bench.record import read_record
+from tritium.bench.report import report
+from tritium.train.commands.cli import run
 
 pytestmark = pytest.mark.plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "device.sh"
+# The records that each command writes.
+KINDS = {
+    "correct": {"machine.json": "machine"},
+    "train": {"train.json": "train", "profile.json": "predict"},
+    "kernels": {"layer_norm/kernels.json": "kernels"},
+    "tune": {"layer_norm.json": "tune"},
+    "later": {},
+}
 
 
-def device(*words, home):
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """Run the parts in this process: each start of Python takes seconds. pytest does not run."""
+
+    def wait(command, log, seconds, save):
+        assert command[:2] == [sys.executable, "-m"]
+        with log.open("w") as output, contextlib.redirect_stdout(output):
+            if command[2] == "pytest":
+                print(shlex.join(command), "\n2 passed")
+                return 0
+            assert command[2] == "tritium"
+            return run(dispatch, command[3:])
+
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(device, "_wait", wait)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_rehearses_and_leaves_a_json_and_a_tar(command, in_process, tmp_path, capsys):
+    assert device.run_command(command, tmp_path, rehearse=True) == 0, capsys.readouterr().out
+    record = read_record(tmp_path / f"{command}.json", "device")
+    assert record["is_rehearsal"]
+    assert {part["status"] for part in record["parts"]} == {"done"}
+    found = {path: kind["kind"] for path, kind in record["records"].items()}
+    assert KINDS[command].items() <= found.items()
+    with tarfile.open(tmp_path / f"{command}.tar.gz") as tar:
+        names = set(tar.getnames())
+    assert {f"{command}/{part['name']}.log" for part in record["parts"]} <= names
+    (tmp_path / command).rename(tmp_path.parent / f"parts-{command}")
+    text = report(tmp_path)
+    assert f"`bench/device.sh {command}`" in text
+    if command == "kernels":
+        assert "| `layer_norm` | M=8 N=64 |" in text
+    if command == "correct":
+        assert "Weights after two equal steps of shakespeare-char, 1 sequences: eager equal" in text
+
+
+def script(*words, home, **variables):
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
         "TRITIUM_HOME": str(home),
+        **variables,
     }
     command = [str(SCRIPT), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_every_part_runs_and_leaves_its_results(tmp_path):
+def test_the_script_runs_a_command_and_passes_the_commit(tmp_path):
     out = tmp_path / "new" / "out"
-    done = device(out, "--rehearse", home=tmp_path / "home")
+    done = script("tune", out, "--rehearse", home=tmp_path, TRITIUM_COMMIT="abc1234")
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("machine", "tests-layer_norm", "kernels", "train", "run"):
-        assert f"\n{part}: done" in f"\n{done.stdout}", part
-    entries = read_record(out / "kernels.json", "kernels")["entries"]
-    assert [entry["operator"] for entry in entries] == ["layer_norm", "add_layer_norm"]
-    trained = read_record(out / "train.json", "train")["implementations"]
-    assert set(trained) == {"tritium", "baseline"}
-    assert (out / "metrics.jsonl").read_text().count("\n") == 3
-    assert (out / "plots-and-logs.tar.gz").stat().st_size > 1000
-    assert "shakespeare-char, " in done.stdout
-
-
-def test_every_test_file_of_the_script_exists():
-    words = SCRIPT.read_text().replace('"', " ").replace(",", " ").split()
-    files = {word for word in words if word.endswith(".py")}
-    assert len(files) >= 10
-    for file in files:
-        assert (ROOT / "tests" / "kernels" / file).is_file(), file
+    assert "--- layer_norm: done" in done.stdout
+    record = read_record(out / "tune.json", "device")
+    assert record["commit"] == record["records"]["layer_norm.json"]["commit"] == "abc1234"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "usage: bench/device.sh OUT_DIR"),
-        (("/proc/nowhere",), "cannot write to /proc/nowhere"),
-        (("{tmp}", "--quick"), "unknown option --quick; the only one is --rehearse"),
+        ((), "usage: bench/device.sh correct|train|kernels|tune|later OUT_DIR"),
+        (("all", "{tmp}"), "usage: bench/device.sh correct|train|kernels|tune|later OUT_DIR"),
+        (("train",), "usage: bench/device.sh correct|train|kernels|tune|later OUT_DIR"),
+        (("train", "/proc/nowhere"), "cannot write to /proc/nowhere"),
+        (("train", "{tmp}", "--quick"), "unknown option --quick; the only one is --rehearse"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(words, message, tmp_path):
-    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
-    done = device(*words, home=tmp_path / "home")
+    done = script(*(word.replace("{tmp}", str(tmp_path)) for word in words), home=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# --- the real commands, which only a GPU machine runs
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_deadlines_rise_to_less_than_nine_minutes(command, rehearse):
+    parts = COMMANDS[command](rehearse)
+    deadlines = [part.until for part in parts]
+    assert deadlines == sorted(deadlines)
+    assert deadlines[-1] == TOTAL_SECONDS < 540
+    assert len({part.name for part in parts}) == len(parts)
+
+
+def test_the_files_and_commands_of_all_parts_exist():
+    for parts in (command(rehearse) for command in COMMANDS.values() for rehearse in (False, True)):
+        for part in parts:
+            for word in part.words:
+                assert not word.startswith("tests/") or (ROOT / word).exists(), word
+
+
+def test_shapes_and_variants_fit_their_operators():
+    cpu = torch.device("cpu")
+    for names, shapes in KERNEL_SHAPES:
+        for name in names.split():
+            assert shapes_of(OPERATORS[name], shapes.split(), cpu)
+    for name, shape, variants, _ in TUNED:
+        assert shapes_of(OPERATORS[name], [shape], cpu)
+        assert set(variants.split()) <= {variant.name for variant in VARIANTS[name]}
+
+
+# --- parts that do not end well
+
+
+def python(code: str) -> Part:
+    return Part(name="part", words=("-c", code), until=60)
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "status", "last_line"),
+    [
+        ("print('a'); print('b')", 60, "done", "b"),
+        ("print('FAILED tests/a.py::test_x - no'); exit(3)", 60, "failed", "FAILED tests/a.py"),
+        ("print('begun', flush=True); import time; time.sleep(60)", 2, "stopped", "begun"),
+        ("", 0, "skipped", ""),
+    ],
+)
+def test_a_part_says_how_it_ended(code, seconds, status, last_line, tmp_path):
+    end = device.run_part(python(code), tmp_path, seconds, lambda: None)
+    assert end["status"] == status
+    assert end["last_line"].startswith(last_line)
+    if status == "failed":
+        assert end["failed_tests"] == ["tests/a.py::test_x"]
+
+
+def test_a_program_that_is_not_installed_fails(tmp_path):
+    part = Part(name="races", words=("--version",), until=60, program="no-such-sanitizer")
+    end = device.run_part(part, tmp_path, 60, lambda: None)
+    assert (end["status"], end["last_line"]) == ("failed", "no-such-sanitizer is not installed")
+
+
+def test_a_killed_command_leaves_its_results_and_stops_its_part(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from tritium.bench import device
+device.SAVE_SECONDS = 0.2
+sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+parts = [device.Part(name=name, words=("-c", code), until=60)
+         for name, code in (("quick", "print(1)"), ("slow", sleep))]
+device.COMMANDS["train"] = lambda rehearse: parts
+device.main(["train", sys.argv[1]])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    log = tmp_path / "train" / "slow.log"
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(1)  # a save
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    record = json.loads((tmp_path / "train.json").read_text())
+    assert [part["name"] for part in record["parts"]] == ["quick"]
+    with tarfile.open(tmp_path / "train.tar.gz") as tar:
+        assert {"train/quick.log", "train/slow.log"} <= set(tar.getnames())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)

@@ -62,3 +62,8 @@ def test_reading_other_files_raises(text, tmp_path):
     path.write_text(text)
     with pytest.raises(InputError, match=r"x\.json: expected"):
         read_record(path, "kernels")
+
+
+def test_a_copy_without_git_has_the_commit_of_the_environment(monkeypatch):
+    monkeypatch.setenv("TRITIUM_COMMIT", "abc1234")
+    assert provenance()["commit"] == "abc1234"

@@ -24,12 +24,16 @@ ENTRY = {
     "failed": {"quack": "output 0 is off by 1"},
     "rows": [{**ROW, "implementation": name} for name in ("tritium", "eager")],
 }
-QUACK = {**ROW, "implementation": "quack", "seconds": {"median": 2e-4, "p10": 0, "p90": 1}}
+QUACK_SECONDS = {"median": 2e-4, "p10": 0, "p90": 1, "timed_by": "backlog"}
+QUACK = {**ROW, "implementation": "quack", "seconds": QUACK_SECONDS}
 KERNELS = {
     "device": "cuda",
     "dtype": "torch.bfloat16",
     "ceilings": {"bytes_per_second": 4e12, "flops_per_second": 7e14},
-    "entries": [ENTRY, {**ENTRY, "label": "M=8 N=65", "rows": [*ENTRY["rows"], QUACK]}],
+    "entries": [
+        ENTRY,
+        {**ENTRY, "label": "M=8 N=65", "failed": {}, "rows": [*ENTRY["rows"], QUACK]},
+    ],
 }
 IMPLEMENTATION = {
     "tokens_per_second": 123456.7,
@@ -51,6 +55,25 @@ TRAIN = {
 }
 
 
+PREDICT = {
+    "assumptions": {},
+    "steps": [
+        {
+            "recipe": "gpt2",
+            "gpu_name": "h200",
+            "batch": 64,
+            "micro_batch": 32,
+            "context_tokens": 1024,
+            "floor_seconds": 0.08,
+            "seconds": 0.1234,
+            "tokens_per_second": 531_000.4,
+            "mfu": 0.456,
+            "parts": {"MLP": 0.04, "norms": 0.006},
+        }
+    ],
+}
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(record.torch.cuda, "is_available", lambda: True)
@@ -69,8 +92,51 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     assert "NVIDIA H200" in text
     assert "4.00 TB/s, 700 TFLOP/s" in text
     assert "| `layer_norm` | M=8 N=64 | 100.0 | 100.0 | failed | 75% |" in text
+    assert "| `layer_norm` | M=8 N=65 | 100.0 | 100.0 | 200.0* | 75% |" in text
     assert "| tritium | 123,457 | 50.0% | 100.0 | 90.0-200.0 | 2.0 | 1.25 (1.20-1.30) |" in text
     assert "| baseline | 123,457 | - | 100.0 | 90.0-200.0 | - | 1.25 (1.20-1.30) |" in text
+    assert NO_GPU not in text
+
+
+def test_a_predicted_step_is_a_row_that_is_called_an_estimate(tmp_path):
+    write_record(tmp_path / "predict.json", "predict", PREDICT)
+    text = report(tmp_path)
+    assert "ESTIMATES, except measured ms." in text
+    row = (
+        "gpt2, 64 x 1024 tokens in micro-batches of 32 | h200 | 80.0 | 123.4 | - | 531,000 | 45.6%"
+    )
+    assert f"| {row} | 40.0 | 6.0 |" in text
+
+
+def test_variants_of_a_launch_are_rows_the_fastest_first(tmp_path, on_gpu):
+    def samples(seconds):
+        return {"forward": {"median": seconds}, "both": {"median": 3 * seconds}}
+
+    entry = {
+        "label": "M=8 N=64",
+        "seconds": {"as shipped": samples(2e-5), "other": samples(1e-5)},
+        "failed": {"third": "dx is off by 1"},
+    }
+    figures = {"device": "cuda", "operator": "layer_norm", "entries": [entry]}
+    write_record(tmp_path / "tune.json", "tune", figures)
+    text = report(tmp_path)
+    assert "| M=8 N=64 | forward | both |\n|---|--:|--:|\n| other | 10.0 | 30.0 |" in text
+    assert "| as shipped | 20.0 | 60.0 |\n| third | failed: dx is off by 1 | |" in text
+
+
+def test_a_command_of_device_sh_has_a_row_per_part(tmp_path, on_gpu):
+    part = {"name": "tests", "seconds": 61.4, "last_line": "1 failed | 9 passed"}
+    parts = [
+        {**part, "status": "failed", "failed_tests": ["tests/a.py::test_x"]},
+        {**part, "status": "stopped"},
+    ]
+    inner = {"kind": "train", "format": record.FORMAT, **record.provenance(), **TRAIN}
+    figures = {"command": "train", "parts": parts, "records": {"train-64.json": inner}}
+    write_record(tmp_path / "train.json", "device", figures)
+    text = report(tmp_path)
+    assert "| tests | failed | 61 | tests/a.py::test_x |" in text
+    assert "| tests | stopped | 61 | 1 failed / 9 passed |" in text
+    assert "| tritium | 123,457 |" in text
     assert NO_GPU not in text
 
 
@@ -96,7 +162,7 @@ def test_the_report_of_another_folder_is_printed_and_not_written(tmp_path, capsy
 def test_a_folder_without_records_raises(name, tmp_path):
     with pytest.raises(
         InputError,
-        match="expected a folder with records of format 2 of kernels, train, nanogpt, traffic, "
-        "codegen, found none",
+        match="expected a folder with records of format 2 of device, machine, kernels, tune, "
+        "train, nanogpt, predict, traffic, codegen, found none",
     ):
         main([str(tmp_path / name)])

@@ -13,6 +13,13 @@ def test_kv_heads_are_n_head_by_default():
     assert GPTConfig(n_head=6, d_model=48, n_kv_head=2).kv_heads == 2
 
 
+def test_defaults_of_the_norm_and_the_mlp_can_be_replaced():
+    assert GPTConfig(norm="layer").eps == 1e-5
+    assert GPTConfig(norm="rms").eps == 1e-6
+    assert GPTConfig(norm="rms", norm_eps=1e-5).eps == 1e-5
+    assert GPTConfig(mlp="swiglu", d_hidden=100).d_feedforward == 100
+
+
 def test_heads_share_d_model():
     assert GPTConfig(n_head=6, d_model=48, n_kv_head=2).head_size == 8
 
@@ -42,6 +49,9 @@ def test_swiglu_mlp_is_eight_thirds_as_wide_as_the_model(n_head, d_model, width)
     [
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"n_kv_head": -1}, "n_kv_head must be at least 1, got -1"),
+        ({"d_hidden": 0}, "d_hidden must be at least 1, got 0"),
+        ({"norm_eps": -1.0}, r"norm_eps must be a positive number, got -1\.0"),
+        ({"rope_base": float("inf")}, "rope_base must be a positive number, got inf"),
         ({"n_head": 5}, r"d_model must be a multiple of n_head \(5\), got 768"),
         ({"n_kv_head": 5}, r"n_head must be a multiple of n_kv_head \(5\), got 12"),
         (

@@ -8,7 +8,7 @@ import torch
 from tests.held import Held
 from tritium.model import GPT, GPTConfig
 from tritium.model.cost import parameters
-from tritium.model.layers import MLPS, NORMS, POSITIONS, ROPE_BASE, rope_tables
+from tritium.model.layers import MLPS, NORMS, POSITIONS, Branch, Linear, rope_tables
 
 pytestmark = pytest.mark.plain
 
@@ -81,11 +81,31 @@ def test_norm_adds_the_branch_to_the_stream_first(name):
             parameter.normal_()
     branch = torch.randn(TOKENS, config.d_model)
     stream = torch.randn(TOKENS, config.d_model)
-    y, total = norm(branch, stream)
+    y, total = norm(Branch(branch, None), stream)
     expected, same = norm(None, branch + stream)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(total, branch + stream)
     torch.testing.assert_close(same, branch + stream, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_bias_of_a_branch_gets_its_gradient_from_the_norm(name):
+    config = GPTConfig(**SMALL, norm=name)
+    norm = NORMS[name].module(config)
+    layer = Linear(8, config.d_model, bias=True)
+    for parameter in (*norm.parameters(), *layer.parameters()):
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(TOKENS, 8)
+    stream = torch.randn(TOKENS, config.d_model)
+    branch = layer.branch(x)
+    assert torch.equal(branch.y, layer(x))
+    assert torch.autograd.grad(branch.y.sum(), layer.bias, allow_unused=True) == (None,)
+
+    found, expected = (
+        torch.autograd.grad(norm(each, stream)[0].square().sum(), layer.bias)[0]
+        for each in (layer.branch(x), Branch(layer(x), None))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 # --- MLPs
@@ -109,7 +129,7 @@ def test_mlp_keeps_two_hidden_tensors(name):
     mlp = MLPS[name].module(config)
     x = torch.randn(TOKENS, config.d_model, requires_grad=True)
     with Held(x, *mlp.parameters()) as held:
-        y = mlp(x)
+        y, _ = mlp(x)
     assert held.now - y.nbytes == 2 * 4 * TOKENS * config.d_feedforward
 
 
@@ -130,12 +150,12 @@ def test_order_of_earlier_tokens_matters(name):
 
 def test_rope_tables_hold_the_angle_of_each_position_and_pair():
     position = torch.tensor([0, 1, 7, 1000])
-    cos, sin = rope_tables(position, head_size=8)
+    cos, sin = rope_tables(position, head_size=8, base=500.0)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == sin.shape == (4, 4)
     for row, p in enumerate(position.tolist()):
         for pair in range(4):
-            angle = p / ROPE_BASE ** (2 * pair / 8)
+            angle = p / 500.0 ** (2 * pair / 8)
             # A float32 angle near 1000 has an error of up to 3e-5, half a unit in the last place.
             assert cos[row, pair].item() == pytest.approx(math.cos(angle), abs=5e-5)
             assert sin[row, pair].item() == pytest.approx(math.sin(angle), abs=5e-5)
@@ -144,7 +164,9 @@ def test_rope_tables_hold_the_angle_of_each_position_and_pair():
 def test_rope_tables_take_the_positions_of_each_sequence():
     """Packed documents restart their positions, so positions are (B, T)."""
     position = torch.tensor([[0, 1, 2, 3], [2, 3, 0, 1]])
-    tables = rope_tables(position, head_size=8)
-    for table, expected in zip(tables, rope_tables(torch.arange(4), head_size=8), strict=True):
+    tables = rope_tables(position, head_size=8, base=500.0)
+    for table, expected in zip(
+        tables, rope_tables(torch.arange(4), head_size=8, base=500.0), strict=True
+    ):
         assert table.shape == (2, 4, 4)
         assert torch.equal(table, expected[position])

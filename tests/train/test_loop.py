@@ -15,6 +15,7 @@ import torch
 from tritium.model.attention import ATTENTIONS
 from tritium.train import loop
 from tritium.train.run.metrics import read_metrics
+from tritium.train.run.plots import plot_loss
 
 pytestmark = pytest.mark.plain
 
@@ -23,7 +24,8 @@ def weights(run, step=20) -> bytes:
     return (run / "checkpoints" / f"step-{step}" / "model.safetensors").read_bytes()
 
 
-def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path):
+def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "plot_loss", plot_loss)
     status, out, err = tritium(*tiny, "--steps", 60, "--lr", 1e-2, "--checkpoint-interval", 30)
     assert status == 0, err
     run = tmp_path / "run"
@@ -34,6 +36,7 @@ def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path):
     assert [row["step"] for row in rows] == list(range(60))
     assert [row["step"] for row in evaluations] == [10, 20, 30, 40, 50, 60]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 5.6
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"validation loss {evaluations[-1]['val_loss']:.4f}" in out
     assert f"sample {run} --prompt '    def __init__(self'" in out
 

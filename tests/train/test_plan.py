@@ -23,7 +23,7 @@ pytestmark = pytest.mark.plain
 
 # --- memory
 
-DEEP = GPTConfig(n_layer=6, n_head=4, d_model=256, vocab_size=300, context_tokens=128)
+DEEP = GPTConfig(n_layer=6, n_head=4, d_model=128, vocab_size=300, context_tokens=128)
 WIDE = GPTConfig(n_layer=4, n_head=2, d_model=128, vocab_size=1000, context_tokens=128)
 LLAMA = replace(DEEP, position="rotary", norm="rms", mlp="swiglu", bias=False)
 LARGE_VOCABULARY = GPTConfig(

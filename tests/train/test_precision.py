@@ -89,7 +89,7 @@ def test_blocks_compute_in_the_dtype_of_the_copy(model, dtype):
     copy, seen = working_copy(model, dtype), []
     for block in copy.h:
         block.register_forward_hook(
-            lambda module, inputs, outputs: seen.extend([*outputs, inputs[1]])
+            lambda module, inputs, outputs: seen.extend([*outputs[0], outputs[1], inputs[1]])
         )
     logits = copy(TOKENS)
     assert {value.dtype for value in (*seen, logits)} == {dtype}

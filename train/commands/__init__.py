@@ -4,7 +4,14 @@ import importlib
 from collections.abc import Sequence
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
-COMMANDS = {"train": "train", "data": "data", "sample": "sample", "plan": "plan", "info": "info"}
+COMMANDS = {
+    "train": "train",
+    "data": "data",
+    "sample": "sample",
+    "export": "export",
+    "plan": "plan",
+    "info": "info",
+}
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:

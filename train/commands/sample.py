@@ -8,13 +8,10 @@ from typing import Annotated, Literal
 import tyro
 
 from ...errors import InputError
-from ...model import GPT
-from ..data.tokenizer import Tokenizer
 from ..device import choose_device, choose_matmul
 from ..loop import sample_text
 from ..precision import PRECISIONS, choose_dtype, working_copy
-from ..run.checkpoint import load_weights, newest_checkpoint
-from ..run.folder import read_run
+from ..run.models import open_model
 from .cli import parse
 
 
@@ -22,8 +19,8 @@ from .cli import parse
 class SampleOptions:
     """Options of `tritium sample`."""
 
-    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]]
-    """Folder of a run. Its newest checkpoint is used."""
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run, whose newest checkpoint is used, a checkpoint, or a folder of `tritium export`."""
     prompt: str = ""
     """Text to continue. Empty: the start of a document."""
     temperature: float = 0.8
@@ -47,21 +44,19 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         SampleOptions, argv, prog="tritium sample", description="Write text with a trained model."
     )
-    run = Path(options.run)
-    record = read_run(run)
-    checkpoint = newest_checkpoint(run)
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise InputError(f"seed: expected a number from 0 to 2**63 - 1, got {options.seed}")
 
     device = choose_device(options.device)
     choose_matmul(device)
-    model = GPT(record.model)
-    load_weights(checkpoint, model)
-    model = working_copy(model.to(device), choose_dtype(options.precision, device))
+    trained = open_model(Path(options.model))
+    tokenizer = trained.tokenizer()
+    model = trained.load().float().to(device)
+    model = working_copy(model, choose_dtype(options.precision, device))
     try:
         text = sample_text(
             model,
-            Tokenizer.load(run / "tokenizer.json"),
+            tokenizer,
             options.prompt,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,

@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from ..loop import resume, start
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.folder import read_run
 from ..run.metrics import console
+from ..run.models import open_model
 from .cli import is_out_of_memory, parse, program
 from .plan import what_fits
 
@@ -92,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
     if is_dataset and not any(word.startswith("--tokenizer") for word in argv):
         # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
         config = replace(config, tokenizer=None)
+    if config.init_from is not None:
+        config = _start_from(config, default.run.model, argv)
 
     # run
     with join(options.launch) as world:
@@ -119,6 +122,22 @@ def _resume(argv: Sequence[str]) -> int:
         ) from None
     with join(launch) as world:
         return _run_and_report(run, world, lambda: resume(run, world))
+
+
+def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) -> TrainConfig:
+    """Give the run the shape and the tokenizer of the model that it starts from."""
+    trained = open_model(Path(config.init_from))
+    for each in fields(trained.config):
+        given, expected = (getattr(shape, each.name) for shape in (config.model, trained.config))
+        if given not in (expected, getattr(default, each.name)):
+            raise InputError(
+                f"{each.name}: expected {expected}, as in {config.init_from}, got {given}; "
+                "leave it out"
+            )
+    has_tokenizer = any(word.startswith("--tokenizer") for word in argv)
+    if trained.tokenizer_file is not None and config.tokenizer is not None and not has_tokenizer:
+        config = replace(config, tokenizer=str(trained.tokenizer_file))
+    return replace(config, model=trained.config)
 
 
 def _next_free_folder(name: str) -> Path:

@@ -69,7 +69,7 @@ def _same_tokenizer(info: DatasetInfo, spec: str) -> bool:
 
 def _spec_identity(spec: str) -> str:
     """The content of a tokenizer file, or the spec itself."""
-    return from_spec(spec, list).sha256 if spec.endswith(".tiktoken") else spec
+    return from_spec(spec, list).sha256 if spec.endswith((".tiktoken", ".json")) else spec
 
 
 def cache_dir() -> Path:

@@ -4,6 +4,7 @@
     chars          the sorted characters of the corpus, then end-of-text
     gpt2           OpenAI's 50,257 tokens (tiktoken downloads them once)
     FILE.tiktoken  ranks in tiktoken's file format, with GPT-2's split pattern, then end-of-text
+    FILE.json      the tokenizer.json of a run or a dataset
     bpe:4096       byte pairs learned from the corpus; 4,096 ids, the last is end-of-text
 
 A tokenizer is a list of byte strings, its pieces. The id of a piece is its index in the list, and
@@ -55,7 +56,7 @@ _SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
 _STEP_CHARACTERS = 1 << 19
 _SMALLEST_BPE = 258  # 256 bytes, one merge, end-of-text
 _KINDS = ("bytes", "chars", "bpe")
-_SPECS = "bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE"
+_SPECS = "bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE"
 
 
 class Tokenizer:
@@ -291,7 +292,7 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Make the tokenizer that `spec` names. The top of this file lists the specs.
 
     Args:
-        spec: bytes, chars, gpt2, FILE.tiktoken or bpe:SIZE.
+        spec: bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE.
         texts: returns the documents, which are read one at a time. Called once if
             `needs_corpus(spec)`, otherwise never.
     Returns: the same tokenizer for the same texts, on any number of threads.
@@ -307,6 +308,8 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     if spec.endswith(".tiktoken"):
         pieces = [*_read_ranks(Path(spec)), END_OF_TEXT.encode()]
         return Tokenizer("bpe", Path(spec).name, pieces, GPT2_PATTERN)
+    if spec.endswith(".json"):
+        return Tokenizer.load(spec)
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
         if not size.isascii() or not size.isdecimal() or int(size) < _SMALLEST_BPE:

@@ -12,6 +12,7 @@ Checkpoints do not depend on the engine: gather_* returns complete tensors, scat
 any engine resumes a run of any other.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -224,6 +225,9 @@ class FSDP(SingleProcess):
     def _prepare(self) -> nn.Module:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        # fully_shard warns of outputs that are views, in case something writes to them. No code
+        # here does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         model = self.model
         mesh = self.world.mesh(self.execution.device.type)
         has_replicas = self.world.data_ranks > self.world.shard_ranks

@@ -16,7 +16,6 @@ Source     Shoeybi et al. 2019, arXiv:1909.08053
 
 import copy
 import functools
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch.func import functional_call
 
 from ...errors import InputError
 from ...model import GPT, GPTConfig
+from ...model.layers import Branch
 
 # Dimension of each linear layer's weight that is divided over ranks: 0 (outputs) or 1 (inputs).
 _DIVIDED_DIM = {"c_attn": 0, "c_fc": 0, "c_gate": 0, "c_proj": 1}
@@ -58,8 +58,6 @@ def shard_layers(model: GPT, mesh: DeviceMesh) -> None:
         model: the same on every rank.
         mesh: the tensor ranks, one dimension.
     """
-    # fully_shard warns of outputs that are views, in case something writes to them. Nothing does.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     rows = row_order(model.config, mesh.size()).to(model.wte.weight.device)
     for block in model.h:
         for layer in (block.attn, block.mlp):
@@ -98,7 +96,7 @@ def _shard_linear(linear: nn.Module, name: str, rows: Tensor, mesh: DeviceMesh) 
         setattr(linear, key, nn.Parameter(part))
 
 
-def _forward(layer: nn.Module, local: nn.Module, mesh: DeviceMesh, x: Tensor, *rest) -> Tensor:
+def _forward(layer: nn.Module, local: nn.Module, mesh: DeviceMesh, x: Tensor, *rest) -> Branch:
     """Run `local`, a module of this rank's sizes, with this rank's part of `layer`'s parameters.
 
     x and the result are the same on all ranks.
@@ -114,6 +112,6 @@ def _forward(layer: nn.Module, local: nn.Module, mesh: DeviceMesh, x: Tensor, *r
             parameters[name] = value - value.detach()
     x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     x = x.to_local(grad_placements=[Partial()])
-    y = functional_call(local, parameters, (x, *rest))
+    y, added_bias = functional_call(local, parameters, (x, *rest))
     y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
-    return y.redistribute(placements=[Replicate()]).to_local()
+    return Branch(y.redistribute(placements=[Replicate()]).to_local(), added_bias)

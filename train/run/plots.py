@@ -7,13 +7,14 @@ from .metrics import read_metrics
 
 def plot_loss(run: Path) -> Path:
     """Draw the training loss, its running mean and the validation loss. Return RUN/loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     training, evaluations = read_metrics(run)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    # Training waits for the plot. pyplot and a computed layout would take longer: 0.27 s, not
+    # 0.18 s (AMD EPYC, 2026-11-26).
+    figure = Figure(figsize=(8, 4.5))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.12, top=0.92)
+    axes = figure.subplots()
 
     # training loss
     steps = [line["step"] + 1 for line in training]
@@ -41,7 +42,6 @@ def plot_loss(run: Path) -> Path:
     axes.legend(frameon=False)
     path = run / "loss.png"
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return path
 
 

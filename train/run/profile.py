@@ -202,7 +202,7 @@ def _cuda_times(events: Sequence) -> dict[tuple[str, str], list[float]]:
     # kernels that compiled code launched outside of an operator
     for name, durations in kernels.items():
         if durations:
-            times[_part(name) or OTHER, name].extend(durations)
+            times[part_of_name(name) or OTHER, name].extend(durations)
     return times
 
 
@@ -229,14 +229,15 @@ def _table_of_parts(rows: Sequence[Row], title: str) -> list[str]:
     return lines
 
 
-def _part(name: str) -> str | None:
+def part_of_name(name: str) -> str | None:
+    """Return the part of a step that a name of an operator or kernel matches, or None."""
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
 
 
 def _part_of(event, kernel: str = "") -> str:
     """Return the part of the outermost operator around `event` that has one, or the kernel's."""
-    part = _part(kernel)
+    part = part_of_name(kernel)
     while event is not None:
-        part = _part(event.name) or part
+        part = part_of_name(event.name) or part
         event = event.cpu_parent
     return part or OTHER

@@ -2,18 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import triton as installed_triton
 
-from tritium.bench.codegen import table
-from tritium.bench.codegen.launches import TARGETS
+from tritium.bench.codegen import disassembly, machine_code, table
+from tritium.bench.codegen.launches import TARGETS, compile_launch
 from tritium.bench.codegen.table import changes, main, regressions, rows_of
 from tritium.bench.ops import OPERATORS
 from tritium.bench.record import read_record, write_record
 from tritium.errors import InputError
+from tritium.kernels.attention import launch as attention_launch
 from tritium.kernels.core.triton import tl, triton
 
 pytestmark = pytest.mark.codegen
@@ -140,6 +142,31 @@ def test_regressions_are_reported():
     narrow = good | {"hottest_loop": good["hottest_loop"] | {"access_bytes": 2}}
     assert regressions([narrow], [good]) == [f"{label}: accesses 2 bytes at a time, golden 16"]
     assert regressions([good], [narrow]) == []
+
+
+def test_serialized_matrix_instructions_are_reported(monkeypatch):
+    """With four warps the scores of 128 x 128 leave too few registers for asynchronous matmuls."""
+    planned = attention_launch.plan
+    rejected = attention_launch.Tile(block_m=128, block_n=128, num_warps=4, num_stages=2)
+    monkeypatch.setattr(
+        attention_launch,
+        "plan",
+        lambda kernel, *rest, **more: (
+            rejected if kernel == "fwd" else planned(kernel, *rest, **more)
+        ),
+    )
+    operator = replace(OPERATORS["causal_attention"], launch_shapes=((8, 4096, 12, 64),))
+    rows = rows_of([operator], ["sm_90"])
+    (worse,) = regressions(rows, rows)
+    assert worse.endswith("_causal_attention_fwd_kernel sm_90: matrix instructions are serialized")
+
+    # The assembler's warning and the waits in the loop each show it.
+    launches = table.operator_launches(operator, (8, 4096, 12, 64), table.DTYPE, "sm_90")
+    for launch in launches:
+        compiled = compile_launch(launch, "sm_90")
+        is_forward = launch.kernel.__name__ == "_causal_attention_fwd_kernel"
+        assert bool(disassembly.performance_warnings(compiled)) == is_forward
+        assert machine_code.is_serialized(disassembly.disassembly(compiled)) == is_forward
 
 
 def test_golden_rows_without_a_hottest_loop_are_compared_too():

@@ -27,7 +27,7 @@ def test_every_implementation_that_runs_here_is_correct(name, dtype):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_shapes_have_costs_and_smaller_shapes_to_check(name):
     operator = OPERATORS[name]
-    assert name in public_names
+    assert name.partition(":")[0] in public_names
     assert operator.bound in ("bytes", "flops")
     inputs = operator.make_inputs(operator.small_shapes[0], torch.float32, CPU)
     # Operators for inference have no gradients.

@@ -147,3 +147,12 @@ def test_the_backward_uses_every_input_set_in_turn():
 def test_bad_options_raise(words, message):
     with pytest.raises(InputError, match=message):
         main(words)
+
+
+def test_implementations_are_left_out_by_name(plant, tmp_path):
+    plant(other=layer_norm)
+    assert on_cpu("layer_norm", "8x16", "--without", "other", "eager", out=tmp_path) == 0
+    (entry,) = entries_of(tmp_path)
+    assert {row["implementation"] for row in entry["rows"]} == {"tritium", "tritium again"}
+    assert "other" not in entry["missing"]
+    assert {row["seconds"]["timed_by"] for row in entry["rows"]} == {"host clock"}

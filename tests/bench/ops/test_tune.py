@@ -6,6 +6,7 @@ import torch
 
 from tritium.bench.ops import OPERATORS
 from tritium.bench.ops.tune import VARIANTS, Variant, main, tune
+from tritium.bench.record import read_record
 from tritium.errors import InputError
 from tritium.kernels.norm import launch as norm_launch
 
@@ -56,6 +57,7 @@ def test_correct_variants_are_timed_in_each_direction_and_wrong_ones_named():
     [
         (["rotary"], "unknown operator with variants 'rotary'; "),
         (["gelu_mlp", "--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["gelu_mlp", "--variant", "cubals"], "unknown variant 'cubals'; did you mean 'cublas'"),
         pytest.param(
             ["gelu_mlp"],
             "expected a GPU, found none",
@@ -66,3 +68,21 @@ def test_correct_variants_are_timed_in_each_direction_and_wrong_ones_named():
 def test_bad_options_raise(words, message):
     with pytest.raises(InputError, match=message):
         main(words)
+
+
+def test_chosen_variants_are_rehearsed_on_a_cpu(tmp_path, capsys):
+    out = tmp_path / "tune.json"
+    words = [
+        "--device",
+        "cpu",
+        "--shape",
+        "8x64",
+        "--rounds",
+        "1",
+        "--variant",
+        "TILE_ELEMENTS 1024",
+    ]
+    assert main(["layer_norm", *words, "--out", str(out)]) == 0
+    (entry,) = read_record(out, "tune")["entries"]
+    assert set(entry["seconds"]) == {"as shipped", "TILE_ELEMENTS 1024"}
+    assert "TILE_ELEMENTS 1024" in capsys.readouterr().out

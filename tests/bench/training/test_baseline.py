@@ -19,6 +19,7 @@ LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
         replace(SMALL, n_kv_head=2),
         replace(SMALL, n_kv_head=1),
         replace(SMALL, bias=False),
+        replace(SMALL, norm="rms"),
         LLAMA,
     ],
     ids=str,

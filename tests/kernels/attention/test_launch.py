@@ -18,7 +18,9 @@ from tritium.bench.codegen.launches import compile_launch, record_launches
 from tritium.kernels import causal_attention_qkvpacked
 from tritium.kernels.attention import launch as attention_launch
 from tritium.kernels.attention.launch import (
+    DROPOUT_TILES,
     FLOAT32_TILES,
+    OPTION_TILES,
     TILES,
     _schedule,
     launch_bwd,
@@ -71,9 +73,20 @@ def test_tiles_are_chosen_by_architecture_head_size_and_dtype(arch, family):
 )
 def test_dropout_halves_the_side_that_is_looped_over(kernel, owned, looped):
     tile = plan(kernel, 64, torch.bfloat16, "sm_90")
-    with_dropout = plan(kernel, 64, torch.bfloat16, "sm_90", True)
+    with_dropout = plan(kernel, 64, torch.bfloat16, "sm_90", has_dropout=True)
     assert getattr(with_dropout, owned) == getattr(tile, owned)
     assert getattr(with_dropout, looped) == max(16, getattr(tile, looped) // 2)
+
+
+@pytest.mark.plain
+def test_options_and_dropout_have_tiles_of_their_own_at_head_size_128():
+    sizes = (128, torch.bfloat16, "sm_90")
+    assert plan("dq", *sizes, has_options=True) is OPTION_TILES["sm_9"]["dq"][128]
+    for has_options in (False, True):
+        tile = plan("dkdv", *sizes, has_dropout=True, has_options=has_options)
+        assert tile is DROPOUT_TILES["sm_9"]["dkdv"][128]
+    assert plan("dq", 128, torch.float32, "sm_90", has_options=True) is FLOAT32_TILES["dq"][128]
+    assert plan("dq", 128, torch.bfloat16, "sm_80", has_options=True) is TILES["sm_"]["dq"][128]
 
 
 @pytest.mark.plain

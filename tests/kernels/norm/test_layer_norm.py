@@ -9,13 +9,24 @@ import torch.nn.functional as F
 
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
-from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
+from tritium.bench.codegen.launches import (
+    TARGETS,
+    RunLaunchers,
+    compile_launch,
+    record_launches,
+)
 from tritium.kernels import add_layer_norm, layer_norm
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.partial_sums import PARTIALS_PER_STEP
 from tritium.kernels.norm._checks import MAX_WIDTH
 from tritium.kernels.norm.launch import MAX_RESIDENT_WIDTH, plan
-from tritium.kernels.norm.layer_norm import cost, launch_add_fwd, launch_bwd, launch_fwd
+from tritium.kernels.norm.layer_norm import (
+    _add_fwd,
+    cost,
+    launch_add_fwd,
+    launch_bwd,
+    launch_fwd,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One element, odd, one row past a tile and one before, one column past a tile, GPT-2's width, one
@@ -52,6 +63,15 @@ def torch_add_layer_norm(x, residual, weight, bias=None):
     return torch_layer_norm(h, weight, bias), h
 
 
+def add_layer_norm_after_bias(x, residual, weight, bias, added_bias):
+    return add_layer_norm(x, residual, weight, bias, added_bias=added_bias)
+
+
+def torch_add_layer_norm_after_bias(x, residual, weight, bias, added_bias):
+    # Adds 0, in the dtype of the sum that is tested.
+    return torch_add_layer_norm(x + (added_bias - added_bias.detach()), residual, weight, bias)
+
+
 def check(operator, definition, inputs, incoming, names):
     """Compare outputs and gradients of `operator` with those of `definition` in float64."""
     double = [None if value is None else value.double() for value in inputs]
@@ -61,7 +81,7 @@ def check(operator, definition, inputs, incoming, names):
     M, N = inputs[0].shape
     # In dx large terms cancel. In a row of one element dx is 0, while the terms are as large as
     # r g. So the size of r g decides how large an error may be.
-    h, weight = (double[0] + double[1], double[2]) if len(inputs) == 4 else double[:2]
+    h, weight = (double[0] + double[1], double[2]) if len(inputs) >= 4 else double[:2]
     scale = (
         (incoming[0] * weight).abs().max() / (h.var(-1, correction=0) + 1e-5).min().sqrt()
     ).item()
@@ -69,6 +89,9 @@ def check(operator, definition, inputs, incoming, names):
         sizes = {"length": M} if name in ("dweight", "dbias") else {"length": N}
         if name in ("dx", "dresidual"):
             sizes |= {"scale": scale, "terms": torch.float32}
+        if name == "dadded":
+            # A sum of M elements of dx with independent errors.
+            sizes = {"scale": M**0.5 * scale, "terms": torch.float32, "length": M + N}
         assert_accurate(name, *values, **sizes)
 
 
@@ -84,6 +107,40 @@ def test_reference_gradients_match_finite_differences(with_bias):
     bias = bias if with_bias else None
     assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
     assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
+
+
+@pytest.mark.plain
+def test_gradient_of_an_added_bias_matches_finite_differences():
+    x, residual, weight, bias, added_bias, _ = (
+        value.requires_grad_() for value in tensors(3, 5, torch.float64, "cpu")
+    )
+    added_bias = added_bias[0].detach().requires_grad_()
+
+    def after_bias(x, residual, weight, bias, added_bias):
+        x = x + added_bias.detach()
+        plain = layer_norm(x, weight, bias, added_bias=added_bias)
+        return plain, *add_layer_norm(x, residual, weight, bias, added_bias=added_bias)
+
+    assert torch.autograd.gradcheck(after_bias, (x, residual, weight, bias, added_bias))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_operator_returns_the_gradient_of_the_composite(has_bias):
+    """In float64 a CPU runs the composite. Here the operator runs too."""
+    x, residual, weight, bias, *incoming = tensors(4, 6, torch.float64, "cpu")
+    inputs = (x, residual, weight, bias if has_bias else None, 1e-5, x[0])
+    results = []
+    for run_forward in (_add_fwd, _add_fwd.dispatch):
+        leaves = [
+            value.clone().requires_grad_() if isinstance(value, torch.Tensor) else value
+            for value in inputs
+        ]
+        outputs = run_forward(*leaves)[:2]
+        wanted = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        results.append(torch.autograd.grad(outputs, wanted, incoming))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.plain
@@ -115,6 +172,21 @@ def test_add_layer_norm_is_accurate(M, N, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (129, 16), (31, 65), (3, 769), WIDE[0]])
+def test_gradient_of_an_added_bias_is_accurate(M, N, dtype, device):
+    """The baseline sums dx after rounding it. The kernel sums it before."""
+    x, residual, weight, bias, *incoming = tensors(M, N, dtype, device)
+    names = ["y", "h", "dx", "dresidual", "dweight", "dbias", "dadded"]
+    check(
+        add_layer_norm_after_bias,
+        torch_add_layer_norm_after_bias,
+        (x, residual, weight, bias, weight.flip(0)),
+        incoming,
+        names,
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("M", "N"), [(5, 1), (31, 65), (3, 769), WIDE[0]])
 def test_layer_norm_without_bias_is_accurate(M, N, dtype, device):
     x, _, weight, _, *incoming = tensors(M, N, dtype, device)
@@ -143,8 +215,14 @@ def test_backward_programs_own_several_blocks_of_rows(M, N, sms, partials, devic
     monkeypatch.setattr(sys.modules[plan.__module__], "sm_count", lambda device: sms)
     assert plan(M, N, sms).partials == partials
     x, residual, weight, bias, *incoming = tensors(M, N, torch.float32, device)
-    names = ["y", "h", "dx", "dresidual", "dweight", "dbias"]
-    check(add_layer_norm, torch_add_layer_norm, (x, residual, weight, bias), incoming, names)
+    names = ["y", "h", "dx", "dresidual", "dweight", "dbias", "dadded"]
+    check(
+        add_layer_norm_after_bias,
+        torch_add_layer_norm_after_bias,
+        (x, residual, weight, bias, weight.flip(0)),
+        incoming,
+        names,
+    )
 
 
 def test_residual_wider_than_x_gives_a_wider_sum(device):
@@ -243,22 +321,30 @@ def test_opcheck(device):
     )
     statistics = torch.randn(M, device=device), torch.rand(M, device=device)
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.layer_norm_fwd.default, (x, weight, None, 1e-5))
-    torch.library.opcheck(ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5))
-    plain = [value.detach() for value in (dy, dh, x, weight)]
-    torch.library.opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True))
+    added_bias = torch.randn(N, dtype=torch.bfloat16, device=device, requires_grad=True)
+    torch.library.opcheck(ops.layer_norm_fwd.default, (x, weight, None, 1e-5, added_bias))
+    torch.library.opcheck(ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None))
     torch.library.opcheck(
-        ops.layer_norm_bwd.default, (plain[0], None, *plain[2:], *statistics, False)
+        ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, added_bias)
+    )
+    plain = [value.detach() for value in (dy, dh, x, weight)]
+    torch.library.opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True, None))
+    torch.library.opcheck(
+        ops.layer_norm_bwd.default,
+        (plain[0], None, *plain[2:], *statistics, False, torch.bfloat16),
     )
 
 
 def test_compiles_as_one_graph(device):
     *inputs, dy, dh = tensors(6, 40, torch.float32, device)
+    inputs.append(inputs[2].flip(0))
     compiled = torch.compile(
-        lambda *args: add_layer_norm(*args), fullgraph=True, backend="aot_eager"
+        lambda *args: add_layer_norm_after_bias(*args), fullgraph=True, backend="aot_eager"
     )
     for a, b in zip(
-        run(compiled, inputs, [dy, dh]), run(add_layer_norm, inputs, [dy, dh]), strict=True
+        run(compiled, inputs, [dy, dh]),
+        run(add_layer_norm_after_bias, inputs, [dy, dh]),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -271,9 +357,24 @@ def test_autocast_keeps_the_dtype_of_x(device):
     assert torch.equal(y, layer_norm(x, weight.float(), bias.float()))
 
 
+def test_autocast_gives_the_gradient_of_a_float32_added_bias_in_float32(device):
+    x, _, weight, bias, dy, _ = tensors(40, 32, torch.bfloat16, device)
+    added_bias = bias.float().requires_grad_()
+    x.requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = layer_norm(x, weight.float(), bias.float(), added_bias=added_bias)
+    y.backward(dy)
+    assert added_bias.grad.dtype == torch.float32
+    # x.grad is rounded to bfloat16, but the sum is not computed from the rounded values.
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * x.grad.float().abs().sum(0)
+    assert ((added_bias.grad - x.grad.float().sum(0)).abs() <= rounding).all()
+    assert not torch.equal(added_bias.grad, x.grad.float().sum(0))
+
+
 def test_reruns_are_bitwise_equal(device):
     x, residual, weight, bias, *incoming = tensors(300, 48, torch.bfloat16, device)
-    first, second = (run(add_layer_norm, (x, residual, weight, bias), incoming) for _ in range(2))
+    inputs = (x, residual, weight, bias, bias)
+    first, second = (run(add_layer_norm_after_bias, inputs, incoming) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -286,6 +387,41 @@ def test_frozen_inputs_get_no_gradient(frozen, device):
         value.requires_grad_(name != frozen)
     layer_norm(x, weight, bias).square().sum().backward()
     assert [name for name, value in inputs.items() if value.grad is None] == [frozen]
+
+
+@pytest.mark.parametrize("N", [12, MAX_RESIDENT_WIDTH + 1])
+def test_value_of_an_added_bias_is_not_read(N, device):
+    x, residual, weight, bias, *incoming = tensors(4, N, torch.bfloat16, device)
+    nan = torch.full_like(bias, float("nan"))
+    got = run(add_layer_norm_after_bias, (x, residual, weight, bias, nan), incoming)
+    expected = run(add_layer_norm, (x, residual, weight, bias), incoming)
+    assert got[-1].isfinite().all()
+    for a, b in zip(got[:-1], expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_of_an_added_bias_does_not_depend_on_which_other_inputs_get_one(device):
+    x, residual, weight, bias, *incoming = tensors(9, 12, torch.bfloat16, device)
+    expected = run(add_layer_norm_after_bias, (x, residual, weight, bias, bias), incoming)[-1]
+    added_bias = bias.clone().requires_grad_()
+    y, h = add_layer_norm(x, residual, weight, bias, added_bias=added_bias)
+    torch.autograd.backward((y, h), incoming)
+    assert torch.equal(added_bias.grad, expected)
+    added_bias.grad = None
+    y, h = add_layer_norm(x, residual, weight, added_bias=added_bias)
+    torch.autograd.backward((y, h), incoming)
+    assert torch.equal(added_bias.grad, expected)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("is_needed", [True, False])
+def test_sums_for_an_added_bias_are_computed_only_if_its_gradient_is_needed(is_needed):
+    x, weight, bias = (torch.empty(shape, device="meta") for shape in ((6, 8), (8,), (8,)))
+    bias.requires_grad_(is_needed)
+    with record_launches("sm_90") as launches, RunLaunchers():
+        layer_norm(x.requires_grad_(), weight, added_bias=bias).sum().backward()
+    backward = launches[1].arguments
+    assert (backward["dadded_partial_ptr"] is not None) == is_needed
 
 
 def test_gradients_are_right_if_only_the_sum_is_used(device):
@@ -312,6 +448,11 @@ def test_gradients_are_right_if_only_the_sum_is_used(device):
             r"bias must be torch.float32 like weight, got torch.float64",
         ),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
+        ({"added_bias": torch.ones(7)}, r"added_bias must have shape \(8,\) to match x \(2, 8\)"),
+        (
+            {"added_bias": torch.ones(8, dtype=torch.long)},
+            r"added_bias must be floating point, got torch.int64; cast it",
+        ),
         ({"eps": "a"}, "eps must be float, got 'a'"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         ({"x": torch.ones(())}, r"x must be \(\.\.\., N\)"),
@@ -367,8 +508,8 @@ def test_compiles_for_every_target_without_spills(N, target):
             h, w = x.to(dtype), weight.to(dtype)
             # The variant with all optional tensors needs the most registers. The golden table of
             # the bench has the other variants.
-            launch_add_fwd(h, h, w, w, 1e-5)
-            launch_bwd(h, h, h, w, statistics, statistics, True)
+            launch_add_fwd(h, h, w, w, 1e-5, None)
+            launch_bwd(h, h, h, w, statistics, statistics, True, dtype)
     assert len(launches) == 6
     for launch in launches:
         found = resources(compile_launch(launch, target))
@@ -383,9 +524,9 @@ def test_a_single_row_compiles(N):
     """Triton makes constants of integer arguments that are 1. They have no method `to`."""
     x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(1, N), (N,), (1,)])
     with record_launches("sm_90") as launches:
-        launch_fwd(x, weight, None, 1e-5)
-        launch_add_fwd(x, x, weight, weight, 1e-5)
-        launch_bwd(x, x, x, weight, statistics, statistics, True)
+        launch_fwd(x, weight, None, 1e-5, None)
+        launch_add_fwd(x, x, weight, weight, 1e-5, None)
+        launch_bwd(x, x, x, weight, statistics, statistics, True, x.dtype)
     for launch in launches:
         assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
 
@@ -398,8 +539,8 @@ def test_rows_are_addressed_in_int64(N):
         torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)]
     )
     with record_launches("sm_90") as launches:
-        launch_add_fwd(x, x, weight, weight, 1e-5)
-        launch_bwd(x, x, x, weight, statistics, statistics, True)
+        launch_add_fwd(x, x, weight, weight, 1e-5, None)
+        launch_bwd(x, x, x, weight, statistics, statistics, True, x.dtype)
     for launch in launches:
         code = compile_launch(launch, "sm_90").asm["ttir"]
         multiplications = [

@@ -45,6 +45,15 @@ def torch_add_rms_norm(x, residual, weight):
     return torch_rms_norm(h, weight), h
 
 
+def add_rms_norm_after_bias(x, residual, weight, added_bias):
+    return add_rms_norm(x, residual, weight, added_bias=added_bias)
+
+
+def torch_add_rms_norm_after_bias(x, residual, weight, added_bias):
+    # Adds 0.
+    return torch_add_rms_norm(x + (added_bias - added_bias.detach()), residual, weight)
+
+
 def check(operator, definition, inputs, incoming, names):
     """Compare outputs and gradients of `operator` with those of `definition` in float64."""
     double = [value.double() for value in inputs]
@@ -54,14 +63,16 @@ def check(operator, definition, inputs, incoming, names):
     M, N = inputs[0].shape
     # In dx large terms cancel. In a row of one element dx is almost 0, while the terms are as large
     # as r g. So the size of r g decides how large an error may be.
-    h = double[0] + double[1] if len(inputs) == 3 else double[0]
-    scale = (
-        (incoming[0] * inputs[-1]).abs().max() / (h.square().mean(-1) + 1e-6).min().sqrt()
-    ).item()
+    h = double[0] + double[1] if len(inputs) >= 3 else double[0]
+    weight = inputs[2] if len(inputs) >= 3 else inputs[1]
+    scale = ((incoming[0] * weight).abs().max() / (h.square().mean(-1) + 1e-6).min().sqrt()).item()
     for name, *values in zip(names, got, truth, baseline, strict=True):
         sizes = {"length": M if name == "dweight" else N}
         if name in ("dx", "dresidual"):
             sizes |= {"scale": scale, "terms": torch.float32}
+        if name == "dadded":
+            # A sum of M elements of dx with independent errors.
+            sizes = {"scale": M**0.5 * scale, "terms": torch.float32, "length": M + N}
         assert_accurate(name, *values, **sizes)
 
 
@@ -75,6 +86,19 @@ def test_reference_gradients_match_finite_differences():
     )
     assert torch.autograd.gradcheck(rms_norm, (x, weight))
     assert torch.autograd.gradcheck(add_rms_norm, (x, residual, weight))
+
+
+@pytest.mark.plain
+def test_gradient_of_an_added_bias_matches_finite_differences():
+    x, residual, weight, added_bias, _ = tensors(3, 5, torch.float64, "cpu")
+    leaves = [value.requires_grad_() for value in (x, residual, weight, added_bias[0].clone())]
+
+    def after_bias(x, residual, weight, added_bias):
+        x = x + added_bias.detach()
+        plain = rms_norm(x, weight, added_bias=added_bias)
+        return plain, *add_rms_norm(x, residual, weight, added_bias=added_bias)
+
+    assert torch.autograd.gradcheck(after_bias, leaves)
 
 
 @pytest.mark.plain
@@ -96,6 +120,15 @@ def test_rms_norm_and_add_rms_norm_are_accurate(M, N, dtype, device):
     names = ["y", "h", "dx", "dresidual", "dweight"]
     check(add_rms_norm, torch_add_rms_norm, (x, residual, weight), incoming, names)
     check(rms_norm, torch_rms_norm, (x, weight), incoming, ["y", "dx", "dweight"])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N"), [(37, 64), (2, MAX_RESIDENT_WIDTH + 1)])
+def test_gradient_of_an_added_bias_is_accurate(M, N, dtype, device):
+    x, residual, weight, *incoming = tensors(M, N, dtype, device)
+    names = ["y", "h", "dx", "dresidual", "dweight", "dadded"]
+    inputs = (x, residual, weight, weight.flip(0))
+    check(add_rms_norm_after_bias, torch_add_rms_norm_after_bias, inputs, incoming, names)
 
 
 @pytest.mark.parametrize("N", [33, MAX_RESIDENT_WIDTH + 1])
@@ -148,21 +181,28 @@ def test_opcheck(device):
     x, residual, weight, dy, dh = tensors(5, 24, torch.float32, device)
     ops, rstd = torch.ops.tritium, torch.rand(5, device=device)
     leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
-    torch.library.opcheck(ops.rms_norm_fwd.default, (leaves[0], leaves[2], 1e-6))
-    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6))
-    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd))
-    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, None, x, weight, rstd))
+    added_bias = weight.bfloat16().requires_grad_()
+    torch.library.opcheck(ops.rms_norm_fwd.default, (leaves[0], leaves[2], 1e-6, added_bias))
+    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, None))
+    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, added_bias))
+    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd, None))
+    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, None, x, weight, rstd, torch.bfloat16))
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows(device):
     compiled = torch.compile(
-        lambda *args: add_rms_norm(*args), fullgraph=True, backend="aot_eager", dynamic=True
+        lambda *args: add_rms_norm_after_bias(*args),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
     )
     for M in (5, 9, 12):
         *inputs, dy, dh = tensors(M, 40, torch.float32, device)
+        inputs.append(inputs[2].flip(0))
         with torch.compiler.set_stance("default" if M == 5 else "fail_on_recompile"):
             for a, b in zip(
-                *(run(f, inputs, [dy, dh]) for f in (compiled, add_rms_norm)), strict=True
+                *(run(f, inputs, [dy, dh]) for f in (compiled, add_rms_norm_after_bias)),
+                strict=True,
             ):
                 assert torch.equal(a, b)
 
@@ -177,8 +217,9 @@ def test_autocast_keeps_the_dtype_of_x(device):
 
 def test_reruns_are_bitwise_equal(device):
     x, residual, weight, *incoming = tensors(300, 48, torch.bfloat16, device)
+    inputs = (x, residual, weight, weight)
     for a, b in zip(
-        *(run(add_rms_norm, (x, residual, weight), incoming) for _ in range(2)), strict=True
+        *(run(add_rms_norm_after_bias, inputs, incoming) for _ in range(2)), strict=True
     ):
         assert torch.equal(a, b)
 
@@ -219,6 +260,7 @@ def test_frozen_inputs_get_no_gradient(frozen, device):
             r"weight must have shape \(8,\) to match x \(2, 8\), got \(7,\)",
         ),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
+        ({"added_bias": torch.ones(7)}, r"added_bias must have shape \(8,\) to match x \(2, 8\)"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         (
             {"x": torch.ones(2, 8, dtype=torch.long)},
@@ -269,8 +311,8 @@ def test_compiles_for_every_target_without_spills(N, arch):
         with record_launches(arch) as launches:
             # The variant with a residual needs the most registers. The golden table of the bench
             # has the other variants.
-            launch_add_fwd(x, x, weight, 1e-6)
-            launch_bwd(x, x, x, weight, rstd)
+            launch_add_fwd(x, x, weight, 1e-6, None)
+            launch_bwd(x, x, x, weight, rstd, dtype)
         for launch in launches:
             assert resources(compile_launch(launch, arch)).spilled_bytes == 0, (
                 launch.kernel.__name__

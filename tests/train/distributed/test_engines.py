@@ -7,9 +7,12 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from tritium.model import GPT, GPTConfig
+from tritium.model.recompute import RECOMPUTATIONS
 from tritium.train.config import TrainConfig
 from tritium.train.distributed import buckets
 from tritium.train.distributed.engines import ENGINES, FSDP, SingleProcess
@@ -22,7 +25,12 @@ pytestmark = pytest.mark.plain
 STEPS = 20
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
 LLAMA = "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --micro-batch-size 2"
-MODELS = {"gpt2": [], "llama": LLAMA.split(), "bfloat16": ["--precision", "bfloat16"]}
+MODELS = {
+    "gpt2": [],
+    "micro_batches": ["--micro-batch-size", 2],
+    "llama": LLAMA.split(),
+    "bfloat16": ["--precision", "bfloat16"],
+}
 # Ranks, and options of the launch.
 LAUNCHES = {
     "single": (0, []),
@@ -114,11 +122,18 @@ def test_a_run_matches_a_single_process(engine, once):
     assert_matches_single(once("gpt2", engine), once("gpt2", "single"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "hsdp", "fsdp-tensor"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp-tensor"])
 def test_micro_batches_grouped_heads_and_compiled_code_match_a_single_process(engine, once):
     assert_matches_single(
         once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "single")
     )
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "fsdp-tensor"])
+def test_micro_batches_of_a_model_with_biases_match_a_single_process(engine, once):
+    """Each MLP's bias gets its gradient from a norm outside of the group that fully_shard made."""
+    run = once("micro_batches", engine, compiled=engine == "fsdp")
+    assert_matches_single(run, once("gpt2", "single"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
@@ -189,11 +204,13 @@ def reduced(monkeypatch) -> list[torch.Tensor]:
     return tensors
 
 
-def engine_of(name: str, **options) -> SingleProcess:
+def engine_of(
+    name: str, *, size: int = 2, recompute: str = "none", precision: str = "float32"
+) -> SingleProcess:
     torch.manual_seed(0)
-    world = World() if name == "single" else World(size=2, engine=name, is_distributed=True)
-    execution = resolve(TrainConfig.from_options(**options), world)
-    return ENGINES[name](GPT(SHAPE), execution)
+    world = World() if name == "single" else World(size=size, engine=name, is_distributed=True)
+    execution = resolve(TrainConfig.from_options(precision=precision), world)
+    return ENGINES[name](GPT(SHAPE, recompute=recompute), execution)
 
 
 def backward(engine: SingleProcess, *, num_micro_batches: int = 3) -> torch.Tensor:
@@ -204,7 +221,9 @@ def backward(engine: SingleProcess, *, num_micro_batches: int = 3) -> torch.Tens
         tokens = torch.arange(16).view(2, 8) + index
         engine.network(tokens, tokens).backward()
     engine.finish_gradients()
-    return torch.cat([parameter.grad.flatten() for parameter in engine.model.parameters()])
+    gradients = [parameter.grad for parameter in engine.model.parameters()]
+    complete = [each.full_tensor() if isinstance(each, DTensor) else each for each in gradients]
+    return torch.cat([gradient.flatten() for gradient in complete])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -237,6 +256,32 @@ def test_gradients_are_reduced_during_the_last_backward(precision, reduced, monk
     in_last_block = len(list(engine.model.h[1].parameters()))
     assert num_started[0] == 0
     assert in_last_block <= num_started[1] < len(reduced)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of one rank, in which fully_shard frees and gathers weights all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", RECOMPUTATIONS)
+def test_gradients_of_fsdp_match_one_process(recompute, precision, one_rank):
+    """Over several micro-batches and steps. No hook stays on a gathered parameter."""
+    options = {"recompute": recompute, "precision": precision}
+    engines = [engine_of("fsdp", size=1, **options), engine_of("single", **options)]
+    for _ in range(2):
+        assert torch.equal(*map(backward, engines))
+        for engine in engines:
+            engine.model.zero_grad(set_to_none=True)
+    gathered = []
+    for block in engines[0].model.h:
+        block.mlp.register_forward_pre_hook(lambda mlp, _: gathered.extend(mlp.parameters()))
+    backward(engines[0])
+    assert gathered
+    assert not any(parameter._backward_hooks for parameter in gathered)
 
 
 def test_fsdp_reduces_gradients_with_the_last_micro_batch_only():

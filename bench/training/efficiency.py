@@ -1,0 +1,247 @@
+"""How close to its floor each kind of kernel comes: the assumptions of `tritium bench predict`.
+
+    floor       max(bytes / copy bandwidth, FLOPs / matmul rate), with the rates of LIMITS
+    predicted   floor / efficiency + GAP_SECONDS
+
+Nothing here is measured on tritium's kernels. Every row of EFFICIENCIES is an estimate and states
+its reason. Replace it by a measurement of `tritium bench predict --measure`.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import InputError
+from ...kernels.core.device import DEFAULT_SM_COUNT
+from ...kernels.core.triton import cdiv
+from ..record import read_record
+from ..report import RESULTS
+from .step import ATTENTION_MATMULS, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a GPU can reach."""
+
+    bytes_per_second: float
+    """Of a copy, reads plus writes."""
+    flops_per_second: float
+    """Of an 8192 x 8192 x 8192 matmul in bfloat16, on random data."""
+
+
+# Assumed; `tritium bench machine` measures them.
+LIMITS = {
+    "h100": Limits(bytes_per_second=3.0e12, flops_per_second=780e12),
+    "h200": Limits(bytes_per_second=4.3e12, flops_per_second=780e12),
+}
+# Between two kernels of a stream: the first drains, the second starts.
+GAP_SECONDS = 2e-6
+# Host time of (a launch of a Triton kernel, an ATen operator). Triton's launch takes 9 to 18 us
+# (vLLM pull request 34838, tritonbench 637). An eager custom operator adds Python and autograd.
+HOST_SECONDS = {"compiled": (20e-6, 5e-6), "eager": (60e-6, 10e-6)}
+
+# Per multiprocessor and clock on sm_90.
+MATRIX_FLOPS = 4096
+EXPONENTIALS = 16
+WARP_INSTRUCTIONS = 4
+L2_BYTES = 50e6
+# The file with the machine code that the GPU machine's Triton makes.
+GOLDEN_TABLE = RESULTS / "codegen-triton-3.6.0.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """A kind of work, how close to its floor it comes, and why."""
+
+    name: str
+    pattern: str
+    """Of names of kernels."""
+    value: float | Callable[[Work, Limits], float]
+    reason: str
+
+
+def floor_seconds(work: Work, limits: Limits) -> float:
+    """Return the least time that the ceilings allow."""
+    return max(work.nbytes / limits.bytes_per_second, work.flops / limits.flops_per_second)
+
+
+def efficiency_of(work: Work, limits: Limits) -> tuple[Efficiency, float]:
+    """Return the row of EFFICIENCIES for a piece of work, and its efficiency."""
+    row = next(row for row in EFFICIENCIES if re.search(row.pattern, work.kernel))
+    return row, row.value(work, limits) if callable(row.value) else row.value
+
+
+# --- matmuls
+
+# (K up to, fraction of the ceiling). Gluon's tutorial 07 on an H100, 8192 x 8192 x K in 16 bits:
+# cuBLAS 588, 588, 616, 646, 665 TFLOP/s at K = 512, 1,024, 2,048, 4,096, 16,384.
+_BY_DEPTH = ((1024, 588 / 780), (2048, 616 / 780), (4096, 646 / 780), (float("inf"), 665 / 780))
+# Assumed to be cuBLAS's tile for large matmuls on sm_90.
+_TILE_M, _TILE_N = 128, 256
+
+
+def _cublas(work: Work, _: Limits) -> float:
+    M, N, K = work.sizes
+    base = next(fraction for depth, fraction in _BY_DEPTH if depth >= K)
+    waves = cdiv(M, _TILE_M) * cdiv(N, _TILE_N) / DEFAULT_SM_COUNT
+    if waves < 0.7 and K >= 4096:
+        base *= 0.85  # K is divided among multiprocessors, and the parts are added: an estimate
+    else:
+        base *= waves / -(-waves // 1)
+    return base * (1 if N % 8 == 0 and K % 8 == 0 else 0.9)
+
+
+def _fused(work: Work, _: Limits) -> float:
+    # The epilogue takes as long as 256 more columns of K: a third of the loop at K = 768.
+    K = work.sizes[2]
+    return _BY_DEPTH[-1][1] * K / (K + 256)
+
+
+# --- attention
+
+
+def _attention(work: Work, limits: Limits) -> float:
+    """Estimate from the instructions of a tile.
+
+    A tile takes `matrix` clocks of the matrix units, `exponential` clocks for exp2, and `issue`
+    clocks to issue the instructions of its loop. If a multiprocessor runs one program, or if wgmma
+    is serialized, nothing overlaps: the sum. If it runs two, the estimate is the middle between the
+    sum and the largest. Loads at the start and stores at the end of a program take as long as one
+    more tile.
+
+    This gives for causal forwards with tiles of 128 x 128, without serialization: head size 64,
+    1,024 tokens: 297 TFLOP/s; 16,384 tokens: 398; head size 128, 16,384 tokens: 385. The paper of
+    FlashAttention-3 shows 291, 363 and 378 for Triton's tutorial on an H100.
+    """
+    sizes = work.launch.arguments
+    rows, columns, K = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    T, S = sizes["T"], sizes["S"]
+    scores = rows * columns
+    golden = _golden_row(work.kernel, sizes["HEAD"])
+    matrix = ATTENTION_MATMULS[work.kernel] * 2 * scores * K / MATRIX_FLOPS
+    exponential = scores / EXPONENTIALS
+    issue = golden["hottest_loop"]["instructions"] * golden["num_warps"] / WARP_INSTRUCTIONS
+    clocks = matrix + exponential + issue
+    if golden["blocks_per_sm"] > 1 and not _is_serialized(work):
+        clocks = (clocks + max(matrix, exponential, issue)) / 2
+
+    # tiles that the mask does not hide
+    if work.kernel.endswith("dkdv_kernel"):
+        programs = cdiv(S, columns)
+        tiles = sum(cdiv(T, rows) - column * columns // rows for column in range(programs))
+    else:
+        programs = cdiv(T, rows)
+        tiles = sum(cdiv(min(S, (row + 1) * rows), columns) for row in range(programs))
+    clocks_per_second = limits.flops_per_second / DEFAULT_SM_COUNT / MATRIX_FLOPS
+    total = sizes["heads"] * (tiles + programs) * clocks / DEFAULT_SM_COUNT
+    return floor_seconds(work, limits) / (total / clocks_per_second)
+
+
+def _is_serialized(work: Work) -> bool:
+    """Whether ptxas would serialize wgmma, as in the forward of 128 x 128 tiles with 4 warps.
+
+    Registers per thread: the output's accumulator, the scores, and the scores in 16 bits.
+    """
+    sizes = work.launch.arguments
+    rows, columns, K = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    threads = 32 * sizes["num_warps"]
+    return work.kernel.endswith("fwd_kernel") and rows * (K + 1.5 * columns) / threads > 240
+
+
+@functools.cache
+def _golden_rows(path: Path) -> tuple[dict, ...]:
+    return tuple(row for row in read_record(path, "codegen")["rows"] if row["arch"] == "sm_90")
+
+
+def _golden_row(kernel: str, head_size: int = 0) -> dict:
+    """Return the row of the golden table for a kernel: the one with the nearest head size.
+
+    Raises: InputError if the table does not have the kernel.
+    """
+    rows = [row for row in _golden_rows(GOLDEN_TABLE) if row["kernel"] == kernel]
+    if not rows:
+        raise InputError(
+            f"{GOLDEN_TABLE.name}: expected a row for {kernel}, found none; run `tritium bench "
+            "codegen`"
+        )
+
+    def distance(row: dict) -> int:
+        found = re.search(r"\bK=(\d+)", row["shape"])
+        return abs(int(found[1]) - head_size) if found else 0
+
+    return min(rows, key=distance)
+
+
+# --- memory
+
+
+def _loss_rows(work: Work, _: Limits) -> float:
+    """A program reads its row twice. The second time it comes from the L2 cache if all rows fit."""
+    sizes = work.launch.arguments
+    golden = _golden_row(work.kernel)
+    rows = DEFAULT_SM_COUNT * golden["blocks_per_sm"] * sizes.get("BLOCK_M", 1)
+    in_flight = rows * 2 * sizes["V"]
+    return 0.8 if in_flight < L2_BYTES else 0.8 * 2 / 3
+
+
+EFFICIENCIES = (
+    Efficiency(
+        name="cuBLAS matmul",
+        pattern=r"^(b?mm|addmm|baddbmm)_?$",
+        value=_cublas,
+        reason="0.75 to 0.85 by K (cuBLAS in Gluon's tutorial, H100); whole waves of 128 x 256 "
+        "tiles; 0.9 for sizes that are not multiples of 8",
+    ),
+    Efficiency(
+        name="GEMM with epilogue",
+        pattern=r"^_gemm_kernel",
+        value=_fused,
+        reason="0.85 K / (K + 256): Gluon's persistent GEMM equals cuBLAS; the epilogue overlaps "
+        "with nothing (machine code)",
+    ),
+    Efficiency(
+        name="attention",
+        pattern=r"^_causal_attention_(fwd|bwd)",
+        value=_attention,
+        reason="clocks of matrix units, exp2 and issued instructions per tile (golden table); "
+        "serialized wgmma does not overlap; reproduces the public rates of Triton's tutorial",
+    ),
+    Efficiency(
+        name="norm forward",
+        pattern=r"norm_fwd",
+        value=0.87,
+        reason="quack's RMSNorm: 2.6 of 3.0 TB/s at N = 1,024, H100",
+    ),
+    Efficiency(
+        name="norm backward",
+        pattern=r"norm_bwd",
+        value=0.75,
+        reason="between Triton's best published LayerNorm (0.3) and quack (0.9); a guess",
+    ),
+    Efficiency(
+        name="loss of rows",
+        pattern=r"^_cross_entropy_(fwd|bwd)",
+        value=_loss_rows,
+        reason="0.8 (quack 0.9 to 1.0); 2/3 of it if the rows in flight exceed the L2 cache",
+    ),
+    Efficiency(
+        name="gradient of the embedding",
+        pattern=r"^embedding_dense_backward",
+        value=0.3,
+        reason="sorts tokens or adds with atomics; a guess",
+    ),
+    Efficiency(
+        name="optimizer",
+        pattern=r"^_(fused_adam|foreach)",
+        value=0.9,
+        reason="streams of float32, as a copy",
+    ),
+    Efficiency(
+        name="other kernels",
+        pattern=r"",
+        value=0.8,
+        reason="elementwise, sums over rows, copies: 0.75 to 0.9 in public measurements",
+    ),
+)

@@ -1,0 +1,251 @@
+"""How families of published models describe themselves and name their weights. A row per family.
+
+    gpt2       GPT2LMHeadModel of transformers. Weights of linear layers are stored as (in, out)
+    llama      LlamaForCausalLM of transformers. Queries, keys and values have one matrix each
+    nanogpt    a checkpoint of nanoGPT. Weights of linear layers are stored as (out, in)
+
+A row maps the fields of a family's configuration to GPTConfig and back, and each of our parameter
+names to the names in the file. Several names mean that our weight is their rows, one after another.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from .config import GPTConfig
+
+Fields = dict[str, Any]
+"""The content of a config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of published models."""
+
+    architecture: str | None
+    """The class of transformers that opens it, None if there is none."""
+    read_config: Callable[[Fields], GPTConfig]
+    """Returns the configuration. Raises KeyError for a missing field."""
+    write_config: Callable[[GPTConfig], Fields] | None
+    """Returns the fields without those that all families share. None: the family is only read."""
+    required: dict[str, Any]
+    """Values of fields that change the computation. GPT computes as these say. A file may lack a
+    field."""
+    names: Callable[[str], tuple[str, ...]]
+    """Names in the file, without `prefix`, of one of our parameters."""
+    prefix: str
+    """Begins all names but the head's. Some files leave it out."""
+    transposed: re.Pattern | None
+    """Our names of weights that the file stores as (in, out)."""
+    dropped: re.Pattern
+    """Names, without `prefix`, of buffers that are not weights."""
+
+
+# --- GPT-2
+
+_LINEAR_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
+# The names of transformers for GELU in its tanh form.
+_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+def _read_gpt2(fields: Fields) -> GPTConfig:
+    activation = fields.get("activation_function", "gelu_new")
+    if activation not in _GELU_NAMES:
+        raise InputError(
+            f"activation_function: expected {' or '.join(_GELU_NAMES)}, got {activation!r}; "
+            "tritium has no such MLP"
+        )
+    return GPTConfig(
+        n_layer=fields["n_layer"],
+        n_head=fields["n_head"],
+        d_model=fields["n_embd"],
+        d_hidden=fields.get("n_inner"),
+        vocab_size=fields["vocab_size"],
+        context_tokens=fields.get("n_positions") or fields["n_ctx"],
+        norm_eps=fields.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def _write_gpt2(config: GPTConfig) -> Fields:
+    return {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.d_model,
+        "n_inner": config.d_hidden,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_tokens,
+        "n_ctx": config.context_tokens,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.eps,
+        # Training with tritium has no dropout.
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+    }
+
+
+# --- Llama
+
+_LLAMA_NAMES = {
+    "wte.weight": ("embed_tokens.weight",),
+    "ln_1.weight": ("input_layernorm.weight",),
+    "attn.c_attn.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+    "attn.c_proj.weight": ("self_attn.o_proj.weight",),
+    "ln_2.weight": ("post_attention_layernorm.weight",),
+    "mlp.c_gate.weight": ("mlp.gate_proj.weight",),
+    "mlp.c_fc.weight": ("mlp.up_proj.weight",),
+    "mlp.c_proj.weight": ("mlp.down_proj.weight",),
+    "ln_f.weight": ("norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+
+
+def _llama_names(name: str) -> tuple[str, ...]:
+    """h.3.attn.c_proj.weight -> layers.3.self_attn.o_proj.weight"""
+    if not name.startswith("h."):
+        return _LLAMA_NAMES[name]
+    _, layer, rest = name.split(".", 2)
+    return tuple(f"layers.{layer}.{theirs}" for theirs in _LLAMA_NAMES[rest])
+
+
+def _read_llama(fields: Fields) -> GPTConfig:
+    # transformers 5 moved RoPE's settings into one field.
+    rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
+    scaling = fields.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise InputError(f"rope_type: expected default, got {kind!r}; tritium does not scale RoPE")
+    heads = fields["num_attention_heads"]
+    head_size = fields.get("head_dim") or fields["hidden_size"] // heads
+    if head_size * heads != fields["hidden_size"]:
+        raise InputError(
+            f"head_dim: expected hidden_size / num_attention_heads "
+            f"({fields['hidden_size'] // heads}), got {head_size}; tritium has no other head size"
+        )
+    return GPTConfig(
+        n_layer=fields["num_hidden_layers"],
+        n_head=heads,
+        n_kv_head=fields.get("num_key_value_heads"),
+        d_model=fields["hidden_size"],
+        d_hidden=fields["intermediate_size"],
+        vocab_size=fields["vocab_size"],
+        context_tokens=fields["max_position_embeddings"],
+        bias=False,
+        position="rotary",
+        rope_base=float(rope["rope_theta"]),
+        norm="rms",
+        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        mlp="swiglu",
+    )
+
+
+def _write_llama(config: GPTConfig) -> Fields:
+    return {
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_feedforward,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_tokens,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.eps,
+        # Both spellings: of transformers 5 and of earlier versions.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_theta": config.rope_base,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+    }
+
+
+# --- nanoGPT
+
+
+def _read_nanogpt(fields: Fields) -> GPTConfig:
+    return GPTConfig(
+        n_layer=fields["n_layer"],
+        n_head=fields["n_head"],
+        d_model=fields["n_embd"],
+        vocab_size=fields["vocab_size"],
+        context_tokens=fields["block_size"],
+        bias=fields["bias"],
+    )
+
+
+def _same_name(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
+_GPT2_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
+
+FAMILIES = {
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        read_config=_read_gpt2,
+        write_config=_write_gpt2,
+        required={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+        names=_same_name,
+        prefix="transformer.",
+        transposed=_LINEAR_WEIGHT,
+        dropped=_GPT2_BUFFERS,
+    ),
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        read_config=_read_llama,
+        write_config=_write_llama,
+        required={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+        },
+        names=_llama_names,
+        prefix="model.",
+        transposed=None,
+        dropped=re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$"),
+    ),
+    "nanogpt": Family(
+        architecture=None,
+        read_config=_read_nanogpt,
+        write_config=None,
+        required={},
+        names=_same_name,
+        prefix="transformer.",
+        transposed=None,
+        dropped=_GPT2_BUFFERS,
+    ),
+}
+
+
+def family_of(config: GPTConfig) -> str:
+    """Return the family whose architecture a model has.
+
+    Raises: InputError if no family of transformers has it.
+    """
+    if (config.position, config.norm, config.mlp, config.bias) == (
+        "learned",
+        "layer",
+        "gelu",
+        True,
+    ):
+        return "gpt2"
+    if (config.position, config.norm, config.mlp) == ("rotary", "rms", "swiglu"):
+        return "llama"
+    raise InputError(
+        f"expected a model like GPT-2 (learned, layer, gelu, with biases) or Llama (rotary, rms, "
+        f"swiglu), got {config.position}, {config.norm}, {config.mlp}"
+        f"{'' if config.bias else ', without biases'}; transformers has no such model"
+    )

@@ -1,0 +1,321 @@
+"""Read and write models as folders that transformers opens. _families.py has the families.
+
+    config.json                       the shape
+    model.safetensors                 the weights, in one file, or in
+    model-00001-of-00003.safetensors  several, with model.safetensors.index.json
+    pytorch_model.bin                 the same by torch.save; read, never written
+
+Values are never rounded: a model that is read and written again has the same bits. One weight is
+read at a time, so memory holds the model once.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ._families import FAMILIES, Family, Fields, family_of
+from .config import GPTConfig
+
+if TYPE_CHECKING:
+    from .gpt import GPT
+
+_SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
+_MAX_SHARD_BYTES = 5_000_000_000
+_NANOGPT_PREFIX = "_orig_mod."  # of a model that torch.compile compiled
+
+
+# --- where a published model's weights are
+
+
+class Source:
+    """The weights of a published model, read one at a time.
+
+    Attributes:
+        family: the row of FAMILIES.
+        config: the shape of the model.
+    """
+
+    def __init__(self, path: Path, family: Family, fields: Fields, read: dict[str, Callable]):
+        self.path = path
+        self.family = family
+        try:
+            _check_required(fields, family)
+            self.config = family.read_config(fields)
+        except KeyError as error:
+            raise InputError(f"{path}: expected the field {error} in its configuration") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from None
+        self._read: dict[str, Callable[[], Tensor]] = {}
+        for name, function in read.items():
+            short = name.removeprefix(family.prefix)
+            if not family.dropped.match(short):
+                self._read[short] = function
+
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return our parameter `name`, and forget its names in the file.
+
+        Raises: InputError if a tensor is missing or has another shape.
+        """
+        parts = []
+        for theirs in self.family.names(name):
+            if theirs not in self._read:
+                raise InputError(f"{self.path}: expected a tensor {theirs}, found none")
+            parts.append(self._read.pop(theirs)())
+        is_transposed = self.family.transposed and self.family.transposed.search(name)
+        if is_transposed:
+            parts = [part.t() for part in parts]
+        rows = sum(len(part) for part in parts)
+        if (rows, *parts[0].shape[1:]) != tuple(shape) or len({x.shape[1:] for x in parts}) > 1:
+            found = " and ".join(str(tuple(part.shape)) for part in parts)
+            raise InputError(
+                f"{self.path}: expected {name} of shape {tuple(shape)} from its configuration, "
+                f"got {found}"
+            )
+        # A copy, because the tensors of a file are views of the mapped file.
+        if len(parts) > 1:
+            return torch.cat(parts)
+        return parts[0].clone(memory_format=torch.contiguous_format)
+
+    def check_empty(self, is_tied: bool) -> None:
+        """Raise InputError if the file has tensors that are not in the model."""
+        # Some files hold a tied head a second time.
+        extra = sorted(self._read.keys() - ({"lm_head.weight"} if is_tied else set()))
+        if extra:
+            raise InputError(
+                f"{self.path}: expected no tensors but the model's, got {', '.join(extra[:3])}"
+                f"{' ...' if len(extra) > 3 else ''}"
+            )
+
+
+def open_source(path: Path) -> Source:
+    """Open a Hugging Face folder, or the checkpoint file of nanoGPT.
+
+    Raises: InputError if it is neither, or if the architecture is not supported.
+    """
+    if path.is_file():
+        return _open_nanogpt(path)
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: expected a folder with config.json, or a file of nanoGPT")
+    try:
+        fields = json.loads(file.read_bytes())
+        kind = fields["model_type"]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file}: expected the configuration of a model of transformers") from None
+    if kind not in FAMILIES or FAMILIES[kind].architecture is None:
+        known = ", ".join(name for name, row in FAMILIES.items() if row.architecture)
+        raise InputError(f"{file}: expected model_type {known}, got {kind!r}")
+    return Source(path, FAMILIES[kind], fields, _open_files(path))
+
+
+def _check_required(fields: Fields, family: Family) -> None:
+    for name, value in family.required.items():
+        if fields.get(name, value) != value:
+            raise InputError(f"{name}: expected {value!r}, got {fields[name]!r}; not supported")
+
+
+def _open_files(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return a function per tensor that reads it."""
+    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_BIN, _open_bin)):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                files = {
+                    str(file) for file in json.loads(index.read_bytes())["weight_map"].values()
+                }
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise InputError(f"{index}: expected a weight_map of tensors and files") from None
+            read = {}
+            for file in sorted(files):
+                if not (folder / file).is_file():
+                    raise InputError(f"{index}: expected the file {file} next to it, found none")
+                read |= open_file(folder / file)
+            return read
+        if (folder / name).is_file():
+            return open_file(folder / name)
+    raise InputError(f"{folder}: expected {_SAFETENSORS} or {_BIN}, whole or in shards, found none")
+
+
+def _open_safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: closing the file drops the pages that were read from memory.
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: damaged, or not safetensors ({error}); get it again") from None
+    return {name: lambda name=name: read(name) for name in names}
+
+
+def _open_bin(file: Path) -> dict[str, Callable[[], Tensor]]:
+    tensors = _load_pickle(file)
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{file}: expected tensors by name, got something else")
+    return {name: lambda value=value: value for name, value in tensors.items()}
+
+
+def _load_pickle(file: Path) -> dict:
+    """Read what torch.save wrote. It may hold tensors and plain values, and no code."""
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a format without mmap, of PyTorch before 1.6
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for damaged files
+        raise InputError(
+            f"{file}: expected a file of torch.save with tensors only, whole and undamaged "
+            f"({type(error).__name__})"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected tensors by name, got {type(content).__name__}")
+    return content
+
+
+def _open_nanogpt(file: Path) -> Source:
+    content = _load_pickle(file)
+    try:
+        fields, tensors = content["model_args"], content["model"]
+        read = {
+            name.removeprefix(_NANOGPT_PREFIX): lambda value=value: value
+            for name, value in tensors.items()
+        }
+    except (KeyError, AttributeError):
+        raise InputError(f"{file}: expected a checkpoint of nanoGPT, got something else") from None
+    return Source(file, FAMILIES["nanogpt"], fields, read)
+
+
+# --- into a model
+
+
+def load_into(model: "GPT", source: Source) -> None:
+    """Replace the parameters of a model on the meta device by those of a file."""
+    config = model.config
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        shape = list(parameter.shape)
+        is_vocabulary = name in ("wte.weight", "lm_head.weight")
+        if is_vocabulary:
+            shape[0] = config.vocab_size
+        value = source.take(name, shape)
+        if is_vocabulary:
+            padding = value.new_zeros(config.padded_vocab_size - config.vocab_size, shape[1])
+            value = torch.cat((value, padding))
+        model.load_state_dict({name: value}, strict=False, assign=True)
+    source.check_empty(is_tied=True)
+
+
+# --- out of a model
+
+
+def tensors_of(
+    weights: dict[str, Tensor], config: GPTConfig, family: Family
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model as a family names and stores them."""
+    for name, value in weights.items():
+        if name in ("wte.weight", "lm_head.weight"):
+            value = value[: config.vocab_size]
+        if family.transposed and family.transposed.search(name):
+            value = value.t()
+        theirs = family.names(name)
+        parts = [value]
+        if len(theirs) > 1:
+            kv_rows = config.kv_heads * config.head_size
+            parts = value.split((config.d_model, kv_rows, kv_rows))
+        for part_name, part in zip(theirs, parts, strict=True):
+            prefix = "" if part_name.startswith("lm_head.") else family.prefix
+            yield prefix + part_name, part.detach()
+
+
+def write_folder(
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: GPTConfig,
+    *,
+    end_of_text: int | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Write a model as a folder of transformers: the whole folder or nothing.
+
+    Args:
+        folder: must not exist, or be empty.
+        weights: by our parameter names.
+        config: the shape.
+        end_of_text: id of the token between documents.
+        max_shard_bytes: largest size of a file of weights.
+    Raises: InputError if the folder is in use, or if transformers has no such model.
+    """
+    kind = family_of(config)
+    family = FAMILIES[kind]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: expected a new or empty folder; choose another name")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        dtype = _write_weights(temporary, tensors_of(weights, config, family), max_shard_bytes)
+        tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        fields = {
+            "model_type": kind,
+            "architectures": [family.architecture],
+            **family.write_config(config),
+            **tokens,
+            "dtype": dtype,
+            "torch_dtype": dtype,  # the name before transformers 5
+            "use_cache": True,
+        }
+        _write_json(temporary / "config.json", fields)
+        _write_json(temporary / "generation_config.json", tokens)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_weights(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int
+) -> str:
+    """Write the files of weights. Returns: the dtype of the tensors."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in tensors:
+        if shards[-1] and size + value.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    files = [_SAFETENSORS]
+    if len(shards) > 1:
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {
+            name: file for file, shard in zip(files, shards, strict=True) for name in shard
+        }
+        total = sum(value.nbytes for shard in shards for value in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{_SAFETENSORS}.index.json", index)
+    mask = os.umask(0)
+    os.umask(mask)
+    for file, shard in zip(files, shards, strict=True):
+        # Copies of one shard at a time.
+        stored = {name: value.cpu().contiguous() for name, value in shard.items()}
+        save_file(stored, folder / file, metadata={"format": "pt"})
+        # safetensors lets only the owner read its files. Give them the mode of other new files.
+        (folder / file).chmod(0o666 & ~mask)
+    return str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,290 @@
+"""Models of transformers and nanoGPT go in and come out with the same bits."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tritium.errors import InputError
+from tritium.model import GPT, PRESETS, GPTConfig
+
+pytestmark = pytest.mark.plain
+transformers = pytest.importorskip("transformers")
+
+DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+TRAINED = DATA / "mgm-gpt2"  # a real model, in pytorch_model.bin, with biases and masks as buffers
+needs_trained = pytest.mark.skipif(
+    not TRAINED.exists(), reason="needs mgm-gpt2 in ../shared/data or $TRITIUM_DATA"
+)
+
+GPT2 = transformers.GPT2Config(
+    n_layer=2, n_head=4, n_embd=48, n_inner=100, vocab_size=77, n_positions=32,
+    layer_norm_epsilon=3e-5, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+LLAMA = transformers.LlamaConfig(
+    num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, hidden_size=48,
+    intermediate_size=100, vocab_size=77, max_position_embeddings=32, rms_norm_eps=3e-5,
+    rope_theta=5e4, tie_word_embeddings=True,
+)  # fmt: skip
+OTHERS = {
+    "gpt2": (transformers.GPT2LMHeadModel, GPT2),
+    "llama": (transformers.LlamaForCausalLM, LLAMA),
+}
+
+
+def published(kind: str):
+    """A model of transformers whose weights are all random."""
+    make, config = OTHERS[kind]
+    other = make(config).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_(std=0.1)
+    return other
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert torch.equal(value, theirs[name]), name
+
+
+# --- the same numbers
+
+
+@needs_trained
+def test_a_trained_gpt2_has_the_logits_loss_and_gradients_of_transformers():
+    model = GPT.from_pretrained(TRAINED)
+    other = transformers.GPT2LMHeadModel.from_pretrained(TRAINED).eval()
+    tokens = torch.randint(5, 9_669, (2, 96), generator=torch.Generator().manual_seed(0))
+    assert (model(tokens) - other(tokens).logits).abs().max() < 2e-5
+
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    other(tokens, labels=tokens).loss.backward()
+    gradients = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = gradients[f"transformer.{name}"].grad
+        found = parameter.grad[: len(expected)] if name == "wte.weight" else parameter.grad
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            expected = expected.t()
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@needs_trained
+def test_a_trained_gpt2_generates_the_greedy_tokens_of_transformers():
+    model = GPT.from_pretrained(TRAINED)
+    other = transformers.GPT2LMHeadModel.from_pretrained(TRAINED).eval()
+    prompt = torch.tensor([[2, 57, 1033, 801]])
+    expected = other.generate(
+        prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    found = model.generate(prompt, 40, temperature=0.0)
+    assert found[0, -40:].tolist() == expected[0, -40:].tolist()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_logits_match_with_widths_and_constants_that_are_not_the_defaults(kind, tmp_path):
+    other = published(kind)
+    other.save_pretrained(tmp_path)
+    tokens = torch.randint(77, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            GPT.from_pretrained(tmp_path)(tokens), other(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_the_head_counts_of_all_published_gpt2s_match(preset, tmp_path):
+    heads = PRESETS[preset].n_head
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=heads, n_embd=8 * heads, vocab_size=77, n_positions=32
+    )
+    other = transformers.GPT2LMHeadModel(config).eval()
+    other.save_pretrained(tmp_path)
+    tokens = torch.randint(77, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            GPT.from_pretrained(tmp_path)(tokens), other(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+# --- the same bits
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_comes_out_with_the_bits_it_went_in_with(kind, dtype, max_shard_bytes, tmp_path):
+    other = published(kind).to(dtype)
+    shard_size = "20KB" if max_shard_bytes < 10**9 else "1GB"
+    other.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
+    model = GPT.from_pretrained(tmp_path / "in")
+    model.save_pretrained(tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    is_sharded = (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert is_sharded == (max_shard_bytes < 10**9)
+    again = type(other).from_pretrained(tmp_path / "out")
+    assert_same_weights(other, again)
+    assert_same_weights(model, GPT.from_pretrained(tmp_path / "out"))
+    assert GPT.from_pretrained(tmp_path / "out").config == model.config
+
+
+@needs_trained
+def test_a_trained_gpt2_in_a_bin_file_comes_out_with_the_same_bits(tmp_path):
+    GPT.from_pretrained(TRAINED).save_pretrained(tmp_path / "out")
+    expected = torch.load(TRAINED / "pytorch_model.bin", map_location="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+    assert all(name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
+               for name in expected.keys() - found.keys())  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_bin_files_in_shards_and_names_without_a_prefix_are_read(kind, tmp_path):
+    other = published(kind)
+    other.config.save_pretrained(tmp_path)
+    weights = {
+        name.removeprefix("transformer.").removeprefix("model."): value
+        for name, value in other.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    names = sorted(weights)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"pytorch_model-{number}.bin"
+        torch.save({name: weights[name] for name in part}, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tokens = torch.randint(77, (1, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            GPT.from_pretrained(tmp_path)(tokens), other(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_is_read(bias, tmp_path):
+    config = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context_tokens=8, bias=bias)
+    model = GPT(config)
+    weights = model.state_dict()
+    weights["wte.weight"] = weights["wte.weight"][:50]
+    names = {f"_orig_mod.transformer.{name}": value for name, value in weights.items()}
+    names["_orig_mod.lm_head.weight"] = weights["wte.weight"]
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": bias, "vocab_size": 50, "dropout": 0.0}  # fmt: skip  # noqa: E501
+    torch.save({"model": names, "model_args": shape, "iter_num": 5}, tmp_path / "ckpt.pt")
+    found = GPT.from_pretrained(tmp_path / "ckpt.pt")
+    assert found.config == config
+    for name, value in weights.items():
+        assert torch.equal(found.state_dict()[name][: len(value)], value)
+
+
+def test_padding_rows_of_the_vocabulary_do_not_come_out(tmp_path):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=65, context_tokens=8))
+    model.save_pretrained(tmp_path / "out", end_of_text=64)
+    assert load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"].shape == (65, 16)
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == 64
+
+
+# --- bad input
+
+
+@pytest.fixture
+def folder(tmp_path):
+    published("gpt2").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "bert"}, "expected model_type gpt2, llama, got 'bert'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: expected"),
+        ({"add_cross_attention": True}, "add_cross_attention: expected False, got True"),
+        ({"activation_function": "relu"}, "activation_function: expected gelu_new"),
+        ({"n_embd": 50}, "d_model must be a multiple of n_head"),
+        ({"n_embd": 52}, r"expected wte\.weight of shape \(77, 52\) .*, got \(77, 48\)"),
+        ({"vocab_size": 78}, r"expected wte\.weight of shape \(78, 48\)"),
+        ({"n_layer": 3}, r"expected a tensor h\.2\.ln_1\.weight, found none"),
+        ({"n_layer": 1}, r"expected no tensors but the model's, got h\.1\.attn"),
+        ({"n_head": "four"}, "config"),
+    ],
+)  # fmt: skip
+def test_configurations_that_do_not_fit_are_one_line(fields, message, folder):
+    change_config(folder, **fields)
+    with pytest.raises(InputError, match=message) as error:
+        GPT.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
+        ({"attention_bias": True}, "attention_bias: expected False, got True"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads"),
+    ],
+)
+def test_llamas_with_other_parts_are_one_line(fields, message, tmp_path):
+    published("llama").save_pretrained(tmp_path)
+    change_config(tmp_path, **fields)
+    with pytest.raises(InputError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_one_line(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
+        GPT.from_pretrained(folder)
+    tensors = load_file(Path(save(content, tmp_path / "copy")))
+    save_file({name: x for name, x in tensors.items() if "ln_f.bias" not in name}, weights)
+    with pytest.raises(InputError, match=r"expected a tensor ln_f\.bias, found none"):
+        GPT.from_pretrained(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"expected model\.safetensors or pytorch_model\.bin"):
+        GPT.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"expected a folder with config\.json"):
+        GPT.from_pretrained(folder)
+
+
+def save(content: bytes, path: Path) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize("content", [{"wte.weight": Evil()}, {"wte.weight": 5}, [1]])
+def test_a_pickle_with_other_things_than_tensors_is_one_line(content, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: expected"):
+        GPT.from_pretrained(folder)
+
+
+def test_models_that_transformers_does_not_have_and_used_folders_are_not_written(tmp_path):
+    config = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=50, context_tokens=8)
+    with pytest.raises(InputError, match="got learned, rms, gelu; transformers has no such model"):
+        GPT(replace(config, norm="rms")).save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="expected a new or empty folder"):
+        GPT(config).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

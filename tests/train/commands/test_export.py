@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+
+from tritium.train.run.models import open_model
+
+pytestmark = pytest.mark.plain
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def run(tritium, tiny, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    return tmp_path / "run"
+
+
+def test_an_exported_run_opens_in_transformers_and_generates_the_same_tokens(
+    run, tritium, tmp_path
+):
+    status, out, err = tritium("export", run, tmp_path / "out")
+    assert status == 0, err
+    assert "AutoModelForCausalLM" in out
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    trained = open_model(run)
+    ids = torch.tensor([trained.tokenizer().encode("the quick").tolist()])
+    assert tokenizer("the quick")["input_ids"] == ids[0].tolist()
+    expected = other.generate(
+        ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    found = trained.load().generate(ids, 6, temperature=0.0)
+    assert found[0, -6:].tolist() == expected[0, -6:].tolist()
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 20 of 20 |" in card
+    assert "| tokens per step | 64 |" in card
+    assert "validation loss" in card
+
+
+def test_sample_gives_the_same_text_from_run_checkpoint_and_export(run, tritium, tmp_path):
+    assert tritium("export", run, tmp_path / "out")[0] == 0
+    texts = [
+        tritium("sample", path, "--prompt", "the", "--seed", 1, "--max-new-tokens", 8)[1]
+        for path in (run, run / "checkpoints" / "step-20", tmp_path / "out")
+    ]
+    assert texts[0].startswith("the")
+    assert texts[0] == texts[1] == texts[2]
+    earlier = run / "checkpoints" / "step-10"
+    assert tritium("export", earlier, tmp_path / "earlier", "--dtype", "bfloat16")[0] == 0
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert "| steps | 10 of 20 |" in card
+    assert json.loads((tmp_path / "earlier" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bad_input_is_one_line_and_writes_nothing(run, error_of, tmp_path):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert "expected the folder of a run" in error_of("export", tmp_path / "none", tmp_path / "out")
+    assert "expected a new or empty folder" in error_of("export", run, run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    (run / "checkpoints" / "step-20" / "model.safetensors").write_bytes(b"")
+    assert "damaged" in error_of("export", run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from tritium.errors import InputError
+from tritium.model import GPT, GPTConfig
+from tritium.train.run.models import open_model
+
+pytestmark = pytest.mark.plain
+
+
+def test_a_run_and_its_checkpoints_open(tritium, tiny, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    run = tmp_path / "run"
+    newest, last, earlier = (
+        open_model(path)
+        for path in (run, run / "checkpoints" / "step-20", run / "checkpoints" / "step-10")
+    )
+    assert newest.checkpoint == last.checkpoint == run / "checkpoints" / "step-20"
+    assert newest.run == last.run == earlier.run == run
+    assert newest.tokenizer().name == "bytes"
+    weights = [each.load().wte.weight for each in (newest, last, earlier)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=50, context_tokens=8))
+    model.save_pretrained(tmp_path / "out")
+    found = open_model(tmp_path / "out")
+    assert torch.equal(found.load().wte.weight[:50], model.wte.weight[:50])
+    assert found.run is None
+    with pytest.raises(InputError, match=r"out: expected a tokenizer that tritium reads"):
+        found.tokenizer()
+    with pytest.raises(InputError, match="expected the folder of a run"):
+        open_model(tmp_path / "none")
