@@ -124,7 +124,7 @@ def _attention(work: Work, limits: Limits) -> float:
     exponential = scores / EXPONENTIALS
     issue = golden["hottest_loop"]["instructions"] * golden["num_warps"] / WARP_INSTRUCTIONS
     clocks = matrix + exponential + issue
-    if golden["blocks_per_sm"] > 1 and not _is_serialized(work):
+    if golden["blocks_per_sm"] > 1 and not golden["serialized"]:
         clocks = (clocks + max(matrix, exponential, issue)) / 2
 
     # tiles that the mask does not hide
@@ -137,17 +137,6 @@ def _attention(work: Work, limits: Limits) -> float:
     clocks_per_second = limits.flops_per_second / DEFAULT_SM_COUNT / MATRIX_FLOPS
     total = sizes["heads"] * (tiles + programs) * clocks / DEFAULT_SM_COUNT
     return floor_seconds(work, limits) / (total / clocks_per_second)
-
-
-def _is_serialized(work: Work) -> bool:
-    """Whether ptxas would serialize wgmma, as in the forward of 128 x 128 tiles with 4 warps.
-
-    Registers per thread: the output's accumulator, the scores, and the scores in 16 bits.
-    """
-    sizes = work.launch.arguments
-    rows, columns, K = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    threads = 32 * sizes["num_warps"]
-    return work.kernel.endswith("fwd_kernel") and rows * (K + 1.5 * columns) / threads > 240
 
 
 @functools.cache
@@ -228,9 +217,9 @@ EFFICIENCIES = (
     ),
     Efficiency(
         name="gradient of the embedding",
-        pattern=r"^embedding_dense_backward",
+        pattern=r"^_?embedding_(dense_backward|bwd)",
         value=0.3,
-        reason="sorts tokens or adds with atomics; a guess",
+        reason="rows of dy in the order of their tokens: scattered reads of 1.5 kB; a guess",
     ),
     Efficiency(
         name="optimizer",

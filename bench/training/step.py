@@ -164,7 +164,9 @@ def step_work(
         """Return the work of the forwards and backwards of `count` micro-batches."""
         rows = count * micro_batch
         windows = torch.zeros(rows, model.context_tokens + 1, dtype=torch.int64)
-        batch = Batch(windows, np.full(rows, model.context_tokens))
+        # The loader sorts the tokens on the host.
+        orders = torch.empty((rows, model.context_tokens), dtype=torch.int32, device="meta")
+        batch = Batch(windows, np.full(rows, model.context_tokens), orders, micro_batch)
         return trace(lambda: trainer.backward(batch))
 
     with _as_on_cuda():

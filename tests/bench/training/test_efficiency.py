@@ -74,12 +74,19 @@ def test_a_kernel_that_the_golden_table_does_not_have_raises():
         efficiency._golden_row("new_kernel", 64)
 
 
-def attention(monkeypatch, tokens: int, *, blocks: int, **sizes: int) -> float:
+def attention(
+    monkeypatch, tokens: int, *, blocks: int, serialized: bool = False, **sizes: int
+) -> float:
     """The estimated efficiency of the forward with the given tile."""
     q = torch.empty(1, tokens, 2, 64, dtype=torch.bfloat16, device="meta")
     (work,) = trace(lambda: causal_attention(q, q, q))
     arguments = {**work.launch.arguments, **sizes}
-    golden = {"hottest_loop": {"instructions": 846}, "num_warps": 4, "blocks_per_sm": blocks}
+    golden = {
+        "hottest_loop": {"instructions": 846},
+        "num_warps": 4,
+        "blocks_per_sm": blocks,
+        "serialized": serialized,
+    }
     monkeypatch.setattr(efficiency, "_golden_row", lambda kernel, head_size: golden)
     launch = replace(work.launch, arguments=arguments)
     return efficiency_of(replace(work, launch=launch), H200)[1]
@@ -91,8 +98,7 @@ def test_attention_is_faster_with_overlap_and_long_sequences(monkeypatch):
     assert short < attention(monkeypatch, 16384, blocks=2, **tile)
     alone = attention(monkeypatch, 1024, blocks=1, **tile)
     assert alone < short
-    # 4 warps do not have the registers for the accumulators: wgmma is serialized.
-    serialized = attention(monkeypatch, 1024, blocks=2, **{**tile, "num_warps": 4})
+    serialized = attention(monkeypatch, 1024, blocks=2, serialized=True, **tile)
     assert serialized == pytest.approx(alone)
 
 
