@@ -262,7 +262,7 @@ def _dkdv_loop(
     batch, head, first_key, start, shift, T,
     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
     scale, window, softcap, threshold, keep,
-    IS_EDGE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HEAD: tl.constexpr,
+    IS_EDGE: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of queries [lo, hi) of one query head to dk / scale and dv.
@@ -276,15 +276,14 @@ def _dkdv_loop(
         queries = _load_rows(
             q, batch, begin, end, head, stride_qb, stride_qt, stride_qh, HEAD, BLOCK_M, BLOCK_K
         )
-        lse = _load_statistics(lses, index, begin, end, total, float("inf"), HAS_DOCUMENTS, BLOCK_M)
-        lse *= LOG2E
+        lse = _load_statistics(lses, index, begin, end, total, float("inf"), BLOCK_M) * LOG2E
         s = _capped_scores(tl.dot(keys, queries.T, input_precision="ieee"), scale, softcap)
         # Gradient of the weights.
         dos = _load_rows(
             do, batch, begin, end, head, stride_dob, stride_dot, stride_doh, HEAD, BLOCK_M, BLOCK_K
         )
         dp = tl.dot(values, dos.T, input_precision="ieee")
-        delta = _load_statistics(deltas, index, begin, end, total, 0.0, HAS_DOCUMENTS, BLOCK_M)
+        delta = _load_statistics(deltas, index, begin, end, total, 0.0, BLOCK_M)
         if seed is not None:
             row = index.to(tl.int64) * total + start
             kept = _dropout_mask(seed, row, quads, first, first_key, threshold, BLOCK_M, BLOCK_N)
@@ -338,7 +337,7 @@ def _causal_attention_bwd_dkdv_kernel(
                     seed, batch * H + head, T, quads, batch, head, first, start, shift, queries,
                     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
                     scale, window, softcap, threshold, keep,
-                    stage != 1, cu_seqlens_ptr is not None, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
+                    stage != 1, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
     dk *= scale
     _store_rows(

@@ -120,22 +120,22 @@ def _load_rows(
 
 
 @triton.jit
-def _load_statistics(
-    source, index, first, end, T, other, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _load_statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
     """Load one number per token [first, first + BLOCK) from row `index` of (rows, T).
 
-    Tokens from `end` on give `other`. Without documents a descriptor gives 0 there instead. This is
-    safe: `end` is the end of the row, so `_load_rows` gives zeros for these tokens, and they add
-    nothing to a gradient.
+    Tokens from `end` on give `other`. A descriptor gives 0 there instead. This is safe, because the
+    launcher makes a descriptor only if `end` is the end of the row. Then `_load_rows` gives zeros
+    for these tokens, and they add nothing to a gradient.
     """
-    offs = first + tl.arange(0, BLOCK)
     if isinstance(source, tl.tensor_descriptor):
         # An ordinary load puts each number into every thread that needs it: 32 more instructions.
-        x = source.load([index, first]).reshape(BLOCK)
-        return tl.where(offs < end, x, other) if HAS_DOCUMENTS else x
+        return source.load([index, first]).reshape(BLOCK)
     else:
-        return tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
+        # Triton gives a load of fewer numbers than threads to every thread that needs it: 190 more
+        # instructions and spilled registers. Four copies of each number are enough to prevent this.
+        offs = first + tl.arange(0, BLOCK)[:, None] + 0 * tl.arange(0, 4)[None, :]
+        copies = tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
+        return tl.max(copies, 1)
 
 
 @triton.jit
@@ -263,3 +263,25 @@ def _causal_attention_schedule_kernel(
     used &= (rank >= 0) & (rank < tiles)
     tl.store(work_ptr + 2 * rank, document, mask=used)
     tl.store(work_ptr + 2 * rank + 1, tile, mask=used)
+
+
+# --- packed documents: the tokens before the first and after the last one
+
+
+@triton.jit
+def _causal_attention_padding_kernel(
+    x_ptr, cu_seqlens_ptr, documents, T, width, BLOCK: tl.constexpr
+):
+    """Write zeros to the tokens of x (rows, T, width) that are in no document."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + documents), begin), T)
+    row_size = tl.cast(T, tl.int64) * width
+    x_ptr += tl.program_id(1) * row_size
+    # The programs of a row take turns. Without padding no iteration runs.
+    first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
+    for block in range(first, begin.to(tl.int64) * width, step):
+        offs = block + tl.arange(0, BLOCK)
+        tl.store(x_ptr + offs, 0.0, mask=offs < begin.to(tl.int64) * width)
+    for block in range(end.to(tl.int64) * width + first, row_size, step):
+        offs = block + tl.arange(0, BLOCK)
+        tl.store(x_ptr + offs, 0.0, mask=offs < row_size)
