@@ -64,6 +64,10 @@ from ._tiles import (
     _store_rows,
 )
 
+# A kernel is not compiled again for values of these arguments that are 1 or multiples of 16. Other
+# integers are strides, whose alignment allows wide loads, and `group`, whose 1 removes a loop.
+COUNTS = ["T", "S", "H", "tiles", "heads", "heads_at_once", "window", "threshold"]
+
 # --- forward: a program owns BLOCK_M queries of one head
 
 
@@ -106,7 +110,7 @@ def _fwd_loop(
     return acc, total, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _causal_attention_fwd_kernel(
     q_ptr, k, v, work_ptr, cu_seqlens_ptr, seed_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh,
@@ -201,7 +205,7 @@ def _dq_loop(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _causal_attention_bwd_dq_kernel(
     do_ptr, dlse_ptr, q_ptr, k, v, o_ptr, lse_ptr, work_ptr, cu_seqlens_ptr, seed_ptr,
     delta_ptr, dq_ptr,
@@ -302,7 +306,7 @@ def _dkdv_loop(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _causal_attention_bwd_dkdv_kernel(
     do, q, k_ptr, v_ptr, lse, delta, work_ptr, cu_seqlens_ptr, seed_ptr, dk_ptr, dv_ptr,
     stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh,

@@ -220,7 +220,7 @@ def _dropout_mask(
 # --- packed documents: a program writes BLOCK_T slots of the list of tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "documents"])
 def _causal_attention_schedule_kernel(
     cu_seqlens_ptr, work_ptr, tiles, documents,
     BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -268,7 +268,7 @@ def _causal_attention_schedule_kernel(
 # --- packed documents: the tokens before the first and after the last one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["documents", "T"])
 def _causal_attention_padding_kernel(
     x_ptr, cu_seqlens_ptr, documents, T, width, BLOCK: tl.constexpr
 ):

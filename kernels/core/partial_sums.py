@@ -13,7 +13,7 @@ COLUMNS_PER_PROGRAM = 32
 PARTIALS_PER_STEP = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _partial_sums_kernel(
     a_partial_ptr, b_partial_ptr, a_ptr, b_ptr,
     P, N,

@@ -12,7 +12,7 @@ rms_norm.py give math, shapes and precision. A pointer of an optional input or o
 from ..core.triton import tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_residual_m,
@@ -54,7 +54,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layer_norm_bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
