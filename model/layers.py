@@ -166,13 +166,18 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Tensor:
-        qkv = self.c_attn(x).unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
         attend_packed = context.attention.attend_packed
         if context.rope is None and context.cache is None and attend_packed is not None:
-            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens)
+            # The backward of attention has the gradient of qkv in registers. It also computes the
+            # gradient of the bias, so the linear layer must not.
+            weight, bias = self.c_attn.weight, self.c_attn.bias
+            qkv = linear(x, weight, None if bias is None else bias.detach())
+            qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
+            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens, bias)
             return self.c_proj(o.flatten(0, 1))
 
         # Split the heads, and rotate queries and keys together.
+        qkv = self.c_attn(x).unflatten(0, context.sizes)
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
         qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
         if context.rope is not None:

@@ -25,7 +25,10 @@ def _locate(
     work_ptr, cu_seqlens_ptr, T, S, H, tiles, heads, heads_at_once,
     BLOCK: tl.constexpr, IS_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Return tile, batch and head of this program; first token, queries and keys of its sequence.
+    """Return where this program works.
+
+    That is: tile, batch and head; its row of partial sums, which no other program of the head has;
+    first token, queries and keys of its sequence.
 
     Programs run roughly in the order of their ids. Heads go in groups of `heads_at_once`, whose
     keys and values fit in the L2 cache together. Within a group the tiles with the most work come
@@ -41,7 +44,7 @@ def _locate(
     if cu_seqlens_ptr is None:
         # The last queries see the most keys. The first keys are seen by the most queries.
         tile = rank if IS_KEYS else tiles - 1 - rank
-        return tile, head // H, head % H, 0, T, S
+        return tile, head // H, head % H, head // H * tiles + tile, 0, T, S
     else:
         # Packed documents: read (document, tile) from the list. An unused slot holds (-1, -1) and
         # becomes the first tile of an empty document.
@@ -56,7 +59,7 @@ def _locate(
         tile = tl.maximum(tl.load(work_ptr + 2 * rank + 1), 0)
         if IS_KEYS:
             tile = tl.maximum(tl.cdiv(length, BLOCK) - 1 - tile, 0)
-        return tile, 0, head, start, length, length
+        return tile, 0, head, rank, start, length, length
 
 
 @triton.jit
@@ -153,6 +156,16 @@ def _store_rows(
         tile.to(pointer.dtype.element_ty),
         mask=mask,
     )
+
+
+@triton.jit
+def _store_column_sums(
+    partial_ptr, tile, row, head, heads, HEAD: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Store the sums of the columns of `tile`, one head of a row of (rows, heads, HEAD)."""
+    offs_k = tl.arange(0, BLOCK_K)
+    partial_ptr += (tl.cast(row, tl.int64) * heads + head) * HEAD
+    tl.store(partial_ptr + offs_k, tl.sum(tile, 0), mask=offs_k < HEAD)
 
 
 # --- tile arithmetic

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.device import arch
 from ..core.layout import descriptor, strides_bth
+from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv, next_power_of_2
 from ._inputs import check_document_values
 from ._kernels import (
@@ -214,12 +215,17 @@ def launch_bwd(
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
     for grad in grads:
         _clear_padding(cu_seqlens, grad)
-    _launch_grads(grads, do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    _launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
     return grads
 
 
 def launch_qkvpacked_fwd(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
@@ -235,20 +241,26 @@ def launch_qkvpacked_bwd(
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
+    needs_bias: bool,
     options: AttentionOptions,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_bwd`."""
-    dqkv = shapes_qkvpacked_bwd(do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, options)
+    dqkv, dbias = shapes_qkvpacked_bwd(
+        do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
+    )
     _clear_padding(cu_seqlens, dqkv)
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
-    _launch_grads(grads, do, None, q, k, v, o, lse, cu_seqlens, options)
-    return dqkv
+    _launch_grads(
+        grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
+    )
+    return dqkv, dbias
 
 
 def _launch_grads(
     grads: tuple[Tensor, Tensor, Tensor],
+    dbias: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -259,7 +271,7 @@ def _launch_grads(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
-    """Write dq, dk and dv to `grads`.
+    """Write dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,).
 
     In each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
     """
@@ -280,9 +292,11 @@ def _launch_grads(
     # Programs that own queries: dq, and delta for the second kernel.
     tile = _plan("dq", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
+    dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
     _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
         o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta, dq_ptr=dq,
+        dq_sums_ptr=dq_sums,
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
         **common, **tile.arguments(K),
@@ -294,15 +308,19 @@ def _launch_grads(
     tile = _plan("dkdv", q, k, cu_seqlens, options)
     if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
+    dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
         lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
         delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
-        work_ptr=work, dk_ptr=dk, dv_ptr=dv,
+        work_ptr=work, dk_ptr=dk, dv_ptr=dv, dkv_sums_ptr=dkv_sums,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
         **common, **tile.arguments(K),
     )  # fmt: skip
+    if dbias is not None:
+        sum_partials(dq_sums, dbias[: H * K])
+        sum_partials(dkv_sums, dbias[H * K :])
 
 
 # --- arguments of the kernels

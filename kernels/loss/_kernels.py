@@ -313,7 +313,7 @@ def _cross_entropy_fwd_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _cross_entropy_reduce_kernel(
     rows_ptr, target_ptr, loss_ptr, divisor_ptr,
     N, ignore_index,

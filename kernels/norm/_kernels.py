@@ -12,7 +12,7 @@ rms_norm.py give math, shapes and precision. A pointer of an optional input or o
 from ..core.triton import tl, triton
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_residual_m,
