@@ -44,7 +44,7 @@ def reference_rotary(
 # --- kernel: one program rotates BLOCK_M of the M = B T H heads, numbered in the order of y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr,  # inputs, then outputs
     # Strides in the order of the pointers. y is contiguous, and all last strides are 1: not passed.

@@ -27,9 +27,10 @@ class AttentionRow:
     """attend(q, k, v, cu_seqlens) returns o."""
     operators: tuple[str, ...]
     """How the names of its forward operators start. Selective checkpointing keeps their outputs."""
-    attend_packed: Callable[[Tensor, int, int, Tensor | None], Tensor] | None = None
-    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens) returns o (B, T, H K). It reads the
-    output of the qkv layer without copies. None: the model splits qkv and calls `attend`."""
+    attend_packed: Callable[[Tensor, int, int, Tensor | None, Tensor | None], Tensor] | None = None
+    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, qkv_bias) returns o (B, T, H K). It reads
+    the output of the qkv layer without copies. Its backward gives the layer's bias its gradient.
+    None: the model splits qkv and calls `attend`."""
     needs: str | None = None
     """The module that must be installed."""
     needs_16_bit_cuda: bool = False
@@ -57,8 +58,12 @@ def _tritium(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tens
     return causal_attention_varlen(q, k, v, cu_seqlens, B * T).unflatten(0, (B, T))
 
 
-def _tritium_packed(qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None) -> Tensor:
-    return causal_attention_qkvpacked(qkv, n_head, n_kv_head=n_kv_head, cu_seqlens=cu_seqlens)
+def _tritium_packed(
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, qkv_bias: Tensor | None
+) -> Tensor:
+    return causal_attention_qkvpacked(
+        qkv, n_head, n_kv_head=n_kv_head, cu_seqlens=cu_seqlens, qkv_bias=qkv_bias
+    )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

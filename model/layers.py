@@ -199,13 +199,16 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Branch:
-        qkv = self.c_attn(x).unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
         attend_packed = context.attention.attend_packed
         if context.rope is None and context.cache is None and attend_packed is not None:
-            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens)
+            # The backward of attention also computes the gradient of the bias of c_attn.
+            qkv, added_bias = self.c_attn.branch(x)
+            qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
+            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias)
             return self.c_proj.branch(o.flatten(0, 1))
 
         # Split the heads, and rotate queries and keys together.
+        qkv = self.c_attn(x).unflatten(0, context.sizes)
         heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
         qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
         if context.rope is not None:

@@ -41,6 +41,7 @@ Names      q, k, v, do, lse, delta without _ptr may be TMA descriptors, see _til
            quads      Philox counters per query, four keys each
            threshold  a weight is kept if its random word is not below it
            keep       1 - dropout_p
+           sums       partial sums over the tokens of a tile, for the gradient of a bias of qkv
 
 Options that do not apply are None. Triton compiles a kernel without the code that uses them.
 With dropout, `keep` is 1 - dropout_p, and `kept` is True for the weights to keep.
@@ -61,8 +62,13 @@ from ._tiles import (
     _locate,
     _query_range,
     _softmax_step,
+    _store_column_sums,
     _store_rows,
 )
+
+# A kernel is not compiled again for values of these arguments that are 1 or multiples of 16. Other
+# integers are strides, whose alignment allows wide loads, and `group`, whose 1 removes a loop.
+COUNTS = ["T", "S", "H", "tiles", "heads", "heads_at_once", "window", "threshold"]
 
 # --- forward: a program owns BLOCK_M queries of one head
 
@@ -106,7 +112,7 @@ def _fwd_loop(
     return acc, total, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _causal_attention_fwd_kernel(
     q_ptr, k, v, work_ptr, cu_seqlens_ptr, seed_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh,
@@ -115,7 +121,7 @@ def _causal_attention_fwd_kernel(
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Find this program's tile and load its queries.
-    tile, batch, head, start, queries, keys = _locate(
+    tile, batch, head, _, start, queries, keys = _locate(
         work_ptr, cu_seqlens_ptr, T, S, H, tiles, heads, heads_at_once, BLOCK_M, False
     )
     first, shift = tile * BLOCK_M, keys - queries
@@ -201,17 +207,17 @@ def _dq_loop(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _causal_attention_bwd_dq_kernel(
     do_ptr, dlse_ptr, q_ptr, k, v, o_ptr, lse_ptr, work_ptr, cu_seqlens_ptr, seed_ptr,
-    delta_ptr, dq_ptr,
+    delta_ptr, dq_ptr, dq_sums_ptr,
     stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dqb, stride_dqt,
     T, S, H, group, tiles, heads, heads_at_once, scale, window, softcap, threshold, keep,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Find this program's tile of queries.
-    tile, batch, head, start, queries, keys = _locate(
+    tile, batch, head, partial_row, start, queries, keys = _locate(
         work_ptr, cu_seqlens_ptr, T, S, H, tiles, heads, heads_at_once, BLOCK_M, False
     )
     first, shift = tile * BLOCK_M, keys - queries
@@ -254,6 +260,9 @@ def _causal_attention_bwd_dq_kernel(
     _store_rows(
         dq_ptr, dq, batch, begin, end, head, stride_dqb, stride_dqt, HEAD, HEAD, BLOCK_M, BLOCK_K
     )
+    if dq_sums_ptr is not None:
+        # Rows past the end are 0: so are their q and do.
+        _store_column_sums(dq_sums_ptr, dq, partial_row, head, H, HEAD, BLOCK_K)
 
 
 @triton.jit
@@ -262,7 +271,7 @@ def _dkdv_loop(
     batch, head, first_key, start, shift, T,
     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
     scale, window, softcap, threshold, keep,
-    IS_EDGE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HEAD: tl.constexpr,
+    IS_EDGE: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of queries [lo, hi) of one query head to dk / scale and dv.
@@ -276,15 +285,14 @@ def _dkdv_loop(
         queries = _load_rows(
             q, batch, begin, end, head, stride_qb, stride_qt, stride_qh, HEAD, BLOCK_M, BLOCK_K
         )
-        lse = _load_statistics(lses, index, begin, end, total, float("inf"), HAS_DOCUMENTS, BLOCK_M)
-        lse *= LOG2E
+        lse = _load_statistics(lses, index, begin, end, total, float("inf"), BLOCK_M) * LOG2E
         s = _capped_scores(tl.dot(keys, queries.T, input_precision="ieee"), scale, softcap)
         # Gradient of the weights.
         dos = _load_rows(
             do, batch, begin, end, head, stride_dob, stride_dot, stride_doh, HEAD, BLOCK_M, BLOCK_K
         )
         dp = tl.dot(values, dos.T, input_precision="ieee")
-        delta = _load_statistics(deltas, index, begin, end, total, 0.0, HAS_DOCUMENTS, BLOCK_M)
+        delta = _load_statistics(deltas, index, begin, end, total, 0.0, BLOCK_M)
         if seed is not None:
             row = index.to(tl.int64) * total + start
             kept = _dropout_mask(seed, row, quads, first, first_key, threshold, BLOCK_M, BLOCK_N)
@@ -303,16 +311,17 @@ def _dkdv_loop(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _causal_attention_bwd_dkdv_kernel(
-    do, q, k_ptr, v_ptr, lse, delta, work_ptr, cu_seqlens_ptr, seed_ptr, dk_ptr, dv_ptr,
+    do, q, k_ptr, v_ptr, lse, delta, work_ptr, cu_seqlens_ptr, seed_ptr,
+    dk_ptr, dv_ptr, dkv_sums_ptr,
     stride_dob, stride_dot, stride_doh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dkb, stride_dkt,
     T, S, H, group, tiles, heads, heads_at_once, scale, window, softcap, threshold, keep,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Find this program's tile of keys, load them and their values.
-    tile, batch, kv_head, start, queries, keys = _locate(
+    tile, batch, kv_head, partial_row, start, queries, keys = _locate(
         work_ptr, cu_seqlens_ptr, T, S, H // group, tiles, heads, heads_at_once, BLOCK_N, True
     )
     first, shift = tile * BLOCK_N, keys - queries
@@ -338,7 +347,7 @@ def _causal_attention_bwd_dkdv_kernel(
                     seed, batch * H + head, T, quads, batch, head, first, start, shift, queries,
                     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
                     scale, window, softcap, threshold, keep,
-                    stage != 1, cu_seqlens_ptr is not None, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
+                    stage != 1, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
     dk *= scale
     _store_rows(
@@ -347,3 +356,8 @@ def _causal_attention_bwd_dkdv_kernel(
     _store_rows(
         dv_ptr, dv, batch, begin, end, kv_head, stride_dkb, stride_dkt, HEAD, HEAD, BLOCK_N, BLOCK_K
     )
+    if dkv_sums_ptr is not None:
+        # Rows past the end are 0: no query sees their keys.
+        G = H // group
+        _store_column_sums(dkv_sums_ptr, dk, partial_row, kv_head, 2 * G, HEAD, BLOCK_K)
+        _store_column_sums(dkv_sums_ptr, dv, partial_row, G + kv_head, 2 * G, HEAD, BLOCK_K)

@@ -59,15 +59,28 @@ def _sdpa(
 
 
 def _sdpa_applies_packed(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
 ) -> bool:
     return _is_plain(qkv.shape[1], qkv.shape[1], cu_seqlens, options)
 
 
 def _sdpa_packed(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K), and an empty tensor in place of lse."""
+    if qkv_bias is not None:
+        # Autograd sums the gradient of the bias. qkv contains the value already: add 0.
+        qkv = qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
     o, lse = _sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 
@@ -124,10 +137,11 @@ def _grad(ctx, do, dlse):
 
 
 def _save_packed(ctx, inputs, output):
-    qkv, n_head, n_kv_head, cu_seqlens, options = inputs
+    qkv, qkv_bias, n_head, n_kv_head, cu_seqlens, options = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
     ctx.head_counts = n_head, n_kv_head
+    ctx.bias_dtype = None if qkv_bias is None else qkv_bias.dtype
     ctx.options = dataclasses.replace(options, seed=None)
     ctx.save_for_backward(qkv, o, lse, cu_seqlens, options.seed)
 
@@ -135,13 +149,15 @@ def _save_packed(ctx, inputs, output):
 def _grad_packed(ctx, do, _dlse):
     # The public function does not return lse, so lse has no gradient.
     if do is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     qkv, o, lse, cu_seqlens, seed = ctx.saved_tensors
     options = dataclasses.replace(ctx.options, seed=seed)
-    dqkv = _packed_attention_bwd(
-        do.contiguous(), qkv, o, lse, *ctx.head_counts, cu_seqlens, options
+    needs_bias = ctx.needs_input_grad[1]
+    dqkv, dbias = _packed_attention_bwd(
+        do.contiguous(), qkv, o, lse, *ctx.head_counts, cu_seqlens, needs_bias, options
     )
-    return dqkv, None, None, None, None
+    dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
+    return dqkv, dbias, None, None, None, None
 
 
 attention.register_autograd(_grad, setup_context=_save)

@@ -81,9 +81,17 @@ def shapes_bwd(
 
 
 def reference_qkvpacked_fwd(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H K) and lse (B, H, T). q, k and v lie next to each other in qkv."""
+    """Return o (B, T, H K) and lse (B, H, T). q, k and v lie next to each other in qkv.
+
+    The value of `qkv_bias` is not read: qkv contains it.
+    """
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     q, k, v = (_by_head(x) for x in split_qkv(qkv, n_head, n_kv_head))
     o, lse = _attend(q, k, v, cu_seqlens, options)
@@ -91,7 +99,12 @@ def reference_qkvpacked_fwd(
 
 
 def shapes_qkvpacked_fwd(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the outputs of `reference_qkvpacked_fwd`."""
     B, T, width = qkv.shape
@@ -108,15 +121,20 @@ def reference_qkvpacked_bwd(
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
+    needs_bias: bool,
     options: AttentionOptions,
-) -> Tensor:
-    """Return dqkv, in the layout of qkv."""
+) -> tuple[Tensor, Tensor]:
+    """Return dqkv, in the layout of qkv, and the gradient of its bias ((H + 2 G) K,).
+
+    The latter is the sum of dqkv over tokens, before dqkv is rounded. Empty if not needed.
+    """
     counts = n_head, n_kv_head, n_kv_head
     heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
     do, o = (_by_head(x.unflatten(-1, (n_head, -1))) for x in (do, o))
     dheads = torch.zeros_like(heads)
     _fill_grads(dheads.split(counts), do, None, o, *heads.split(counts), cu_seqlens, options)
-    return _by_token(dheads, qkv.dtype).flatten(2)
+    dbias = dheads.sum((1, 2)).flatten() if needs_bias else dheads.new_empty(0)
+    return _by_token(dheads, qkv.dtype).flatten(2), dbias
 
 
 def shapes_qkvpacked_bwd(
@@ -127,10 +145,13 @@ def shapes_qkvpacked_bwd(
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
+    needs_bias: bool,
     options: AttentionOptions,
-) -> Tensor:
-    """Allocate the output of `reference_qkvpacked_bwd`."""
-    return qkv.new_empty(qkv.shape)
+) -> tuple[Tensor, Tensor]:
+    """Allocate the outputs of `reference_qkvpacked_bwd`."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    dbias = qkv.new_empty(qkv.shape[-1] if needs_bias else 0, dtype=dtype)
+    return qkv.new_empty(qkv.shape), dbias
 
 
 # --- layouts

@@ -25,7 +25,10 @@ def _locate(
     work_ptr, cu_seqlens_ptr, T, S, H, tiles, heads, heads_at_once,
     BLOCK: tl.constexpr, IS_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Return tile, batch and head of this program; first token, queries and keys of its sequence.
+    """Return where this program works.
+
+    That is: tile, batch and head; its row of partial sums, which no other program of the head has;
+    first token, queries and keys of its sequence.
 
     Programs run roughly in the order of their ids. Heads go in groups of `heads_at_once`, whose
     keys and values fit in the L2 cache together. Within a group the tiles with the most work come
@@ -41,7 +44,7 @@ def _locate(
     if cu_seqlens_ptr is None:
         # The last queries see the most keys. The first keys are seen by the most queries.
         tile = rank if IS_KEYS else tiles - 1 - rank
-        return tile, head // H, head % H, 0, T, S
+        return tile, head // H, head % H, head // H * tiles + tile, 0, T, S
     else:
         # Packed documents: read (document, tile) from the list. An unused slot holds (-1, -1) and
         # becomes the first tile of an empty document.
@@ -56,7 +59,7 @@ def _locate(
         tile = tl.maximum(tl.load(work_ptr + 2 * rank + 1), 0)
         if IS_KEYS:
             tile = tl.maximum(tl.cdiv(length, BLOCK) - 1 - tile, 0)
-        return tile, 0, head, start, length, length
+        return tile, 0, head, rank, start, length, length
 
 
 @triton.jit
@@ -120,22 +123,22 @@ def _load_rows(
 
 
 @triton.jit
-def _load_statistics(
-    source, index, first, end, T, other, HAS_DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _load_statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
     """Load one number per token [first, first + BLOCK) from row `index` of (rows, T).
 
-    Tokens from `end` on give `other`. Without documents a descriptor gives 0 there instead. This is
-    safe: `end` is the end of the row, so `_load_rows` gives zeros for these tokens, and they add
-    nothing to a gradient.
+    Tokens from `end` on give `other`. A descriptor gives 0 there instead. This is safe, because the
+    launcher makes a descriptor only if `end` is the end of the row. Then `_load_rows` gives zeros
+    for these tokens, and they add nothing to a gradient.
     """
-    offs = first + tl.arange(0, BLOCK)
     if isinstance(source, tl.tensor_descriptor):
         # An ordinary load puts each number into every thread that needs it: 32 more instructions.
-        x = source.load([index, first]).reshape(BLOCK)
-        return tl.where(offs < end, x, other) if HAS_DOCUMENTS else x
+        return source.load([index, first]).reshape(BLOCK)
     else:
-        return tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
+        # Triton gives a load of fewer numbers than threads to every thread that needs it: 190 more
+        # instructions and spilled registers. Four copies of each number are enough to prevent this.
+        offs = first + tl.arange(0, BLOCK)[:, None] + 0 * tl.arange(0, 4)[None, :]
+        copies = tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
+        return tl.max(copies, 1)
 
 
 @triton.jit
@@ -153,6 +156,16 @@ def _store_rows(
         tile.to(pointer.dtype.element_ty),
         mask=mask,
     )
+
+
+@triton.jit
+def _store_column_sums(
+    partial_ptr, tile, row, head, heads, HEAD: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Store the sums of the columns of `tile`, one head of a row of (rows, heads, HEAD)."""
+    offs_k = tl.arange(0, BLOCK_K)
+    partial_ptr += (tl.cast(row, tl.int64) * heads + head) * HEAD
+    tl.store(partial_ptr + offs_k, tl.sum(tile, 0), mask=offs_k < HEAD)
 
 
 # --- tile arithmetic
@@ -220,7 +233,7 @@ def _dropout_mask(
 # --- packed documents: a program writes BLOCK_T slots of the list of tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "documents"])
 def _causal_attention_schedule_kernel(
     cu_seqlens_ptr, work_ptr, tiles, documents,
     BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -263,3 +276,25 @@ def _causal_attention_schedule_kernel(
     used &= (rank >= 0) & (rank < tiles)
     tl.store(work_ptr + 2 * rank, document, mask=used)
     tl.store(work_ptr + 2 * rank + 1, tile, mask=used)
+
+
+# --- packed documents: the tokens before the first and after the last one
+
+
+@triton.jit(do_not_specialize=["documents", "T"])
+def _causal_attention_padding_kernel(
+    x_ptr, cu_seqlens_ptr, documents, T, width, BLOCK: tl.constexpr
+):
+    """Write zeros to the tokens of x (rows, T, width) that are in no document."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + documents), begin), T)
+    row_size = tl.cast(T, tl.int64) * width
+    x_ptr += tl.program_id(1) * row_size
+    # The programs of a row take turns. Without padding no iteration runs.
+    first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
+    for block in range(first, begin.to(tl.int64) * width, step):
+        offs = block + tl.arange(0, BLOCK)
+        tl.store(x_ptr + offs, 0.0, mask=offs < begin.to(tl.int64) * width)
+    for block in range(end.to(tl.int64) * width + first, row_size, step):
+        offs = block + tl.arange(0, BLOCK)
+        tl.store(x_ptr + offs, 0.0, mask=offs < row_size)

@@ -125,6 +125,7 @@ def causal_attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
 ) -> Tensor:
     """Attend as causal_attention does, with q, k and v read where a linear layer wrote them.
 
@@ -136,6 +137,13 @@ def causal_attention_qkvpacked(
         scale, window, softcap, dropout_p, seed: as for causal_attention.
         cu_seqlens: as for causal_attention_varlen, for documents packed in the B T tokens.
             Default: B sequences.
+        qkv_bias: ((H + 2 G) K,), any float dtype: a bias that qkv already contains. Its value is
+            not read. The backward returns its gradient, the sum of qkv's gradient over tokens,
+            without reading that gradient from memory again. Detach the bias where it was added, so
+            that it does not get the gradient twice:
+                qkv = linear(x, weight, bias.detach())
+                o = causal_attention_qkvpacked(qkv, n_head, qkv_bias=bias)
+            Default: no bias gets a gradient here.
     Returns: o (B, T, H K), dtype of qkv. The gradient of qkv is packed too.
     Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
         on a GPU.
@@ -158,6 +166,15 @@ def causal_attention_qkvpacked(
             f"heads, got {qkv.dtype} {tuple(qkv.shape)}"
         )
     B, T, width = qkv.shape
+    if qkv_bias is not None and (
+        qkv_bias.shape != (width,)
+        or qkv_bias.device != qkv.device
+        or not qkv_bias.is_floating_point()
+    ):
+        raise ValueError(
+            f"{name}: qkv_bias must be floating point ({width},) on {qkv.device} to match qkv, "
+            f"got {qkv_bias.dtype} {tuple(qkv_bias.shape)} on {qkv_bias.device}"
+        )
     keys = T
     if cu_seqlens is not None:
         check_documents(name, cu_seqlens, qkv.device)
@@ -167,5 +184,5 @@ def causal_attention_qkvpacked(
     options = resolve_options(
         name, width // (H + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed
     )
-    o, _ = packed_attention(unit_stride(qkv), H, G, cu_seqlens, options)
+    o, _ = packed_attention(unit_stride(qkv), qkv_bias, H, G, cu_seqlens, options)
     return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

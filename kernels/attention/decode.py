@@ -96,7 +96,7 @@ def _check_length_values(cache_lengths: Tensor, S: int) -> None:
 # --- kernels: a program owns a tile of rows of one key head, and one split of their keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "S", "splits", "window"])
 def _attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh,

@@ -5,6 +5,7 @@ registers, matrix instructions in every main loop, and matrix units that are bus
 time as possible. They have not been timed.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..core.device import arch
 from ..core.layout import descriptor, strides_bth
+from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv, next_power_of_2
 from ._inputs import check_document_values
 from ._kernels import (
@@ -20,7 +22,7 @@ from ._kernels import (
     _causal_attention_fwd_kernel,
 )
 from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
-from ._tiles import _causal_attention_schedule_kernel
+from ._tiles import _causal_attention_padding_kernel, _causal_attention_schedule_kernel
 from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
@@ -28,6 +30,8 @@ from .options import AttentionOptions
 L2_BYTES = 16 << 20
 # Tile sizes of the kernel that lists the tiles of packed documents.
 SLOTS_PER_PROGRAM, DOCUMENTS_PER_STEP = 64, 64
+# Sizes of the kernel that fills padding with zeros: elements per step, and programs at most.
+PADDING_BLOCK, PADDING_PROGRAMS = 1024, 128
 
 
 # --- tiles
@@ -54,11 +58,14 @@ class Tile:
         }
 
 
+def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
 def _tiles(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[int, Tile]]:
     """Rows (block_m, block_n, num_warps, num_stages) by kernel and head size."""
-    names = ("block_m", "block_n", "num_warps", "num_stages")
     return {
-        kernel: {size: Tile(**dict(zip(names, row, strict=True))) for size, row in rows.items()}
+        kernel: {size: _tile(*row) for size, row in rows.items()}
         for kernel, rows in kernels.items()
     }
 
@@ -100,10 +107,14 @@ TILES = {
         dkdv={64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1)},
     ),
 }
-# Rows that replace those of TILES where these would spill. OPTION_TILES: with documents, a window,
-# soft-capping or grouped heads. A narrower tile reads more shared memory per FLOP.
-OPTION_TILES = {"sm_9": _tiles(fwd={}, dq={128: (128, 64, 8, 3)}, dkdv={128: (32, 128, 8, 2)})}
-DROPOUT_TILES = {"sm_9": _tiles(fwd={}, dq={}, dkdv={128: (32, 64, 8, 2)})}
+# Rows that replace those of TILES where these would spill, by family, kernel and padded head size:
+# with one option, and with more. A narrower tile reads more shared memory per FLOP.
+OPTION_TILES = {
+    "sm_9": {
+        ("dq", 128): (_tile(128, 64, 8, 3), _tile(128, 64, 8, 3)),
+        ("dkdv", 128): (_tile(32, 128, 8, 2), _tile(32, 64, 8, 2)),
+    }
+}
 # float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are
 # in registers.
 FLOAT32_TILES = _tiles(
@@ -125,22 +136,20 @@ def plan(
     architecture: str,
     *,
     has_dropout: bool = False,
-    has_options: bool = False,
+    options: int = 0,
 ) -> Tile:
     """Choose the tile of a kernel: "fwd", "dq" or "dkdv".
 
     Args:
-        has_options: whether there are documents, a window, soft-capping or grouped heads.
+        options: how many apply of documents, a window, soft-capping, grouped heads and dropout.
     """
     family = next(name for name in TILES if architecture.startswith(name))
     rows = (FLOAT32_TILES if dtype == torch.float32 else TILES[family])[kernel]
     size = min(size for size in rows if size >= padded(head_size))
     tile = rows[size]
-    if dtype != torch.float32:
-        if has_dropout and size in _rows(DROPOUT_TILES, family, kernel):
-            return DROPOUT_TILES[family][kernel][size]
-        if has_options:
-            tile = _rows(OPTION_TILES, family, kernel).get(size, tile)
+    if options and dtype != torch.float32:
+        narrow = OPTION_TILES.get(family, {}).get((kernel, size), (tile,))
+        tile = narrow[min(options, len(narrow)) - 1]
     if not has_dropout:
         return tile
     # The random words take as many registers as the scores: halve the side that is looped over.
@@ -148,21 +157,19 @@ def plan(
     return replace(tile, **{looped: max(16, getattr(tile, looped) // 2)})
 
 
-def _rows(table: dict, family: str, kernel: str) -> dict[int, Tile]:
-    return table[family][kernel] if family in table else {}
-
-
 def _plan(
     kernel: str, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
 ) -> Tile:
-    has_options = cu_seqlens is not None or options.window < k.shape[1] or options.softcap > 0
+    has_dropout = options.dropout_p > 0
+    is_grouped = q.shape[2] != k.shape[2]
+    applied = cu_seqlens is not None, options.window < k.shape[1], options.softcap > 0
     return plan(
         kernel,
         q.shape[-1],
         q.dtype,
         arch(q.device),
-        has_dropout=options.dropout_p > 0,
-        has_options=has_options or q.shape[2] != k.shape[2],
+        has_dropout=has_dropout,
+        options=sum((*applied, is_grouped, has_dropout)),
     )
 
 
@@ -176,7 +183,9 @@ def launch_fwd(
     check_document_values("causal_attention_varlen", cu_seqlens, q.shape[1])
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // max(1, G)
-    o, lse = _clear_padding(cu_seqlens, *shapes_fwd(q, k, v, cu_seqlens, options))
+    o, lse = shapes_fwd(q, k, v, cu_seqlens, options)
+    _clear_padding(cu_seqlens, o)
+    _clear_padding(cu_seqlens, lse, axis=2)
     tile = _plan("fwd", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
@@ -204,13 +213,19 @@ def launch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_bwd`."""
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
-    _clear_padding(cu_seqlens, *grads)
-    _launch_grads(grads, do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    for grad in grads:
+        _clear_padding(cu_seqlens, grad)
+    _launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
     return grads
 
 
 def launch_qkvpacked_fwd(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, options: AttentionOptions
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
@@ -226,20 +241,26 @@ def launch_qkvpacked_bwd(
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
+    needs_bias: bool,
     options: AttentionOptions,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_bwd`."""
-    dqkv = shapes_qkvpacked_bwd(do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, options)
+    dqkv, dbias = shapes_qkvpacked_bwd(
+        do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
+    )
     _clear_padding(cu_seqlens, dqkv)
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
-    _launch_grads(grads, do, None, q, k, v, o, lse, cu_seqlens, options)
-    return dqkv
+    _launch_grads(
+        grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
+    )
+    return dqkv, dbias
 
 
 def _launch_grads(
     grads: tuple[Tensor, Tensor, Tensor],
+    dbias: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -250,7 +271,7 @@ def _launch_grads(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
-    """Write dq, dk and dv to `grads`.
+    """Write dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,).
 
     In each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
     """
@@ -271,9 +292,11 @@ def _launch_grads(
     # Programs that own queries: dq, and delta for the second kernel.
     tile = _plan("dq", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
+    dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
     _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
         o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta, dq_ptr=dq,
+        dq_sums_ptr=dq_sums,
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
         **common, **tile.arguments(K),
@@ -285,27 +308,40 @@ def _launch_grads(
     tile = _plan("dkdv", q, k, cu_seqlens, options)
     if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
+    dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
     _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
-        lse=_streamed_statistics(lse, q, tile.block_m),
-        delta=_streamed_statistics(delta, q, tile.block_m),
-        work_ptr=work, dk_ptr=dk, dv_ptr=dv,
+        lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
+        delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
+        work_ptr=work, dk_ptr=dk, dv_ptr=dv, dkv_sums_ptr=dkv_sums,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
         **common, **tile.arguments(K),
     )  # fmt: skip
+    if dbias is not None:
+        sum_partials(dq_sums, dbias[: H * K])
+        sum_partials(dkv_sums, dbias[H * K :])
 
 
 # --- arguments of the kernels
 
 
-def _clear_padding(cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Fill with zeros if there are documents.
+def _clear_padding(cu_seqlens: Tensor | None, x: Tensor, axis: int = 1) -> None:
+    """Fill the tokens of contiguous `x` that are in no document with zeros.
 
-    No program writes the tokens after the last document. A NaN left there would survive a
-    multiplication by 0.
+    `axis` is the axis of tokens. No program of the other kernels writes these tokens. A NaN left
+    there would survive a multiplication by 0.
     """
-    return tensors if cu_seqlens is None else tuple(x.zero_() for x in tensors)
+    if cu_seqlens is None or not x.numel():
+        return
+    rows = math.prod(x.shape[:axis])
+    row_size = x.numel() // rows
+    # The kernel learns on the device where padding is. Usually there is none.
+    programs = min(cdiv(row_size, PADDING_BLOCK), PADDING_PROGRAMS)
+    _causal_attention_padding_kernel[(programs, rows)](
+        x_ptr=x, cu_seqlens_ptr=cu_seqlens, documents=cu_seqlens.shape[0] - 1,
+        T=x.shape[axis], width=row_size // x.shape[axis], BLOCK=PADDING_BLOCK,
+    )  # fmt: skip
 
 
 def _schedule(cu_seqlens: Tensor | None, tokens: int, block: int) -> tuple[Tensor | None, int]:
@@ -342,9 +378,14 @@ def _streamed(rows: int, **tensors: Tensor) -> dict:
     }
 
 
-def _streamed_statistics(x: Tensor, q: Tensor, rows: int):
-    """Return lse or delta (B, H, T) as a descriptor of `rows` numbers, if possible."""
-    return x if q.dtype == torch.float32 else descriptor(x.flatten(0, 1), (1, rows))
+def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: int):
+    """Return lse or delta (B, H, T) as a descriptor of `rows` numbers, if possible.
+
+    Triton's descriptors load blocks that begin at multiples of 16 bytes. Documents begin anywhere.
+    """
+    if cu_seqlens is not None or q.dtype == torch.float32:
+        return x
+    return descriptor(x.flatten(0, 1), (1, rows))
 
 
 def _option_arguments(options: AttentionOptions, S: int) -> dict:

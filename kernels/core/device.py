@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
@@ -105,7 +107,7 @@ def sm_count(device: torch.device) -> int:
 def arch(device: torch.device) -> str:
     """Return the architecture of a GPU as compilers name it: "sm_90", "gfx942".
 
-    Return DEFAULT_ARCH for other devices.
+    Return DEFAULT_ARCH for other devices. Raise InputError for NVIDIA GPUs older than sm_80.
     """
     return _arch(device) if device.type == "cuda" else DEFAULT_ARCH
 
@@ -115,4 +117,9 @@ def _arch(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise InputError(
+            f"kernels: expected a GPU of architecture sm_80 or newer, got sm_{major}{minor}; "
+            "use another GPU or the CPU"
+        )
     return f"sm_{major}{minor}"

@@ -26,7 +26,7 @@ def _sum_rows(partial_ptr, sum_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.con
     tl.store(sum_ptr + offs_n, tl.sum(acc, axis=0).to(sum_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _partial_sums_kernel(
     a_partial_ptr, b_partial_ptr, c_partial_ptr, a_ptr, b_ptr, c_ptr,
     P, N,

@@ -14,7 +14,11 @@ try:
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
-    triton = types.SimpleNamespace(jit=lambda function: function)
+
+    def _jit(function=None, **options):
+        return _jit if function is None else function
+
+    triton = types.SimpleNamespace(jit=_jit)
     tl = types.SimpleNamespace(constexpr=lambda value: value)
     TensorDescriptor = None
 

@@ -247,7 +247,7 @@ def _write_dlogits(
 # --- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, loss_ptr, statistics_ptr,
     stride_m,
@@ -265,7 +265,7 @@ def _cross_entropy_fwd_kernel(
         tl.store(statistics_ptr + N + offs_m, log_sum, mask=offs_m < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, statistics_ptr, divisor_ptr, dlogits_ptr,
     stride_dloss, stride_m, stride_dm,
@@ -291,7 +291,7 @@ def _cross_entropy_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cross_entropy_fwd_bwd_kernel(
     logits_ptr, target_ptr, dloss_ptr, loss_ptr,
     stride_m, stride_dloss,

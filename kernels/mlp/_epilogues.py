@@ -113,7 +113,7 @@ def _mlp_activation_fwd_kernel(
     tl.store(a_ptr + offs_n, a.to(a_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _mlp_activation_bwd_kernel(
     da_ptr, h_ptr, dh_ptr, db_partial_ptr,
     M, N,

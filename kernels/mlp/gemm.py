@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import arch, sm_count
-from ..core.layout import descriptor
+from ..core.layout import TMA_ALIGNMENT, descriptor
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, tl, triton
 
@@ -91,7 +91,6 @@ def _family(
 # consumer cards, whose tensor pipes are slower. On B200 the difference is within the error of the
 # estimate. There is no estimate for AMD.
 FAMILIES = {
-    "sm_7": _family(False, (64, 128, 32, 1, 4, 2), small=(64, 64, 32, 1, 4, 2)),
     "sm_9": _family(True, (128, 256, 64, 4, 8, 3), small=(64, 128, 64, 1, 4, 4)),
     # With aux, an accumulator of 128 x 256 does not fit in the registers.
     "sm_10": _family(
@@ -116,16 +115,19 @@ def plan(
     multiprocessors: int,
     *,
     has_aux: bool = False,
+    is_aligned: bool = True,
 ) -> tuple[Tile, bool]:
     """Choose the tile of a GEMM, and whether to fuse the elementwise work into it.
 
-    Only 16-bit GEMMs with at least one tile per multiprocessor are fused.
+    Only 16-bit GEMMs with at least one tile per multiprocessor are fused. Operands that are not
+    aligned to 16 bytes take a small tile: the addresses of a large one do not fit in the registers.
     """
     family = next(row for name, row in FAMILIES.items() if architecture.startswith(name))
     if dtype == torch.float32:
         return FLOAT32_TILE, False
     tile = family.aux if has_aux else family.large
-    if cdiv(M, tile.block_m) * cdiv(N, tile.block_n) < multiprocessors:
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    if tiles < multiprocessors or not is_aligned:
         return family.small, False
     return tile, family.fuses
 
@@ -137,11 +139,22 @@ def is_fused(matmul: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
     """
     if matmul != "auto":
         return {"fused": True, "cublas": False}[matmul]
-    # Descriptors and 16-byte loads need rows that start at multiples of 16 bytes.
     M, K = a.shape
-    if K % 8 or N % 8:
+    if K % 8 or N % 8 or not _is_aligned(a):
         return False
     return plan(M, N, a.dtype, arch(a.device), sm_count(a.device), has_aux=has_aux)[1]
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows or columns start at multiples of 16 bytes, as descriptors need."""
+    return (
+        1 in x.stride()
+        and x.data_ptr() % TMA_ALIGNMENT == 0
+        and all(
+            stride == 1 or size == 1 or stride * x.element_size() % TMA_ALIGNMENT == 0
+            for size, stride in zip(x.shape, x.stride(), strict=True)
+        )
+    )
 
 
 # --- the default epilogue
@@ -311,7 +324,15 @@ def gemm(
     M, K = a.shape
     N = b.shape[1]
     multiprocessors = sm_count(a.device)
-    tile, _ = plan(M, N, a.dtype, arch(a.device), multiprocessors, has_aux=aux is not None)
+    tile, _ = plan(
+        M,
+        N,
+        a.dtype,
+        arch(a.device),
+        multiprocessors,
+        has_aux=aux is not None,
+        is_aligned=N % 8 == 0 and _is_aligned(a) and _is_aligned(b),
+    )
     blocks_m = cdiv(M, tile.block_m)
 
     # outputs

@@ -64,7 +64,7 @@ def _fold(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         return tl.sum(x.reshape(2, BLOCK_M // 2, BLOCK_N), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layer_norm_bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
     dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,

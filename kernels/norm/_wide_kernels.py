@@ -69,7 +69,7 @@ def _layer_norm_fwd_wide_kernel(
         tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layer_norm_bwd_wide_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
     dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,

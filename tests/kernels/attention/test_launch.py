@@ -18,10 +18,10 @@ from tritium.bench.codegen.launches import compile_launch, record_launches
 from tritium.kernels import causal_attention_qkvpacked
 from tritium.kernels.attention import launch as attention_launch
 from tritium.kernels.attention.launch import (
-    DROPOUT_TILES,
     FLOAT32_TILES,
     OPTION_TILES,
     TILES,
+    _clear_padding,
     _schedule,
     launch_bwd,
     launch_fwd,
@@ -79,14 +79,12 @@ def test_dropout_halves_the_side_that_is_looped_over(kernel, owned, looped):
 
 
 @pytest.mark.plain
-def test_options_and_dropout_have_tiles_of_their_own_at_head_size_128():
+def test_options_choose_narrower_tiles_at_head_size_128():
+    one, more = OPTION_TILES["sm_9"]["dkdv", 128]
     sizes = (128, torch.bfloat16, "sm_90")
-    assert plan("dq", *sizes, has_options=True) is OPTION_TILES["sm_9"]["dq"][128]
-    for has_options in (False, True):
-        tile = plan("dkdv", *sizes, has_dropout=True, has_options=has_options)
-        assert tile is DROPOUT_TILES["sm_9"]["dkdv"][128]
-    assert plan("dq", 128, torch.float32, "sm_90", has_options=True) is FLOAT32_TILES["dq"][128]
-    assert plan("dq", 128, torch.bfloat16, "sm_80", has_options=True) is TILES["sm_"]["dq"][128]
+    assert [plan("dkdv", *sizes, options=n) for n in (1, 2, 5)] == [one, more, more]
+    assert plan("dkdv", 128, torch.float32, "sm_90", options=1) is FLOAT32_TILES["dkdv"][128]
+    assert plan("dkdv", 128, torch.bfloat16, "sm_80", options=1) is TILES["sm_"]["dkdv"][128]
 
 
 @pytest.mark.plain
@@ -191,6 +189,22 @@ def test_list_of_invalid_documents_stays_in_bounds(invalid, device):
     assert torch.equal(work, alone)
 
 
+@needs_kernels
+@pytest.mark.parametrize("bounds", [(0, 5), (3, 5), (3, 3), (0, 0), (5, 9), (-4, 2)])
+def test_tokens_outside_of_all_documents_become_zero(bounds, device, monkeypatch):
+    """Also with more blocks of padding than programs, and with documents past the last token."""
+    monkeypatch.setattr(attention_launch, "PADDING_BLOCK", 4)
+    monkeypatch.setattr(attention_launch, "PADDING_PROGRAMS", 2)
+    cu_seqlens = torch.tensor([bounds[0], 1, bounds[1]], dtype=torch.int32, device=device)
+    token = torch.arange(5, device=device)
+    is_padding = (token < bounds[0]) | (token >= bounds[1])
+    for shape, axis in (((1, 5, 2, 3), 1), ((1, 2, 5), 2)):
+        x = torch.ones(shape, device=device)
+        _clear_padding(cu_seqlens, x, axis)
+        expected = (~is_padding).float().view([5 if i == axis else 1 for i in range(len(shape))])
+        assert torch.equal(x, expected.expand(shape))
+
+
 # --- ahead-of-time compilation
 
 
@@ -209,6 +223,6 @@ def test_sizes_of_one_compile(T, S, documents, window, dropout_p):
         launch_fwd(q, k, k, cu_seqlens, options)
         launch_bwd(q, lse, q, k, k, q, lse, cu_seqlens, options)
     names = {launch.kernel.__name__ for launch in launches}
-    assert len(names) == (4 if documents else 3)
+    assert len(names) == (5 if documents else 3)
     for launch in launches:
         assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__

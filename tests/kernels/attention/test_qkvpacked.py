@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.attention.cases import assert_bitwise_equal, attend, make_inputs, packed, run
+from tests.tolerance import assert_accurate
 from tritium.kernels import causal_attention_qkvpacked
 from tritium.kernels.attention._reference import BLOCK_QUERIES
 
@@ -59,6 +60,98 @@ def test_empty_input_gives_empty_output_and_gradient(B, T, device):
     assert qkv.grad.shape == qkv.shape
 
 
+# --- the gradient of a bias that qkv contains
+
+
+def cumulative(*ends, device):
+    return torch.tensor([0, *ends], dtype=torch.int32, device=device)
+
+
+def attend_biased(n_head, **options):
+    """(o,) of qkv and its bias."""
+    return lambda qkv, bias: (causal_attention_qkvpacked(qkv, n_head, qkv_bias=bias, **options),)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3, "softcap": 2.0}, {"dropout_p": 0.2, "seed": 1}, {"ends": (2, 4)}]
+)
+def test_gradient_of_the_bias_passes_gradcheck(options):
+    """The gradient is the one that the bias gets where it is added, if it is not detached there."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 32, generator=generator, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(32, generator=generator, dtype=torch.float64).requires_grad_()
+    options = dict(options)
+    if "ends" in options:
+        options["cu_seqlens"] = cumulative(*options.pop("ends"), device="cpu")
+
+    def by_attention(x, bias):
+        qkv = x + bias.detach()
+        return causal_attention_qkvpacked(qkv, 4, n_kv_head=2, qkv_bias=bias, **options)
+
+    def by_addition(x, bias):
+        return causal_attention_qkvpacked(x + bias, 4, n_kv_head=2, **options)
+
+    assert torch.autograd.gradcheck(by_addition, (x, bias))
+    do = torch.randn(2, 3, 16, generator=generator, dtype=torch.float64)
+    got, expected = (
+        torch.autograd.grad(f(x, bias), (x, bias), do) for f in (by_attention, by_addition)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("T", "H", "G", "K", "options"),
+    [
+        (140, 2, 2, 16, {}),
+        (129, 4, 2, 24, {"window": 7, "softcap": 3.0}),
+        (33, 2, 1, 40, {"dropout_p": 0.2, "seed": 9}),
+        (1, 1, 1, 16, {}),
+        (70, 2, 1, 16, {"ends": (5, 5, 90, 131)}),
+    ],
+)
+def test_gradient_of_the_bias_is_accurate(T, H, G, K, options, dtype, device):
+    """With documents the last tokens are padding: they add nothing."""
+    q, k, v, do, _ = make_inputs(2, T, T, H, G, K, dtype, device)
+    qkv, do, options = packed(q, k, v), do.flatten(2), dict(options)
+    if "ends" in options:
+        options["cu_seqlens"] = cumulative(*options.pop("ends"), device=device)
+    bias = torch.ones(qkv.shape[-1], device=device)
+    o, dqkv, dbias = run(attend_biased(H, n_kv_head=G, **options), (qkv, bias), [do])
+    assert_bitwise_equal((o, dqkv), run(attend_packed(H, n_kv_head=G, **options), [qkv], [do]))
+    assert dbias.dtype == torch.float32
+    # dqkv is rounded, and dbias sums what is not rounded yet: one rounding per term. Independent
+    # roundings add up to one of the root of the sum of the squared terms.
+    terms = dqkv.double().flatten(0, 1)
+    exact, scale = terms.sum(0), terms.square().sum(0).max().sqrt().item()
+    assert_accurate("dbias", dbias, exact, exact.float(), length=2 * T, scale=scale, terms=dtype)
+
+
+def test_gradient_of_the_bias_alone(device):
+    """Also under autocast, where the bias is float32 and its gradient is too."""
+    q, k, v, do, _ = make_inputs(2, 20, 20, 2, 1, 16, torch.bfloat16, device)
+    qkv, do, options = packed(q, k, v), do.flatten(2), {"n_kv_head": 1, "window": 9}
+    bias = torch.zeros(qkv.shape[-1], device=device, requires_grad=True)
+    _, _, both = run(attend_biased(2, **options), (qkv, bias), [do])
+    for x in (qkv, qkv.float()):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            (o,) = attend_biased(2, **options)(x, bias)
+        (alone,) = torch.autograd.grad(o, bias, do)
+        assert_bitwise_equal([alone], [both])
+
+
+def test_compiles_with_a_bias_as_one_graph(device):
+    q, k, v, do, _ = make_inputs(2, 12, 12, 4, 2, 8, torch.float32, device)
+    inputs = packed(q, k, v), torch.zeros(64, device=device)
+    for options in ({"window": 5}, {}):
+        function = attend_biased(4, n_kv_head=2, **options)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_bitwise_equal(
+            run(compiled, inputs, [do.flatten(2)]), run(function, inputs, [do.flatten(2)])
+        )
+
+
 def test_opcheck(device):
     q, k, v, do, _ = make_inputs(1, 6, 6, 4, 2, 8, torch.float32, device)
     qkv = packed(q, k, v)
@@ -66,9 +159,13 @@ def test_opcheck(device):
     options = (0.5, 4, 2.0, 0.1, torch.full((), 3, device=device))
     forward = torch.ops.tritium.causal_attention_qkvpacked_fwd.default
     backward = torch.ops.tritium.causal_attention_qkvpacked_bwd.default
-    torch.library.opcheck(forward, (qkv.clone().requires_grad_(), 4, 2, None, *options))
-    o, lse = forward(qkv, 4, 2, None, *options)
-    torch.library.opcheck(backward, (do.flatten(2), qkv, o, lse, 4, 2, None, *options))
+    for bias in (None, qkv[0, 0].clone().requires_grad_()):
+        inputs = (qkv.clone().requires_grad_(), bias, 4, 2, None)
+        torch.library.opcheck(forward, (*inputs, *options))
+    o, lse = forward(qkv, None, 4, 2, None, *options)
+    for needs_bias in (False, True):
+        inputs = (do.flatten(2), qkv, o, lse, 4, 2, None, needs_bias)
+        torch.library.opcheck(backward, (*inputs, *options))
 
 
 def test_compiles_as_one_graph_and_follows_autocast(device):
@@ -102,6 +199,7 @@ def ones(*shape, **kwargs):
         ({"qkv": ones(5, 64)}, r"got torch.float32 \(5, 64\)"),
         ({"qkv": ones(2, 5, 64, dtype=torch.int32)}, r"floating point .*, got torch.int32"),
         ({"qkv": ones(1, 1, 8 * 257)}, "head size must be from 1 to 256, got 257"),
+        ({"qkv_bias": ones(63)}, r"qkv_bias must be floating point \(64,\) .*, got .* \(63,\)"),
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
         (

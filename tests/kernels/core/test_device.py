@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tritium.errors import InputError
 from tritium.kernels.core import device as device_module
 from tritium.kernels.core.device import CEILINGS, DEFAULT_SM_COUNT, arch, ceiling, sm_count
 
@@ -86,3 +87,12 @@ def test_arch_is_named_as_compilers_name_it(monkeypatch):
     properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert arch(torch.device("cuda:7")) == "gfx942"
+
+
+def test_gpus_older_than_sm_80_raise(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(
+        InputError, match="expected a GPU of architecture sm_80 or newer, got sm_75"
+    ):
+        arch(torch.device("cuda:5"))
