@@ -81,7 +81,9 @@ def _attention_tile(kernel: str, *sizes: int) -> Variant:
     return Variant(
         name=f"{kernel} {sizes}",
         target="attention.launch.plan",
-        value=lambda wanted, *rest: tile if wanted == kernel else shipped(wanted, *rest),
+        value=lambda wanted, *sizes, **options: (
+            tile if wanted == kernel else shipped(wanted, *sizes, **options)
+        ),
     )
 
 

@@ -33,7 +33,8 @@ Determinism  no atomics. One backward kernel owns queries and writes dq (3 matmu
            dq. Published kernels lose 18 % or more if they order these additions, and they need a
            float32 copy of dq.
 Files      _reference.py definition    _kernels.py, _tiles.py kernels    launch.py launchers
-           _operator.py operators and gradients    options.py options    _inputs.py checks
+           _tile_choice.py tile sizes    options.py options    _inputs.py checks
+           _operator.py operators and gradients
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023 (FlashAttention-2), arXiv:2307.08691
 """
 
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from ..core.matmul import autocast
 from ..core.op import public
-from ._inputs import check_documents, check_heads, unit_stride
+from ._inputs import check_documents, check_heads, check_qkv_bias, unit_stride
 from ._operator import attention, packed_attention
 from .options import resolve_options
 
@@ -155,26 +156,14 @@ def causal_attention_qkvpacked(
         raise ValueError(
             f"{name}: n_kv_head must divide n_head, both at least 1, got {n_kv_head} and {n_head}"
         )
-    if (
-        qkv.ndim != 3
-        or qkv.shape[-1] == 0
-        or qkv.shape[-1] % (H + 2 * G)
-        or not qkv.is_floating_point()
-    ):
+    fits = qkv.ndim == 3 and qkv.shape[-1] > 0 and qkv.shape[-1] % (H + 2 * G) == 0
+    if not fits or not qkv.is_floating_point():
         raise ValueError(
             f"{name}: qkv must be floating point (B, T, {H + 2 * G} K) for {H} query and {G} key "
             f"heads, got {qkv.dtype} {tuple(qkv.shape)}"
         )
     B, T, width = qkv.shape
-    if qkv_bias is not None and (
-        qkv_bias.shape != (width,)
-        or qkv_bias.device != qkv.device
-        or not qkv_bias.is_floating_point()
-    ):
-        raise ValueError(
-            f"{name}: qkv_bias must be floating point ({width},) on {qkv.device} to match qkv, "
-            f"got {qkv_bias.dtype} {tuple(qkv_bias.shape)} on {qkv_bias.device}"
-        )
+    check_qkv_bias(name, qkv_bias, qkv)
     keys = T
     if cu_seqlens is not None:
         check_documents(name, cu_seqlens, qkv.device)

@@ -1,12 +1,6 @@
-"""Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads.
-
-Tiles were chosen by the machine code that they compile to (`tritium bench codegen`): no spilled
-registers, matrix instructions in every main loop, and matrix units that are busy for as much of the
-time as possible. They have not been timed.
-"""
+"""Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads."""
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +8,7 @@ from torch import Tensor
 from ..core.device import arch
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
-from ..core.triton import cdiv, next_power_of_2
+from ..core.triton import cdiv
 from ._inputs import check_document_values
 from ._kernels import (
     _causal_attention_bwd_dkdv_kernel,
@@ -22,6 +16,7 @@ from ._kernels import (
     _causal_attention_fwd_kernel,
 )
 from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
+from ._tile_choice import Tile, padded, plan
 from ._tiles import _causal_attention_padding_kernel, _causal_attention_schedule_kernel
 from .options import AttentionOptions
 
@@ -37,139 +32,30 @@ PADDING_BLOCK, PADDING_PROGRAMS = 1024, 128
 # --- tiles
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """Launch sizes of a kernel: queries and keys of a tile, warps of a program, tiles in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def arguments(self, head_size: int) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return {
-            "HEAD": head_size,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": padded(head_size),
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
-    return Tile(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
-
-
-def _tiles(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[int, Tile]]:
-    """Rows (block_m, block_n, num_warps, num_stages) by kernel and head size."""
-    return {
-        kernel: {size: _tile(*row) for size, row in rows.items()}
-        for kernel, rows in kernels.items()
-    }
-
-
-# By the start of the architecture's name, by kernel, and by the largest padded head size of a row.
-# A program that owns 128 rows reads half as much through the L2 cache as one that owns 64. The side
-# that it loops over is as wide as registers allow.
-TILES = {
-    "sm_9": _tiles(
-        # At head size 64 one tile of the forward takes about 512 clocks of each of three units:
-        # matrix instructions, exp2 and issue slots (an estimate). Two independent blocks per
-        # multiprocessor overlap them, so 4 warps are better than 8. With 128 keys and 4 warps the
-        # registers do not suffice, and ptxas lets every matrix instruction wait for the one before.
-        fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
-        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
-    ),
-    "sm_10": _tiles(
-        fwd={64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        dq={64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        # At head size 256 two accumulators of 64 rows fill the tensor memory, and the third loop of
-        # a window exceeds it.
-        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1)},
-    ),
-    # sm_12 and sm_ (8.x) stay within 99 KB of shared memory, what a program has on consumer GPUs.
-    "sm_12": _tiles(
-        fwd={64: (128, 32, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
-        dq={64: (128, 32, 4, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
-        dkdv={64: (32, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
-    ),
-    "sm_": _tiles(
-        fwd={64: (128, 32, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
-        dq={64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
-        dkdv={64: (32, 128, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
-    ),
-    "gfx": _tiles(
-        fwd={64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
-        dq={64: (128, 64, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
-        dkdv={64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1)},
-    ),
-}
-# Rows that replace those of TILES where these would spill, by family, kernel and padded head size:
-# with one option, and with more. A narrower tile reads more shared memory per FLOP.
-OPTION_TILES = {
-    "sm_9": {
-        ("dq", 128): (_tile(128, 64, 8, 3), _tile(128, 64, 8, 3)),
-        ("dkdv", 128): (_tile(32, 128, 8, 2), _tile(32, 64, 8, 2)),
-    }
-}
-# float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are
-# in registers.
-FLOAT32_TILES = _tiles(
-    fwd={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
-    dq={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
-    dkdv={64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
-)
-
-
-def padded(head_size: int) -> int:
-    """Columns of a tile: a power of two for Triton, at least 16 for matrix instructions."""
-    return max(16, next_power_of_2(head_size))
-
-
-def plan(
-    kernel: str,
-    head_size: int,
-    dtype: torch.dtype,
-    architecture: str,
-    *,
-    has_dropout: bool = False,
-    options: int = 0,
-) -> Tile:
-    """Choose the tile of a kernel: "fwd", "dq" or "dkdv".
-
-    Args:
-        options: how many apply of documents, a window, soft-capping, grouped heads and dropout.
-    """
-    family = next(name for name in TILES if architecture.startswith(name))
-    rows = (FLOAT32_TILES if dtype == torch.float32 else TILES[family])[kernel]
-    size = min(size for size in rows if size >= padded(head_size))
-    tile = rows[size]
-    if options and dtype != torch.float32:
-        narrow = OPTION_TILES.get(family, {}).get((kernel, size), (tile,))
-        tile = narrow[min(options, len(narrow)) - 1]
-    if not has_dropout:
-        return tile
-    # The random words take as many registers as the scores: halve the side that is looped over.
-    looped = "block_m" if kernel == "dkdv" else "block_n"
-    return replace(tile, **{looped: max(16, getattr(tile, looped) // 2)})
-
-
 def _plan(
-    kernel: str, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
+    dbias: Tensor | None = None,
 ) -> Tile:
     has_dropout = options.dropout_p > 0
-    is_grouped = q.shape[2] != k.shape[2]
-    applied = cu_seqlens is not None, options.window < k.shape[1], options.softcap > 0
+    applied = (
+        cu_seqlens is not None,
+        options.window < k.shape[1],
+        options.softcap > 0,
+        q.shape[2] != k.shape[2],
+        has_dropout,
+        dbias is not None,
+    )
     return plan(
         kernel,
         q.shape[-1],
         q.dtype,
         arch(q.device),
         has_dropout=has_dropout,
-        options=sum((*applied, is_grouped, has_dropout)),
+        options=sum(applied),
     )
 
 
@@ -290,7 +176,7 @@ def _launch_grads(
     }
 
     # Programs that own queries: dq, and delta for the second kernel.
-    tile = _plan("dq", q, k, cu_seqlens, options)
+    tile = _plan("dq", q, k, cu_seqlens, options, dbias)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
     _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
@@ -302,10 +188,9 @@ def _launch_grads(
         **common, **tile.arguments(K),
     )  # fmt: skip
 
-    # Programs that own keys: dk and dv. Reuse the list of tiles if both kernels have tiles of the
-    # same length.
+    # Programs that own keys: dk and dv. Tiles of the same length have the same list.
     listed_length = tile.block_m
-    tile = _plan("dkdv", q, k, cu_seqlens, options)
+    tile = _plan("dkdv", q, k, cu_seqlens, options, dbias)
     if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
@@ -318,9 +203,16 @@ def _launch_grads(
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
         **common, **tile.arguments(K),
     )  # fmt: skip
-    if dbias is not None:
-        sum_partials(dq_sums, dbias[: H * K])
-        sum_partials(dkv_sums, dbias[H * K :])
+    _sum_partials(dbias, dq_sums, dkv_sums)
+
+
+def _sum_partials(dbias: Tensor | None, *partials: Tensor | None) -> None:
+    """Write the sums of the rows of all partial sums, one after the other, to `dbias`."""
+    if dbias is None:
+        return
+    parts = dbias.split([partial.shape[1] for partial in partials])
+    for partial, part in zip(partials, parts, strict=True):
+        sum_partials(partial, part)
 
 
 # --- arguments of the kernels

@@ -381,5 +381,5 @@ def test_all_options_at_the_largest_head_size_fit_the_device(arch):
         compiled = compile_launch(launch, arch)
         found = resources(compiled)
         assert found.shared_bytes <= limits.shared_bytes - limits.shared_reserved
-        assert found.registers > 16, f"{launch.kernel.__name__} does nothing"
+        assert found.registers > 8, f"{launch.kernel.__name__} does nothing"
         assert getattr(compiled.metadata, "tmem_size", 0) <= 512

@@ -100,10 +100,13 @@ def test_fake_outputs_match_real_outputs(dtype, device):
             ops.causal_attention_bwd,
             (do, dlse.float(), q, k.mT.contiguous().mT, v, o, lse, None, *options),
         ),
-        (ops.causal_attention_qkvpacked_fwd, (qkv, 4, 2, None, *options)),
-        (
-            ops.causal_attention_qkvpacked_bwd,
-            (do.flatten(2), qkv, o.flatten(2), lse, 4, 2, None, *options),
+        (ops.causal_attention_qkvpacked_fwd, (qkv, qkv[0, 0], 4, 2, None, *options)),
+        *(
+            (
+                ops.causal_attention_qkvpacked_bwd,
+                (do.flatten(2), qkv, o.flatten(2), lse, 4, 2, None, needs_bias, *options),
+            )
+            for needs_bias in (False, True)
         ),
         (ops.attention_decode, (q, k, v, lengths, 0.5, S, 0.0)),
     ]

@@ -17,17 +17,14 @@ from tests.kernels.attention.cases import (
 from tritium.bench.codegen.launches import compile_launch, record_launches
 from tritium.kernels import causal_attention_qkvpacked
 from tritium.kernels.attention import launch as attention_launch
-from tritium.kernels.attention.launch import (
+from tritium.kernels.attention._tile_choice import (
     FLOAT32_TILES,
     OPTION_TILES,
     TILES,
-    _clear_padding,
-    _schedule,
-    launch_bwd,
-    launch_fwd,
     padded,
     plan,
 )
+from tritium.kernels.attention.launch import _clear_padding, _schedule, launch_bwd, launch_fwd
 from tritium.kernels.attention.options import AttentionOptions
 from tritium.kernels.core.triton import cdiv
 

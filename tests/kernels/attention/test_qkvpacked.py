@@ -124,8 +124,9 @@ def test_gradient_of_the_bias_is_accurate(T, H, G, K, options, dtype, device):
     # dqkv is rounded, and dbias sums what is not rounded yet: one rounding per term. Independent
     # roundings add up to one of the root of the sum of the squared terms.
     terms = dqkv.double().flatten(0, 1)
-    exact, scale = terms.sum(0), terms.square().sum(0).max().sqrt().item()
-    assert_accurate("dbias", dbias, exact, exact.float(), length=2 * T, scale=scale, terms=dtype)
+    exact, in_dtype = terms.sum(0), dqkv.sum((0, 1)).float()
+    scale = terms.square().sum(0).max().sqrt().item()
+    assert_accurate("dbias", dbias, exact, in_dtype, length=2 * T, scale=scale, terms=dtype)
 
 
 def test_gradient_of_the_bias_alone(device):
