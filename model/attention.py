@@ -28,7 +28,7 @@ class AttentionRow:
     operators: tuple[str, ...]
     """How the names of its forward operators start. Selective checkpointing keeps their outputs."""
     attend_packed: Callable[[Tensor, int, int, Tensor | None, Tensor | None], Tensor] | None = None
-    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, qkv_bias) returns o (B, T, H K). It reads
+    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias) returns o (B, T, H K). It reads
     the output of the qkv layer without copies. Its backward gives the layer's bias its gradient.
     None: the model splits qkv and calls `attend`."""
     needs: str | None = None
@@ -59,10 +59,10 @@ def _tritium(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tens
 
 
 def _tritium_packed(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, qkv_bias: Tensor | None
+    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, added_bias: Tensor | None
 ) -> Tensor:
     return causal_attention_qkvpacked(
-        qkv, n_head, n_kv_head=n_kv_head, cu_seqlens=cu_seqlens, qkv_bias=qkv_bias
+        qkv, n_head, n_kv_head=n_kv_head, cu_seqlens=cu_seqlens, added_bias=added_bias
     )
 
 

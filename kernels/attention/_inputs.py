@@ -38,15 +38,15 @@ def check_head_counts(name: str, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"{name}: the key heads must divide the {H} query heads, got {G}")
 
 
-def check_qkv_bias(name: str, qkv_bias: Tensor | None, qkv: Tensor) -> None:
+def check_added_bias(name: str, added_bias: Tensor | None, qkv: Tensor) -> None:
     """Check that there is no bias, or one number per column of qkv."""
-    if qkv_bias is None:
+    if added_bias is None:
         return
-    fits = qkv_bias.shape == qkv.shape[-1:] and qkv_bias.device == qkv.device
-    if not fits or not qkv_bias.is_floating_point():
+    fits = added_bias.shape == qkv.shape[-1:] and added_bias.device == qkv.device
+    if not fits or not added_bias.is_floating_point():
         raise ValueError(
-            f"{name}: qkv_bias must be floating point ({qkv.shape[-1]},) on {qkv.device} to match "
-            f"qkv, got {qkv_bias.dtype} {tuple(qkv_bias.shape)} on {qkv_bias.device}"
+            f"{name}: added_bias must be floating point ({qkv.shape[-1]},) on {qkv.device} to "
+            f"match qkv, got {added_bias.dtype} {tuple(added_bias.shape)} on {added_bias.device}"
         )
 
 

@@ -60,7 +60,7 @@ def _sdpa(
 
 def _sdpa_applies_packed(
     qkv: Tensor,
-    qkv_bias: Tensor | None,
+    added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
@@ -71,16 +71,16 @@ def _sdpa_applies_packed(
 
 def _sdpa_packed(
     qkv: Tensor,
-    qkv_bias: Tensor | None,
+    added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K), and an empty tensor in place of lse."""
-    if qkv_bias is not None:
+    if added_bias is not None:
         # Autograd sums the gradient of the bias. qkv contains the value already: add 0.
-        qkv = qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
+        qkv = qkv + (added_bias - added_bias.detach()).to(qkv.dtype)
     o, lse = _sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 
@@ -137,11 +137,11 @@ def _grad(ctx, do, dlse):
 
 
 def _save_packed(ctx, inputs, output):
-    qkv, qkv_bias, n_head, n_kv_head, cu_seqlens, options = inputs
+    qkv, added_bias, n_head, n_kv_head, cu_seqlens, options = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
     ctx.head_counts = n_head, n_kv_head
-    ctx.bias_dtype = None if qkv_bias is None else qkv_bias.dtype
+    ctx.bias_dtype = None if added_bias is None else added_bias.dtype
     ctx.options = dataclasses.replace(options, seed=None)
     ctx.save_for_backward(qkv, o, lse, cu_seqlens, options.seed)
 

@@ -82,7 +82,7 @@ def shapes_bwd(
 
 def reference_qkvpacked_fwd(
     qkv: Tensor,
-    qkv_bias: Tensor | None,
+    added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,
@@ -90,7 +90,7 @@ def reference_qkvpacked_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K) and lse (B, H, T). q, k and v lie next to each other in qkv.
 
-    The value of `qkv_bias` is not read: qkv contains it.
+    The value of `added_bias` is not read: qkv contains it.
     """
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     q, k, v = (_by_head(x) for x in split_qkv(qkv, n_head, n_kv_head))
@@ -100,7 +100,7 @@ def reference_qkvpacked_fwd(
 
 def shapes_qkvpacked_fwd(
     qkv: Tensor,
-    qkv_bias: Tensor | None,
+    added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ..core.matmul import autocast
 from ..core.op import public
-from ._inputs import check_documents, check_heads, check_qkv_bias, unit_stride
+from ._inputs import check_added_bias, check_documents, check_heads, unit_stride
 from ._operator import attention, packed_attention
 from .options import resolve_options
 
@@ -126,7 +126,7 @@ def causal_attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    qkv_bias: Tensor | None = None,
+    added_bias: Tensor | None = None,
 ) -> Tensor:
     """Attend as causal_attention does, with q, k and v read where a linear layer wrote them.
 
@@ -138,12 +138,12 @@ def causal_attention_qkvpacked(
         scale, window, softcap, dropout_p, seed: as for causal_attention.
         cu_seqlens: as for causal_attention_varlen, for documents packed in the B T tokens.
             Default: B sequences.
-        qkv_bias: ((H + 2 G) K,), any float dtype: a bias that qkv already contains. Its value is
+        added_bias: ((H + 2 G) K,), any float dtype: a bias that qkv already contains. Its value is
             not read. The backward returns its gradient, the sum of qkv's gradient over tokens,
             without reading that gradient from memory again. Detach the bias where it was added, so
             that it does not get the gradient twice:
                 qkv = linear(x, weight, bias.detach())
-                o = causal_attention_qkvpacked(qkv, n_head, qkv_bias=bias)
+                o = causal_attention_qkvpacked(qkv, n_head, added_bias=bias)
             Default: no bias gets a gradient here.
     Returns: o (B, T, H K), dtype of qkv. The gradient of qkv is packed too.
     Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
@@ -163,7 +163,7 @@ def causal_attention_qkvpacked(
             f"heads, got {qkv.dtype} {tuple(qkv.shape)}"
         )
     B, T, width = qkv.shape
-    check_qkv_bias(name, qkv_bias, qkv)
+    check_added_bias(name, added_bias, qkv)
     keys = T
     if cu_seqlens is not None:
         check_documents(name, cu_seqlens, qkv.device)
@@ -173,5 +173,5 @@ def causal_attention_qkvpacked(
     options = resolve_options(
         name, width // (H + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed
     )
-    o, _ = packed_attention(unit_stride(qkv), qkv_bias, H, G, cu_seqlens, options)
+    o, _ = packed_attention(unit_stride(qkv), added_bias, H, G, cu_seqlens, options)
     return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

@@ -107,7 +107,7 @@ def launch_bwd(
 
 def launch_qkvpacked_fwd(
     qkv: Tensor,
-    qkv_bias: Tensor | None,
+    added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
     cu_seqlens: Tensor | None,

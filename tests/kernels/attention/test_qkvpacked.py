@@ -69,7 +69,7 @@ def cumulative(*ends, device):
 
 def attend_biased(n_head, **options):
     """(o,) of qkv and its bias."""
-    return lambda qkv, bias: (causal_attention_qkvpacked(qkv, n_head, qkv_bias=bias, **options),)
+    return lambda qkv, bias: (causal_attention_qkvpacked(qkv, n_head, added_bias=bias, **options),)
 
 
 @pytest.mark.plain
@@ -87,7 +87,7 @@ def test_gradient_of_the_bias_passes_gradcheck(options):
 
     def by_attention(x, bias):
         qkv = x + bias.detach()
-        return causal_attention_qkvpacked(qkv, 4, n_kv_head=2, qkv_bias=bias, **options)
+        return causal_attention_qkvpacked(qkv, 4, n_kv_head=2, added_bias=bias, **options)
 
     def by_addition(x, bias):
         return causal_attention_qkvpacked(x + bias, 4, n_kv_head=2, **options)
@@ -200,7 +200,7 @@ def ones(*shape, **kwargs):
         ({"qkv": ones(5, 64)}, r"got torch.float32 \(5, 64\)"),
         ({"qkv": ones(2, 5, 64, dtype=torch.int32)}, r"floating point .*, got torch.int32"),
         ({"qkv": ones(1, 1, 8 * 257)}, "head size must be from 1 to 256, got 257"),
-        ({"qkv_bias": ones(63)}, r"qkv_bias must be floating point \(64,\) .*, got .* \(63,\)"),
+        ({"added_bias": ones(63)}, r"added_bias must be floating point \(64,\) .*, got .* \(63,\)"),
         ({"window": 0}, "window must be None or at least 1 key .*, got 0"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
         (
