@@ -105,14 +105,17 @@ def test_gradient_of_the_bias_passes_gradcheck(options):
     ("T", "H", "G", "K", "options"),
     [
         (140, 2, 2, 16, {}),
-        (129, 4, 2, 24, {"window": 7, "softcap": 3.0}),
+        (129, 2, 2, 24, {"window": 7, "softcap": 3.0}),
         (33, 2, 1, 40, {"dropout_p": 0.2, "seed": 9}),
         (1, 1, 1, 16, {}),
         (70, 2, 1, 16, {"ends": (5, 5, 90, 131)}),
     ],
 )
 def test_gradient_of_the_bias_is_accurate(T, H, G, K, options, dtype, device):
-    """With documents the last tokens are padding: they add nothing."""
+    """With documents the last tokens are padding: they add nothing.
+
+    In these cases the bias does not change the tiles, so o and dqkv are bitwise the same.
+    """
     q, k, v, do, _ = make_inputs(2, T, T, H, G, K, dtype, device)
     qkv, do, options = packed(q, k, v), do.flatten(2), dict(options)
     if "ends" in options:
