@@ -171,7 +171,7 @@ def _parse(sass: str) -> tuple[list[str], list[int]]:
     code = [text for _, text in lines]
     index_at = {int(address, 16): index for index, (address, _) in enumerate(lines)}
     jumps = [
-        index_at.get(int(text.split("0x")[-1], 16), index)
+        index_at.get(int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16), index)
         if text.startswith("BRA") and "0x" in text
         else index
         for index, text in enumerate(code)

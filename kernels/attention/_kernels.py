@@ -285,14 +285,14 @@ def _dkdv_loop(
         queries = _load_rows(
             q, batch, begin, end, head, stride_qb, stride_qt, stride_qh, HEAD, BLOCK_M, BLOCK_K
         )
-        lse = _load_statistics(lses, index, begin, end, total, float("inf"), BLOCK_M) * LOG2E
+        lse = _load_statistics(lses, q, index, begin, end, total, float("inf"), BLOCK_M) * LOG2E
         s = _capped_scores(tl.dot(keys, queries.T, input_precision="ieee"), scale, softcap)
         # Gradient of the weights.
         dos = _load_rows(
             do, batch, begin, end, head, stride_dob, stride_dot, stride_doh, HEAD, BLOCK_M, BLOCK_K
         )
         dp = tl.dot(values, dos.T, input_precision="ieee")
-        delta = _load_statistics(deltas, index, begin, end, total, 0.0, BLOCK_M)
+        delta = _load_statistics(deltas, do, index, begin, end, total, 0.0, BLOCK_M)
         if seed is not None:
             row = index.to(tl.int64) * total + start
             kept = _dropout_mask(seed, row, quads, first, first_key, threshold, BLOCK_M, BLOCK_N)

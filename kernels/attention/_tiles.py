@@ -123,22 +123,25 @@ def _load_rows(
 
 
 @triton.jit
-def _load_statistics(source, index, first, end, T, other, BLOCK: tl.constexpr):
+def _load_statistics(source, rows, index, first, end, T, other, BLOCK: tl.constexpr):
     """Load one number per token [first, first + BLOCK) from row `index` of (rows, T).
 
     Tokens from `end` on give `other`. A descriptor gives 0 there instead. This is safe, because the
     launcher makes a descriptor only if `end` is the end of the row. Then `_load_rows` gives zeros
-    for these tokens, and they add nothing to a gradient.
+    for these tokens, and they add nothing to a gradient. `rows` is the source of these rows.
     """
+    offs = first + tl.arange(0, BLOCK)
     if isinstance(source, tl.tensor_descriptor):
         # An ordinary load puts each number into every thread that needs it: 32 more instructions.
         return source.load([index, first]).reshape(BLOCK)
-    else:
-        # Triton gives a load of fewer numbers than threads to every thread that needs it: 190 more
-        # instructions and spilled registers. Four copies of each number are enough to prevent this.
-        offs = first + tl.arange(0, BLOCK)[:, None] + 0 * tl.arange(0, 4)[None, :]
+    elif isinstance(rows, tl.tensor_descriptor):
+        # For wgmma Triton gives a load of fewer numbers than threads to every thread that needs it:
+        # 190 more instructions and spilled registers. Four copies of each number prevent this.
+        offs = offs[:, None] + 0 * tl.arange(0, 4)[None, :]
         copies = tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
         return tl.max(copies, 1)
+    else:
+        return tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
 
 
 @triton.jit
