@@ -135,7 +135,8 @@ KERNEL_SHAPES = (
     ("gelu_mlp", "65536x768 32768x1600"),
     ("cross_entropy", "8192x50304"),
     ("linear_cross_entropy", "65536x768x50257"),
-    ("rms_norm rotary causal_attention_varlen attention_decode swiglu_mlp", ""),
+    ("embedding", "64x1024x768x50304"),
+    ("rms_norm add_rms_norm rotary causal_attention_varlen attention_decode swiglu_mlp", ""),
 )
 
 
@@ -162,7 +163,8 @@ TUNED = (
     ("causal_attention", "64x1024x12x64", "", 220),
     ("linear_cross_entropy", "65536x768x50257", "", 360),
     ("cross_entropy", "8192x50304", "", 420),
-    ("layer_norm", "65536x768", "", 470),
+    ("layer_norm", "65536x768", "", 450),
+    ("embedding", "64x1024x768x50304", "", 480),
     ("gelu_mlp", "65536x768", "cublas", TOTAL_SECONDS),
 )
 

@@ -40,7 +40,8 @@ fail() {
 }
 
 case "${1:-}" in correct | train | kernels | tune | later) ;; *) usage ;; esac
-[ $# -ge 2 ] || usage
+[ $# -ge 2 ] && [ $# -le 3 ] || usage
+case "$2" in -*) usage ;; esac
 case "${3:-}" in "" | --rehearse) ;; *) fail "unknown option $3; the only one is --rehearse" ;; esac
 { mkdir -p "$2" && touch "$2/.writable" && rm "$2/.writable"; } 2>/dev/null ||
     fail "cannot write to $2; name another folder"

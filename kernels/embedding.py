@@ -15,8 +15,8 @@ Shapes     tokens, position, order: (N,)   weight: (V, D)   position_weight: (C,
 Head       A head can share the weight. Then its gradient comes first, and the backward adds to it
            in place: see return_weight.
 Precision  any float dtype in and out; sums in float32
-Invalid    On a GPU, a token outside [0, V) or a position outside [0, C) makes the row of y NaN. The
-           table without such a row gets no gradient from it. CPUs raise IndexError.
+Invalid    On a GPU, a token outside [0, V) or a position outside [0, C) makes the row of y NaN
+           and adds nothing to the gradient of its table. CPUs raise IndexError.
 Cost       memory-bound; cost() gives bytes. Estimates for N = 65,536, D = 768, V = 50,304, float32
            weights, 16-bit y and sequences of 1,024 tokens on an H200 (4.8 TB/s):
              forward    6 N D = 302 MB, 63 us. PyTorch's two lookups, addition and cast move
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._embedding_checks import check_arguments
 from ._embedding_kernels import (
     _embedding_bwd_kernel,
     _embedding_bwd_long_runs_kernel,
@@ -100,6 +101,9 @@ def _composite_fwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute y with PyTorch functions that autograd can differentiate."""
+    _check_values("tokens", tokens, weight)
+    if position is not None:
+        _check_values("position", position, position_weight)
     y = F.embedding(tokens, weight)
     if position_weight is not None and position is None:
         position = torch.arange(T, device=tokens.device)
@@ -311,13 +315,13 @@ def embedding(
             returns its gradient in a new tensor, such as linear_cross_entropy. The backward adds to
             this tensor in place. Autograd would fill a second tensor with zeros and add both, which
             moves 16 V D bytes more in float32.
-    Returns: (..., T, D), contiguous; with return_weight also a view of weight.
+    Returns: (..., T, D), contiguous; with return_weight also the weight.
     Raises: ValueError if shapes, dtypes or devices do not match. IndexError on the CPU for a token
         or position outside its table; on other devices its row is NaN and adds to no gradient.
         TypeError for float64 on a GPU.
     """
     # Check and flatten.
-    _check(tokens, weight, position, position_weight, order)
+    check_arguments(tokens, weight, position, position_weight, order, dtype)
     weight = as_rows(weight)
     if position_weight is None:
         position = None
@@ -341,53 +345,3 @@ def embedding(
 def order_of(tokens: Tensor) -> Tensor:
     """Return the order of `tokens` for the backward of `embedding`: (N,) int64, on their device."""
     return tokens.reshape(-1).sort(stable=True).indices
-
-
-def _check(
-    tokens: Tensor,
-    weight: Tensor,
-    position: Tensor | None,
-    position_weight: Tensor | None,
-    order: Tensor | None,
-) -> None:
-    """Raise a ValueError unless the tensors match. Only metadata is read, never a value."""
-    if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
-        raise ValueError(
-            "embedding: weight must be floating point (V, D) with V and D at least 1, "
-            f"got {_describe(weight)}"
-        )
-    shape = tuple(tokens.shape)
-    for name, index, shapes in (
-        ("tokens", tokens, (shape,)),
-        ("position", position, (shape[-1:], shape)),
-        ("order", order, ((tokens.numel(),),)),
-    ):
-        if index is not None and (
-            index.dtype not in (torch.int64, torch.int32)
-            or tuple(index.shape) not in shapes
-            or index.device != weight.device
-        ):
-            expected = " or ".join(map(str, dict.fromkeys(shapes)))
-            raise ValueError(
-                f"embedding: {name} must be int64 or int32 {expected} on {weight.device}, "
-                f"got {_describe(index)}"
-            )
-    if position_weight is None:
-        return
-    rows = 1 if position is not None else shape[-1] if shape else 1
-    D = weight.shape[1]
-    table = position_weight
-    if (
-        table.ndim != 2
-        or table.shape[0] < rows
-        or table.shape[1] != D
-        or ((table.dtype, table.device) != (weight.dtype, weight.device))
-    ):
-        raise ValueError(
-            f"embedding: position_weight must be {weight.dtype} ({rows} or more, {D}) on "
-            f"{weight.device}, got {_describe(table)}"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

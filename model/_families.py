@@ -31,12 +31,11 @@ class Family:
     write_config: Callable[[GPTConfig], Fields] | None
     """Returns the fields without those that all families share. None: the family is only read."""
     required: dict[str, Any]
-    """Values of fields that change the computation. GPT computes as these say. A file may lack a
-    field."""
+    """Values that GPT requires. A missing field counts as this value."""
     names: Callable[[str], tuple[str, ...]]
     """Names in the file, without `prefix`, of one of our parameters."""
     prefix: str
-    """Begins all names but the head's. Some files leave it out."""
+    """Begins all names. Some files leave it out."""
     transposed: re.Pattern | None
     """Our names of weights that the file stores as (in, out)."""
     dropped: re.Pattern
@@ -100,7 +99,6 @@ _LLAMA_NAMES = {
     "mlp.c_fc.weight": ("mlp.up_proj.weight",),
     "mlp.c_proj.weight": ("mlp.down_proj.weight",),
     "ln_f.weight": ("norm.weight",),
-    "lm_head.weight": ("lm_head.weight",),
 }
 
 
@@ -115,10 +113,17 @@ def _llama_names(name: str) -> tuple[str, ...]:
 def _read_llama(fields: Fields) -> GPTConfig:
     # transformers 5 moved RoPE's settings into one field.
     rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
-    scaling = fields.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise InputError(f"rope_type: expected default, got {kind!r}; tritium does not scale RoPE")
+    for settings in (rope, fields.get("rope_scaling") or {}):
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if kind != "default":
+            raise InputError(
+                f"rope_type: expected default, got {kind!r}; tritium does not scale RoPE"
+            )
+    # A missing field means false, as in transformers.
+    if not fields.get("tie_word_embeddings", False):
+        raise InputError(
+            "tie_word_embeddings: expected true, got false; tritium has no head of its own weight"
+        )
     heads = fields["num_attention_heads"]
     head_size = fields.get("head_dim") or fields["hidden_size"] // heads
     if head_size * heads != fields["hidden_size"]:
@@ -210,7 +215,6 @@ FAMILIES = {
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "tie_word_embeddings": True,
         },
         names=_llama_names,
         prefix="model.",
@@ -235,17 +239,14 @@ def family_of(config: GPTConfig) -> str:
 
     Raises: InputError if no family of transformers has it.
     """
-    if (config.position, config.norm, config.mlp, config.bias) == (
-        "learned",
-        "layer",
-        "gelu",
-        True,
-    ):
+    parts = (config.position, config.norm, config.mlp, config.bias)
+    if parts == ("learned", "layer", "gelu", True) and config.kv_heads == config.n_head:
         return "gpt2"
-    if (config.position, config.norm, config.mlp) == ("rotary", "rms", "swiglu"):
+    if parts == ("rotary", "rms", "swiglu", False):
         return "llama"
+    heads = "" if config.kv_heads == config.n_head else ", grouped heads"
     raise InputError(
-        f"expected a model like GPT-2 (learned, layer, gelu, with biases) or Llama (rotary, rms, "
-        f"swiglu), got {config.position}, {config.norm}, {config.mlp}"
-        f"{'' if config.bias else ', without biases'}; transformers has no such model"
+        "expected a model like GPT-2 (learned, layer, gelu, with biases) or Llama (rotary, rms, "
+        f"swiglu, without biases), got {config.position}, {config.norm}, {config.mlp}, "
+        f"{'with' if config.bias else 'without'} biases{heads}; transformers has no such model"
     )

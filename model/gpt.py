@@ -26,7 +26,7 @@ from .generate import KVCache, generate
 from .init import init_weights
 from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
 from .recompute import RECOMPUTATIONS, check_recompute
-from .weights import load_into, open_source, write_folder
+from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
 
 class Block(nn.Module):
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         folder: str | Path,
         *,
         end_of_text: int | None = None,
-        max_shard_bytes: int = 5 * 10**9,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         """Write the model as a folder that transformers opens: the whole folder or nothing.
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .gpt import GPT
 
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
-_MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NANOGPT_PREFIX = "_orig_mod."  # of a model that torch.compile compiled
 
 
@@ -52,8 +53,13 @@ class Source:
             self.config = family.read_config(fields)
         except KeyError as error:
             raise InputError(f"{path}: expected the field {error} in its configuration") from None
-        except (TypeError, ValueError) as error:
+        except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{path}: expected the configuration of a model, got something else ({error})"
+            ) from None
+        self._dtypes: dict[torch.dtype, str] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for name, function in read.items():
             short = name.removeprefix(family.prefix)
@@ -69,7 +75,7 @@ class Source:
         for theirs in self.family.names(name):
             if theirs not in self._read:
                 raise InputError(f"{self.path}: expected a tensor {theirs}, found none")
-            parts.append(self._read.pop(theirs)())
+            parts.append(self._checked(theirs, self._read.pop(theirs)(), len(shape)))
         is_transposed = self.family.transposed and self.family.transposed.search(name)
         if is_transposed:
             parts = [part.t() for part in parts]
@@ -85,10 +91,36 @@ class Source:
             return torch.cat(parts)
         return parts[0].clone(memory_format=torch.contiguous_format)
 
-    def check_empty(self, is_tied: bool) -> None:
-        """Raise InputError if the file has tensors that are not in the model."""
-        # Some files hold a tied head a second time.
-        extra = sorted(self._read.keys() - ({"lm_head.weight"} if is_tied else set()))
+    def _checked(self, name: str, value: object, ndim: int) -> Tensor:
+        """Raise InputError unless `value` is a tensor of floats with `ndim` axes."""
+        is_float = isinstance(value, Tensor) and value.dtype in _DTYPES
+        if not is_float or value.ndim != ndim:
+            found = type(value).__name__
+            if isinstance(value, Tensor):
+                found = f"{value.dtype} {tuple(value.shape)}"
+            raise InputError(
+                f"{self.path}: expected {name} to have {ndim} axes of float32, bfloat16 or "
+                f"float16, got {found}"
+            )
+        self._dtypes.setdefault(value.dtype, name)
+        if len(self._dtypes) > 1:
+            names = " and ".join(f"{name} {dtype}" for dtype, name in self._dtypes.items())
+            raise InputError(f"{self.path}: expected tensors of one dtype, got {names}")
+        return value
+
+    def check_end(self, embedding: Tensor) -> None:
+        """Raise InputError if the file has tensors that are not in the model.
+
+        Args:
+            embedding: (vocab_size, D). Some files hold it a second time, as the head's weight.
+        """
+        head = self._read.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head(), embedding):
+            raise InputError(
+                f"{self.path}: expected a head that shares the weight of the embedding, got "
+                "another weight; tritium has no such head"
+            )
+        extra = sorted(self._read)
         if extra:
             raise InputError(
                 f"{self.path}: expected no tensors but the model's, got {', '.join(extra[:3])}"
@@ -111,7 +143,7 @@ def open_source(path: Path) -> Source:
         kind = fields["model_type"]
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{file}: expected the configuration of a model of transformers") from None
-    if kind not in FAMILIES or FAMILIES[kind].architecture is None:
+    if not isinstance(kind, str) or kind not in FAMILIES or FAMILIES[kind].architecture is None:
         known = ", ".join(name for name, row in FAMILIES.items() if row.architecture)
         raise InputError(f"{file}: expected model_type {known}, got {kind!r}")
     return Source(path, FAMILIES[kind], fields, _open_files(path))
@@ -161,7 +193,7 @@ def _open_safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
 
 def _open_bin(file: Path) -> dict[str, Callable[[], Tensor]]:
     tensors = _load_pickle(file)
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not all(isinstance(name, str) for name in tensors):
         raise InputError(f"{file}: expected tensors by name, got something else")
     return {name: lambda value=value: value for name, value in tensors.items()}
 
@@ -191,7 +223,8 @@ def _open_nanogpt(file: Path) -> Source:
             name.removeprefix(_NANOGPT_PREFIX): lambda value=value: value
             for name, value in tensors.items()
         }
-    except (KeyError, AttributeError):
+        fields = dict(fields)
+    except (KeyError, AttributeError, TypeError, ValueError):
         raise InputError(f"{file}: expected a checkpoint of nanoGPT, got something else") from None
     return Source(file, FAMILIES["nanogpt"], fields, read)
 
@@ -202,18 +235,18 @@ def _open_nanogpt(file: Path) -> Source:
 def load_into(model: "GPT", source: Source) -> None:
     """Replace the parameters of a model on the meta device by those of a file."""
     config = model.config
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    embedding = None
+    for name, parameter in dict(model.named_parameters()).items():
         shape = list(parameter.shape)
-        is_vocabulary = name in ("wte.weight", "lm_head.weight")
-        if is_vocabulary:
+        if name == "wte.weight":
             shape[0] = config.vocab_size
         value = source.take(name, shape)
-        if is_vocabulary:
+        if name == "wte.weight":
             padding = value.new_zeros(config.padded_vocab_size - config.vocab_size, shape[1])
             value = torch.cat((value, padding))
+            embedding = value[: config.vocab_size]
         model.load_state_dict({name: value}, strict=False, assign=True)
-    source.check_empty(is_tied=True)
+    source.check_end(embedding)
 
 
 # --- out of a model
@@ -224,7 +257,7 @@ def tensors_of(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a model as a family names and stores them."""
     for name, value in weights.items():
-        if name in ("wte.weight", "lm_head.weight"):
+        if name == "wte.weight":
             value = value[: config.vocab_size]
         if family.transposed and family.transposed.search(name):
             value = value.t()
@@ -234,8 +267,7 @@ def tensors_of(
             kv_rows = config.kv_heads * config.head_size
             parts = value.split((config.d_model, kv_rows, kv_rows))
         for part_name, part in zip(theirs, parts, strict=True):
-            prefix = "" if part_name.startswith("lm_head.") else family.prefix
-            yield prefix + part_name, part.detach()
+            yield family.prefix + part_name, part.detach()
 
 
 def write_folder(
@@ -244,7 +276,8 @@ def write_folder(
     config: GPTConfig,
     *,
     end_of_text: int | None = None,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a model as a folder of transformers: the whole folder or nothing.
 
@@ -254,10 +287,13 @@ def write_folder(
         config: the shape.
         end_of_text: id of the token between documents.
         max_shard_bytes: largest size of a file of weights.
+        add_files: writes more files into the folder that it is called with.
     Raises: InputError if the folder is in use, or if transformers has no such model.
     """
     kind = family_of(config)
     family = FAMILIES[kind]
+    folder = folder.resolve()
+    parents = [parent for parent in folder.parents if not parent.exists()]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: expected a new or empty folder; choose another name")
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -277,11 +313,14 @@ def write_folder(
         }
         _write_json(temporary / "config.json", fields)
         _write_json(temporary / "generation_config.json", tokens)
+        add_files(temporary)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in parents:
+            parent.rmdir()
         raise
 
 

@@ -52,9 +52,10 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
-    world.run_on_all_ranks(lambda: _check_initial_model(config, dataset))
+    # Read the model to start from before anything is written: it may be damaged.
+    model = world.run_on_all_ranks(lambda: _new_model(config, dataset))
     world.on_rank0(lambda: claim_folder(run, config, dataset))
-    return _train(config, run, dataset, execution, None)
+    return _train(config, run, model, dataset, execution, None)
 
 
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
@@ -65,7 +66,9 @@ def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     dataset = world.on_each_node(
         lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
     )
-    return _train(record.train, run, dataset, execution, checkpoint)
+    # The model it started from may be gone. The checkpoint has all weights.
+    model = _new_model(replace(record.train, init_from=None), dataset)
+    return _train(record.train, run, model, dataset, execution, checkpoint)
 
 
 def sample_text(
@@ -126,8 +129,6 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
 
 def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
     """Raise InputError if the model to start from has another shape or another tokenizer."""
-    if config.init_from is None:
-        return
     trained = open_model(Path(config.init_from))
     expected, found = trained.config, config.gpt(dataset.tokenizer.vocab_size)
     if expected.vocab_size != found.vocab_size:
@@ -140,7 +141,7 @@ def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
     if trained.tokenizer_file and trained.tokenizer().sha256 != dataset.tokenizer.sha256:
         raise InputError(
             f"tokenizer: expected {trained.tokenizer().name} of {config.init_from}, got "
-            f"{dataset.tokenizer.name}; give {trained.tokenizer_file} as `tokenizer`"
+            f"{dataset.tokenizer.name} with other tokens; leave `tokenizer` out"
         )
 
 
@@ -152,14 +153,20 @@ def _new_model(config: TrainConfig, dataset: Dataset) -> GPT:
     }
     torch.manual_seed(config.seed)
     if config.init_from is not None:
+        _check_initial_model(config, dataset)
         return open_model(Path(config.init_from)).load(**options).float()
     return GPT(config.gpt(dataset.tokenizer.vocab_size), **options)
 
 
 def _train(
-    config: TrainConfig, run: Path, dataset: Dataset, execution: Execution, checkpoint: Path | None
+    config: TrainConfig,
+    run: Path,
+    model: GPT,
+    dataset: Dataset,
+    execution: Execution,
+    checkpoint: Path | None,
 ) -> Evaluation:
-    """Train from a checkpoint, or from new weights."""
+    """Train from a checkpoint, or from the weights of `model`."""
     world = execution.world
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
@@ -168,9 +175,6 @@ def _train(
     keep_freed_memory()
 
     # The model and its optimizer.
-    # A resumed run has its own weights, and may be on a machine without the model it started from.
-    is_new = checkpoint is None
-    model = _new_model(config if is_new else replace(config, init_from=None), dataset)
     engine = execution.engine(model.to(execution.device), execution)
     optimizer = Optimizer(engine, config)
     if checkpoint is None:

@@ -26,9 +26,9 @@ class Limits:
     """What a GPU can reach."""
 
     bytes_per_second: float
-    """Of a copy, reads plus writes."""
+    """Bandwidth of a copy; reads and writes count."""
     flops_per_second: float
-    """Of an 8192 x 8192 x 8192 matmul in bfloat16, on random data."""
+    """Rate of an 8192 x 8192 x 8192 matmul in bfloat16, on random data."""
 
 
 # Assumed; `tritium bench machine` measures them.
@@ -57,7 +57,7 @@ class Efficiency:
 
     name: str
     pattern: str
-    """Of names of kernels."""
+    """Regular expression that the name of the kernel matches."""
     value: float | Callable[[Work, Limits], float]
     reason: str
 

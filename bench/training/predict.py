@@ -226,6 +226,10 @@ def main(argv: Sequence[str]) -> int:
     out = None if options.out is None else check_writable(Path(options.out))
     steps = []
     if options.preset is None:
+        if options != PredictOptions(out=options.out):
+            raise InputError(
+                "--gpu, --batch, --micro-batch, --measure: expected a preset with them"
+            )
         for name, batch, micro_batch in STEPS:
             for gpu in LIMITS:
                 plan, config = _plan(name, gpu, batch, micro_batch)

@@ -231,6 +231,13 @@ def test_configurations_that_do_not_fit_are_one_line(fields, message, folder):
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "got 'linear'",
+        ),
+        ({"rope_parameters": "x"}, "expected the configuration of a model"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings: expected true"),
+        ({"num_attention_heads": 0}, "expected the configuration of a model"),
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
         ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads"),
@@ -261,6 +268,22 @@ def test_damaged_files_are_one_line(folder, tmp_path):
         GPT.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformer.ln_f.bias": torch.ones(48, 1)}, r"expected ln_f\.bias to have 1 axes"),
+        ({"transformer.wte.weight": torch.ones(77, 48).int()}, r"got torch\.int32 \(77, 48\)"),
+        ({"transformer.ln_f.bias": torch.ones(48).half()}, "expected tensors of one dtype"),
+        ({"lm_head.weight": torch.ones(77, 48)}, "expected a head that shares the weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_one_line(changes, message, folder):
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | changes, weights)
+    with pytest.raises(InputError, match=message):
+        GPT.from_pretrained(folder)
+
+
 def save(content: bytes, path: Path) -> Path:
     path.write_bytes(content)
     return path
@@ -271,7 +294,7 @@ class Evil:
         return os.system, ("exit 1",)
 
 
-@pytest.mark.parametrize("content", [{"wte.weight": Evil()}, {"wte.weight": 5}, [1]])
+@pytest.mark.parametrize("content", [{"wte.weight": Evil()}, {5: torch.ones(1)}, [1]])
 def test_a_pickle_with_other_things_than_tensors_is_one_line(content, folder):
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
@@ -281,8 +304,14 @@ def test_a_pickle_with_other_things_than_tensors_is_one_line(content, folder):
 
 def test_models_that_transformers_does_not_have_and_used_folders_are_not_written(tmp_path):
     config = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=50, context_tokens=8)
-    with pytest.raises(InputError, match="got learned, rms, gelu; transformers has no such model"):
+    with pytest.raises(InputError, match="got learned, rms, gelu, with biases; transformers has"):
         GPT(replace(config, norm="rms")).save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="with biases, grouped heads; transformers has no such"):
+        GPT(replace(config, n_kv_head=1)).save_pretrained(tmp_path / "a" / "b")
+    llama = replace(config, position="rotary", norm="rms", mlp="swiglu")
+    with pytest.raises(InputError, match="got rotary, rms, swiglu, with biases"):
+        GPT(llama).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="expected a new or empty folder"):

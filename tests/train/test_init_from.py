@@ -67,4 +67,9 @@ def test_models_that_do_not_fit_are_one_line(tiny, options, tritium, error_of, t
     GPT(other).save_pretrained(tmp_path / "published")
     line = error_of(*options, "--tokenizer", "bytes", *second, tmp_path / "published")
     assert "--tokenizer: expected 100 tokens, as in" in line
+    line = error_of(*options, *second, tmp_path / "published")
+    assert "which has 100 tokens, got none; the model came without one" in line
+    file = tmp_path / "run" / "checkpoints" / "step-20" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "damaged" in error_of(*options, *second, tmp_path / "run")
     assert not (tmp_path / "second").exists()

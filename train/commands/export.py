@@ -10,11 +10,24 @@ import torch
 import tyro
 
 from ...model.cost import parameters
+from ...model.weights import write_folder
 from ..data.transformers_tokenizer import save_for_transformers
 from ..run.folder import read_run
 from ..run.metrics import read_metrics
 from ..run.models import EXPORTED_TOKENIZER, TrainedModel, open_model
 from .cli import parse
+
+# Files of tokenizers in folders of transformers. They are copied as they are.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +56,24 @@ def main(argv: Sequence[str]) -> int:
     model = trained.load()
     if options.dtype != "auto":
         model.to(getattr(torch, options.dtype))
-    model.save_pretrained(out, end_of_text=tokenizer.end_of_text if tokenizer else None)
-    try:
+
+    def add_files(folder: Path) -> None:
         if tokenizer:
-            save_for_transformers(tokenizer, out, model.config.context_tokens)
-            tokenizer.save(out / EXPORTED_TOKENIZER)
-        (out / "README.md").write_text(_model_card(trained), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+            save_for_transformers(tokenizer, folder, model.config.context_tokens)
+            tokenizer.save(folder / EXPORTED_TOKENIZER)
+        elif trained.path.is_dir():
+            for name in _TOKENIZER_FILES:
+                if (trained.path / name).is_file():
+                    shutil.copyfile(trained.path / name, folder / name)
+        (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")
+
+    write_folder(
+        out,
+        model.state_dict(),
+        model.config,
+        end_of_text=tokenizer.end_of_text if tokenizer else None,
+        add_files=add_files,
+    )
     print(f"{out}: open it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return 0
 

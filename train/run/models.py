@@ -45,8 +45,8 @@ class TrainedModel:
         """Read the tokenizer. Raises: InputError if there is none."""
         if self.tokenizer_file is None:
             raise InputError(
-                f"{self.path}: expected a tokenizer that tritium reads, found none; "
-                "`tritium export` writes one"
+                f"{self.path}: expected the tokenizer of a run or of `tritium export`, found none; "
+                "tritium does not read other tokenizers"
             )
         return Tokenizer.load(self.tokenizer_file)
 

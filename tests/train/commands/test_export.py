@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from tritium.train.commands import export
 from tritium.train.run.models import open_model
 
 pytestmark = pytest.mark.plain
@@ -51,6 +52,26 @@ def test_sample_gives_the_same_text_from_run_checkpoint_and_export(run, tritium,
     card = (tmp_path / "earlier" / "README.md").read_text()
     assert "| steps | 10 of 20 |" in card
     assert json.loads((tmp_path / "earlier" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_failed_export_leaves_nothing(run, tritium, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export, "save_for_transformers", fail)
+    assert tritium("export", run, tmp_path / "a" / "b")[0] == 2
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    assert tritium("export", run, tmp_path / "empty")[0] == 2
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_the_tokenizer_of_a_published_folder_is_copied(run, tritium, tmp_path):
+    assert tritium("export", run, tmp_path / "first")[0] == 0
+    (tmp_path / "first" / "tritium_tokenizer.json").unlink()
+    assert tritium("export", tmp_path / "first", tmp_path / "second")[0] == 0
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert len(other) == 257
 
 
 def test_bad_input_is_one_line_and_writes_nothing(run, error_of, tmp_path):
