@@ -14,7 +14,9 @@ from tests.kernels.attention.cases import (
     packed,
     run,
 )
+from tritium.bench.codegen.disassembly import disassembly, resources
 from tritium.bench.codegen.launches import compile_launch, record_launches
+from tritium.bench.codegen.machine_code import is_serialized, matrix_instructions
 from tritium.kernels import causal_attention_qkvpacked
 from tritium.kernels.attention import launch as attention_launch
 from tritium.kernels.attention._tile_choice import (
@@ -223,3 +225,40 @@ def test_sizes_of_one_compile(T, S, documents, window, dropout_p):
     assert len(names) == (5 if documents else 3)
     for launch in launches:
         assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize(
+    ("head_size", "heads", "has_documents", "option"),
+    [
+        (64, 2, False, {"window": 512}),
+        (64, 2, True, {"softcap": 30.0, "window": 512}),
+        (128, 2, False, {"softcap": 30.0}),
+        (128, 1, True, {}),  # grouped heads
+        (128, 2, False, {"dropout_p": 0.1}),
+    ],
+    ids=lambda value: f"sm_90-{value}" if isinstance(value, int) else None,
+)
+def test_options_neither_spill_nor_serialize_matrix_instructions(
+    head_size, heads, has_documents, option
+):
+    """The golden table has the kernels without options."""
+    q, k = meta(1, 4096, 2, head_size), meta(1, 4096, heads, head_size)
+    lse = meta(1, 2, 4096, dtype=torch.float32)
+    cu_seqlens = meta(9, dtype=torch.int32) if has_documents else None
+    seed = meta(dtype=torch.int64) if "dropout_p" in option else None
+    options = AttentionOptions(scale=0.1, seed=seed, **{"window": 4096, **option})
+    with record_launches("sm_90") as launches:
+        launch_fwd(q, k, k, cu_seqlens, options)
+        launch_bwd(q, lse, q, k, k, q, lse, cu_seqlens, options)
+    kernels = {
+        launch.kernel.__name__: compile_launch(launch, "sm_90")
+        for launch in launches
+        if "HEAD" in launch.arguments
+    }
+    assert len(kernels) == 3
+    for name, compiled in kernels.items():
+        assert resources(compiled).spilled_bytes == 0, name
+        text = disassembly(compiled)
+        assert "HGMMA" in matrix_instructions(text), name
+        assert not is_serialized(text), name
