@@ -114,11 +114,12 @@ class GPT(nn.Module):
         # embedding; its weight is also that of the head
         is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
         position = _positions(tokens, past, cu_seqlens)
+        has_table = self._position.has_table
         stream, head = embedding(
             tokens,
             self.wte.weight,
-            position=None if is_plain else position,
-            position_weight=self.wpe.weight if self._position.has_table else None,
+            position=position if has_table and not is_plain else None,
+            position_weight=self.wpe.weight if has_table else None,
             order=token_order,
             dtype=self.compute_dtype,
             return_weight=True,

@@ -118,6 +118,9 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed"
     )
+    config.addinivalue_line(
+        "markers", "slow: takes about a minute; runs in CI, and with `pytest -m slow` or -m codegen"
+    )
 
 
 def pytest_make_parametrize_id(val):

@@ -291,7 +291,7 @@ def _cross_entropy_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _cross_entropy_fwd_bwd_kernel(
     logits_ptr, target_ptr, dloss_ptr, loss_ptr,
     stride_m, stride_dloss,
