@@ -24,7 +24,7 @@ HELP = """usage: tritium bench COMMAND [options]
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT
   tune OP              compare launch sizes of an operator on a GPU
-  predict [PRESET]     estimate a training step, kernel by kernel; no GPU is needed
+  predict [RECIPE]     estimate a training step, kernel by kernel; no GPU is needed
   traffic              count the bytes that a block moves per token; no GPU is needed
   report               write bench/results/REPORT.md from the JSON files next to it
 

@@ -104,7 +104,8 @@ def train(rehearse: bool) -> list[Part]:
             _tritium(
                 "profile",
                 TOTAL_SECONDS,
-                "bench predict shakespeare-char --batch 2 --measure 1 --out FOLDER/profile.json",
+                "bench predict shakespeare-char --batch-size 2 --measure 1 "
+                "--out FOLDER/profile.json",
             ),
         ]
     # Only tritium's own attention: each further attention is one more model to compile. A nanoGPT
@@ -116,7 +117,8 @@ def train(rehearse: bool) -> list[Part]:
         _tritium(
             "profile",
             360,
-            "bench predict gpt2 --batch 64 --micro-batch 64 --measure 5 --out FOLDER/profile.json",
+            "bench predict gpt2 --batch-size 64 --micro-batch-size 64 --measure 5 "
+            "--out FOLDER/profile.json",
         ),
         # Last, because the logits of the baselines may not fit into the memory of an H100.
         _tritium(

@@ -6,10 +6,10 @@
 #
 # Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
 # that is killed leaves its results. bench/device.py has the parts and their deadlines. --rehearse
-# runs tiny sizes on the CPU. What the results decide:
+# runs tiny sizes on the CPU. The results decide this:
 #
 # correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.
-#           A failed test, a loss that does not fall, or unequal hashes: mend it before anything is
+#           If a test fails, the loss does not fall or the hashes differ, fix that before anything is
 #           timed. Limits that differ from LIMITS in bench/training/efficiency.py: correct LIMITS.
 # train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 32 and 64 sequences,
 #           then a profile next to the prediction. The ratios and tokens per second are what README

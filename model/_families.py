@@ -122,7 +122,7 @@ def _read_llama(fields: Fields) -> GPTConfig:
     # A missing field means false, as in transformers.
     if not fields.get("tie_word_embeddings", False):
         raise InputError(
-            "tie_word_embeddings: expected true, got false; tritium has no head of its own weight"
+            "tie_word_embeddings: expected true, got false; tritium has no head with its own weight"
         )
     heads = fields["num_attention_heads"]
     head_size = fields.get("head_dim") or fields["hidden_size"] // heads

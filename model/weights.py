@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NANOGPT_PREFIX = "_orig_mod."  # of a model that torch.compile compiled
+# torch.compile adds this to the names of a model that it compiled.
+_NANOGPT_PREFIX = "_orig_mod."
 
 
 # --- where a published model's weights are

@@ -171,7 +171,7 @@ TINY_BENCH = {
     "codegen": "",
     "train": "--device cpu --steps 1 --context-tokens 16 --micro-batch-size 1",
     "traffic": "",
-    "predict": "--batch 4 --micro-batch 2",
+    "predict": "--batch-size 4 --micro-batch-size 2",
 }
 
 

@@ -8,6 +8,7 @@ its reason. Replace it by a measurement of `tritium bench predict --measure`.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from .step import ATTENTION_MATMULS, Work
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a GPU can reach."""
+    """The ceilings of a GPU."""
 
     bytes_per_second: float
     """Bandwidth of a copy; reads and writes count."""
@@ -89,7 +90,7 @@ def _cublas(work: Work, _: Limits) -> float:
     if waves < 0.7 and K >= 4096:
         base *= 0.85  # K is divided among multiprocessors, and the parts are added: an estimate
     else:
-        base *= waves / -(-waves // 1)
+        base *= waves / math.ceil(waves)
     return base * (1 if N % 8 == 0 and K % 8 == 0 else 0.9)
 
 

@@ -172,7 +172,8 @@ def step_work(
     with _as_on_cuda():
         first = backward(1)
         trainer.update(0.0)  # allocates the optimizer's state
-        # The first micro-batch sets gradients, all later ones add to them.
+        # The first micro-batch sets gradients, all later ones add to them. The update needs the
+        # gradients of a whole step.
         both = backward(2) if micro_batches > 1 else backward(1)
         update = trace(lambda: trainer.update(0.0))
     later = both[len(first) :]

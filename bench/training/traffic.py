@@ -185,8 +185,8 @@ def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
         block = gpt.Block(config, layer=0).to(DTYPE)
     tokens = sequences * config.context_tokens
     y, stream, dy = (_tensor(tokens, config.d_model, device="meta") for _ in range(3))
-    # The first norm returns the gradient of the bias that the block before has added to y. The norm
-    # of the next block, which does not run here, returns that of this block's MLP.
+    # The first norm returns the gradient of the bias of the MLP before it. The bias of this block's
+    # MLP gets its gradient from the norm after the block, which is not part of the count.
     branch = Branch(y, _tensor(config.d_model, device="meta"))
     context = gpt.ForwardContext((sequences, config.context_tokens))
     parameters = [each for each in block.parameters() if each is not block.mlp.c_proj.bias]

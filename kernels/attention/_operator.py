@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.added_bias import attach
 from ..core.op import define_op
 from ._inputs import unit_stride
 from ._reference import (
@@ -78,9 +79,7 @@ def _sdpa_packed(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K), and an empty tensor in place of lse."""
-    if added_bias is not None:
-        # Autograd sums the gradient of the bias. qkv contains the value already: add 0.
-        qkv = qkv + (added_bias - added_bias.detach()).to(qkv.dtype)
+    qkv = attach(qkv, added_bias)
     o, lse = _sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 

@@ -138,7 +138,7 @@ def norm_cost(
 
     `fwd_flops` and `bwd_flops` are per element. The forward reads x and writes y. With a residual
     it also reads the residual and writes h. The backward reads dy and h and writes dx. With a
-    residual it also reads dh.
+    residual it also reads dh. Vectors of N elements do not count.
     """
     fwd_tensors = 4 if residual else 2
     bwd_tensors = 4 if residual else 3

@@ -25,9 +25,9 @@ same kernels without a mean and without a bias.
 import torch
 from torch import Tensor
 
+from ..core.added_bias import attach, column_sums
 from ..core.layout import as_rows, like_rows_of, wide
 from ..core.op import define_op, keep_needed, public
-from ._added_bias import attach, column_sums
 from ._checks import check, check_residual
 from .launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 

@@ -76,7 +76,7 @@ class FakeCuda:
             self.capturing.seconds += seconds
 
     def wait(self):
-        """What `.item()` does."""
+        """Wait for the device, as `.item()` does."""
         if self.forbids_waits or self.capturing is not None:
             raise RuntimeError("called a synchronizing CUDA operation")
 

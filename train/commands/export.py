@@ -14,7 +14,7 @@ from ...model.weights import write_folder
 from ..data.transformers_tokenizer import save_for_transformers
 from ..run.folder import read_run
 from ..run.metrics import read_metrics
-from ..run.models import EXPORTED_TOKENIZER, TrainedModel, open_model
+from ..run.models import EXPORTED_TOKENIZER, SavedModel, open_model
 from .cli import parse
 
 # Files of tokenizers in folders of transformers. They are copied as they are.
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _model_card(trained: TrainedModel) -> str:
+def _model_card(trained: SavedModel) -> str:
     """Return a README for the folder: what the model is, and how it was trained."""
     config = trained.config
     name = (trained.run or trained.path).resolve().name

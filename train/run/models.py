@@ -21,7 +21,7 @@ EXPORTED_TOKENIZER = "tritium_tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedModel:
+class SavedModel:
     """A model on the disk, and what is known about it."""
 
     path: Path
@@ -51,7 +51,7 @@ class TrainedModel:
         return Tokenizer.load(self.tokenizer_file)
 
 
-def open_model(path: Path) -> TrainedModel:
+def open_model(path: Path) -> SavedModel:
     """Find a trained model. Its weights are not read yet.
 
     Raises: InputError if there is no model at `path`.
@@ -60,12 +60,12 @@ def open_model(path: Path) -> TrainedModel:
     run = path.parent.parent if is_checkpoint else path
     if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
         file = path / EXPORTED_TOKENIZER
-        return TrainedModel(
+        return SavedModel(
             path=path,
             config=open_source(path).config,
             tokenizer_file=file if file.is_file() else None,
         )
-    return TrainedModel(
+    return SavedModel(
         path=path,
         config=read_run(run).model,
         tokenizer_file=run / "tokenizer.json",

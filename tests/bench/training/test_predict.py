@@ -39,7 +39,7 @@ def test_equal_work_is_one_row_and_its_time_is_floor_by_efficiency_and_gap():
 
 def test_a_step_is_printed_and_written(tiny, tmp_path, capsys):
     out = tmp_path / "predict.json"
-    assert main(["tiny", "--gpu", "h100", "--batch", "8", "--out", str(out)]) == 0
+    assert main(["tiny", "--gpu", "h100", "--batch-size", "8", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "ESTIMATE of a step: tiny on h100, 8 x 32 tokens in micro-batches of 2" in text
     assert "tokens/s, MFU" in text
@@ -96,9 +96,12 @@ def test_predicted_and_measured_rows_are_joined_by_part_and_operator():
     ("words", "message"),
     [
         (["gtp2"], "unknown recipe 'gtp2'; did you mean 'gpt2'"),
-        (["gpt2", "--batch", "0"], "--batch: expected 1 or more, got 0"),
+        (["gpt2", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
         (["gpt2", "--measure", "-1"], "--measure: expected 0 or more, got -1"),
-        (["gpt2", "--batch", "8", "--micro-batch", "3"], "expected a divisor of the 8 sequences"),
+        (
+            ["gpt2", "--batch-size", "8", "--micro-batch-size", "3"],
+            "expected a divisor of the 8 sequences",
+        ),
     ],
 )
 def test_bad_options_raise(words, message):
