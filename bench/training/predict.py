@@ -49,7 +49,7 @@ from .implementations import TrainedModel
 from .step import Work, step_work
 from .training import random_batch
 
-# Steps to predict without a preset: recipe, sequences per step, sequences per micro-batch. None: as
+# Steps to predict without a recipe: recipe, sequences per step, sequences per micro-batch. None: as
 # in the recipe.
 STEPS = (
     ("gpt2", 64, 64),
@@ -339,7 +339,9 @@ def _print_comparison(step: dict[str, Any]) -> None:
         part["measured"] += row["measured"]
     for title, chosen in (("parts", list(parts.values())), ("operators", rows)):
         table = Table("part", "operator", "predicted ms", "measured ms", "measured / predicted")
-        table.title = f"{title}: measured on {where}; !: off by more than {TOLERANCE:.0%}, or on one side only"
+        table.title = (
+            f"{title}: measured on {where}; !: off by more than {TOLERANCE:.0%}, or one is missing"
+        )
         for row in chosen:
             if max(row["measured"], row["predicted"]) >= SMALL_SHARE * measured["seconds"]:
                 table.add_row(*_comparison_cells(row))

@@ -89,13 +89,15 @@ def test_predicted_and_measured_rows_are_joined_by_part_and_operator():
         ("norms", "a", 1.0, 0.0),
         ("other", "triton_poi_fused", 0.0, 0.5),
     ]
-    assert module._comparison_cells(compare(predicted, measured)[0])[-1] == "1.33 !"
+    marks = [module._comparison_cells(row)[-1] for row in compare(predicted, measured)]
+    assert marks == ["1.33 !", "- !", "- !"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["gtp2"], "unknown recipe 'gtp2'; did you mean 'gpt2'"),
+        (["--batch-size", "8"], "expected a recipe with them"),
         (["gpt2", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
         (["gpt2", "--measure", "-1"], "--measure: expected 0 or more, got -1"),
         (
