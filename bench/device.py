@@ -34,7 +34,7 @@ TOTAL_SECONDS = 535
 SAVE_SECONDS = 15
 # Lines of each log that are printed: the last ones.
 LOG_LINES = 40
-# The tests that .ci/run selects: every kernel once, in float32 and bfloat16.
+# Every kernel once, in float32 and bfloat16.
 KERNEL_TESTS = "(accura or bits or packed_documents or last_rows) and not fp16"
 
 
