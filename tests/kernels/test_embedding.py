@@ -41,6 +41,11 @@ def piece_of_four(monkeypatch):
     monkeypatch.setattr(MODULE, "PIECES_PER_STEP", 4)
 
 
+needs_kernels = pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU"
+)
+
+
 def tensors(B, T, V, D, dtype, device):
     """Return tokens, a weight, a position weight of T + 2 rows, and an incoming gradient."""
     generator = torch.Generator().manual_seed(T * 1009 + V)
@@ -152,6 +157,26 @@ def test_runs_of_any_length_are_summed(length, device):
 def test_all_tokens_equal_are_summed(D, device):
     tokens, weight, table, dy = tensors(3, 200, 5, D, torch.float32, device)
     assert_all_accurate(torch.full_like(tokens, 4), weight, table, dy)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("piece_of_four")
+def test_a_partial_sum_does_not_write_past_its_columns(device, monkeypatch):
+    """A program has 8 columns, the weight 5. A write into the next partial sum would be a race."""
+    empty = torch.empty
+    allocated = []
+
+    def recorded(*sizes, **options):
+        allocated.append(empty(*sizes, **options))
+        return allocated[-1]
+
+    monkeypatch.setattr(MODULE.torch, "empty", recorded)
+    dy = torch.randn(12, 5, device=device)
+    launch_bwd(dy, torch.zeros(12, dtype=torch.long, device=device), None, 2, torch.float32)
+    (partial,) = [tensor for tensor in allocated if tensor.shape == (3, 2, 5)]
+    # One run in three pieces: it begins in the first and goes on in the others.
+    assert not partial[[0, 1, 2], [1, 0, 0]].isnan().any()
+    assert partial[[0, 1, 2], [0, 1, 1]].isnan().all()
 
 
 def test_bfloat16_weights_are_summed_in_float32(device):
@@ -320,9 +345,7 @@ def test_token_outside_the_weight_raises_on_the_cpu(value, is_dispatched, monkey
         embedding(tokens, weight)
 
 
-@pytest.mark.skipif(
-    not (INTERPRET or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU"
-)
+@needs_kernels
 @pytest.mark.parametrize("order", [True, False])
 def test_invalid_token_or_position_gives_a_nan_row_and_no_gradient(order, device):
     tokens, weight, table, dy = tensors(2, 5, 7, 8, torch.float32, device)
