@@ -52,7 +52,7 @@ def test_a_step_is_printed_and_written(tiny, tmp_path, capsys):
     assert step["tokens_per_second"] == pytest.approx(8 * 32 / step["seconds"])
 
 
-def test_without_a_preset_the_totals_of_all_steps_are_written(tiny, tmp_path, capsys, monkeypatch):
+def test_without_a_recipe_the_totals_of_all_steps_are_written(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "STEPS", (("tiny", 2, 2), ("tiny", None, None)))
     out = tmp_path / "predict.json"
     assert main(["--out", str(out)]) == 0

@@ -132,7 +132,7 @@ def test_gradient_of_the_bias_is_accurate(T, H, G, K, options, dtype, device):
     assert_accurate("dbias", dbias, exact, in_dtype, length=2 * T, scale=scale, terms=dtype)
 
 
-def test_gradient_of_the_bias_alone(device):
+def test_only_the_bias_can_get_a_gradient(device):
     """Also under autocast, where the bias is float32 and its gradient is too."""
     q, k, v, do, _ = make_inputs(2, 20, 20, 2, 1, 16, torch.bfloat16, device)
     qkv, do, options = packed(q, k, v), do.flatten(2), {"n_kv_head": 1, "window": 9}

@@ -359,7 +359,7 @@ def test_padding_rows_of_the_weight_change_nothing(V, padded, options, reduction
 
 
 @pytest.mark.plain
-def test_padding_row_is_no_target():
+def test_a_padding_row_is_not_a_class():
     (x, weight, _), target, _ = tensors(9, 4, 12, torch.float32, "cpu")
     target[1] = 10
     with pytest.raises(IndexError, match=r"target must be from 0 to 9 or .*, got 10"):
