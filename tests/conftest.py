@@ -119,7 +119,7 @@ def pytest_configure(config):
         "markers", "codegen: compiles kernels ahead of time, with whichever Triton is installed"
     )
     config.addinivalue_line(
-        "markers", "slow: takes about a minute; runs in CI, and with `pytest -m slow` or -m codegen"
+        "markers", "slow: left out unless `-m` is given; `.ci/all` runs every slow test"
     )
 
 
@@ -128,8 +128,12 @@ def pytest_make_parametrize_id(val):
     return DTYPE_IDS.get(val) if isinstance(val, torch.dtype) else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the markers
 def pytest_collection_modifyitems(config, items):
-    """Under the interpreter run only tests that run kernels. The run without it has the others."""
+    """Mark slow tests. Under the interpreter select only tests that run kernels."""
+    for item in items:
+        if _repeats_another(item):
+            item.add_marker("slow")
     if not INTERPRET:
         return
     selected, deselected = [], []
@@ -138,6 +142,17 @@ def pytest_collection_modifyitems(config, items):
         (deselected if is_skipped else selected).append(item)
     config.hook.pytest_deselected(items=deselected)
     items[:] = selected
+
+
+def _repeats_another(item) -> bool:
+    """Whether a test differs from another only in its GPU architecture or in its 16-bit dtype.
+
+    The short runs compile for sm_90, and interpret kernels in float32 and bfloat16.
+    """
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if item.get_closest_marker("codegen"):
+        return parameters.get("arch", "sm_90") != "sm_90"
+    return INTERPRET and any(value is torch.float16 for value in parameters.values())
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def test_the_program_runs_in_the_root():
     assert done.stdout.startswith("tritium ")
 
 
+@pytest.mark.slow
 def test_pytest_and_transformers_run_in_the_root(tmp_path):
     test = f"def test_import():\n    import tritium.kernels\n    {IMPORT_TRANSFORMERS}\n"
     (tmp_path / "test_import.py").write_text(test)

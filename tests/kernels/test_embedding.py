@@ -374,7 +374,12 @@ def tied_loss(tokens, weight, table, matrix, target, *, is_tied, order=None):
 
 
 @pytest.mark.parametrize(
-    "backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.plain)]
+    "backend",
+    [
+        None,
+        "aot_eager",
+        pytest.param("inductor", marks=[pytest.mark.plain, pytest.mark.slow]),
+    ],
 )
 def test_gradients_of_embedding_and_head_are_added_in_place(backend, device, monkeypatch):
     """The sum is bitwise that of autograd, which adds two tensors."""

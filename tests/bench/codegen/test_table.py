@@ -28,10 +28,7 @@ needs_golden = pytest.mark.skipif(
 
 
 @needs_golden
-@pytest.mark.parametrize(
-    "arch",
-    [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in TARGETS],
-)
+@pytest.mark.parametrize("arch", TARGETS)
 def test_shipped_configurations_match_the_golden_table(arch):
     """No new spills, lost matrix instructions, lost bulk loads, narrower accesses or other rows.
 

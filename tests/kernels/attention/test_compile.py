@@ -57,7 +57,9 @@ def outputs_and_grads(function, inputs, cu_seqlens):
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [None, pytest.param(True, marks=pytest.mark.slow)], ids=["automatic", "dynamic"]
+)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_ten_lengths_compile_at_most_twice(function, dynamic):
     """One compilation is for the first length, a second one for all lengths."""

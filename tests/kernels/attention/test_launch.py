@@ -210,7 +210,11 @@ def test_tokens_outside_of_all_documents_become_zero(bounds, device, monkeypatch
 @pytest.mark.codegen
 @pytest.mark.parametrize(
     ("T", "S", "documents", "window", "dropout_p"),
-    [(1, 1, 0, 1, 0.1), (1, 300, 0, 1, 0.0), (1, 1, 1, 1, 0.0)],
+    [
+        (1, 1, 0, 1, 0.1),
+        pytest.param(1, 300, 0, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(1, 1, 1, 1, 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_sizes_of_one_compile(T, S, documents, window, dropout_p):
     """Triton makes an integer argument of 1 a constant, which lacks the methods of a tensor."""
@@ -231,10 +235,10 @@ def test_sizes_of_one_compile(T, S, documents, window, dropout_p):
 @pytest.mark.parametrize(
     ("head_size", "heads", "has_documents", "option"),
     [
-        (64, 2, False, {"window": 512}),
+        pytest.param(64, 2, False, {"window": 512}, marks=pytest.mark.slow),
         (64, 2, True, {"softcap": 30.0, "window": 512}),
-        (128, 2, False, {"softcap": 30.0}),
-        (128, 1, True, {}),  # grouped heads
+        pytest.param(128, 2, False, {"softcap": 30.0}, marks=pytest.mark.slow),
+        pytest.param(128, 1, True, {}, marks=pytest.mark.slow),  # grouped heads
         (128, 2, False, {"dropout_p": 0.1}),
     ],
     ids=lambda value: f"sm_90-{value}" if isinstance(value, int) else None,

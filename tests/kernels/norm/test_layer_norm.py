@@ -497,13 +497,13 @@ def test_cost_counts_each_tensor_once():
 
 
 @pytest.mark.codegen
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "gfx950"])
+@pytest.mark.parametrize("arch", [name for name in TARGETS if name != "gfx950"])
 @pytest.mark.parametrize("N", [768, 1024, 1280, 1600, MAX_WIDTH])
-def test_compiles_for_every_target_without_spills(N, target):
+def test_compiles_for_every_target_without_spills(N, arch):
     x, weight, statistics = (
         torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)]
     )
-    with record_launches(target) as launches:
+    with record_launches(arch) as launches:
         for dtype in (torch.bfloat16, torch.float32):
             h, w = x.to(dtype), weight.to(dtype)
             # The variant with all optional tensors needs the most registers. The golden table of
@@ -512,9 +512,9 @@ def test_compiles_for_every_target_without_spills(N, target):
             launch_bwd(h, h, h, w, statistics, statistics, True, dtype)
     assert len(launches) == 6
     for launch in launches:
-        found = resources(compile_launch(launch, target))
+        found = resources(compile_launch(launch, arch))
         # With triton 3.7.1 the wide backward has 8 bytes of stack on sm_100, whatever the tile.
-        if (N, target) != (MAX_WIDTH, "sm_100"):
+        if (N, arch) != (MAX_WIDTH, "sm_100"):
             assert found.spilled_bytes == 0, launch.kernel.__name__
 
 

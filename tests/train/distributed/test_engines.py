@@ -122,14 +122,16 @@ def test_a_run_matches_a_single_process(engine, once):
     assert_matches_single(once("gpt2", engine), once("gpt2", "single"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp-tensor"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "fsdp-tensor"]
+)
 def test_micro_batches_grouped_heads_and_compiled_code_match_a_single_process(engine, once):
     assert_matches_single(
         once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "single")
     )
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "fsdp-tensor"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("fsdp-tensor", marks=pytest.mark.slow)])
 def test_micro_batches_of_a_model_with_biases_match_a_single_process(engine, once):
     """Each MLP's bias gets its gradient from a norm outside of the group that fully_shard made."""
     run = once("micro_batches", engine, compiled=engine == "fsdp")

@@ -132,6 +132,7 @@ def test_an_error_on_rank_0_stops_all_ranks(tiny, launch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(tiny, tmp_path):
     """Two agents of torchrun, on one machine."""
     with socket.socket() as free:
