@@ -50,6 +50,7 @@ def test_pytest_and_transformers_run_in_the_root(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_torchrun_and_transformers_run_in_the_root(tmp_path):
     code = f"""{IMPORT_TRANSFORMERS}
 import runpy, sys

@@ -59,6 +59,7 @@ def test_recomputation_gives_the_same_bits(config, dtype, cu_seqlens, attention)
             assert torch.equal(loss_and_gradients(config, mode, **options), expected), mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_compiled_recomputation_gives_the_same_bits(mode):
     options = {"dtype": torch.bfloat16, "cu_seqlens": DOCUMENTS}

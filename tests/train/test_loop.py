@@ -161,8 +161,8 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
     ("name", "calls"),
     [
         ("learning_rate", 7),
-        ("learning_rate", 10),
-        ("_evaluate", 1),
+        pytest.param("learning_rate", 10, marks=pytest.mark.slow),
+        pytest.param("_evaluate", 1, marks=pytest.mark.slow),
         ("_evaluate", 2),
         ("save_checkpoint", 3),
     ],

@@ -87,13 +87,13 @@ def library_defaults():
     ("config", "batch", "micro_batch"),
     [
         (DEEP, 4, 4),  # fullest in the backward of the last MLP
-        (DEEP, 4, 2),
+        pytest.param(DEEP, 4, 2, marks=pytest.mark.slow),
         (replace(DEEP, context_tokens=16), 1, 1),  # fullest at the end of the backward
         (WIDE, 8, 8),  # fullest in the head, in several chunks
-        (WIDE, 8, 2),
-        (LARGE_VOCABULARY, 4, 4),
+        pytest.param(WIDE, 8, 2, marks=pytest.mark.slow),
+        pytest.param(LARGE_VOCABULARY, 4, 4, marks=pytest.mark.slow),
         (LARGE_VOCABULARY, 4, 1),
-        (LLAMA, 4, 4),
+        pytest.param(LLAMA, 4, 4, marks=pytest.mark.slow),
         (LLAMA, 4, 2),
     ],
 )
@@ -113,8 +113,8 @@ def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision
     [
         (DEEP, 4, 4, "gelu"),
         (DEEP, 4, 2, "selective"),
-        (DEEP, 4, 4, "selective"),
-        (DEEP, 4, 4, "block"),
+        pytest.param(DEEP, 4, 4, "selective", marks=pytest.mark.slow),
+        pytest.param(DEEP, 4, 4, "block", marks=pytest.mark.slow),
         (LLAMA, 4, 2, "block"),
         (LARGE_VOCABULARY, 4, 4, "block"),
     ],
