@@ -23,6 +23,8 @@ def dispatch(argv: Sequence[str]) -> int:
     from .errors import InputError, unknown_name
     from .train.commands import COMMANDS, run_command
 
+    if argv and argv[0] == "help":  # tritium help train is tritium train --help
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0

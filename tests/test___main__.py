@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -37,8 +38,30 @@ def test_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     for name in ("train", "data", "sample", "plan", "bench", "info"):
         assert f"tritium {name}" in out
-    dispatch([])
-    assert capsys.readouterr().out == out
+    for words in ([], ["help"]):
+        dispatch(words)
+        assert capsys.readouterr().out == out
+
+
+def test_help_of_a_command(capsys):
+    assert dispatch(["help", "info"]) == 0
+    assert capsys.readouterr().out.startswith("usage: tritium info")
+
+
+def test_a_closed_pipe_and_an_ascii_terminal_are_no_errors(tmp_path):
+    plan = [sys.executable, "-m", "tritium", "plan", "gpt2", "--gpu", "h100"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(plan, stdout=pipe, stderr=pipe, cwd=tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+    code = "from tritium.train.commands.cli import run; run(lambda _: print('\\u03b1\\u2502'), [])"
+    ascii_only = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=os.environ | ascii_only, cwd=tmp_path
+    )
+    assert done.stdout == b"??\n", done.stderr
 
 
 def test_unknown_command_suggests_the_nearest():

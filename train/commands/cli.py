@@ -6,6 +6,7 @@ Modules that take long to import are imported inside functions, so that `tritium
 import contextlib
 import io
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -25,6 +26,21 @@ _NO_MEMORY = (
     "out of memory: give smaller sizes, such as --micro-batch-size, --context-tokens, --d-model "
     "or --shape"
 )
+# Names that other trainers give to our options.
+_OTHER_NAMES = {
+    "batch-tokens": "batch-size",
+    "block-size": "context-tokens",
+    "learning-rate": "lr",
+    "log-every": "log-interval",
+    "max-iters": "steps",
+    "max-steps": "steps",
+    "n-embd": "d-model",
+    "seq-len": "context-tokens",
+    "train-steps": "steps",
+    "warmup-iters": "warmup-steps",
+}
+# Exit status of a program whose output is read no further: 128 + SIGPIPE.
+_BROKEN_PIPE = 141
 # Names of the options that the commands of this process have parsed.
 _option_names: set[str] = set()
 
@@ -91,9 +107,14 @@ def _one_line(box: str, prog: str) -> str:
     ]
     message, *others = groups if has_title_in_edge else groups[1:]
     text = re.sub(r"^Error parsing [A-Za-z]\w*: ", "", " ".join(message)).rstrip(".")
-    near = [line.split()[0] for group in others for line in group if line.startswith("--")]
-    if "nrecognized" in text and near:
-        text += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
+    if "nrecognized" in text:
+        known = {name.replace("_", "-") for name in _option_names}
+        given = [word.replace("_", "-") for word in re.findall(r"--([\w-]+)", text)]
+        ours = [_OTHER_NAMES[name] for name in given if _OTHER_NAMES.get(name) in known]
+        near = [line.split()[0] for group in others for line in group if line.startswith("--")]
+        near = [f"--{name}" for name in ours] or near
+        if near:
+            text += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
     return f"{text}; see {prog} --help"
 
 
@@ -117,10 +138,16 @@ def as_flags(message: str) -> str:
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command. Print an error that the user can correct as one line on stderr.
 
-    Returns: the exit status: 0; 2 for bad input, a full disk or too little memory; 130 for Ctrl-C.
+    Returns: the exit status: 0; 2 for bad input, a full disk or too little memory; 130 for Ctrl-C;
+        141 if the reader of the output is gone.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may have ASCII only
     try:
-        return command(argv) or 0
+        status = command(argv) or 0
+        sys.stdout.flush()
+        return status
     except InputError as error:
         from ..distributed.world import is_local_rank0
 
@@ -134,6 +161,10 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
             message = str(error) if isinstance(error, NoMemoryError) else _NO_MEMORY
         else:
             raise
+    except BrokenPipeError:
+        # Python flushes the output again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except OSError as error:
         message = describe_os_error(error)
     except KeyboardInterrupt:

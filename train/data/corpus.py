@@ -247,6 +247,11 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str, int]]:
 def _parse_line(line: bytes, field: str, source: str) -> str:
     try:
         record = json.loads(line)
+    except RecursionError:
+        raise InputError(
+            f"{source}: expected one JSON object per line, got brackets nested too deeply; "
+            "correct the line"
+        ) from None
     except ValueError as error:
         raise InputError(
             f"{source}: expected one JSON object per line, got {line[:60]!r} ({error}); "

@@ -32,6 +32,20 @@ def raising(error):
     return command
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherOptions:
+    """Options whose names are those of `tritium train`."""
+
+    lr: float = 0.1
+    """Rate."""
+
+
+def test_names_of_other_trainers_suggest_ours():
+    message = r"Unrecognized options: --learning_rate.*did you mean --lr\?; see"
+    with pytest.raises(InputError, match=message):
+        parse(OtherOptions, ["--learning_rate", "1"], prog="p", description="d")
+
+
 def test_words_become_options():
     assert parsed() == Options()
     assert parsed("--learning-rate", "3e-4", "--names", "x", "y") == Options(

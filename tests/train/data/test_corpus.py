@@ -105,6 +105,7 @@ def test_bytes_read_grows_within_a_file(tmp_path, suffix):
     [
         ("{", "expected one JSON object per line"),
         ("[1]", "got list"),
+        pytest.param("[" * 100_000, "brackets nested too deeply", id="brackets"),
         ('{"text": 3}', "string in field 'text'"),
         ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
         (b'{"text": "\xff"}', "expected one JSON object per line"),
