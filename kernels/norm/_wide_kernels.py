@@ -94,7 +94,6 @@ def _layer_norm_bwd_wide_kernel(
     dw, db and the columns of dx. Without dropout dx is also the gradient of the residual.
     """
     pid = tl.program_id(0)
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
     dw_partial_ptr += pid.to(tl.int64) * N
     if db_partial_ptr is not None:
         db_partial_ptr += pid.to(tl.int64) * N
@@ -131,10 +130,11 @@ def _layer_norm_bwd_wide_kernel(
             if dh_ptr is not None:
                 dh = tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask_n, other=0.0)
                 dx += dh.to(tl.float32)
-            if seed is not None:
+            if seed_ptr is not None:
                 dresidual = dx.to(dresidual_ptr.dtype.element_ty)
                 tl.store(dresidual_ptr + row * N + offs_n, dresidual, mask=mask_n)
-                kept = _kept_row(seed, row, start, N, threshold, BLOCK_N)
+                # If the seed were loaded before the loops, scalar registers would spill on gfx942.
+                kept = _kept_row(tl.load(seed_ptr), row, start, N, threshold, BLOCK_N)
                 dx = tl.where(kept, dx * scale, 0.0)
             tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
 
