@@ -133,7 +133,7 @@ def _layer_norm_bwd_wide_kernel(
             if seed_ptr is not None:
                 dresidual = dx.to(dresidual_ptr.dtype.element_ty)
                 tl.store(dresidual_ptr + row * N + offs_n, dresidual, mask=mask_n)
-                # If the seed were loaded before the loops, scalar registers would spill more on gfx942.
+                # Loading the seed before the loops spills more scalar registers on gfx942.
                 kept = _kept_row(tl.load(seed_ptr), row, start, N, threshold, BLOCK_N)
                 dx = tl.where(kept, dx * scale, 0.0)
             tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
