@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.dropout import resolve_dropout
+
 MAX_HEAD_SIZE = 256
 
 
@@ -61,26 +63,11 @@ def resolve_options(
             f"{name}: the head size must be from 1 to {MAX_HEAD_SIZE}, got {head_size}"
         )
     check_score_options(name, scale=scale, window=window, softcap=softcap)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
+    dropout = resolve_dropout(name, dropout_p, seed, device)
     return AttentionOptions(
         scale=1 / math.sqrt(head_size) if scale is None else float(scale),
         window=keys if window is None else min(window, keys),
         softcap=float(softcap),
-        dropout_p=float(dropout_p),
-        seed=_seed_tensor(name, seed, device) if dropout_p > 0 else None,
+        dropout_p=dropout.dropout_p,
+        seed=dropout.seed,
     )
-
-
-def _seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Return the seed as a tensor. A CUDA graph would freeze a seed that is passed as a number."""
-    if seed is None:
-        return torch.randint(2**62, (), device=device)
-    if not isinstance(seed, Tensor):
-        return torch.full((), seed, dtype=torch.int64, device=device)
-    if seed.shape != () or seed.dtype != torch.int64 or seed.device != device:
-        raise ValueError(
-            f"{name}: seed must be an int or a () int64 tensor on {device}, "
-            f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
-        )
-    return seed
