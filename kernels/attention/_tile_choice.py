@@ -57,6 +57,9 @@ TILES = {
         fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+        # At head size 128 every tile spills. A tile of 64 keys moves twice as much through the L2
+        # cache.
+        one_pass={64: (64, 128, 8, 2)},
     ),
     "sm_10": _tiles(
         fwd={64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
@@ -98,7 +101,13 @@ FLOAT32_TILES = _tiles(
     fwd={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
     dq={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     dkdv={64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+    one_pass={64: (32, 32, 8, 2)},
 )
+# The one-pass backward should keep its sums, and the q and do that it reads again, in an L2 cache
+# of 50 MB (H100, H200). It has one program per multiprocessor. Its programs should fill all
+# multiprocessors, and more of the last wave than half.
+ONE_PASS_L2_BYTES = 40 << 20
+ONE_PASS_WAVES = 1.5
 
 
 def padded(head_size: int) -> int:
@@ -115,7 +124,7 @@ def plan(
     has_dropout: bool = False,
     options: int = 0,
 ) -> Tile:
-    """Choose the tile of a kernel: "fwd", "dq" or "dkdv".
+    """Choose the tile of a kernel: "fwd", "dq", "dkdv" or "one_pass".
 
     Args:
         options: how many apply of documents, a window, soft-capping, grouped heads, dropout and the
@@ -133,3 +142,23 @@ def plan(
     # The random words take as many registers as the scores: halve the side that is looped over.
     looped = "block_m" if kernel == "dkdv" else "block_n"
     return replace(tile, **{looped: max(16, getattr(tile, looped) // 2)})
+
+
+def has_one_pass_tile(head_size: int, dtype: torch.dtype, architecture: str) -> bool:
+    """Whether there is a tile of the one-pass backward."""
+    family = next(name for name in TILES if architecture.startswith(name))
+    rows = (FLOAT32_TILES if dtype == torch.float32 else TILES[family]).get("one_pass", {})
+    return any(size >= padded(head_size) for size in rows)
+
+
+def one_pass_fits(heads: int, tokens: int, head_size: int, multiprocessors: int) -> bool:
+    """Whether the one-pass backward fills the device, and its data stays in the L2 cache.
+
+    Args:
+        heads: query heads of all sequences. A program owns one at a time.
+        tokens: per sequence.
+    """
+    # q, do and sums of a head. On average half of the queries see a key.
+    live_bytes = tokens * padded(head_size) * (2 + 2 + 4) // 2
+    in_cache = multiprocessors * live_bytes <= ONE_PASS_L2_BYTES
+    return in_cache and heads >= ONE_PASS_WAVES * multiprocessors

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.device import arch
+from ..core.device import arch, sm_count
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv
@@ -15,14 +15,24 @@ from ._kernels import (
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
 )
+from ._one_pass import (
+    _causal_attention_bwd_delta_kernel,
+    _causal_attention_bwd_one_pass_kernel,
+)
 from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
-from ._tile_choice import Tile, padded, plan
+from ._tile_choice import Tile, has_one_pass_tile, one_pass_fits, padded, plan
 from ._tiles import _causal_attention_padding_kernel, _causal_attention_schedule_kernel
 from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
 # 40 MB or more on data-center GPUs.
 L2_BYTES = 16 << 20
+# How the backward reads q, k, v and do: "two passes", "one pass", or "auto": in one pass where
+# `one_pass_fits` says so. "auto" becomes the default when a GPU has shown that one pass gives the
+# same bits in 1,000 runs and is at least 15 % faster. No GPU has run it yet.
+BACKWARD = "two passes"
+# Queries per program of the kernel that computes delta.
+DELTA_ROWS = 128
 # Tile sizes of the kernel that lists the tiles of packed documents.
 SLOTS_PER_PROGRAM, DOCUMENTS_PER_STEP = 64, 64
 # Sizes of the kernel that fills padding with zeros: elements per step, and programs at most.
@@ -57,6 +67,32 @@ def _plan(
         has_dropout=has_dropout,
         options=sum(applied),
     )
+
+
+def _makes_one_pass(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> bool:
+    """Whether BACKWARD and the arguments ask for one pass.
+
+    Raises: ValueError if BACKWARD is "one pass" and the kernel does not support the arguments.
+    """
+    B, T, H, K = q.shape
+    has_options = options.window < k.shape[1] or options.softcap > 0 or options.dropout_p > 0
+    is_supported = (
+        cu_seqlens is None
+        and not has_options
+        and q.shape == k.shape
+        and has_one_pass_tile(K, q.dtype, arch(q.device))
+    )
+    if BACKWARD == "one pass" and not is_supported:
+        raise ValueError(
+            "causal_attention: the one-pass backward needs sm_90, head size 64 or less, equal "
+            "shapes of q and k, and no documents, window, softcap or dropout, got "
+            f"{arch(q.device)}, q {tuple(q.shape)}, k {tuple(k.shape)} and "
+            f'{"documents" if cu_seqlens is not None else options}; set BACKWARD to "two passes"'
+        )
+    fits = q.dtype != torch.float32 and one_pass_fits(B * H, T, K, sm_count(q.device))
+    return is_supported and (BACKWARD == "one pass" or (BACKWARD == "auto" and fits))
 
 
 # --- launchers: each has the signature of its reference
@@ -101,7 +137,9 @@ def launch_bwd(
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
     for grad in grads:
         _clear_padding(cu_seqlens, grad)
-    _launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
+    launch_grads = _launch_one_pass if one_pass else _launch_grads
+    launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
     return grads
 
 
@@ -138,7 +176,9 @@ def launch_qkvpacked_bwd(
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
-    _launch_grads(
+    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
+    launch_grads = _launch_one_pass if one_pass else _launch_grads
+    launch_grads(
         grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
     )
     return dqkv, dbias
@@ -202,6 +242,52 @@ def _launch_grads(
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
         **common, **tile.arguments(K),
+    )  # fmt: skip
+    _sum_partials(dbias, dq_sums, dkv_sums)
+
+
+def _launch_one_pass(
+    grads: tuple[Tensor, Tensor, Tensor],
+    dbias: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: None,
+    options: AttentionOptions,
+) -> None:
+    """Do the same as `_launch_grads` in one pass. See _one_pass.py."""
+    B, T, H, K = q.shape
+    dq, dk, dv = grads
+
+    # delta.
+    delta = torch.empty_like(lse)
+    strides = strides_bth(do=do)
+    tiles = cdiv(T, DELTA_ROWS)
+    _causal_attention_bwd_delta_kernel[(tiles * B * H,)](
+        do_ptr=do, dlse_ptr=dlse, o_ptr=o, delta_ptr=delta, **strides, T=T, H=H, tiles=tiles,
+        HEAD=K, BLOCK_M=DELTA_ROWS, BLOCK_K=padded(K), num_warps=4,
+    )  # fmt: skip
+
+    # dq, dk and dv. Each program has a float32 buffer for dq of one head.
+    tile = _plan("one_pass", q, k, None, options, dbias)
+    rows, columns = tile.block_m, tile.block_n
+    programs = min(B * H, sm_count(q.device))
+    sums = lse.new_empty((programs, cdiv(T, rows) * rows, padded(K)))
+    dq_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, rows), H * K))
+    dkv_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, columns), 2 * H * K))
+    _causal_attention_bwd_one_pass_kernel[(programs,)](
+        **_streamed(rows, do=do, q=q), **_streamed(columns, k=k, v=v),
+        lse=_streamed_statistics(lse, q, None, rows),
+        delta=_streamed_statistics(delta, q, None, rows),
+        sums_ptr=sums, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dq_sums_ptr=dq_sums, dkv_sums_ptr=dkv_sums,
+        **strides, **strides_bth(q=q, k=k, v=v),
+        stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
+        stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
+        T=T, H=H, heads=B * H, scale=options.scale, **tile.arguments(K),
     )  # fmt: skip
     _sum_partials(dbias, dq_sums, dkv_sums)
 
