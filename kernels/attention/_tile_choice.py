@@ -5,6 +5,7 @@ registers, matrix instructions in every main loop that do not wait for each othe
 that are busy for as much of the time as possible. They have not been timed.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,8 +58,7 @@ TILES = {
         fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
-        # At head size 128 every tile spills. A tile of 64 keys moves twice as much through the L2
-        # cache.
+        # At head size 128 every tile that was tried spills.
         one_pass={64: (64, 128, 8, 2)},
     ),
     "sm_10": _tiles(
@@ -103,11 +103,13 @@ FLOAT32_TILES = _tiles(
     dkdv={64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
     one_pass={64: (32, 32, 8, 2)},
 )
-# The one-pass backward should keep its sums, and the q and do that it reads again, in an L2 cache
-# of 50 MB (H100, H200). It has one program per multiprocessor. Its programs should fill all
-# multiprocessors, and more of the last wave than half.
-ONE_PASS_L2_BYTES = 40 << 20
+# The backward in one pass has one program per multiprocessor, and a program works on one head at a
+# time. It is chosen if the programs need at least so many waves, if they fill the last wave so far
+# that the average wave is this full, and if the data that they read repeatedly stays in the L2
+# cache. The H100 and the H200 have an L2 cache of 50 MB.
 ONE_PASS_WAVES = 1.5
+ONE_PASS_FULL = 0.85
+ONE_PASS_L2_BYTES = 40 << 20
 
 
 def padded(head_size: int) -> int:
@@ -152,13 +154,14 @@ def has_one_pass_tile(head_size: int, dtype: torch.dtype, architecture: str) -> 
 
 
 def one_pass_fits(heads: int, tokens: int, head_size: int, multiprocessors: int) -> bool:
-    """Whether the one-pass backward fills the device, and its data stays in the L2 cache.
+    """Whether the backward in one pass fills the device and its data stays in the L2 cache.
 
     Args:
-        heads: query heads of all sequences. A program owns one at a time.
+        heads: query heads of all sequences.
         tokens: per sequence.
     """
-    # q, do and sums of a head. On average half of the queries see a key.
+    waves = heads / multiprocessors
+    is_full = waves >= ONE_PASS_WAVES and waves / math.ceil(waves) >= ONE_PASS_FULL
+    # Queries, do and the float32 sums of dq. On average half of the queries are still needed.
     live_bytes = tokens * padded(head_size) * (2 + 2 + 4) // 2
-    in_cache = multiprocessors * live_bytes <= ONE_PASS_L2_BYTES
-    return in_cache and heads >= ONE_PASS_WAVES * multiprocessors
+    return is_full and multiprocessors * live_bytes <= ONE_PASS_L2_BYTES

@@ -1,6 +1,7 @@
 """Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ from .options import AttentionOptions
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
 # 40 MB or more on data-center GPUs.
 L2_BYTES = 16 << 20
-# How the backward reads q, k, v and do: "two passes", "one pass", or "auto": in one pass where
-# `one_pass_fits` says so. "auto" becomes the default when a GPU has shown that one pass gives the
-# same bits in 1,000 runs and is at least 15 % faster. No GPU has run it yet.
+# The backward's passes over q, k, v and do: "two passes", "one pass", or "auto", which is one pass
+# where the kernel supports the arguments and `one_pass_fits`. "auto" becomes the default when a GPU
+# has shown that one pass gives the same bits in 1,000 runs and takes at least 15 % less time. No
+# GPU has run it yet.
 BACKWARD = "two passes"
 # Queries per program of the kernel that computes delta.
 DELTA_ROWS = 128
@@ -72,27 +74,34 @@ def _plan(
 def _makes_one_pass(
     q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
 ) -> bool:
-    """Whether BACKWARD and the arguments ask for one pass.
+    """Whether the backward makes one pass, by BACKWARD and the arguments.
 
     Raises: ValueError if BACKWARD is "one pass" and the kernel does not support the arguments.
     """
-    B, T, H, K = q.shape
-    has_options = options.window < k.shape[1] or options.softcap > 0 or options.dropout_p > 0
+    if BACKWARD == "two passes":
+        return False
+    name = arch(q.device)
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     is_supported = (
-        cu_seqlens is None
-        and not has_options
-        and q.shape == k.shape
-        and has_one_pass_tile(K, q.dtype, arch(q.device))
+        (T, H) == (S, G)
+        and options.window >= S
+        and (cu_seqlens, options.softcap, options.dropout_p) == (None, 0, 0)
+        and has_one_pass_tile(K, q.dtype, name)
     )
-    if BACKWARD == "one pass" and not is_supported:
+    if BACKWARD == "auto":
+        # float32 matmuls take so long that a second pass over memory does not matter.
+        is_16_bit = q.dtype != torch.float32
+        return is_supported and is_16_bit and one_pass_fits(B * H, T, K, sm_count(q.device))
+    if not is_supported:
+        documents = "no documents" if cu_seqlens is None else "documents"
         raise ValueError(
-            "causal_attention: the one-pass backward needs sm_90, head size 64 or less, equal "
-            "shapes of q and k, and no documents, window, softcap or dropout, got "
-            f"{arch(q.device)}, q {tuple(q.shape)}, k {tuple(k.shape)} and "
-            f'{"documents" if cu_seqlens is not None else options}; set BACKWARD to "two passes"'
+            "causal_attention: expected as many queries as keys, as many query heads as key "
+            "heads, a head size up to 64, sm_90 and no documents, window, softcap or dropout for "
+            f"a backward in one pass, got q {tuple(q.shape)}, k {tuple(k.shape)}, {name}, "
+            f"{documents}, window {options.window}, softcap {options.softcap} and dropout_p "
+            f'{options.dropout_p}; set BACKWARD to "auto" or "two passes"'
         )
-    fits = q.dtype != torch.float32 and one_pass_fits(B * H, T, K, sm_count(q.device))
-    return is_supported and (BACKWARD == "one pass" or (BACKWARD == "auto" and fits))
+    return True
 
 
 # --- launchers: each has the signature of its reference
@@ -137,8 +146,7 @@ def launch_bwd(
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
     for grad in grads:
         _clear_padding(cu_seqlens, grad)
-    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
-    launch_grads = _launch_one_pass if one_pass else _launch_grads
+    launch_grads = _grads_launcher(q, k, cu_seqlens, options)
     launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
     return grads
 
@@ -176,15 +184,26 @@ def launch_qkvpacked_bwd(
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
-    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
-    launch_grads = _launch_one_pass if one_pass else _launch_grads
+    launch_grads = _grads_launcher(q, k, cu_seqlens, options)
     launch_grads(
         grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
     )
     return dqkv, dbias
 
 
-def _launch_grads(
+def _grads_launcher(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> Callable[..., None]:
+    """Return the function that launches the backward in one pass or in two.
+
+    It writes dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,). In
+    each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
+    """
+    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
+    return _launch_one_pass if one_pass else _launch_two_passes
+
+
+def _launch_two_passes(
     grads: tuple[Tensor, Tensor, Tensor],
     dbias: Tensor | None,
     do: Tensor,
@@ -197,10 +216,7 @@ def _launch_grads(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
-    """Write dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,).
-
-    In each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
-    """
+    """Launch the kernel that writes dq, then the kernel that writes dk and dv. See _kernels.py."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // max(1, G)
     dq, dk, dv = grads
@@ -259,7 +275,7 @@ def _launch_one_pass(
     cu_seqlens: None,
     options: AttentionOptions,
 ) -> None:
-    """Do the same as `_launch_grads` in one pass. See _one_pass.py."""
+    """Launch the kernel that writes delta, then the kernel that writes all else, _one_pass.py."""
     B, T, H, K = q.shape
     dq, dk, dv = grads
 
