@@ -1,44 +1,53 @@
-"""Triton kernel of the backward in one pass: dq, dk and dv of a head from one program.
+"""Triton kernels of the backward in one pass: one program computes dq, dk and dv of a head.
 
-_kernels.py makes two passes over the tiles of scores: one for dq, one for dk and dv. Both compute
-s, p and dp. One pass computes them once: 5 matmuls and one exp2 per score in place of 7 and 2. It
-also reads q, k, v and do once. The formulas are in causal.py.
+The backward in two passes (_kernels.py) computes s, p and dp of each pair of tiles twice: for dq,
+and for dk and dv. One pass computes them once: 5 matmuls in place of 7, and one exp2 per score in
+place of two. It also reads q, k and v once. The formulas are in causal.py.
 
-Order      A program owns a head. It takes the tiles of BLOCK_N keys in ascending order. For each it
-           loops over the tiles of BLOCK_M queries that see these keys:
+Order      A program takes the tiles of BLOCK_N keys of its head from the first to the last. For
+           each it loops over the tiles of BLOCK_M queries that see these keys:
 
                             keys
-               queries      1 . . .      1 to 4: order of the columns
-                            1 2 . .      a column is one loop over queries, downwards
+               queries      1 . . .      the number is the order of the columns
+                            1 2 . .      a column is a loop over its tiles of queries
                             1 2 3 .
                             1 2 3 4
 
-           dk and dv stay in registers during a column. dq / scale of all queries is in `sums`, a
-           float32 buffer: column 1 stores, later columns add, and the diagonal, which is the last
-           tile of a row, adds in registers and writes dq. No other kernel has to convert it.
+           dk and dv stay in registers during a column. dq / scale stays in `sums`, a float32
+           buffer in memory. Column 1 stores to it, and later columns add to it. The diagonal is
+           the last tile of each row: it loads the sum, adds its part in registers and writes dq.
+           No other kernel has to convert dq.
 
-Repeatable The additions to one number of `sums` have one order in every run:
-           1. One program makes all of them. Each program has a part of `sums` of its own.
-           2. In one column it adds to each number at most once.
-           3. A barrier stands between two columns. In the memory model of PTX a barrier orders all
-              earlier accesses of a program's threads before all later ones. Additions are atomic
-              and relaxed, so each one adds to the result of the one before it. The load at the
-              diagonal sees the last one. The model needs no fence for this: all accesses are
-              ordinary (generic proxy), none is a bulk copy.
-           The store, the additions and the load also have the same layout, one row of numbers, so
-           that the same thread accesses a number each time.
-           Additions are atomic only because the GPU then adds in the L2 cache: a load would make
-           the program wait, and a load and a store move twice as many bytes.
+Repeatable A sum of floats depends on the order of the additions. The order is the same in each run:
 
-Memory     `sums` has one part per program, not per head, and a program uses it again for its next
-           head. It should stay in the L2 cache, with the q and do that later columns read again.
-           `one_pass_fits` in _tile_choice.py checks this.
+           1. Only one program adds to a number: each program has its own part of `sums`.
+           2. A column adds to each number once, because its tiles of queries do not overlap.
+           3. Between two columns all threads of the program wait at a barrier. In the memory model
+              of PTX the barrier puts every access before it ahead of every access after it. The
+              additions are relaxed atomics, and each adds to the newest value in this order. So
+              column 2 adds to what column 1 stored, column 3 adds to that, and the load at the
+              diagonal reads the result of the last addition.
 
-Tails      Rows past the last query are 0 in q and do, so they add 0. A part of `sums` has a
-           multiple of BLOCK_M rows and needs no masks.
+           All accesses to `sums` are ordinary ones (PTX: generic proxy). None is a bulk copy by
+           TMA, which would need a fence between the proxies and a wait for its completion. The
+           store, the additions and the load also have the same layout, so that the same thread
+           accesses a number each time.
 
-Limits     As many queries as keys, as many query heads as key heads, one sequence per batch entry;
-           no window, soft-capping or dropout. BLOCK_N is a multiple of BLOCK_M.
+           No two threads ever add to a number at the same time. The additions are atomics because
+           the L2 cache then adds. With a load and a store in place of an addition, twice as many
+           bytes would move, and the program would wait for the load. A reduction by TMA would take
+           as many instructions. Atomics treat subnormal numbers as 0.
+
+Memory     `sums` has one part per program, not one per head: a program uses its part again for its
+           next head. The part, and the q and do that every column reads again, should stay in the
+           L2 cache. `one_pass_fits` in _tile_choice.py checks this.
+
+Tails      q and do are 0 after the last query, so these rows add 0. Each part of `sums` has a
+           multiple of BLOCK_M rows, so it needs no mask.
+
+Limits     As many queries as keys, as many query heads as key heads, and no documents, window,
+           soft-capping or dropout. BLOCK_N must be a multiple of BLOCK_M: then the diagonal is in
+           one column of a row, the last one.
 """
 
 from ..core.triton import tl, triton
@@ -113,12 +122,12 @@ def _one_pass_loop(
         dv = tl.dot(p.to(dos.dtype), dos, dv, input_precision="ieee")
         ds = ds.to(queries.dtype)
         dk = tl.dot(ds, queries, dk, input_precision="ieee")
-        # dq. As a matrix it would change its layout twice: once more before the addition.
+        # dq, as a vector: Triton would change the layout of a matrix twice for the addition.
         dq = tl.dot(ds.T, keys, input_precision="ieee").reshape(BLOCK_M * BLOCK_K)
         place = sums_ptr + first * BLOCK_K + tl.arange(0, BLOCK_M * BLOCK_K)
         is_later = tl.full((BLOCK_M * BLOCK_K,), first_key, tl.int32) > 0
         if IS_EDGE:
-            # The L1 cache may hold numbers of the head before: load from the L2 cache.
+            # The additions were made in the L2 cache, so do not look in the L1 cache.
             dq += tl.load(place, mask=is_later, other=0.0, cache_modifier=".cg")
             dq = dq.reshape(BLOCK_M, BLOCK_K) * scale
             _store_rows(
