@@ -68,6 +68,27 @@ def test_number_of_programs_does_not_change_the_result(programs, device, monkeyp
 
 
 @needs_kernels
+def test_each_program_adds_to_its_own_part_of_the_sums(device, monkeypatch, one_pass):
+    """Memory that no program writes stays NaN."""
+    seen, kernel = [], attention_launch._causal_attention_bwd_one_pass_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda **arguments: (
+                seen.append(arguments["sums_ptr"]) or kernel[grid](**arguments)
+            )
+
+    monkeypatch.setattr(attention_launch, kernel.__name__, Recorded())
+    q, k, v, *incoming = make_inputs(1, 140, 140, 3, 3, 16, torch.bfloat16, device)
+    run(attend_lse(), (q, k, v), incoming)
+    (sums,) = seen
+    assert len(sums) == 3
+    # The first column of 128 keys adds to the queries after them.
+    assert not sums[:, 128:140].isnan().any()
+    assert len(sums[:, 128:140].unique(dim=0)) == 3
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reruns_are_bitwise_equal(dtype, device, one_pass):
     """On a GPU every multiprocessor is busy, and the shape is one that "auto" would choose."""
