@@ -175,10 +175,11 @@ def traffic_table(record: Record) -> str:
         "Counted from the operators that run, not timed",
         f"(commit {record['commit']}, torch {record['torch']}). MB per step: weights, their",
         "gradients and partial sums, which do not depend on the number of tokens.",
-        "`bench/training/traffic.py` derives the least:",
+        "`bench/training/traffic.py` derives the least and describes one pass, which is not the",
+        "default:",
         "",
-        f"| | {' | '.join(heads)} | MB per step, {' / '.join(names)} |",
-        f"|---|{'--:|' * (3 * len(heads) + 1)}",
+        f"| | {' | '.join(heads)} | one pass sum | MB per step, {' / '.join(names)} |",
+        f"|---|{'--:|' * (3 * len(heads) + 2)}",
     ]
     for row in record["blocks"]:
         counts = [
@@ -191,6 +192,8 @@ def traffic_table(record: Record) -> str:
             for pair in counts
             for count in (*pair, sum(pair))
         ]
+        one_pass = sum(row["one_pass"][direction]["token_bytes"] for direction in directions)
+        cells.append(f"{one_pass:,} ({one_pass / width_bytes:.1f})")
         steps = [
             f"{sum(row[name][direction]['step_bytes'] for direction in directions) / 1e6:.1f}"
             for name in names
@@ -263,7 +266,9 @@ def predict_table(record: Record) -> str:
         measured = step.get("measured", {})
         cells = [
             f"{step['recipe']}, {step['batch']} x {step['context_tokens']} tokens in micro-batches "
-            f"of {step['micro_batch']}",
+            f"of {step['micro_batch']}"
+            + ", backward of attention in one pass"
+            * step.get("one_pass", False),
             step["gpu_name"],
             f"{1e3 * step['floor_seconds']:.1f}",
             f"{1e3 * step['seconds']:.1f}",

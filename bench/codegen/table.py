@@ -1,6 +1,7 @@
 """tritium bench codegen: compile every kernel as it ships, for GPUs that need not be present.
 
-A row is one kernel of an operator at one shape for one GPU architecture:
+A row is one kernel of an operator at one shape for one GPU architecture. Kernels that are not the
+default yet have rows too. The columns:
 
     registers, spilled_bytes      per thread
     shared_bytes                  per block
@@ -18,6 +19,7 @@ The golden tables bench/results/codegen-triton-*.json hold the rows that were ac
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +101,18 @@ def _compiled(
 ) -> Iterator[tuple[dict[str, str], Any, float]]:
     """Yield the keys of a row, the compiled kernel and the seconds that took."""
     for operator in operators:
-        for shape in operator.launch_shapes:
+        shipped: set[str] = set()
+        shapes = [(shape, nullcontext) for shape in operator.launch_shapes]
+        for shape, variant in (*shapes, *operator.launch_variants):
             for arch in archs:
-                launches = operator_launches(operator, shape, DTYPE, arch)
+                with variant():
+                    launches = operator_launches(operator, shape, DTYPE, arch)
                 # A kernel that is launched several times has one row, of its first launch.
                 first = {_name(launch): launch for launch in reversed(launches)}
+                if variant is nullcontext:
+                    shipped |= set(first)
+                else:
+                    first = {name: first[name] for name in sorted(first.keys() - shipped)}
                 for kernel, launch in first.items():
                     values = (operator.name, operator.label(shape), kernel, arch)
                     began = time.perf_counter()

@@ -1,6 +1,9 @@
 """Causal attention, compared with each backend of SDPA and the flash-attention libraries."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels import causal_attention
+from ...kernels.attention import launch
 from ...kernels.attention.causal import cost
 from .case import Implementation, Operator, Randn
 
@@ -19,6 +23,13 @@ SHAPES = (
     (4, 8192, 12, 64),
     (8, 4096, 16, 128),
 )
+
+
+@contextmanager
+def backward_in(passes: str) -> Iterator[None]:
+    """Make the backward of attention take "one pass", "two passes" or "auto": see BACKWARD."""
+    with mock.patch.object(launch, "BACKWARD", passes):
+        yield
 
 
 def _inputs(randn: Randn, B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
@@ -70,6 +81,7 @@ ATTENTION = Operator(
     small_shapes=((2, 128, 4, 64), (1, 257, 2, 64)),
     # Tiles depend on the head size.
     launch_shapes=((8, 4096, 12, 64), (8, 4096, 16, 128)),
+    launch_variants=(((32, 1024, 12, 64), functools.partial(backward_in, "auto")),),
     bound="flops",
     others=(
         Implementation(name="sdpa", call=sdpa),

@@ -6,6 +6,7 @@
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,8 @@ class Operator:
         shapes: shapes to time on a GPU.
         small_shapes: shapes to time on a CPU.
         launch_shapes: shapes to compile ahead of time. Together they reach every kernel and tile.
+        launch_variants: more shapes to compile ahead of time. Each has a context manager in which
+            launchers choose kernels that are not the default.
         bound: "bytes" or "flops", the ceiling that limits the operator.
         others: implementations to compare with, besides eager and compiled PyTorch.
         compiles: whether torch.compile takes part. Compiling an `eager` with a loop takes minutes.
@@ -76,6 +79,7 @@ class Operator:
     small_shapes: tuple[tuple[int, ...], ...]
     launch_shapes: tuple[tuple[int, ...], ...]
     bound: str
+    launch_variants: tuple[tuple[tuple[int, ...], Callable[[], AbstractContextManager]], ...] = ()
     others: tuple[Implementation, ...] = ()
     compiles: bool = True
 

@@ -135,6 +135,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("dkdv", 64, 64, 4, 2),
         _attention_tile("dkdv", 128, 128, 8, 2),
         _attention_tile("dkdv", 64, 128, 4, 2),
+        _constant("attention.launch.BACKWARD", "one pass"),
         *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
     ),
     "cross_entropy": (

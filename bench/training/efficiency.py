@@ -110,7 +110,8 @@ def _attention(work: Work, limits: Limits) -> float:
     clocks to issue the instructions of its loop. If a multiprocessor runs one program, or if wgmma
     is serialized, nothing overlaps: the sum. If it runs two, the estimate is the middle between the
     sum and the largest. Loads at the start and stores at the end of a program take as long as one
-    more tile.
+    more tile. The backward in one pass has a program per multiprocessor, which pays this for each
+    tile of keys; the last heads may leave multiprocessors idle.
 
     This gives for causal forwards with tiles of 128 x 128, without serialization: head size 64,
     1,024 tokens: 297 TFLOP/s; 16,384 tokens: 398; head size 128, 16,384 tokens: 385. The paper of
@@ -118,7 +119,7 @@ def _attention(work: Work, limits: Limits) -> float:
     """
     sizes = work.launch.arguments
     rows, columns, K = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    T, S = sizes["T"], sizes["S"]
+    T, S = sizes["T"], sizes.get("S", sizes["T"])
     scores = rows * columns
     golden = _golden_row(work.kernel, sizes["HEAD"])
     matrix = ATTENTION_MATMULS[work.kernel] * 2 * scores * K / MATRIX_FLOPS
@@ -129,14 +130,17 @@ def _attention(work: Work, limits: Limits) -> float:
         clocks = (clocks + max(matrix, exponential, issue)) / 2
 
     # tiles that the mask does not hide
-    if work.kernel.endswith("dkdv_kernel"):
+    heads = sizes["heads"]
+    if work.kernel.endswith("one_pass_kernel"):
+        heads = cdiv(heads, DEFAULT_SM_COUNT) * DEFAULT_SM_COUNT
+    if work.kernel.endswith(("dkdv_kernel", "one_pass_kernel")):
         programs = cdiv(S, columns)
         tiles = sum(cdiv(T, rows) - column * columns // rows for column in range(programs))
     else:
         programs = cdiv(T, rows)
         tiles = sum(cdiv(min(S, (row + 1) * rows), columns) for row in range(programs))
     clocks_per_second = limits.flops_per_second / DEFAULT_SM_COUNT / MATRIX_FLOPS
-    total = sizes["heads"] * (tiles + programs) * clocks / DEFAULT_SM_COUNT
+    total = heads * (tiles + programs) * clocks / DEFAULT_SM_COUNT
     return floor_seconds(work, limits) / (total / clocks_per_second)
 
 
@@ -193,7 +197,7 @@ EFFICIENCIES = (
     ),
     Efficiency(
         name="attention",
-        pattern=r"^_causal_attention_(fwd|bwd)",
+        pattern=r"^_causal_attention_(fwd|bwd_dq|bwd_dkdv|bwd_one_pass)_kernel",
         value=_attention,
         reason="clocks of matrix units, exp2 and issued instructions per tile (golden table); "
         "serialized wgmma does not overlap; reproduces the public rates of Triton's tutorial",

@@ -14,6 +14,7 @@ prediction.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from ...train.execution import compiles_on
 from ...train.plan import Plan, PlanOptions, make_plan
 from ...train.recipes import recipe
 from ...train.run.profile import WARMUP_STEPS, activities, operators
+from ..ops.attention import backward_in
 from ..record import check_writable, write_record
 from ..report import predict_table
 from .efficiency import (
@@ -77,6 +79,8 @@ class PredictOptions:
     """Sequences per forward and backward. None: the recipe's, or fewer if the batch is smaller."""
     measure: int = 0
     """Also profile this many steps on this machine's device, and show them in the table."""
+    one_pass: bool = False
+    """Predict attention's backward in one pass where that fits the GPU. It is not the default."""
     out: str | None = None
     """Also write the figures to this file, as JSON."""
 
@@ -223,33 +227,48 @@ def main(argv: Sequence[str]) -> int:
     options = parse(PredictOptions, argv, prog="tritium bench predict", description=about)
     if options.measure < 0:
         raise InputError(f"--measure: expected 0 or more, got {options.measure}")
+    if options.recipe is None and options != PredictOptions(
+        one_pass=options.one_pass, out=options.out
+    ):
+        raise InputError(
+            "--gpu, --batch-size, --micro-batch-size, --measure: expected a recipe with them"
+        )
     out = None if options.out is None else check_writable(Path(options.out))
-    steps = []
+    with backward_in("auto") if options.one_pass else nullcontext():
+        steps = _all_steps() if options.recipe is None else [_one_step(options)]
+    for step in steps:
+        step["one_pass"] = options.one_pass
     if options.recipe is None:
-        if options != PredictOptions(out=options.out):
-            raise InputError(
-                "--gpu, --batch-size, --micro-batch-size, --measure: expected a recipe with them"
-            )
-        for name, batch, micro_batch in STEPS:
-            for gpu in LIMITS:
-                plan, config = _plan(name, gpu, batch, micro_batch)
-                step = predict(plan, config)
-                del step["rows"]
-                steps.append({"recipe": name, **step})
         print(predict_table({"steps": steps}))
     else:
-        gpu = options.gpu or _this_gpu()
-        plan, config = _plan(options.recipe, gpu, options.batch_size, options.micro_batch_size)
-        step = {"recipe": options.recipe, **predict(plan, config)}
-        _print_step(step)
+        _print_step(steps[0])
         if options.measure:
-            step["measured"] = measure(plan, config, options.measure)
-            _print_comparison(step)
-        steps.append(step)
+            _print_comparison(steps[0])
     if out:
         assumptions = {row.name: row.reason for row in EFFICIENCIES}
         write_record(out, "predict", {"assumptions": assumptions, "steps": steps})
     return 0
+
+
+def _all_steps() -> list[dict[str, Any]]:
+    """Predict the steps of STEPS on each GPU of LIMITS. Return them without their rows."""
+    steps = []
+    for name, batch, micro_batch in STEPS:
+        for gpu in LIMITS:
+            step = predict(*_plan(name, gpu, batch, micro_batch))
+            del step["rows"]
+            steps.append({"recipe": name, **step})
+    return steps
+
+
+def _one_step(options: PredictOptions) -> dict[str, Any]:
+    """Predict the step of a recipe, and measure it if the options say so."""
+    gpu = options.gpu or _this_gpu()
+    plan, config = _plan(options.recipe, gpu, options.batch_size, options.micro_batch_size)
+    step = {"recipe": options.recipe, **predict(plan, config)}
+    if options.measure:
+        step["measured"] = measure(plan, config, options.measure)
+    return step
 
 
 def _plan(
@@ -280,6 +299,8 @@ def _print_step(step: dict[str, Any]) -> None:
     table.title = (
         f"ESTIMATE of a step: {step['recipe']} on {step['gpu_name']}, {step['batch']} x "
         f"{step['context_tokens']} tokens in micro-batches of {step['micro_batch']}"
+        + ", backward of attention in one pass"
+        * step["one_pass"]
     )
     small = [row for row in step["rows"] if row["seconds"] < SMALL_SHARE * step["gpu_seconds"]]
     for row in step["rows"]:

@@ -5,8 +5,8 @@ So the list of operators is that of the real step. It is a step of one GPU witho
 
     bytes    traffic.py: every operator and kernel reads or writes each of its tensors once; a
              kernel that overwrites a tensor reads and writes it
-    FLOPs    2 M N K of each matmul. Attention: 2, 3 or 4 matmuls over the pairs of query and key
-             that the mask shows. All other FLOPs count as 0
+    FLOPs    2 M N K of each matmul. Attention: 2 to 5 matmuls over the pairs of query and key that
+             the mask shows. All other FLOPs count as 0
 """
 
 import importlib
@@ -34,11 +34,12 @@ from ..codegen.launches import Launch, RunLaunchers, record_launches
 from .traffic import Moved, moved_by_launch, stored_bytes
 
 DTYPE = torch.bfloat16
-# Matmuls per attention kernel. The backward's two kernels both compute the scores and dp.
+# Matmuls per attention kernel. In two passes both kernels compute the scores and dp.
 ATTENTION_MATMULS = {
     "_causal_attention_fwd_kernel": 2,
     "_causal_attention_bwd_dq_kernel": 3,
     "_causal_attention_bwd_dkdv_kernel": 4,
+    "_causal_attention_bwd_one_pass_kernel": 5,
 }
 # Kernels that overwrite an argument after reading it.
 _IN_PLACE = {"_cross_entropy_fwd_bwd_kernel": "logits_ptr"}
@@ -228,11 +229,13 @@ def _attention_flops(kernel: str, arguments: dict[str, Any]) -> int:
     matmuls = ATTENTION_MATMULS.get(kernel)
     if matmuls is None:
         return 0
-    # Programs of the forward and of dq own a query head, programs of dk and dv a key head.
+    # Programs of dk and dv own a key head, those of other kernels a query head.
     owns_keys = kernel.endswith("dkdv_kernel")
     heads = arguments["heads"] * (arguments["group"] if owns_keys else 1)
-    T, S, K = (arguments[name] for name in ("T", "S", "HEAD"))
-    two = attention_cost(heads, T, S, 1, 1, K, 2, window=arguments["window"])["fwd_flops"]
+    T, K = arguments["T"], arguments["HEAD"]
+    # The backward in one pass has as many keys as queries, and no window.
+    S, window = arguments.get("S", T), arguments.get("window")
+    two = attention_cost(heads, T, S, 1, 1, K, 2, window=window)["fwd_flops"]
     return two // 2 * matmuls
 
 

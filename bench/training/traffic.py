@@ -5,7 +5,14 @@ possible. Nothing is timed. The blocks run forward and backward on tensors witho
 parameters in bfloat16. Each ATen operator and each Triton kernel reads and writes its tensors once;
 repeated reads are taken to come from a cache. The eager block's attention is PyTorch's fused
 operator for CPUs, whose inputs and outputs are those of a fused GPU kernel. Bytes that such a
-kernel moves inside are not counted. tritium's attention backward has two kernels: both count.
+kernel moves inside are not counted. tritium's attention backward reads q, k, v and do in two
+kernels: both count. "one pass" is the same block with the backward of attention in one pass, which
+is not the default: one kernel reads do and o for delta, another one reads q, k, v and do.
+
+The backward in one pass adds up dq in a float32 buffer of 132 T K numbers, 35 MB for T = 1,024. It
+should stay in the L2 cache, so it counts once per step, as if written back once. Through the L2
+cache it moves 13 kB per token at T = 1,024 and D = 768: 56 of 72 pairs of tiles add 16 kB, 14 load
+16 kB. If all of it missed the cache, memory would move 24 kB more, 16 D elements.
 
 Two batch sizes are run. The difference gives the bytes per token. The rest are bytes per step:
 weights, their gradients and partial sums.
@@ -54,6 +61,7 @@ from ...model import PRESETS, GPTConfig, gpt
 from ...model.layers import Branch
 from ...train.commands.cli import parse
 from ..codegen.launches import Launch, RunLaunchers, record_launches
+from ..ops.attention import backward_in
 from ..record import check_writable, provenance, write_record
 from ..report import traffic_table
 from . import baseline
@@ -179,6 +187,12 @@ def least(config: GPTConfig, itemsize: int) -> dict[str, int]:
     }
 
 
+def one_pass_passes(config: GPTConfig, sequences: int) -> Passes:
+    """Count the bytes that tritium's block moves with the backward of attention in one pass."""
+    with backward_in("one pass"):
+        return tritium_passes(config, sequences)
+
+
 def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
     """Count the bytes that tritium's block moves for `sequences` sequences of the full context."""
     with torch.device("meta"):
@@ -238,7 +252,12 @@ def block_row(preset: str) -> dict[str, Any]:
     config = PRESETS[preset]
     row = {"preset": preset, "d_model": config.d_model, "least": least(config, DTYPE.itemsize)}
     tokens = [sequences * config.context_tokens for sequences in SEQUENCES]
-    for name, passes in {"tritium": tritium_passes, "eager": eager_passes}.items():
+    implementations = {
+        "tritium": tritium_passes,
+        "one_pass": one_pass_passes,
+        "eager": eager_passes,
+    }
+    for name, passes in implementations.items():
         small, large = (passes(config, sequences) for sequences in SEQUENCES)
         row[name] = {
             direction: per_token(small[direction], large[direction], tokens) for direction in small

@@ -1,4 +1,6 @@
-"""Triton kernels of causal attention: one forward, two backward. The formulas are in causal.py.
+"""Triton kernels of causal attention: the forward, and the backward in two passes.
+
+The formulas are in causal.py. The backward in one pass is in _one_pass.py.
 
 Forward    A program owns a tile of BLOCK_M queries of one head and loops over tiles of BLOCK_N
            keys, so the (T, S) scores never reach memory. The softmax of a query needs the maximum

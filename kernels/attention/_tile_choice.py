@@ -5,6 +5,7 @@ registers, matrix instructions in every main loop that do not wait for each othe
 that are busy for as much of the time as possible. They have not been timed.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +58,8 @@ TILES = {
         fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+        # At head size 128 every tile that was tried spills.
+        one_pass={64: (64, 128, 8, 2)},
     ),
     "sm_10": _tiles(
         fwd={64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
@@ -98,7 +101,15 @@ FLOAT32_TILES = _tiles(
     fwd={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
     dq={64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     dkdv={64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+    one_pass={64: (32, 32, 8, 2)},
 )
+# The backward in one pass has one program per multiprocessor, and a program works on one head at a
+# time. It is chosen if the programs need at least so many waves, if they fill the last wave so far
+# that the average wave is this full, and if the data that they read repeatedly stays in the L2
+# cache. The H100 and the H200 have an L2 cache of 50 MB.
+ONE_PASS_WAVES = 1.5
+ONE_PASS_FULL = 0.85
+ONE_PASS_L2_BYTES = 40 << 20
 
 
 def padded(head_size: int) -> int:
@@ -115,7 +126,7 @@ def plan(
     has_dropout: bool = False,
     options: int = 0,
 ) -> Tile:
-    """Choose the tile of a kernel: "fwd", "dq" or "dkdv".
+    """Choose the tile of a kernel: "fwd", "dq", "dkdv" or "one_pass".
 
     Args:
         options: how many apply of documents, a window, soft-capping, grouped heads, dropout and the
@@ -133,3 +144,24 @@ def plan(
     # The random words take as many registers as the scores: halve the side that is looped over.
     looped = "block_m" if kernel == "dkdv" else "block_n"
     return replace(tile, **{looped: max(16, getattr(tile, looped) // 2)})
+
+
+def has_one_pass_tile(head_size: int, dtype: torch.dtype, architecture: str) -> bool:
+    """Whether there is a tile of the one-pass backward."""
+    family = next(name for name in TILES if architecture.startswith(name))
+    rows = (FLOAT32_TILES if dtype == torch.float32 else TILES[family]).get("one_pass", {})
+    return any(size >= padded(head_size) for size in rows)
+
+
+def one_pass_fits(heads: int, tokens: int, head_size: int, multiprocessors: int) -> bool:
+    """Whether the backward in one pass fills the device and its data stays in the L2 cache.
+
+    Args:
+        heads: query heads of all sequences.
+        tokens: per sequence.
+    """
+    waves = heads / multiprocessors
+    is_full = waves >= ONE_PASS_WAVES and waves / math.ceil(waves) >= ONE_PASS_FULL
+    # Queries, do and the float32 sums of dq. On average half of the queries are still needed.
+    live_bytes = tokens * padded(head_size) * (2 + 2 + 4) // 2
+    return is_full and multiprocessors * live_bytes <= ONE_PASS_L2_BYTES

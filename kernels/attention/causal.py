@@ -27,14 +27,15 @@ Dropout    random bits depend only on the seed and on (b, h, i, j), so the backw
            ((b H + h) T + i) ceil(S / 4) + j / 4. j is counted from the document's first key.
 Cost       matmuls: 2 forward, 7 backward, of 2 B H K FLOPs per visible (query, key) pair. The
            formulas need 2 and 5, and cost() counts these.
-Determinism  no atomics. One backward kernel owns queries and writes dq (3 matmuls), the other owns
+Determinism  two passes: one backward kernel owns queries and writes dq (3 matmuls), the other owns
            keys and writes dk and dv (4 matmuls). Both compute s, p and dp, so 2 matmuls and the
-           exponentials are done twice. In a single kernel of 5 matmuls many programs would add to
-           dq. Published kernels lose 18 % or more if they order these additions, and they need a
-           float32 copy of dq.
-Files      _reference.py definition    _kernels.py, _tiles.py kernels    launch.py launchers
-           _tile_choice.py tile sizes    options.py options    _inputs.py checks
-           _operator.py operators and gradients
+           exponentials are done twice. There are no atomics.
+           One pass: a kernel owns a head and computes all gradients with 5 matmuls. It adds to dq
+           in memory, in a fixed order. It needs as many heads as the GPU has multiprocessors, or
+           more, and is not the default yet. See BACKWARD in launch.py.
+Files      _reference.py definition    _kernels.py, _one_pass.py, _tiles.py kernels
+           launch.py launchers    _tile_choice.py tile sizes    options.py options
+           _inputs.py checks    _operator.py operators and gradients
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023 (FlashAttention-2), arXiv:2307.08691
 """
 

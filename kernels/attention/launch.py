@@ -1,11 +1,12 @@
 """Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..core.device import arch
+from ..core.device import arch, sm_count
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv
@@ -15,14 +16,25 @@ from ._kernels import (
     _causal_attention_bwd_dq_kernel,
     _causal_attention_fwd_kernel,
 )
+from ._one_pass import (
+    _causal_attention_bwd_delta_kernel,
+    _causal_attention_bwd_one_pass_kernel,
+)
 from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
-from ._tile_choice import Tile, padded, plan
+from ._tile_choice import Tile, has_one_pass_tile, one_pass_fits, padded, plan
 from ._tiles import _causal_attention_padding_kernel, _causal_attention_schedule_kernel
 from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
 # 40 MB or more on data-center GPUs.
 L2_BYTES = 16 << 20
+# The backward's passes over q, k, v and do: "two passes", "one pass", or "auto", which is one pass
+# where the kernel supports the arguments and `one_pass_fits`. "auto" becomes the default when a GPU
+# has shown that one pass gives the same bits in 1,000 runs and takes at least 15 % less time. No
+# GPU has run it yet.
+BACKWARD = "two passes"
+# Queries per program of the kernel that computes delta.
+DELTA_ROWS = 128
 # Tile sizes of the kernel that lists the tiles of packed documents.
 SLOTS_PER_PROGRAM, DOCUMENTS_PER_STEP = 64, 64
 # Sizes of the kernel that fills padding with zeros: elements per step, and programs at most.
@@ -57,6 +69,39 @@ def _plan(
         has_dropout=has_dropout,
         options=sum(applied),
     )
+
+
+def _makes_one_pass(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> bool:
+    """Whether the backward makes one pass, by BACKWARD and the arguments.
+
+    Raises: ValueError if BACKWARD is "one pass" and the kernel does not support the arguments.
+    """
+    if BACKWARD == "two passes":
+        return False
+    name = arch(q.device)
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    is_supported = (
+        (T, H) == (S, G)
+        and options.window >= S
+        and (cu_seqlens, options.softcap, options.dropout_p) == (None, 0, 0)
+        and has_one_pass_tile(K, q.dtype, name)
+    )
+    if BACKWARD == "auto":
+        # float32 matmuls take so long that a second pass over memory does not matter.
+        is_16_bit = q.dtype != torch.float32
+        return is_supported and is_16_bit and one_pass_fits(B * H, T, K, sm_count(q.device))
+    if not is_supported:
+        documents = "no documents" if cu_seqlens is None else "documents"
+        raise ValueError(
+            "causal_attention: expected as many queries as keys, as many query heads as key "
+            "heads, a head size up to 64, sm_90 and no documents, window, softcap or dropout for "
+            f"a backward in one pass, got q {tuple(q.shape)}, k {tuple(k.shape)}, {name}, "
+            f"{documents}, window {options.window}, softcap {options.softcap} and dropout_p "
+            f'{options.dropout_p}; set BACKWARD to "auto" or "two passes"'
+        )
+    return True
 
 
 # --- launchers: each has the signature of its reference
@@ -101,7 +146,8 @@ def launch_bwd(
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
     for grad in grads:
         _clear_padding(cu_seqlens, grad)
-    _launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    launch_grads = _grads_launcher(q, k, cu_seqlens, options)
+    launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
     return grads
 
 
@@ -138,13 +184,26 @@ def launch_qkvpacked_bwd(
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
-    _launch_grads(
+    launch_grads = _grads_launcher(q, k, cu_seqlens, options)
+    launch_grads(
         grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
     )
     return dqkv, dbias
 
 
-def _launch_grads(
+def _grads_launcher(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> Callable[..., None]:
+    """Return the function that launches the backward in one pass or in two.
+
+    It writes dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,). In
+    each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
+    """
+    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
+    return _launch_one_pass if one_pass else _launch_two_passes
+
+
+def _launch_two_passes(
     grads: tuple[Tensor, Tensor, Tensor],
     dbias: Tensor | None,
     do: Tensor,
@@ -157,10 +216,7 @@ def _launch_grads(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
-    """Write dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,).
-
-    In each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
-    """
+    """Launch the kernel that writes dq, then the kernel that writes dk and dv. See _kernels.py."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // max(1, G)
     dq, dk, dv = grads
@@ -202,6 +258,52 @@ def _launch_grads(
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
         **common, **tile.arguments(K),
+    )  # fmt: skip
+    _sum_partials(dbias, dq_sums, dkv_sums)
+
+
+def _launch_one_pass(
+    grads: tuple[Tensor, Tensor, Tensor],
+    dbias: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: None,
+    options: AttentionOptions,
+) -> None:
+    """Launch the kernel that writes delta, then the kernel that writes all else, _one_pass.py."""
+    B, T, H, K = q.shape
+    dq, dk, dv = grads
+
+    # delta.
+    delta = torch.empty_like(lse)
+    strides = strides_bth(do=do)
+    tiles = cdiv(T, DELTA_ROWS)
+    _causal_attention_bwd_delta_kernel[(tiles * B * H,)](
+        do_ptr=do, dlse_ptr=dlse, o_ptr=o, delta_ptr=delta, **strides, T=T, H=H, tiles=tiles,
+        HEAD=K, BLOCK_M=DELTA_ROWS, BLOCK_K=padded(K), num_warps=4,
+    )  # fmt: skip
+
+    # dq, dk and dv. Each program has a float32 buffer for dq of one head.
+    tile = _plan("one_pass", q, k, None, options, dbias)
+    rows, columns = tile.block_m, tile.block_n
+    programs = min(B * H, sm_count(q.device))
+    sums = lse.new_empty((programs, cdiv(T, rows) * rows, padded(K)))
+    dq_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, rows), H * K))
+    dkv_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, columns), 2 * H * K))
+    _causal_attention_bwd_one_pass_kernel[(programs,)](
+        **_streamed(rows, do=do, q=q), **_streamed(columns, k=k, v=v),
+        lse=_streamed_statistics(lse, q, None, rows),
+        delta=_streamed_statistics(delta, q, None, rows),
+        sums_ptr=sums, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dq_sums_ptr=dq_sums, dkv_sums_ptr=dkv_sums,
+        **strides, **strides_bth(q=q, k=k, v=v),
+        stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
+        stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
+        T=T, H=H, heads=B * H, scale=options.scale, **tile.arguments(K),
     )  # fmt: skip
     _sum_partials(dbias, dq_sums, dkv_sums)
 

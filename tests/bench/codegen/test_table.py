@@ -105,6 +105,7 @@ class Planted:
 
     name = "planted"
     launch_shapes = ((128,),)
+    launch_variants = ()
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -155,7 +156,9 @@ def test_serialized_matrix_instructions_are_reported(monkeypatch):
             rejected if kernel == "fwd" else planned(kernel, *rest, **more)
         ),
     )
-    operator = replace(OPERATORS["causal_attention"], launch_shapes=((8, 4096, 12, 64),))
+    operator = replace(
+        OPERATORS["causal_attention"], launch_shapes=((8, 4096, 12, 64),), launch_variants=()
+    )
     rows = rows_of([operator], ["sm_90"])
     (worse,) = regressions(rows, rows)
     assert worse.endswith("_causal_attention_fwd_kernel sm_90: matrix instructions are serialized")

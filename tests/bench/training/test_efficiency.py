@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tritium.bench.ops.attention import backward_in
 from tritium.bench.training import efficiency
 from tritium.bench.training.efficiency import (
     EFFICIENCIES,
@@ -100,6 +101,21 @@ def test_attention_is_faster_with_overlap_and_long_sequences(monkeypatch):
     assert alone < short
     serialized = attention(monkeypatch, 1024, blocks=2, serialized=True, **tile)
     assert serialized == pytest.approx(alone)
+
+
+def test_one_pass_is_less_efficient_if_the_last_wave_is_not_full(monkeypatch):
+    golden = {"hottest_loop": {"instructions": 440}, "num_warps": 8, "blocks_per_sm": 1}
+    monkeypatch.setattr(efficiency, "_golden_row", lambda *_: {**golden, "serialized": False})
+
+    def backward(heads: int) -> float:
+        q = torch.empty(1, 1024, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
+        with backward_in("one pass"):
+            work = trace(lambda: causal_attention(q, q, q).sum().backward())
+        (kernel,) = (piece for piece in work if piece.kernel.endswith("one_pass_kernel"))
+        return efficiency_of(kernel, H200)[1]
+
+    assert backward(264) == pytest.approx(backward(132), rel=0.01)
+    assert backward(133) == pytest.approx(backward(264) * 133 / 264, rel=0.01)
 
 
 def test_the_estimate_of_attention_is_near_public_rates(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tritium.bench.record import read_record
+from tritium.bench.training import efficiency
 from tritium.bench.training import predict as module
 from tritium.bench.training.efficiency import GAP_SECONDS, LIMITS
 from tritium.bench.training.predict import compare, main, rows_of
@@ -50,6 +51,25 @@ def test_a_step_is_printed_and_written(tiny, tmp_path, capsys):
     # So small a model waits for the host.
     assert step["seconds"] == step["host_seconds"]["compiled"] > step["gpu_seconds"]
     assert step["tokens_per_second"] == pytest.approx(8 * 32 / step["seconds"])
+
+
+def test_one_pass_is_predicted_where_it_fits(tiny, tmp_path, capsys, monkeypatch):
+    """The rows of the golden table are not needed: every loop has 500 instructions here."""
+    golden = {"hottest_loop": {"instructions": 500}, "num_warps": 8, "blocks_per_sm": 1}
+    monkeypatch.setattr(efficiency, "_golden_row", lambda *_: {**golden, "serialized": False})
+    found = {}
+    for micro_batch in (132, 66):
+        out = tmp_path / "predict.json"
+        words = ["tiny", "--batch-size", "132", "--micro-batch-size", str(micro_batch)]
+        assert main([*words, "--gpu", "h200", "--one-pass", "--out", str(out)]) == 0
+        assert "backward of attention in one pass" in capsys.readouterr().out
+        (step,) = read_record(out, "predict")["steps"]
+        assert step["one_pass"]
+        found[micro_batch] = {row["kernel"] for row in step["rows"]}
+    kernel = "_causal_attention_bwd_one_pass_kernel"
+    # A sequence has 2 heads: two waves, or one.
+    assert kernel in found[132]
+    assert kernel not in found[66]
 
 
 def test_without_a_recipe_the_totals_of_all_steps_are_written(tiny, tmp_path, capsys, monkeypatch):

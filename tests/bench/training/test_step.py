@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tritium.bench.ops.attention import backward_in
 from tritium.bench.training.step import step_work, trace
 from tritium.bench.training.traffic import moved
 from tritium.kernels import causal_attention, gelu_mlp, layer_norm
@@ -40,6 +41,20 @@ def test_attention_flops_are_nine_matmuls_over_visible_pairs(work):
     assert expected == sum(
         count * piece.flops for piece, count in work if "attention" in piece.kernel
     )
+
+
+def test_one_pass_needs_five_matmuls_in_place_of_seven():
+    q, k, v = (meta(2, 1000, 3, 64) for _ in range(3))
+
+    def attend():
+        o = causal_attention(q, k, v)
+        torch.autograd.grad(o, (q, k, v), o)
+
+    flops = []
+    for passes in ("two passes", "one pass"):
+        with backward_in(passes):
+            flops.append(sum(work.flops for work in trace(attend)))
+    assert flops[0] * (2 + 5) == flops[1] * (2 + 7)
 
 
 def test_each_micro_batch_has_the_same_kernels_and_the_optimizer_runs_once(work):

@@ -43,6 +43,18 @@ def test_a_block_moves_less_than_eager_and_at_least_the_least(found, index, dire
     assert row["least"][direction] <= ours < eager
 
 
+def test_a_backward_in_one_pass_moves_three_widths_less(found):
+    """It reads q, k and v once. do is read once for delta, and once more."""
+    for row in found["blocks"]:
+        ours, one_pass = (
+            sum(row[name][direction]["token_bytes"] for direction in DIRECTIONS)
+            for name in ("tritium", "one_pass")
+        )
+        width_bytes = 2 * row["d_model"]
+        assert (ours - one_pass) / width_bytes == pytest.approx(3, abs=0.01)
+        assert one_pass < 86 * width_bytes
+
+
 def test_the_committed_record_has_the_present_figures(found):
     """After a change: `tritium bench traffic --out bench/results/traffic.json`, then report."""
     record = read_record(RESULTS / "traffic.json", "traffic")
