@@ -8,11 +8,12 @@ Memory     model/cost.step_bytes, which tests compare with measured peaks, plus 
 
 Step time  a range: the time at good rates and the time at poor rates. A rate is a fraction of a
            device's limit. Seconds on one GPU, for n tokens in m micro-batches; the model has P
-           parameters, and N without position embeddings:
+           parameters, and N without those that are only looked up:
     matmuls       6 N n / (rate x bf16 peak); plus 2 n per weight of the blocks for each
                   time that activation checkpointing recomputes them
-    attention     7 L D T n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each
-                  2 D T FLOPs over the visible half; plus 2 L D T n for each recomputation
+    attention     7 L D S n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each 2 D S
+                  FLOPs over the visible half; plus 2 L D S n for each recomputation. S = T, or
+                  less with a window: see model/cost.py
     activations   n (L D bytes + V bytes of logits) / (rate x memory bandwidth)
     parameters    (P + weights of blocks + m (weights of blocks + head)) bytes / (rate x memory
                   bandwidth), with AdamW's update for all optimizers
@@ -38,7 +39,13 @@ import torch
 from ..errors import InputError, unknown_name
 from ..kernels.core.device import CEILINGS, Ceiling, ceiling
 from ..model import PRESETS, GPTConfig
-from ..model.cost import matrices, parameters, positions, step_bytes
+from ..model.cost import (
+    attended_keys,
+    matmul_parameters,
+    matrices,
+    parameters,
+    step_bytes,
+)
 from ..model.recompute import RECOMPUTATIONS
 from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
@@ -199,8 +206,7 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
     P = parameters(model)
     L = model.n_layer
     D = model.d_model
-    T = plan.context_tokens
-    n = plan.sequences * T
+    n = plan.sequences * plan.context_tokens
     micro_batches = plan.sequences // plan.micro_batch
     matmul_flops = rates(MATMUL_RATES, known)[quality] * known.bf16_flops
     attention_flops = rates(_ATTENTION_RATES, known)[quality] * known.bf16_flops
@@ -209,8 +215,9 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
 
     # compute
     row = RECOMPUTATIONS[plan.recompute]
-    matmuls = 6 * (P - positions(model)) + 2 * row.extra_matmul_forwards * matrices(model)
-    attention = (7 + 2 * row.extra_attention_forwards) * L * D * T
+    matmuls = 6 * matmul_parameters(model) + 2 * row.extra_matmul_forwards * matrices(model)
+    keys = attended_keys(model, plan.context_tokens)
+    attention = (7 + 2 * row.extra_attention_forwards) * L * D * keys
     compute = n * matmuls / matmul_flops + n * attention / attention_flops
 
     # memory traffic
