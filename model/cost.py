@@ -28,7 +28,7 @@ _ADAMW_STATE_BYTES = 8
 
 
 def parameters(config: GPTConfig) -> int:
-    """Return the number of parameters, without the padding rows of the embedding."""
+    """Return the number of parameters, without the padding rows of embedding and head."""
     D = config.d_model
     gains = config.n_layer * 2 * D + D
     biases = 0
@@ -183,8 +183,9 @@ def step_bytes(
 
 
 def _weight_bytes(config: GPTConfig) -> int:
-    """Return the bytes of all float32 weights, with the padding rows of the embedding."""
-    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
+    """Return the bytes of all float32 weights, with the padding rows of embedding and head."""
+    tables = 1 if config.tied_head else 2
+    padding = tables * (config.padded_vocab_size - config.vocab_size) * config.d_model
     return 4 * (parameters(config) + padding)
 
 
@@ -207,7 +208,11 @@ def _moments(
     scaled = itemsize * N * D + embedding
     head = (copies, before, activations, kept_head + max(logits, scaled), 0)
 
-    # 2. the backward of the last block
+    # 2. the backward of the last block. The gradient of a tied head is added to the embedding's at
+    # the end. That of an untied head is already added to earlier gradients, if there are any.
+    is_tied = config.tied_head
+    if not is_tied and accumulates:
+        scaled -= embedding
     recomputed = N * _dropped_bytes(config, itemsize, recompute)
     mlp = MLPS[config.mlp].backward_bytes(
         N, D, config.d_feedforward, itemsize, RECOMPUTATIONS[recompute].in_mlp
@@ -216,13 +221,14 @@ def _moments(
 
     # 3. the backward of the first block
     others = (config.n_layer - 1) / config.n_layer
-    gradients = before or int(others * (weights - embedding - 4 * positions(config)))
+    tables = embedding * (1 if is_tied else 2) + 4 * positions(config)
+    gradients = before or int(others * (weights - tables))
     first_block = (copies, gradients, int((1 - others) * activations), scaled, recomputed + mlp)
 
-    # 4. the end. The embedding's weight has two gradients: from the head, and from the lookup of
-    # tokens. Without accumulation, one of them is already counted in `weights`. Temporaries: the
-    # float32 gradient of the embedding's output.
-    extra_embeddings = 2 if accumulates else 1
+    # 4. the end. A tied embedding has two gradients: from the head, and from the lookup of tokens.
+    # An untied one has the latter. Without accumulation, one of them is already counted in
+    # `weights`. Temporaries: the float32 gradient of the embedding's output.
+    extra_embeddings = (2 if accumulates else 1) - (0 if is_tied else 1)
     end = (copies, weights, 0, embedding * extra_embeddings, 4 * N * D)
     return [head, last_block, first_block, end]
 

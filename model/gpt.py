@@ -115,28 +115,16 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         self._check(past + T, cu_seqlens, cache)
 
-        # embedding. A tied head uses its weight too
+        # embedding, and the weight of the head
         is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
         position = _positions(tokens, past, cu_seqlens)
-        has_table = self._position.has_table
-        is_tied = self.config.tied_head
-        found = embedding(
-            tokens,
-            self.wte.weight,
-            position=position if has_table and not is_plain else None,
-            position_weight=self.wpe.weight if has_table else None,
-            order=token_order,
-            dtype=self.compute_dtype,
-            return_weight=is_tied,
-        )
-        stream, head = found if is_tied else (found, self.lm_head.weight)
+        stream, head = self._embed(tokens, None if is_plain else position, token_order)
         rope = None
         if self._position.rotates:
             rope = rope_tables(position, self.config.head_size, self.config.rope_base)
 
         # blocks
         branch = None
-        stream = stream.flatten(0, 1)
         context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention)
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
@@ -151,6 +139,26 @@ class GPT(nn.Module):
             return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
         logits = linear(y, head[:V].to(y.dtype)).view(B, T, V)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _embed(
+        self, tokens: Tensor, position: Tensor | None, order: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream (B T, D) before the blocks, and the weight of the head.
+
+        position: as in `embedding`. None: 0 ... T - 1 in each sequence.
+        """
+        has_table = self._position.has_table
+        options = {
+            "position": position if has_table else None,
+            "position_weight": self.wpe.weight if has_table else None,
+            "order": order,
+            "dtype": self.compute_dtype,
+        }
+        if not self.config.tied_head:
+            stream = embedding(tokens, self.wte.weight, **options)
+            return stream.flatten(0, 1), self.lm_head.weight
+        stream, head = embedding(tokens, self.wte.weight, **options, return_weight=True)
+        return stream.flatten(0, 1), head
 
     def _check(self, length: int, cu_seqlens: Tensor | None, cache: KVCache | None) -> None:
         if length > self.config.context_tokens:

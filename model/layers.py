@@ -244,7 +244,9 @@ class Attention(nn.Module):
             qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
             qk = qk if rope is None else rotary(qk, *rope)  # queries and keys together
             return *qk.split((self.n_head, self.kv_heads), dim=2), v
-        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        # The norms need contiguous heads. With copies of all three, autograd can free qkv.
+        parts = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = (part.contiguous() for part in parts)
         q = self.q_norm(q)
         k = self.k_norm(k)
         if rope is None:

@@ -15,8 +15,8 @@ Step time  a range: the time at good rates and the time at poor rates. A rate is
                   FLOPs over the visible half; plus 2 L D S n for each recomputation. S = T, or
                   less with a window: see model/cost.py
     activations   n (L D bytes + V bytes of logits) / (rate x memory bandwidth)
-    parameters    (P + weights of blocks + m (weights of blocks + head)) bytes / (rate x memory
-                  bandwidth), with AdamW's update for all optimizers
+    parameters    (P + weights of blocks + m (weights of blocks, embedding and head)) bytes / (rate
+                  x memory bandwidth), with AdamW's update for all optimizers
     all-reduce    2 (g - 1) / g 4 P bytes / (rate x one direction of the link): a float32 ring over
                   the g GPUs of a node. At good rates it overlaps the other terms; at poor rates
                   it is added to them
@@ -89,9 +89,11 @@ _STEP_BYTES = (28 + 12, 28)
 # micro-batch.
 _CAST_BYTES = 6
 _ACCUMULATE_BYTES = 10
-# Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, scale its
-# float32 gradient, add it.
+# Bytes per weight of the head, per micro-batch: cast the weight, scale its float32 gradient, add
+# the gradient.
 _HEAD_BYTES = 6 + 8 + 12
+# Bytes per weight of an untied embedding, per micro-batch: write its gradient, add it.
+_LOOKUP_BYTES = 4 + 12
 # Rough numbers, only used to tell whether a step is launch-bound.
 _KERNELS_PER_LAYER = 40  # forward + backward
 _LAUNCH_SECONDS = 5e-6
@@ -223,7 +225,8 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
     # memory traffic
     activations = n * (L * D * _LAYER_BYTES[quality] + model.vocab_size * _LOGIT_BYTES[quality])
     update = P * _STEP_BYTES[quality] + matrices(model) * _CAST_BYTES
-    accumulate = matrices(model) * _ACCUMULATE_BYTES + model.vocab_size * D * _HEAD_BYTES
+    table_bytes = _HEAD_BYTES + (0 if model.tied_head else _LOOKUP_BYTES)
+    accumulate = matrices(model) * _ACCUMULATE_BYTES + model.vocab_size * D * table_bytes
     traffic = (activations + update + micro_batches * accumulate) / bandwidth
 
     all_reduce = 2 * (gpus - 1) / gpus * 4 * P / link

@@ -62,6 +62,15 @@ def test_cached_generation_gives_the_tokens_of_full_forwards(config):
     assert torch.equal(model.generate(prompt, 12, temperature=0), expected)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Forget compiled graphs, so that no test compiles for sizes that vary."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "config",
     [
