@@ -24,7 +24,10 @@ pytestmark = pytest.mark.plain
 
 STEPS = 20
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
-LLAMA = "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --micro-batch-size 2"
+LLAMA = (
+    "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --no-tied-head --qk-norm --window 20 "
+    "--qkv-bias True --micro-batch-size 2"
+)
 MODELS = {
     "gpt2": [],
     "micro_batches": ["--micro-batch-size", 2],
@@ -123,7 +126,8 @@ def test_a_run_matches_a_single_process(engine, once):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp-tensor"])
-def test_micro_batches_grouped_heads_and_compiled_code_match_a_single_process(engine, once):
+def test_micro_batches_options_and_compiled_code_match_a_single_process(engine, once):
+    """Grouped heads, an untied head, QK-norm, a window and biases of queries, keys and values."""
     assert_matches_single(
         once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "single")
     )
