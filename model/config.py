@@ -8,6 +8,8 @@ from .layers import MLPS, NORMS, POSITIONS
 # The number of rows of the embedding is a multiple of this. Tensor cores and shards prefer sizes
 # that are multiples of 128 bytes, which are 64 elements of bfloat16.
 VOCABULARY_MULTIPLE = 64
+# Options that act in training only. Models of equal shape may differ in them.
+DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
 
@@ -58,6 +60,12 @@ class GPTConfig:
     """c > 0 replaces an attention score s by c tanh(s / c). 0: scores stay as they are."""
     head_softcap: float = 0.0
     """c > 0 replaces a logit s of the head by c tanh(s / c). 0: logits stay as they are."""
+    dropout: float = 0.0
+    """Probability of dropping an output of attention or an MLP, before the addition."""
+    embedding_dropout: float = 0.0
+    """Probability of dropping an element of the embedding, after positions are added."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight."""
 
     def __post_init__(self):
         for name in (
@@ -94,6 +102,10 @@ class GPTConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"GPTConfig: {name} must be 0 or more, and finite, got {value}")
+        for name in DROPOUTS:
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"GPTConfig: {name} must be in [0, 1), got {value}")
         if POSITIONS[self.position].rotates and self.head_size % 2:
             raise ValueError(
                 f"GPTConfig: {self.position} positions need an even head size, "

@@ -183,19 +183,22 @@ class GPT(nn.Module):
         attention: str = "tritium",
         recompute: str = "none",
     ) -> "GPT":
-        """Read a published model: a folder of transformers (GPT-2, Llama), or a file of nanoGPT.
+        """Read a published model: a folder of transformers, or a file of nanoGPT.
+
+        The families are GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
         Args:
             path: the folder or file.
             dtype: of the weights. Default: as in the file.
             attention, recompute: as for GPT.
-        Returns: the model on the CPU.
+        Returns: the model on the CPU, in evaluation mode, in which nothing is dropped.
         Raises: InputError if the folder is not a model that tritium has, or is damaged.
         """
         source = open_source(Path(path))
         with torch.device("meta"):
             model = cls(source.config, attention=attention, recompute=recompute)
         load_into(model, source)
+        model.eval()
         return model if dtype is None else model.to(dtype)
 
     def save_pretrained(
