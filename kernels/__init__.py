@@ -26,8 +26,8 @@ else:
     from .embedding import embedding
     from .loss.cross_entropy import cross_entropy
     from .loss.linear_cross_entropy import linear_cross_entropy
-    from .mlp.gelu_mlp import gelu_mlp
     from .mlp.linear import linear
+    from .mlp.mlp import gelu_mlp, relu2_mlp
     from .mlp.swiglu_mlp import swiglu_mlp
     from .norm.layer_norm import add_layer_norm, layer_norm
     from .norm.rms_norm import add_rms_norm, rms_norm
@@ -46,6 +46,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "relu2_mlp",
     "rms_norm",
     "rotary",
     "swiglu_mlp",

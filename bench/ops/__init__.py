@@ -23,6 +23,7 @@ OPERATORS: dict[str, Operator] = {
         ATTENTION_VARLEN,
         ATTENTION_DECODE,
         mlp.GELU_MLP,
+        mlp.RELU2_MLP,
         SWIGLU_MLP,
         cross_entropy.CROSS_ENTROPY,
         linear_cross_entropy.LINEAR_CROSS_ENTROPY,

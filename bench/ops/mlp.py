@@ -1,10 +1,12 @@
-"""The GELU MLP, compared with PyTorch's layers."""
+"""The GELU and relu2 MLPs, compared with PyTorch's layers."""
+
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import gelu_mlp
-from ...kernels.mlp.gelu_mlp import cost
+from ...kernels import gelu_mlp, relu2_mlp
+from ...kernels.mlp.mlp import cost
 from .case import Operator, Randn, forced
 
 # N, D with F = 4 D: GPT-2's four widths at 32 sequences of 1,024 tokens.
@@ -22,29 +24,50 @@ def _inputs(randn: Randn, N: int, D: int) -> dict[str, Tensor]:
     }
 
 
-def _eager(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
+def _gelu_eager(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
-def _ours(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
+def _gelu_ours(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
     return gelu_mlp(x, w1, b1, w2, b2)
 
 
+def _relu2_eager(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, w1, b1)).square(), w2, b2)
+
+
+def _relu2_ours(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
+    return relu2_mlp(x, w1, b1, w2, b2)
+
+
+_COMMON: dict[str, Any] = {
+    "sizes": ("N", "D"),
+    "inputs": _inputs,
+    "cost": lambda N, D, itemsize: cost(N, D, 4 * D, itemsize),
+    # Enough rows that plan() fuses where it can.
+    "check_shape": lambda N, D: (min(N, 4097), D),
+    "shapes": SHAPES,
+    "small_shapes": ((128, 128), (256, 256)),
+    "launch_shapes": SHAPES[:1],
+    "bound": "flops",
+}
 GELU_MLP = Operator(
     name="gelu_mlp",
-    sizes=("N", "D"),
-    inputs=_inputs,
-    ours=_ours,
-    eager=_eager,
-    cost=lambda N, D, itemsize: cost(N, D, 4 * D, itemsize),
-    # Enough rows that plan() fuses where it can.
-    check_shape=lambda N, D: (min(N, 4097), D),
-    shapes=SHAPES,
-    small_shapes=((128, 128), (256, 256)),
-    launch_shapes=SHAPES[:1],
-    bound="flops",
+    ours=_gelu_ours,
+    eager=_gelu_eager,
     others=tuple(
-        forced("gelu_mlp", matmul, approximate="tanh", recompute=False)
+        forced("gelu_mlp", matmul, activation="gelu_tanh", recompute=False)
         for matmul in ("fused", "cublas")
     ),
+    **_COMMON,
+)
+RELU2_MLP = Operator(
+    name="relu2_mlp",
+    ours=_relu2_ours,
+    eager=_relu2_eager,
+    others=tuple(
+        forced("relu2_mlp", matmul, activation="relu2", recompute=False)
+        for matmul in ("fused", "cublas")
+    ),
+    **_COMMON,
 )

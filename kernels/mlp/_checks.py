@@ -1,4 +1,4 @@
-"""Checks of the arguments of linear, gelu_mlp and swiglu_mlp."""
+"""Checks of the arguments of linear and of the MLPs."""
 
 from torch import Tensor
 

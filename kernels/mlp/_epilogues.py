@@ -1,10 +1,11 @@
-"""Activations of linear, gelu_mlp and swiglu_mlp: GEMM epilogues, elementwise kernels, launchers.
+"""Activations of linear and of the MLPs: GEMM epilogues, elementwise kernels, launchers.
 
     GELU       g(h) = h Phi(h)    g'(h) = Phi(h) + h phi(h)
                Phi: normal distribution function    phi: its density
     tanh form  g(h) = h s    g'(h) = s + s (1 - s) h du/dh
                s = sigmoid(u)    u = 2 sqrt(2 / pi) (h + C h^3)    C = 0.044715
                The usual h (1 + tanh(u / 2)) / 2 is the same function in more instructions.
+    relu2      g(h) = max(h, 0)^2    g'(h) = 2 max(h, 0)
     SwiGLU     a = silu(g) u    dg = da u (s + g s (1 - s))    du = da silu(g)    s = sigmoid(g)
 
 Shapes     h, a, g, u and their gradients: (N, F), contiguous, as the GEMMs write them
@@ -13,8 +14,13 @@ Order      the gradient of a bias sums the rows of dh in two stages of fixed ord
 Cost       memory-bound: each tensor is read or written once
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..core.device import sm_count
 from ..core.partial_sums import empty_partials, sum_partials
@@ -66,6 +72,13 @@ def gelu_erf(h):
     return h * normal, normal + h * SQRT_1_OVER_2PI * tl.exp2(h * h * (-0.5 * LOG2E))
 
 
+@triton.jit
+def relu2(h):
+    """The square of ReLU. NaN stays NaN."""
+    positive = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return positive * positive, 2.0 * positive
+
+
 # --- epilogues, see gemm.py
 
 
@@ -90,14 +103,64 @@ def _gelu_erf_bwd(da, h):
 
 
 @triton.jit
+def _relu2_fwd(h, _):
+    return relu2(h)[0]
+
+
+@triton.jit
+def _relu2_bwd(da, h):
+    return da * relu2(h.to(tl.float32))[1]
+
+
+@triton.jit
 def swiglu(up, gate):
     gate = gate.to(tl.float32)
     return gate * _sigmoid(gate) * up
 
 
-# Keyed by PyTorch's argument `approximate`. EPILOGUES has the forward and the backward.
-ACTIVATIONS = {"tanh": gelu_tanh, "none": gelu_erf}
-EPILOGUES = {"tanh": (_gelu_tanh_fwd, _gelu_tanh_bwd), "none": (_gelu_erf_fwd, _gelu_erf_bwd)}
+# --- the table of activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """An activation in PyTorch and in kernels.
+
+    Attributes:
+        reference: h -> a.
+        reference_bwd: da, h -> dh.
+        tile: jitted function, float32 tile of h -> a and its derivative.
+        epilogue_fwd: epilogue of the GEMM that computes h.
+        epilogue_bwd: epilogue of the GEMM that computes da; its argument aux is h.
+    """
+
+    reference: Callable[[Tensor], Tensor]
+    reference_bwd: Callable[[Tensor, Tensor], Tensor]
+    tile: Any
+    epilogue_fwd: Any
+    epilogue_bwd: Any
+
+
+def _gelu(approximate: str, **kernels: Any) -> Activation:
+    return Activation(
+        reference=lambda h: functional.gelu(h, approximate=approximate),
+        reference_bwd=lambda da, h: torch.ops.aten.gelu_backward(da, h, approximate=approximate),
+        **kernels,
+    )
+
+
+ACTIVATIONS = {
+    "gelu": _gelu("none", tile=gelu_erf, epilogue_fwd=_gelu_erf_fwd, epilogue_bwd=_gelu_erf_bwd),
+    "gelu_tanh": _gelu(
+        "tanh", tile=gelu_tanh, epilogue_fwd=_gelu_tanh_fwd, epilogue_bwd=_gelu_tanh_bwd
+    ),
+    "relu2": Activation(
+        reference=lambda h: functional.relu(h).square(),
+        reference_bwd=lambda da, h: 2 * da * functional.relu(h),
+        tile=relu2,
+        epilogue_fwd=_relu2_fwd,
+        epilogue_bwd=_relu2_bwd,
+    ),
+}
 
 
 # --- kernels: a program owns BLOCK elements, or COLUMNS columns of every P-th block of rows
@@ -166,16 +229,20 @@ def _swiglu_bwd_kernel(
 # --- launchers: allocate, launch by keyword
 
 
-def launch_activation_fwd(h: Tensor, approximate: str) -> Tensor:
-    """Return gelu(h)."""
+def launch_activation_fwd(h: Tensor, activation: str) -> Tensor:
+    """Return the activation of h, a row of ACTIVATIONS."""
     a = torch.empty_like(h)
     _mlp_activation_fwd_kernel[(cdiv(h.numel(), BLOCK),)](
-        h_ptr=h, a_ptr=a, numel=h.numel(), ACTIVATION=ACTIVATIONS[approximate], BLOCK_N=BLOCK
+        h_ptr=h,
+        a_ptr=a,
+        numel=h.numel(),
+        ACTIVATION=ACTIVATIONS[activation].tile,
+        BLOCK_N=BLOCK,
     )
     return a
 
 
-def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, db: Tensor | None) -> Tensor:
+def launch_activation_bwd(da: Tensor, h: Tensor, activation: str, db: Tensor | None) -> Tensor:
     """Return dh. Write the sums of its columns to `db` (N,) if given."""
     M, N = h.shape
     dh = torch.empty_like(h)
@@ -186,7 +253,7 @@ def launch_activation_bwd(da: Tensor, h: Tensor, approximate: str, db: Tensor | 
     db_partial = None if db is None else empty_partials(programs, h)
     _mlp_activation_bwd_kernel[(programs, column_blocks)](
         da_ptr=da, h_ptr=h, dh_ptr=dh, db_partial_ptr=db_partial, M=M, N=N,
-        ACTIVATION=ACTIVATIONS[approximate], BLOCK_M=block_m, BLOCK_N=COLUMNS,
+        ACTIVATION=ACTIVATIONS[activation].tile, BLOCK_M=block_m, BLOCK_N=COLUMNS,
     )  # fmt: skip
     if db is not None:
         sum_partials(db_partial, db)

@@ -1,11 +1,11 @@
-"""A linear layer without autograd, with and without GELU, for linear and gelu_mlp."""
+"""A linear layer without autograd, with and without an activation, for linear and mlp."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._epilogues import EPILOGUES, launch_activation_fwd
+from ._epilogues import ACTIVATIONS, launch_activation_fwd
 from .gemm import gemm, is_fused
 
 
@@ -17,14 +17,18 @@ def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, matmul: str, h: Tensor
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, matmul: str, h: Tensor
 ) -> Tensor:
-    """Write h = x weight^T + bias, and return gelu(h), by the kernels that `matmul` selects."""
+    """Write h = x weight^T + bias, and return its activation.
+
+    `matmul` selects the kernels.
+    """
     if is_fused(matmul, x, weight.shape[0]):
-        return gemm(x, weight.t(), bias, epilogue=EPILOGUES[approximate][0], pre=h)
+        epilogue = ACTIVATIONS[activation].epilogue_fwd
+        return gemm(x, weight.t(), bias, epilogue=epilogue, pre=h)
     linear_out(x, weight, bias, h)
-    return launch_activation_fwd(h, approximate)
+    return launch_activation_fwd(h, activation)
 
 
 def linear_bwd(

@@ -8,16 +8,19 @@ rms_norm.py give math, shapes and precision. A pointer of an optional input or o
     dh_ptr is None                         no gradient reached h itself
     bias_ptr, db_partial_ptr are None      no bias
     dadded_partial_ptr is None             no gradient of added_bias
+    seed_ptr, threshold, scale are None    no dropout of x
+    dresidual_ptr is None                  without dropout it equals dx
 """
 
+from ..core.dropout import kept_tile
 from ..core.triton import tl, triton
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_residual_m,
-    M, N, eps,
+    M, N, eps, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes BLOCK_M rows. BLOCK_N is at least N."""
@@ -26,9 +29,12 @@ def _layer_norm_fwd_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
 
-    # h = x + residual, rounded to the dtype in which the caller gets it.
+    # h = z x + residual, rounded to the dtype in which the caller gets it.
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :]
     h = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        kept = kept_tile(tl.load(seed_ptr), offs_m, 0, N, threshold, BLOCK_M, BLOCK_N)
+        h = tl.where(kept, h * scale, 0.0)
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_m[:, None] * stride_residual_m + offs_n[None, :]
         residual = tl.load(residual_ptrs, mask=mask, other=0.0)
@@ -66,20 +72,22 @@ def _fold(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dx_ptr, dresidual_ptr,
     dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
-    M, N,
+    M, N, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p of P owns blocks p, p + P, p + 2 P ... of BLOCK_M rows.
 
-    It writes dx of its rows and one row of partial sums each of dw, db and the columns of dx.
+    It writes dx and dresidual of its rows, and one row of partial sums each of dw, db and the
+    columns of dx. Without dropout dx is also the gradient of the residual.
     """
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     # Each thread has elements of both halves of a tile. So _fold moves no data between threads, and
     # the sums take half of the registers.
     ROWS: tl.constexpr = (BLOCK_M + 1) // 2
@@ -110,6 +118,11 @@ def _layer_norm_bwd_kernel(
         if dh_ptr is not None:
             dh_ptrs = dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :]
             dx += tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if seed is not None:
+            dresidual_ptrs = dresidual_ptr + offs_m[:, None] * N + offs_n[None, :]
+            tl.store(dresidual_ptrs, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            kept = kept_tile(seed, offs_m, 0, N, threshold, BLOCK_M, BLOCK_N)
+            dx = tl.where(kept, dx * scale, 0.0)
         dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 

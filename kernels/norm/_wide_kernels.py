@@ -5,14 +5,22 @@ reads it twice. Reads after the first mostly hit the L2 cache. Optional pointers
 _kernels.py.
 """
 
+from ..core.dropout import kept_tile
 from ..core.triton import tl, triton
 
 
 @triton.jit
+def _kept_row(seed, row, first_column, N, threshold, BLOCK_N: tl.constexpr):
+    """Return True for the elements to keep among BLOCK_N elements of a row."""
+    rows = row + tl.arange(0, 1)
+    return kept_tile(seed, rows, first_column, N, threshold, 1, BLOCK_N).reshape(BLOCK_N)
+
+
+@triton.jit
 def _layer_norm_fwd_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_residual_m,
-    N, eps,
+    N, eps, threshold, scale,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes one row."""
@@ -23,13 +31,16 @@ def _layer_norm_fwd_wide_kernel(
         residual_ptr += row * stride_residual_m
         h_ptr += row * N
 
-    # First pass: h = x + residual, rounded to the dtype in which the caller gets it; its sums.
+    # First pass: h = z x + residual, rounded to the dtype in which the caller gets it; its sums.
     total = tl.zeros((BLOCK_N,), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         h = tl.load(x_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            kept = _kept_row(tl.load(seed_ptr), row, start, N, threshold, BLOCK_N)
+            h = tl.where(kept, h * scale, 0.0)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             rounded = (h + residual).to(h_ptr.dtype.element_ty)
@@ -71,16 +82,16 @@ def _layer_norm_fwd_wide_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _layer_norm_bwd_wide_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dx_ptr, dresidual_ptr,
     dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
-    M, N,
+    M, N, threshold, scale,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p of P owns rows p, p + P, p + 2 P ...
 
-    It writes dx of its rows. In memory, it adds to one row of partial sums each of dw, db and the
-    columns of dx.
+    It writes dx and dresidual of its rows. In memory, it adds to one row of partial sums each of
+    dw, db and the columns of dx. Without dropout dx is also the gradient of the residual.
     """
     pid = tl.program_id(0)
     dw_partial_ptr += pid.to(tl.int64) * N
@@ -119,6 +130,12 @@ def _layer_norm_bwd_wide_kernel(
             if dh_ptr is not None:
                 dh = tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask_n, other=0.0)
                 dx += dh.to(tl.float32)
+            if seed_ptr is not None:
+                dresidual = dx.to(dresidual_ptr.dtype.element_ty)
+                tl.store(dresidual_ptr + row * N + offs_n, dresidual, mask=mask_n)
+                # Loading the seed before the loops spills more scalar registers on gfx942.
+                kept = _kept_row(tl.load(seed_ptr), row, start, N, threshold, BLOCK_N)
+                dx = tl.where(kept, dx * scale, 0.0)
             tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
 
             # No barrier is needed: only this program uses its row of partial sums, and each thread

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import DEFAULT_SM_COUNT, sm_count
+from ..core.dropout import Dropout
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, next_power_of_2
 from ._kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
@@ -66,6 +67,7 @@ def launch_norm_fwd(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
+    dropout: Dropout,
     *,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -87,7 +89,7 @@ def launch_norm_fwd(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias,
         y_ptr=y, h_ptr=h, mean_ptr=mean, rstd_ptr=rstd,
         stride_xm=x.stride(0), stride_residual_m=stride_residual_m,
-        **rows, N=N, eps=eps, **p.tile,
+        **rows, N=N, eps=eps, **dropout.arguments, **p.tile,
     )  # fmt: skip
     return y, x if h is None else h, mean, rstd
 
@@ -101,16 +103,20 @@ def launch_norm_bwd(
     rstd: Tensor,
     has_bias: bool,
     added_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dw, db, and the sums of the columns of dx in `added_dtype`.
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dresidual, dw, db, and the sums of the columns of dx in `added_dtype`.
 
-    db is empty without a bias. The sums are empty if `added_dtype` is None.
+    dresidual is empty without dropout, where it equals dx. db is empty without a bias. The sums are
+    empty if `added_dtype` is None.
 
     One kernel writes dx and all partial sums. A second one adds up the partial sums.
     """
     M, N = h.shape
     p = plan(M, N, sm_count(h.device))
     dx = torch.empty((M, N), dtype=h.dtype, device=h.device)
+    has_dropout = dropout.dropout_p > 0
+    dresidual = h.new_empty((M, N) if has_dropout else 0)
     dw = torch.empty_like(weight)
     db = weight.new_empty(N if has_bias else 0)
     dw_partial = empty_partials(p.partials, h)
@@ -122,26 +128,33 @@ def launch_norm_bwd(
     kernel = _layer_norm_bwd_wide_kernel if p.is_wide else _layer_norm_bwd_kernel
     kernel[(p.partials,)](
         dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
-        dx_ptr=dx, dw_partial_ptr=dw_partial, db_partial_ptr=db_partial,
-        dadded_partial_ptr=dadded_partial,
+        dx_ptr=dx, dresidual_ptr=dresidual if has_dropout else None,
+        dw_partial_ptr=dw_partial, db_partial_ptr=db_partial, dadded_partial_ptr=dadded_partial,
         stride_dym=dy.stride(0), stride_dhm=0 if dh is None else dh.stride(0),
-        stride_hm=h.stride(0), M=M, N=N, **p.tile,
+        stride_hm=h.stride(0), M=M, N=N, **dropout.arguments, **p.tile,
     )  # fmt: skip
     sum_partials(dw_partial, dw, db_partial, db, dadded_partial, dadded)
-    return dx, dw, db, dadded
+    return dx, dresidual, dw, db, dadded
 
 
 def norm_cost(
-    elements: int, itemsize: int, *, residual: bool, fwd_flops: int, bwd_flops: int
+    elements: int,
+    itemsize: int,
+    *,
+    residual: bool,
+    dropout: bool,
+    fwd_flops: int,
+    bwd_flops: int,
 ) -> dict[str, int]:
     """Return the least bytes to move and the FLOPs, forward and backward.
 
     `fwd_flops` and `bwd_flops` are per element. The forward reads x and writes y. With a residual
     it also reads the residual and writes h. The backward reads dy and h and writes dx. With a
-    residual it also reads dh. Vectors of N elements do not count.
+    residual it also reads dh, and with dropout it also writes the gradient of the residual. Vectors
+    of N elements and the FLOPs of random bits do not count.
     """
     fwd_tensors = 4 if residual else 2
-    bwd_tensors = 4 if residual else 3
+    bwd_tensors = (4 if residual else 3) + dropout
     return {
         "fwd_bytes": fwd_tensors * elements * itemsize,
         "bwd_bytes": bwd_tensors * elements * itemsize,

@@ -1,19 +1,22 @@
 """Layer normalization over the last axis, alone or fused with the residual addition before it.
 
-    forward    h = x + residual (or x)    mu = mean_n(h)    r = 1 / sqrt(mean_n((h - mu)^2) + eps)
+    forward    h = z x + residual (or x)    mu = mean_n(h)    r = 1 / sqrt(mean_n((h - mu)^2) + eps)
                y = (h - mu) r w + b
     backward   xhat = (h - mu) r    g = dy w
-               dx = dresidual = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh
+               dresidual = r (g - mean_n(g) - xhat mean_n(g xhat)) + dh
+               dx = z dresidual
                dw = sum_m dy xhat    db = sum_m dy
                dh is the gradient that reached the output h itself
                d(added bias) = sum_m dx, for a bias that is already part of x; optional
+    dropout    z = kept / (1 - dropout_p), from core/dropout.py; z = 1 without dropout
 
 Shapes       x, residual, h, y: (M, N)   w, b, added bias: (N,)   mu, r: (M,) float32
              M = all leading axes, flattened
 Precision    any float dtype in and out; h is rounded to its dtype before the statistics, which are
              float32
 Cost         memory-bound; with E bytes per element the forward moves 2 E per element (4 E with a
-             residual), the backward 3 E (4 E); cost() gives bytes and FLOPs
+             residual), the backward 3 E (4 E, with dropout 5 E: dx and dresidual then differ);
+             cost() gives bytes and FLOPs
 Determinism  column sums are computed in two stages of fixed order, without atomics; the order
              depends on the number of SMs only
 Source       Ba, Kiros & Hinton 2016, arXiv:1607.06450
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core.added_bias import attach, column_sums
+from ..core.dropout import Dropout, drop, resolve_dropout
 from ..core.layout import as_rows, like_rows_of, wide
 from ..core.op import define_op, keep_needed, public
 from ._checks import check, check_residual
@@ -57,9 +61,10 @@ def reference_add_fwd(
     bias: Tensor | None,
     eps: float,
     added_bias: Tensor | None,
+    dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y in x's dtype, h = x + residual in their common dtype, mean, rstd."""
-    h = x + residual
+    """Return y in x's dtype, h = z x + residual in the dtype of x + residual, mean, rstd."""
+    h = (drop(x, dropout) + residual).to(torch.promote_types(x.dtype, residual.dtype))
     y, mean, rstd = reference_fwd(h, weight, bias, eps, None)
     return y.to(x.dtype), h, mean, rstd
 
@@ -73,11 +78,13 @@ def reference_bwd(
     rstd: Tensor,
     has_bias: bool,
     added_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of h, weight, bias and added_bias.
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, residual, weight, bias and added_bias.
 
-    The gradient of bias is empty unless `has_bias`. That of added_bias has the dtype `added_dtype`
-    and is empty if this is None.
+    The gradient of residual is empty without dropout, where it equals that of x. The gradient of
+    bias is empty unless `has_bias`. That of added_bias has the dtype `added_dtype` and is empty if
+    this is None.
     """
     centered = wide(h) - mean[:, None]  # as in the forward
     w = weight.to(centered.dtype)
@@ -88,9 +95,13 @@ def reference_bwd(
     )  # fmt: skip
     if dh is not None:
         dx += dh
+    dresidual = h.new_empty(0)
+    if dropout.dropout_p > 0:
+        dresidual = dx.to(h.dtype)
+        dx = drop(dx, dropout)
     db = dw.new_empty(0) if db is None else db
     dadded = column_sums(dx, added_dtype)
-    return dx.to(h.dtype), dw.to(weight.dtype), db.to(weight.dtype), dadded
+    return dx.to(h.dtype), dresidual, dw.to(weight.dtype), db.to(weight.dtype), dadded
 
 
 # --- launchers
@@ -100,7 +111,7 @@ def launch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_fwd`."""
-    y, _, mean, rstd = launch_norm_fwd(x, None, weight, bias, eps, centered=True)
+    y, _, mean, rstd = launch_norm_fwd(x, None, weight, bias, eps, Dropout(), centered=True)
     return y, mean, rstd
 
 
@@ -111,9 +122,10 @@ def launch_add_fwd(
     bias: Tensor | None,
     eps: float,
     added_bias: Tensor | None,
+    dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_add_fwd`."""
-    return launch_norm_fwd(x, residual, weight, bias, eps, centered=True)
+    return launch_norm_fwd(x, residual, weight, bias, eps, dropout, centered=True)
 
 
 def launch_bwd(
@@ -125,14 +137,17 @@ def launch_bwd(
     rstd: Tensor,
     has_bias: bool,
     added_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_bwd`."""
-    return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias, added_dtype)
+    return launch_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias, added_dtype, dropout)
 
 
-def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
+def cost(
+    M: int, N: int, itemsize: int, *, residual: bool = False, dropout: bool = False
+) -> dict[str, int]:
     """Return the least bytes to move and about the FLOPs for M rows of N elements."""
-    return norm_cost(M * N, itemsize, residual=residual, fwd_flops=8, bwd_flops=14)
+    return norm_cost(M * N, itemsize, residual=residual, dropout=dropout, fwd_flops=8, bwd_flops=14)
 
 
 # --- operator: on a CPU in 32 bits the references run as composites, differentiated by autograd
@@ -152,9 +167,10 @@ def composite_add_fwd(
     bias: Tensor | None,
     eps: float,
     added_bias: Tensor | None,
+    dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference_add_fwd`, with a gradient of added_bias."""
-    return reference_add_fwd(attach(x, added_bias), residual, weight, bias, eps, None)
+    return reference_add_fwd(attach(x, added_bias), residual, weight, bias, eps, None, dropout)
 
 
 _fwd = define_op(
@@ -183,31 +199,37 @@ def _grad(ctx, dy, _dmean, _drstd):
     if dy is None:
         return (None,) * 5
     added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
-    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias, added_dtype)
-    dx, dw, db, dadded = keep_needed(grads, (True, True, ctx.has_bias, added_dtype is not None))
+    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, ctx.has_bias, added_dtype, Dropout())
+    needs = (True, False, True, ctx.has_bias, added_dtype is not None)
+    dx, _, dw, db, dadded = keep_needed(grads, needs)
     return dx, dw, db, None, dadded
 
 
 def _save_add(ctx, inputs, output):
-    x, residual, weight, bias, _, added_bias = inputs
+    x, residual, weight, bias, _, added_bias, dropout = inputs
     _, h, mean, rstd = output
     ctx.has_bias = bias is not None
     ctx.added_dtype = None if added_bias is None else added_bias.dtype
     ctx.dtypes = x.dtype, residual.dtype
+    ctx.dropout_p = dropout.dropout_p
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, weight, mean, rstd)
+    ctx.save_for_backward(h, weight, mean, rstd, dropout.seed)
 
 
 def _grad_add(ctx, dy, dh, _dmean, _drstd):
     if dy is None and dh is None:
-        return (None,) * 6
+        return (None,) * 7
     dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
     dh = None if dh is None else as_rows(dh)
-    added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
-    grads = _bwd(dy, dh, *ctx.saved_tensors, ctx.has_bias, added_dtype)
-    dx, dw, db, dadded = keep_needed(grads, (True, True, ctx.has_bias, added_dtype is not None))
+    added_dtype = ctx.added_dtype if ctx.needs_input_grad[5] else None
+    *saved, seed = ctx.saved_tensors
+    dropout = Dropout(dropout_p=ctx.dropout_p, seed=seed)
+    grads = _bwd(dy, dh, *saved, ctx.has_bias, added_dtype, dropout)
+    needs = (True, ctx.dropout_p > 0, True, ctx.has_bias, added_dtype is not None)
+    dx, dresidual, dw, db, dadded = keep_needed(grads, needs)
+    dresidual = dx if dresidual is None else dresidual
     x_dtype, residual_dtype = ctx.dtypes
-    return dx.to(x_dtype), dx.to(residual_dtype), dw, db, None, dadded
+    return dx.to(x_dtype), dresidual.to(residual_dtype), dw, db, None, dadded, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -256,8 +278,13 @@ def add_layer_norm(
     *,
     eps: float = 1e-5,
     added_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `residual` to `x` and normalize the sum, in one pass over memory.
+
+    With dropout, drop elements of `x` before the addition, in the same pass. Only the seed is kept
+    for the backward, no mask.
 
     With added_bias, the gradient of a linear layer's bias needs no pass over memory either:
 
@@ -268,13 +295,20 @@ def add_layer_norm(
         x: (..., N), as for layer_norm: the output of a block.
         residual: shape and device of x, any float dtype: the residual stream.
         weight, bias, eps, added_bias: as for layer_norm.
+        dropout_p: probability of dropping an element of x, in [0, 1). Default: 0.
+        seed: seed of the mask, an int or a () int64 tensor on the device of x. The mask depends on
+            the seed and on the index of an element only. Default: drawn from PyTorch's generator of
+            that device.
     Returns: (y, h), each (..., N):
-        h = x + residual, in the dtype that PyTorch gives this sum;
+        h = dropout(x) + residual, in the dtype that PyTorch gives x + residual;
         y = layer_norm(h, weight, bias), in the dtype of x.
-    Raises: as layer_norm; ValueError if residual does not have the shape and device of x.
+    Raises: as layer_norm; ValueError if residual does not have the shape and device of x, or if
+        dropout_p or seed is not as documented.
     """
     check("add_layer_norm", x, weight, bias, added_bias)
     check_residual("add_layer_norm", x, residual)
     bias = None if bias is None else bias.contiguous()
-    y, h, _, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), bias, eps, added_bias)
+    dropout = resolve_dropout("add_layer_norm", dropout_p, seed, x.device)
+    rows = as_rows(x), as_rows(residual)
+    y, h, _, _ = _add_fwd(*rows, weight.contiguous(), bias, eps, added_bias, dropout)
     return like_rows_of(x, y), like_rows_of(x, h)

@@ -1,11 +1,13 @@
 """Root-mean-square normalization over the last axis, alone or fused with the residual addition.
 
-    forward    h = x + residual (or x)    r = 1 / sqrt(mean_n(h^2) + eps)    y = h r w
+    forward    h = z x + residual (or x)    r = 1 / sqrt(mean_n(h^2) + eps)    y = h r w
     backward   xhat = h r    g = dy w
-               dx = dresidual = r (g - xhat mean_n(g xhat)) + dh
+               dresidual = r (g - xhat mean_n(g xhat)) + dh
+               dx = z dresidual
                dw = sum_m dy xhat
                dh is the gradient that reached the output h itself
                d(added bias) = sum_m dx, for a bias that is already part of x; optional
+    dropout    z = kept / (1 - dropout_p), from core/dropout.py; z = 1 without dropout
 
 Shapes       x, residual, h, y: (M, N)   w, added bias: (N,)   r: (M,) float32
              M = all leading axes, flattened
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..core.added_bias import column_sums
+from ..core.dropout import Dropout, drop, resolve_dropout
 from ..core.layout import as_rows, like_rows_of, wide
 from ..core.op import define_op, keep_needed, public
 from ._checks import check, check_residual
@@ -44,10 +47,15 @@ def reference_fwd(
 
 
 def reference_add_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    added_bias: Tensor | None,
+    dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y in x's dtype, h = x + residual in their common dtype, rstd."""
-    h = x + residual
+    """Return y in x's dtype, h = z x + residual in the dtype of x + residual, rstd."""
+    h = (drop(x, dropout) + residual).to(torch.promote_types(x.dtype, residual.dtype))
     y, rstd = reference_fwd(h, weight, eps, None)
     return y.to(x.dtype), h, rstd
 
@@ -59,10 +67,12 @@ def reference_bwd(
     weight: Tensor,
     rstd: Tensor,
     added_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of h, weight and added_bias.
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, residual, weight and added_bias.
 
-    That of added_bias has the dtype `added_dtype` and is empty if this is None.
+    The gradient of residual is empty without dropout, where it equals that of x. That of added_bias
+    has the dtype `added_dtype` and is empty if this is None.
     """
     wide_dy = wide(dy)
     xhat = wide(h) * rstd[:, None]
@@ -70,8 +80,12 @@ def reference_bwd(
     dx = torch.addcmul(g, xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(rstd[:, None])
     if dh is not None:
         dx += dh
+    dresidual = h.new_empty(0)
+    if dropout.dropout_p > 0:
+        dresidual = dx.to(h.dtype)
+        dx = drop(dx, dropout)
     dw = (wide_dy * xhat).sum(0).to(weight.dtype)
-    return dx.to(h.dtype), dw, column_sums(dx, added_dtype)
+    return dx.to(h.dtype), dresidual, dw, column_sums(dx, added_dtype)
 
 
 # --- launchers
@@ -81,15 +95,20 @@ def launch_fwd(
     x: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel of `reference_fwd`."""
-    y, _, _, rstd = launch_norm_fwd(x, None, weight, None, eps, centered=False)
+    y, _, _, rstd = launch_norm_fwd(x, None, weight, None, eps, Dropout(), centered=False)
     return y, rstd
 
 
 def launch_add_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    added_bias: Tensor | None,
+    dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_add_fwd`."""
-    y, h, _, rstd = launch_norm_fwd(x, residual, weight, None, eps, centered=False)
+    y, h, _, rstd = launch_norm_fwd(x, residual, weight, None, eps, dropout, centered=False)
     return y, h, rstd
 
 
@@ -100,15 +119,20 @@ def launch_bwd(
     weight: Tensor,
     rstd: Tensor,
     added_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_bwd`."""
-    dx, dw, _, dadded = launch_norm_bwd(dy, dh, h, weight, None, rstd, False, added_dtype)
-    return dx, dw, dadded
+    dx, dresidual, dw, _, dadded = launch_norm_bwd(
+        dy, dh, h, weight, None, rstd, False, added_dtype, dropout
+    )
+    return dx, dresidual, dw, dadded
 
 
-def cost(M: int, N: int, itemsize: int, *, residual: bool = False) -> dict[str, int]:
+def cost(
+    M: int, N: int, itemsize: int, *, residual: bool = False, dropout: bool = False
+) -> dict[str, int]:
     """Return the least bytes to move and about the FLOPs for M rows of N elements."""
-    return norm_cost(M * N, itemsize, residual=residual, fwd_flops=4, bwd_flops=10)
+    return norm_cost(M * N, itemsize, residual=residual, dropout=dropout, fwd_flops=4, bwd_flops=10)
 
 
 # --- operator
@@ -135,30 +159,35 @@ def _grad(ctx, dy, _drstd):
     if dy is None:
         return (None,) * 4
     added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
-    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, added_dtype)
-    dx, dw, dadded = keep_needed(grads, (True, True, added_dtype is not None))
+    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, added_dtype, Dropout())
+    dx, _, dw, dadded = keep_needed(grads, (True, False, True, added_dtype is not None))
     return dx, dw, None, dadded
 
 
 def _save_add(ctx, inputs, output):
-    x, residual, weight, _, added_bias = inputs
+    x, residual, weight, _, added_bias, dropout = inputs
     _, h, rstd = output
     ctx.added_dtype = None if added_bias is None else added_bias.dtype
     ctx.dtypes = x.dtype, residual.dtype
+    ctx.dropout_p = dropout.dropout_p
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, weight, rstd)
+    ctx.save_for_backward(h, weight, rstd, dropout.seed)
 
 
 def _grad_add(ctx, dy, dh, _drstd):
     if dy is None and dh is None:
-        return (None,) * 5
+        return (None,) * 6
     dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
     dh = None if dh is None else as_rows(dh)
-    added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
-    grads = _bwd(dy, dh, *ctx.saved_tensors, added_dtype)
-    dx, dw, dadded = keep_needed(grads, (True, True, added_dtype is not None))
+    added_dtype = ctx.added_dtype if ctx.needs_input_grad[4] else None
+    *saved, seed = ctx.saved_tensors
+    dropout = Dropout(dropout_p=ctx.dropout_p, seed=seed)
+    grads = _bwd(dy, dh, *saved, added_dtype, dropout)
+    needs = (True, ctx.dropout_p > 0, True, added_dtype is not None)
+    dx, dresidual, dw, dadded = keep_needed(grads, needs)
+    dresidual = dx if dresidual is None else dresidual
     x_dtype, residual_dtype = ctx.dtypes
-    return dx.to(x_dtype), dx.to(residual_dtype), dw, None, dadded
+    return dx.to(x_dtype), dresidual.to(residual_dtype), dw, None, dadded, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -196,19 +225,27 @@ def add_rms_norm(
     *,
     eps: float = 1e-6,
     added_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `residual` to `x` and normalize the sum, in one pass over memory.
+
+    With dropout, drop elements of `x` before the addition, as add_layer_norm does.
 
     Args:
         x: (..., N), as for rms_norm: the output of a block.
         residual: shape and device of x, any float dtype: the residual stream.
         weight, eps, added_bias: as for rms_norm.
+        dropout_p, seed: as for add_layer_norm.
     Returns: (y, h), each (..., N):
-        h = x + residual, in the dtype that PyTorch gives this sum;
+        h = dropout(x) + residual, in the dtype that PyTorch gives x + residual;
         y = rms_norm(h, weight), in the dtype of x.
-    Raises: as rms_norm; ValueError if residual does not have the shape and device of x.
+    Raises: as rms_norm; ValueError if residual does not have the shape and device of x, or if
+        dropout_p or seed is not as documented.
     """
     check("add_rms_norm", x, weight, added_bias=added_bias)
     check_residual("add_rms_norm", x, residual)
-    y, h, _ = _add_fwd(as_rows(x), as_rows(residual), weight.contiguous(), eps, added_bias)
+    dropout = resolve_dropout("add_rms_norm", dropout_p, seed, x.device)
+    rows = as_rows(x), as_rows(residual)
+    y, h, _ = _add_fwd(*rows, weight.contiguous(), eps, added_bias, dropout)
     return like_rows_of(x, y), like_rows_of(x, h)

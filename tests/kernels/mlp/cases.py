@@ -1,4 +1,4 @@
-"""Cases that the tests of linear, gelu_mlp and swiglu_mlp share."""
+"""Cases that the tests of linear and of the MLPs share."""
 
 import torch
 

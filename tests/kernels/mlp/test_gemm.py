@@ -15,7 +15,7 @@ from tritium.kernels.core.device import arch
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.triton import tl, triton
 from tritium.kernels.mlp import gemm as module
-from tritium.kernels.mlp._epilogues import EPILOGUES
+from tritium.kernels.mlp._epilogues import ACTIVATIONS
 from tritium.kernels.mlp.gemm import FAMILIES, gemm, is_fused, plan
 
 ODD = (33, 129, 17)
@@ -241,7 +241,7 @@ def meta(*shapes, dtype=torch.bfloat16):
 def test_exact_gelu_gradient_uses_matrix_instructions_and_spills_nothing():
     x, w2, h = meta((32768, 768), (768, 3072), (32768, 3072))
     with record_launches("sm_90") as launches:
-        gemm(x, w2, aux=h, epilogue=EPILOGUES["none"][1], sums=h[0])
+        gemm(x, w2, aux=h, epilogue=ACTIVATIONS["gelu"].epilogue_bwd, sums=h[0])
     compiled = compile_launch(launches[0], "sm_90")
     assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 4}
     assert resources(compiled).spilled_bytes == 0

@@ -13,7 +13,7 @@ from tritium.kernels import linear
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.mlp.linear import launch_bwd, launch_fwd
 
-ACTIVATIONS = [None, "gelu", "gelu_tanh"]
+ACTIVATIONS = [None, "gelu", "gelu_tanh", "relu2"]
 NAMES = ["y", "dx", "dweight", "dbias"]
 
 
@@ -28,6 +28,8 @@ def torch_linear(x, weight, bias=None, *, activation=None):
     h = F.linear(x, weight, bias)
     if activation is None:
         return h
+    if activation == "relu2":
+        return F.relu(h).square()
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -120,11 +122,11 @@ def test_opcheck(device):
     inputs, incoming = tensors(11, 8, 12, torch.float32, device)
     leaves = [value.clone().requires_grad_() for value in inputs]
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.linear_fwd.default, (*leaves, "none", "auto"))
+    torch.library.opcheck(ops.linear_fwd.default, (*leaves, "gelu", "auto"))
     x, weight, _ = inputs
     h = torch.randn_like(incoming)
     needs = [True, True, False]
-    torch.library.opcheck(ops.linear_bwd.default, (incoming, x, weight, h, "tanh", needs))
+    torch.library.opcheck(ops.linear_bwd.default, (incoming, x, weight, h, "gelu_tanh", needs))
 
 
 def test_compiles_as_one_graph(device, matmul):
@@ -197,7 +199,10 @@ def test_float64_raises_for_kernels(device):
             r"weight must be torch.float32 on cpu like x, got torch.float16 on cpu",
         ),
         ({"activation": 1}, r"activation must be str \| None, got 1"),
-        ({"activation": "relu"}, r"activation must be None, 'gelu' or 'gelu_tanh', got 'relu'"),
+        (
+            {"activation": "relu"},
+            r"activation must be None or one of 'gelu', 'gelu_tanh', 'relu2', got",
+        ),
     ],
 )
 def test_bad_arguments_raise(change, message, activation):
@@ -216,8 +221,8 @@ def test_matmul_argument_selects_the_kernels():
     x, weight, h = (torch.empty(shape, device="meta") for shape in ((64, 8), (12, 8), (64, 12)))
     for matmul, kernel in (("fused", "_gemm_kernel"), ("cublas", "_mlp_activation_fwd_kernel")):
         with record_launches("sm_90") as launches:
-            launch_fwd(x, weight, None, "tanh", matmul)
-            launch_bwd(h, x, weight, h, "tanh", [True] * 3)
+            launch_fwd(x, weight, None, "gelu_tanh", matmul)
+            launch_bwd(h, x, weight, h, "gelu_tanh", [True] * 3)
         assert [launch.kernel.__name__ for launch in launches] == [
             kernel,
             "_mlp_activation_bwd_kernel",
@@ -229,15 +234,15 @@ def test_matmul_argument_selects_the_kernels():
 
 
 @pytest.mark.codegen
-@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("arch", [name for name in TARGETS if name != "gfx950"])
-def test_activation_kernels_compile_for_every_target_without_spills(arch, dtype, approximate):
+def test_activation_kernels_compile_for_every_target_without_spills(arch, dtype, activation):
     shapes = ((512, 64), (192, 64), (512, 192))
     x, weight, h = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
     with record_launches(arch) as launches:
-        launch_fwd(x, weight, None, approximate, "cublas")
-        launch_bwd(h, x, weight, h, approximate, [True] * 3)
+        launch_fwd(x, weight, None, activation, "cublas")
+        launch_bwd(h, x, weight, h, activation, [True] * 3)
     for launch in launches:
         found = resources(compile_launch(launch, arch))
         assert found.spilled_bytes == 0, launch.kernel.__name__

@@ -41,5 +41,5 @@ def test_each_program_of_the_backward_has_rows_to_sum():
 
 
 def test_norm_cost_counts_flops_per_element():
-    cost = norm_cost(10, 4, residual=False, fwd_flops=3, bwd_flops=5)
+    cost = norm_cost(10, 4, residual=False, dropout=False, fwd_flops=3, bwd_flops=5)
     assert (cost["fwd_flops"], cost["bwd_flops"]) == (30, 50)

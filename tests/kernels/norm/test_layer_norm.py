@@ -16,6 +16,7 @@ from tritium.bench.codegen.launches import (
     record_launches,
 )
 from tritium.kernels import add_layer_norm, layer_norm
+from tritium.kernels.core.dropout import Dropout, resolve_dropout
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.partial_sums import PARTIALS_PER_STEP
 from tritium.kernels.norm._checks import MAX_WIDTH
@@ -125,11 +126,13 @@ def test_gradient_of_an_added_bias_matches_finite_differences():
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_operator_returns_the_gradient_of_the_composite(has_bias):
+def test_operator_returns_the_gradient_of_the_composite(has_bias, dropout_p):
     """In float64 a CPU runs the composite. Here the operator runs too."""
     x, residual, weight, bias, *incoming = tensors(4, 6, torch.float64, "cpu")
-    inputs = (x, residual, weight, bias if has_bias else None, 1e-5, x[0])
+    dropout = resolve_dropout("test", dropout_p, 3, x.device)
+    inputs = (x, residual, weight, bias if has_bias else None, 1e-5, x[0], dropout)
     results = []
     for run_forward in (_add_fwd, _add_fwd.dispatch):
         leaves = [
@@ -323,15 +326,17 @@ def test_opcheck(device):
     ops = torch.ops.tritium
     added_bias = torch.randn(N, dtype=torch.bfloat16, device=device, requires_grad=True)
     torch.library.opcheck(ops.layer_norm_fwd.default, (x, weight, None, 1e-5, added_bias))
-    torch.library.opcheck(ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None))
     torch.library.opcheck(
-        ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, added_bias)
+        ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None, 0.0, None)
+    )
+    torch.library.opcheck(
+        ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, added_bias, 0.0, None)
     )
     plain = [value.detach() for value in (dy, dh, x, weight)]
-    torch.library.opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True, None))
+    torch.library.opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True, None, 0.0, None))
     torch.library.opcheck(
         ops.layer_norm_bwd.default,
-        (plain[0], None, *plain[2:], *statistics, False, torch.bfloat16),
+        (plain[0], None, *plain[2:], *statistics, False, torch.bfloat16, 0.0, None),
     )
 
 
@@ -491,6 +496,8 @@ def test_cost_counts_each_tensor_once():
     assert plain["bwd_bytes"] == 3 * M * N * itemsize  # dy, x, dx
     assert fused["fwd_bytes"] == 4 * M * N * itemsize  # x, residual, y, h
     assert fused["bwd_bytes"] == 4 * M * N * itemsize  # dy, dh, h, dx
+    dropped = cost(M, N, itemsize, residual=True, dropout=True)
+    assert dropped["bwd_bytes"] == 5 * M * N * itemsize  # dresidual too
 
 
 # --- 5. ahead-of-time compilation
@@ -508,8 +515,8 @@ def test_compiles_for_every_target_without_spills(N, target):
             h, w = x.to(dtype), weight.to(dtype)
             # The variant with all optional tensors needs the most registers. The golden table of
             # the bench has the other variants.
-            launch_add_fwd(h, h, w, w, 1e-5, None)
-            launch_bwd(h, h, h, w, statistics, statistics, True, dtype)
+            launch_add_fwd(h, h, w, w, 1e-5, None, Dropout())
+            launch_bwd(h, h, h, w, statistics, statistics, True, dtype, Dropout())
     assert len(launches) == 6
     for launch in launches:
         found = resources(compile_launch(launch, target))
@@ -525,8 +532,8 @@ def test_a_single_row_compiles(N):
     x, weight, statistics = (torch.empty(shape, device="meta") for shape in [(1, N), (N,), (1,)])
     with record_launches("sm_90") as launches:
         launch_fwd(x, weight, None, 1e-5, None)
-        launch_add_fwd(x, x, weight, weight, 1e-5, None)
-        launch_bwd(x, x, x, weight, statistics, statistics, True, x.dtype)
+        launch_add_fwd(x, x, weight, weight, 1e-5, None, Dropout())
+        launch_bwd(x, x, x, weight, statistics, statistics, True, x.dtype, Dropout())
     for launch in launches:
         assert "cubin" in compile_launch(launch, "sm_90").asm, launch.kernel.__name__
 
@@ -539,8 +546,8 @@ def test_rows_are_addressed_in_int64(N):
         torch.empty(shape, device="meta") for shape in [(8192, N), (N,), (8192,)]
     )
     with record_launches("sm_90") as launches:
-        launch_add_fwd(x, x, weight, weight, 1e-5, None)
-        launch_bwd(x, x, x, weight, statistics, statistics, True, x.dtype)
+        launch_add_fwd(x, x, weight, weight, 1e-5, None, Dropout())
+        launch_bwd(x, x, x, weight, statistics, statistics, True, x.dtype, Dropout())
     for launch in launches:
         code = compile_launch(launch, "sm_90").asm["ttir"]
         multiplications = [

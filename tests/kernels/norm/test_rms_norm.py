@@ -11,6 +11,7 @@ from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
 from tritium.kernels import add_rms_norm, rms_norm
+from tritium.kernels.core.dropout import Dropout
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.norm.launch import MAX_RESIDENT_WIDTH
 from tritium.kernels.norm.rms_norm import cost, launch_add_fwd, launch_bwd
@@ -183,10 +184,12 @@ def test_opcheck(device):
     leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
     added_bias = weight.bfloat16().requires_grad_()
     torch.library.opcheck(ops.rms_norm_fwd.default, (leaves[0], leaves[2], 1e-6, added_bias))
-    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, None))
-    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, added_bias))
-    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd, None))
-    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, None, x, weight, rstd, torch.bfloat16))
+    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, None, 0.0, None))
+    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, added_bias, 0.0, None))
+    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd, None, 0.0, None))
+    torch.library.opcheck(
+        ops.rms_norm_bwd.default, (dy, None, x, weight, rstd, torch.bfloat16, 0.0, None)
+    )
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows(device):
@@ -311,8 +314,8 @@ def test_compiles_for_every_target_without_spills(N, arch):
         with record_launches(arch) as launches:
             # The variant with a residual needs the most registers. The golden table of the bench
             # has the other variants.
-            launch_add_fwd(x, x, weight, 1e-6, None)
-            launch_bwd(x, x, x, weight, rstd, dtype)
+            launch_add_fwd(x, x, weight, 1e-6, None, Dropout())
+            launch_bwd(x, x, x, weight, rstd, dtype, Dropout())
         for launch in launches:
             assert resources(compile_launch(launch, arch)).spilled_bytes == 0, (
                 launch.kernel.__name__

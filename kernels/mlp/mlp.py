@@ -1,13 +1,13 @@
-"""The MLP of GPT-2: two linear layers with GELU in between. _epilogues.py has the formulas of GELU.
+"""The MLP of GPT-2: two linear layers with an activation g in between, GELU or relu2.
 
-    forward    h = x w1^T + b1    a = gelu(h)    y = a w2^T + b2
-    backward   da = dy w2    dh = da gelu'(h)    dx = dh w1
+    forward    h = x w1^T + b1    a = g(h)    y = a w2^T + b2
+    backward   da = dy w2    dh = da g'(h)    dx = dh w1
                dw1 = dh^T x    db1 = sum_n dh    dw2 = dy^T a    db2 = sum_n dy
 
 Shapes     x, y, dx, dy: (N, D)   w1: (F, D)   h, a, dh: (N, F)   w2: (D, F)
            N = all leading axes, flattened
 Precision  any float dtype in and out; matmuls in that dtype, accumulated in float32; h and a are
-           stored in it; GELU in float32
+           stored in it; g in float32. _epilogues.py has the formulas of g.
 Fusion     a and h come from one GEMM with an epilogue, or from cuBLAS and one elementwise kernel:
            plan() of gemm.py chooses. The same holds for dh and db1.
 Memory     keeps h and a for the backward. With `recompute` it keeps only h. Forward and backward
@@ -16,7 +16,8 @@ Memory     keeps h and a for the backward. With `recompute` it keeps only h. For
            while a fused forward computes it from h in float32. The sums of dw1, dw2 and db1 over
            the chunks are in float32.
 Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
-Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
+Source     GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
+           relu2: So et al. 2021, arXiv:2109.08668
 """
 
 from collections.abc import Sequence
@@ -27,17 +28,18 @@ from torch.nn import functional
 
 from ..core.layout import as_rows, like_rows_of
 from ..core.matmul import autocast, matmul_out
-from ..core.op import define_op, is_32_bit, keep_needed, public
+from ..core.op import Op, define_op, is_32_bit, keep_needed, public
 from ._checks import check_parameter, check_x
-from ._epilogues import EPILOGUES, launch_activation_bwd, launch_activation_fwd
-from ._linear_layer import linear_bwd, linear_gelu, linear_out
+from ._epilogues import ACTIVATIONS, launch_activation_bwd, launch_activation_fwd
+from ._linear_layer import linear_activation, linear_bwd, linear_out
 from .gemm import gemm, is_fused
 
 # Rows per chunk with `recompute`. ESTIMATE for an H200 at D = 768: a tenth slower than all rows at
 # once. Half of the extra time goes into adding to dw1 and dw2 in float32. In the other half
 # multiprocessors are idle, because the matmuls of dx and y have only 1.5 tiles per multiprocessor.
 RECOMPUTE_ROWS = 8_192
-APPROXIMATE = ("tanh", "none")
+# Activations by PyTorch's argument `approximate`.
+APPROXIMATE = {"tanh": "gelu_tanh", "none": "gelu"}
 
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
@@ -49,7 +51,7 @@ def reference_fwd(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    approximate: str,
+    activation: str,
     recompute: bool,
     matmul: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +60,7 @@ def reference_fwd(
     `matmul` is for the launcher: "auto", "fused" or "cublas".
     """
     h = functional.linear(x, w1, b1)
-    a = functional.gelu(h, approximate=approximate)
+    a = ACTIVATIONS[activation].reference(h)
     return functional.linear(a, w2, b2), h, a.new_empty(0) if recompute else a
 
 
@@ -69,7 +71,7 @@ def reference_bwd(
     w2: Tensor,
     h: Tensor,
     a: Tensor | None,
-    approximate: str,
+    activation: str,
     matmul: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -77,12 +79,12 @@ def reference_bwd(
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = needs
     needs_h = needs_x or needs_w1 or needs_b1
     if a is None and needs_w2:
-        a = functional.gelu(h, approximate=approximate)
-    # second layer, then GELU, then first layer
+        a = ACTIVATIONS[activation].reference(h)
+    # second layer, then activation, then first layer
     da, dw2, db2 = linear_bwd(dy, a, w2, (needs_h, needs_w2, needs_b2))
     dh = da
     if needs_h:
-        dh = torch.ops.aten.gelu_backward(da, h, approximate=approximate)
+        dh = ACTIVATIONS[activation].reference_bwd(da, h)
     dx, dw1, db1 = linear_bwd(dh, x, w1, (needs_x, needs_w1, needs_b1))
     return dx, dw1, db1, dw2, db2
 
@@ -96,7 +98,7 @@ def launch_fwd(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    approximate: str,
+    activation: str,
     recompute: bool,
     matmul: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +107,7 @@ def launch_fwd(
     y = x.new_empty(N, w2.shape[0])
     h = x.new_empty(N, w1.shape[0])
     for rows in _row_chunks(N, recompute):
-        a = linear_gelu(x[rows], w1, b1, approximate, matmul, h[rows])
+        a = linear_activation(x[rows], w1, b1, activation, matmul, h[rows])
         linear_out(a, w2, b2, y[rows])
     return y, h, x.new_empty(0) if recompute else a
 
@@ -117,7 +119,7 @@ def launch_bwd(
     w2: Tensor,
     h: Tensor,
     a: Tensor | None,
-    approximate: str,
+    activation: str,
     matmul: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -134,13 +136,13 @@ def launch_bwd(
     for chunk, rows in enumerate(chunks):
         # second layer
         if needs_w2:
-            a_rows = launch_activation_fwd(h[rows], approximate) if a is None else a
+            a_rows = launch_activation_fwd(h[rows], activation) if a is None else a
             matmul_out(dy[rows].t(), a_rows, dw2, accumulate=chunk > 0)
             del a_rows  # frees it before dh is allocated
-        # GELU and first layer
+        # activation and first layer
         if needs_x or needs_w1 or needs_b1:
             db = db1[chunk] if needs_b1 else None
-            dh = _launch_dh(dy[rows], w2, h[rows], approximate, matmul, db)
+            dh = _launch_dh(dy[rows], w2, h[rows], activation, matmul, db)
             if needs_x:
                 torch.mm(dh, w1, out=dx[rows])
             if needs_w1:
@@ -159,12 +161,12 @@ def _row_chunks(N: int, recompute: bool) -> list[slice]:
 
 
 def _launch_dh(
-    dy: Tensor, w2: Tensor, h: Tensor, approximate: str, matmul: str, db: Tensor | None
+    dy: Tensor, w2: Tensor, h: Tensor, activation: str, matmul: str, db: Tensor | None
 ) -> Tensor:
-    """Return dh = (dy w2) gelu'(h), and write the sums of its columns to `db`."""
+    """Return dh = (dy w2) g'(h), and write the sums of its columns to `db`."""
     if is_fused(matmul, dy, w2.shape[1], has_aux=True):
-        return gemm(dy, w2, aux=h, epilogue=EPILOGUES[approximate][1], sums=db)
-    return launch_activation_bwd(torch.mm(dy, w2), h, approximate, db)
+        return gemm(dy, w2, aux=h, epilogue=ACTIVATIONS[activation].epilogue_bwd, sums=db)
+    return launch_activation_bwd(torch.mm(dy, w2), h, activation, db)
 
 
 def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> dict[str, int]:
@@ -185,40 +187,45 @@ def cost(N: int, D: int, F: int, itemsize: int, *, recompute: bool = False) -> d
 # --- operator
 
 
-def _composite_applies(x: Tensor, w1, b1, w2, b2, approximate, recompute: bool, matmul) -> bool:
+def _composite_applies(x: Tensor, w1, b1, w2, b2, activation, recompute: bool, matmul) -> bool:
     """The composite does not apply with `recompute`, because autograd would keep a."""
     return is_32_bit(x) and not recompute
 
 
-_fwd = define_op(
-    "gelu_mlp_fwd",
-    launch=launch_fwd,
-    reference=reference_fwd,
-    composite=reference_fwd,
-    composite_if=_composite_applies,
-)
-_bwd = define_op("gelu_mlp_bwd", launch=launch_bwd, reference=reference_bwd)
-
-
 def _save(ctx, inputs, output):
-    x, w1, _, w2, _, ctx.approximate, recompute, ctx.matmul = inputs
+    x, w1, _, w2, _, ctx.activation, recompute, ctx.matmul = inputs
     _, h, a = output
     # Do not allocate zeros for the gradients of h and a: nobody uses them.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w1, w2, h, *(() if recompute else (a,)))
 
 
-def _grad(ctx, dy, _dh, _da):
-    if dy is None:
-        return (None,) * 8
-    x, w1, w2, h, *a = ctx.saved_tensors
-    a = a[0] if a else None
-    needs = ctx.needs_input_grad[:5]
-    grads = _bwd(dy, x, w1, w2, h, a, ctx.approximate, ctx.matmul, needs)
-    return *keep_needed(grads, needs), None, None, None
+def _define(name: str) -> Op:
+    """Register the forward and the backward of the public operator `name`."""
+    fwd = define_op(
+        f"{name}_fwd",
+        launch=launch_fwd,
+        reference=reference_fwd,
+        composite=reference_fwd,
+        composite_if=_composite_applies,
+    )
+    bwd = define_op(f"{name}_bwd", launch=launch_bwd, reference=reference_bwd)
+
+    def grad(ctx, dy, _dh, _da):
+        if dy is None:
+            return (None,) * 8
+        x, w1, w2, h, *a = ctx.saved_tensors
+        a = a[0] if a else None
+        needs = ctx.needs_input_grad[:5]
+        grads = bwd(dy, x, w1, w2, h, a, ctx.activation, ctx.matmul, needs)
+        return *keep_needed(grads, needs), None, None, None
+
+    fwd.register_autograd(grad, setup_context=_save)
+    return fwd
 
 
-_fwd.register_autograd(_grad, setup_context=_save)
+_gelu_fwd = _define("gelu_mlp")
+_relu2_fwd = _define("relu2_mlp")
 
 
 @public
@@ -253,12 +260,44 @@ def gelu_mlp(
             f"gelu_mlp: approximate must be {' or '.join(map(repr, APPROXIMATE))}, "
             f"got {approximate!r}"
         )
-    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    check_x("gelu_mlp", x)
-    D = x.shape[-1]
-    check_parameter("gelu_mlp", "w1", w1, ("F", D), x)
-    check_parameter("gelu_mlp", "b1", b1, w1.shape[:1], x)
-    check_parameter("gelu_mlp", "w2", w2, (D, w1.shape[0]), x)
-    check_parameter("gelu_mlp", "b2", b2, (D,), x)
-    y, _, _ = _fwd(as_rows(x), w1, b1, w2, b2, approximate, recompute, "auto")
+    x, *parameters = _checked("gelu_mlp", x, w1, b1, w2, b2)
+    y, _, _ = _gelu_fwd(as_rows(x), *parameters, APPROXIMATE[approximate], recompute, "auto")
     return like_rows_of(x, y)
+
+
+@public
+def relu2_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Apply a linear layer, the square of ReLU, and a second linear layer.
+
+    Args:
+        x, w1, b1, w2, b2: as for gelu_mlp.
+        recompute: keep one (..., F) tensor for the backward instead of two, and compute the
+            activation again there.
+    Returns: (..., D), dtype of x, or the autocast dtype.
+    Raises: ValueError if shapes, dtypes or devices do not match. TypeError for float64 on a GPU.
+    """
+    x, *parameters = _checked("relu2_mlp", x, w1, b1, w2, b2)
+    y, _, _ = _relu2_fwd(as_rows(x), *parameters, "relu2", recompute, "auto")
+    return like_rows_of(x, y)
+
+
+def _checked(
+    name: str, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+) -> list[Tensor | None]:
+    """Cast the tensors as autocast asks, and raise a ValueError unless they match."""
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+    check_x(name, x)
+    D = x.shape[-1]
+    check_parameter(name, "w1", w1, ("F", D), x)
+    check_parameter(name, "b1", b1, w1.shape[:1], x)
+    check_parameter(name, "w2", w2, (D, w1.shape[0]), x)
+    check_parameter(name, "b2", b2, (D,), x)
+    return [x, w1, b1, w2, b2]

@@ -1,5 +1,10 @@
-"""gelu_mlp: math, accuracy, layouts, contract. Machine code: test_gemm.py, test_linear.py."""
+"""gelu_mlp and relu2_mlp: math, accuracy, layouts, contract.
 
+Both run the same code with another activation. Tests that do not depend on it use gelu_mlp. Machine
+code: test_gemm.py, test_linear.py.
+"""
+
+import functools
 import sys
 
 import pytest
@@ -19,12 +24,16 @@ from tests.kernels.mlp.cases import (
 )
 from tests.tolerance import assert_accurate, walk
 from tritium.bench.codegen.launches import record_launches
-from tritium.kernels import gelu_mlp
+from tritium.kernels import gelu_mlp, relu2_mlp
 from tritium.kernels.core.op import INTERPRET
-from tritium.kernels.mlp.gelu_mlp import cost, launch_bwd, launch_fwd
+from tritium.kernels.mlp.mlp import cost, launch_bwd, launch_fwd
 
 MODULE = sys.modules[launch_fwd.__module__]
-APPROXIMATE = ["tanh", "none"]
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu2": lambda h: F.relu(h).square(),
+}
 NAMES = ["y", "dx", "dw1", "db1", "dw2", "db2"]
 
 
@@ -37,18 +46,26 @@ def tensors(N, D, width, dtype, device, *, has_biases=True):
     return inputs, incoming
 
 
-def torch_mlp(x, w1, b1, w2, b2, *, approximate="tanh"):
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+def torch_mlp(x, w1, b1, w2, b2, *, activation="gelu_tanh"):
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
 
-def scales(inputs, incoming, truth, approximate="tanh"):
+def mlp(*inputs, activation, **options):
+    """The public operator that has this activation."""
+    if activation == "relu2":
+        return relu2_mlp(*inputs, **options)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return gelu_mlp(*inputs, approximate=approximate, **options)
+
+
+def scales(inputs, incoming, truth, activation="gelu_tanh"):
     """Return the magnitude of each result, plus twice the magnitude of the terms that it sums.
 
     The terms are rounded twice: as h, and as dh or a.
     """
     x, w1, b1, w2, _ = double(inputs)
     h = F.linear(x, w1, b1).requires_grad_()
-    a = F.gelu(h, approximate=approximate)
+    a = ACTIVATIONS[activation](h)
     dy = incoming.double()
     one = torch.ones_like(x[:, :1])
     (dh,) = torch.autograd.grad(a, h, dy @ w2)
@@ -65,14 +82,14 @@ def scales(inputs, incoming, truth, approximate="tanh"):
     }
 
 
-def assert_output_and_gradients_accurate(inputs, incoming, *, approximate="tanh", **options):
-    """Compare gelu_mlp with PyTorch in float64 and in the dtype of the inputs."""
-    given = {"approximate": approximate}
+def assert_output_and_gradients_accurate(inputs, incoming, *, activation="gelu_tanh", **options):
+    """Compare an MLP with PyTorch in float64 and in the dtype of the inputs."""
+    given = {"activation": activation}
     names = [name for name in NAMES if inputs[2] is not None or name not in ("db1", "db2")]
     truth = dict(zip(names, run(torch_mlp, double(inputs), incoming, **given), strict=True))
     baseline = run(torch_mlp, inputs, incoming, **given)
-    got = run(gelu_mlp, inputs, incoming, **given, **options)
-    bounds = scales(inputs, incoming, truth, approximate)
+    got = run(mlp, inputs, incoming, **given, **options)
+    bounds = scales(inputs, incoming, truth, activation)
     length = sum(inputs[0].shape) + inputs[1].shape[0]
     for name, *values in zip(names, got, truth.values(), baseline, strict=True):
         assert_accurate(name, *values, length=length, scale=bounds[name])
@@ -88,26 +105,26 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("has_biases", [True, False])
-def test_gradients_match_finite_differences(approximate, recompute, has_biases):
+def test_gradients_match_finite_differences(activation, recompute, has_biases):
     inputs, _ = tensors(3, 2, 5, torch.float64, "cpu", has_biases=has_biases)
     leaves = [value.requires_grad_() for value in inputs if value is not None]
 
     def function(x, w1, *rest):
         b1, w2, b2 = rest if has_biases else (None, rest[0], None)
-        return gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, recompute=recompute)
+        return mlp(x, w1, b1, w2, b2, activation=activation, recompute=recompute)
 
     assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("approximate", APPROXIMATE)
-def test_matches_the_layers_of_torch(approximate):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_matches_the_layers_of_torch(activation):
     inputs, incoming = tensors(9, 6, 17, torch.float64, "cpu")
-    got = run(gelu_mlp, inputs, incoming, approximate=approximate)
-    expected = run(torch_mlp, inputs, incoming, approximate=approximate)
+    got = run(mlp, inputs, incoming, activation=activation)
+    expected = run(torch_mlp, inputs, incoming, activation=activation)
     assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -116,14 +133,14 @@ def test_matches_the_layers_of_torch(approximate):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "D", "width"), SHAPES)
-@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_output_and_gradients_are_accurate(
-    N, D, width, dtype, approximate, device, matmul, small_chunks
+    N, D, width, dtype, activation, device, matmul, small_chunks
 ):
     inputs, incoming = tensors(N, D, width, dtype, device)
     for recompute in (True, False):
         assert_output_and_gradients_accurate(
-            inputs, incoming, approximate=approximate, recompute=recompute
+            inputs, incoming, activation=activation, recompute=recompute
         )
 
 
@@ -200,25 +217,30 @@ def test_opcheck(device, small_chunks):
     inputs, dy = tensors(11, 8, 12, torch.float32, device)
     x, w1, b1, w2, b2 = (value.requires_grad_() for value in inputs)
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "tanh", False, "auto"))
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "none", True, "fused"))
+    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "gelu_tanh", False, "auto"))
+    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "gelu", True, "fused"))
+    torch.library.opcheck(ops.relu2_mlp_fwd.default, (x, w1, b1, w2, b2, "relu2", False, "auto"))
     x, w1, w2 = (value.detach() for value in (x, w1, w2))
     h, a = randn([(11, 12), (11, 12)], 0, torch.float32, device)
     only_x = [True, False, False, False, False]
     only_w2 = [False, False, False, True, False]
     for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, only_x), (None, only_w2)):
         torch.library.opcheck(
-            ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "tanh", "auto", needs)
+            ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "gelu_tanh", "auto", needs)
         )
+    torch.library.opcheck(
+        ops.relu2_mlp_bwd.default, (dy, x, w1, w2, h, a, "relu2", "auto", [True] * 5)
+    )
 
 
+@pytest.mark.parametrize("operator", [gelu_mlp, relu2_mlp])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_compiles_as_one_graph(recompute, device, matmul):
+def test_compiles_as_one_graph(recompute, operator, device, matmul):
     inputs, incoming = tensors(6, 8, 12, torch.float32, device)
-    compiled = torch.compile(gelu_mlp, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     assert_equal(
         run(compiled, inputs, incoming, recompute=recompute),
-        run(gelu_mlp, inputs, incoming, recompute=recompute),
+        run(operator, inputs, incoming, recompute=recompute),
     )
 
 
@@ -247,7 +269,7 @@ def test_reruns_are_bitwise_equal(device, choice):
     inputs, incoming = tensors(300, 24, 96, torch.bfloat16, device)
 
     def function(*leaves):
-        return torch.ops.tritium.gelu_mlp_fwd(*leaves, "tanh", False, choice)[0]
+        return torch.ops.tritium.gelu_mlp_fwd(*leaves, "gelu_tanh", False, choice)[0]
 
     assert_equal(run(function, inputs, incoming), run(function, inputs, incoming))
 
@@ -296,12 +318,24 @@ def test_second_derivative_raises(device):
         dx.sum().backward()
 
 
-def test_float64_raises_for_kernels(device):
+@pytest.mark.parametrize("operator", [gelu_mlp, relu2_mlp])
+def test_float64_raises_for_kernels(operator, device):
     if device.type == "cpu" and not INTERPRET:
         pytest.skip("the reference takes float64")
     inputs, _ = tensors(2, 4, 6, torch.float64, device)
-    with pytest.raises(TypeError, match=r"^gelu_mlp: the kernel takes .*, got float64"):
-        gelu_mlp(*inputs)
+    message = rf"^{operator.__name__}: the kernel takes .*, got float64"
+    with pytest.raises(TypeError, match=message):
+        operator(*inputs)
+
+
+def test_relu2_of_nan_is_nan(device, matmul):
+    """The maximum of two numbers is usually the other one if one is NaN."""
+    inputs, incoming = tensors(6, 8, 12, torch.float32, device)
+    inputs[0][2, 3] = float("nan")
+    y, dx, *_ = run(relu2_mlp, inputs, incoming)
+    assert y[2].isnan().all()
+    assert dx[2].isnan().all()
+    assert y[[0, 1, 3, 4, 5]].isfinite().all()
 
 
 @pytest.mark.plain
@@ -341,6 +375,9 @@ def test_bad_arguments_raise(change, message):
     }
     with pytest.raises(ValueError, match="^gelu_mlp: " + message):
         gelu_mlp(**good | change)
+    if "approximate" not in change:
+        with pytest.raises(ValueError, match="^relu2_mlp: " + message):
+            relu2_mlp(**good | change)
 
 
 @pytest.mark.plain
@@ -355,8 +392,8 @@ def test_matmul_argument_selects_the_kernels(choice, kernels):
     shapes = ((64, 8), (12, 8), (8, 12), (64, 12))
     x, w1, w2, h = (torch.empty(shape, device="meta") for shape in shapes)
     with record_launches("sm_90") as launches:
-        launch_fwd(x, w1, None, w2, None, "tanh", False, choice)
-        launch_bwd(x, x, w1, w2, h, h, "tanh", choice, [True] * 5)
+        launch_fwd(x, w1, None, w2, None, "gelu_tanh", False, choice)
+        launch_bwd(x, x, w1, w2, h, h, "gelu_tanh", choice, [True] * 5)
     assert [launch.kernel.__name__ for launch in launches] == [*kernels, "_partial_sums_kernel"]
 
 

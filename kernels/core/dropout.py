@@ -1,0 +1,111 @@
+"""Dropout of a matrix x (M, N) without a stored mask.
+
+    forward    y = z x      z = kept / (1 - dropout_p), kept is 0 or 1
+    backward   dx = z dy    computes the same z again
+
+Random bits depend only on the seed and on the place (m, n): word n % 4 of Philox counter
+m ceil(N / 4) + n / 4. An element is kept if the word, as a signed number, is at least
+dropout_p 2^32 - 2^31.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import wide
+from .philox import random_words
+from .triton import cdiv, tl, triton
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Options of dropout as operators take them: checked, and with the defaults filled in.
+
+    Fields:
+        dropout_p: probability of dropping an element, in [0, 1).
+        seed: seed of the mask, () int64 on the device of the inputs; None without dropout.
+    """
+
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+    @property
+    def threshold(self) -> int:
+        """The least word of an element that is kept. Words are signed numbers."""
+        return int(self.dropout_p * 2**32) - 2**31
+
+    @property
+    def arguments(self) -> dict:
+        """Arguments of kernels. None compiles a kernel without dropout."""
+        has_dropout = self.dropout_p > 0
+        return {
+            "seed_ptr": self.seed,
+            "threshold": self.threshold if has_dropout else None,
+            "scale": 1 / (1 - self.dropout_p) if has_dropout else None,
+        }
+
+
+def resolve_dropout(
+    name: str, dropout_p: float, seed: int | Tensor | None, device: torch.device
+) -> Dropout:
+    """Check the options of a public function and draw a seed if there is none.
+
+    `name` is the operator, for the messages. Without dropout the seed is ignored.
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p == 0:
+        return Dropout()
+    return Dropout(dropout_p=float(dropout_p), seed=_seed_tensor(name, seed, device))
+
+
+def _seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """Return the seed as a tensor. A CUDA graph would freeze a seed that is passed as a number."""
+    if seed is None:
+        return torch.randint(2**62, (), device=device)
+    if not isinstance(seed, Tensor):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if seed.shape != () or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"{name}: seed must be an int or a () int64 tensor on {device}, "
+            f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
+    return seed
+
+
+# --- for references
+
+
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """Return z x in at least float32, for x (M, N). Without dropout, return x."""
+    if dropout.dropout_p == 0:
+        return x
+    x = wide(x)
+    kept = kept_elements(*x.shape, dropout)
+    return x * kept.to(x.dtype).mul_(1 / (1 - dropout.dropout_p))
+
+
+def kept_elements(M: int, N: int, dropout: Dropout) -> Tensor:
+    """Return True for the elements to keep, (M, N)."""
+    quads = cdiv(N, 4)
+    counter = torch.arange(M * quads, device=dropout.seed.device)
+    words = torch.stack(random_words(dropout.seed, counter), dim=-1)
+    return words.view(M, 4 * quads)[:, :N] >= dropout.threshold
+
+
+# --- for kernels
+
+
+@triton.jit
+def kept_tile(seed, rows, first_column, N, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return True for the elements to keep, for BLOCK_M rows and BLOCK_N columns.
+
+    Args: rows: (BLOCK_M,) int64. first_column and BLOCK_N: multiples of 4.
+    """
+    quads = first_column // 4 + tl.arange(0, BLOCK_N // 4)
+    counter = rows[:, None] * tl.cdiv(N, 4) + quads[None, :]
+    w0, w1, w2, w3 = tl.randint4x(seed, counter)
+    # These joins and the reshape put the four words of a counter next to each other, in order.
+    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return pairs.reshape(BLOCK_M, BLOCK_N).to(tl.int32, bitcast=True) >= threshold
