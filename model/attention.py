@@ -163,12 +163,14 @@ ATTENTIONS = {
             "aten::_scaled_dot_product_efficient",
             "aten::_scaled_dot_product_cudnn",
         ),
-        unsupported=("softcap",),
+        # Its dropout has no seed, so activation checkpointing could not repeat it.
+        unsupported=("softcap", "attention_dropout"),
     ),
     "flash-attn": AttentionRow(
         attend=_flash,
         operators=("flash_attn::_flash_attn",),
         needs="flash_attn",
         needs_16_bit_cuda=True,
+        unsupported=("attention_dropout",),
     ),
 }

@@ -1,6 +1,6 @@
 """The shape of a GPT, as data. The choices are rows of the tables in layers.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .layers import MLPS, NORMS, POSITIONS
@@ -111,6 +111,10 @@ class GPTConfig:
                 f"GPTConfig: {self.position} positions need an even head size, "
                 f"got {self.head_size}; change n_head"
             )
+
+    def with_dropout_of(self, other: "GPTConfig") -> "GPTConfig":
+        """Return a copy with the probabilities of dropout of another configuration."""
+        return replace(self, **{name: getattr(other, name) for name in DROPOUTS})
 
     @property
     def kv_heads(self) -> int:

@@ -21,10 +21,19 @@ from torch import Tensor, nn
 
 from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import check_attention_options, choose_attention
-from .config import GPTConfig
+from .config import DROPOUTS, GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
-from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
+from .layers import (
+    MLPS,
+    NORMS,
+    POSITIONS,
+    Attention,
+    Branch,
+    ForwardContext,
+    dropout_seeds,
+    rope_tables,
+)
 from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
@@ -45,9 +54,9 @@ class Block(nn.Module):
         self, branch: Branch | None, stream: Tensor, context: ForwardContext
     ) -> tuple[Branch, Tensor]:
         """Return the MLP's output, and the residual stream to which the next norm adds it."""
-        y, stream = self.ln_1(branch, stream)
+        y, stream = self.ln_1(branch, stream, context.branch_dropout(3 * self.layer))
         branch = self.attn(y, context, self.layer)
-        y, stream = self.ln_2(branch, stream)
+        y, stream = self.ln_2(branch, stream, context.branch_dropout(3 * self.layer + 2))
         return self.mlp(y), stream
 
 
@@ -95,6 +104,7 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         token_order: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """Predict the token that follows each position.
 
@@ -106,11 +116,14 @@ class GPT(nn.Module):
                 not attend to each other, and positions start at 0 in each. Default: B documents of
                 T tokens.
             cache: keys and values of earlier tokens. The forward adds those of `tokens`.
+            dropout_seed: () int64 on the device of tokens. Elements are dropped only in training
+                mode and without a cache. Default: drawn from PyTorch's generator.
             token_order: (B T,) integers, the stable sort of the tokens laid end to end, for the
                 gradient of the embedding. Default: the backward sorts them.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
+        config = self.config
         B, T = tokens.shape
         past = 0 if cache is None else cache.length
         self._check(past + T, cu_seqlens, cache)
@@ -118,30 +131,52 @@ class GPT(nn.Module):
         # embedding, and the weight of the head
         is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
         position = _positions(tokens, past, cu_seqlens)
-        stream, head = self._embed(tokens, None if is_plain else position, token_order)
+        seeds = self._seeds(dropout_seed, tokens.device) if cache is None else None
+        stream, head = self._embed(tokens, None if is_plain else position, token_order, seeds)
         rope = None
         if self._position.rotates:
-            rope = rope_tables(position, self.config.head_size, self.config.rope_base)
+            rope = rope_tables(position, config.head_size, config.rope_base)
 
         # blocks
         branch = None
-        context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention)
+        context = ForwardContext(
+            sizes=(B, T),
+            cu_seqlens=cu_seqlens,
+            rope=rope,
+            cache=cache,
+            attention=self.attention,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            seeds=seeds,
+        )
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
             cache.length += T
 
         # head. The padding rows of its weight never get probability
-        y, _ = self.ln_f(branch, stream)
-        V = self.config.vocab_size
-        softcap = self.config.head_softcap
+        y, _ = self.ln_f(branch, stream, context.branch_dropout(3 * config.n_layer))
+        V = config.vocab_size
+        softcap = config.head_softcap
         if targets is not None:
             return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
         logits = linear(y, head[:V].to(y.dtype)).view(B, T, V)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
+    def _seeds(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
+        """Return the seeds of all dropout masks, or None if nothing is dropped."""
+        if not self.training or not any(getattr(self.config, name) for name in DROPOUTS):
+            return None
+        if seed is None:
+            seed = torch.randint(2**62, (), device=device)
+        return dropout_seeds(seed, self.config.n_layer)
+
     def _embed(
-        self, tokens: Tensor, position: Tensor | None, order: Tensor | None
+        self,
+        tokens: Tensor,
+        position: Tensor | None,
+        order: Tensor | None,
+        seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream (B T, D) before the blocks, and the weight of the head.
 
@@ -154,6 +189,8 @@ class GPT(nn.Module):
             "order": order,
             "dtype": self.compute_dtype,
         }
+        if seeds is not None and self.config.embedding_dropout:
+            options |= {"dropout_p": self.config.embedding_dropout, "seed": seeds[0, 0]}
         if not self.config.tied_head:
             stream = embedding(tokens, self.wte.weight, **options)
             return stream.flatten(0, 1), self.lm_head.weight

@@ -45,6 +45,9 @@ class ForwardContext(NamedTuple):
         rope: cosines and sines of RoPE, or None.
         cache: keys and values of earlier tokens, or None.
         attention: the implementation of attention.
+        dropout: probability of dropping an element of a branch.
+        attention_dropout: probability of dropping an attention weight.
+        seeds: of the dropout masks, as dropout_seeds returns them. None: nothing is dropped.
     """
 
     sizes: tuple[int, int]
@@ -52,6 +55,27 @@ class ForwardContext(NamedTuple):
     rope: tuple[Tensor, Tensor] | None = None
     cache: KVCache | None = None
     attention: AttentionRow = ATTENTIONS["tritium"]
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    seeds: Tensor | None = None
+
+    def branch_dropout(self, site: int) -> tuple[float, Tensor | None]:
+        """Return probability and seed of the mask of a branch. See dropout_seeds for `site`."""
+        return (0.0, None) if self.seeds is None else (self.dropout, self.seeds[site, 0])
+
+
+def dropout_seeds(seed: Tensor, n_layer: int) -> Tensor:
+    """Return the seeds of all dropout masks of a forward, (3 n_layer + 1, 2) int64.
+
+    Row 0: the embedding. Row 3 l + 1: the attention weights of layer l. Row 3 l + 2: the output of
+    its attention. Row 3 l + 3: the output of its MLP.
+
+    Only column 0 is used. A seed is then aligned to 16 bytes. Triton would compile kernels again
+    for seeds that are not.
+    """
+    # Far apart, so that forwards with the seeds 0, 1, 2 ... share no mask.
+    rows = torch.arange(3 * n_layer + 1, device=seed.device)
+    return (seed + (rows << 40)).unsqueeze(1).repeat(1, 2)
 
 
 class Branch(NamedTuple):
@@ -105,12 +129,30 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
         self.eps = config.eps
 
-    def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
+    def forward(
+        self,
+        branch: Branch | None,
+        stream: Tensor,
+        dropout: tuple[float, Tensor | None] = (0.0, None),
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of branch + stream, and branch + stream.
+
+        Args:
+            branch: None counts as 0.
+            dropout: probability and seed of dropping elements of the branch.
+        """
         if branch is None:
             return layer_norm(stream, self.weight, self.bias, eps=self.eps), stream
+        dropout_p, seed = dropout
         return add_layer_norm(
-            branch.y, stream, self.weight, self.bias, eps=self.eps, added_bias=branch.added_bias
+            branch.y,
+            stream,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            added_bias=branch.added_bias,
+            dropout_p=dropout_p,
+            seed=seed,
         )
 
 
@@ -122,12 +164,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.eps = config.eps
 
-    def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
+    def forward(
+        self,
+        branch: Branch | None,
+        stream: Tensor,
+        dropout: tuple[float, Tensor | None] = (0.0, None),
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of branch + stream, and branch + stream, as LayerNorm.forward does."""
         if branch is None:
             return rms_norm(stream, self.weight, eps=self.eps), stream
+        dropout_p, seed = dropout
         return add_rms_norm(
-            branch.y, stream, self.weight, eps=self.eps, added_bias=branch.added_bias
+            branch.y,
+            stream,
+            self.weight,
+            eps=self.eps,
+            added_bias=branch.added_bias,
+            dropout_p=dropout_p,
+            seed=seed,
         )
 
 
@@ -200,13 +254,19 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads."""
+    """Causal self-attention with grouped key and value heads.
+
+    tensor_rank: rank among the processes that share the heads. Its heads get their own dropout.
+    """
+
+    tensor_rank = 0
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.n_head = config.n_head
         self.kv_heads = config.kv_heads
-        self.options = AttentionOptions(window=config.window, softcap=config.softcap)
+        self.window = config.window
+        self.softcap = config.softcap
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_size
         self.c_attn = Linear(config.d_model, qkv_width, bias=config.has_qkv_bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
@@ -214,6 +274,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(config) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Branch:
+        options = self._options(context, layer)
         attend_packed = context.attention.attend_packed
         keeps_qkv = context.rope is None and context.cache is None and self.q_norm is None
         if keeps_qkv and attend_packed is not None:
@@ -221,19 +282,29 @@ class Attention(nn.Module):
             qkv, added_bias = self.c_attn.branch(x)
             qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
             o = attend_packed(
-                qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias, self.options
+                qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias, options
             )
             return self.c_proj.branch(o.flatten(0, 1))
 
         qkv = self.c_attn(x).unflatten(0, context.sizes)
         q, k, v = self._split(qkv, context.rope)
         if context.cache is None:
-            o = context.attention.attend(q, k, v, context.cu_seqlens, self.options)
+            o = context.attention.attend(q, k, v, context.cu_seqlens, options)
         else:
             k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
-            window, softcap, *_ = self.options
-            o = attention_decode(q, k, v, lengths, window=window, softcap=softcap)
+            o = attention_decode(q, k, v, lengths, window=self.window, softcap=self.softcap)
         return self.c_proj.branch(o.reshape(len(x), -1))
+
+    def _options(self, context: ForwardContext, layer: int) -> AttentionOptions:
+        if context.seeds is None or context.attention_dropout == 0:
+            return AttentionOptions(window=self.window, softcap=self.softcap)
+        seed = context.seeds[3 * layer + 1, 0]
+        return AttentionOptions(
+            window=self.window,
+            softcap=self.softcap,
+            dropout_p=context.attention_dropout,
+            seed=seed + self.tensor_rank if self.tensor_rank else seed,
+        )
 
     def _split(
         self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None

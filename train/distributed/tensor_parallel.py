@@ -65,6 +65,7 @@ def shard_layers(model: GPT, mesh: DeviceMesh) -> None:
             if layer is block.attn:
                 local.n_head = layer.n_head // mesh.size()
                 local.kv_heads = layer.kv_heads // mesh.size()
+                local.tensor_rank = mesh.get_local_rank()
             for name, linear in layer.named_children():
                 if name in _DIVIDED_DIM:
                     _shard_linear(linear, name, rows, mesh)
