@@ -1,13 +1,17 @@
-"""Kernels of embedding. embedding.py gives math, shapes and precision."""
+"""Kernels of embedding. embedding.py gives math, shapes and precision.
 
+Without dropout seed_ptr, threshold and scale are None.
+"""
+
+from .core.dropout import kept_tile
 from .core.triton import tl, triton
 
 
 @triton.jit
 def _embedding_fwd_kernel(
-    tokens_ptr, weight_ptr, position_ptr, position_weight_ptr, y_ptr,
+    tokens_ptr, weight_ptr, position_ptr, position_weight_ptr, seed_ptr, y_ptr,
     stride_wv, stride_pc,
-    N, V, C, T, D,
+    N, V, C, T, D, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_N columns of BLOCK_M rows of y. Both positions may be None."""
@@ -33,6 +37,11 @@ def _embedding_fwd_kernel(
         mask = (mask_m & is_valid)[:, None] & mask_n
         y += tl.load(position_ptrs, mask=mask, other=0.0).to(tl.float32)
 
+    if seed_ptr is not None:
+        first_n = tl.program_id(1) * BLOCK_N
+        kept = kept_tile(tl.load(seed_ptr), offs_m, first_n, D, threshold, BLOCK_M, BLOCK_N)
+        y = tl.where(kept, y * scale, 0.0)
+
     # an invalid index gives NaN
     y = tl.where(is_valid[:, None], y, float("nan")).to(y_ptr.dtype.element_ty)
     y_ptrs = y_ptr + (offs_m * D)[:, None] + offs_n[None, :]
@@ -50,9 +59,9 @@ def _store_row(dweight_ptr, row, total, D, offs_n, IS_ADDED: tl.constexpr):
 
 @triton.jit
 def _embedding_bwd_kernel(
-    dy_ptr, keys_ptr, order_ptr, dweight_ptr, partial_ptr,
+    dy_ptr, keys_ptr, order_ptr, seed_ptr, dweight_ptr, partial_ptr,
     stride_dym,
-    N, V, D,
+    N, V, D, threshold, scale,
     IS_ADDED: tl.constexpr,
     PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +91,12 @@ def _embedding_bwd_kernel(
             mask_m = offs_m < length
             row = tl.load(order_ptr + i + offs_m, mask=mask_m, other=0).to(tl.int64)
             dy_ptrs = dy_ptr + (row * stride_dym)[:, None] + offs_n[None, :]
-            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-            acc += dy.to(tl.float32)
+            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+            if seed_ptr is not None:
+                first_n = tl.program_id(1) * BLOCK_N
+                kept = kept_tile(tl.load(seed_ptr), row, first_n, D, threshold, BLOCK_M, BLOCK_N)
+                dy = tl.where(kept, dy * scale, 0.0)
+            acc += dy
         total = tl.sum(acc, axis=0)
 
         # to dweight, or to the partial sums

@@ -1,7 +1,9 @@
-"""Embedding of tokens: lookup, addition of learned positions, and cast to the dtype of the model.
+"""Embedding of tokens: lookup, addition of learned positions, dropout, and cast.
 
-    forward    y[n] = weight[token[n]] + position_weight[position[n]]
-    backward   dweight[v] = sum of dy[n] over all n with token[n] = v; the same for position_weight
+    forward    y[n] = z[n] (weight[token[n]] + position_weight[position[n]])
+    backward   dweight[v] = sum of z[n] dy[n] over all n with token[n] = v; the same for
+               position_weight
+    dropout    z = kept / (1 - dropout_p), from core/dropout.py; z = 1 without dropout
 
 Order      The backward takes the tokens in sorted order. A run is a group of equal tokens. One
            program sums the rows of dy of a run, always in the same order and without atomics: the
@@ -11,7 +13,7 @@ Long runs  The sorted tokens are divided into pieces. A run that crosses into th
            a partial sum per piece. A second kernel adds these sums.
 Shapes     tokens, position, order: (N,)   weight: (V, D)   position_weight: (C, D)   y, dy: (N, D)
            Without `position`, token n has position n mod T: sequences of T tokens. Then
-           dposition_weight is a sum over sequences, which PyTorch computes.
+           dposition_weight is a sum over sequences. Without dropout PyTorch computes it.
 Head       A head can share the weight. Then its gradient comes first, and the backward adds to it
            in place: see return_weight.
 Precision  any float dtype in and out; sums in float32
@@ -37,6 +39,7 @@ from ._embedding_kernels import (
     _embedding_bwd_long_runs_kernel,
     _embedding_fwd_kernel,
 )
+from .core.dropout import Dropout, drop, resolve_dropout
 from .core.layout import as_rows, wide
 from .core.op import can_read_values, define_op, public
 from .core.triton import cdiv, next_power_of_2
@@ -52,6 +55,7 @@ def reference_fwd(
     order: Tensor | None,
     T: int,
     dtype: torch.dtype,
+    dropout: Dropout,
 ) -> Tensor:
     """Return y. `order` is for the backward."""
     _check_values("tokens", tokens, weight)
@@ -61,7 +65,7 @@ def reference_fwd(
             position = torch.arange(tokens.shape[0], device=tokens.device) % T
         _check_values("position", position, position_weight)
         y = y + wide(position_weight)[position]
-    return y.to(dtype)
+    return drop(y, dropout).to(dtype)
 
 
 def shapes_fwd(
@@ -72,23 +76,32 @@ def shapes_fwd(
     order: Tensor | None,
     T: int,
     dtype: torch.dtype,
+    dropout: Dropout,
 ) -> Tensor:
     """Allocate the output of `reference_fwd`, which reads values."""
     return weight.new_empty((tokens.shape[0], weight.shape[1]), dtype=dtype)
 
 
 def reference_bwd(
-    dy: Tensor, tokens: Tensor, order: Tensor | None, rows: int, dtype: torch.dtype
+    dy: Tensor,
+    tokens: Tensor,
+    order: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    dropout: Dropout,
 ) -> Tensor:
     """Return dweight (rows, D)."""
     # On a CPU it adds the rows of dy in their order. It needs no sorted tokens.
-    dweight = torch.ops.aten.embedding_dense_backward(wide(dy), tokens, rows, -1, False)
+    dy = drop(wide(dy), dropout)
+    dweight = torch.ops.aten.embedding_dense_backward(dy, tokens, rows, -1, False)
     return dweight.to(dtype)
 
 
-def reference_add(dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None) -> None:
+def reference_add(
+    dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None, dropout: Dropout
+) -> None:
     """Add the gradient of the weight to `dweight` (V, D), in place."""
-    dweight += reference_bwd(dy, tokens, order, dweight.shape[0], dweight.dtype)
+    dweight += reference_bwd(dy, tokens, order, dweight.shape[0], dweight.dtype, dropout)
 
 
 def _composite_fwd(
@@ -99,6 +112,7 @@ def _composite_fwd(
     order: Tensor | None,
     T: int,
     dtype: torch.dtype,
+    dropout: Dropout,
 ) -> Tensor:
     """Compute y with PyTorch functions that autograd can differentiate."""
     _check_values("tokens", tokens, weight)
@@ -110,7 +124,7 @@ def _composite_fwd(
         y = (y.unflatten(0, (-1, T)) + F.embedding(position, position_weight)).flatten(0, 1)
     elif position_weight is not None:
         y = y + F.embedding(position, position_weight)
-    return y.to(dtype)
+    return drop(y, dropout).to(dtype)
 
 
 def _uses_composite(tokens: Tensor, weight: Tensor, *_) -> bool:
@@ -152,13 +166,14 @@ def launch_fwd(
     order: Tensor | None,
     T: int,
     dtype: torch.dtype,
+    dropout: Dropout,
 ) -> Tensor:
     """Kernel counterpart of `reference_fwd`."""
     N, (V, D) = tokens.shape[0], weight.shape
     y = torch.empty((N, D), dtype=dtype, device=weight.device)
     if N == 0:
         return y
-    block_n = next_power_of_2(min(D, BLOCK_COLUMNS))
+    block_n = _block_columns(D)
     block_m = TILE_ELEMENTS // block_n
     has_positions = position_weight is not None
     _embedding_fwd_kernel[(cdiv(N, block_m), cdiv(D, block_n))](
@@ -166,27 +181,45 @@ def launch_fwd(
         position_weight_ptr=position_weight, y_ptr=y,
         stride_wv=weight.stride(0), stride_pc=position_weight.stride(0) if has_positions else 0,
         N=N, V=V, C=position_weight.shape[0] if has_positions else 0, T=T, D=D,
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_M=block_m, BLOCK_N=block_n, **dropout.arguments,
     )  # fmt: skip
     return y
 
 
+def _block_columns(D: int) -> int:
+    """Columns per program: at least the four that share random bits."""
+    return next_power_of_2(min(max(D, 4), BLOCK_COLUMNS))
+
+
 def launch_bwd(
-    dy: Tensor, tokens: Tensor, order: Tensor | None, rows: int, dtype: torch.dtype
+    dy: Tensor,
+    tokens: Tensor,
+    order: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    dropout: Dropout,
 ) -> Tensor:
     """Kernel counterpart of `reference_bwd`."""
     dweight = torch.zeros((rows, dy.shape[1]), dtype=dtype, device=dy.device)
-    _launch_sums(dweight, dy, tokens, order, is_added=False)
+    _launch_sums(dweight, dy, tokens, order, dropout, is_added=False)
     return dweight
 
 
-def launch_add(dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None) -> None:
+def launch_add(
+    dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None, dropout: Dropout
+) -> None:
     """Kernel counterpart of `reference_add`."""
-    _launch_sums(dweight, dy, tokens, order, is_added=True)
+    _launch_sums(dweight, dy, tokens, order, dropout, is_added=True)
 
 
 def _launch_sums(
-    dweight: Tensor, dy: Tensor, tokens: Tensor, order: Tensor | None, *, is_added: bool
+    dweight: Tensor,
+    dy: Tensor,
+    tokens: Tensor,
+    order: Tensor | None,
+    dropout: Dropout,
+    *,
+    is_added: bool,
 ) -> None:
     """Write or add the sum of each token's rows of dy to its row of dweight."""
     N, D = dy.shape
@@ -196,7 +229,7 @@ def _launch_sums(
         keys, order = tokens.sort(stable=True)
     else:
         keys = tokens[order]
-    block_n = next_power_of_2(min(D, BLOCK_COLUMNS))
+    block_n = _block_columns(D)
     pieces = cdiv(N, PIECE)
     partial = torch.empty((pieces, 2, D), dtype=torch.float32, device=dy.device)
     arguments = {
@@ -207,7 +240,7 @@ def _launch_sums(
         "num_warps": 1,
     }  # fmt: skip
     _embedding_bwd_kernel[(N, cdiv(D, block_n))](
-        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), **arguments
+        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), **dropout.arguments, **arguments
     )
     if pieces > 1:
         grid = (pieces - 1, cdiv(D, block_n))
@@ -243,31 +276,38 @@ _add = define_op("embedding_add", launch=launch_add, reference=reference_add, mu
 
 
 def _save(ctx, inputs, output):
-    tokens, weight, position, position_weight, order, ctx.T, _ = inputs
+    tokens, weight, position, position_weight, order, ctx.T, _, dropout = inputs
     ctx.weight_rows, ctx.weight_dtype = weight.shape[0], weight.dtype
     ctx.position_rows = 0 if position_weight is None else position_weight.shape[0]
-    ctx.save_for_backward(tokens, position, order)
+    ctx.dropout_p = dropout.dropout_p
+    ctx.save_for_backward(tokens, position, order, dropout.seed)
 
 
 def _grad(ctx, dy, dhead=None):
     """Return the gradients of the arguments. `dhead` is the head's gradient of the weight."""
-    tokens, position, order = ctx.saved_tensors
+    tokens, position, order, seed = ctx.saved_tensors
+    dropout = Dropout(dropout_p=ctx.dropout_p, seed=seed)
     needs_weight, needs_position_weight = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     dy = as_rows(dy)
     dweight = dposition = None
     if needs_weight and dhead is None:
-        dweight = _bwd(dy, tokens, order, ctx.weight_rows, ctx.weight_dtype)
+        dweight = _bwd(dy, tokens, order, ctx.weight_rows, ctx.weight_dtype, dropout)
     elif needs_weight:
         dweight = dhead.contiguous()
-        _add(dweight, dy, tokens, order)
+        _add(dweight, dy, tokens, order, dropout)
+    position_order = None
+    if needs_position_weight and position is None and ctx.dropout_p > 0:
+        # The kernel computes the mask. Equal positions are T rows apart.
+        rows = torch.arange(dy.shape[0], device=dy.device)
+        position, position_order = rows % ctx.T, rows.view(-1, ctx.T).t().reshape(-1)
     if needs_position_weight and position is not None:
-        dposition = _bwd(dy, position, None, ctx.position_rows, ctx.weight_dtype)
+        dposition = _bwd(dy, position, position_order, ctx.position_rows, ctx.weight_dtype, dropout)
     elif needs_position_weight:
         sums = torch.promote_types(dy.dtype, torch.float32)
         dposition = dy.unflatten(0, (-1, ctx.T)).sum(0, dtype=sums).to(ctx.weight_dtype)
         if ctx.position_rows > ctx.T:
             dposition = F.pad(dposition, (0, 0, 0, ctx.position_rows - ctx.T))
-    return None, dweight, None, dposition, None, None, None
+    return None, dweight, None, dposition, None, None, None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -285,7 +325,7 @@ class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dhead):
         if dy is None:
-            return None, dhead, None, None, None, None, None
+            return None, dhead, None, None, None, None, None, None
         return _grad(ctx, dy, dhead)
 
 
@@ -299,8 +339,10 @@ def embedding(
     order: Tensor | None = None,
     dtype: torch.dtype | None = None,
     return_weight: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Look up the row of `weight` of each token, add that of its position, and cast the sum.
+    """Look up the row of `weight` of each token, add that of its position, drop, and cast.
 
     Args:
         tokens: (..., T), int64 or int32.
@@ -315,10 +357,14 @@ def embedding(
             returns its gradient in a new tensor, such as linear_cross_entropy. The backward adds to
             this tensor in place. Autograd would fill a second tensor with zeros and add both, which
             moves 16 V D bytes more in float32.
+        dropout_p: probability of dropping an element of the sum, in [0, 1). Default: 0.
+        seed: seed of the mask, an int or a () int64 tensor on the device of weight. The mask
+            depends on the seed and on the index of an element only. Default: drawn from PyTorch's
+            generator of that device.
     Returns: (..., T, D), contiguous; with return_weight also the weight.
-    Raises: ValueError if shapes, dtypes or devices do not match. IndexError on the CPU for a token
-        or position outside its table; on other devices its row is NaN and adds to no gradient.
-        TypeError for float64 on a GPU.
+    Raises: ValueError if shapes, dtypes or devices do not match, or for a dropout_p outside [0, 1).
+        IndexError on the CPU for a token or position outside its table; on other devices its row is
+        NaN and adds to no gradient. TypeError for float64 on a GPU.
     """
     # Check and flatten.
     check_arguments(tokens, weight, position, position_weight, order, dtype)
@@ -331,7 +377,9 @@ def embedding(
         position = position.expand(tokens.shape).reshape(-1).contiguous()
     T = max(1, tokens.shape[-1]) if tokens.ndim else 1
     flat_tokens = tokens.reshape(-1).contiguous()
-    inputs = (flat_tokens, weight, position, position_weight, order, T, dtype or weight.dtype)
+    dropout = resolve_dropout("embedding", dropout_p, seed, weight.device)
+    dtype = dtype or weight.dtype
+    inputs = (flat_tokens, weight, position, position_weight, order, T, dtype, dropout)
 
     # Look up.
     if return_weight and torch.is_grad_enabled() and not _fwd.uses_composite(*inputs):

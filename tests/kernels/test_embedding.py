@@ -14,6 +14,7 @@ from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
 from tritium.kernels import linear_cross_entropy
+from tritium.kernels.core.dropout import Dropout
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.embedding import (
     BLOCK_COLUMNS,
@@ -172,7 +173,9 @@ def test_a_partial_sum_does_not_write_past_its_columns(device, monkeypatch):
 
     monkeypatch.setattr(MODULE.torch, "empty", recorded)
     dy = torch.randn(12, 5, device=device)
-    launch_bwd(dy, torch.zeros(12, dtype=torch.long, device=device), None, 2, torch.float32)
+    launch_bwd(
+        dy, torch.zeros(12, dtype=torch.long, device=device), None, 2, torch.float32, Dropout()
+    )
     (partial,) = [tensor for tensor in allocated if tensor.shape == (3, 2, 5)]
     # One run in three pieces: it begins in the first and goes on in the others.
     assert not partial[[0, 1, 2], [1, 0, 0]].isnan().any()
@@ -271,17 +274,19 @@ def test_opcheck(device):
     tokens, weight, table, dy = tensors(2, 6, 7, 8, torch.float32, device)
     rows, dy, ops = tokens.flatten(), dy.flatten(0, 1), torch.ops.tritium
     weight, table = weight.requires_grad_(), table.requires_grad_()
-    order = order_of(tokens)
+    order, seed = order_of(tokens), torch.tensor(5, device=device)
     for arguments in (
-        (rows, weight, None, None, None, 6, torch.bfloat16),
-        (rows, weight, None, table, order, 6, torch.float32),
-        (rows, weight, rows % 8, table, order.int(), 6, torch.float32),
+        (rows, weight, None, None, None, 6, torch.bfloat16, 0.0, None),
+        (rows, weight, None, table, order, 6, torch.float32, 0.5, seed),
+        (rows, weight, rows % 8, table, order.int(), 6, torch.float32, 0.5, seed),
     ):
         torch.library.opcheck(ops.embedding_fwd.default, arguments)
-    torch.library.opcheck(ops.embedding_bwd.default, (dy, rows, None, 7, torch.float32))
-    torch.library.opcheck(ops.embedding_bwd.default, (dy, rows, order, 7, torch.bfloat16))
+    torch.library.opcheck(ops.embedding_bwd.default, (dy, rows, None, 7, torch.float32, 0.0, None))
     torch.library.opcheck(
-        ops.embedding_add.default, (weight.detach().clone(), dy, rows, order.int())
+        ops.embedding_bwd.default, (dy, rows, order, 7, torch.bfloat16, 0.5, seed)
+    )
+    torch.library.opcheck(
+        ops.embedding_add.default, (weight.detach().clone(), dy, rows, order.int(), 0.5, seed)
     )
 
 
@@ -420,10 +425,10 @@ def test_sharing_the_weight_saves_a_tensor_of_its_size(monkeypatch):
     tokens = torch.empty(N, dtype=torch.int64, device="meta")
     order = tokens.clone()
     with Held(weight, dy, tokens, order) as held:
-        launch_add(weight, dy, tokens, order)
+        launch_add(weight, dy, tokens, order, Dropout())
     assert held.most < 4 * N * D
     with Held(weight, dy, tokens, order) as held:
-        launch_bwd(dy, tokens, order, V, torch.float32)
+        launch_bwd(dy, tokens, order, V, torch.float32, Dropout())
     assert held.most >= 4 * V * D
 
 
@@ -500,29 +505,32 @@ def test_cost_counts_dy_and_each_row_of_the_weight_once():
 # --- 5. ahead-of-time compilation
 
 
-def launches_of(B, T, V, D, dtype, arch):
+def launches_of(B, T, V, D, dtype, arch, dropout):
     """Return one launch of each kernel, with and without positions per token."""
     tokens = torch.empty(B * T, dtype=torch.int64, device="meta")
     order = torch.empty(B * T, dtype=torch.int32, device="meta")
     weight, table, dy = (torch.empty(rows, D, device="meta") for rows in (V, T, B * T))
     with record_launches(arch) as launches:
-        launch_fwd(tokens, weight, None, table, order, T, dtype)
-        launch_fwd(tokens, weight, tokens, table, order, T, dtype)
-        launch_bwd(dy.to(dtype), tokens, order, V, torch.float32)
-        launch_add(weight, dy.to(dtype), tokens, order)
+        launch_fwd(tokens, weight, None, table, order, T, dtype, dropout)
+        launch_fwd(tokens, weight, tokens, table, order, T, dtype, dropout)
+        launch_bwd(dy.to(dtype), tokens, order, V, torch.float32, dropout)
+        launch_add(weight, dy.to(dtype), tokens, order, dropout)
     return launches
 
 
 @pytest.mark.codegen
 @pytest.mark.parametrize("arch", [name for name in TARGETS if name != "gfx950"])
-def test_compiles_for_every_target_without_spills(arch):
+@pytest.mark.parametrize("has_dropout", [False, True])
+def test_compiles_for_every_target_without_spills(arch, has_dropout):
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    dropout = Dropout(dropout_p=0.1, seed=seed) if has_dropout else Dropout()
     # The last shape: Triton makes constants of integer arguments that are 1.
     for dtype, shape in [
         (torch.bfloat16, (8, 1024, 50_304, 768)),
         (torch.float32, (8, 1024, 50_304, 768)),
         (torch.bfloat16, (1, PIECE + 1, 1, 1)),
     ]:
-        for launch in launches_of(*shape, dtype, arch):
+        for launch in launches_of(*shape, dtype, arch, dropout):
             found = resources(compile_launch(launch, arch))
             assert found.spilled_bytes == 0, launch.kernel.__name__
 
