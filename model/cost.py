@@ -11,7 +11,8 @@
                  them. With a window of W < T it counts S = W (2 T - W) / T, which is in the same
                  way twice the number of visible keys. MFU uses this number
     activations  activation_bytes: what autograd keeps between forward and backward
-    step         step_bytes: all memory, at the moment of a step when it is largest
+    step         step_bytes: all memory, at the moment of a step when it is largest, except for
+                 random numbers of the reference of attention dropout
 
 Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forward width, H query
            heads, G key and value heads, K head size, B sequences, T tokens, N = B T
@@ -20,7 +21,7 @@ Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MF
 
 from ..kernels.loss.chunks import block_rows
 from ..kernels.loss.linear_cross_entropy import cost
-from .config import GPTConfig
+from .config import DROPOUTS, GPTConfig
 from .layers import MLPS, NORMS, POSITIONS
 from .recompute import RECOMPUTATIONS
 
@@ -101,13 +102,19 @@ def activation_bytes(
     inputs = (2 * config.n_layer - 1) * D * itemsize if row.keeps_inputs else 0
     final_norm = itemsize * D + 4 * NORMS[config.norm].statistics
     token_ids = 8
-    per_token = config.n_layer * block + inputs + final_norm + token_ids
+    # The reference of the embedding keeps its mask. The first block has no mask of a branch before
+    # its first norm, but the final norm has one.
+    masks = 4 * D if config.embedding_dropout else 0
+    masks += _mask_bytes(config, itemsize) if row.keeps_inputs else 0
+    per_token = config.n_layer * block + inputs + final_norm + token_ids + masks
 
     # RoPE keeps two float32 tables (T, K / 2). Learned positions keep their int64 indices.
     per_position = 4 * config.head_size if POSITIONS[config.position].rotates else 8
     divisor = 8  # the mean loss keeps the number of targets
+    has_dropout = any(getattr(config, name) for name in DROPOUTS)
+    seeds = 16 * (3 * config.n_layer + 1) if has_dropout else 0
     head = _head_bytes(config, batch * tokens, itemsize)
-    return batch * tokens * per_token + tokens * per_position + divisor + head
+    return batch * tokens * per_token + tokens * per_position + divisor + seeds + head
 
 
 def _block_bytes(config: GPTConfig, itemsize: int) -> int:
@@ -117,6 +124,7 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
     D + 2 G K    q, k and v
     D + G K      q and k after RoPE or QK-norm
     2 F          hidden tensors of the MLP
+    masks        of two branches, with dropout, if the reference of the norm keeps them
     float32      statistics of two norms, a log-sum-exp per query head, and with QK-norm a
                  statistic per query head and key head
     """
@@ -127,7 +135,13 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
     statistics = 2 * NORMS[config.norm].statistics + config.n_head
     if config.qk_norm:
         statistics += config.n_head + config.kv_heads
-    return elements * itemsize + 4 * statistics
+    return elements * itemsize + 2 * _mask_bytes(config, itemsize) + 4 * statistics
+
+
+def _mask_bytes(config: GPTConfig, itemsize: int) -> int:
+    """Return the bytes per token of the mask that the reference of a norm keeps of a branch."""
+    keeps_mask = config.dropout and itemsize == 4 and NORMS[config.norm].keeps_float32_mask
+    return 4 * config.d_model if keeps_mask else 0
 
 
 def _dropped_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:

@@ -197,11 +197,17 @@ class NormRow:
     """Float32 numbers per token that it keeps for its backward."""
     eps: float
     """Default of the option `norm_eps`."""
+    keeps_float32_mask: bool
+    """Whether PyTorch's functions, which replace it in float32 on a CPU, keep dropout's mask."""
 
 
 NORMS = {
-    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2, eps=1e-5),
-    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1, eps=1e-6),
+    "layer": NormRow(
+        module=LayerNorm, has_bias=True, statistics=2, eps=1e-5, keeps_float32_mask=True
+    ),
+    "rms": NormRow(
+        module=RMSNorm, has_bias=False, statistics=1, eps=1e-6, keeps_float32_mask=False
+    ),
 }
 
 

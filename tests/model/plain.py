@@ -4,16 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritium.kernels.core.philox import random_bits
 from tritium.model import GPT, GPTConfig
 
 
-def logits(model: GPT, tokens: Tensor) -> Tensor:
-    """Return the logits (B, T, V) of `model`, computed with its parameters but none of its code."""
+def logits(model: GPT, tokens: Tensor, seeds: Tensor | None = None) -> Tensor:
+    """Return the logits (B, T, V) of `model`, computed with its parameters but none of its code.
+
+    seeds: the seed of each mask of dropout, as dropout_seeds returns them. None: no dropout.
+    """
     config = model.config
     weights = dict(model.named_parameters())
     h = weights["wte.weight"][tokens]
     if config.position == "learned":
         h = h + weights["wpe.weight"][: tokens.shape[1]]
+    h = dropped(h, config.embedding_dropout, seeds, 0)
     for layer in range(config.n_layer):
         prefix = f"h.{layer}."
         block = {
@@ -21,8 +26,11 @@ def logits(model: GPT, tokens: Tensor) -> Tensor:
             for name, value in weights.items()
             if name.startswith(prefix)
         }
-        h = h + attention(config, block, norm(config, block, "ln_1", h))
-        h = h + mlp(config, block, norm(config, block, "ln_2", h))
+        first = 3 * layer
+        y = attention(config, block, norm(config, block, "ln_1", h), seeds, first + 1)
+        h = h + dropped(y, config.dropout, seeds, first + 2)
+        y = mlp(config, block, norm(config, block, "ln_2", h))
+        h = h + dropped(y, config.dropout, seeds, first + 3)
     head = weights["wte.weight" if config.tied_head else "lm_head.weight"]
     y = norm(config, weights, "ln_f", h)
     return capped(y @ head[: config.vocab_size].t(), config.head_softcap)
@@ -43,7 +51,9 @@ def linear(weights: dict, name: str, x: Tensor) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
-def attention(config: GPTConfig, weights: dict, x: Tensor) -> Tensor:
+def attention(
+    config: GPTConfig, weights: dict, x: Tensor, seeds: Tensor | None, site: int
+) -> Tensor:
     H, G, K = config.n_head, config.kv_heads, config.head_size
     qkv = linear(weights, "attn.c_attn", x).unflatten(-1, (-1, K)).transpose(1, 2)
     q, k, v = qkv.split((H, G, G), dim=1)  # (B, H or G, T, K)
@@ -58,6 +68,7 @@ def attention(config: GPTConfig, weights: dict, x: Tensor) -> Tensor:
     distance = token[:, None] - token
     is_hidden = (distance < 0) | (distance >= (config.window or x.shape[1]))
     weight = scores.masked_fill(is_hidden, -torch.inf).softmax(-1)
+    weight = dropped(weight, config.attention_dropout, seeds, site)
     return linear(weights, "attn.c_proj", (weight @ v).transpose(1, 2).flatten(2))
 
 
@@ -83,3 +94,14 @@ def mlp(config: GPTConfig, weights: dict, x: Tensor) -> Tensor:
 
 def capped(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap) if cap else x
+
+
+def dropped(x: Tensor, p: float, seeds: Tensor | None, site: int) -> Tensor:
+    """Dropout of the last axis in rows: row r begins at random word 4 r ceil(columns / 4)."""
+    if seeds is None or p == 0:
+        return x
+    columns = x.shape[-1]
+    stride = -(-columns // 4) * 4
+    index = torch.arange(x.numel() // columns)[:, None] * stride + torch.arange(columns)
+    is_kept = random_bits(seeds[site, 0], index) >= int(p * 2**32) - 2**31
+    return x * is_kept.view(x.shape) / (1 - p)

@@ -17,6 +17,7 @@ from tritium.train.precision import working_copy
 pytestmark = pytest.mark.plain
 
 SMALL = GPTConfig(n_layer=3, n_head=4, d_model=32, vocab_size=100, context_tokens=16, n_kv_head=2)
+DROPOUT = {"dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1}
 LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 
 
@@ -100,9 +101,22 @@ def test_flops_of_attention_count_twice_the_keys_that_a_window_shows(window):
         (replace(SMALL, tied_head=False, window=5, softcap=2.0, head_softcap=2.0), 2, 16),
         (replace(SMALL, qk_norm=True), 2, 16),
         (replace(LLAMA, qk_norm=True, qkv_bias=True), 2, 16),
+        (replace(SMALL, **DROPOUT), 2, 16),
+        (replace(LLAMA, **DROPOUT), 2, 16),
         (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7),
     ],
-    ids=["gpt2", "no_bias", "llama", "rms", "capped", "qk_norm", "qk_norm_rotary", "one_layer"],
+    ids=[
+        "gpt2",
+        "no_bias",
+        "llama",
+        "rms",
+        "capped",
+        "qk_norm",
+        "qk_norm_rotary",
+        "dropout",
+        "dropout_rotary",
+        "one_layer",
+    ],
 )
 def test_activation_bytes_are_held_between_forward_and_backward(config, B, T, dtype):
     tokens = torch.randint(config.vocab_size, (B, T))

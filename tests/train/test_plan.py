@@ -97,6 +97,7 @@ def library_defaults():
         (replace(LARGE_VOCABULARY, tied_head=False), 4, 1),
         (LLAMA, 4, 4),
         (LLAMA, 4, 2),
+        (replace(DEEP, dropout=0.1, embedding_dropout=0.1), 4, 4),
     ],
 )
 def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision, library_defaults):

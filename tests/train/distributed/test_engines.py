@@ -34,6 +34,7 @@ MODELS = {
     "micro_batches": ["--micro-batch-size", 2],
     "llama": LLAMA.split(),
     "bfloat16": ["--precision", "bfloat16"],
+    "dropout": ["--dropout", 0.2, "--embedding-dropout", 0.2],
 }
 # Ranks, and options of the launch.
 LAUNCHES = {
@@ -139,6 +140,10 @@ def test_micro_batches_of_a_model_with_biases_match_a_single_process(engine, onc
     """Each MLP's bias gets its gradient from a norm outside of the group that fully_shard made."""
     run = once("micro_batches", engine, compiled=engine == "fsdp")
     assert_matches_single(run, once("gpt2", "single"))
+
+
+def test_tensor_ranks_drop_the_same_elements_of_branches_as_a_single_process(once):
+    assert_matches_single(once("dropout", "tensor"), once("dropout", "single"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
