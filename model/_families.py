@@ -50,17 +50,22 @@ class Family:
 # --- GPT-2
 
 _LINEAR_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-# The names of transformers for GELU in its tanh form.
-_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+# The names of transformers for GELU in its tanh form, and for relu(x)^2.
+_ACTIVATIONS = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_fast": "gelu",
+    "relu2": "relu2",
+}
 # Missing probabilities are 0.1, as in transformers.
 _GPT2_DROPOUT = 0.1
 
 
 def _read_gpt2(fields: Fields) -> GPTConfig:
     activation = fields.get("activation_function", "gelu_new")
-    if activation not in _GELU_NAMES:
+    if activation not in _ACTIVATIONS:
         raise InputError(
-            f"activation_function: expected {' or '.join(_GELU_NAMES)}, got {activation!r}; "
+            f"activation_function: expected {' or '.join(_ACTIVATIONS)}, got {activation!r}; "
             "tritium has no such MLP"
         )
     return GPTConfig(
@@ -68,6 +73,7 @@ def _read_gpt2(fields: Fields) -> GPTConfig:
         n_head=fields["n_head"],
         d_model=fields["n_embd"],
         d_hidden=fields.get("n_inner"),
+        mlp=_ACTIVATIONS[activation],
         vocab_size=fields["vocab_size"],
         context_tokens=fields.get("n_positions") or fields["n_ctx"],
         norm_eps=fields.get("layer_norm_epsilon", 1e-5),
@@ -87,7 +93,7 @@ def _write_gpt2(config: GPTConfig) -> Fields:
         "vocab_size": config.vocab_size,
         "n_positions": config.context_tokens,
         "n_ctx": config.context_tokens,
-        "activation_function": "gelu_new",
+        "activation_function": "relu2" if config.mlp == "relu2" else "gelu_new",
         "layer_norm_epsilon": config.eps,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.embedding_dropout,
@@ -275,7 +281,7 @@ FAMILIES = {
         | {
             "position": ("learned",),
             "norm": ("layer",),
-            "mlp": ("gelu",),
+            "mlp": ("gelu", "relu2"),
             "biases": ("all",),
             "grouped heads": (False,),
         },

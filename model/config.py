@@ -45,7 +45,7 @@ class GPTConfig:
     norm: Literal[tuple(NORMS)] = "layer"
     """layer: layer norm; rms: root-mean-square norm."""
     mlp: Literal[tuple(MLPS)] = "gelu"
-    """gelu: two linear layers with GELU between them; swiglu: SwiGLU, three linear layers."""
+    """gelu, relu2: two layers with GELU or relu(x)^2 between them; swiglu: SwiGLU, three layers."""
     d_hidden: int | None = None
     """Width of the MLP's hidden layer. Default: four times d_model; SwiGLU: about 8 / 3 times."""
     norm_eps: float | None = None

@@ -11,8 +11,9 @@
                  them. With a window of W < T it counts S = W (2 T - W) / T, which is in the same
                  way twice the number of visible keys. MFU uses this number
     activations  activation_bytes: what autograd keeps between forward and backward
-    step         step_bytes: all memory, at the moment of a step when it is largest, except for
-                 random numbers of the reference of attention dropout
+    step         step_bytes: all memory, at the moment of a step when it is largest, except for the
+                 blocks of scores and random numbers that the reference of attention makes for a
+                 window, softcap or dropout. The kernels make none
 
 Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forward width, H query
            heads, G key and value heads, K head size, B sequences, T tokens, N = B T

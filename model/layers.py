@@ -22,6 +22,7 @@ from ..kernels import (
     gelu_mlp,
     layer_norm,
     linear,
+    relu2_mlp,
     rms_norm,
     rotary,
     swiglu_mlp,
@@ -340,6 +341,7 @@ class MLP(nn.Module):
     recompute: whether the backward computes GELU's output again instead of keeping it.
     """
 
+    operator = staticmethod(gelu_mlp)
     recompute = False
 
     def __init__(self, config: "GPTConfig"):
@@ -351,8 +353,14 @@ class MLP(nn.Module):
         c_fc = self.c_fc
         c_proj = self.c_proj
         bias, added_bias = c_proj.split_bias()
-        y = gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, bias, recompute=self.recompute)
+        y = self.operator(x, c_fc.weight, c_fc.bias, c_proj.weight, bias, recompute=self.recompute)
         return Branch(y, added_bias)
+
+
+class SquaredReLUMLP(MLP):
+    """Two linear layers with relu(x)^2 between them."""
+
+    operator = staticmethod(relu2_mlp)
 
 
 class GatedMLP(nn.Module):
@@ -395,6 +403,11 @@ def _gelu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: b
     return hidden * itemsize * N * F + itemsize * F * D
 
 
+def _relu2_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
+    """Return the bytes of da and dh, (N, F), and of dw2."""
+    return 2 * itemsize * N * F + itemsize * F * D
+
+
 def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
     """Return the bytes of reference_bwd's tensors (N, F), and of the weight gradients after them.
 
@@ -419,6 +432,13 @@ MLPS = {
         matrices=2,
         has_bias=True,
         backward_bytes=_gelu_backward_bytes,
+    ),
+    "relu2": MLPRow(
+        module=SquaredReLUMLP,
+        width=lambda d_model: 4 * d_model,
+        matrices=2,
+        has_bias=True,
+        backward_bytes=_relu2_backward_bytes,
     ),
     "swiglu": MLPRow(
         module=GatedMLP,

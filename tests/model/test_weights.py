@@ -38,6 +38,7 @@ LLAMA = {
 OTHERS = {
     "gpt2": transformers.GPT2Config(**GPT2),
     "gpt2_untied": transformers.GPT2Config(**GPT2, tie_word_embeddings=False),
+    "gpt2_relu2": transformers.GPT2Config(**GPT2, activation_function="relu2"),
     "llama": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "llama_untied": transformers.LlamaConfig(**LLAMA),
     "llama_bias": transformers.LlamaConfig(**LLAMA, attention_bias=True),

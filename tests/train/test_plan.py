@@ -98,6 +98,7 @@ def library_defaults():
         (LLAMA, 4, 4),
         (LLAMA, 4, 2),
         (replace(DEEP, dropout=0.1, embedding_dropout=0.1), 4, 4),
+        (replace(DEEP, mlp="relu2", qk_norm=True), 4, 4),
     ],
 )
 def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision, library_defaults):
