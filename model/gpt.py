@@ -1,8 +1,8 @@
-"""A GPT like GPT-2 or Llama: pre-norm blocks; the embedding and the head share one weight.
+"""A GPT like GPT-2 or Llama: pre-norm blocks between an embedding and a head.
 
     stream     h = wte[token] + wpe[position]                RoPE: h = wte[token]
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))
-    head       logits = ln_f(h) @ wte.T
+    head       logits = ln_f(h) @ wte.T                      untied: ln_f(h) @ lm_head.T
 
 Modules have the names of the published GPT-2 checkpoints. A branch is the output of attention or of
 an MLP. A block returns its last branch without adding it to the stream. The next norm adds it, in
@@ -20,11 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import embedding, linear, linear_cross_entropy
-from .attention import choose_attention
-from .config import GPTConfig
+from .attention import check_attention_options, choose_attention
+from .config import DROPOUTS, GPTConfig
 from .generate import KVCache, generate
 from .init import init_weights
-from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
+from .layers import (
+    MLPS,
+    NORMS,
+    POSITIONS,
+    Attention,
+    Branch,
+    ForwardContext,
+    dropout_seeds,
+    rope_tables,
+)
 from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
@@ -45,9 +54,9 @@ class Block(nn.Module):
         self, branch: Branch | None, stream: Tensor, context: ForwardContext
     ) -> tuple[Branch, Tensor]:
         """Return the MLP's output, and the residual stream to which the next norm adds it."""
-        y, stream = self.ln_1(branch, stream)
+        y, stream = self.ln_1(branch, stream, context.branch_dropout(3 * self.layer))
         branch = self.attn(y, context, self.layer)
-        y, stream = self.ln_2(branch, stream)
+        y, stream = self.ln_2(branch, stream, context.branch_dropout(3 * self.layer + 2))
         return self.mlp(y), stream
 
 
@@ -60,13 +69,14 @@ class GPT(nn.Module):
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
         compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
-    Raises: ValueError if the attention is unknown or not installed, or if the mode of activation
-        checkpointing is unknown or does not fit the MLP.
+    Raises: ValueError if the attention is unknown, not installed or does not support an option of
+        the model, or if the mode of activation checkpointing is unknown or does not fit the MLP.
     """
 
     def __init__(self, config: GPTConfig, *, attention: str = "tritium", recompute: str = "none"):
         super().__init__()
         check_recompute(recompute, config)
+        check_attention_options(attention, config)
         self.config = config
         self.attention = choose_attention(attention)
         self.compute_dtype: torch.dtype | None = None
@@ -81,6 +91,9 @@ class GPT(nn.Module):
             for block in self.h:
                 block.mlp.recompute = True
         self.ln_f = NORMS[config.norm].module(config)
+        if not config.tied_head:
+            # An embedding and not a Linear: its weight stays float32, and Muon does not train it.
+            self.lm_head = _embedding(config.padded_vocab_size, config.d_model)
         init_weights(self, config.n_layer)
 
     def forward(
@@ -91,6 +104,7 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         token_order: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """Predict the token that follows each position.
 
@@ -102,47 +116,86 @@ class GPT(nn.Module):
                 not attend to each other, and positions start at 0 in each. Default: B documents of
                 T tokens.
             cache: keys and values of earlier tokens. The forward adds those of `tokens`.
+            dropout_seed: () int64 on the device of tokens. Elements are dropped only in training
+                mode and without a cache. Default: drawn from PyTorch's generator.
             token_order: (B T,) integers, the stable sort of the tokens laid end to end, for the
                 gradient of the embedding. Default: the backward sorts them.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
+        config = self.config
         B, T = tokens.shape
         past = 0 if cache is None else cache.length
         self._check(past + T, cu_seqlens, cache)
 
-        # embedding; its weight is also that of the head
+        # embedding, and the weight of the head
         is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
         position = _positions(tokens, past, cu_seqlens)
-        has_table = self._position.has_table
-        stream, head = embedding(
-            tokens,
-            self.wte.weight,
-            position=position if has_table and not is_plain else None,
-            position_weight=self.wpe.weight if has_table else None,
-            order=token_order,
-            dtype=self.compute_dtype,
-            return_weight=True,
-        )
+        seeds = self._seeds(dropout_seed, tokens.device) if cache is None else None
+        stream, head = self._embed(tokens, None if is_plain else position, token_order, seeds)
         rope = None
         if self._position.rotates:
-            rope = rope_tables(position, self.config.head_size, self.config.rope_base)
+            rope = rope_tables(position, config.head_size, config.rope_base)
 
         # blocks
         branch = None
-        stream = stream.flatten(0, 1)
-        context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention)
+        context = ForwardContext(
+            sizes=(B, T),
+            cu_seqlens=cu_seqlens,
+            rope=rope,
+            cache=cache,
+            attention=self.attention,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            seeds=seeds,
+        )
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
             cache.length += T
 
         # head. The padding rows of its weight never get probability
-        y, _ = self.ln_f(branch, stream)
-        V = self.config.vocab_size
-        if targets is None:
-            return linear(y, head[:V].to(y.dtype)).view(B, T, V)
-        return linear_cross_entropy(y, head, targets.flatten(), vocab_size=V)
+        y, _ = self.ln_f(branch, stream, context.branch_dropout(3 * config.n_layer))
+        V = config.vocab_size
+        softcap = config.head_softcap
+        if targets is not None:
+            return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
+        logits = linear(y, head[:V].to(y.dtype)).view(B, T, V)
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _seeds(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
+        """Return the seeds of all dropout masks, or None if nothing is dropped."""
+        if not self.training or not any(getattr(self.config, name) for name in DROPOUTS):
+            return None
+        if seed is None:
+            seed = torch.randint(2**62, (), device=device)
+        return dropout_seeds(seed, self.config.n_layer)
+
+    def _embed(
+        self,
+        tokens: Tensor,
+        position: Tensor | None,
+        order: Tensor | None,
+        seeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream (B T, D) before the blocks, and the weight of the head.
+
+        position: as in `embedding`. None: 0 ... T - 1 in each sequence.
+        """
+        has_table = self._position.has_table
+        options = {
+            "position": position if has_table else None,
+            "position_weight": self.wpe.weight if has_table else None,
+            "order": order,
+            "dtype": self.compute_dtype,
+        }
+        if seeds is not None and self.config.embedding_dropout:
+            options |= {"dropout_p": self.config.embedding_dropout, "seed": seeds[0, 0]}
+        if not self.config.tied_head:
+            stream = embedding(tokens, self.wte.weight, **options)
+            return stream.flatten(0, 1), self.lm_head.weight
+        stream, head = embedding(tokens, self.wte.weight, **options, return_weight=True)
+        return stream.flatten(0, 1), head
 
     def _check(self, length: int, cu_seqlens: Tensor | None, cache: KVCache | None) -> None:
         if length > self.config.context_tokens:
@@ -167,19 +220,22 @@ class GPT(nn.Module):
         attention: str = "tritium",
         recompute: str = "none",
     ) -> "GPT":
-        """Read a published model: a folder of transformers (GPT-2, Llama), or a file of nanoGPT.
+        """Read a published model: a folder of transformers, or a file of nanoGPT.
+
+        The families are GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
         Args:
             path: the folder or file.
             dtype: of the weights. Default: as in the file.
             attention, recompute: as for GPT.
-        Returns: the model on the CPU.
+        Returns: the model on the CPU, in evaluation mode, in which nothing is dropped.
         Raises: InputError if the folder is not a model that tritium has, or is damaged.
         """
         source = open_source(Path(path))
         with torch.device("meta"):
             model = cls(source.config, attention=attention, recompute=recompute)
         load_into(model, source)
+        model.eval()
         return model if dtype is None else model.to(dtype)
 
     def save_pretrained(

@@ -22,11 +22,12 @@ from ..kernels import (
     gelu_mlp,
     layer_norm,
     linear,
+    relu2_mlp,
     rms_norm,
     rotary,
     swiglu_mlp,
 )
-from .attention import ATTENTIONS, AttentionRow
+from .attention import ATTENTIONS, AttentionOptions, AttentionRow
 from .generate import KVCache
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class ForwardContext(NamedTuple):
         rope: cosines and sines of RoPE, or None.
         cache: keys and values of earlier tokens, or None.
         attention: the implementation of attention.
+        dropout: probability of dropping an element of a branch.
+        attention_dropout: probability of dropping an attention weight.
+        seeds: of the dropout masks, as dropout_seeds returns them. None: nothing is dropped.
     """
 
     sizes: tuple[int, int]
@@ -52,6 +56,27 @@ class ForwardContext(NamedTuple):
     rope: tuple[Tensor, Tensor] | None = None
     cache: KVCache | None = None
     attention: AttentionRow = ATTENTIONS["tritium"]
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    seeds: Tensor | None = None
+
+    def branch_dropout(self, site: int) -> tuple[float, Tensor | None]:
+        """Return probability and seed of the mask of a branch. See dropout_seeds for `site`."""
+        return (0.0, None) if self.seeds is None else (self.dropout, self.seeds[site, 0])
+
+
+def dropout_seeds(seed: Tensor, n_layer: int) -> Tensor:
+    """Return the seeds of all dropout masks of a forward, (3 n_layer + 1, 2) int64.
+
+    Row 0: the embedding. Row 3 l + 1: the attention weights of layer l. Row 3 l + 2: the output of
+    its attention. Row 3 l + 3: the output of its MLP.
+
+    Only column 0 is used. A seed is then aligned to 16 bytes. Triton would compile kernels again
+    for seeds that are not.
+    """
+    # Far apart, so that forwards with the seeds 0, 1, 2 ... share no mask.
+    rows = torch.arange(3 * n_layer + 1, device=seed.device)
+    return (seed + (rows << 40)).unsqueeze(1).repeat(1, 2)
 
 
 class Branch(NamedTuple):
@@ -105,12 +130,30 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.d_model)) if config.bias else None
         self.eps = config.eps
 
-    def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
+    def forward(
+        self,
+        branch: Branch | None,
+        stream: Tensor,
+        dropout: tuple[float, Tensor | None] = (0.0, None),
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of branch + stream, and branch + stream.
+
+        Args:
+            branch: None counts as 0.
+            dropout: probability and seed of dropping elements of the branch.
+        """
         if branch is None:
             return layer_norm(stream, self.weight, self.bias, eps=self.eps), stream
+        dropout_p, seed = dropout
         return add_layer_norm(
-            branch.y, stream, self.weight, self.bias, eps=self.eps, added_bias=branch.added_bias
+            branch.y,
+            stream,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            added_bias=branch.added_bias,
+            dropout_p=dropout_p,
+            seed=seed,
         )
 
 
@@ -122,12 +165,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.eps = config.eps
 
-    def forward(self, branch: Branch | None, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norm of branch + stream, and branch + stream. Branch None counts as 0."""
+    def forward(
+        self,
+        branch: Branch | None,
+        stream: Tensor,
+        dropout: tuple[float, Tensor | None] = (0.0, None),
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of branch + stream, and branch + stream, as LayerNorm.forward does."""
         if branch is None:
             return rms_norm(stream, self.weight, eps=self.eps), stream
+        dropout_p, seed = dropout
         return add_rms_norm(
-            branch.y, stream, self.weight, eps=self.eps, added_bias=branch.added_bias
+            branch.y,
+            stream,
+            self.weight,
+            eps=self.eps,
+            added_bias=branch.added_bias,
+            dropout_p=dropout_p,
+            seed=seed,
         )
 
 
@@ -143,11 +198,17 @@ class NormRow:
     """Float32 numbers per token that it keeps for its backward."""
     eps: float
     """Default of the option `norm_eps`."""
+    keeps_float32_mask: bool
+    """Whether PyTorch's functions, which replace it in float32 on a CPU, keep dropout's mask."""
 
 
 NORMS = {
-    "layer": NormRow(module=LayerNorm, has_bias=True, statistics=2, eps=1e-5),
-    "rms": NormRow(module=RMSNorm, has_bias=False, statistics=1, eps=1e-6),
+    "layer": NormRow(
+        module=LayerNorm, has_bias=True, statistics=2, eps=1e-5, keeps_float32_mask=True
+    ),
+    "rms": NormRow(
+        module=RMSNorm, has_bias=False, statistics=1, eps=1e-6, keeps_float32_mask=False
+    ),
 }
 
 
@@ -187,40 +248,88 @@ def rope_tables(position: Tensor, head_size: int, base: float) -> tuple[Tensor, 
 # --- attention
 
 
+class HeadNorm(nn.Module):
+    """RMS norm of each head, with one gain (K,) for all heads."""
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.head_size))
+        self.eps = config.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads."""
+    """Causal self-attention with grouped key and value heads.
+
+    tensor_rank: rank among the processes that share the heads. Its heads get their own dropout.
+    """
+
+    tensor_rank = 0
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.n_head = config.n_head
         self.kv_heads = config.kv_heads
+        self.window = config.window
+        self.softcap = config.softcap
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_size
-        self.c_attn = Linear(config.d_model, qkv_width, bias=config.bias)
+        self.c_attn = Linear(config.d_model, qkv_width, bias=config.has_qkv_bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
+        self.q_norm = HeadNorm(config) if config.qk_norm else None
+        self.k_norm = HeadNorm(config) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Branch:
+        options = self._options(context, layer)
         attend_packed = context.attention.attend_packed
-        if context.rope is None and context.cache is None and attend_packed is not None:
+        keeps_qkv = context.rope is None and context.cache is None and self.q_norm is None
+        if keeps_qkv and attend_packed is not None:
             # The backward of attention also computes the gradient of the bias of c_attn.
             qkv, added_bias = self.c_attn.branch(x)
             qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
-            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias)
+            o = attend_packed(
+                qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias, options
+            )
             return self.c_proj.branch(o.flatten(0, 1))
 
-        # Split the heads, and rotate queries and keys together.
         qkv = self.c_attn(x).unflatten(0, context.sizes)
-        heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
-        qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
-        if context.rope is not None:
-            qk = rotary(qk, *context.rope)
-        q, k = qk.split((self.n_head, self.kv_heads), dim=2)  # (B, T, H, K) and (B, T, G, K)
-
+        q, k, v = self._split(qkv, context.rope)
         if context.cache is None:
-            o = context.attention.attend(q, k, v, context.cu_seqlens)
+            o = context.attention.attend(q, k, v, context.cu_seqlens, options)
         else:
             k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
-            o = attention_decode(q, k, v, lengths)
+            o = attention_decode(q, k, v, lengths, window=self.window, softcap=self.softcap)
         return self.c_proj.branch(o.reshape(len(x), -1))
+
+    def _options(self, context: ForwardContext, layer: int) -> AttentionOptions:
+        if context.seeds is None or context.attention_dropout == 0:
+            return AttentionOptions(window=self.window, softcap=self.softcap)
+        seed = context.seeds[3 * layer + 1, 0]
+        return AttentionOptions(
+            window=self.window,
+            softcap=self.softcap,
+            dropout_p=context.attention_dropout,
+            seed=seed + self.tensor_rank if self.tensor_rank else seed,
+        )
+
+    def _split(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (B, T, H, K), k and v (B, T, G, K), with q and k normalized and rotated."""
+        heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
+        if self.q_norm is None:
+            qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
+            qk = qk if rope is None else rotary(qk, *rope)  # queries and keys together
+            return *qk.split((self.n_head, self.kv_heads), dim=2), v
+        # The norms need contiguous heads. With copies of all three, autograd can free qkv.
+        parts = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = (part.contiguous() for part in parts)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if rope is None:
+            return q, k, v
+        return rotary(q, *rope), rotary(k, *rope), v
 
 
 # --- MLPs
@@ -232,6 +341,7 @@ class MLP(nn.Module):
     recompute: whether the backward computes GELU's output again instead of keeping it.
     """
 
+    operator = staticmethod(gelu_mlp)
     recompute = False
 
     def __init__(self, config: "GPTConfig"):
@@ -243,8 +353,14 @@ class MLP(nn.Module):
         c_fc = self.c_fc
         c_proj = self.c_proj
         bias, added_bias = c_proj.split_bias()
-        y = gelu_mlp(x, c_fc.weight, c_fc.bias, c_proj.weight, bias, recompute=self.recompute)
+        y = self.operator(x, c_fc.weight, c_fc.bias, c_proj.weight, bias, recompute=self.recompute)
         return Branch(y, added_bias)
+
+
+class SquaredReLUMLP(MLP):
+    """Two linear layers with relu(x)^2 between them."""
+
+    operator = staticmethod(relu2_mlp)
 
 
 class GatedMLP(nn.Module):
@@ -287,6 +403,11 @@ def _gelu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: b
     return hidden * itemsize * N * F + itemsize * F * D
 
 
+def _relu2_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
+    """Return the bytes of da and dh, (N, F), and of dw2."""
+    return 2 * itemsize * N * F + itemsize * F * D
+
+
 def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
     """Return the bytes of reference_bwd's tensors (N, F), and of the weight gradients after them.
 
@@ -311,6 +432,13 @@ MLPS = {
         matrices=2,
         has_bias=True,
         backward_bytes=_gelu_backward_bytes,
+    ),
+    "relu2": MLPRow(
+        module=SquaredReLUMLP,
+        width=lambda d_model: 4 * d_model,
+        matrices=2,
+        has_bias=True,
+        backward_bytes=_relu2_backward_bytes,
     ),
     "swiglu": MLPRow(
         module=GatedMLP,

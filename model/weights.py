@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Weights with padding rows. All families name the head alike, without a prefix.
+_HEAD = "lm_head.weight"
+_TABLES = ("wte.weight", _HEAD)
 # torch.compile adds this to the names of a model that it compiled.
 _NANOGPT_PREFIX = "_orig_mod."
 
@@ -115,11 +118,11 @@ class Source:
         Args:
             embedding: (vocab_size, D). Some files hold it a second time, as the head's weight.
         """
-        head = self._read.pop("lm_head.weight", None)
+        head = self._read.pop(_HEAD, None)
         if head is not None and not torch.equal(head(), embedding):
             raise InputError(
                 f"{self.path}: expected a head that shares the weight of the embedding, got "
-                "another weight; tritium has no such head"
+                "another weight; if it is right, set tie_word_embeddings to false in config.json"
             )
         extra = sorted(self._read)
         if extra:
@@ -239,12 +242,13 @@ def load_into(model: "GPT", source: Source) -> None:
     embedding = None
     for name, parameter in dict(model.named_parameters()).items():
         shape = list(parameter.shape)
-        if name == "wte.weight":
+        if name in _TABLES:
             shape[0] = config.vocab_size
         value = source.take(name, shape)
-        if name == "wte.weight":
+        if name in _TABLES:
             padding = value.new_zeros(config.padded_vocab_size - config.vocab_size, shape[1])
             value = torch.cat((value, padding))
+        if name == "wte.weight":
             embedding = value[: config.vocab_size]
         model.load_state_dict({name: value}, strict=False, assign=True)
     source.check_end(embedding)
@@ -258,7 +262,7 @@ def tensors_of(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a model as a family names and stores them."""
     for name, value in weights.items():
-        if name == "wte.weight":
+        if name in _TABLES:
             value = value[: config.vocab_size]
         if family.transposed and family.transposed.search(name):
             value = value.t()
@@ -268,7 +272,8 @@ def tensors_of(
             kv_rows = config.kv_heads * config.head_size
             parts = value.split((config.d_model, kv_rows, kv_rows))
         for part_name, part in zip(theirs, parts, strict=True):
-            yield family.prefix + part_name, part.detach()
+            prefix = "" if name == _HEAD else family.prefix
+            yield prefix + part_name, part.detach()
 
 
 def write_folder(

@@ -34,13 +34,16 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < _MAX_EXPONENT else math.inf
 
 
-def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
+def batch_loss(
+    model: nn.Module, batch: Batch, separator: int | None, dropout_seed: int | None = None
+) -> Tensor:
     """Return the mean cross-entropy over the targets of a batch.
 
     Args:
         model: a GPT, compiled or not.
         separator: token that begins a document. Documents do not attend to each other. None: each
             row is one document.
+        dropout_seed: as for GPT.
     Returns: () float32 on the model's device, nats per token; 0 without targets.
     """
     device = next(model.parameters()).device
@@ -48,6 +51,8 @@ def batch_loss(model: nn.Module, batch: Batch, separator: int | None) -> Tensor:
     options = {}
     if batch.token_order is not None:
         options["token_order"] = copy_to_device(batch.token_order, device)
+    if dropout_seed is not None:
+        options["dropout_seed"] = torch.full((), dropout_seed, dtype=torch.int64, device=device)
     if separator is not None:
         cu_seqlens = copy_to_device(document_starts(batch.inputs, separator), device)
         # Its length differs between batches: compile once for any length.
@@ -67,6 +72,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Return the mean cross-entropy over all targets of all batches, on all ranks.
 
+    Nothing is dropped.
+
     Args:
         batches: the batches of this rank. All ranks have the same number of batches.
         bytes_per_token: mean length of a token in the text.
@@ -77,9 +84,12 @@ def evaluate(
     """
     losses = []
     counts = []
+    was_training = model.training
+    model.eval()
     for batch in batches:
         losses.append(batch_loss(model, batch, separator))
         counts.append(int(batch.num_targets.sum()))
+    model.train(was_training)
     # Read all losses at the end, so that nothing waits for the device between batches.
     means = torch.stack(losses).tolist() if losses else []
     total = sum(mean * count for mean, count in zip(means, counts, strict=True))

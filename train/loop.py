@@ -130,7 +130,9 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
 def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
     """Raise InputError if the model to start from has another shape or another tokenizer."""
     trained = open_model(Path(config.init_from))
-    expected, found = trained.config, config.gpt(dataset.tokenizer.vocab_size)
+    # Dropout is an option of the run, not of the model.
+    found = config.gpt(dataset.tokenizer.vocab_size)
+    expected = trained.config.with_dropout_of(found)
     if expected.vocab_size != found.vocab_size:
         raise InputError(
             f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
@@ -154,7 +156,9 @@ def _new_model(config: TrainConfig, dataset: Dataset) -> GPT:
     torch.manual_seed(config.seed)
     if config.init_from is not None:
         _check_initial_model(config, dataset)
-        return open_model(Path(config.init_from)).load(**options).float()
+        model = open_model(Path(config.init_from)).load(**options).float()
+        model.config = config.gpt(dataset.tokenizer.vocab_size)
+        return model.train()
     return GPT(config.gpt(dataset.tokenizer.vocab_size), **options)
 
 
@@ -202,7 +206,7 @@ def _train(
 
     # The steps.
     separator = dataset.tokenizer.end_of_text if config.document_mask else None
-    trainer = Trainer(engine, optimizer, separator=separator)
+    trainer = Trainer(engine, optimizer, separator=separator, seed=config.seed)
     with (
         metrics,
         Signals(world) as signals,
@@ -277,7 +281,7 @@ class _Session:
             with self.metrics.waiting():
                 batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
-            loss = self.trainer.backward(batch, num_targets)
+            loss = self.trainer.backward(batch, num_targets, step=step)
             grad_norm = self.trainer.update(lr)
             self.metrics.step(step, loss, lr, grad_norm)
 

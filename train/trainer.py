@@ -11,9 +11,11 @@ part of the batch. Ranks exchange gradients during the backward of the last micr
 import contextlib
 import gc
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..model.config import DROPOUTS
 from .config import TrainConfig
 from .data.loader import Batch
 from .distributed.engines import SingleProcess
@@ -47,25 +49,33 @@ class Trainer:
         optimizer: the optimizer of the engine's model.
         separator: token that begins a document. Documents do not attend to each other. None: each
             row is one document.
+        seed: seed of dropout.
     Attributes:
         model, working: the engine's float32 masters, and the model that computes.
     """
 
     def __init__(
-        self, engine: SingleProcess, optimizer: Optimizer, *, separator: int | None = None
+        self,
+        engine: SingleProcess,
+        optimizer: Optimizer,
+        *,
+        separator: int | None = None,
+        seed: int = 0,
     ):
         self.engine = engine
         self.optimizer = optimizer
         self.separator = separator
+        self.seed = seed
         self.model = engine.model
         self.working = engine.working
 
-    def backward(self, batch: Batch, num_targets: int | None = None) -> Tensor:
+    def backward(self, batch: Batch, num_targets: int | None = None, *, step: int = 0) -> Tensor:
         """Compute the gradients of the mean loss over all targets of a batch.
 
         Args:
             batch: this rank's rows.
             num_targets: targets in the batches of all ranks. Default: in this batch.
+            step: number of the step. Dropout differs between steps.
         Returns: the loss over all ranks, () float32 on the device.
         """
         execution = self.engine.execution
@@ -79,11 +89,23 @@ class Trainer:
             # gradients over ranks. Multiplied by data_ranks, the average becomes a sum.
             loss_weight = float(part.num_targets.sum() / num_targets) * execution.world.data_ranks
             self.engine.begin_micro_step(is_last=start + execution.micro_batch >= len(batch))
-            loss = batch_loss(self.engine.network, part, self.separator) * loss_weight
+            seed = self._dropout_seed(step, execution.world.data_rank * len(batch) + start)
+            loss = batch_loss(self.engine.network, part, self.separator, seed) * loss_weight
             self.optimizer.scaler.scale(loss).backward()
             total += loss.detach()
         self.engine.finish_gradients()
         return execution.world.mean(total)
+
+    def _dropout_seed(self, step: int, row: int) -> int | None:
+        """Return the seed of dropout for the micro-batch that begins at a row of the step's batch.
+
+        It is a function of the arguments and the run's seed, so a resumed run drops the same.
+        None: the model drops nothing.
+        """
+        if not any(getattr(self.model.config, name) for name in DROPOUTS):
+            return None
+        state = np.random.SeedSequence((self.seed, step, row)).generate_state(1, np.uint64)
+        return int(state[0]) >> 2  # less than 2^62
 
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step. Returns: the gradient norm, as Optimizer.update does."""
@@ -98,4 +120,4 @@ def single_trainer(
     """Return a trainer of `model` in this process, on the device that the model is on."""
     device = next(model.parameters()).device
     engine = SingleProcess(model, resolve(config.with_options(device=str(device))))
-    return Trainer(engine, Optimizer(engine, config), separator=separator)
+    return Trainer(engine, Optimizer(engine, config), separator=separator, seed=config.seed)

@@ -43,7 +43,13 @@ def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["--precision", "bfloat16"], ["--precision", "float16"], ["--optimizer", "muon"]],
+    [
+        [],
+        ["--precision", "bfloat16"],
+        ["--precision", "float16"],
+        ["--optimizer", "muon"],
+        ["--dropout", 0.2, "--embedding-dropout", 0.1, "--attention-dropout", 0.2],
+    ],
     ids=str,
 )
 def test_a_resumed_run_has_bitwise_the_weights_of_an_unbroken_one(words, tiny, tritium, tmp_path):

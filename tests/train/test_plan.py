@@ -93,8 +93,12 @@ def library_defaults():
         pytest.param(WIDE, 8, 2, marks=pytest.mark.slow),
         pytest.param(LARGE_VOCABULARY, 4, 4, marks=pytest.mark.slow),
         (LARGE_VOCABULARY, 4, 1),
+        (replace(LARGE_VOCABULARY, tied_head=False), 4, 4),
+        pytest.param(replace(LARGE_VOCABULARY, tied_head=False), 4, 1, marks=pytest.mark.slow),
         pytest.param(LLAMA, 4, 4, marks=pytest.mark.slow),
         (LLAMA, 4, 2),
+        (replace(DEEP, dropout=0.1, embedding_dropout=0.1), 4, 4),
+        (replace(DEEP, mlp="relu2", qk_norm=True), 4, 4),
     ],
 )
 def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision, library_defaults):

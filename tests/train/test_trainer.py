@@ -13,6 +13,7 @@ from tritium.model import GPT, GPTConfig
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
 from tritium.train.distributed.engines import SingleProcess
+from tritium.train.distributed.world import World
 from tritium.train.evaluate import evaluate
 from tritium.train.execution import resolve
 from tritium.train.optim import Optimizer
@@ -60,6 +61,34 @@ def test_micro_batches_add_up_to_the_batch():
     for loss, found in results[1:]:
         torch.testing.assert_close(found, results[0][1], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+
+
+def test_dropout_differs_between_micro_batches_ranks_and_steps(monkeypatch):
+    seeds = []
+    trainer = single_trainer(GPT(replace(SHAPE, dropout=0.1)), TrainConfig(), separator=None)
+    monkeypatch.setattr(
+        "tritium.train.trainer.batch_loss",
+        lambda model, part, separator, seed: seeds.append(seed) or model.wte.weight.sum(),
+    )
+    for rank in (0, 1):
+        world = World(rank=rank, size=2)
+        execution = replace(trainer.engine.execution, micro_batch=3, world=world)
+        monkeypatch.setattr(trainer.engine, "execution", execution)
+        monkeypatch.setattr(world, "mean", lambda total: total)
+        for step in (0, 1, 0):
+            trainer.backward(batch(), step=step)
+    first, second = seeds[:6], seeds[6:]
+    for found in (first, second):
+        assert found[:2] == found[4:], "a repeated step drops the same"
+    assert len({*first[:4], *second[:4]}) == 8
+
+
+def test_evaluations_drop_nothing_and_training_goes_on_with_dropout():
+    trainer = single_trainer(GPT(replace(SHAPE, dropout=0.5)), TrainConfig())
+    losses = [evaluate(trainer.working, [batch()], bytes_per_token=1.0).loss for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert trainer.working.training
+    assert trainer.backward(batch(), step=0).item() != trainer.backward(batch(), step=1).item()
 
 
 def test_the_engine_is_told_which_micro_batch_is_the_last(monkeypatch):

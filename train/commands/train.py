@@ -127,8 +127,9 @@ def _resume(argv: Sequence[str]) -> int:
 def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) -> TrainConfig:
     """Give the run the shape and the tokenizer of the model that it starts from."""
     trained = open_model(Path(config.init_from))
-    for each in fields(trained.config):
-        given, expected = (getattr(shape, each.name) for shape in (config.model, trained.config))
+    shape = trained.config.with_dropout_of(config.model)
+    for each in fields(shape):
+        given, expected = getattr(config.model, each.name), getattr(shape, each.name)
         if given not in (expected, getattr(default, each.name)):
             raise InputError(
                 f"{each.name}: expected {expected}, as in {config.init_from}, got {given}; "
@@ -142,7 +143,7 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
         )
     if trained.tokenizer_file is not None and config.tokenizer is not None and not has_tokenizer:
         config = replace(config, tokenizer=str(trained.tokenizer_file))
-    return replace(config, model=trained.config)
+    return replace(config, model=shape)
 
 
 def _next_free_folder(name: str) -> Path:
