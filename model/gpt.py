@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import choose_attention
 from .config import GPTConfig
-from .generate import KVCache, generate
+from .generation import KVCache, Prefill, generate
 from .init import init_weights
 from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
 from .recompute import RECOMPUTATIONS, check_recompute
@@ -56,7 +56,7 @@ class GPT(nn.Module):
 
     Args:
         config: shape of the model.
-        attention: a row of ATTENTIONS. Generation with a cache always uses tritium's kernels.
+        attention: a row of ATTENTIONS. Tokens after a prompt always use tritium's attention_decode.
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
         compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
@@ -89,31 +89,32 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | Prefill | None = None,
         token_order: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Predict the token that follows each position.
 
         Args:
-            tokens: (B, T) int64. T plus the length of the cache is at most context_tokens.
+            tokens: (B, T) int64. T plus the longest length of the cache is at most context_tokens.
             targets: (B, T) int64, the tokens to predict; -100 is ignored.
             cu_seqlens: (documents + 1,) int32, on the device of tokens. The B T tokens are packed
                 documents; document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. Documents do
                 not attend to each other, and positions start at 0 in each. Default: B documents of
                 T tokens.
-            cache: keys and values of earlier tokens. The forward adds those of `tokens`.
+            cache: keys and values of earlier tokens. The forward adds those of `tokens`. With a
+                Prefill it does only that.
             token_order: (B T,) integers, the stable sort of the tokens laid end to end, for the
                 gradient of the embedding. Default: the backward sorts them.
-        Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats.
+        Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats; with a
+            Prefill None.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
         B, T = tokens.shape
-        past = 0 if cache is None else cache.length
-        self._check(past + T, cu_seqlens, cache)
+        self._check(T, cu_seqlens, cache)
 
         # embedding; its weight is also that of the head
-        is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
-        position = _positions(tokens, past, cu_seqlens)
+        position = _positions(tokens, cu_seqlens, cache)
+        is_plain = position.ndim == 1  # positions 0 ... T - 1 in each sequence
         has_table = self._position.has_table
         stream, head = embedding(
             tokens,
@@ -135,7 +136,9 @@ class GPT(nn.Module):
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
+            if cache.is_prefill:
+                return None
 
         # head. The padding rows of its weight never get probability
         y, _ = self.ln_f(branch, stream)
@@ -144,7 +147,8 @@ class GPT(nn.Module):
             return linear(y, head[:V].to(y.dtype)).view(B, T, V)
         return linear_cross_entropy(y, head, targets.flatten(), vocab_size=V)
 
-    def _check(self, length: int, cu_seqlens: Tensor | None, cache: KVCache | None) -> None:
+    def _check(self, T: int, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None) -> None:
+        length = T if cache is None else cache.longest + T
         if length > self.config.context_tokens:
             raise ValueError(
                 f"GPT: context_tokens is {self.config.context_tokens}, got {length} tokens; "
@@ -206,11 +210,15 @@ class GPT(nn.Module):
         )
 
 
-def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the position of each token: past + (0 ... T - 1), or (B, T) in its document."""
+def _positions(
+    tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None
+) -> Tensor:
+    """Return 0 ... T - 1, or (B, T), the position of each token in its document or sequence."""
     B, T = tokens.shape
+    if cache is not None:
+        return cache.positions(T)
     if cu_seqlens is None:
-        return torch.arange(past, past + T, device=tokens.device)
+        return torch.arange(T, device=tokens.device)
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=B * T)
     return (torch.arange(B * T, device=tokens.device) - starts).view(B, T)
 

@@ -27,7 +27,7 @@ from ..kernels import (
     swiglu_mlp,
 )
 from .attention import ATTENTIONS, AttentionRow
-from .generate import KVCache
+from .generation import KVCache, Prefill
 
 if TYPE_CHECKING:
     from .config import GPTConfig
@@ -50,7 +50,7 @@ class ForwardContext(NamedTuple):
     sizes: tuple[int, int]
     cu_seqlens: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
-    cache: KVCache | None = None
+    cache: KVCache | Prefill | None = None
     attention: AttentionRow = ATTENTIONS["tritium"]
 
 
@@ -215,10 +215,12 @@ class Attention(nn.Module):
             qk = rotary(qk, *context.rope)
         q, k = qk.split((self.n_head, self.kv_heads), dim=2)  # (B, T, H, K) and (B, T, G, K)
 
-        if context.cache is None:
+        lengths = None
+        if context.cache is not None:
+            k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
+        if lengths is None:
             o = context.attention.attend(q, k, v, context.cu_seqlens)
         else:
-            k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
             o = attention_decode(q, k, v, lengths)
         return self.c_proj.branch(o.reshape(len(x), -1))
 
