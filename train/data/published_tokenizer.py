@@ -50,7 +50,7 @@ def read_published(path: Path) -> "PublishedTokenizer":
     Raises: InputError if there is none, if it is damaged or not supported, or if a package of the
         extra `hf` is not installed.
     """
-    files = _files_in(path) if path.is_dir() else {}
+    files = files_in(path) if path.is_dir() else {}
     try:
         if path.is_dir() and not has_tokenizer(path):
             raise InputError("expected a folder with tokenizer.json, found none")
@@ -69,7 +69,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _files_in(folder: Path) -> dict[str, bytes]:
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Return the content of the tokenizer's files in a folder, by their names."""
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
@@ -85,7 +86,7 @@ def _convert(path: Path) -> dict[str, bytes]:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
         with tempfile.TemporaryDirectory() as temporary:
             found.save_pretrained(temporary)
-            return _files_in(Path(temporary))
+            return files_in(Path(temporary))
     except Exception as error:  # transformers raises many types for damaged files
         reason = str(error).strip().splitlines()
         raise InputError(

@@ -158,6 +158,11 @@ class Tokenizer:
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Ids of special tokens as a config.json names them, such as {"eos_token_id": 2}."""
+        return {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text}
+
     def render_chat(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:
