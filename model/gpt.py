@@ -205,7 +205,7 @@ class GPT(nn.Module):
             Path(folder),
             self.state_dict(),
             self.config,
-            end_of_text=end_of_text,
+            token_ids={"bos_token_id": end_of_text, "eos_token_id": end_of_text},
             max_shard_bytes=max_shard_bytes,
         )
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # torch.compile adds this to the names of a model that it compiled.
 _NANOGPT_PREFIX = "_orig_mod."
 
@@ -44,6 +45,7 @@ class Source:
     Attributes:
         family: the row of FAMILIES.
         config: the shape of the model.
+        token_ids: the ids of special tokens in its configuration, such as eos_token_id.
     """
 
     def __init__(self, path: Path, family: Family, fields: Fields, read: dict[str, Callable]):
@@ -60,6 +62,8 @@ class Source:
             raise InputError(
                 f"{path}: expected the configuration of a model, got something else ({error})"
             ) from None
+        named = {name: fields.get(name) for name in _TOKEN_IDS}
+        self.token_ids = {name: value for name, value in named.items() if value is not None}
         self._dtypes: dict[torch.dtype, str] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for name, function in read.items():
@@ -276,7 +280,7 @@ def write_folder(
     weights: dict[str, Tensor],
     config: GPTConfig,
     *,
-    end_of_text: int | None = None,
+    token_ids: Fields | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
@@ -286,7 +290,7 @@ def write_folder(
         folder: must not exist, or be empty.
         weights: by our parameter names.
         config: the shape.
-        end_of_text: id of the token between documents.
+        token_ids: bos_token_id, eos_token_id and others that generation needs.
         max_shard_bytes: largest size of a file of weights.
         add_files: writes more files into the folder that it is called with.
     Raises: InputError if the folder is in use, or if transformers has no such model.
@@ -302,7 +306,7 @@ def write_folder(
     try:
         temporary.mkdir(parents=True)
         dtype = _write_weights(temporary, tensors_of(weights, config, family), max_shard_bytes)
-        tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        tokens = token_ids or {}
         fields = {
             "model_type": kind,
             "architectures": [family.architecture],

@@ -9,13 +9,13 @@ import gc
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError, InterruptedRun
-from ..model import GPT
+from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
@@ -40,6 +40,10 @@ from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
 from .trainer import Trainer, quiet_collector
 
+# A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
+# the size of the vocabulary up to a multiple of 64, others to a multiple of 128.
+_PADDING_TOKENS = 128
+
 
 def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     """Train a new model. Rank 0 writes the folder `run`.
@@ -53,8 +57,8 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
-    model = world.run_on_all_ranks(lambda: _new_model(config, dataset))
-    world.on_rank0(lambda: claim_folder(run, config, dataset))
+    model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
+    world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
     return _train(config, run, model, dataset, execution, None)
 
 
@@ -67,7 +71,7 @@ def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
         lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
     )
     # The model it started from may be gone. The checkpoint has all weights.
-    model = _new_model(replace(record.train, init_from=None), dataset)
+    model = _new_model(record.train, record.model)
     return _train(record.train, run, model, dataset, execution, checkpoint)
 
 
@@ -130,32 +134,45 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
 def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
     """Raise InputError if the model to start from has another shape or another tokenizer."""
     trained = open_model(Path(config.init_from))
-    expected, found = trained.config, config.gpt(dataset.tokenizer.vocab_size)
-    if expected.vocab_size != found.vocab_size:
-        raise InputError(
-            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
-            f"{found.vocab_size}; use the tokenizer of the model"
-        )
+    expected = trained.config
+    found = config.gpt(expected.vocab_size)
     if expected != found:
         raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
-    if trained.tokenizer_file and trained.tokenizer().sha256 != dataset.tokenizer.sha256:
+    tokenizer = dataset.tokenizer
+    if trained.tokenizer_path is not None:
+        own = trained.tokenizer()
+        if own.sha256 != tokenizer.sha256:
+            raise InputError(
+                f"tokenizer: expected {own.name} of {config.init_from}, got {tokenizer.name} with "
+                "other tokens; leave `tokenizer` out"
+            )
+    elif not 0 <= expected.vocab_size - tokenizer.vocab_size < _PADDING_TOKENS:
         raise InputError(
-            f"tokenizer: expected {trained.tokenizer().name} of {config.init_from}, got "
-            f"{dataset.tokenizer.name} with other tokens; leave `tokenizer` out"
+            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
+            f"{tokenizer.vocab_size}; use the tokenizer of the model"
         )
 
 
-def _new_model(config: TrainConfig, dataset: Dataset) -> GPT:
+def _initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
     """Return a model with new weights, or the model to start from, in float32."""
-    options = {
+    if config.init_from is None:
+        return _new_model(config, config.gpt(dataset.tokenizer.vocab_size))
+    _check_initial_model(config, dataset)
+    torch.manual_seed(config.seed)
+    return open_model(Path(config.init_from)).load(**_model_options(config)).float()
+
+
+def _new_model(config: TrainConfig, shape: GPTConfig) -> GPT:
+    """Return a model with new weights."""
+    torch.manual_seed(config.seed)
+    return GPT(shape, **_model_options(config))
+
+
+def _model_options(config: TrainConfig) -> dict[str, str]:
+    return {
         "attention": config.execution.attention,
         "recompute": config.execution.recompute,
     }
-    torch.manual_seed(config.seed)
-    if config.init_from is not None:
-        _check_initial_model(config, dataset)
-        return open_model(Path(config.init_from)).load(**options).float()
-    return GPT(config.gpt(dataset.tokenizer.vocab_size), **options)
 
 
 def _train(
