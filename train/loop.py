@@ -17,12 +17,12 @@ import torch
 from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
+from ..model.generation import Sampling
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
 from .data.prepare import cache_dir, prepare
-from .data.tokenizer import Tokenizer
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
@@ -38,6 +38,7 @@ from .run.profile import check_profile_steps, profiled
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
+from .text import sample_text
 from .trainer import Trainer, quiet_collector
 
 # A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
@@ -73,31 +74,6 @@ def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     # The model it started from may be gone. The checkpoint has all weights.
     model = _new_model(record.train, record.model)
     return _train(record.train, run, model, dataset, execution, checkpoint)
-
-
-def sample_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    seed: int | None,
-    **options,
-) -> str:
-    """Return the prompt with the model's continuation, up to its end of text.
-
-    Args:
-        prompt: text to continue. Empty: the start of a document.
-        options: other arguments of GPT.generate.
-    """
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
-    device = model.wte.weight.device
-    tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
-    out = model.generate(
-        tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options
-    )
-    new = out[0, tokens.shape[1] :].tolist()
-    return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
 
 
 # --- before the first step
@@ -366,10 +342,12 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
         model,
         dataset.tokenizer,
         config.report.prompt,
-        max_new_tokens=config.report.sample_tokens,
-        temperature=0.8,
-        top_p=0.95,
-        seed=config.seed,
+        Sampling(
+            max_new_tokens=config.report.sample_tokens,
+            temperature=0.8,
+            top_p=0.95,
+            seed=config.seed,
+        ),
     )
     with open(run / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{text}\n")

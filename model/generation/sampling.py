@@ -52,6 +52,8 @@ class Sampling:
     """Sample from tokens with at least this fraction of the largest probability. None: from all."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that the sequence already has become less likely. 1: no penalty."""
+    vocab_size: int | None = None
+    """Choose only ids below this, if the tokenizer has fewer ids than the model. None: all ids."""
     seed: int | None = None
     """Sequence i of a batch has the seed `seed` + i. None: PyTorch's default generator chooses."""
     stop_tokens: tuple[int, ...] = ()
@@ -67,6 +69,7 @@ class Sampling:
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "positive and finite"),
+            "vocab_size": (self.vocab_size is None or self.vocab_size >= 1, "at least 1"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             "stop_tokens": (all(token >= 0 for token in self.stop_tokens), "ids of 0 or more"),
             "stop": ("" not in self.stop, "texts that are not empty"),
@@ -83,7 +86,7 @@ class Sampling:
     @property
     def filters(self) -> dict[str, float | None]:
         """The options on which the choice from given logits depends."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "vocab_size")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -108,11 +111,11 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling, seen: Tensor | Non
         seen: (B, V) bool, the tokens that each sequence has. Needed for a repetition penalty.
     Returns: (B,) int64.
     """
-    logits = logits.float()
+    logits = logits[:, : sampling.vocab_size].float()
     if sampling.has_penalty:
         penalty = sampling.repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, penalized, logits)
+        logits = torch.where(seen[:, : sampling.vocab_size], penalized, logits)
     if sampling.is_greedy:
         return logits.argmax(-1)
     # The largest logit becomes 0, so that dividing by a small temperature does not overflow.

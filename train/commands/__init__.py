@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train",
     "data": "data",
     "sample": "sample",
+    "chat": "chat",
     "export": "export",
     "plan": "plan",
     "info": "info",

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.model.models import LLAMA, SMALL, random_model
+from tritium.model.cost import cache_bytes
 from tritium.model.generation import KVCache, Prefill
 
 pytestmark = pytest.mark.plain
@@ -47,6 +50,14 @@ def test_prefill_writes_only_to_its_rows():
         model(torch.full((1, 6), 7), cache=Prefill(cache, torch.tensor([1])))
     assert torch.equal(cache.values[:, [0, 2], :2], before[:, [0, 2], :2])
     assert not torch.equal(cache.values[:, 1, :2], before[:, 1, :2])
+
+
+def test_cache_holds_the_bytes_of_the_formula():
+    model = random_model(replace(LLAMA, n_kv_head=2))
+    cache = KVCache(model.config, 3, capacity=10)
+    with torch.no_grad():
+        model(torch.ones(3, 1, dtype=torch.int64), cache=cache)
+    assert cache.keys.nbytes + cache.values.nbytes == cache_bytes(model.config, 3, 10, 4)
 
 
 def test_more_tokens_than_the_capacity_raise():
