@@ -11,6 +11,7 @@ Shapes     q, o: (B, T, H, K)   k, v: (B, T, G, K)
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +19,40 @@ from torch import Tensor
 
 from ..kernels import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
 
+if TYPE_CHECKING:
+    from .config import GPTConfig
+
+
+class AttentionOptions(NamedTuple):
+    """Options of an attention, as causal_attention takes them.
+
+    Args:
+        window: how many keys a query sees, itself included. None: all.
+        softcap: c > 0 replaces a score s by c tanh(s / c).
+        dropout_p: probability of dropping an attention weight.
+        seed: seed of the dropout mask, () int64, or None without dropout.
+    """
+
+    window: int | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRow:
     """An implementation that the option `attention` names."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """attend(q, k, v, cu_seqlens) returns o."""
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
+    """attend(q, k, v, cu_seqlens, options) returns o."""
     operators: tuple[str, ...]
     """How the names of its forward operators start. Selective checkpointing keeps their outputs."""
-    attend_packed: Callable[[Tensor, int, int, Tensor | None, Tensor | None], Tensor] | None = None
-    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias) returns o (B, T, H K). It reads
-    the output of the qkv layer without copies. Its backward gives the layer's bias its gradient.
-    None: the model splits qkv and calls `attend`."""
+    attend_packed: Callable[..., Tensor] | None = None
+    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias, options) returns o (B, T, H K).
+    It reads the output of the qkv layer without copies. Its backward gives the layer's bias its
+    gradient. None: the model splits qkv and calls `attend`."""
+    unsupported: tuple[str, ...] = ()
+    """Options of GPTConfig that it does not support: they must be 0."""
     needs: str | None = None
     """The module that must be installed."""
     needs_16_bit_cuda: bool = False
@@ -50,30 +72,60 @@ def choose_attention(name: str) -> AttentionRow:
     return row
 
 
-def _tritium(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def check_attention_options(name: str, config: "GPTConfig") -> None:
+    """Raise ValueError if an attention does not support an option of the model."""
+    for option in ATTENTIONS[name].unsupported if name in ATTENTIONS else ():
+        if getattr(config, option):
+            raise ValueError(
+                f"attention: expected tritium with {option} {getattr(config, option)}, got {name}, "
+                f"which does not support {option}"
+            )
+
+
+def _tritium(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> Tensor:
     if cu_seqlens is None:
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, **options._asdict())
     B, T = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return causal_attention_varlen(q, k, v, cu_seqlens, B * T).unflatten(0, (B, T))
+    o = causal_attention_varlen(q, k, v, cu_seqlens, B * T, **options._asdict())
+    return o.unflatten(0, (B, T))
 
 
 def _tritium_packed(
-    qkv: Tensor, n_head: int, n_kv_head: int, cu_seqlens: Tensor | None, added_bias: Tensor | None
+    qkv: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    added_bias: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     return causal_attention_qkvpacked(
-        qkv, n_head, n_kv_head=n_kv_head, cu_seqlens=cu_seqlens, added_bias=added_bias
+        qkv,
+        n_head,
+        n_kv_head=n_kv_head,
+        cu_seqlens=cu_seqlens,
+        added_bias=added_bias,
+        **options._asdict(),
     )
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    B, T = q.shape[:2]
     mask = None
     if cu_seqlens is not None:
-        B, T = q.shape[:2]
         token = torch.arange(B * T, device=q.device, dtype=cu_seqlens.dtype)
         document = torch.searchsorted(cu_seqlens, token, right=True).view(B, 1, T)
         is_same_document = document.transpose(1, 2) == document
         mask = is_same_document.tril().unsqueeze(1)  # (B, 1, T, T)
+    if options.window is not None:
+        token = torch.arange(T, device=q.device)
+        distance = token[:, None] - token
+        is_seen = (distance >= 0) & (distance < options.window)
+        mask = is_seen if mask is None else mask & is_seen
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(
@@ -82,14 +134,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return o.transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> Tensor:
     import flash_attn
 
+    # flash-attn counts the keys before the query's own, and takes -1 for all.
+    window = (-1, -1) if options.window is None else (options.window - 1, 0)
+    settings = {"causal": True, "window_size": window, "softcap": options.softcap}
     if cu_seqlens is None:
-        return flash_attn.flash_attn_func(q, k, v, causal=True)
+        return flash_attn.flash_attn_func(q, k, v, **settings)
     B, T = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    o = flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, T, T, causal=True)
+    o = flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, T, T, **settings)
     return o.unflatten(0, (B, T))
 
 
@@ -106,6 +163,7 @@ ATTENTIONS = {
             "aten::_scaled_dot_product_efficient",
             "aten::_scaled_dot_product_cudnn",
         ),
+        unsupported=("softcap",),
     ),
     "flash-attn": AttentionRow(
         attend=_flash,

@@ -13,10 +13,11 @@ _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """A decoder like GPT-2: pre-norm blocks, and a head that shares its weight with the embedding.
+    """A decoder like GPT-2 or Llama: pre-norm blocks.
 
     Raises: ValueError if a size is not positive, if d_model is not a multiple of n_head, if n_head
-        is not a multiple of n_kv_head, for an unknown choice, and for RoPE with an odd head size.
+        is not a multiple of n_kv_head, for an unknown choice, for a number out of range, and for
+        RoPE with an odd head size.
     """
 
     n_layer: int = 12
@@ -33,6 +34,10 @@ class GPTConfig:
     """Key and value heads per block. Default: n_head."""
     bias: bool = True
     """Whether linear layers and layer norms have a bias. RMS norm and SwiGLU never have one."""
+    qkv_bias: bool | None = None
+    """Whether the layer of queries, keys and values has a bias. Default: as `bias`."""
+    tied_head: bool = True
+    """Whether the head shares the embedding's weight. The head never has a bias."""
     position: Literal[tuple(POSITIONS)] = "learned"
     """learned: add a vector per position; rotary: rotate queries and keys (RoPE)."""
     norm: Literal[tuple(NORMS)] = "layer"
@@ -45,6 +50,14 @@ class GPTConfig:
     """Added to the variance in norms. Default: 1e-5 for layer norm, 1e-6 for RMS norm."""
     rope_base: float = 10_000.0
     """RoPE rotates pair i of a head by the angle position / rope_base^(2 i / head size)."""
+    qk_norm: bool = False
+    """Whether RMS norm, with a gain per element, scales each query and key before RoPE."""
+    window: int | None = None
+    """How many tokens a token attends to, itself included. Default: itself and all before it."""
+    softcap: float = 0.0
+    """c > 0 replaces an attention score s by c tanh(s / c). 0: scores stay as they are."""
+    head_softcap: float = 0.0
+    """c > 0 replaces a logit s of the head by c tanh(s / c). 0: logits stay as they are."""
 
     def __post_init__(self):
         for name in (
@@ -55,6 +68,7 @@ class GPTConfig:
             "context_tokens",
             "n_kv_head",
             "d_hidden",
+            "window",
         ):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -76,6 +90,10 @@ class GPTConfig:
         for name, value in (("norm_eps", self.eps), ("rope_base", self.rope_base)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"GPTConfig: {name} must be a positive number, got {value}")
+        for name in ("softcap", "head_softcap"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"GPTConfig: {name} must be 0 or more, and finite, got {value}")
         if POSITIONS[self.position].rotates and self.head_size % 2:
             raise ValueError(
                 f"GPTConfig: {self.position} positions need an even head size, "
@@ -86,6 +104,11 @@ class GPTConfig:
     def kv_heads(self) -> int:
         """Key and value heads per block."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the layer of queries, keys and values has a bias."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def head_size(self) -> int:
@@ -104,5 +127,5 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up. The model never predicts a padding row."""
+        """Rows of embedding and head: vocab_size rounded up. No padding row is ever predicted."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,11 +1,15 @@
 """The cost of a GPT, as formulas: parameters, FLOPs, bytes of activations and of a training step.
 
-    parameters   V D embedding + C D learned positions + D final norm, and per block
-                 2 D norms + D (D + 2 G K) qkv + D^2 projection + 2 D F MLP (SwiGLU: 3 D F).
+    parameters   V D embedding + V D head if it is untied + C D learned positions + D final norm,
+                 and per block 2 D norms + D (D + 2 G K) qkv + D^2 projection + 2 D F MLP (SwiGLU:
+                 3 D F) + 2 K norms of queries and keys (QK-norm).
                  A bias has as many elements as its layer has outputs. RMS norm and SwiGLU have none
-    FLOPs        6 (parameters - C D) + 12 L D T per token, forward and backward: 2 per
-                 multiply-add; the backward costs twice the forward. Attention counts all T keys per
-                 query, although causal kernels compute half of them. MFU uses this number
+    FLOPs        6 (parameters - lookups) + 12 L D S per token, forward and backward: 2 per
+                 multiply-add; the backward costs twice the forward. Lookups are the parameters that
+                 no matmul reads: C D positions, and V D of an embedding whose head is untied.
+                 Attention counts S = T keys per query, although causal kernels compute half of
+                 them. With a window of W < T it counts S = W (2 T - W) / T, which is in the same
+                 way twice the number of visible keys. MFU uses this number
     activations  activation_bytes: what autograd keeps between forward and backward
     step         step_bytes: all memory, at the moment of a step when it is largest
     generation   cache_bytes: keys and values of all tokens, 2 L B T G K elements
@@ -25,15 +29,20 @@ _ADAMW_STATE_BYTES = 8
 
 
 def parameters(config: GPTConfig) -> int:
-    """Return the number of parameters, without the padding rows of the embedding."""
+    """Return the number of parameters, without the padding rows of embedding and head."""
     D = config.d_model
     gains = config.n_layer * 2 * D + D
     biases = 0
     if config.bias:
         biases += gains if NORMS[config.norm].has_bias else 0
         mlp_outputs = config.d_feedforward + D if MLPS[config.mlp].has_bias else 0
-        biases += config.n_layer * (D + 2 * _kv_width(config) + D + mlp_outputs)
-    return config.vocab_size * D + positions(config) + matrices(config) + gains + biases
+        biases += config.n_layer * (D + mlp_outputs)
+    if config.has_qkv_bias:
+        biases += config.n_layer * (D + 2 * _kv_width(config))
+    if config.qk_norm:
+        gains += config.n_layer * 2 * config.head_size
+    tables = (1 if config.tied_head else 2) * config.vocab_size * D + positions(config)
+    return tables + matrices(config) + gains + biases
 
 
 def matrices(config: GPTConfig) -> int:
@@ -53,10 +62,25 @@ def _kv_width(config: GPTConfig) -> int:
     return config.kv_heads * config.head_size
 
 
+def matmul_parameters(config: GPTConfig) -> int:
+    """Return the number of parameters without those that are only looked up."""
+    lookups = 0 if config.tied_head else config.vocab_size * config.d_model
+    return parameters(config) - positions(config) - lookups
+
+
+def attended_keys(config: GPTConfig, tokens: int) -> int:
+    """Return twice the mean number of keys that a query of `tokens` sees, without rounding terms.
+
+    Without a window: `tokens`.
+    """
+    window = min(config.window or tokens, tokens)
+    return window * (2 * tokens - window) // tokens
+
+
 def flops_per_token(config: GPTConfig, tokens: int) -> int:
     """Return the FLOPs of forward and backward per token, in sequences of `tokens`."""
-    matmuls = 6 * (parameters(config) - positions(config))
-    return matmuls + 12 * config.n_layer * config.d_model * tokens
+    attention = 12 * config.n_layer * config.d_model * attended_keys(config, tokens)
+    return 6 * matmul_parameters(config) + attention
 
 
 def activation_bytes(
@@ -92,15 +116,19 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
 
     5 D          inputs of qkv, projection and MLP, and the residual stream that each norm reads
     D + 2 G K    q, k and v
-    D + G K      q and k after the rotation, with RoPE
+    D + G K      q and k after RoPE or QK-norm
     2 F          hidden tensors of the MLP
-    float32      statistics of two norms, and a log-sum-exp per query head
+    float32      statistics of two norms, a log-sum-exp per query head, and with QK-norm a
+                 statistic per query head and key head
     """
     D = config.d_model
     KV = _kv_width(config)
-    rotated = D + KV if POSITIONS[config.position].rotates else 0
-    elements = 5 * D + D + 2 * KV + rotated + 2 * config.d_feedforward
-    return elements * itemsize + 4 * (2 * NORMS[config.norm].statistics + config.n_head)
+    changes_qk = POSITIONS[config.position].rotates or config.qk_norm
+    elements = 5 * D + D + 2 * KV + (D + KV if changes_qk else 0) + 2 * config.d_feedforward
+    statistics = 2 * NORMS[config.norm].statistics + config.n_head
+    if config.qk_norm:
+        statistics += config.n_head + config.kv_heads
+    return elements * itemsize + 4 * statistics
 
 
 def _dropped_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
@@ -161,8 +189,9 @@ def step_bytes(
 
 
 def _weight_bytes(config: GPTConfig) -> int:
-    """Return the bytes of all float32 weights, with the padding rows of the embedding."""
-    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model
+    """Return the bytes of all float32 weights, with the padding rows of embedding and head."""
+    tables = 1 if config.tied_head else 2
+    padding = tables * (config.padded_vocab_size - config.vocab_size) * config.d_model
     return 4 * (parameters(config) + padding)
 
 
@@ -185,7 +214,11 @@ def _moments(
     scaled = itemsize * N * D + embedding
     head = (copies, before, activations, kept_head + max(logits, scaled), 0)
 
-    # 2. the backward of the last block
+    # 2. the backward of the last block. The gradient of a tied head is added to the embedding's at
+    # the end. That of an untied head is already added to earlier gradients, if there are any.
+    is_tied = config.tied_head
+    if not is_tied and accumulates:
+        scaled -= embedding
     recomputed = N * _dropped_bytes(config, itemsize, recompute)
     mlp = MLPS[config.mlp].backward_bytes(
         N, D, config.d_feedforward, itemsize, RECOMPUTATIONS[recompute].in_mlp
@@ -194,13 +227,14 @@ def _moments(
 
     # 3. the backward of the first block
     others = (config.n_layer - 1) / config.n_layer
-    gradients = before or int(others * (weights - embedding - 4 * positions(config)))
+    tables = embedding * (1 if is_tied else 2) + 4 * positions(config)
+    gradients = before or int(others * (weights - tables))
     first_block = (copies, gradients, int((1 - others) * activations), scaled, recomputed + mlp)
 
-    # 4. the end. The embedding's weight has two gradients: from the head, and from the lookup of
-    # tokens. Without accumulation, one of them is already counted in `weights`. Temporaries: the
-    # float32 gradient of the embedding's output.
-    extra_embeddings = 2 if accumulates else 1
+    # 4. the end. A tied embedding has two gradients: from the head, and from the lookup of tokens.
+    # An untied one has the latter. Without accumulation, one of them is already counted in
+    # `weights`. Temporaries: the float32 gradient of the embedding's output.
+    extra_embeddings = (2 if accumulates else 1) - (0 if is_tied else 1)
     end = (copies, weights, 0, embedding * extra_embeddings, 4 * N * D)
     return [head, last_block, first_block, end]
 

@@ -1,8 +1,8 @@
-"""A GPT like GPT-2 or Llama: pre-norm blocks; the embedding and the head share one weight.
+"""A GPT like GPT-2 or Llama: pre-norm blocks between an embedding and a head.
 
     stream     h = wte[token] + wpe[position]                RoPE: h = wte[token]
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))
-    head       logits = ln_f(h) @ wte.T
+    head       logits = ln_f(h) @ wte.T                      untied: ln_f(h) @ lm_head.T
 
 Modules have the names of the published GPT-2 checkpoints. A branch is the output of attention or of
 an MLP. A block returns its last branch without adding it to the stream. The next norm adds it, in
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import embedding, linear, linear_cross_entropy
-from .attention import choose_attention
+from .attention import check_attention_options, choose_attention
 from .config import GPTConfig
 from .generation import KVCache, Prefill, generate
 from .init import init_weights
@@ -60,13 +60,14 @@ class GPT(nn.Module):
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
         compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
-    Raises: ValueError if the attention is unknown or not installed, or if the mode of activation
-        checkpointing is unknown or does not fit the MLP.
+    Raises: ValueError if the attention is unknown, not installed or does not support an option of
+        the model, or if the mode of activation checkpointing is unknown or does not fit the MLP.
     """
 
     def __init__(self, config: GPTConfig, *, attention: str = "tritium", recompute: str = "none"):
         super().__init__()
         check_recompute(recompute, config)
+        check_attention_options(attention, config)
         self.config = config
         self.attention = choose_attention(attention)
         self.compute_dtype: torch.dtype | None = None
@@ -81,6 +82,9 @@ class GPT(nn.Module):
             for block in self.h:
                 block.mlp.recompute = True
         self.ln_f = NORMS[config.norm].module(config)
+        if not config.tied_head:
+            # An embedding and not a Linear: its weight stays float32, and Muon does not train it.
+            self.lm_head = _embedding(config.padded_vocab_size, config.d_model)
         init_weights(self, config.n_layer)
 
     def forward(
@@ -112,26 +116,16 @@ class GPT(nn.Module):
         B, T = tokens.shape
         self._check(T, cu_seqlens, cache)
 
-        # embedding; its weight is also that of the head
+        # embedding, and the weight of the head
         position = _positions(tokens, cu_seqlens, cache)
         is_plain = position.ndim == 1  # positions 0 ... T - 1 in each sequence
-        has_table = self._position.has_table
-        stream, head = embedding(
-            tokens,
-            self.wte.weight,
-            position=position if has_table and not is_plain else None,
-            position_weight=self.wpe.weight if has_table else None,
-            order=token_order,
-            dtype=self.compute_dtype,
-            return_weight=True,
-        )
+        stream, head = self._embed(tokens, None if is_plain else position, token_order)
         rope = None
         if self._position.rotates:
             rope = rope_tables(position, self.config.head_size, self.config.rope_base)
 
         # blocks
         branch = None
-        stream = stream.flatten(0, 1)
         context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention)
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
@@ -143,9 +137,31 @@ class GPT(nn.Module):
         # head. The padding rows of its weight never get probability
         y, _ = self.ln_f(branch, stream)
         V = self.config.vocab_size
-        if targets is None:
-            return linear(y, head[:V].to(y.dtype)).view(B, T, V)
-        return linear_cross_entropy(y, head, targets.flatten(), vocab_size=V)
+        softcap = self.config.head_softcap
+        if targets is not None:
+            return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
+        logits = linear(y, head[:V].to(y.dtype)).view(B, T, V)
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _embed(
+        self, tokens: Tensor, position: Tensor | None, order: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream (B T, D) before the blocks, and the weight of the head.
+
+        position: as in `embedding`. None: 0 ... T - 1 in each sequence.
+        """
+        has_table = self._position.has_table
+        options = {
+            "position": position if has_table else None,
+            "position_weight": self.wpe.weight if has_table else None,
+            "order": order,
+            "dtype": self.compute_dtype,
+        }
+        if not self.config.tied_head:
+            stream = embedding(tokens, self.wte.weight, **options)
+            return stream.flatten(0, 1), self.lm_head.weight
+        stream, head = embedding(tokens, self.wte.weight, **options, return_weight=True)
+        return stream.flatten(0, 1), head
 
     def _check(self, T: int, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None) -> None:
         length = T if cache is None else cache.longest + T

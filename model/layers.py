@@ -26,7 +26,7 @@ from ..kernels import (
     rotary,
     swiglu_mlp,
 )
-from .attention import ATTENTIONS, AttentionRow
+from .attention import ATTENTIONS, AttentionOptions, AttentionRow
 from .generation import KVCache, Prefill
 
 if TYPE_CHECKING:
@@ -187,6 +187,18 @@ def rope_tables(position: Tensor, head_size: int, base: float) -> tuple[Tensor, 
 # --- attention
 
 
+class HeadNorm(nn.Module):
+    """RMS norm of each head, with one gain (K,) for all heads."""
+
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.head_size))
+        self.eps = config.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key and value heads."""
 
@@ -194,35 +206,54 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.kv_heads = config.kv_heads
+        self.options = AttentionOptions(window=config.window, softcap=config.softcap)
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_size
-        self.c_attn = Linear(config.d_model, qkv_width, bias=config.bias)
+        self.c_attn = Linear(config.d_model, qkv_width, bias=config.has_qkv_bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
+        self.q_norm = HeadNorm(config) if config.qk_norm else None
+        self.k_norm = HeadNorm(config) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Branch:
         attend_packed = context.attention.attend_packed
-        if context.rope is None and context.cache is None and attend_packed is not None:
+        keeps_qkv = context.rope is None and context.cache is None and self.q_norm is None
+        if keeps_qkv and attend_packed is not None:
             # The backward of attention also computes the gradient of the bias of c_attn.
             qkv, added_bias = self.c_attn.branch(x)
             qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
-            o = attend_packed(qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias)
+            o = attend_packed(
+                qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias, self.options
+            )
             return self.c_proj.branch(o.flatten(0, 1))
 
-        # Split the heads, and rotate queries and keys together.
         qkv = self.c_attn(x).unflatten(0, context.sizes)
-        heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
-        qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
-        if context.rope is not None:
-            qk = rotary(qk, *context.rope)
-        q, k = qk.split((self.n_head, self.kv_heads), dim=2)  # (B, T, H, K) and (B, T, G, K)
-
+        q, k, v = self._split(qkv, context.rope)
         lengths = None
         if context.cache is not None:
             k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
         if lengths is None:
-            o = context.attention.attend(q, k, v, context.cu_seqlens)
+            o = context.attention.attend(q, k, v, context.cu_seqlens, self.options)
         else:
-            o = attention_decode(q, k, v, lengths)
+            window, softcap, *_ = self.options
+            o = attention_decode(q, k, v, lengths, window=window, softcap=softcap)
         return self.c_proj.branch(o.reshape(len(x), -1))
+
+    def _split(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (B, T, H, K), k and v (B, T, G, K), with q and k normalized and rotated."""
+        heads = qkv.unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))
+        if self.q_norm is None:
+            qk, v = heads.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
+            qk = qk if rope is None else rotary(qk, *rope)  # queries and keys together
+            return *qk.split((self.n_head, self.kv_heads), dim=2), v
+        # The norms need contiguous heads. With copies of all three, autograd can free qkv.
+        parts = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = (part.contiguous() for part in parts)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if rope is None:
+            return q, k, v
+        return rotary(q, *rope), rotary(k, *rope), v
 
 
 # --- MLPs

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ..errors import InputError, unknown_name
 from ..model import GPTConfig
-from ..model.attention import ATTENTIONS
+from ..model.attention import ATTENTIONS, check_attention_options
 from ..model.recompute import RECOMPUTATIONS, check_recompute
 from .optim import OPTIMIZERS
 from .precision import PRECISIONS
@@ -139,6 +139,7 @@ class TrainConfig:
             )
         try:
             check_recompute(self.execution.recompute, self.model)
+            check_attention_options(self.execution.attention, self.model)
         except ValueError as error:
             raise InputError(str(error)) from None
 

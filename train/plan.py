@@ -8,14 +8,15 @@ Memory     model/cost.step_bytes, which tests compare with measured peaks, plus 
 
 Step time  a range: the time at good rates and the time at poor rates. A rate is a fraction of a
            device's limit. Seconds on one GPU, for n tokens in m micro-batches; the model has P
-           parameters, and N without position embeddings:
+           parameters, and N without those that are only looked up:
     matmuls       6 N n / (rate x bf16 peak); plus 2 n per weight of the blocks for each
                   time that activation checkpointing recomputes them
-    attention     7 L D T n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each
-                  2 D T FLOPs over the visible half; plus 2 L D T n for each recomputation
+    attention     7 L D S n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each 2 D S
+                  FLOPs over the visible half; plus 2 L D S n for each recomputation. S = T, or
+                  less with a window: see model/cost.py
     activations   n (L D bytes + V bytes of logits) / (rate x memory bandwidth)
-    parameters    (P + weights of blocks + m (weights of blocks + head)) bytes / (rate x memory
-                  bandwidth), with AdamW's update for all optimizers
+    parameters    (P + weights of blocks + m (weights of blocks, embedding and head)) bytes / (rate
+                  x memory bandwidth), with AdamW's update for all optimizers
     all-reduce    2 (g - 1) / g 4 P bytes / (rate x one direction of the link): a float32 ring over
                   the g GPUs of a node. At good rates it overlaps the other terms; at poor rates
                   it is added to them
@@ -38,7 +39,13 @@ import torch
 from ..errors import InputError, unknown_name
 from ..kernels.core.device import CEILINGS, Ceiling, ceiling
 from ..model import PRESETS, GPTConfig
-from ..model.cost import matrices, parameters, positions, step_bytes
+from ..model.cost import (
+    attended_keys,
+    matmul_parameters,
+    matrices,
+    parameters,
+    step_bytes,
+)
 from ..model.recompute import RECOMPUTATIONS
 from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
@@ -82,9 +89,11 @@ _STEP_BYTES = (28 + 12, 28)
 # micro-batch.
 _CAST_BYTES = 6
 _ACCUMULATE_BYTES = 10
-# Bytes per weight of the head, which is the embedding, per micro-batch: cast the weight, scale its
-# float32 gradient, add it.
+# Bytes per weight of the head, per micro-batch: cast the weight, scale its float32 gradient, add
+# the gradient.
 _HEAD_BYTES = 6 + 8 + 12
+# Bytes per weight of an untied embedding, per micro-batch: write its gradient, add it.
+_LOOKUP_BYTES = 4 + 12
 # Rough numbers, only used to tell whether a step is launch-bound.
 _KERNELS_PER_LAYER = 40  # forward + backward
 _LAUNCH_SECONDS = 5e-6
@@ -199,8 +208,7 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
     P = parameters(model)
     L = model.n_layer
     D = model.d_model
-    T = plan.context_tokens
-    n = plan.sequences * T
+    n = plan.sequences * plan.context_tokens
     micro_batches = plan.sequences // plan.micro_batch
     matmul_flops = rates(MATMUL_RATES, known)[quality] * known.bf16_flops
     attention_flops = rates(_ATTENTION_RATES, known)[quality] * known.bf16_flops
@@ -209,14 +217,16 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
 
     # compute
     row = RECOMPUTATIONS[plan.recompute]
-    matmuls = 6 * (P - positions(model)) + 2 * row.extra_matmul_forwards * matrices(model)
-    attention = (7 + 2 * row.extra_attention_forwards) * L * D * T
+    matmuls = 6 * matmul_parameters(model) + 2 * row.extra_matmul_forwards * matrices(model)
+    keys = attended_keys(model, plan.context_tokens)
+    attention = (7 + 2 * row.extra_attention_forwards) * L * D * keys
     compute = n * matmuls / matmul_flops + n * attention / attention_flops
 
     # memory traffic
     activations = n * (L * D * _LAYER_BYTES[quality] + model.vocab_size * _LOGIT_BYTES[quality])
     update = P * _STEP_BYTES[quality] + matrices(model) * _CAST_BYTES
-    accumulate = matrices(model) * _ACCUMULATE_BYTES + model.vocab_size * D * _HEAD_BYTES
+    table_bytes = _HEAD_BYTES + (0 if model.tied_head else _LOOKUP_BYTES)
+    accumulate = matrices(model) * _ACCUMULATE_BYTES + model.vocab_size * D * table_bytes
     traffic = (activations + update + micro_batches * accumulate) / bandwidth
 
     all_reduce = 2 * (gpus - 1) / gpus * 4 * P / link

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.model import GPT
@@ -19,24 +18,33 @@ pytestmark = pytest.mark.plain
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """Install a stand-in for flash-attn: its two functions, with its signatures, by SDPA."""
+    """Install a stand-in for flash-attn: its two functions, with its signatures."""
     module = types.ModuleType("flash_attn")
     module.__spec__ = types.SimpleNamespace(name="flash_attn")
 
-    def flash_attn_func(q, k, v, *, causal):
+    def flash_attn_func(q, k, v, *, causal, window_size, softcap):
+        assert causal
+        T = q.shape[1]
+        before, after = window_size
+        token = torch.arange(T)
+        distance = token[:, None] - token
+        is_hidden = (distance < 0) | (distance > (T if before < 0 else before))
+        assert after == (-1 if before < 0 else 0)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        return o.transpose(1, 2)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        s = q @ k.mT / q.shape[-1] ** 0.5
+        s = softcap * torch.tanh(s / softcap) if softcap else s
+        return (s.masked_fill(is_hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
     ):
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
         assert max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max()
         outputs = []
         for start, stop in itertools.pairwise(cu_seqlens_q.tolist()):
             document = (None, slice(start, stop))
-            o = flash_attn_func(q[document], k[document], v[document], causal=causal)
+            o = flash_attn_func(q[document], k[document], v[document], **options)
             outputs.append(o[0])
         return torch.cat(outputs)
 
@@ -47,10 +55,22 @@ def flash_attn(monkeypatch):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize(
-    "config", [SMALL, LLAMA, replace(SMALL, n_kv_head=2)], ids=["gpt2", "llama", "grouped"]
+    "config",
+    [
+        SMALL,
+        LLAMA,
+        replace(SMALL, n_kv_head=2, window=3),
+        replace(SMALL, softcap=2.0),
+        replace(LLAMA, qk_norm=True),
+    ],
+    ids=["gpt2", "llama", "grouped_window", "softcap", "qk_norm"],
 )
 @pytest.mark.parametrize("bounds", [None, [0, 5, 12, 20, 24]], ids=["rows", "documents"])
 def test_implementations_give_the_same_loss_and_gradients(name, config, bounds, flash_attn):
+    if any(getattr(config, option) for option in ATTENTIONS[name].unsupported):
+        with pytest.raises(ValueError, match=f"got {name}, which does not support softcap"):
+            GPT(config, attention=name)
+        return
     baseline = random_model(config).double()
     model = GPT(config, attention=name).double()
     model.load_state_dict(baseline.state_dict())

@@ -21,8 +21,9 @@ LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
 
 
 def padding(config: GPTConfig) -> int:
-    """Return the elements of the embedding's padding rows."""
-    return (config.padded_vocab_size - config.vocab_size) * config.d_model
+    """Return the elements of the padding rows of embedding and head."""
+    tables = 1 if config.tied_head else 2
+    return tables * (config.padded_vocab_size - config.vocab_size) * config.d_model
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,42 @@ def test_flops_exclude_learned_positions_and_include_attention():
     assert flops_per_token(PRESETS["gpt2"], 1024) == expected
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tied_head": False},
+        {"qkv_bias": False},
+        {"bias": False, "qkv_bias": True},
+        {"qk_norm": True},
+        {"window": 3, "softcap": 1.0, "head_softcap": 1.0},
+    ],
+    ids=str,
+)
+def test_options_have_the_parameters_of_the_formula(options):
+    config = replace(SMALL, **options)
+    with torch.device("meta"):
+        model = GPT(config)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    assert elements - padding(config) == parameters(config)
+
+
+def test_flops_count_an_untied_embedding_as_a_lookup():
+    config = PRESETS["gpt2"]
+    untied = replace(config, tied_head=False)
+    assert parameters(untied) == parameters(config) + 50_257 * 768
+    assert flops_per_token(untied, 1024) == flops_per_token(config, 1024)
+
+
+@pytest.mark.parametrize("window", [1, 100, 1024, 5000])
+def test_flops_of_attention_count_twice_the_keys_that_a_window_shows(window):
+    """Within one key: the formula counts T keys without a window, and twice the mean is T + 1."""
+    config = replace(PRESETS["gpt2"], window=window)
+    without = flops_per_token(PRESETS["gpt2"], 1024) - 12 * 12 * 768 * 1024
+    keys = (flops_per_token(config, 1024) - without) / (12 * 12 * 768)
+    visible = sum(min(window, i + 1) for i in range(1024)) / 1024
+    assert abs(keys - 2 * visible) <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("config", "B", "T"),
@@ -60,9 +97,12 @@ def test_flops_exclude_learned_positions_and_include_attention():
         (replace(SMALL, bias=False), 2, 16),
         (LLAMA, 2, 16),
         (replace(SMALL, norm="rms"), 2, 16),
+        (replace(SMALL, tied_head=False, window=5, softcap=2.0, head_softcap=2.0), 2, 16),
+        (replace(SMALL, qk_norm=True), 2, 16),
+        (replace(LLAMA, qk_norm=True, qkv_bias=True), 2, 16),
         (GPTConfig(n_layer=1, n_head=2, d_model=64, vocab_size=128), 3, 7),
     ],
-    ids=["gpt2", "no_bias", "llama", "rms", "one_layer"],
+    ids=["gpt2", "no_bias", "llama", "rms", "capped", "qk_norm", "qk_norm_rotary", "one_layer"],
 )
 def test_activation_bytes_are_held_between_forward_and_backward(config, B, T, dtype):
     tokens = torch.randint(config.vocab_size, (B, T))

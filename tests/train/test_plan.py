@@ -93,6 +93,8 @@ def library_defaults():
         (WIDE, 8, 2),
         (LARGE_VOCABULARY, 4, 4),
         (LARGE_VOCABULARY, 4, 1),
+        (replace(LARGE_VOCABULARY, tied_head=False), 4, 4),
+        (replace(LARGE_VOCABULARY, tied_head=False), 4, 1),
         (LLAMA, 4, 4),
         (LLAMA, 4, 2),
     ],

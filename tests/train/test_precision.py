@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.plain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOKENS = torch.arange(32).view(4, 8) % 20
-LLAMA = {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False}
+LLAMA = {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": True}
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def test_auto_takes_16_bits_on_gpus_only(monkeypatch):
         choose_dtype("bfloat16", CUDA)
 
 
-def test_only_linear_layers_are_cast(model):
+def test_only_linear_layers_of_blocks_are_cast(model):
+    model = GPT(replace(model.config, tied_head=False))
     copy = working_copy(model, torch.bfloat16)
     for (name, mine), (same, wide) in zip(
         copy.named_parameters(), model.named_parameters(), strict=True

@@ -208,7 +208,7 @@ class ZeRO1(DDP):
 class FSDP(SingleProcess):
     """Weights, gradients and optimizer state divided among ranks: fully_shard.
 
-    The linear layers of a block are gathered in the run's dtype when the block runs. All other
+    Attention and the MLP of a block are gathered in the run's dtype when the block runs. All other
     parameters are gathered once per pass, in float32.
     """
 
@@ -238,7 +238,10 @@ class FSDP(SingleProcess):
             shard_layers(model, mesh["tensor"])
 
         model.compute_dtype = self.execution.dtype
-        narrow = MixedPrecisionPolicy(param_dtype=self.execution.dtype, reduce_dtype=torch.float32)
+        # Activations have the run's dtype already. The tables of RoPE stay float32.
+        narrow = MixedPrecisionPolicy(
+            param_dtype=self.execution.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         wide = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in model.h:
             layers = [block.attn, block.mlp]

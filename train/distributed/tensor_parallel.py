@@ -5,7 +5,7 @@
                      c_fc, c_gate: the rank's hidden columns
     columns divided  c_proj: the columns that read the rank's heads or hidden columns
     communication    per attention and MLP: the forward sums outputs, the backward sums gradients of
-                     inputs
+                     inputs, and of the gains of QK-norm
     on every rank    norms, embeddings, head and the bias of c_proj. Tensor rank 0 adds the bias.
                      The gradients of these parameters are equal on all ranks
 
@@ -66,7 +66,8 @@ def shard_layers(model: GPT, mesh: DeviceMesh) -> None:
                 local.n_head = layer.n_head // mesh.size()
                 local.kv_heads = layer.kv_heads // mesh.size()
             for name, linear in layer.named_children():
-                _shard_linear(linear, name, rows, mesh)
+                if name in _DIVIDED_DIM:
+                    _shard_linear(linear, name, rows, mesh)
             layer.forward = functools.partial(_forward, layer, local, mesh)
 
 
@@ -105,13 +106,19 @@ def _forward(layer: nn.Module, local: nn.Module, mesh: DeviceMesh, x: Tensor, *r
     for name, value in layer.named_parameters():
         if isinstance(value, DTensor):
             parameters[name] = value.to_local()
+        elif not name.endswith("bias"):
+            parameters[name] = _sum_gradient(value, mesh)
         elif mesh.get_local_rank() == 0:
             parameters[name] = value
         else:
             # The value is 0, because tensor rank 0 adds the bias. The gradient is as on that rank.
             parameters[name] = value - value.detach()
-    x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    x = x.to_local(grad_placements=[Partial()])
-    y, added_bias = functional_call(local, parameters, (x, *rest))
+    y, added_bias = functional_call(local, parameters, (_sum_gradient(x, mesh), *rest))
     y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
     return Branch(y.redistribute(placements=[Replicate()]).to_local(), added_bias)
+
+
+def _sum_gradient(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return `value`, which is the same on all ranks. Its gradient is the sum over ranks."""
+    everywhere = DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+    return everywhere.to_local(grad_placements=[Partial()])

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.plain
 
 STEPS = 20
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
-LLAMA = "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --micro-batch-size 2"
+ROTARY = replace(SHAPE, position="rotary", norm="rms", tied_head=False)
+LLAMA = (
+    "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --no-tied-head --qk-norm --window 20 "
+    "--qkv-bias True --micro-batch-size 2"
+)
 MODELS = {
     "gpt2": [],
     "micro_batches": ["--micro-batch-size", 2],
@@ -123,7 +127,8 @@ def test_a_run_matches_a_single_process(engine, once):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp-tensor"])
-def test_micro_batches_grouped_heads_and_compiled_code_match_a_single_process(engine, once):
+def test_micro_batches_options_and_compiled_code_match_a_single_process(engine, once):
+    """Grouped heads, an untied head, QK-norm, a window and biases of queries, keys and values."""
     assert_matches_single(
         once("llama", engine, compiled=engine != "fsdp-tensor"), once("llama", "single")
     )
@@ -205,12 +210,17 @@ def reduced(monkeypatch) -> list[torch.Tensor]:
 
 
 def engine_of(
-    name: str, *, size: int = 2, recompute: str = "none", precision: str = "float32"
+    name: str,
+    *,
+    size: int = 2,
+    recompute: str = "none",
+    precision: str = "float32",
+    shape: GPTConfig = SHAPE,
 ) -> SingleProcess:
     torch.manual_seed(0)
     world = World() if name == "single" else World(size=size, engine=name, is_distributed=True)
     execution = resolve(TrainConfig.from_options(precision=precision), world)
-    return ENGINES[name](GPT(SHAPE, recompute=recompute), execution)
+    return ENGINES[name](GPT(shape, recompute=recompute), execution)
 
 
 def backward(engine: SingleProcess, *, num_micro_batches: int = 3) -> torch.Tensor:
@@ -267,10 +277,14 @@ def one_rank():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recompute", RECOMPUTATIONS)
-def test_gradients_of_fsdp_match_one_process(recompute, precision, one_rank):
+@pytest.mark.parametrize(
+    ("shape", "recompute"),
+    [*((SHAPE, mode) for mode in RECOMPUTATIONS), (ROTARY, "block")],
+    ids=[*RECOMPUTATIONS, "rotary_untied"],
+)
+def test_gradients_of_fsdp_match_one_process(shape, recompute, precision, one_rank):
     """Over several micro-batches and steps. No hook stays on a gathered parameter."""
-    options = {"recompute": recompute, "precision": precision}
+    options = {"shape": shape, "recompute": recompute, "precision": precision}
     engines = [engine_of("fsdp", size=1, **options), engine_of("single", **options)]
     for _ in range(2):
         assert torch.equal(*map(backward, engines))
