@@ -140,7 +140,8 @@ class GPT(nn.Module):
         softcap = self.config.head_softcap
         if targets is not None:
             return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
-        logits = linear(y, head[:V].to(y.dtype)).view(B, T, V)
+        weight = head[:V].to(y.dtype) if cache is None else cache.cast_once(head[:V], y.dtype)
+        logits = linear(y, weight).view(B, T, V)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _embed(

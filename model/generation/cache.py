@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of a batch of sequences of different lengths.
 
+    The weights of the model must not change while a cache is in use.
+
     Args:
         config: the GPTConfig of the model.
         batch_size: number of sequences.
@@ -52,6 +54,7 @@ class KVCache:
         self._first_slots = torch.arange(batch_size, device=device)[:, None] * self.capacity
         self._slots: Tensor | None = None
         self._new_lengths: Tensor | None = None
+        self._head: Tensor | None = None
 
     @property
     def longest(self) -> int:
@@ -88,6 +91,18 @@ class KVCache:
         if self.keys is None:
             self.keys = k.new_empty(self._shape)
             self.values = k.new_empty(self._shape)
+
+    def cast_once(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight of the head in another dtype. The copy is made once.
+
+        A step of one token reads each weight once. Casting the head in each step would move more
+        bytes than all blocks in 16 bits.
+        """
+        if weight.dtype == dtype:
+            return weight
+        if self._head is None:
+            self._head = weight.to(dtype)
+        return self._head
 
     def advance(self, T: int) -> None:
         """Count T more tokens. The model calls it after its last layer."""

@@ -24,7 +24,7 @@ class Decoder:
     """Generate tokens for a batch of sequences, one token per sequence and step.
 
     Args:
-        model: a GPT. Its weights may change between steps, but not their addresses.
+        model: a GPT. Its weights must not change while the decoder is in use.
         batch_size: number of sequences.
         sampling: how tokens are chosen. Its seed, stops and number of tokens are not used here.
         capacity: largest number of tokens per sequence. Default: context_tokens of the model.

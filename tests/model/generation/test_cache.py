@@ -60,6 +60,15 @@ def test_cache_holds_the_bytes_of_the_formula():
     assert cache.keys.nbytes + cache.values.nbytes == cache_bytes(model.config, 3, 10, 4)
 
 
+def test_the_head_is_cast_once():
+    cache = KVCache(SMALL, 1)
+    weight = torch.randn(3, 2)
+    assert cache.cast_once(weight, torch.float32) is weight
+    cast = cache.cast_once(weight, torch.bfloat16)
+    assert torch.equal(cast, weight.bfloat16())
+    assert cache.cast_once(weight, torch.bfloat16) is cast
+
+
 def test_more_tokens_than_the_capacity_raise():
     message = "KVCache: expected at most 4 tokens, got 5; make a cache with a larger capacity"
     with pytest.raises(ValueError, match=message):
