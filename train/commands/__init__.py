@@ -9,6 +9,7 @@ COMMANDS = {
     "data": "data",
     "sample": "sample",
     "export": "export",
+    "import": "import_model",
     "plan": "plan",
     "info": "info",
 }
