@@ -23,6 +23,7 @@ from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import check_attention_options, choose_attention
 from .config import GPTConfig
 from .generation import KVCache, Prefill, generate
+from .hub import download, is_hub_name
 from .init import init_weights
 from .layers import MLPS, NORMS, POSITIONS, Attention, Branch, ForwardContext, rope_tables
 from .recompute import RECOMPUTATIONS, check_recompute
@@ -184,20 +185,23 @@ class GPT(nn.Module):
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         dtype: torch.dtype | None = None,
         attention: str = "tritium",
         recompute: str = "none",
     ) -> "GPT":
-        """Read a published model: a folder of transformers (GPT-2, Llama), or a file of nanoGPT.
+        """Read a published model of a family that _families.py lists.
 
         Args:
-            path: the folder or file.
+            path: a folder of transformers, a GGUF file, a checkpoint of nanoGPT, or owner/name on
+                huggingface.co. Quantized values of a GGUF file become float32.
+            revision: branch, tag or commit of owner/name.
             dtype: of the weights. Default: as in the file.
             attention, recompute: as for GPT.
         Returns: the model on the CPU.
         Raises: InputError if the folder is not a model that tritium has, or is damaged.
         """
-        source = open_source(Path(path))
+        source = open_source(download(path, revision) if is_hub_name(str(path)) else Path(path))
         with torch.device("meta"):
             model = cls(source.config, attention=attention, recompute=recompute)
         load_into(model, source)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
+from ._gguf import read_gguf
 from .config import GPTConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,12 @@ class Source:
         family: the row of FAMILIES.
         config: the shape of the model.
         token_ids: the ids of special tokens in its configuration, such as eos_token_id.
+        note: a sentence about values that change when they are read. None: no value changes.
+        has_tokenizer: whether the file of the weights also has a tokenizer.
     """
+
+    note: str | None = None
+    has_tokenizer: bool = False
 
     def __init__(self, path: Path, family: Family, fields: Fields, read: dict[str, Callable]):
         self.path = path
@@ -134,15 +140,23 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Open a Hugging Face folder, or the checkpoint file of nanoGPT.
+    """Open a Hugging Face folder, a GGUF file, or the checkpoint file of nanoGPT.
 
     Raises: InputError if it is neither, or if the architecture is not supported.
     """
+    if path.is_file() and path.suffix == ".gguf":
+        name, fields, read, note = read_gguf(path)
+        source = Source(path, FAMILIES[name], fields, read)
+        source.note = note
+        source.has_tokenizer = fields["has_tokenizer"]
+        return source
     if path.is_file():
         return _open_nanogpt(path)
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path}: expected a folder with config.json, or a file of nanoGPT")
+        raise InputError(
+            f"{path}: expected a folder with config.json, a GGUF file or a file of nanoGPT"
+        )
     try:
         fields = json.loads(file.read_bytes())
         kind = fields["model_type"]

@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "sample",
     "chat": "chat",
     "export": "export",
+    "import": "import_model",
     "plan": "plan",
     "info": "info",
 }

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         description="Write a trained model as a folder that transformers opens.",
     )
     trained = open_model(Path(options.model))
-    write_model(trained, Path(options.out), _model_card(trained), dtype=options.dtype)
+    write_model(trained, Path(options.out), model_card(trained), dtype=options.dtype)
     print(f"{options.out}: open it with AutoModelForCausalLM.from_pretrained({options.out!r})")
     return 0
 
@@ -64,6 +64,8 @@ def write_model(
     if isinstance(tokenizer, PublishedTokenizer):
         files = tokenizer.files
     model = trained.load()
+    if trained.note:
+        print(trained.note)
     if dtype != "auto":
         model.to(getattr(torch, dtype))
 
@@ -84,7 +86,7 @@ def write_model(
     )
 
 
-def _model_card(trained: SavedModel) -> str:
+def model_card(trained: SavedModel) -> str:
     """Return a README for the folder: what the model is, and how it was trained."""
     config = trained.config
     name = (trained.run or trained.path).resolve().name

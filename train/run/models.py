@@ -31,6 +31,8 @@ class SavedModel:
     """Folder of the run that trained it. None: the model is not from a run."""
     checkpoint: Path | None = None
     """Folder of the run's checkpoint."""
+    note: str | None = None
+    """A sentence about values that change when the weights are read."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
 
@@ -83,7 +85,7 @@ def open_model(path: Path) -> SavedModel:
     if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
         source = open_source(path)
         is_with_tokenizer = (
-            path.suffix == ".gguf"
+            source.has_tokenizer
             or (path / EXPORTED_TOKENIZER).is_file()
             or (path.is_dir() and has_tokenizer(path))
         )
@@ -92,6 +94,7 @@ def open_model(path: Path) -> SavedModel:
             config=source.config,
             tokenizer_path=path if is_with_tokenizer else None,
             token_ids=source.token_ids,
+            note=source.note,
         )
     return SavedModel(
         path=path,
