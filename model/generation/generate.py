@@ -92,6 +92,10 @@ def generate(
         sampling = _sampling(max_new_tokens, options)
     elif max_new_tokens is not None or options:
         raise ValueError("generate: expected `sampling` or its options, got both")
+    if isinstance(prompts, Tensor) and prompts.ndim != 2:
+        raise ValueError(
+            f"generate: expected prompts (B, T) or a list of prompts, got {tuple(prompts.shape)}"
+        )
     if sampling.stop and tokenizer is None:
         raise ValueError("generate: expected a tokenizer with the option stop, got none")
     decode_bytes = tokenizer.decode_bytes if sampling.stop else None
@@ -230,4 +234,4 @@ def _like(prompts: Any, sequences: list[list[int]]) -> Tensor | list[Tensor] | l
         ]
     longest = max(map(len, sequences), default=prompts.shape[-1])
     filled = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in sequences]
-    return prompts.new_tensor(filled).view(-1, longest)
+    return prompts.new_tensor(filled).view(len(filled), longest)

@@ -151,7 +151,7 @@ def _keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
     elif top_k < V:
         limits.append(logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True))
     if sampling.min_p:
-        limits.append(logits.new_tensor(math.log(sampling.min_p)))
+        limits.append(math.log(sampling.min_p))
     for limit in limits:
         logits = logits.masked_fill(logits < limit, -torch.inf)
     return logits

@@ -187,6 +187,7 @@ def test_result_has_the_type_of_the_prompts(model):
     tensors = model.generate(list(prompt), 4, temperature=0.0)
     assert torch.equal(torch.stack(tensors), expected)
     assert model.generate([], 4) == []
+    assert model.generate(prompt[:0], 4).shape == (0, 3)
     assert generate is function
 
 
@@ -205,6 +206,7 @@ def test_generation_works_under_autocast(model):
         ([[]], {}, "generate: expected a prompt of 1 to 16 tokens.*got 0; give a prompt"),
         ([[1] * 17], {}, "generate: expected a prompt of 1 to 16 tokens.*got 17; shorten it"),
         ([[50]], {}, "generate: expected token ids from 0 to 49, got 50 to 50"),
+        (torch.tensor([1, 2]), {}, r"expected prompts \(B, T\) or a list of prompts, got \(2,\)"),
         ([[1]], {"seeds": [1, 2]}, r"generate: expected a seed per sequence \(1\), got 2"),
         ([[1]], {"stop": ("a",)}, "generate: expected a tokenizer with the option stop"),
         ([[1]], {"topk": 1}, "generate: unknown option 'topk'; did you mean 'top_k'"),
