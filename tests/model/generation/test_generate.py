@@ -32,8 +32,12 @@ def uncached(model, prompt: list[int], sampling: Sampling) -> list[int]:
 
 @pytest.fixture(params=["learned", "rotary"])
 def model(request) -> GPT:
+    return random_model(replace(CONFIG, position=request.param))
+
+
+def random_model(config: GPTConfig) -> GPT:
     torch.manual_seed(0)
-    model = GPT(replace(CONFIG, position=request.param))
+    model = GPT(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
@@ -55,6 +59,15 @@ def test_cache_gives_the_tokens_of_full_forwards(model, options):
         seed = options.get("seed", 0) + i
         expected = uncached(model, prompt, Sampling(max_new_tokens=12, **{**options, "seed": seed}))
         assert out[i] == expected
+
+
+def test_cache_gives_the_tokens_of_full_forwards_with_window_softcap_and_qk_norm():
+    options = {"window": 5, "softcap": 3.0, "qk_norm": True, "position": "rotary"}
+    model = random_model(replace(CONFIG, **options, tied_head=False, head_softcap=9.0))
+    prompts = [[3], [1, 2, 3, 4, 5, 6]]
+    sampling = Sampling(temperature=0.0, max_new_tokens=10)
+    expected = [uncached(model, prompt, sampling) for prompt in prompts]
+    assert model.generate(prompts, sampling=sampling) == expected
 
 
 @pytest.mark.skipif(not TRAINED.exists(), reason="needs mgm-gpt2 in ../shared/data")
