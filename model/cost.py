@@ -14,6 +14,7 @@
     step         step_bytes: all memory, at the moment of a step when it is largest, except for the
                  blocks of scores and random numbers that the reference of attention makes for a
                  window, softcap or dropout. The kernels make none
+    generation   cache_bytes: keys and values of all tokens, 2 L B T G K elements
 
 Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forward width, H query
            heads, G key and value heads, K head size, B sequences, T tokens, N = B T
@@ -154,6 +155,11 @@ def _dropped_bytes(config: GPTConfig, itemsize: int, recompute: str) -> int:
 def _head_bytes(config: GPTConfig, rows: int, itemsize: int) -> int:
     """Return the bytes of the head's gradients, which its forward computes."""
     return cost(rows, config.d_model, config.padded_vocab_size, itemsize)["saved_bytes"]
+
+
+def cache_bytes(config: GPTConfig, batch: int, tokens: int, itemsize: int) -> int:
+    """Return the bytes of all keys and values during generation: 2 L B T G K elements."""
+    return 2 * config.n_layer * batch * tokens * _kv_width(config) * itemsize
 
 
 def step_bytes(

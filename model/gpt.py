@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import check_attention_options, choose_attention
 from .config import DROPOUTS, GPTConfig
-from .generate import KVCache, generate
+from .generation import KVCache, Prefill, generate
+from .hub import download, is_hub_name
 from .init import init_weights
 from .layers import (
     MLPS,
@@ -65,7 +66,7 @@ class GPT(nn.Module):
 
     Args:
         config: shape of the model.
-        attention: a row of ATTENTIONS. Generation with a cache always uses tritium's kernels.
+        attention: a row of ATTENTIONS. Tokens after a prompt always use tritium's attention_decode.
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
         compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
@@ -102,35 +103,36 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | Prefill | None = None,
         token_order: Tensor | None = None,
         dropout_seed: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Predict the token that follows each position.
 
         Args:
-            tokens: (B, T) int64. T plus the length of the cache is at most context_tokens.
+            tokens: (B, T) int64. T plus the longest length of the cache is at most context_tokens.
             targets: (B, T) int64, the tokens to predict; -100 is ignored.
             cu_seqlens: (documents + 1,) int32, on the device of tokens. The B T tokens are packed
                 documents; document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. Documents do
                 not attend to each other, and positions start at 0 in each. Default: B documents of
                 T tokens.
-            cache: keys and values of earlier tokens. The forward adds those of `tokens`.
+            cache: keys and values of earlier tokens. The forward adds those of `tokens`. With a
+                Prefill it does only that.
             dropout_seed: () int64 on the device of tokens. Elements are dropped only in training
                 mode and without a cache. Default: drawn from PyTorch's generator.
             token_order: (B T,) integers, the stable sort of the tokens laid end to end, for the
                 gradient of the embedding. Default: the backward sorts them.
-        Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats.
+        Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats; with a
+            Prefill None.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
         config = self.config
         B, T = tokens.shape
-        past = 0 if cache is None else cache.length
-        self._check(past + T, cu_seqlens, cache)
+        self._check(T, cu_seqlens, cache)
 
         # embedding, and the weight of the head
-        is_plain = past == 0 and cu_seqlens is None  # positions 0 ... T - 1 in each sequence
-        position = _positions(tokens, past, cu_seqlens)
+        position = _positions(tokens, cu_seqlens, cache)
+        is_plain = position.ndim == 1  # positions 0 ... T - 1 in each sequence
         seeds = self._seeds(dropout_seed, tokens.device) if cache is None else None
         stream, head = self._embed(tokens, None if is_plain else position, token_order, seeds)
         rope = None
@@ -152,7 +154,9 @@ class GPT(nn.Module):
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
+            if cache.is_prefill:
+                return None
 
         # head. The padding rows of its weight never get probability
         y, _ = self.ln_f(branch, stream, context.branch_dropout(3 * config.n_layer))
@@ -160,7 +164,8 @@ class GPT(nn.Module):
         softcap = config.head_softcap
         if targets is not None:
             return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
-        logits = linear(y, head[:V].to(y.dtype)).view(B, T, V)
+        weight = head[:V].to(y.dtype) if cache is None else cache.cast_once(head[:V], y.dtype)
+        logits = linear(y, weight).view(B, T, V)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _seeds(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
@@ -197,7 +202,8 @@ class GPT(nn.Module):
         stream, head = embedding(tokens, self.wte.weight, **options, return_weight=True)
         return stream.flatten(0, 1), head
 
-    def _check(self, length: int, cu_seqlens: Tensor | None, cache: KVCache | None) -> None:
+    def _check(self, T: int, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None) -> None:
+        length = T if cache is None else cache.longest + T
         if length > self.config.context_tokens:
             raise ValueError(
                 f"GPT: context_tokens is {self.config.context_tokens}, got {length} tokens; "
@@ -216,22 +222,23 @@ class GPT(nn.Module):
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         dtype: torch.dtype | None = None,
         attention: str = "tritium",
         recompute: str = "none",
     ) -> "GPT":
-        """Read a published model: a folder of transformers, or a file of nanoGPT.
-
-        The families are GPT-2, Llama, Mistral, Qwen2 and Qwen3.
+        """Read a published model of a family that _families.py lists.
 
         Args:
-            path: the folder or file.
+            path: a folder of transformers, a GGUF file, a checkpoint of nanoGPT, or owner/name on
+                huggingface.co. Quantized values of a GGUF file become float32.
+            revision: branch, tag or commit of owner/name.
             dtype: of the weights. Default: as in the file.
             attention, recompute: as for GPT.
         Returns: the model on the CPU, in evaluation mode, in which nothing is dropped.
         Raises: InputError if the folder is not a model that tritium has, or is damaged.
         """
-        source = open_source(Path(path))
+        source = open_source(download(path, revision) if is_hub_name(str(path)) else Path(path))
         with torch.device("meta"):
             model = cls(source.config, attention=attention, recompute=recompute)
         load_into(model, source)
@@ -257,16 +264,20 @@ class GPT(nn.Module):
             Path(folder),
             self.state_dict(),
             self.config,
-            end_of_text=end_of_text,
+            token_ids={"bos_token_id": end_of_text, "eos_token_id": end_of_text},
             max_shard_bytes=max_shard_bytes,
         )
 
 
-def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the position of each token: past + (0 ... T - 1), or (B, T) in its document."""
+def _positions(
+    tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None
+) -> Tensor:
+    """Return 0 ... T - 1, or (B, T), the position of each token in its document or sequence."""
     B, T = tokens.shape
+    if cache is not None:
+        return cache.positions(T)
     if cu_seqlens is None:
-        return torch.arange(past, past + T, device=tokens.device)
+        return torch.arange(T, device=tokens.device)
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=B * T)
     return (torch.arange(B * T, device=tokens.device) - starts).view(B, T)
 

@@ -28,7 +28,7 @@ from ..kernels import (
     swiglu_mlp,
 )
 from .attention import ATTENTIONS, AttentionOptions, AttentionRow
-from .generate import KVCache
+from .generation import KVCache, Prefill
 
 if TYPE_CHECKING:
     from .config import GPTConfig
@@ -54,7 +54,7 @@ class ForwardContext(NamedTuple):
     sizes: tuple[int, int]
     cu_seqlens: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
-    cache: KVCache | None = None
+    cache: KVCache | Prefill | None = None
     attention: AttentionRow = ATTENTIONS["tritium"]
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -295,10 +295,12 @@ class Attention(nn.Module):
 
         qkv = self.c_attn(x).unflatten(0, context.sizes)
         q, k, v = self._split(qkv, context.rope)
-        if context.cache is None:
+        lengths = None
+        if context.cache is not None:
+            k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
+        if lengths is None:
             o = context.attention.attend(q, k, v, context.cu_seqlens, options)
         else:
-            k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
             o = attention_decode(q, k, v, lengths, window=self.window, softcap=self.softcap)
         return self.c_proj.branch(o.reshape(len(x), -1))
 

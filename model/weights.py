@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
+from ._gguf import read_gguf
 from .config import GPTConfig
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights with padding rows. All families name the head alike, without a prefix.
 _HEAD = "lm_head.weight"
 _TABLES = ("wte.weight", _HEAD)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # torch.compile adds this to the names of a model that it compiled.
 _NANOGPT_PREFIX = "_orig_mod."
 
@@ -47,7 +49,13 @@ class Source:
     Attributes:
         family: the row of FAMILIES.
         config: the shape of the model.
+        token_ids: the ids of special tokens in its configuration, such as eos_token_id.
+        note: a sentence about values that change when they are read. None: no value changes.
+        has_tokenizer: whether the file of the weights also has a tokenizer.
     """
+
+    note: str | None = None
+    has_tokenizer: bool = False
 
     def __init__(self, path: Path, family: Family, fields: Fields, read: dict[str, Callable]):
         self.path = path
@@ -63,6 +71,8 @@ class Source:
             raise InputError(
                 f"{path}: expected the configuration of a model, got something else ({error})"
             ) from None
+        named = {name: fields.get(name) for name in _TOKEN_IDS}
+        self.token_ids = {name: value for name, value in named.items() if value is not None}
         self._dtypes: dict[torch.dtype, str] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for name, function in read.items():
@@ -133,15 +143,23 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Open a Hugging Face folder, or the checkpoint file of nanoGPT.
+    """Open a Hugging Face folder, a GGUF file, or the checkpoint file of nanoGPT.
 
     Raises: InputError if it is neither, or if the architecture is not supported.
     """
+    if path.is_file() and path.suffix == ".gguf":
+        name, fields, read, note = read_gguf(path)
+        source = Source(path, FAMILIES[name], fields, read)
+        source.note = note
+        source.has_tokenizer = fields["has_tokenizer"]
+        return source
     if path.is_file():
         return _open_nanogpt(path)
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path}: expected a folder with config.json, or a file of nanoGPT")
+        raise InputError(
+            f"{path}: expected a folder with config.json, a GGUF file or a file of nanoGPT"
+        )
     try:
         fields = json.loads(file.read_bytes())
         kind = fields["model_type"]
@@ -281,7 +299,7 @@ def write_folder(
     weights: dict[str, Tensor],
     config: GPTConfig,
     *,
-    end_of_text: int | None = None,
+    token_ids: Fields | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
@@ -291,7 +309,7 @@ def write_folder(
         folder: must not exist, or be empty.
         weights: by our parameter names.
         config: the shape.
-        end_of_text: id of the token between documents.
+        token_ids: bos_token_id, eos_token_id and others that generation needs.
         max_shard_bytes: largest size of a file of weights.
         add_files: writes more files into the folder that it is called with.
     Raises: InputError if the folder is in use, or if transformers has no such model.
@@ -307,7 +325,7 @@ def write_folder(
     try:
         temporary.mkdir(parents=True)
         dtype = _write_weights(temporary, tensors_of(weights, config, family), max_shard_bytes)
-        tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        tokens = token_ids or {}
         fields = {
             "model_type": kind,
             "architectures": [family.architecture],

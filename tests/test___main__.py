@@ -36,7 +36,7 @@ def test_help_imports_no_torch(tmp_path):
 def test_help_lists_every_command(capsys):
     assert dispatch(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("train", "data", "sample", "plan", "bench", "info"):
+    for name in ("train", "data", "sample", "chat", "plan", "bench", "info"):
         assert f"tritium {name}" in out
     for words in ([], ["help"]):
         dispatch(words)

@@ -1,7 +1,9 @@
 """README's and docs/training.md's commands work. The first two blocks are the ones that CI runs."""
 
+import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from tritium import kernels
 from tritium.__main__ import dispatch
 from tritium.train.commands import train as train_command
+from tritium.train.commands.chat import ChatOptions
 from tritium.train.commands.cli import run
+from tritium.train.commands.sample import SampleOptions
 from tritium.train.config import PART_OF
 from tritium.train.distributed.launch import Launch
 from tritium.train.recipes import RECIPES
@@ -39,6 +43,8 @@ TINY_OPTIONS = {
 }  # fmt: skip
 
 
+# Options of commands whose options the text names, besides those in PART_OF.
+OPTIONS = (Launch, SampleOptions, ChatOptions)
 SHAPE_OPTIONS = ("tokenizer", "n-layer", "n-head", "d-model", "context-tokens")
 
 
@@ -92,7 +98,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_train_resume_and_sample_run(folder):
+def test_train_resume_sample_and_chat_run(folder, monkeypatch):
     shown = [command for command in COMMANDS if command.startswith("tritium train")]
     assert len(shown) == 5
     for command in shown:
@@ -111,6 +117,9 @@ def test_train_resume_and_sample_run(folder):
         assert run(dispatch, words) == 0, command
     sample = next(command for command in COMMANDS if command.startswith("tritium sample"))
     assert run(dispatch, [*shlex.split(sample)[1:], "--max-new-tokens", "2"]) == 0
+    chat = next(command for command in COMMANDS if command.startswith("tritium chat"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n"))
+    assert run(dispatch, shlex.split(chat)[1:]) == 0
     export = next(command for command in COMMANDS if command.startswith("tritium export"))
     assert run(dispatch, shlex.split(export)[1:]) == 0
 
@@ -156,11 +165,13 @@ def test_options_named_in_the_text_are_parsed(parse_train):
     assert ("--recompute", "") in options
     for option, placeholder in options:
         name, *values = option.split()
-        if placeholder == "MODEL":  # test_train_resume_and_sample_run has one
+        if placeholder == "MODEL":  # test_train_resume_sample_and_chat_run has one
             continue
         if not values and not placeholder:
             field = name.removeprefix("--").replace("-", "_")
-            assert field in PART_OF or field in Launch.__dataclass_fields__, name
+            assert field in PART_OF or any(field in cls.__dataclass_fields__ for cls in OPTIONS), (
+                name
+            )
             continue
         parse_train(["laptop", name, *(values or ["2"])])
 

@@ -81,7 +81,7 @@ class TrainConfig:
     data: tuple[str, ...] = ("stdlib",)
     """Text to train on: a dataset of `tritium data build`, files, folders, stdlib or python."""
     tokenizer: str | None = None
-    """bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE. A dataset has its own."""
+    """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER or bpe:SIZE. A dataset has its own."""
     held_out: float = 0.1
     """Fraction of the text held out for validation, when the run builds the dataset."""
     seed: int = 1337

@@ -9,20 +9,20 @@ import gc
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError, InterruptedRun
-from ..model import GPT
+from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
+from ..model.generation import Sampling
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
 from .data.prepare import cache_dir, prepare
-from .data.tokenizer import Tokenizer
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
@@ -38,7 +38,12 @@ from .run.profile import check_profile_steps, profiled
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
+from .text import sample_text
 from .trainer import Trainer, quiet_collector
+
+# A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
+# the size of the vocabulary up to a multiple of 64, others to a multiple of 128.
+_PADDING_TOKENS = 128
 
 
 def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
@@ -53,8 +58,8 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
-    model = world.run_on_all_ranks(lambda: _new_model(config, dataset))
-    world.on_rank0(lambda: claim_folder(run, config, dataset))
+    model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
+    world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
     return _train(config, run, model, dataset, execution, None)
 
 
@@ -67,33 +72,8 @@ def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
         lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
     )
     # The model it started from may be gone. The checkpoint has all weights.
-    model = _new_model(replace(record.train, init_from=None), dataset)
+    model = _new_model(record.train, record.model)
     return _train(record.train, run, model, dataset, execution, checkpoint)
-
-
-def sample_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    seed: int | None,
-    **options,
-) -> str:
-    """Return the prompt with the model's continuation, up to its end of text.
-
-    Args:
-        prompt: text to continue. Empty: the start of a document.
-        options: other arguments of GPT.generate.
-    """
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
-    device = model.wte.weight.device
-    tokens = torch.tensor([ids[-model.config.context_tokens :]], device=device)
-    out = model.generate(
-        tokens, max_new_tokens, seed=seed, stop_token=tokenizer.end_of_text, **options
-    )
-    new = out[0, tokens.shape[1] :].tolist()
-    return prompt + tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
 
 
 # --- before the first step
@@ -131,35 +111,47 @@ def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
     """Raise InputError if the model to start from has another shape or another tokenizer."""
     trained = open_model(Path(config.init_from))
     # Dropout is an option of the run, not of the model.
-    found = config.gpt(dataset.tokenizer.vocab_size)
+    found = config.gpt(trained.config.vocab_size)
     expected = trained.config.with_dropout_of(found)
-    if expected.vocab_size != found.vocab_size:
-        raise InputError(
-            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
-            f"{found.vocab_size}; use the tokenizer of the model"
-        )
     if expected != found:
         raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
-    if trained.tokenizer_file and trained.tokenizer().sha256 != dataset.tokenizer.sha256:
+    tokenizer = dataset.tokenizer
+    if trained.tokenizer_path is not None:
+        own = trained.tokenizer()
+        if own.sha256 != tokenizer.sha256:
+            raise InputError(
+                f"tokenizer: expected {own.name} of {config.init_from}, got {tokenizer.name} with "
+                "other tokens; leave `tokenizer` out"
+            )
+    elif not 0 <= expected.vocab_size - tokenizer.vocab_size < _PADDING_TOKENS:
         raise InputError(
-            f"tokenizer: expected {trained.tokenizer().name} of {config.init_from}, got "
-            f"{dataset.tokenizer.name} with other tokens; leave `tokenizer` out"
+            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
+            f"{tokenizer.vocab_size}; use the tokenizer of the model"
         )
 
 
-def _new_model(config: TrainConfig, dataset: Dataset) -> GPT:
+def _initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
     """Return a model with new weights, or the model to start from, in float32."""
-    options = {
+    if config.init_from is None:
+        return _new_model(config, config.gpt(dataset.tokenizer.vocab_size))
+    _check_initial_model(config, dataset)
+    torch.manual_seed(config.seed)
+    model = open_model(Path(config.init_from)).load(**_model_options(config)).float()
+    model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
+    return model.train()
+
+
+def _new_model(config: TrainConfig, shape: GPTConfig) -> GPT:
+    """Return a model with new weights."""
+    torch.manual_seed(config.seed)
+    return GPT(shape, **_model_options(config))
+
+
+def _model_options(config: TrainConfig) -> dict[str, str]:
+    return {
         "attention": config.execution.attention,
         "recompute": config.execution.recompute,
     }
-    torch.manual_seed(config.seed)
-    if config.init_from is not None:
-        _check_initial_model(config, dataset)
-        model = open_model(Path(config.init_from)).load(**options).float()
-        model.config = config.gpt(dataset.tokenizer.vocab_size)
-        return model.train()
-    return GPT(config.gpt(dataset.tokenizer.vocab_size), **options)
 
 
 def _train(
@@ -353,10 +345,12 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
         model,
         dataset.tokenizer,
         config.report.prompt,
-        max_new_tokens=config.report.sample_tokens,
-        temperature=0.8,
-        top_p=0.95,
-        seed=config.seed,
+        Sampling(
+            max_new_tokens=config.report.sample_tokens,
+            temperature=0.8,
+            top_p=0.95,
+            seed=config.seed,
+        ),
     )
     with open(run / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{text}\n")

@@ -47,26 +47,37 @@ def reference(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """Return o in q's dtype."""
-    (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
-    _check_length_values(cache_lengths, S)
-    # Which keys each token sees.
-    keys = torch.arange(S, device=q.device)
-    position = (cache_lengths.long() - T)[:, None] + torch.arange(T, device=q.device)
-    ahead = position[:, None, :, None] - keys  # (B, 1, T, S)
-    seen = (ahead >= 0) & (ahead < window)
-    # Softmax of the scores. Query heads (B, G, H / G, T, K), key heads (B, G, 1, S, K).
-    heads = wide(q).unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)
-    k, v = (wide(x).permute(0, 2, 1, 3).unsqueeze(2) for x in (k_cache, v_cache))
-    s = heads @ k.mT * scale
+    """Return o in q's dtype.
+
+    One sequence at a time, because each has its own number of keys. Later keys are not read.
+    """
+    lengths = cache_lengths.tolist()
+    _check_length_values(lengths, k_cache.shape[1])
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for b, length in enumerate(lengths):
+        k, v = k_cache[b, :length], v_cache[b, :length]
+        o[b] = _attend(q[b], k, v, scale, window, softcap)
+    return o
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """Return o (T, H, K) of one sequence in at least float32. k and v are (S, G, K)."""
+    (T, H, K), (S, G) = q.shape, k.shape[:2]
+    # The query heads of a key head and their tokens become its rows, (G, H / G T, K).
+    rows = wide(q).view(T, G, H // G, K).permute(1, 2, 0, 3).reshape(G, -1, K)
+    k, v = (wide(x).transpose(0, 1) for x in (k, v))
+    s = rows @ k.mT * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
-    p = torch.softmax(s.masked_fill(~seen[:, :, None], -math.inf), -1)
-    p = p.masked_fill(~seen.any(-1, keepdim=True)[:, :, None], 0.0)
-    # The unused end of a cache may hold NaN, which would survive a multiplication by 0.
-    unused = (keys >= cache_lengths[:, None])[:, None, None, :, None]
-    o = p @ v.masked_fill(unused, 0.0)
-    return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, K).to(q.dtype).contiguous()
+    if T == 1 and window >= S:
+        o = s.softmax(-1) @ v if S else torch.zeros_like(rows)  # the token sees all keys
+    else:
+        position = torch.arange(S - T, S, device=q.device)
+        ahead = position[:, None] - torch.arange(S, device=q.device)
+        seen = ((ahead >= 0) & (ahead < window)).repeat(H // G, 1)
+        p = s.masked_fill(~seen, -math.inf).softmax(-1)
+        o = p.masked_fill(~seen.any(-1, keepdim=True), 0.0) @ v
+    return o.view(G, H // G, T, K).permute(2, 0, 1, 3).reshape(T, H, K)
 
 
 def shapes(
@@ -82,14 +93,10 @@ def shapes(
     return q.new_empty(q.shape)
 
 
-def _check_length_values(cache_lengths: Tensor, S: int) -> None:
-    """Check that lengths are in [0, S], if that needs no synchronization."""
-    if not can_read_values(cache_lengths):
-        return
-    if ((cache_lengths < 0) | (cache_lengths > S)).any():
+def _check_length_values(lengths: list[int], S: int) -> None:
+    if any(not 0 <= length <= S for length in lengths):
         raise ValueError(
-            f"attention_decode: cache_lengths must be from 0 to the cache's {S}, "
-            f"got {cache_lengths.tolist()[:20]}"
+            f"attention_decode: cache_lengths must be from 0 to the cache's {S}, got {lengths[:20]}"
         )
 
 
@@ -235,7 +242,8 @@ def launch(
 ) -> Tensor:
     """Kernel counterpart of `reference`."""
     (B, T, H, K), (S, G) = q.shape, k_cache.shape[1:3]
-    _check_length_values(cache_lengths, S)
+    if can_read_values(cache_lengths):
+        _check_length_values(cache_lengths.tolist(), S)
     p = plan(B, T, S, H, G, K, q.element_size(), sm_count(q.device))
     o = shapes(q, k_cache, v_cache, cache_lengths, scale, window, softcap)
     partial = o
@@ -268,7 +276,20 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[
 
 # --- operator
 
-_decode = define_op("attention_decode", launch=launch, reference=reference, shapes=shapes)
+
+def _needs_no_operator(*_) -> bool:
+    """Without gradients, eager code may call the reference directly. That takes less time."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+_decode = define_op(
+    "attention_decode",
+    launch=launch,
+    reference=reference,
+    shapes=shapes,
+    composite=reference,
+    composite_if=_needs_no_operator,
+)
 
 
 @public

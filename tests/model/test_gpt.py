@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.kernels.embedding import order_of
 from tritium.model import GPT, GPTConfig
-from tritium.model.generate import KVCache
+from tritium.model.generation import KVCache
 
 EMBEDDING = sys.modules[order_of.__module__]._fwd
 V = SMALL.vocab_size
@@ -263,7 +263,7 @@ def test_packed_documents_with_a_cache_raise():
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="GPT: expected cu_seqlens or a cache, got both"):
-        random_model()(tokens, cu_seqlens=cu_seqlens, cache=KVCache(SMALL))
+        random_model()(tokens, cu_seqlens=cu_seqlens, cache=KVCache(SMALL, 1))
 
 
 # --- the weight that the embedding and the head share

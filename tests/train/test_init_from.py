@@ -62,7 +62,7 @@ def test_models_that_do_not_fit_are_one_line(tiny, options, tritium, error_of, t
     assert "got 2; leave it out" in line
     words = ("--tokenizer", "chars", "--prompt", "the")
     line = error_of(*options, *words, *second, tmp_path / "run")
-    assert "--tokenizer: expected 257 tokens, as in" in line
+    assert "--tokenizer: expected bytes of" in line
     other = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=100, context_tokens=16)
     GPT(other).save_pretrained(tmp_path / "published")
     line = error_of(*options, "--tokenizer", "bytes", *second, tmp_path / "published")

@@ -8,7 +8,9 @@ COMMANDS = {
     "train": "train",
     "data": "data",
     "sample": "sample",
+    "chat": "chat",
     "export": "export",
+    "import": "import_model",
     "plan": "plan",
     "info": "info",
 }

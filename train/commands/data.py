@@ -26,7 +26,7 @@ class DataOptions:
     ]
     """Files and folders of txt, md, py, jsonl, jsonl.gz, parquet; stdlib: Python's standard library; python: also its installed packages."""  # noqa: E501 - --help keeps line breaks
     tokenizer: str = DEFAULT_TOKENIZER
-    """bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE."""
+    """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER of a published model, or bpe:SIZE."""
     held_out: float = 0.1
     """Fraction of the documents held out for validation."""
     text_field: str = "text"

@@ -1,6 +1,5 @@
 """tritium export: write a trained model as a folder that transformers opens."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +10,13 @@ import tyro
 
 from ...model.cost import parameters
 from ...model.weights import write_folder
+from ..data.published_tokenizer import PublishedTokenizer, files_in
+from ..data.tokenizer import EXPORTED_TOKENIZER
 from ..data.transformers_tokenizer import save_for_transformers
 from ..run.folder import read_run
 from ..run.metrics import read_metrics
-from ..run.models import EXPORTED_TOKENIZER, SavedModel, open_model
+from ..run.models import SavedModel, open_model
 from .cli import parse
-
-# Files of tokenizers in folders of transformers. They are copied as they are.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +24,7 @@ class ExportOptions:
     """Options of `tritium export`."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run, a checkpoint, a folder of transformers, or a checkpoint file of nanoGPT."""
+    """A run, a checkpoint, a folder of transformers, a GGUF file, or a checkpoint of nanoGPT."""
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
     """New folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -50,35 +39,54 @@ def main(argv: Sequence[str]) -> int:
         prog="tritium export",
         description="Write a trained model as a folder that transformers opens.",
     )
-    out = Path(options.out)
     trained = open_model(Path(options.model))
-    tokenizer = trained.tokenizer() if trained.tokenizer_file else None
+    write_model(trained, Path(options.out), model_card(trained), dtype=options.dtype)
+    print(f"{options.out}: open it with AutoModelForCausalLM.from_pretrained({options.out!r})")
+    return 0
+
+
+def write_model(
+    trained: SavedModel, out: Path, card: str, *, dtype: str = "auto", spec: str | None = None
+) -> None:
+    """Write a model, its tokenizer and its model card as a folder of transformers, or nothing.
+
+    Args:
+        out: must not exist, or be empty.
+        card: content of README.md.
+        dtype: of the weights. auto: as they are.
+        spec: another tokenizer than the model's own, see `from_spec`.
+    Raises: InputError if the folder is in use, or if transformers has no such model.
+    """
+    # Copy the files in a folder of transformers as they are, even if tritium cannot read them.
+    files = files_in(trained.path) if spec is None and trained.is_folder_of_transformers else {}
+    has_tokenizer = spec is not None or trained.tokenizer_path is not None
+    tokenizer = trained.tokenizer(spec) if has_tokenizer and not files else None
+    if isinstance(tokenizer, PublishedTokenizer):
+        files = tokenizer.files
     model = trained.load()
-    if options.dtype != "auto":
-        model.to(getattr(torch, options.dtype))
+    if trained.note:
+        print(trained.note)
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
 
     def add_files(folder: Path) -> None:
-        if tokenizer:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        if tokenizer and not files:
             save_for_transformers(tokenizer, folder, model.config.context_tokens)
             tokenizer.save(folder / EXPORTED_TOKENIZER)
-        elif trained.path.is_dir():
-            for name in _TOKENIZER_FILES:
-                if (trained.path / name).is_file():
-                    shutil.copyfile(trained.path / name, folder / name)
-        (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(
         out,
         model.state_dict(),
         model.config,
-        end_of_text=tokenizer.end_of_text if tokenizer else None,
+        token_ids=(tokenizer.token_ids if tokenizer else {}) | trained.token_ids,
         add_files=add_files,
     )
-    print(f"{out}: open it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
-    return 0
 
 
-def _model_card(trained: SavedModel) -> str:
+def model_card(trained: SavedModel) -> str:
     """Return a README for the folder: what the model is, and how it was trained."""
     config = trained.config
     name = (trained.run or trained.path).resolve().name

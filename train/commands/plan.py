@@ -9,7 +9,7 @@ import tyro
 
 from ...errors import InputError
 from ...kernels.core.device import CEILINGS
-from ...model.cost import flops_per_token, parameters
+from ...model.cost import cache_bytes, flops_per_token, parameters
 from ...model.recompute import RECOMPUTATIONS
 from ..distributed.engines import ENGINES
 from ..distributed.world import World
@@ -71,6 +71,7 @@ def describe(plan: Plan, name: str, price: float | None) -> list[str]:
     machine = plan.machine
     where = machine.name if machine.gpus == 1 else f"{machine.gpus} x {machine.name}"
     micro_batches = plan.sequences // plan.micro_batch
+    cache = cache_bytes(model, 1, plan.context_tokens, machine.itemsize)
     return [
         f"{name} on {where}: {_verdict(plan)}",
         "",
@@ -78,6 +79,8 @@ def describe(plan: Plan, name: str, price: float | None) -> list[str]:
         f"vocabulary of {model.vocab_size:,}",
         f"step       {plan.tokens_per_step:,} tokens; on each device {micro_batches} x "
         f"{plan.micro_batch} sequences of {plan.context_tokens:,} tokens",
+        f"generation {_size(cache)} of keys and values per sequence of {plan.context_tokens:,} "
+        f"tokens in {8 * machine.itemsize} bits",
         "",
         *_describe_memory(plan),
         "",

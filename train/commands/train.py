@@ -136,13 +136,13 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
                 "leave it out"
             )
     has_tokenizer = any(word.startswith("--tokenizer") for word in argv)
-    if trained.tokenizer_file is None and config.tokenizer is not None and not has_tokenizer:
+    if trained.tokenizer_path is None and config.tokenizer is not None and not has_tokenizer:
         raise InputError(
             f"--tokenizer: expected the tokenizer of {config.init_from}, which has "
             f"{trained.config.vocab_size} tokens, got none; the model came without one"
         )
-    if trained.tokenizer_file is not None and config.tokenizer is not None and not has_tokenizer:
-        config = replace(config, tokenizer=str(trained.tokenizer_file))
+    if trained.tokenizer_path is not None and config.tokenizer is not None and not has_tokenizer:
+        config = replace(config, tokenizer=str(trained.tokenizer_path))
     return replace(config, model=shape)
 
 

@@ -1,6 +1,7 @@
 """Build a dataset folder: read documents, split, encode on all cores, write shards.
 
-End-of-text follows each document. The splits are made in one of two ways.
+End-of-text follows each document. A published tokenizer's start tokens, such as Llama's, precede
+it. The splits are made in one of two ways.
 
 100 documents or more: a document is held out if the hash of its text, as a fraction, is below
 `held_out`. The choice depends on the text of the document only, not on other documents or on order.
@@ -81,7 +82,8 @@ def build(
             tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
         )
         writers = {split: _SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
-        _write_tokens(writers, _assign_splits(corpus, documents, held_out), made)
+        parts = _assign_splits(corpus, documents, held_out, made.can_cut)
+        _write_tokens(writers, parts, made)
 
         info = DatasetInfo(
             format_version=FORMAT_VERSION,
@@ -184,15 +186,21 @@ class _Part(NamedTuple):
 
 
 def _assign_splits(
-    corpus: Corpus, documents: Callable[[str], Iterator[Document]], held_out: float
+    corpus: Corpus,
+    documents: Callable[[str], Iterator[Document]],
+    held_out: float,
+    can_cut: bool,
 ) -> Iterator[_Part]:
-    """Assign each document to the splits and cut it into parts that threads can encode."""
+    """Assign each document to the splits and cut it into parts that threads can encode.
+
+    Args: can_cut: whether the tokenizer encodes the parts of a document as it does the document.
+    """
     lengths = _lengths_if_few(corpus)
     if lengths is None:
         for document in documents("tokenizing"):
             is_held_out = int.from_bytes(document.digest[:8], "big") < held_out * 2**64
             split = "val" if is_held_out else "train"
-            yield from _parts(split, document.text, add_end=True)
+            yield from _parts(split, document.text, can_cut, add_end=True)
         return
 
     train_characters = int(sum(lengths) * (1 - held_out))  # still to assign to train
@@ -201,8 +209,8 @@ def _assign_splits(
         tail = document.text[train_characters:]
         train_characters -= len(head)
         is_last = number == len(lengths)
-        yield from _parts("train", head, add_end=not is_last and not tail)
-        yield from _parts("val", tail, add_end=not is_last)
+        yield from _parts("train", head, can_cut, add_end=not is_last and not tail)
+        yield from _parts("val", tail, can_cut, add_end=not is_last)
 
 
 def _lengths_if_few(corpus: Corpus) -> list[int] | None:
@@ -215,10 +223,10 @@ def _lengths_if_few(corpus: Corpus) -> list[int] | None:
     return lengths
 
 
-def _parts(split: str, text: str, add_end: bool) -> Iterator[_Part]:
+def _parts(split: str, text: str, can_cut: bool, add_end: bool) -> Iterator[_Part]:
     if not text:
         return
-    texts = list(cut(text, _PART_CHARACTERS))
+    texts = list(cut(text, _PART_CHARACTERS)) if can_cut else [text]
     last = len(texts) - 1
     for i, part in enumerate(texts):
         yield _Part(split, part, i == 0, add_end and i == last)
@@ -278,6 +286,8 @@ class _SplitWriter:
     def add(self, part: _Part, ids: np.ndarray) -> None:
         self._info.documents += part.starts_document
         self._info.bytes += len(part.text) if part.text.isascii() else len(part.text.encode())
+        if part.starts_document:
+            self._append(np.array(self._tokenizer.start_tokens, dtype=ids.dtype))
         self._append(ids)
         if part.ends_document:
             self._append(np.array([self._tokenizer.end_of_text], dtype=ids.dtype))

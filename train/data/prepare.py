@@ -62,14 +62,17 @@ def prepare(
 
 
 def _same_tokenizer(info: DatasetInfo, spec: str) -> bool:
-    if needs_corpus(spec) or info.tokenizer == spec:
+    if needs_corpus(spec):
         return info.tokenizer == spec
-    return from_spec(spec, list).sha256 == info.tokenizer_sha256
+    # Compare files and folders by their content: their names do not tell. gpt2 is a download.
+    is_same_download = spec == info.tokenizer == "gpt2"
+    return is_same_download or from_spec(spec, list).sha256 == info.tokenizer_sha256
 
 
 def _spec_identity(spec: str) -> str:
-    """The content of a tokenizer file, or the spec itself."""
-    return from_spec(spec, list).sha256 if spec.endswith((".tiktoken", ".json")) else spec
+    """Return the hash of a tokenizer in a file or folder, or the spec itself."""
+    is_name = needs_corpus(spec) or spec in ("bytes", "gpt2")
+    return spec if is_name else from_spec(spec, list).sha256
 
 
 def cache_dir() -> Path:

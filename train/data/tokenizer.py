@@ -5,12 +5,14 @@
     gpt2           OpenAI's 50,257 tokens (tiktoken downloads them once)
     FILE.tiktoken  ranks in tiktoken's file format, with GPT-2's split pattern, then end-of-text
     FILE.json      the tokenizer.json of a run or a dataset
+    FOLDER         the tokenizer of a published model (published_tokenizer.py), or of an export
     bpe:4096       byte pairs learned from the corpus; 4,096 ids, the last is end-of-text
 
-A tokenizer is a list of byte strings, its pieces. The id of a piece is its index in the list, and
-the last piece is end-of-text. A byte-pair tokenizer also has the pattern that splits text before
-pairs are merged. `sha256` covers this definition and `tokenizer.json` stores it. `<|endoftext|>` in
-a text is encoded like any other text. Only build.py inserts the end-of-text id, between documents.
+A tokenizer is a list of byte strings, its pieces. The id of a piece is its index in the list. In
+tritium's own tokenizers the last piece is end-of-text; a published tokenizer names its id. A
+byte-pair tokenizer also has the pattern that splits text before pairs are merged. `sha256` covers
+this definition and `tokenizer.json` stores it. `<|endoftext|>` in a text is encoded like any other
+text. Only build.py inserts the end-of-text id, between documents.
 
 rustbpe learns byte pairs and tiktoken applies them. rustbpe gives tiktoken's ranks directly, its
 wheel is 1.1 MB and runs on Python 3.10 to 3.13, and it learns the same vocabulary on any number of
@@ -20,7 +22,6 @@ cores of an AMD EPYC, November 2026, with 12 MB of Python and 4,096 tokens: lear
 """
 
 import base64
-import binascii
 import functools
 import hashlib
 import json
@@ -33,6 +34,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..files import write_whole
+from ._vocabularies import download_gpt2, learn_bpe, learn_chars, read_ranks, single_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:4096"
@@ -55,24 +57,35 @@ _SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
 # tiktoken fails on a run of 1,000,000 spaces. Such text is encoded in parts of this length.
 _STEP_CHARACTERS = 1 << 19
 _SMALLEST_BPE = 258  # 256 bytes, one merge, end-of-text
+_FORMAT = "tritium tokenizer"
 _KINDS = ("bytes", "chars", "bpe")
-_SPECS = "bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE"
+_SPECS = "bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER or bpe:SIZE"
+# The tokenizer in a folder that `tritium export` wrote. tokenizer.json is transformers' there.
+EXPORTED_TOKENIZER = "tritium_tokenizer.json"
 
 
 class Tokenizer:
     """Encode text to ids and decode ids to text. Made by `from_spec` or `Tokenizer.load`.
 
     Attributes:
-        kind: "bytes", "chars" or "bpe".
+        kind: "bytes", "chars", "bpe" or "published".
         name: the spec without folders. It is shown to users and is not part of `sha256`.
         pieces: the bytes of each id. Ids are in [0, vocab_size).
         pattern: the split pattern of a "bpe" tokenizer, otherwise "".
         vocab_size: number of ids, end-of-text included.
-        end_of_text: the last id.
+        end_of_text: id of the token between documents.
+        start_tokens: ids that the model expects before a text. Only published tokenizers have them.
+        stop_tokens: ids that end an answer. The first is end_of_text.
+        chat_template: the Jinja template that turns messages into text. None: there is none.
+        can_cut: whether `cut` gives parts that can be encoded separately.
         dtype: numpy uint16 if all ids fit, otherwise uint32.
-        sha256: 64 hex digits, the hash of kind, pattern and pieces. Tokenizers with equal hashes
-            give equal ids for every text.
+        sha256: 64 hex digits, the hash of the definition. Tokenizers with equal hashes give equal
+            ids for every text.
     """
+
+    start_tokens: Sequence[int] = ()
+    chat_template: str | None = None
+    can_cut: bool = True
 
     def __init__(self, kind: str, name: str, pieces: Sequence[bytes], pattern: str = ""):
         self.kind = kind
@@ -81,27 +94,31 @@ class Tokenizer:
         self.pattern = pattern
         self.vocab_size = len(self.pieces)
         self.end_of_text = self.vocab_size - 1
+        self.stop_tokens: Sequence[int] = (self.end_of_text,)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.sha256 = _definition_sha256(kind, pattern, self.pieces)
-        encoders = {"bytes": _bytes_encoder, "chars": _chars_encoder, "bpe": _bpe_encoder}
-        self._encode: Callable[[str], np.ndarray] = encoders[kind](self)
+        self.sha256 = self._definition_sha256()
+        self._encode = self._make_encoder()
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name}, {self.vocab_size} tokens, {self.sha256[:12]})"
+
+    def _definition_sha256(self) -> str:
+        return hash_parts(self.kind.encode(), self.pattern.encode(), *self.pieces)
+
+    def _make_encoder(self) -> Callable[[str], np.ndarray]:
+        """Return a function from text without lone surrogates to ids of any unsigned dtype."""
+        encoders = {"bytes": _bytes_encoder, "chars": _chars_encoder, "bpe": _bpe_encoder}
+        return encoders[self.kind](self)
 
     def encode(self, text: str) -> np.ndarray:
         """Convert text to ids.
 
         A lone surrogate is encoded as U+FFFD, and `<|endoftext|>` like any other text.
 
-        Returns: (tokens,) of `dtype`.
+        Returns: (tokens,) of `dtype`, without `start_tokens`.
         Raises: InputError if the tokenizer is "chars" and a character is not in the vocabulary.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._encode(text).astype(self.dtype, copy=False)
+        return self._encode(without_surrogates(text)).astype(self.dtype, copy=False)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Encode each text, as `encode` does, on `threads` threads.
@@ -141,64 +158,125 @@ class Tokenizer:
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Ids of special tokens as a config.json names them, such as {"eos_token_id": 2}."""
+        return {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text}
+
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Turn messages into text by the chat template. `encode_rendered` encodes this text.
+
+        Args:
+            messages: dictionaries with "role" (system, user, assistant) and "content".
+            add_generation_prompt: whether to add the words that begin an answer.
+        Raises: InputError if there is no template, or if the template raises an error.
+        """
+        raise InputError(f"chat: expected a tokenizer with a chat template, {self.name} has none")
+
+    def encode_rendered(self, text: str) -> np.ndarray:
+        """Convert text to ids as `encode` does. The names of special tokens become their ids.
+
+        Only a published tokenizer has special tokens that a text can name.
+        """
+        return self.encode(text)
+
     def save(self, path: Path | str) -> None:
         """Write the definition as one JSON file: the whole file or nothing."""
         definition = {
-            "format": "tritium tokenizer",
+            "format": _FORMAT,
             "version": FORMAT_VERSION,
             "kind": self.kind,
             "name": self.name,
             "vocab_size": self.vocab_size,
             "end_of_text": self.end_of_text,
             "sha256": self.sha256,
-            "pattern": self.pattern,
-            "pieces": [base64.b64encode(piece).decode() for piece in self.pieces],
+            **self._content(),
         }
         write_whole(path, [json.dumps(definition, indent=0).encode()])
 
+    def _content(self) -> dict:
+        """Return the fields from which `_from_content` makes the tokenizer again."""
+        pieces = [base64.b64encode(piece).decode() for piece in self.pieces]
+        return {"pattern": self.pattern, "pieces": pieces}
+
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote, a folder of transformers or a GGUF file.
 
         Raises: InputError if the file is not a tokenizer, has another version or was changed;
             OSError if it cannot be read.
         """
+        path = Path(path)
+        if (path / EXPORTED_TOKENIZER).is_file():
+            path = path / EXPORTED_TOKENIZER
+        if path.is_dir() or path.suffix == ".gguf":
+            from .published_tokenizer import read_published
+
+            return read_published(path)
         try:
-            definition = json.loads(Path(path).read_bytes())
+            definition = json.loads(path.read_bytes())
+            if definition["format"] != _FORMAT:
+                raise KeyError("format")
             version = definition["version"]
             if version != FORMAT_VERSION:
                 raise InputError(
                     f"{path}: expected tokenizer version {FORMAT_VERSION}, got {version}; "
                     "use the tritium version that wrote it"
                 )
-            pieces = [base64.b64decode(piece, validate=True) for piece in definition["pieces"]]
-            kind, name, pattern, stored = (
-                str(definition[key]) for key in ("kind", "name", "pattern", "sha256")
-            )
+            return _from_definition(definition, path)
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: expected a tokenizer.json of tritium, got something else ({error!r})"
+                f"{path}: expected a tokenizer.json of tritium, got something else ({error!r}); "
+                "for another program's, give its folder"
             ) from None
-        found = _definition_sha256(kind, pattern, pieces)
-        if kind not in _KINDS or found != stored:
-            raise InputError(
-                f"{path}: damaged: expected sha256 {stored[:12]}, got {found[:12]}; "
-                "copy or build it again"
-            )
-        return cls(kind, name, pieces, pattern)
 
 
-def _definition_sha256(kind: str, pattern: str, pieces: Sequence[bytes]) -> str:
-    """Hash each part after its length, so that two definitions never give the same bytes."""
+def _from_definition(definition: dict, path: Path) -> Tokenizer:
+    kind, name, stored = (str(definition[key]) for key in ("kind", "name", "sha256"))
+    if kind == "published":
+        from .published_tokenizer import PublishedTokenizer
+
+        files = {file: base64.b64decode(text) for file, text in definition["files"].items()}
+        tokenizer = PublishedTokenizer(name, files)
+        _check_sha256(tokenizer.sha256, stored, path)
+        return tokenizer
+    pieces = [base64.b64decode(piece, validate=True) for piece in definition["pieces"]]
+    pattern = str(definition["pattern"])
+    found = hash_parts(kind.encode(), pattern.encode(), *pieces)
+    _check_sha256(found if kind in _KINDS else "", stored, path)
+    return Tokenizer(kind, name, pieces, pattern)
+
+
+def _check_sha256(found: str, stored: str, path: Path) -> None:
+    if found != stored:
+        raise InputError(
+            f"{path}: damaged: expected sha256 {stored[:12]}, got {found[:12]}; "
+            "copy or build it again"
+        )
+
+
+def hash_parts(*parts: bytes) -> str:
+    """Hash each part after its length, so that different parts never give the same bytes."""
     digest = hashlib.sha256()
-    for part in (kind.encode(), pattern.encode(), *pieces):
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
-# --- encoders: text without lone surrogates to ids of any unsigned dtype
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# --- encoders of tritium's own tokenizers
 
 
 def _bytes_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
@@ -254,7 +332,7 @@ def _bpe_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
 def cut(text: str, characters: int) -> Iterator[str]:
     """Cut text into parts that can be encoded separately.
 
-    The ids of the parts, joined, are the ids of the text, for every tokenizer.
+    The ids of the parts, joined, are the ids of the text, for every tokenizer with `can_cut`.
 
     Args:
         text: any text.
@@ -292,23 +370,23 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Make the tokenizer that `spec` names. The top of this file lists the specs.
 
     Args:
-        spec: bytes, chars, gpt2, FILE.tiktoken, FILE.json or bpe:SIZE.
+        spec: bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER or bpe:SIZE.
         texts: returns the documents, which are read one at a time. Called once if
             `needs_corpus(spec)`, otherwise never.
     Returns: the same tokenizer for the same texts, on any number of threads.
     Raises: InputError for an unknown spec, a bad file, a failed download, a vocabulary size below
         258, or a corpus too small for the vocabulary; OSError if the file cannot be read.
     """
+    end = END_OF_TEXT.encode()
     if spec == "bytes":
-        return Tokenizer("bytes", spec, [*_single_bytes(), END_OF_TEXT.encode()])
+        return Tokenizer("bytes", spec, [*single_bytes(), end])
     if spec == "chars":
-        return _learn_chars(texts())
+        return Tokenizer("chars", spec, [*learn_chars(texts()), end])
     if spec == "gpt2":
-        return _download_gpt2()
+        return Tokenizer("bpe", spec, [*download_gpt2(), end], GPT2_PATTERN)
     if spec.endswith(".tiktoken"):
-        pieces = [*_read_ranks(Path(spec)), END_OF_TEXT.encode()]
-        return Tokenizer("bpe", Path(spec).name, pieces, GPT2_PATTERN)
-    if spec.endswith(".json"):
+        return Tokenizer("bpe", Path(spec).name, [*read_ranks(Path(spec)), end], GPT2_PATTERN)
+    if spec.endswith((".json", ".gguf")) or Path(spec).is_dir():
         return Tokenizer.load(spec)
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
@@ -317,81 +395,6 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
                 f"tokenizer {spec}: expected a vocabulary size of {_SMALLEST_BPE} or more "
                 f"(256 bytes, one merge, end-of-text), got {size!r}; try bpe:4096, or bytes"
             )
-        return _learn_bpe(int(size), texts())
+        pieces = learn_bpe(int(size), texts(), LEARNED_PATTERN)
+        return Tokenizer("bpe", spec, [*pieces, end], LEARNED_PATTERN)
     raise InputError(f"tokenizer: expected {_SPECS}, got {spec!r}")
-
-
-def _single_bytes() -> list[bytes]:
-    return [bytes([i]) for i in range(256)]
-
-
-def _learn_chars(texts: Iterable[str]) -> Tokenizer:
-    found: set[str] = set()
-    for text in texts:
-        found.update(text)
-    if not found:
-        raise InputError("tokenizer chars: expected a corpus with characters, got none; add text")
-    pieces = [character.encode() for character in sorted(found)]
-    return Tokenizer("chars", "chars", [*pieces, END_OF_TEXT.encode()])
-
-
-def _download_gpt2() -> Tokenizer:
-    import tiktoken
-
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    # requests has its own exceptions, and tiktoken raises ValueError for a wrong hash.
-    except Exception as error:
-        raise InputError(
-            f"tokenizer gpt2: tiktoken could not download its ranks ({type(error).__name__}); "
-            "connect to the internet once, or use a FILE.tiktoken with GPT-2's ranks"
-        ) from None
-    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
-    return Tokenizer("bpe", "gpt2", [*pieces, END_OF_TEXT.encode()], GPT2_PATTERN)
-
-
-def _read_ranks(path: Path) -> list[bytes]:
-    """Read lines of base64, a space and a rank. The ranks are 0, 1, 2 ... in any order."""
-    ranks: dict[int, bytes] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line:
-            continue
-        try:
-            piece, rank = line.split()
-            ranks[int(rank)] = base64.b64decode(piece, validate=True)
-        except (ValueError, binascii.Error):
-            raise InputError(
-                f"{path}:{number}: expected base64, a space and a rank (tiktoken's format), "
-                f"got {line[:40]!r}"
-            ) from None
-    if sorted(ranks) != list(range(len(ranks))) or len(set(ranks.values())) != len(ranks):
-        raise InputError(
-            f"{path}: expected each rank from 0 to {len(ranks) - 1} once, with its own piece; "
-            "get the file again"
-        )
-    missing = set(_single_bytes()) - set(ranks.values())
-    if missing:
-        raise InputError(
-            f"{path}: expected all 256 single bytes among the pieces, {len(missing)} are missing; "
-            "get the file again"
-        )
-    return [ranks[i] for i in range(len(ranks))]
-
-
-def _learn_bpe(size: int, texts: Iterable[str]) -> Tokenizer:
-    import rustbpe
-
-    trainer = rustbpe.Tokenizer()
-    # rustbpe holds `buffer_size` documents in memory. Its default of 8,192 would take
-    # gigabytes for books.
-    trainer.train_from_iterator(iter(texts), size - 1, buffer_size=256, pattern=LEARNED_PATTERN)
-    pieces = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
-    merges = len(pieces) - 256
-    expected = size - 257
-    if merges < expected:
-        smaller = f"bpe:{len(pieces) + 1} or less" if merges > 0 else "bytes"
-        raise InputError(
-            f"tokenizer bpe:{size}: expected a corpus that gives {expected} merges, "
-            f"got {max(merges, 0)}; add text or use {smaller}"
-        )
-    return Tokenizer("bpe", f"bpe:{size}", [*pieces, END_OF_TEXT.encode()], LEARNED_PATTERN)

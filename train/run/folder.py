@@ -58,8 +58,10 @@ def check_folder_unused(run: Path) -> None:
         )
 
 
-def claim_folder(run: Path, config: TrainConfig, dataset: Dataset) -> None:
+def claim_folder(run: Path, config: TrainConfig, model: GPTConfig, dataset: Dataset) -> None:
     """Create `run`, config.json and tokenizer.json. If several processes try, one succeeds.
+
+    `model` is the shape of the model. It can have more tokens than the tokenizer.
 
     Raises: InputError as check_folder_unused.
     """
@@ -71,7 +73,7 @@ def claim_folder(run: Path, config: TrainConfig, dataset: Dataset) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "train": config.options(),
-        "model": asdict(config.gpt(dataset.tokenizer.vocab_size)),
+        "model": asdict(model),
         "dataset": str(folder),
         "dataset_relative": _relative(folder, run.resolve()),
         "tokens": _tokens(dataset),

@@ -3,21 +3,20 @@
 RUN                        a run: its newest checkpoint
 RUN/checkpoints/step-N     one checkpoint
 FOLDER                     a folder of transformers (GPT-2, Llama)
+FILE.gguf                  a GGUF file (GPT-2, Llama)
 FILE                       a checkpoint file of nanoGPT
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import InputError
 from ...model import GPT, GPTConfig
 from ...model.weights import open_source
-from ..data.tokenizer import Tokenizer
+from ..data.published_tokenizer import has_tokenizer
+from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
 from .checkpoint import load_weights, newest_checkpoint
 from .folder import read_run
-
-# The tokenizer in a folder that `tritium export` wrote. tokenizer.json is transformers' there.
-EXPORTED_TOKENIZER = "tritium_tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,22 @@ class SavedModel:
 
     path: Path
     config: GPTConfig
-    tokenizer_file: Path | None
-    """None: the model came without a tokenizer that tritium reads."""
+    tokenizer_path: Path | None
+    """File or folder for Tokenizer.load. None: the model came without a tokenizer."""
     run: Path | None = None
     """Folder of the run that trained it. None: the model is not from a run."""
     checkpoint: Path | None = None
     """Folder of the run's checkpoint."""
+    note: str | None = None
+    """A sentence about values that change when the weights are read."""
+    token_ids: dict[str, int] = field(default_factory=dict)
+    """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
+
+    @property
+    def is_folder_of_transformers(self) -> bool:
+        """Whether it is a folder that another program than tritium wrote."""
+        is_own = (self.path / EXPORTED_TOKENIZER).is_file()
+        return self.run is None and self.path.is_dir() and not is_own
 
     def load(self, *, attention: str = "tritium", recompute: str = "none") -> GPT:
         """Read the weights. Returns: the model, on the CPU."""
@@ -41,14 +50,29 @@ class SavedModel:
         load_weights(self.checkpoint, model)
         return model
 
-    def tokenizer(self) -> Tokenizer:
-        """Read the tokenizer. Raises: InputError if there is none."""
-        if self.tokenizer_file is None:
+    def tokenizer(self, spec: str | None = None) -> Tokenizer:
+        """Read the tokenizer.
+
+        Args: spec: another tokenizer than the model's own, as `from_spec` takes it.
+        Raises: InputError if there is none, or if it has more tokens than the model.
+        """
+        if spec is None and self.tokenizer_path is None:
             raise InputError(
-                f"{self.path}: expected the tokenizer of a run or of `tritium export`, found none; "
-                "tritium does not read other tokenizers"
+                f"{self.path}: expected a model with a tokenizer, found none; name it with "
+                "`tokenizer`"
             )
-        return Tokenizer.load(self.tokenizer_file)
+        if spec is not None and needs_corpus(spec):
+            raise InputError(
+                f"tokenizer: expected a tokenizer that needs no corpus, got {spec}; name the "
+                "tokenizer.json of a run"
+            )
+        found = Tokenizer.load(self.tokenizer_path) if spec is None else from_spec(spec, list)
+        if found.vocab_size > self.config.vocab_size:
+            raise InputError(
+                f"tokenizer: expected at most {self.config.vocab_size} tokens, as {self.path} has, "
+                f"got {found.vocab_size} of {found.name}"
+            )
+        return found
 
 
 def open_model(path: Path) -> SavedModel:
@@ -59,16 +83,23 @@ def open_model(path: Path) -> SavedModel:
     is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").exists()
     run = path.parent.parent if is_checkpoint else path
     if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
-        file = path / EXPORTED_TOKENIZER
+        source = open_source(path)
+        is_with_tokenizer = (
+            source.has_tokenizer
+            or (path / EXPORTED_TOKENIZER).is_file()
+            or (path.is_dir() and has_tokenizer(path))
+        )
         return SavedModel(
             path=path,
-            config=open_source(path).config,
-            tokenizer_file=file if file.is_file() else None,
+            config=source.config,
+            tokenizer_path=path if is_with_tokenizer else None,
+            token_ids=source.token_ids,
+            note=source.note,
         )
     return SavedModel(
         path=path,
         config=read_run(run).model,
-        tokenizer_file=run / "tokenizer.json",
+        tokenizer_path=run / "tokenizer.json",
         run=run,
         checkpoint=path if is_checkpoint else newest_checkpoint(run),
     )

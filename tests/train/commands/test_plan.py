@@ -81,6 +81,11 @@ def test_small_model_is_bound_by_launches(tritium):
     )
 
 
+def test_plan_states_the_memory_of_the_cache_of_generation(tritium):
+    out = tritium("plan", "gpt2", "--gpu", "h100")[1]  # 2 x 12 layers x 1,024 x 768 x 2 bytes
+    assert "generation 37.75 MB of keys and values per sequence of 1,024 tokens in 16 bits" in out
+
+
 def test_without_a_gpu_the_plan_has_memory_and_no_time(tritium, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, out, err = tritium("plan", "laptop")

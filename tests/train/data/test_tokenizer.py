@@ -226,9 +226,7 @@ def test_corpus_too_small_for_the_vocabulary_raises_with_the_largest_size():
 
 
 def test_unknown_spec_and_empty_corpus_raise():
-    with pytest.raises(
-        InputError, match=r"gpt2, FILE.tiktoken, FILE.json or bpe:SIZE, got 'words'"
-    ):
+    with pytest.raises(InputError, match=r"FILE.json, FOLDER or bpe:SIZE, got 'words'"):
         from_spec("words", list)
     with pytest.raises(InputError, match="expected a corpus with characters"):
         from_spec("chars", list)

@@ -32,7 +32,7 @@ def dataset(corpus, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, dataset) -> Path:
-    claim_folder(tmp_path / "runs" / "run", CONFIG, dataset)
+    claim_folder(tmp_path / "runs" / "run", CONFIG, CONFIG.gpt(257), dataset)
     return tmp_path / "runs" / "run"
 
 
@@ -64,7 +64,7 @@ def test_a_record_is_read_as_it_was_written(run, dataset):
 
 def test_a_folder_in_use_raises(run, dataset, tmp_path):
     with pytest.raises(InputError, match="this one is a run already"):
-        claim_folder(run, CONFIG, dataset)
+        claim_folder(run, CONFIG, CONFIG.gpt(257), dataset)
     (tmp_path / "other").mkdir()
     check_folder_unused(tmp_path / "other")
     (tmp_path / "other" / "thesis.tex").write_text("x")

@@ -29,7 +29,7 @@ def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
     found = open_model(tmp_path / "out")
     assert torch.equal(found.load().wte.weight[:50], model.wte.weight[:50])
     assert found.run is None
-    with pytest.raises(InputError, match=r"out: expected the tokenizer of a run or of"):
+    with pytest.raises(InputError, match=r"out: expected a model with a tokenizer"):
         found.tokenizer()
     with pytest.raises(InputError, match="expected the folder of a run"):
         open_model(tmp_path / "none")

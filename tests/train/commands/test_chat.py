@@ -1,0 +1,112 @@
+"""The command with a pipe, and in a terminal."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.model.models import random_model
+from tritium.model import GPTConfig
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """Words of `tritium chat` with a model that never ends an answer."""
+    sizes = {"n_layer": 1, "n_head": 2, "d_model": 16, "vocab_size": 257, "context_tokens": 8192}
+    llama = {"position": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False}
+    model = random_model(GPTConfig(**sizes, **llama))
+    with torch.no_grad():
+        model.wte.weight[256] = 0
+    model.save_pretrained(tmp_path / "model")
+    options = ("--tokenizer", "bytes", "--device", "cpu", "--temperature", "0")
+    return ["chat", str(tmp_path / "model"), *options]
+
+
+@pytest.fixture
+def piped(tritium, monkeypatch, words):
+    """Run the command with these lines as its input: piped("hi", ...) -> (status, out, err)."""
+
+    def call(*lines: str, options=("--max-new-tokens", 5)) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return tritium(*words, *options)
+
+    return call
+
+
+def test_lines_of_a_pipe_are_questions_and_commands(piped, tmp_path):
+    file = tmp_path / "chat.json"
+    lines = ("hello", "", "/help", "again", f"/save {file}", "/reset", "/exit", "never read")
+    status, out, err = piped(*lines)
+    assert (status, err) == (0, "")
+    messages = json.loads(file.read_text())
+    assert [message["content"] for message in messages[::2]] == ["hello", "again"]
+    assert all(message["content"] in out for message in messages[1::2])
+    assert out.endswith("saved 4 messages\nthe conversation is empty\n")
+    assert "/save FILE" in out
+
+
+def test_bad_commands_are_one_line_and_the_conversation_goes_on(piped, tmp_path):
+    (tmp_path / "file").touch()
+    lines = ("/resett", "/save", f"/save {tmp_path / 'file'}", f"/save {tmp_path}/no/file", "hi")
+    status, out, err = piped(*lines)
+    assert status == 0
+    assert out.strip()
+    assert [line.removeprefix("tritium: ") for line in err.splitlines()] == [
+        "unknown command '/resett'; did you mean '/reset'?",
+        "/save: expected the name of a file, got none",
+        f"{tmp_path / 'file'}: expected a new file, found one; give another name",
+        f"{tmp_path}/no/file: expected an existing folder, found none; make it",
+    ]
+
+
+def test_bad_options_exit_with_one_line(error_of, words):
+    assert "--stop: expected texts that are not empty" in error_of(*words, "--stop", "")
+    assert "--min-p: expected in [0, 1], got 2.0" in error_of(*words, "--min-p", "2")
+    assert "--max-new-tokens: expected at least 1" in error_of(*words, "--max-new-tokens", "0")
+
+
+def read_until(terminal: int, text: bytes, seconds: float = 120) -> bytes:
+    """Read from a terminal until `text` comes."""
+    found = b""
+    deadline = time.monotonic() + seconds
+    while text not in found and time.monotonic() < deadline:
+        found += os.read(terminal, 4096)
+    assert text in found, found
+    return found
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(words, tmp_path):
+    """In a terminal, with the keys that a user presses."""
+    terminal, other_end = pty.openpty()
+    command = [sys.executable, "-m", "tritium", *words, "--max-new-tokens", "8000"]
+    # setsid makes the terminal the one whose Ctrl-C the command gets.
+    with subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+        cwd=tmp_path,
+    ) as process:
+        os.close(other_end)
+        read_until(terminal, b"\n> ")
+        os.write(terminal, b"hello\n")
+        read_until(terminal, b"hello\r\n")
+        assert os.read(terminal, 16)  # the answer has begun
+        os.write(terminal, b"\x03")
+        read_until(terminal, b"[stopped]\r\n> ")
+        os.write(terminal, b"/save chat.json\n")
+        read_until(terminal, b"saved 2 messages\r\n> ")
+        os.write(terminal, b"\x03")
+        read_until(terminal, b"Ctrl-D or /exit leaves\r\n> ")
+        os.write(terminal, b"\x04")
+        assert process.wait(60) == 0
+    os.close(terminal)
+    assert json.loads((tmp_path / "chat.json").read_text())[1]["content"]

@@ -1,0 +1,66 @@
+"""Options that `tritium sample` and `tritium chat` share."""
+
+import secrets
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ...errors import InputError
+from ...model import GPT
+from ...model.generation import Sampling
+from ..data.tokenizer import Tokenizer
+from ..device import choose_device, choose_matmul
+from ..precision import PRECISIONS, choose_dtype, working_copy
+from ..run.models import open_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Options of commands that generate text."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run, whose newest checkpoint is used, a checkpoint, or a folder of transformers."""
+    max_new_tokens: int = 200
+    """Largest number of tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits. 0: always the most likely token."""
+    top_k: int | None = None
+    """Sample from the k most likely tokens. None: from all."""
+    top_p: float | None = 0.95
+    """Sample from the most likely tokens that have this probability in total. None: from all."""
+    min_p: float | None = None
+    """Sample from tokens with at least this fraction of the largest probability. None: from all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text already has become less likely."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text that ends the output and is not written. Can be given several times."""
+    seed: int | None = None
+    """The same seed gives the same text. None: different text each time."""
+    tokenizer: str | None = None
+    """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
+    precision: Literal[tuple(PRECISIONS)] = "auto"
+    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+
+    def sampling(self) -> Sampling:
+        """Return the options of generation. Raises: InputError if one is out of range."""
+        names = {field.name for field in fields(Sampling)} & {field.name for field in fields(self)}
+        options = {name: getattr(self, name) for name in names}
+        if self.seed is None:
+            options["seed"] = secrets.randbits(62)
+        try:
+            return Sampling(**options)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def load(self) -> tuple[GPT, Tokenizer]:
+        """Read the model, on its device and in its precision, and its tokenizer."""
+        device = choose_device(self.device)
+        choose_matmul(device)
+        trained = open_model(Path(self.model))
+        tokenizer = trained.tokenizer(self.tokenizer)
+        model = trained.load().float().to(device)
+        return working_copy(model, choose_dtype(self.precision, device)), tokenizer

@@ -1,0 +1,88 @@
+"""Vocabularies of tokenizer.py: lists of pieces that are learned, downloaded or read from a file.
+
+No list holds end-of-text. Every function raises InputError if it cannot make its list.
+"""
+
+import base64
+import binascii
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import InputError
+
+
+def single_bytes() -> list[bytes]:
+    return [bytes([i]) for i in range(256)]
+
+
+def learn_chars(texts: Iterable[str]) -> list[bytes]:
+    """Return the sorted characters of the texts, in UTF-8."""
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+    if not found:
+        raise InputError("tokenizer chars: expected a corpus with characters, got none; add text")
+    return [character.encode() for character in sorted(found)]
+
+
+def download_gpt2() -> list[bytes]:
+    """Return GPT-2's pieces in the order of their ranks."""
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    # requests has its own exceptions, and tiktoken raises ValueError for a wrong hash.
+    except Exception as error:
+        raise InputError(
+            f"tokenizer gpt2: tiktoken could not download its ranks ({type(error).__name__}); "
+            "connect to the internet once, or use a FILE.tiktoken with GPT-2's ranks"
+        ) from None
+    return [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
+
+
+def read_ranks(path: Path) -> list[bytes]:
+    """Read lines of base64, a space and a rank. The ranks are 0, 1, 2 ... in any order."""
+    ranks: dict[int, bytes] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            piece, rank = line.split()
+            ranks[int(rank)] = base64.b64decode(piece, validate=True)
+        except (ValueError, binascii.Error):
+            raise InputError(
+                f"{path}:{number}: expected base64, a space and a rank (tiktoken's format), "
+                f"got {line[:40]!r}"
+            ) from None
+    if sorted(ranks) != list(range(len(ranks))) or len(set(ranks.values())) != len(ranks):
+        raise InputError(
+            f"{path}: expected each rank from 0 to {len(ranks) - 1} once, with its own piece; "
+            "get the file again"
+        )
+    missing = set(single_bytes()) - set(ranks.values())
+    if missing:
+        raise InputError(
+            f"{path}: expected all 256 single bytes among the pieces, {len(missing)} are missing; "
+            "get the file again"
+        )
+    return [ranks[i] for i in range(len(ranks))]
+
+
+def learn_bpe(size: int, texts: Iterable[str], pattern: str) -> list[bytes]:
+    """Learn byte pairs. Returns: size - 1 pieces, in the order of their ranks."""
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    # rustbpe holds `buffer_size` documents in memory. Its default of 8,192 would take
+    # gigabytes for books.
+    trainer.train_from_iterator(iter(texts), size - 1, buffer_size=256, pattern=pattern)
+    pieces = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
+    merges = len(pieces) - 256
+    expected = size - 257
+    if merges < expected:
+        smaller = f"bpe:{len(pieces) + 1} or less" if merges > 0 else "bytes"
+        raise InputError(
+            f"tokenizer bpe:{size}: expected a corpus that gives {expected} merges, "
+            f"got {max(merges, 0)}; add text or use {smaller}"
+        )
+    return pieces

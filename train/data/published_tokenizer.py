@@ -1,0 +1,343 @@
+"""Tokenizers of published models: the files in a folder of transformers.
+
+    tokenizer.json             vocabulary, merges, how text is split, added tokens
+    tokenizer_config.json      special tokens by their roles (eos_token ...), the chat template
+    special_tokens_map.json    special tokens by their roles, in older folders
+    chat_template.jinja        the chat template, in newer folders
+    generation_config.json     more ids that end an answer
+
+The package tokenizers turns text into ids, and transformers renders chat templates in a sandbox.
+Both are in the extra `hf`. transformers also writes tokenizer.json for a folder that has another
+format (vocab.json with merges.txt, tokenizer.model) and for a GGUF file. A run keeps all these
+files in its own tokenizer.json, and `tritium export` writes them again without a change.
+
+An id stands for fixed bytes, as with tritium's own tokenizers. So the bytes of several ids can be
+joined. Llama's tokenizer puts a space before a text; decoding gives this space back.
+"""
+
+import base64
+import functools
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+from .tokenizer import Tokenizer, hash_parts, without_surrogates
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+def read_published(path: Path) -> "PublishedTokenizer":
+    """Read the tokenizer in a folder of transformers, or in a GGUF file.
+
+    Raises: InputError if there is none, if it is damaged or not supported, or if a package of the
+        extra `hf` is not installed.
+    """
+    files = files_in(path) if path.is_dir() else {}
+    try:
+        if path.is_dir() and not has_tokenizer(path):
+            raise InputError("expected a folder with tokenizer.json, found none")
+        if "tokenizer.json" not in files:
+            files |= _convert(path)
+        return PublishedTokenizer(
+            path.resolve().stem if path.is_file() else path.resolve().name, files
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer."""
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    return any((folder / name).is_file() for name in names)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Return the content of the tokenizer's files in a folder, by their names."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+
+
+def _convert(path: Path) -> dict[str, bytes]:
+    """Let transformers write tokenizer.json and tokenizer_config.json."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise InputError(_needs("transformers")) from None
+    where = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+        with tempfile.TemporaryDirectory() as temporary:
+            found.save_pretrained(temporary)
+            return files_in(Path(temporary))
+    except Exception as error:  # transformers raises many types for damaged files
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            "expected a tokenizer that transformers opens, got "
+            f"{type(error).__name__}: {reason[0] if reason else ''}"
+        ) from None
+
+
+class PublishedTokenizer(Tokenizer):
+    """The tokenizer of a published model.
+
+    Args:
+        name: of the model.
+        files: content of the files that the top of this file lists, by their names.
+    Attributes: those of Tokenizer, and
+        files: as given.
+        special_tokens: names of special tokens by their roles, such as {"eos_token": "</s>"}.
+    Raises: InputError if a file is damaged or missing, or if the tokenizer cannot give bytes.
+    """
+
+    def __init__(self, name: str, files: dict[str, bytes]):
+        self.files = dict(files)
+        self._definition = _read_json(files, "tokenizer.json")
+        for part in ("truncation", "padding", "version"):  # they change no id
+            self._definition.pop(part, None)
+        self._plain = _backend(self._definition)
+        # Names of special tokens in a text are encoded like other text.
+        self._plain.encode_special_tokens = True
+
+        ids = self._plain.get_vocab(with_added_tokens=True)
+        settings = _read_json(files, "tokenizer_config.json")
+        self.special_tokens = _special_tokens(
+            settings, _read_json(files, "special_tokens_map.json")
+        )
+        end = self.special_tokens.get("eos_token")
+        if end not in ids:
+            raise InputError(
+                "expected an eos_token in tokenizer_config.json that is in the vocabulary, "
+                f"got {end!r}"
+            )
+        self._ids = ids
+        super().__init__("published", name, _pieces(self._definition, ids))
+
+        self.end_of_text = ids[end]
+        self.start_tokens = self._find_start_tokens(settings.get("add_bos_token"))
+        more = _read_json(files, "generation_config.json").get("eos_token_id") or []
+        more = more if isinstance(more, list) else [more]
+        self.stop_tokens = tuple(dict.fromkeys([self.end_of_text, *more]))
+        self.can_cut = _can_cut(self._definition)
+        self.chat_template = _chat_template(settings, files)
+
+    def _definition_sha256(self) -> str:
+        definition = json.dumps(self._definition, sort_keys=True)
+        end = self.special_tokens["eos_token"]
+        return hash_parts(b"published", definition.encode(), end.encode())
+
+    def _make_encoder(self) -> Callable[[str], np.ndarray]:
+        return lambda text: _encode(self._plain, text)
+
+    def _find_start_tokens(self, add_bos: bool | None) -> Sequence[int]:
+        """Return the ids that the folder puts before a text."""
+        if isinstance(add_bos, bool):
+            start = self.special_tokens.get("bos_token") if add_bos else None
+            return () if start is None else (self._ids[start],)
+        found = self._plain.encode("a")
+        text = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
+        return tuple(found.ids[:text])
+
+    @functools.cached_property
+    def _with_special(self):
+        return _backend(self._definition)
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Ids of special tokens as a config.json names them, such as {"eos_token_id": 2}."""
+        roles = ("bos_token", "eos_token", "pad_token")
+        names = {f"{role}_id": self.special_tokens.get(role) for role in roles}
+        return {role: self._ids[name] for role, name in names.items() if name in self._ids}
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Encode each text, as `encode` does.
+
+        With more than one thread, the package tokenizers uses all cores.
+        """
+        if threads <= 1 or len(texts) <= 1:
+            return [self.encode(text) for text in texts]
+        clean = [without_surrogates(text) for text in texts]
+        found = self._plain.encode_batch_fast(clean, add_special_tokens=False)
+        return [np.array(each.ids, dtype=self.dtype) for each in found]
+
+    def encode_rendered(self, text: str) -> np.ndarray:
+        """Convert text to ids. The names of special tokens become their ids."""
+        found = _encode(self._with_special, without_surrogates(text))
+        return found.astype(self.dtype, copy=False)
+
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Turn messages into text by the chat template. See Tokenizer.render_chat."""
+        if self.chat_template is None:
+            return super().render_chat(messages)
+        try:
+            from transformers.utils.chat_template_utils import render_jinja_template
+        except ImportError:
+            raise InputError(f"chat: {_needs('transformers')}") from None
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template can raise any error
+            raise InputError(
+                f"chat: the chat template of {self.name} raised {type(error).__name__}: {error}"
+            ) from None
+        return rendered[0]
+
+    def _content(self) -> dict:
+        files = {name: base64.b64encode(content).decode() for name, content in self.files.items()}
+        return {"files": files}
+
+
+# --- the files
+
+
+def _read_json(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    """Return the content of a file of JSON; {} without the file."""
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{name}: expected a JSON object, got something else; get it again")
+    return content
+
+
+def _special_tokens(*settings: dict[str, Any]) -> dict[str, str]:
+    """Return the names of special tokens by their roles. Earlier settings go first."""
+    found = {}
+    for role in _ROLES:
+        for each in settings:
+            token = each.get(role)
+            # A token is its name, or an object with its name and how it is matched.
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found.setdefault(role, token)
+    return found
+
+
+def _chat_template(settings: dict[str, Any], files: dict[str, bytes]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8", "replace")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # templates by name
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _needs(package: str) -> str:
+    return f"expected the package {package}, found none; pip install 'tritium[hf]'"
+
+
+# --- the definition: the content of tokenizer.json
+
+
+def _backend(definition: dict[str, Any]):
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise InputError(f"tokenizer: {_needs('tokenizers')}") from None
+    try:
+        return Backend.from_str(json.dumps(definition))
+    except Exception as error:  # the package raises Exception itself
+        raise InputError(
+            f"tokenizer.json: expected a file of the package tokenizers, got something else "
+            f"({error})"
+        ) from None
+
+
+def _encode(backend, text: str) -> np.ndarray:
+    return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+
+def _parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the parts of a decoder or pre-tokenizer, each of which has a "type"."""
+    part = definition.get(name)
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return part.get("decoders") or part.get("pretokenizers") or []
+    return [part]
+
+
+def _can_cut(definition: dict[str, Any]) -> bool:
+    """Return whether text is split before merging, and no space is put before it."""
+    parts = _parts_of(definition, "pre_tokenizer")
+    return any(part["type"] == "ByteLevel" for part in parts) and not any(
+        part.get("add_prefix_space") for part in parts
+    )
+
+
+def _pieces(definition: dict[str, Any], ids: dict[str, int]) -> list[bytes]:
+    """Return the bytes of each id. An id that no token has stands for no bytes."""
+    added = {each["id"] for each in definition.get("added_tokens") or []}
+    to_bytes = _piece_decoder(definition)
+    pieces = [b""] * (1 + max(ids.values()))
+    for token, number in ids.items():
+        pieces[number] = token.encode() if number in added else to_bytes(token)
+    return pieces
+
+
+def _piece_decoder(definition: dict[str, Any]) -> Callable[[str], bytes]:
+    """Return the function from a token to its bytes that the decoder describes."""
+    space = None
+    has_bytes = has_byte_tokens = False
+    for part in _parts_of(definition, "decoder"):
+        kind = part["type"]
+        if kind == "ByteLevel":
+            has_bytes = True
+        elif kind == "ByteFallback":
+            has_byte_tokens = True
+        elif kind == "Metaspace":
+            space = part["replacement"]
+        elif kind == "Replace" and part["content"] == " ":
+            space = part["pattern"]["String"]
+        elif kind not in ("Fuse", "Strip"):
+            raise InputError(
+                f"decoder: expected ByteLevel, ByteFallback or Metaspace, got {kind}; tritium "
+                "cannot turn its tokens into bytes"
+            )
+
+    alphabet = {character: byte for byte, character in enumerate(_byte_characters())}
+
+    def to_bytes(token: str) -> bytes:
+        match = _BYTE_TOKEN.fullmatch(token)
+        if has_byte_tokens and match:
+            return bytes([int(match[1], 16)])
+        if has_bytes and all(character in alphabet for character in token):
+            return bytes(alphabet[character] for character in token)
+        return (token if space is None else token.replace(space, " ")).encode()
+
+    return to_bytes
+
+
+def _byte_characters() -> str:
+    """Return the 256 characters that stand for bytes in GPT-2's vocabulary, in the bytes' order.
+
+    A printable byte of Latin-1 stands for itself. The others take the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
