@@ -145,6 +145,8 @@ def _fields(family: str, meta: dict[str, Any], tensors: dict[str, Any]) -> dict[
     head_size = meta.get(f"{family}.rope.dimension_count")
     if family == "llama" and head_size is not None:
         fields.setdefault("head_dim", head_size)
+    if family == "gpt2":  # the metadata have no dropout
+        fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     if "token_embd.weight" not in tensors:
         raise KeyError("token_embd.weight")
     fields["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])

@@ -207,9 +207,9 @@ def test_two_runs_do_not_share_a_folder(tiny, tritium, error_of, tmp_path, monke
     """The other run claims it while this run prepares its data."""
     original = loop.claim_folder
 
-    def late(run, config, dataset):
-        original(run, config, dataset)
-        original(run, config, dataset)
+    def late(*arguments):
+        original(*arguments)
+        original(*arguments)
 
     monkeypatch.setattr(loop, "claim_folder", late)
     assert "this one is a run already" in error_of(*tiny)

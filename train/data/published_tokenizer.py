@@ -20,7 +20,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,14 @@ class PublishedTokenizer(Tokenizer):
         clean = [without_surrogates(text) for text in texts]
         found = self._plain.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(each.ids, dtype=self.dtype) for each in found]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Join the bytes of `ids`, as Tokenizer.decode_bytes does.
+
+        A model can have more rows than its tokenizer has tokens. Their ids stand for no bytes.
+        """
+        ids = np.asarray(ids if hasattr(ids, "__array__") else list(ids), dtype=np.int64)
+        return super().decode_bytes(ids[ids < self.vocab_size])
 
     def encode_rendered(self, text: str) -> np.ndarray:
         """Convert text to ids. The names of special tokens become their ids."""

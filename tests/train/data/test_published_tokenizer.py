@@ -1,0 +1,225 @@
+"""Tokenizers of published models: byte-level like GPT-2's, and with byte fallback like Llama's."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.train.data.test_transformers_tokenizer import CORPUS, mixed_strings
+from tritium.errors import InputError
+from tritium.train.data.build import build
+from tritium.train.data.dataset import open_dataset
+from tritium.train.data.tokenizer import Tokenizer, from_spec
+
+pytestmark = pytest.mark.plain
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+
+
+def byte_level(folder, template=TEMPLATE):
+    """Write a tokenizer like SmolLM2's. Its special tokens have the first ids."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    other = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=SPECIAL[0], eos_token=SPECIAL[1]
+    )
+    other.chat_template = template
+    other.save_pretrained(folder)
+    return other
+
+
+def byte_fallback(folder):
+    """Write a tokenizer like Llama's: ▁ for spaces, <0xNN> for bytes, and <s> before a text."""
+    words = ["▁", "a", "b", "c", "▁a", "ab", "▁ab"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    ids = {name: i for i, name in enumerate(names)}
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1),
+        ]
+    )
+    made.add_special_tokens(names[:3])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return made
+
+
+def test_a_byte_level_tokenizer_encodes_as_transformers_does(tmp_path):
+    other = byte_level(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.vocab_size == len(other)
+    assert tokenizer.end_of_text == other.eos_token_id == 1
+    assert tokenizer.stop_tokens == (1,)
+    assert tokenizer.start_tokens == ()
+    assert tokenizer.can_cut
+    texts = mixed_strings(300)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts, threads=2), strict=True):
+        assert ids.tolist() == other.encode(text, add_special_tokens=False)
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_bytes_of_single_ids_join_to_the_text(tmp_path):
+    byte_level(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("日本語 é")
+    assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == "日本語 é".encode()
+    assert tokenizer.decode_bytes([tokenizer.vocab_size + 5]) == b""
+
+
+def test_special_tokens_are_read_in_rendered_text_only(tmp_path):
+    other = byte_level(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    messages = [{"role": "user", "content": "é 12?"}]
+    text = tokenizer.render_chat(messages, add_generation_prompt=True)
+    assert text == "<|im_start|>user\né 12?<|im_end|>\n<|im_start|>assistant\n"
+    expected = other.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.encode_rendered(text).tolist() == expected
+    assert tokenizer.decode(expected) == text
+    assert not {0, 1} & set(tokenizer.encode(text).tolist())
+    assert "assistant" not in tokenizer.render_chat(messages, add_generation_prompt=False)
+
+
+def test_a_byte_fallback_tokenizer_gives_bytes_and_start_tokens(tmp_path):
+    other = byte_fallback(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.start_tokens == (1,)
+    assert tokenizer.end_of_text == 2
+    assert not tokenizer.can_cut
+    ids = tokenizer.encode("ab cab é")
+    assert ids.tolist() == other.encode("ab cab é", add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == " ab cab é"
+    assert tokenizer.decode(ids[1:]) == " cab é"
+    assert tokenizer.token_ids == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_a_dataset_has_start_and_end_tokens_and_keeps_the_files(tmp_path):
+    byte_fallback(tmp_path / "llama")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"ab c{i}" * 9)
+    build(tmp_path / "out", [tmp_path], str(tmp_path / "llama"), held_out=0.4, progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    tokens = dataset.train.read(0, len(dataset.train)).tolist()
+    assert tokens[0] == 1
+    assert tokens[tokens.index(2) + 1] == 1
+    assert (
+        dataset.tokenizer.files["tokenizer.json"]
+        == (tmp_path / "llama" / "tokenizer.json").read_bytes()
+    )
+
+
+def test_save_and_load_keep_the_definition(tmp_path):
+    byte_level(tmp_path / "folder")
+    tokenizer = from_spec(str(tmp_path / "folder"), list)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.sha256, loaded.name) == (tokenizer.sha256, "folder")
+    assert loaded.files == tokenizer.files
+    assert loaded.chat_template == TEMPLATE
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"sha256": "0" * 64}))
+    with pytest.raises(InputError, match="damaged: expected sha256 000000000000"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="for another program's, give its folder"):
+        Tokenizer.load(tmp_path / "folder" / "tokenizer.json")
+
+
+def test_vocab_and_merges_are_converted(tmp_path):
+    byte_level(tmp_path / "new")
+    definition = json.loads((tmp_path / "new" / "tokenizer.json").read_bytes())
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "vocab.json").write_text(json.dumps(definition["model"]["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in definition["model"]["merges"]]
+    (old / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": SPECIAL[1]}
+    (old / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(old)
+    assert tokenizer.end_of_text == 1
+    expected = Tokenizer.load(tmp_path / "new").encode("def f(x): é")
+    np.testing.assert_array_equal(tokenizer.encode("def f(x): é"), expected)
+
+
+def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
+    byte_level(tmp_path, template=None)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_bytes())
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
+    file.write_text(json.dumps(settings | {"chat_template": named}))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 1]}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.chat_template == "y"
+    assert tokenizer.stop_tokens == (1, 5)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    with pytest.raises(InputError, match=r"chat template of .* raised TemplateError: no system"):
+        Tokenizer.load(tmp_path).render_chat([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "decoder: expected"),
+        ({"model": {"type": "words"}}, "expected a file of the package tokenizers"),
+    ],
+)
+def test_definitions_that_are_not_supported_raise(changes, message, tmp_path):
+    byte_level(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes))
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_folders_without_a_tokenizer_or_its_end_of_text_raise(tmp_path, monkeypatch):
+    byte_level(tmp_path / "folder")
+    settings = tmp_path / "folder" / "tokenizer_config.json"
+    settings.write_text("[")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: expected a JSON object"):
+        Tokenizer.load(tmp_path / "folder")
+    settings.write_text("{}")
+    with pytest.raises(InputError, match=r"expected an eos_token .* got None"):
+        Tokenizer.load(tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"expected a folder with tokenizer\.json, found none"):
+        Tokenizer.load(tmp_path / "folder")
+
+
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
+    byte_level(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(
+        InputError, match=r"package tokenizers, found none; pip install 'tritium\[hf"
+    ):
+        Tokenizer.load(tmp_path)
