@@ -1,9 +1,10 @@
-"""The shape of a GPT, as data. The choices are rows of the tables in layers.py."""
+"""The shape of a GPT, as data. The choices are rows of the tables in layers.py and positions.py."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .layers import MLPS, NORMS, POSITIONS
+from .layers import MLPS, NORMS
+from .positions import POSITIONS
 
 # The number of rows of the embedding is a multiple of this. Tensor cores and shards prefer sizes
 # that are multiples of 128 bytes, which are 64 elements of bfloat16.
@@ -41,7 +42,7 @@ class GPTConfig:
     tied_head: bool = True
     """Whether the head shares the embedding's weight. The head never has a bias."""
     position: Literal[tuple(POSITIONS)] = "learned"
-    """learned: add a vector per position; rotary: rotate queries and keys (RoPE)."""
+    """learned, sinusoidal: add a vector per position; rotary: rotate queries and keys (RoPE)."""
     norm: Literal[tuple(NORMS)] = "layer"
     """layer: layer norm; rms: root-mean-square norm."""
     mlp: Literal[tuple(MLPS)] = "gelu"

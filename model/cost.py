@@ -24,7 +24,8 @@ Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MF
 from ..kernels.loss.chunks import block_rows
 from ..kernels.loss.linear_cross_entropy import cost
 from .config import DROPOUTS, GPTConfig
-from .layers import MLPS, NORMS, POSITIONS
+from .layers import MLPS, NORMS
+from .positions import POSITIONS
 from .recompute import RECOMPUTATIONS
 
 _ADAMW_STATE_BYTES = 8
@@ -111,7 +112,8 @@ def activation_bytes(
     per_token = config.n_layer * block + inputs + final_norm + token_ids + masks
 
     # RoPE keeps two float32 tables (T, K / 2). Learned positions keep their int64 indices.
-    per_position = 4 * config.head_size if POSITIONS[config.position].rotates else 8
+    position = POSITIONS[config.position]
+    per_position = 4 * config.head_size if position.rotates else 8 if position.has_table else 0
     divisor = 8  # the mean loss keeps the number of targets
     has_dropout = any(getattr(config, name) for name in DROPOUTS)
     seeds = 16 * (3 * config.n_layer + 1) if has_dropout else 0

@@ -1,6 +1,7 @@
 """A GPT like GPT-2 or Llama: pre-norm blocks between an embedding and a head.
 
-    stream     h = wte[token] + wpe[position]                RoPE: h = wte[token]
+    stream     h = wte[token] + wpe[position]                RoPE: h = wte[token]; sinusoidal: wpe
+                                                             is a fixed table
     block      h += attention(ln_1(h))     h += mlp(ln_2(h))
     head       logits = ln_f(h) @ wte.T                      untied: ln_f(h) @ lm_head.T
 
@@ -22,19 +23,12 @@ from torch import Tensor, nn
 from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import check_attention_options, choose_attention
 from .config import DROPOUTS, GPTConfig
+from .context import Branch, ForwardContext, dropout_seeds
 from .generation import KVCache, Prefill, generate
 from .hub import download, is_hub_name
 from .init import init_weights
-from .layers import (
-    MLPS,
-    NORMS,
-    POSITIONS,
-    Attention,
-    Branch,
-    ForwardContext,
-    dropout_seeds,
-    rope_tables,
-)
+from .layers import MLPS, NORMS, Attention
+from .positions import POSITIONS, rope_tables, sinusoidal_table
 from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
@@ -141,16 +135,8 @@ class GPT(nn.Module):
 
         # blocks
         branch = None
-        context = ForwardContext(
-            sizes=(B, T),
-            cu_seqlens=cu_seqlens,
-            rope=rope,
-            cache=cache,
-            attention=self.attention,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            seeds=seeds,
-        )
+        dropout = (config.dropout, config.attention_dropout, seeds)
+        context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention, *dropout)
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
@@ -160,8 +146,8 @@ class GPT(nn.Module):
 
         # head. The padding rows of its weight never get probability
         y, _ = self.ln_f(branch, stream, context.branch_dropout(3 * config.n_layer))
-        V = config.vocab_size
         softcap = config.head_softcap
+        V = config.vocab_size
         if targets is not None:
             return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
         weight = head[:V].to(y.dtype) if cache is None else cache.cast_once(head[:V], y.dtype)
@@ -187,10 +173,16 @@ class GPT(nn.Module):
 
         position: as in `embedding`. None: 0 ... T - 1 in each sequence.
         """
-        has_table = self._position.has_table
+        table = None
+        if self._position.has_table:
+            table = self.wpe.weight
+        elif self._position.is_sinusoidal:
+            rows = tokens.shape[1] if position is None else self.config.context_tokens
+            table = sinusoidal_table(rows, self.config.d_model, tokens.device)
+            table = table.to(self.wte.weight.dtype)
         options = {
-            "position": position if has_table else None,
-            "position_weight": self.wpe.weight if has_table else None,
+            "position": None if table is None else position,
+            "position_weight": table,
             "order": order,
             "dtype": self.compute_dtype,
         }

@@ -1,4 +1,4 @@
-"""The layers of a GPT, and three tables of choices: NORMS, POSITIONS and MLPS.
+"""The layers of a GPT, and two tables of choices: NORMS and MLPS.
 
 To add a choice, add a row. A row holds the module, and the numbers that the formulas of cost.py
 need. GPTConfig, `--help` and `tritium plan` read the tables.
@@ -10,7 +10,7 @@ Shapes     x, y and stream (B T, D): B sequences, T tokens, D = d_model; F = d_f
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,70 +27,14 @@ from ..kernels import (
     rotary,
     swiglu_mlp,
 )
-from .attention import ATTENTIONS, AttentionOptions, AttentionRow
-from .generation import KVCache, Prefill
+from .attention import AttentionOptions
+from .context import Branch, ForwardContext
 
 if TYPE_CHECKING:
     from .config import GPTConfig
 
 # The hidden width of SwiGLU is a multiple of this. Tensor cores and shards prefer aligned sizes.
 FEEDFORWARD_MULTIPLE = 64
-
-
-class ForwardContext(NamedTuple):
-    """Inputs of a forward pass that all blocks share.
-
-    Args:
-        sizes: (B, T).
-        cu_seqlens: where packed documents begin, or None.
-        rope: cosines and sines of RoPE, or None.
-        cache: keys and values of earlier tokens, or None.
-        attention: the implementation of attention.
-        dropout: probability of dropping an element of a branch.
-        attention_dropout: probability of dropping an attention weight.
-        seeds: of the dropout masks, as dropout_seeds returns them. None: nothing is dropped.
-    """
-
-    sizes: tuple[int, int]
-    cu_seqlens: Tensor | None = None
-    rope: tuple[Tensor, Tensor] | None = None
-    cache: KVCache | Prefill | None = None
-    attention: AttentionRow = ATTENTIONS["tritium"]
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    seeds: Tensor | None = None
-
-    def branch_dropout(self, site: int) -> tuple[float, Tensor | None]:
-        """Return probability and seed of the mask of a branch. See dropout_seeds for `site`."""
-        return (0.0, None) if self.seeds is None else (self.dropout, self.seeds[site, 0])
-
-
-def dropout_seeds(seed: Tensor, n_layer: int) -> Tensor:
-    """Return the seeds of all dropout masks of a forward, (3 n_layer + 1, 2) int64.
-
-    Row 0: the embedding. Row 3 l + 1: the attention weights of layer l. Row 3 l + 2: the output of
-    its attention. Row 3 l + 3: the output of its MLP.
-
-    Only column 0 is used. A seed is then aligned to 16 bytes. Triton would compile kernels again
-    for seeds that are not.
-    """
-    # Far apart, so that forwards with the seeds 0, 1, 2 ... share no mask.
-    rows = torch.arange(3 * n_layer + 1, device=seed.device)
-    return (seed + (rows << 40)).unsqueeze(1).repeat(1, 2)
-
-
-class Branch(NamedTuple):
-    """The output of attention or of an MLP, which the next norm adds to the residual stream.
-
-    Args:
-        y: (B T, D).
-        added_bias: (D,), the bias that is already part of y, or None. It was added without a
-            gradient. The norm returns its gradient, because the norm's backward has the gradient of
-            y in registers.
-    """
-
-    y: Tensor
-    added_bias: Tensor | None
 
 
 class Linear(nn.Module):
@@ -210,39 +154,6 @@ NORMS = {
         module=RMSNorm, has_bias=False, statistics=1, eps=1e-6, keeps_float32_mask=False
     ),
 }
-
-
-# --- positions
-
-
-@dataclass(frozen=True, kw_only=True)
-class PositionRow:
-    """A way to encode positions that the option `position` names."""
-
-    has_table: bool
-    """Whether the model adds a learned vector per position to the embedding of the token."""
-    rotates: bool
-    """Whether attention rotates queries and keys (RoPE). RoPE needs an even head size."""
-
-
-POSITIONS = {
-    "learned": PositionRow(has_table=True, rotates=False),
-    "rotary": PositionRow(has_table=False, rotates=True),
-}
-
-
-def rope_tables(position: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of RoPE's angles position / base^(2 i / K).
-
-    Args:
-        position: (T,) or (B, T) integers.
-        head_size: K.
-        base: as config.rope_base.
-    Returns: two tensors (T, K / 2) or (B, T, K / 2), float32.
-    """
-    pair = torch.arange(0, head_size, 2, device=position.device)
-    angle = position.unsqueeze(-1) * base ** (-pair / head_size)
-    return angle.cos(), angle.sin()
 
 
 # --- attention

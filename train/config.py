@@ -29,7 +29,10 @@ DIVERGED = "training diverged: lower `lr`, raise `warmup_steps`, or set `grad_cl
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionOptions:
-    """How the run executes: device, precision, memory. Results differ only by rounding."""
+    """How the run executes: device, precision, memory. Results differ only by rounding.
+
+    With dropout they also depend on the micro-batches, which have their own masks.
+    """
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""

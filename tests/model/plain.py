@@ -18,6 +18,8 @@ def logits(model: GPT, tokens: Tensor, seeds: Tensor | None = None) -> Tensor:
     h = weights["wte.weight"][tokens]
     if config.position == "learned":
         h = h + weights["wpe.weight"][: tokens.shape[1]]
+    if config.position == "sinusoidal":
+        h = h + sinusoids(*h.shape[1:])
     h = dropped(h, config.embedding_dropout, seeds, 0)
     for layer in range(config.n_layer):
         prefix = f"h.{layer}."
@@ -79,6 +81,14 @@ def rotated(x: Tensor, base: float) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def sinusoids(T: int, D: int) -> Tensor:
+    angle = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, D, 2) / D)
+    table = torch.zeros(T, D)
+    table[:, 0::2] = 0.02 * angle.sin()
+    table[:, 1::2] = 0.02 * angle.cos()
+    return table
 
 
 def mlp(config: GPTConfig, weights: dict, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 
 from tritium.model import GPTConfig
-from tritium.model.layers import MLPS, NORMS, POSITIONS
+from tritium.model.layers import MLPS, NORMS
+from tritium.model.positions import POSITIONS
 
 pytestmark = pytest.mark.plain
 
@@ -49,6 +50,8 @@ def test_swiglu_mlp_is_eight_thirds_as_wide_as_the_model(n_head, d_model, width)
     [
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"n_kv_head": -1}, "n_kv_head must be at least 1, got -1"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"softcap": -1.0}, r"softcap must be 0 or more, and finite, got -1\.0"),
         ({"d_hidden": 0}, "d_hidden must be at least 1, got 0"),
         ({"norm_eps": -1.0}, r"norm_eps must be a positive number, got -1\.0"),
         ({"rope_base": float("inf")}, "rope_base must be a positive number, got inf"),

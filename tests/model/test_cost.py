@@ -99,7 +99,7 @@ def test_flops_of_attention_count_twice_the_keys_that_a_window_shows(window):
         (LLAMA, 2, 16),
         (replace(SMALL, norm="rms", mlp="relu2"), 2, 16),
         (replace(SMALL, tied_head=False, window=5, softcap=2.0, head_softcap=2.0), 2, 16),
-        (replace(SMALL, qk_norm=True), 2, 16),
+        (replace(SMALL, qk_norm=True, position="sinusoidal"), 2, 16),
         (replace(LLAMA, qk_norm=True, qkv_bias=True), 2, 16),
         (replace(SMALL, **DROPOUT), 2, 16),
         (replace(LLAMA, **DROPOUT), 2, 16),

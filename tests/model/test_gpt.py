@@ -229,7 +229,11 @@ def test_more_tokens_than_the_context_raise():
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, LLAMA, replace(SMALL, position="sinusoidal", window=3)],
+    ids=["gpt2", "llama", "sinusoidal_window"],
+)
 def test_packed_documents_match_separate_documents(config, device):
     model = random_model(config).to(device)
     parameters = list(model.parameters())

@@ -13,6 +13,7 @@ from tritium.model import GPT, GPTConfig
 OPTIONS = {
     "gpt2": SMALL,
     "llama": LLAMA,
+    "sinusoidal": replace(SMALL, position="sinusoidal"),
     "relu2": replace(SMALL, mlp="relu2"),
     "untied": replace(SMALL, tied_head=False),
     "head_softcap": replace(SMALL, head_softcap=2.0),

@@ -100,7 +100,7 @@ def test_out_of_memory_names_the_micro_batch_that_fits(
             ceiling=None,
         )
 
-    def full(*_):
+    def full(*_, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(planner, "_cpu_machine", machine)

@@ -1,4 +1,4 @@
-"""Dropout of branches, the embedding and attention weights."""
+"""Dropout: the seeds of its masks, and models that drop branches, embeddings and attention."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from tests.model import plain
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.model import GPT, GPTConfig
 from tritium.model.config import DROPOUTS
-from tritium.model.layers import dropout_seeds
+from tritium.model.context import dropout_seeds
 from tritium.model.recompute import RECOMPUTATIONS
 
 ALL = dict.fromkeys(DROPOUTS, 0.3)

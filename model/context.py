@@ -1,0 +1,68 @@
+"""What the layers of a forward share: its inputs, and branches of the residual stream.
+
+Shapes     B sequences, T tokens, D = d_model
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import ATTENTIONS, AttentionRow
+from .generation import KVCache, Prefill
+
+
+class ForwardContext(NamedTuple):
+    """Inputs of a forward pass that all blocks share.
+
+    Args:
+        sizes: (B, T).
+        cu_seqlens: where packed documents begin, or None.
+        rope: cosines and sines of RoPE, or None.
+        cache: keys and values of earlier tokens, or None.
+        attention: the implementation of attention.
+        dropout: probability of dropping an element of a branch.
+        attention_dropout: probability of dropping an attention weight.
+        seeds: of the dropout masks, as dropout_seeds returns them. None: nothing is dropped.
+    """
+
+    sizes: tuple[int, int]
+    cu_seqlens: Tensor | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    cache: KVCache | Prefill | None = None
+    attention: AttentionRow = ATTENTIONS["tritium"]
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    seeds: Tensor | None = None
+
+    def branch_dropout(self, site: int) -> tuple[float, Tensor | None]:
+        """Return probability and seed of the mask of a branch. See dropout_seeds for `site`."""
+        return (0.0, None) if self.seeds is None else (self.dropout, self.seeds[site, 0])
+
+
+def dropout_seeds(seed: Tensor, n_layer: int) -> Tensor:
+    """Return the seeds of all dropout masks of a forward, (3 n_layer + 1, 2) int64.
+
+    Row 0: the embedding. Row 3 l + 1: the attention weights of layer l. Row 3 l + 2: the output of
+    its attention. Row 3 l + 3: the output of its MLP.
+
+    Only column 0 is used. A seed is then aligned to 16 bytes. Triton would compile kernels again
+    for seeds that are not.
+    """
+    # Far apart, so that forwards with the seeds 0, 1, 2 ... share no mask.
+    rows = torch.arange(3 * n_layer + 1, device=seed.device)
+    return (seed + (rows << 40)).unsqueeze(1).repeat(1, 2)
+
+
+class Branch(NamedTuple):
+    """The output of attention or of an MLP, which the next norm adds to the residual stream.
+
+    Args:
+        y: (B T, D).
+        added_bias: (D,), the bias that is already part of y, or None. It was added without a
+            gradient. The norm returns its gradient, because the norm's backward has the gradient of
+            y in registers.
+    """
+
+    y: Tensor
+    added_bias: Tensor | None
