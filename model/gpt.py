@@ -144,14 +144,19 @@ class GPT(nn.Module):
             if cache.is_prefill:
                 return None
 
-        # head. The padding rows of its weight never get probability
+        # head
         y, _ = self.ln_f(branch, stream, context.branch_dropout(3 * config.n_layer))
-        softcap = config.head_softcap
-        V = config.vocab_size
-        if targets is not None:
-            return linear_cross_entropy(y, head, targets.flatten(), softcap=softcap, vocab_size=V)
-        weight = head[:V].to(y.dtype) if cache is None else cache.cast_once(head[:V], y.dtype)
-        logits = linear(y, weight).view(B, T, V)
+        if targets is None:
+            return self._logits(y, head, cache).view(B, T, config.vocab_size)
+        options = {"softcap": config.head_softcap, "vocab_size": config.vocab_size}
+        return linear_cross_entropy(y, head, targets.flatten(), **options)
+
+    def _logits(self, y: Tensor, weight: Tensor, cache: KVCache | None) -> Tensor:
+        """Return the logits of y without those of the weight's padding rows."""
+        weight = weight[: self.config.vocab_size]
+        weight = weight.to(y.dtype) if cache is None else cache.cast_once(weight, y.dtype)
+        logits = linear(y, weight)
+        softcap = self.config.head_softcap
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _seeds(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
