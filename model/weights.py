@@ -10,7 +10,6 @@ read at a time, so memory holds the model once.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
+from ._safetensors import DTYPES, write_safetensors
 from .config import GPTConfig
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 MAX_SHARD_BYTES = 5_000_000_000
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights with padding rows. All families name the head alike, without a prefix.
 _HEAD = "lm_head.weight"
 _TABLES = ("wte.weight", _HEAD)
@@ -107,7 +105,7 @@ class Source:
 
     def _checked(self, name: str, value: object, ndim: int) -> Tensor:
         """Raise InputError unless `value` is a tensor of floats with `ndim` axes."""
-        is_float = isinstance(value, Tensor) and value.dtype in _DTYPES
+        is_float = isinstance(value, Tensor) and value.dtype in DTYPES
         if not is_float or value.ndim != ndim:
             found = type(value).__name__
             if isinstance(value, Tensor):
@@ -369,14 +367,8 @@ def _write_weights(
         total = sum(value.nbytes for shard in shards for value in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{_SAFETENSORS}.index.json", index)
-    mask = os.umask(0)
-    os.umask(mask)
     for file, shard in zip(files, shards, strict=True):
-        # Copies of one shard at a time.
-        stored = {name: value.cpu().contiguous() for name, value in shard.items()}
-        save_file(stored, folder / file, metadata={"format": "pt"})
-        # safetensors lets only the owner read its files. Give them the mode of other new files.
-        (folder / file).chmod(0o666 & ~mask)
+        write_safetensors(folder / file, shard)
     return str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
 
 

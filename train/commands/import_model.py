@@ -54,5 +54,10 @@ def main(argv: Sequence[str]) -> int:
         )
     out = Path(options.out)
     write_model(trained, out, model_card(trained), dtype=options.dtype, spec=options.tokenizer)
-    print(f"next: {program()} sample {shlex.quote(options.out)} --prompt Once")
+    if open_model(out).tokenizer_path is not None:
+        print(f"next: {program()} sample {shlex.quote(options.out)} --prompt Once")
+    else:
+        print(
+            f"{options.source} came without a tokenizer; give --tokenizer to commands that use {out}"
+        )
     return 0

@@ -1,0 +1,19 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tritium.model._safetensors import DTYPES, write_safetensors
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_safetensors_reads_the_same_bits(dtype, tmp_path):
+    x = torch.randn(6, 5).to(dtype)
+    tensors = {"b": x, "a": x.t(), "strided": x[::2, 1:3], "vector": x[0], "empty": x[:0]}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], value), name
