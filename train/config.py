@@ -24,6 +24,8 @@ from .precision import PRECISIONS
 from .schedule import SCHEDULES
 
 _DEFAULT_MODEL = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)
+# It does not end with a space: in byte-pair vocabularies the space belongs to the next token.
+PYTHON_PROMPT = "    def __init__(self"
 DIVERGED = "training diverged: lower `lr`, raise `warmup_steps`, or set `grad_clip`"
 
 
@@ -62,8 +64,8 @@ class ReportOptions:
     """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
-    prompt: str = ""
-    """Text that the sample of each evaluation continues. Empty: the start of a document."""
+    prompt: str | None = None
+    """Text that samples continue. None: a line of Python if the data is Python's, else none."""
     sample_tokens: int = 200
     """Tokens per sample."""
     profile: int = 0
@@ -145,6 +147,13 @@ class TrainConfig:
             check_attention_options(self.execution.attention, self.model)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+    @property
+    def prompt(self) -> str:
+        """Text that the sample of each evaluation continues."""
+        if self.report.prompt is not None:
+            return self.report.prompt
+        return PYTHON_PROMPT if set(self.data) <= {"stdlib", "python"} else ""
 
     @property
     def micro_batch(self) -> int:

@@ -101,7 +101,7 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
     dataset = open_dataset(path)
     # Raise now if the prompt, an evaluation or a batch would raise later in the run.
     T = config.model.context_tokens
-    dataset.tokenizer.encode(config.report.prompt)
+    dataset.tokenizer.encode(config.prompt)
     next(evaluation_batches(dataset.val, context_tokens=T, batch_size=1, max_tokens=1))
     Loader(dataset.train, context_tokens=T, batch_size=config.batch_size, seed=config.seed)
     return dataset
@@ -344,7 +344,7 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
     text = sample_text(
         model,
         dataset.tokenizer,
-        config.report.prompt,
+        config.prompt,
         Sampling(
             max_new_tokens=config.report.sample_tokens,
             temperature=0.8,

@@ -8,9 +8,6 @@ from ..errors import InputError, unknown_name
 from ..model import PRESETS, GPTConfig
 from .config import ExecutionOptions, ReportOptions, TrainConfig
 
-# A prompt does not end with a space: in byte-pair vocabularies the space belongs to the next token.
-_PYTHON_PROMPT = "    def __init__(self"
-
 _GPT2 = TrainConfig(
     data=("python",),
     tokenizer="bpe:32768",
@@ -23,7 +20,7 @@ _GPT2 = TrainConfig(
     min_lr=6e-5,
     warmup_steps=250,
     execution=ExecutionOptions(micro_batch_size=32),
-    report=ReportOptions(eval_tokens=1_048_576, prompt=_PYTHON_PROMPT),
+    report=ReportOptions(eval_tokens=1_048_576),
 )
 
 
@@ -41,7 +38,7 @@ RECIPES: dict[str, TrainConfig] = {
         steps=500,
         batch_size=8,
         lr=3e-3,
-        report=ReportOptions(eval_interval=100, prompt=_PYTHON_PROMPT),
+        report=ReportOptions(eval_interval=100),
     ),
     # The model and schedule that nanoGPT's README gives for a CPU.
     "shakespeare-char": TrainConfig(

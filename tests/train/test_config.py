@@ -2,7 +2,7 @@ import pytest
 
 from tritium.errors import InputError
 from tritium.model import GPTConfig
-from tritium.train.config import TrainConfig
+from tritium.train.config import PYTHON_PROMPT, TrainConfig
 
 pytestmark = pytest.mark.plain
 
@@ -49,3 +49,10 @@ def test_an_unknown_option_suggests_the_nearest():
 def test_values_out_of_range_raise_and_name_the_option(change, message):
     with pytest.raises(InputError, match=message):
         TrainConfig.from_options(**change)
+
+
+def test_samples_continue_python_only_if_the_data_is_python():
+    assert TrainConfig(data=("stdlib", "python")).prompt == PYTHON_PROMPT
+    assert TrainConfig(data=("stdlib", "mine.txt")).prompt == ""
+    assert TrainConfig.from_options(data=("mine.txt",), prompt="Once").prompt == "Once"
+    assert TrainConfig.from_options(prompt="").prompt == ""

@@ -57,7 +57,5 @@ def main(argv: Sequence[str]) -> int:
     if open_model(out).tokenizer_path is not None:
         print(f"next: {program()} sample {shlex.quote(options.out)} --prompt Once")
     else:
-        print(
-            f"{options.source} came without a tokenizer; give --tokenizer to commands that use {out}"
-        )
+        print("the model came without a tokenizer; give --tokenizer to the commands that use it")
     return 0

@@ -1,5 +1,6 @@
 """tritium train: train a new model, or continue a stopped run."""
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -83,14 +84,20 @@ def main(argv: Sequence[str]) -> int:
     # options
     has_recipe = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if has_recipe else default_recipe()
-    default = TrainOptions(run=TrainFlags.of(recipe(name)), launch=Launch())
+    base = recipe(name)
+    micro_batch = base.execution.micro_batch_size
+    if _is_given("--batch-size", argv) and not _is_given("--micro-batch-size", argv):
+        base = base.with_options(micro_batch_size=None)  # it may not divide the batch
+    default = TrainOptions(run=TrainFlags.of(base), launch=Launch())
     words = argv[1:] if has_recipe else argv
     options = parse(
         TrainOptions, words, prog="tritium train", description=_DESCRIPTION, default=default
     )
     config = options.run.config()
+    if config.execution.micro_batch_size is None and micro_batch is not None:
+        config = config.with_options(micro_batch_size=math.gcd(micro_batch, config.batch_size))
     is_dataset = (Path(config.data[0]) / "dataset.json").is_file()
-    if is_dataset and not any(word.startswith("--tokenizer") for word in argv):
+    if is_dataset and not _is_given("--tokenizer", argv):
         # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
         config = replace(config, tokenizer=None)
     if config.init_from is not None:
@@ -104,6 +111,10 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
             _print_unused_gpus(world, config)
         return _run_and_report(run, world, lambda: start(config, run, world))
+
+
+def _is_given(option: str, argv: Sequence[str]) -> bool:
+    return any(word.split("=")[0].replace("_", "-") == option for word in argv)
 
 
 def _resume(argv: Sequence[str]) -> int:
@@ -135,7 +146,7 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
                 f"{each.name}: expected {expected}, as in {config.init_from}, got {given}; "
                 "leave it out"
             )
-    has_tokenizer = any(word.startswith("--tokenizer") for word in argv)
+    has_tokenizer = _is_given("--tokenizer", argv)
     if trained.tokenizer_path is None and config.tokenizer is not None and not has_tokenizer:
         raise InputError(
             f"--tokenizer: expected the tokenizer of {config.init_from}, which has "
@@ -188,7 +199,7 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     record = read_run(run)
     samples = (run / "samples.txt").read_text(encoding="utf-8")
     last_sample = samples.rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
-    prompt = shlex.quote(record.train.report.prompt or "Once")
+    prompt = shlex.quote(record.train.prompt or "Once")
     print(f"\n{last_sample}")
     print(
         f"validation loss {result.loss:.4f} nats per token over all {result.tokens:,} held-out "

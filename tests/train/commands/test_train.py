@@ -50,6 +50,11 @@ def test_bad_option_is_one_line_and_makes_no_run(words, message, error_of, tiny,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_small_batch_takes_a_micro_batch_that_divides_it(tiny, tritium, tmp_path):
+    assert tritium("train", "gpt2", *tiny[2:], "--batch-size", 6, "--steps", 1)[0] == 0
+    assert read_run(tmp_path / "run").train.micro_batch == 2  # 32 in the recipe
+
+
 def test_optimizer_missing_in_pytorch_is_one_line_and_makes_no_run(
     error_of, tiny, tmp_path, monkeypatch
 ):
