@@ -100,7 +100,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_train_resume_sample_and_chat_run(folder, monkeypatch):
     shown = [command for command in COMMANDS if command.startswith("tritium train")]
-    assert len(shown) == 5
+    assert len(shown) == 4
     for command in shown:
         words = shlex.split(command)[1:]
         if "--resume" not in words:

@@ -390,10 +390,10 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return Tokenizer.load(spec)
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
-        if not size.isascii() or not size.isdecimal() or int(size) < _SMALLEST_BPE:
+        if not re.fullmatch(r"[0-9]{1,8}", size) or int(size) < _SMALLEST_BPE:
             raise InputError(
-                f"tokenizer {spec}: expected a vocabulary size of {_SMALLEST_BPE} or more "
-                f"(256 bytes, one merge, end-of-text), got {size!r}; try bpe:4096, or bytes"
+                f"tokenizer {spec}: expected a vocabulary size from {_SMALLEST_BPE} (256 bytes, one "
+                f"merge, end-of-text) to 99999999, got {size!r}; try bpe:4096, or bytes"
             )
         pieces = learn_bpe(int(size), texts(), LEARNED_PATTERN)
         return Tokenizer("bpe", spec, [*pieces, end], LEARNED_PATTERN)
