@@ -392,7 +392,7 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         size = spec.removeprefix("bpe:")
         if not re.fullmatch(r"[0-9]{1,8}", size) or int(size) < _SMALLEST_BPE:
             raise InputError(
-                f"tokenizer {spec}: expected a vocabulary size from {_SMALLEST_BPE} (256 bytes, one "
+                f"tokenizer {spec}: expected a size from {_SMALLEST_BPE} (256 bytes, one "
                 f"merge, end-of-text) to 99999999, got {size!r}; try bpe:4096, or bytes"
             )
         pieces = learn_bpe(int(size), texts(), LEARNED_PATTERN)

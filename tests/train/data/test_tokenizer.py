@@ -208,11 +208,9 @@ def test_needs_corpus_for_learned_vocabularies():
     assert not any(needs_corpus(spec) for spec in ("bytes", "gpt2", "x.tiktoken"))
 
 
-@pytest.mark.parametrize(
-    "spec", ["bpe:257", "bpe:99999999999", "bpe:", "bpe:4k", "bpe:-300", "bpe:3.5"]
-)
+@pytest.mark.parametrize("spec", ["bpe:257", "bpe:999999999", "bpe:", "bpe:4k", "bpe:-300"])
 def test_a_wrong_bpe_size_raises(spec):
-    with pytest.raises(InputError, match=r"size from 258 .*try bpe:4096"):
+    with pytest.raises(InputError, match=r"a size from 258 .*try bpe:4096"):
         from_spec(spec, lambda: [SOURCE])
 
 
