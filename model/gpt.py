@@ -71,9 +71,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, attention: str = "tritium", recompute: str = "none"):
         super().__init__()
         check_recompute(recompute, config)
-        check_attention_options(attention, config)
+        check_attention_options(attention, config.with_dropout_of(GPTConfig()))
         self.config = config
         self.attention = choose_attention(attention)
+        self._attention_name = attention
         self.compute_dtype: torch.dtype | None = None
         self._run_block = RECOMPUTATIONS[recompute].run_block
         self._position = POSITIONS[config.position]
@@ -163,6 +164,7 @@ class GPT(nn.Module):
         """Return the seeds of all dropout masks, or None if nothing is dropped."""
         if not self.training or not any(getattr(self.config, name) for name in DROPOUTS):
             return None
+        check_attention_options(self._attention_name, self.config)
         if seed is None:
             seed = torch.randint(2**62, (), device=device)
         return dropout_seeds(seed, self.config.n_layer)

@@ -216,12 +216,11 @@ class Attention(nn.Module):
         return self.c_proj.branch(o.reshape(len(x), -1))
 
     def _options(self, context: ForwardContext, layer: int) -> AttentionOptions:
+        options = AttentionOptions(window=self.window, softcap=self.softcap)
         if context.seeds is None or context.attention_dropout == 0:
-            return AttentionOptions(window=self.window, softcap=self.softcap)
+            return options
         seed = context.seeds[3 * layer + 1, 0]
-        return AttentionOptions(
-            window=self.window,
-            softcap=self.softcap,
+        return options._replace(
             dropout_p=context.attention_dropout,
             seed=seed + self.tensor_rank if self.tensor_rank else seed,
         )

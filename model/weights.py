@@ -11,6 +11,7 @@ read at a time, so memory holds the model once.
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,7 +189,7 @@ def _open_files(folder: Path) -> dict[str, Callable[[], Tensor]]:
                 raise InputError(f"{index}: expected a weight_map of tensors and files") from None
             read = {}
             for file in sorted(files):
-                if not (folder / file).is_file():
+                if Path(file).name != file or not (folder / file).is_file():
                     raise InputError(f"{index}: expected the file {file} next to it, found none")
                 read |= open_file(folder / file)
             return read
@@ -221,10 +222,12 @@ def _open_bin(file: Path) -> dict[str, Callable[[], Tensor]]:
 def _load_pickle(file: Path) -> dict:
     """Read what torch.save wrote. It may hold tensors and plain values, and no code."""
     try:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # a format without mmap, of PyTorch before 1.6
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about files that raise, too
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # a format without mmap, of PyTorch before 1.6
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for damaged files
         raise InputError(
             f"{file}: expected a file of torch.save with tensors only, whole and undamaged "
@@ -292,6 +295,12 @@ def tensors_of(
             yield prefix + part_name, part.detach()
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise InputError unless the folder is empty or does not exist."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: expected a new or empty folder; choose another name")
+
+
 def write_folder(
     folder: Path,
     weights: dict[str, Tensor],
@@ -314,10 +323,9 @@ def write_folder(
     """
     kind = family_of(config)
     family = FAMILIES[kind]
+    check_new_folder(folder)
     folder = folder.resolve()
     parents = [parent for parent in folder.parents if not parent.exists()]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: expected a new or empty folder; choose another name")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.model.test_weights import change_config
 from tritium.model import GPT, GPTConfig
 from tritium.train.run.metrics import read_metrics
 
@@ -42,6 +43,20 @@ def test_a_run_starts_with_the_weights_it_was_given(source, tiny, options, triti
     assert losses[1] < losses[0]
 
 
+def test_dropout_is_that_of_the_run(tiny, options, tritium, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    assert tritium("export", tmp_path / "run", tmp_path / "exported")[0] == 0
+    change_config(tmp_path / "exported", attn_pdrop=0.1)
+    losses = []
+    for dropout, attention in ((0.5, "tritium"), (0.0, "sdpa")):  # sdpa has no dropout
+        out = tmp_path / attention
+        words = ("--dropout", dropout, "--attention", attention, "--steps", 1, "--out", out)
+        status, _, err = tritium(*options, *words, "--init-from", tmp_path / "exported")
+        assert status == 0, err
+        losses.append(read_metrics(out)[0][0]["loss"])
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
 def test_a_resumed_run_does_not_need_the_model_it_started_from(tiny, options, tritium, tmp_path):
     assert tritium(*tiny)[0] == 0
     second = tmp_path / "second"
@@ -56,7 +71,7 @@ def test_a_resumed_run_does_not_need_the_model_it_started_from(tiny, options, tr
 def test_models_that_do_not_fit_are_one_line(tiny, options, tritium, error_of, tmp_path):
     assert tritium(*tiny)[0] == 0
     second = ("--out", tmp_path / "second", "--init-from")
-    assert "expected the folder of a run" in error_of(*options, *second, tmp_path / "none")
+    assert "expected a run, a checkpoint" in error_of(*options, *second, tmp_path / "none")
     line = error_of(*options, "--n-layer", 2, *second, tmp_path / "run")
     assert "--n-layer: expected 1, as in" in line
     assert "got 2; leave it out" in line

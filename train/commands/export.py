@@ -1,5 +1,6 @@
 """tritium export: write a trained model as a folder that transformers opens."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ import torch
 import tyro
 
 from ...model.cost import parameters
-from ...model.weights import write_folder
+from ...model.weights import check_new_folder, write_folder
+from ..config import TrainConfig
 from ..data.published_tokenizer import PublishedTokenizer, files_in
 from ..data.tokenizer import EXPORTED_TOKENIZER
 from ..data.transformers_tokenizer import save_for_transformers
+from ..recipes import recipe
 from ..run.folder import read_run
 from ..run.metrics import read_metrics
 from ..run.models import SavedModel, open_model
@@ -57,6 +60,7 @@ def write_model(
         spec: another tokenizer than the model's own, see `from_spec`.
     Raises: InputError if the folder is in use, or if transformers has no such model.
     """
+    check_new_folder(out)
     # Copy the files in a folder of transformers as they are, even if tritium cannot read them.
     files = files_in(trained.path) if spec is None and trained.is_folder_of_transformers else {}
     has_tokenizer = spec is not None or trained.tokenizer_path is not None
@@ -98,8 +102,8 @@ def model_card(trained: SavedModel) -> str:
         "",
         f"# {name}",
         "",
-        f"A language model with {parameters(config):,} parameters: {config.n_layer} blocks of "
-        f"width {config.d_model}, {config.vocab_size:,} tokens, a context of "
+        f"A language model with {parameters(config):,} parameters: {config.n_layer} layers, width "
+        f"{config.d_model}, {config.vocab_size:,} tokens, a context of "
         f"{config.context_tokens:,} tokens.",
         "",
     ]
@@ -117,7 +121,23 @@ def model_card(trained: SavedModel) -> str:
         f"| tokenizer | {trained.tokenizer().name} |",
         f"| steps | {steps:,} of {train.steps:,} |",
         f"| tokens per step | {train.batch_size * config.context_tokens:,} |",
+        f"| command | `{_command(train)}` |",
         *(f"| validation loss | {row['val_loss']:.4f} nats per token |" for row in evaluations),
         "",
     ]
     return "\n".join(lines)
+
+
+def _command(config: TrainConfig) -> str:
+    """Return a command that trains with the same options, whatever the recipe was."""
+    default = recipe("laptop").options()
+    words = ["tritium", "train", "laptop"]
+    for name, value in config.options().items():
+        if value == default[name] or name == "out":
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-"))
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)

@@ -54,8 +54,10 @@ def main(argv: Sequence[str]) -> int:
         )
     out = Path(options.out)
     write_model(trained, out, model_card(trained), dtype=options.dtype, spec=options.tokenizer)
-    if open_model(out).tokenizer_path is not None:
-        print(f"next: {program()} sample {shlex.quote(options.out)} --prompt Once")
+    try:
+        open_model(out).tokenizer()
+    except InputError as error:
+        print(f"{error}; give another one to the commands that need it: --tokenizer")
     else:
-        print("the model came without a tokenizer; give --tokenizer to the commands that use it")
+        print(f"next: {program()} sample {shlex.quote(options.out)} --prompt Once")
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...model import GPT, GPTConfig
+from ...model.hub import is_hub_name
 from ...model.weights import open_source
 from ..data.published_tokenizer import has_tokenizer
 from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
@@ -96,6 +97,12 @@ def open_model(path: Path) -> SavedModel:
             token_ids=source.token_ids,
             note=source.note,
         )
+    if not is_checkpoint and not _is_run(path):
+        hint = "; `tritium import` downloads it" if is_hub_name(str(path)) else ""
+        raise InputError(
+            f"{path}: expected a run, a checkpoint, a folder of transformers, a GGUF file or a "
+            f"checkpoint of nanoGPT, found none{hint}"
+        )
     return SavedModel(
         path=path,
         config=read_run(run).model,
@@ -107,5 +114,13 @@ def open_model(path: Path) -> SavedModel:
 
 def _is_published(path: Path) -> bool:
     """Whether the path is a file, or a folder whose config.json names a model of transformers."""
+    return path.is_file() or b'"model_type"' in _config_of(path)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() or b'"tritium"' in _config_of(path)
+
+
+def _config_of(path: Path) -> bytes:
     config = path / "config.json"
-    return path.is_file() or (config.is_file() and b'"model_type"' in config.read_bytes())
+    return config.read_bytes() if config.is_file() else b""

@@ -1,9 +1,12 @@
 import json
+import re
+import shlex
 
 import pytest
 import torch
 
 from tritium.train.commands import export
+from tritium.train.run.folder import read_run
 from tritium.train.run.models import open_model
 
 pytestmark = pytest.mark.plain
@@ -51,6 +54,10 @@ def test_sample_gives_the_same_text_from_run_checkpoint_and_export(run, tritium,
     assert tritium("export", earlier, tmp_path / "earlier", "--dtype", "bfloat16")[0] == 0
     card = (tmp_path / "earlier" / "README.md").read_text()
     assert "| steps | 10 of 20 |" in card
+    command = re.search(r"command [|] `tritium (train .*)`", card)[1]
+    again = tmp_path / "again"
+    assert tritium(*shlex.split(command), "--out", again)[0] == 0
+    assert read_run(again).train.with_options(out=str(run)) == read_run(run).train
     assert json.loads((tmp_path / "earlier" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -76,7 +83,7 @@ def test_the_tokenizer_of_a_published_folder_is_copied(run, tritium, tmp_path):
 
 def test_bad_input_is_one_line_and_writes_nothing(run, error_of, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert "expected the folder of a run" in error_of("export", tmp_path / "none", tmp_path / "out")
+    assert "expected a run, a checkpoint" in error_of("export", tmp_path / "none", tmp_path / "out")
     assert "expected a new or empty folder" in error_of("export", run, run)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     (run / "checkpoints" / "step-20" / "model.safetensors").write_bytes(b"")

@@ -132,7 +132,7 @@ def write_index(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "expected the folder of a run"),
+        (lambda folder: (folder / "config.json").unlink(), "expected a run, a checkpoint"),
         (truncate, "model.safetensors: damaged"),
         (write_index, "shard.safetensors: damaged"),
         (

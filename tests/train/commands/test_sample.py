@@ -25,7 +25,7 @@ def test_stop_ends_the_text_and_is_not_written(tritium, tiny, tmp_path):
 
 
 def test_bad_options_and_damaged_runs_are_one_line(error_of, tritium, tiny, tmp_path):
-    assert "expected the folder of a run" in error_of("sample", tmp_path / "nowhere")
+    assert "expected a run, a checkpoint" in error_of("sample", tmp_path / "nowhere")
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     expected = {

@@ -31,5 +31,5 @@ def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
     assert found.run is None
     with pytest.raises(InputError, match=r"out: expected a model with a tokenizer"):
         found.tokenizer()
-    with pytest.raises(InputError, match="expected the folder of a run"):
+    with pytest.raises(InputError, match="expected a run, a checkpoint"):
         open_model(tmp_path / "none")
