@@ -369,11 +369,10 @@ def test_invalid_token_or_position_gives_a_nan_row_and_no_gradient(order, device
         torch.testing.assert_close(gradient, expected)
 
 
-def tied_loss(tokens, weight, table, matrix, target, *, is_tied, order=None):
+def tied_loss(tokens, weight, table, matrix, target, *, is_tied, order=None, **dropout):
     """A small model whose embedding and head share `weight`."""
-    y, head = embedding(
-        tokens, weight, position_weight=table, order=order, dtype=matrix.dtype, return_weight=True
-    )
+    options = {"position_weight": table, "order": order, "dtype": matrix.dtype}
+    y, head = embedding(tokens, weight, return_weight=True, **options, **dropout)
     head = head if is_tied else weight
     return linear_cross_entropy(torch.tanh(y @ matrix), head, target, vocab_size=len(weight) - 2)
 
@@ -406,6 +405,11 @@ def test_gradients_of_embedding_and_head_are_added_in_place(backend, device, mon
     assert_equal(got, gradients(function, is_tied=True, order=order_of(tokens)))
     assert_equal(got, gradients(function, is_tied=False))
     assert got[1].dtype == torch.float32
+    if backend is None:
+        dropout = {"dropout_p": 0.3, "seed": 5}
+        dropped = gradients(function, is_tied=True, **dropout)
+        assert_equal(dropped, gradients(function, is_tied=False, **dropout))
+        assert not torch.equal(dropped[1], got[1])
 
 
 def test_shared_weight_gets_its_gradient_without_a_head(device):

@@ -251,6 +251,7 @@ def test_additions_to_dq_have_one_layout_and_a_barrier_after_each_column(one_pas
     ]
     operations = [re.search(r"tt\.\w+(?: fadd, \w+)?", line).group() for line in accesses]
     assert operations == ["tt.load", "tt.store", "tt.atomic_rmw fadd, relaxed"]
+    assert "cacheModifier = cg" in accesses[0]  # additions leave the L1 cache as it was
     assert len({re.search(r"!tt\.ptr<f32>, (#\w+)>", line).group(1) for line in accesses}) == 1
     assert any(
         "barrier all" in line or "gpu.barrier" in line for line in code[code.index(accesses[-1]) :]
