@@ -44,7 +44,7 @@ class Conversation:
     Attributes:
         messages: {"role": "user" or "assistant", "content": text} each, without the system message.
         dropped: number of messages that the last prompt left out.
-    Raises: InputError if max_new_tokens is 0.
+    Raises: InputError if max_new_tokens is 0, or if the system message does not fit.
     """
 
     model: GPT
@@ -63,6 +63,10 @@ class Conversation:
         filters = for_tokenizer(self.sampling, self.tokenizer)
         self._decoder = Decoder(self.model, 1, filters)
         self._answers = 0
+        try:
+            self._fit([{"role": "user", "content": ""}])
+        except InputError as error:
+            raise InputError(f"{error} or the system message") from None
 
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer as it is made.

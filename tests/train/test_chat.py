@@ -132,3 +132,8 @@ def test_save_writes_messages_and_no_existing_file(model, templated, prompts, tm
 def test_answers_without_tokens_raise(model, templated):
     with pytest.raises(InputError, match="max_new_tokens: expected at least 1 for a chat, got 0"):
         Conversation(model, templated, Sampling(max_new_tokens=0))
+
+
+def test_a_system_message_that_does_not_fit_raises_at_the_start(model, templated):
+    with pytest.raises(InputError, match="shorten the question or the system message"):
+        Conversation(model, templated, SAMPLING, system="x" * 60)
