@@ -65,7 +65,9 @@ def _embedding_bwd_kernel(
     IS_ADDED: tl.constexpr,
     PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The program of sorted position i sums the run that begins there, or goes on in a new piece.
+    """Program i sums a run of equal tokens, or the part of it that is in one piece.
+
+    Sorted position i is where the run begins, or where a piece begins inside the run.
 
     keys: sorted tokens. The sum of a run in one piece goes to dweight. A longer run has a partial
     sum per piece, which goes to `partial` (pieces, 2, D): row 1 if the run begins in the piece,

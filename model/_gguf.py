@@ -1,6 +1,6 @@
 """Read GGUF files, llama.cpp's format, of the architectures gpt2 and llama.
 
-The metadata become the fields of transformers' config.json, and tensors take transformers' names.
+The metadata is converted to transformers' config.json. Tensors take transformers' names.
 So _families.py alone describes the families. Tensors of float32, float16 or bfloat16 stay as they
 are if all have the same dtype. Otherwise, and if they are quantized, they become float32.
 """
@@ -145,7 +145,7 @@ def _fields(family: str, meta: dict[str, Any], tensors: dict[str, Any]) -> dict[
     head_size = meta.get(f"{family}.rope.dimension_count")
     if family == "llama" and head_size is not None:
         fields.setdefault("head_dim", head_size)
-    if family == "gpt2":  # the metadata have no dropout
+    if family == "gpt2":  # the metadata has no dropout
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     if "token_embd.weight" not in tensors:
         raise KeyError("token_embd.weight")

@@ -9,7 +9,7 @@ from .positions import POSITIONS
 # The number of rows of the embedding is a multiple of this. Tensor cores and shards prefer sizes
 # that are multiples of 128 bytes, which are 64 elements of bfloat16.
 VOCABULARY_MULTIPLE = 64
-# Options that act in training only. Models of equal shape may differ in them.
+# Options that have an effect in training only. Models of equal shape may differ in them.
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
@@ -62,7 +62,7 @@ class GPTConfig:
     head_softcap: float = 0.0
     """c > 0 replaces a logit s of the head by c tanh(s / c). 0: logits stay as they are."""
     dropout: float = 0.0
-    """Probability of dropping an output of attention or an MLP, before the addition."""
+    """Probability of dropping an element of the output of attention or of an MLP."""
     embedding_dropout: float = 0.0
     """Probability of dropping an element of the embedding, after positions are added."""
     attention_dropout: float = 0.0

@@ -46,10 +46,10 @@ def dropout_seeds(seed: Tensor, n_layer: int) -> Tensor:
     Row 0: the embedding. Row 3 l + 1: the attention weights of layer l. Row 3 l + 2: the output of
     its attention. Row 3 l + 3: the output of its MLP.
 
-    Only column 0 is used. A seed is then aligned to 16 bytes. Triton would compile kernels again
-    for seeds that are not.
+    Column 1 is padding: it aligns each seed to 16 bytes. Triton would compile a second kernel for
+    an unaligned seed.
     """
-    # Far apart, so that forwards with the seeds 0, 1, 2 ... share no mask.
+    # The rows are 2^40 apart, so that forwards with the seeds 0, 1, 2 ... share no mask.
     rows = torch.arange(3 * n_layer + 1, device=seed.device)
     return (seed + (rows << 40)).unsqueeze(1).repeat(1, 2)
 
@@ -59,9 +59,9 @@ class Branch(NamedTuple):
 
     Args:
         y: (B T, D).
-        added_bias: (D,), the bias that is already part of y, or None. It was added without a
-            gradient. The norm returns its gradient, because the norm's backward has the gradient of
-            y in registers.
+        added_bias: (D,), the bias that is already part of y, or None. The bias was added
+            without a gradient. The next norm computes the bias's gradient, because its backward
+            has the gradient of y in registers.
     """
 
     y: Tensor

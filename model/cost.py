@@ -143,7 +143,7 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
 
 
 def _mask_bytes(config: GPTConfig, itemsize: int) -> int:
-    """Return the bytes per token of the mask that the reference of a norm keeps of a branch."""
+    """Return the bytes per token of a branch's mask, if the norm's reference keeps it."""
     keeps_mask = config.dropout and itemsize == 4 and NORMS[config.norm].keeps_float32_mask
     return 4 * config.d_model if keeps_mask else 0
 

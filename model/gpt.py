@@ -112,11 +112,11 @@ class GPT(nn.Module):
                 not attend to each other, and positions start at 0 in each. Default: B documents of
                 T tokens.
             cache: keys and values of earlier tokens. The forward adds those of `tokens`. With a
-                Prefill it does only that.
+                Prefill, the forward only fills the cache and returns None.
             dropout_seed: () int64 on the device of tokens. Elements are dropped only in training
                 mode and without a cache. Default: drawn from PyTorch's generator.
-            token_order: (B T,) integers, the stable sort of the tokens laid end to end, for the
-                gradient of the embedding. Default: the backward sorts them.
+            token_order: (B T,) integers, a stable sort of the flattened tokens, for the gradient of
+                the embedding. Default: the backward sorts them.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats; with a
             Prefill None.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.

@@ -27,7 +27,7 @@ def download(name: str, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(
-            f"{name}: expected the package huggingface_hub, which downloads it, found none; "
+            f"{name}: expected the package huggingface_hub to download it, found none; "
             "pip install 'tritium[hf]'"
         ) from None
     try:

@@ -62,7 +62,7 @@ class Linear(nn.Module):
         return self.bias.detach(), self.bias.view_as(self.bias)
 
 
-# --- norms. In the same kernel, each first adds the last branch to the residual stream.
+# --- norms. Each norm first adds the last branch to the residual stream, in the same kernel.
 
 
 class LayerNorm(nn.Module):
@@ -83,7 +83,7 @@ class LayerNorm(nn.Module):
         """Return the norm of branch + stream, and branch + stream.
 
         Args:
-            branch: None counts as 0.
+            branch: None: only the norm is applied.
             dropout: probability and seed of dropping elements of the branch.
         """
         if branch is None:
@@ -143,7 +143,7 @@ class NormRow:
     eps: float
     """Default of the option `norm_eps`."""
     keeps_float32_mask: bool
-    """Whether PyTorch's functions, which replace it in float32 on a CPU, keep dropout's mask."""
+    """Whether autograd keeps the dropout mask in float32 on a CPU, where no kernel runs."""
 
 
 NORMS = {

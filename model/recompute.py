@@ -59,7 +59,8 @@ def _run(block: Callable, *inputs):
 
 
 def _checkpoint(block: Callable, *inputs, **options):
-    # A block uses no random numbers, so their state need not be saved.
+    # A block draws no random numbers, so their state need not be saved. Its dropout masks come
+    # from seeds in its inputs.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 

@@ -136,7 +136,7 @@ class Source:
         extra = sorted(self._read)
         if extra:
             raise InputError(
-                f"{self.path}: expected no tensors but the model's, got {', '.join(extra[:3])}"
+                f"{self.path}: expected only tensors of the model, got {', '.join(extra[:3])}"
                 f"{' ...' if len(extra) > 3 else ''}"
             )
 

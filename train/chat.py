@@ -10,7 +10,7 @@ plain form, one message per paragraph:
     User: QUESTION
     Assistant:
 
-There an answer ends before a line that begins with "User:".
+In this form, an answer ends before a line that begins with "User:".
 
 A turn is a question and its answer. If the messages do not fit into the context, the oldest turns
 are left out, whole turns at a time. The system message stays. A part of the context is reserved for
@@ -71,8 +71,8 @@ class Conversation:
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer as it is made.
 
-        The question and its answer become messages, also if the caller stops early: then the answer
-        is the part that was yielded.
+        The question and its answer become messages. If the caller stops early, the answer is the
+        part that was yielded.
 
         Raises: InputError if the question alone does not fit into the context, or if the template
             raises an error.

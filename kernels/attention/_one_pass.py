@@ -14,16 +14,16 @@ Order      A program takes the tiles of BLOCK_N keys of its head from the first 
                             1 2 3 4
 
            dk and dv stay in registers during a column. dq / scale stays in `sums`, a float32
-           buffer in memory. Column 1 stores to it, and later columns add to it. The diagonal is
-           the last tile of each row: it loads the sum, adds its part in registers and writes dq.
-           No other kernel has to convert dq.
+           buffer in memory. Column 1 stores to it, and later columns add to it. The program
+           reaches the diagonal tile of a row last. It loads the sum, adds this tile's part and
+           writes dq. No other kernel has to convert dq.
 
 Repeatable A sum of floats depends on the order of the additions. The order is the same in each run:
 
            1. Only one program adds to a number: each program has its own part of `sums`.
            2. A column adds to each number once, because its tiles of queries do not overlap.
            3. Between two columns all threads of the program wait at a barrier. In the memory model
-              of PTX the barrier puts every access before it ahead of every access after it. The
+              of PTX every access before the barrier comes before every access after it. The
               additions are relaxed atomics, and each adds to the newest value in this order. So
               column 2 adds to what column 1 stored, column 3 adds to that, and the load at the
               diagonal reads the result of the last addition.
@@ -36,7 +36,7 @@ Repeatable A sum of floats depends on the order of the additions. The order is t
            No two threads ever add to a number at the same time. The additions are atomics because
            the L2 cache then adds. With a load and a store in place of an addition, twice as many
            bytes would move, and the program would wait for the load. A reduction by TMA would take
-           as many instructions. Atomics treat subnormal numbers as 0.
+           as many instructions as the atomics. Atomics treat subnormal numbers as 0.
 
 Memory     `sums` has one part per program, not one per head: a program uses its part again for its
            next head. The part, and the q and do that every column reads again, should stay in the

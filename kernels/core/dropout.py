@@ -32,7 +32,7 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """The least word of an element that is kept. Words are signed numbers."""
+        """An element is kept if its word, a signed number, is at least this number."""
         return int(self.dropout_p * 2**32) - 2**31
 
     @property

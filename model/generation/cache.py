@@ -26,7 +26,8 @@ class KVCache:
         capacity: largest number of tokens per sequence. Default: config.context_tokens.
         device: of the model.
     Attributes:
-        keys, values: (L, B, capacity, G, K), in the dtype of the first keys. None before them.
+        keys, values: (L, B, capacity, G, K), in the dtype of the first keys. None until the
+            first forward.
         lengths: (B,) int32, number of tokens of each sequence.
         host_lengths: the same numbers on the host.
         is_active: (B,) int32, 1 for sequences that a forward makes longer, 0 for finished ones.
@@ -134,7 +135,7 @@ class KVCache:
 
 
 class Prefill:
-    """Fill sequences of a cache from their start, as if they were empty.
+    """Overwrite sequences of a cache from position 0.
 
     A model that gets a Prefill as its cache computes keys and values, and no logits. Shorter
     prompts are padded on the right. Causal attention never looks at padding, because it comes

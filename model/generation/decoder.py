@@ -21,7 +21,7 @@ _WARM_UP_STEPS = 2
 
 
 class Decoder:
-    """Generate tokens for a batch of sequences, one token per sequence and step.
+    """Generate tokens for a batch of sequences. Each step adds one token to each sequence.
 
     Args:
         model: a GPT. Its weights must not change while the decoder is in use.

@@ -13,8 +13,8 @@
 The numbers u in [0, 1) come from Philox4x64, whose key is the sequence's seed. Number i chooses new
 token i of the sequence, so a sequence draws the same numbers in any batch. Weights are integers,
 and sums of integers do not depend on the order of additions. The sum runs over token ids in order,
-not over sorted probabilities: rounding may reorder two tokens of nearly equal probability, and then
-changes nothing.
+not over sorted probabilities. Rounding may change the order of nearly equal probabilities, but not
+the order of ids.
 
 Source     Keskar et al. 2019, arXiv:1909.05858 (penalty); Fan et al. 2018, arXiv:1805.04833
            (top-k); Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024,

@@ -12,7 +12,7 @@ format (vocab.json with merges.txt, tokenizer.model) and for a GGUF file. A run 
 files in its own tokenizer.json, and `tritium export` writes them again without a change.
 
 An id stands for fixed bytes, as with tritium's own tokenizers. So the bytes of several ids can be
-joined. Llama's tokenizer puts a space before a text; decoding gives this space back.
+joined. Llama's tokenizer puts a space before a text. The decoded text keeps it.
 """
 
 import base64
@@ -102,7 +102,7 @@ class PublishedTokenizer(Tokenizer):
         name: of the model.
         files: content of the files that the top of this file lists, by their names.
     Attributes: those of Tokenizer, and
-        files: as given.
+        files: the argument `files`.
         special_tokens: names of special tokens by their roles, such as {"eos_token": "</s>"}.
     Raises: InputError if a file is damaged or missing, or if the tokenizer cannot give bytes.
     """
@@ -180,7 +180,8 @@ class PublishedTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Join the bytes of `ids`, as Tokenizer.decode_bytes does.
 
-        A model can have more rows than its tokenizer has tokens. Their ids stand for no bytes.
+        A model can have more rows than its tokenizer has tokens. Ids without a token decode to no
+        bytes.
         """
         ids = np.asarray(ids if hasattr(ids, "__array__") else list(ids), dtype=np.int64)
         return super().decode_bytes(ids[ids < self.vocab_size])
@@ -233,7 +234,7 @@ def _read_json(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _special_tokens(*settings: dict[str, Any]) -> dict[str, str]:
-    """Return the names of special tokens by their roles. Earlier settings go first."""
+    """Return the names of special tokens by their roles. The first setting of a role wins."""
     found = {}
     for role in _ROLES:
         for each in settings:

@@ -141,7 +141,7 @@ def write_index(folder):
         ),
         (
             lambda folder: change_tensors(folder, lambda x: x.update(more=torch.ones(1))),
-            "expected no tensors but the model's, got more",
+            "expected only tensors of the model, got more",
         ),
         (lambda folder: change_config(folder, n_embd=18), "expected wte.weight of shape (500, 18)"),
         (lambda folder: change_config(folder, model_type="bert"), "expected model_type gpt2"),
