@@ -63,10 +63,11 @@ class Conversation:
         filters = for_tokenizer(self.sampling, self.tokenizer)
         self._decoder = Decoder(self.model, 1, filters)
         self._answers = 0
-        try:
-            self._fit([{"role": "user", "content": ""}])
-        except InputError as error:
-            raise InputError(f"{error} or the system message") from None
+        if self.system is not None:
+            try:
+                self._fit([{"role": "user", "content": ""}])
+            except InputError as error:
+                raise InputError(f"{error} or the system message") from None
 
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer as it is made.
