@@ -1,11 +1,13 @@
 """The command with a pipe, and in a terminal."""
 
+import contextlib
 import io
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -85,18 +87,32 @@ def read_until(terminal: int, pattern: bytes, seconds: float = 120) -> None:
         found += os.read(terminal, 4096)
 
 
+@contextlib.contextmanager
+def killed_at_the_end(process: subprocess.Popen):
+    """Kill the process if the test fails. Popen would wait for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(words, tmp_path):
     """In a terminal, with the keys that a user presses."""
     terminal, other_end = pty.openpty()
     command = [sys.executable, "-m", "tritium", *words, "--max-new-tokens", "8000"]
     # setsid makes the terminal the one whose Ctrl-C the command gets.
-    with subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command],
-        stdin=other_end,
-        stdout=other_end,
-        stderr=other_end,
-        cwd=tmp_path,
-    ) as process:
+    with (
+        subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *command],
+            stdin=other_end,
+            stdout=other_end,
+            stderr=other_end,
+            cwd=tmp_path,
+            # A shell makes its background jobs ignore Ctrl-C, and their children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        ) as process,
+        killed_at_the_end(process),
+    ):
         os.close(other_end)
         read_until(terminal, rb"\n> ")
         os.write(terminal, b"hello\n")
