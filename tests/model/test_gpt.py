@@ -375,6 +375,7 @@ def test_thirty_steps_match_a_head_that_computes_all_logits(device, monkeypatch)
 
 
 @pytest.mark.plain
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """DDP and FSDP2 must handle the weight that the embedding and the head share."""
     program = Path(__file__).with_name("two_processes.py")

@@ -269,7 +269,7 @@ def test_any_layout_gives_the_result_of_a_contiguous_copy(name, device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("N", [40, MAX_RESIDENT_WIDTH + 1])
+@pytest.mark.parametrize("N", [40, pytest.param(MAX_RESIDENT_WIDTH + 1, marks=pytest.mark.slow)])
 def test_row_strides_are_independent(N, device):
     """Each tensor in its own run is a slice of a tensor with longer rows, read without a copy."""
     M = 3
