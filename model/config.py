@@ -34,11 +34,11 @@ class GPTConfig:
     context_tokens: int = 1024
     """Largest number of tokens that the model can attend to."""
     n_kv_head: int | None = None
-    """Key and value heads per block. Default: n_head."""
+    """Key and value heads per block. None: n_head."""
     bias: bool = True
     """Whether linear layers and layer norms have a bias. RMS norm and SwiGLU never have one."""
     qkv_bias: bool | None = None
-    """Whether the layer of queries, keys and values has a bias. Default: as `bias`."""
+    """Whether the layer of queries, keys and values has a bias. None: as `bias`."""
     tied_head: bool = True
     """Whether the head shares the embedding's weight. The head never has a bias."""
     position: Literal[tuple(POSITIONS)] = "learned"
@@ -48,15 +48,15 @@ class GPTConfig:
     mlp: Literal[tuple(MLPS)] = "gelu"
     """gelu, relu2: two layers with GELU or relu(x)^2 between them; swiglu: SwiGLU, three layers."""
     d_hidden: int | None = None
-    """Width of the MLP's hidden layer. Default: four times d_model; SwiGLU: about 8 / 3 times."""
+    """Width of the MLP's hidden layer. None: four times d_model; SwiGLU: about 8 / 3 times."""
     norm_eps: float | None = None
-    """Added to the variance in norms. Default: 1e-5 for layer norm, 1e-6 for RMS norm."""
+    """Added to the variance in norms. None: 1e-5 for layer norm, 1e-6 for RMS norm."""
     rope_base: float = 10_000.0
     """RoPE rotates pair i of a head by the angle position / rope_base^(2 i / head size)."""
     qk_norm: bool = False
     """Whether RMS norm, with a gain per element, scales each query and key before RoPE."""
     window: int | None = None
-    """How many tokens a token attends to, itself included. Default: itself and all before it."""
+    """How many tokens a token attends to, itself included. None: itself and all before it."""
     softcap: float = 0.0
     """c > 0 replaces an attention score s by c tanh(s / c). 0: scores stay as they are."""
     head_softcap: float = 0.0

@@ -1,4 +1,4 @@
-"""What the layers of a forward share: its inputs, and branches of the residual stream.
+"""The inputs that all layers of a forward pass share, and the branch that a layer returns.
 
 Shapes     B sequences, T tokens, D = d_model
 """

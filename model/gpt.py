@@ -113,10 +113,10 @@ class GPT(nn.Module):
                 T tokens.
             cache: keys and values of earlier tokens. The forward adds those of `tokens`. With a
                 Prefill, the forward only fills the cache and returns None.
-            dropout_seed: () int64 on the device of tokens. Elements are dropped only in training
-                mode and without a cache. Default: drawn from PyTorch's generator.
             token_order: (B T,) integers, a stable sort of the flattened tokens, for the gradient of
                 the embedding. Default: the backward sorts them.
+            dropout_seed: () int64 on the device of tokens. Elements are dropped only in training
+                mode and without a cache. Default: drawn from PyTorch's generator.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats; with a
             Prefill None.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.

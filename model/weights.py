@@ -111,9 +111,10 @@ class Source:
             found = type(value).__name__
             if isinstance(value, Tensor):
                 found = f"{value.dtype} {tuple(value.shape)}"
+            axes = "1 axis" if ndim == 1 else f"{ndim} axes"
             raise InputError(
-                f"{self.path}: expected {name} to have {ndim} axes of float32, bfloat16 or "
-                f"float16, got {found}"
+                f"{self.path}: expected {name} to have {axes} of float32, bfloat16 or float16, "
+                f"got {found}"
             )
         self._dtypes.setdefault(value.dtype, name)
         if len(self._dtypes) > 1:

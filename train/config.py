@@ -47,7 +47,7 @@ class ExecutionOptions:
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
     """Activation checkpointing: of GELU, of blocks except attention (selective), or of blocks."""
     micro_batch_size: int | None = None
-    """Sequences per forward and backward on each rank. Default: the complete batch of the rank."""
+    """Sequences per forward and backward on each rank. None: the complete batch of the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ReportOptions:
     """The files and messages that the run writes, and how often."""
 
     out: str | None = None
-    """Folder of the run. Default: the next free runs/RECIPE-N."""
+    """Folder of the run. None: the next free runs/RECIPE-N."""
     eval_interval: int = 250
     """Steps between evaluations. There is always one after the last step."""
     eval_tokens: int = 32_768

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..core.dropout import threshold_of
 from ..core.layout import wide
 from ..core.philox import random_bits
 from ..core.triton import cdiv
@@ -322,5 +323,5 @@ def _dropout_scale(
         j = (j - starts[rows, None]).clamp(min=0)
     words_per_row = 4 * cdiv(S, 4)
     words = random_bits(options.seed, (head * T + i[:, None]) * words_per_row + j)
-    kept = words >= int(options.dropout_p * 2**32) - 2**31
+    kept = words >= threshold_of(options.dropout_p)
     return kept.to(dtype).div_(1 - options.dropout_p)

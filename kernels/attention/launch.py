@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import arch, sm_count
+from ..core.dropout import threshold_of
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv
@@ -29,9 +30,8 @@ from .options import AttentionOptions
 # 40 MB or more on data-center GPUs.
 L2_BYTES = 16 << 20
 # The backward's passes over q, k, v and do: "two passes", "one pass", or "auto", which is one pass
-# where the kernel supports the arguments and `one_pass_fits`. "auto" becomes the default when a GPU
-# has shown that one pass gives the same bits in 1,000 runs and takes at least 15 % less time. No
-# GPU has run it yet.
+# where the kernel supports the arguments and `one_pass_fits`. No GPU has run it yet. "auto" can
+# become the default after a GPU test: the same bits in 1,000 runs, and at least 15 % less time.
 BACKWARD = "two passes"
 # Queries per program of the kernel that computes delta.
 DELTA_ROWS = 128
@@ -389,7 +389,6 @@ def _option_arguments(options: AttentionOptions, S: int) -> dict:
         "scale": options.scale,
         "window": options.window if options.window < S else None,
         "softcap": options.softcap if options.softcap > 0 else None,
-        # Kernels compare random words as signed numbers.
-        "threshold": int(options.dropout_p * 2**32) - 2**31 if has_dropout else None,
+        "threshold": threshold_of(options.dropout_p) if has_dropout else None,
         "keep": 1 - options.dropout_p if has_dropout else None,
     }

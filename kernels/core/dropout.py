@@ -31,19 +31,19 @@ class Dropout:
     seed: Tensor | None = None
 
     @property
-    def threshold(self) -> int:
-        """An element is kept if its word, a signed number, is at least this number."""
-        return int(self.dropout_p * 2**32) - 2**31
-
-    @property
     def arguments(self) -> dict:
         """Arguments of kernels. None compiles a kernel without dropout."""
         has_dropout = self.dropout_p > 0
         return {
             "seed_ptr": self.seed,
-            "threshold": self.threshold if has_dropout else None,
+            "threshold": threshold_of(self.dropout_p) if has_dropout else None,
             "scale": 1 / (1 - self.dropout_p) if has_dropout else None,
         }
+
+
+def threshold_of(dropout_p: float) -> int:
+    """Return the threshold: an element is kept if its word, a signed number, is not below it."""
+    return int(dropout_p * 2**32) - 2**31
 
 
 def resolve_dropout(
@@ -91,7 +91,7 @@ def kept_elements(M: int, N: int, dropout: Dropout) -> Tensor:
     quads = cdiv(N, 4)
     counter = torch.arange(M * quads, device=dropout.seed.device)
     words = torch.stack(random_words(dropout.seed, counter), dim=-1)
-    return words.view(M, 4 * quads)[:, :N] >= dropout.threshold
+    return words.view(M, 4 * quads)[:, :N] >= threshold_of(dropout.dropout_p)
 
 
 # --- for kernels

@@ -293,7 +293,7 @@ def test_damaged_files_are_one_line(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transformer.ln_f.bias": torch.ones(48, 1)}, r"expected ln_f\.bias to have 1 axes"),
+        ({"transformer.ln_f.bias": torch.ones(48, 1)}, r"expected ln_f\.bias to have 1 axis of"),
         ({"transformer.wte.weight": torch.ones(77, 48).int()}, r"got torch\.int32 \(77, 48\)"),
         ({"transformer.ln_f.bias": torch.ones(48).half()}, "expected tensors of one dtype"),
         ({"lm_head.weight": torch.ones(77, 48)}, "expected a head that shares the weight"),

@@ -30,7 +30,7 @@ class Launch:
     parallel: Literal[("auto", *_PARALLEL)] = "auto"
     """ddp divides the batch, zero1 also optimizer state, fsdp also weights. auto: ddp or fsdp."""
     shard_ranks: int | None = None
-    """fsdp: number of ranks that together hold one copy of the weights. Default: all."""
+    """fsdp: number of ranks that together hold one copy of the weights. None: all."""
     tensor_parallel: int = 1
     """fsdp: number of neighbouring ranks that compute each layer together."""
 

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from tritium.kernels.core.dropout import Dropout, drop, kept_elements, kept_tile, resolve_dropout
+from tritium.kernels.core.dropout import (
+    Dropout,
+    drop,
+    kept_elements,
+    kept_tile,
+    resolve_dropout,
+    threshold_of,
+)
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.philox import random_bits
 from tritium.kernels.core.triton import HAS_TRITON, tl, triton
@@ -29,7 +36,7 @@ def test_kernels_and_references_keep_the_same_elements_for_any_tile(N, block_m, 
     M, dropout = 9, options(device=device)
     kept = torch.full((M, N), -1, dtype=torch.int8, device=device)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, block_n))
-    arguments = {"seed_ptr": dropout.seed, "threshold": dropout.threshold}
+    arguments = {"seed_ptr": dropout.seed, "threshold": threshold_of(dropout.dropout_p)}
     _kept_kernel[grid](kept, M=M, N=N, BLOCK_M=block_m, BLOCK_N=block_n, **arguments)
     assert torch.equal(kept == 1, kept_elements(M, N, dropout))
     assert (kept >= 0).all()
@@ -41,7 +48,7 @@ def test_element_takes_a_word_of_its_own():
     M, N, dropout = 3, 5, options()
     index = torch.arange(M)[:, None] * 8 + torch.arange(N)
     words = random_bits(dropout.seed, index)
-    assert torch.equal(kept_elements(M, N, dropout), words >= dropout.threshold)
+    assert torch.equal(kept_elements(M, N, dropout), words >= threshold_of(dropout.dropout_p))
 
 
 @pytest.mark.plain
