@@ -12,6 +12,8 @@ def test_safetensors_reads_the_same_bits(dtype, tmp_path):
     x = torch.randn(6, 5).to(dtype)
     tensors = {"b": x, "a": x.t(), "strided": x[::2, 1:3], "vector": x[0], "empty": x[:0]}
     write_safetensors(tmp_path / "x.safetensors", tensors)
+    header_bytes = int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0  # the tensors of the mapped file are aligned
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():

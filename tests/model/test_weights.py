@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,3 +334,19 @@ def test_nothing_is_written_for_a_bad_model_or_into_a_used_folder(tmp_path):
     with pytest.raises(InputError, match="expected a new or empty folder"):
         GPT(config).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_pickle_of_an_old_protocol_raises_without_a_warning(folder, recwarn):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(InputError, match=r"expected a file of torch\.save with tensors only"):
+        GPT.from_pretrained(folder)
+    assert not recwarn.list
+
+
+def test_a_shard_outside_the_folder_raises(folder):
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"weight_map": {"wte.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"outside\.safetensors next to it, found none"):
+        GPT.from_pretrained(folder)

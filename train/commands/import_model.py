@@ -24,7 +24,7 @@ class ImportOptions:
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
     """New folder, in the format of transformers."""
     revision: str | None = None
-    """Branch, tag or commit of OWNER/NAME. Default: main."""
+    """Branch, tag or commit of OWNER/NAME. None: main."""
     tokenizer: str | None = None
     """A tokenizer for a model without one: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

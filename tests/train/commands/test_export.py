@@ -88,4 +88,6 @@ def test_bad_input_is_one_line_and_writes_nothing(run, error_of, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     (run / "checkpoints" / "step-20" / "model.safetensors").write_bytes(b"")
     assert "damaged" in error_of("export", run, tmp_path / "out")
+    # The folder is checked before the weights are read.
+    assert "expected a new or empty folder" in error_of("export", run, run)
     assert not (tmp_path / "out").exists()
