@@ -21,9 +21,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from .record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 535
+SHORT_SECONDS = 430
 SAVE_SECONDS = 15
 # Lines of each log that are printed: the last ones.
 LOG_LINES = 40
@@ -48,12 +51,14 @@ class Part:
             Python.
         until: its deadline, seconds after the start of the command.
         program: the program, if it is not Python.
+        together: whether to run at the same time as the part before. Such parts are not timed.
     """
 
     name: str
     words: tuple[str, ...]
     until: int
     program: str | None = None
+    together: bool = False
 
 
 def _part(name: str, until: int, words: str, *more: str, program: str | None = None) -> Part:
@@ -200,7 +205,72 @@ def later(rehearse: bool) -> list[Part]:
     ]
 
 
+def short(rehearse: bool) -> list[Part]:
+    """Return the parts that decide most, in seven minutes: for a GPU that is lent for minutes.
+
+    The first parts run at the same time. They test the kernels, and they compile what the later
+    parts time, so that those find it in the caches.
+    """
+    if rehearse:
+        tiny = "--shape 8x64 --device cpu --rounds 1"
+        return [
+            _tritium("info", 30, "info"),
+            replace(_tritium("fill", 60, f"bench tune layer_norm {tiny}"), together=True),
+            _tritium("layer_norm", SHORT_SECONDS, f"bench tune layer_norm {tiny}"),
+        ]
+    nanogpt = " --nanogpt .nanogpt" if (ROOT / ".nanogpt").is_dir() else ""
+    models = f"bench train gpt2 --attention{nanogpt} --micro-batch-size 32"
+    some = "(accura or bits or packed_documents or last_rows) and bf16"
+    attention = "causal_attention --shape 64x1024x12x64"
+    mlp = "gelu_mlp --shape 65536x768"
+    loss = "linear_cross_entropy --shape 65536x768x50257"
+    first = [
+        _tritium("info", 30, "info"),
+        _pytest("tests", 170, 8, "tests/kernels -v -m", "not codegen", "-k", some),
+        _tritium(
+            "run",
+            170,
+            "train gpt2 --data stdlib --tokenizer bytes --steps 20 --batch-size 32 "
+            "--eval-interval 20 --eval-tokens 65536 --compile off --out FOLDER/run",
+        ),
+        _tritium("fill-train", 170, f"{models} --steps 1"),
+        *(
+            _tritium(f"fill-{words.split()[0]}", 170, f"bench tune {words} --rounds 1")
+            for words in (attention, mlp, loss)
+        ),
+    ]
+    return [
+        first[0],
+        *(replace(part, together=True) for part in first[1:]),
+        _tritium(
+            "machine", 215, "bench machine gpt2 --micro-batch-size 32 --out FOLDER/machine.json"
+        ),
+        _tritium("train-32", 300, f"{models} --steps 60 --out FOLDER/train-32.json"),
+        _tritium(
+            "profile",
+            335,
+            "bench predict gpt2 --batch-size 32 --micro-batch-size 32 --measure 5 "
+            "--out FOLDER/profile.json",
+        ),
+        *(
+            _tritium(
+                f"tune-{words.split()[0]}",
+                until,
+                f"bench tune {words} --out FOLDER/tune-{until}.json",
+            )
+            for until, words in ((370, attention), (390, mlp), (405, loss))
+        ),
+        _tritium(
+            "kernels",
+            SHORT_SECONDS,
+            "bench kernels causal_attention --shape 64x1024x12x64 "
+            "--without torch.compile --out FOLDER/kernels",
+        ),
+    ]
+
+
 COMMANDS: dict[str, Callable[[bool], list[Part]]] = {
+    "short": short,
     "correct": correct,
     "train": train,
     "kernels": kernels,
@@ -275,10 +345,13 @@ def run_command(name: str, out: Path, *, rehearse: bool, spent: float = 0.0) -> 
     folder.mkdir(parents=True, exist_ok=True)
     ends: list[dict[str, Any]] = []
 
-    def save() -> None:
-        save_files(name, out, ends, rehearse=rehearse)
+    lock = threading.Lock()
 
-    for part in COMMANDS[name](rehearse):
+    def save() -> None:
+        with lock:
+            save_files(name, out, list(ends), rehearse=rehearse)
+
+    def run(part: Part) -> None:
         end = run_part(part, folder, began + part.until - time.monotonic(), save)
         ends.append(end)
         save()
@@ -287,6 +360,16 @@ def run_command(name: str, out: Path, *, rehearse: bool, spent: float = 0.0) -> 
             lines = log.read_text(errors="replace").strip().splitlines()
             print("\n".join(lines[-LOG_LINES:]))
         print(f"--- {part.name}: {end['status']} after {end['seconds']:.0f} s", flush=True)
+
+    groups: list[list[Part]] = []
+    for part in COMMANDS[name](rehearse):
+        if part.together:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    for group in groups:
+        with ThreadPoolExecutor(len(group)) as pool:
+            list(pool.map(run, group))
     print(f"{name}: {time.monotonic() - began:.0f} s in total; results in {out / name}.json")
     return int(any(end["status"] != "done" for end in ends))
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Measure on a GPU machine: four commands of at most 9 minutes each, and a fifth for later.
+# Measure on a GPU machine: four commands of at most 9 minutes each, a fifth for later, and `short`,
+# which does the most important parts in 7 minutes.
 #
 #   export TRITIUM_COMMIT=$(git rev-parse --short HEAD)      where the checkout has .git
-#   bench/device.sh correct|train|kernels|tune|later OUT_DIR [--rehearse]
+#   bench/device.sh short|correct|train|kernels|tune|later OUT_DIR [--rehearse]
 #
 # Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
 # that is killed leaves its results. bench/device.py has the parts and their deadlines. --rehearse
@@ -34,7 +35,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
-    echo "usage: bench/device.sh correct|train|kernels|tune|later OUT_DIR [--rehearse]" >&2
+    echo "usage: bench/device.sh short|correct|train|kernels|tune|later OUT_DIR [--rehearse]" >&2
     exit 2
 }
 fail() {
@@ -42,7 +43,7 @@ fail() {
     exit 2
 }
 
-case "${1:-}" in correct | train | kernels | tune | later) ;; *) usage ;; esac
+case "${1:-}" in short | correct | train | kernels | tune | later) ;; *) usage ;; esac
 [ $# -ge 2 ] && [ $# -le 3 ] || usage
 case "$2" in -*) usage ;; esac
 case "${3:-}" in "" | --rehearse) ;; *) fail "unknown option $3; the only one is --rehearse" ;; esac

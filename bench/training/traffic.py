@@ -109,7 +109,9 @@ class Moved(TorchDispatchMode):
                 output = function.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        output = function(*args, **kwargs)
+        # PyTorch 2.11 has no shape function for a matmul into a wider dtype.
+        is_wider_matmul = function._overloadname == "dtype_out"
+        output = kwargs["out"] if is_wider_matmul else function(*args, **kwargs)
         self.nbytes[function._opname] += _moved_by_operator(function, args, kwargs, output)
         return output
 

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+# Device types with an autocast. Asking here, not in a call, keeps the question out of compiled code.
+_AUTOCAST_DEVICES = [
+    name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
+]
+
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast operands of a matmul as torch.autocast does: all floats but float64 to its dtype.
@@ -10,9 +15,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Without an active autocast the tensors come back unchanged. At least one is not None.
     """
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(device_type):
-        return tensors
-    if not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in tensors)
