@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Device types with an autocast. Asking here, not in a call, keeps the question out of compiled code.
+# Device types with an autocast. torch.compile cannot trace the question, so it is asked here.
 _AUTOCAST_DEVICES = [
     name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
 ]

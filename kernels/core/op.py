@@ -22,6 +22,7 @@ fields in the schema, and every implementation receives the dataclass:
 import dataclasses
 import functools
 import inspect
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -98,7 +99,7 @@ def define_op(
     schema = _Schema(reference)
     run_reference = _without_autocast(schema.flat(reference))
     op = torch.library.custom_op(f"tritium::{name}", run_reference, mutates_args=tuple(mutates))
-    op.register_fake(run_reference if shapes is None else schema.flat(shapes))
+    op.register_fake(_with_short_messages(run_reference if shapes is None else schema.flat(shapes)))
     # The launcher, for CUDA and for the interpreter.
     if launch is not None and HAS_TRITON:
         LAUNCHERS[name] = schema.flat(launch)
@@ -299,6 +300,29 @@ def _without_autocast(function: Callable) -> Callable:
             return function(*args)
 
     return run
+
+
+def _with_short_messages(fake: Callable) -> Callable:
+    """Keep Inductor of PyTorch before 2.13 from formatting the arguments of operators.
+
+    It does so for a log message, even if nobody reads the log. The text doubles with each custom
+    operator before this one, so compilation of a model with 12 blocks would never end.
+    """
+    if torch.__version__ >= (2, 13):
+        return fake
+
+    @functools.wraps(fake)
+    def run(*args):
+        # Inductor is imported before it traces with fake tensors. Other backends do not need it.
+        if issues := sys.modules.get("torch._inductor.exc"):
+            issues.OperatorIssue.operator_str = staticmethod(_name_operator)
+        return fake(*args)
+
+    return run
+
+
+def _name_operator(target: object, args: Sequence, kwargs: dict) -> str:
+    return f"  target: {target}"
 
 
 def _without_float64(name: str, launch: Callable) -> Callable:
