@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ...errors import InputError, unknown_name
 from ...kernels.attention import launch as attention_launch
+from ...kernels.attention._tile_choice import make_tile as make_attention_tile
 from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
@@ -76,8 +77,7 @@ def _gemm_tile(*sizes: int) -> Variant:
 
 def _attention_tile(kernel: str, *sizes: int) -> Variant:
     shipped = attention_launch.plan
-    names = ("block_m", "block_n", "num_warps", "num_stages")
-    tile = attention_launch.Tile(**dict(zip(names, sizes, strict=True)))
+    tile = make_attention_tile(*sizes)
     return Variant(
         name=f"{kernel} {sizes}",
         target="attention.launch.plan",
@@ -112,31 +112,43 @@ def _constant(target: str, value: Any) -> Variant:
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     "gelu_mlp": (
         Variant(name="cublas", target="mlp.gemm.plan", value=lambda *_, **__: (None, False)),
-        _gemm_tile(128, 256, 64, 4, 8, 3),
         _gemm_tile(128, 256, 64, 2, 8, 3),
-        _gemm_tile(128, 256, 64, 4, 8, 2),
-        _gemm_tile(128, 128, 64, 1, 4, 3),
-        _gemm_tile(128, 128, 64, 2, 4, 3),
-        _gemm_tile(128, 128, 64, 1, 8, 4),
-        _gemm_tile(256, 128, 64, 2, 8, 3),
-        _gemm_tile(128, 256, 32, 4, 8, 4),
+        # Two programs per multiprocessor.
+        *(
+            _gemm_tile(*sizes, 2)
+            for sizes in (
+                (128, 128, 64, 1, 4, 2),
+                (128, 128, 64, 2, 4, 2),
+                (128, 128, 64, 2, 4, 3),
+                (128, 128, 64, 4, 4, 3),
+                (128, 128, 64, 2, 8, 3),
+                (128, 128, 64, 4, 8, 3),
+                (64, 256, 64, 2, 4, 2),
+            )
+        ),
         *(_constant("mlp.gemm.GROUP_M", rows) for rows in (4, 16)),
     ),
     "causal_attention": (
         _attention_tile("fwd", 128, 64, 4, 3),
-        _attention_tile("fwd", 128, 64, 4, 2),
-        _attention_tile("fwd", 128, 128, 8, 2),
-        _attention_tile("fwd", 128, 128, 8, 3),
-        _attention_tile("fwd", 64, 128, 4, 2),
-        _attention_tile("dq", 64, 64, 4, 2),
-        _attention_tile("dq", 128, 64, 4, 2),
-        _attention_tile("dq", 128, 64, 4, 3),
-        _attention_tile("dq", 128, 128, 8, 2),
-        _attention_tile("dkdv", 64, 64, 4, 2),
-        _attention_tile("dkdv", 128, 128, 8, 2),
-        _attention_tile("dkdv", 64, 128, 4, 2),
+        _attention_tile("fwd", 64, 128, 4, 3),
+        _attention_tile("fwd", 64, 64, 4, 2),
+        _attention_tile("fwd", 64, 64, 4, 3),
+        _attention_tile("fwd", 64, 64, 4, 4),
+        _attention_tile("dq", 128, 64, 8, 3),
+        _attention_tile("dq", 64, 64, 4, 3),
+        _attention_tile("dq", 64, 128, 4, 2),
+        _attention_tile("dq", 64, 128, 4, 2, 168),
+        _attention_tile("dq", 64, 32, 4, 3),
+        _attention_tile("dkdv", 64, 128, 8, 2),
+        _attention_tile("dkdv", 64, 64, 4, 2, 168),
+        _attention_tile("dkdv", 64, 64, 4, 3, 168),
+        _attention_tile("dkdv", 64, 64, 4, 1, 168),
+        _attention_tile("dkdv", 64, 64, 4, 2, 128),
+        _attention_tile("dkdv", 32, 64, 4, 3, 128),
+        _attention_tile("dkdv", 128, 64, 8, 2),
+        _attention_tile("dkdv", 64, 128, 8, 2, 128),
         _constant("attention.launch.BACKWARD", "one pass"),
-        *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (8, 32)),
+        *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (4, 16)),
     ),
     "cross_entropy": (
         *(_loss_lanes(128, loads) for loads in (1, 2)),

@@ -6,7 +6,7 @@ that are busy for as much of the time as possible. They have not been timed.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -15,12 +15,16 @@ from ..core.triton import next_power_of_2
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Launch sizes of a kernel: queries and keys of a tile, warps of a program, tiles in flight."""
+    """Launch sizes of a kernel: queries and keys of a tile, warps of a program, tiles in flight.
+
+    max_registers: registers per thread at most; None: as many as ptxas likes.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     def arguments(self, head_size: int) -> dict[str, int]:
         """Keyword arguments of a launch."""
@@ -31,17 +35,19 @@ class Tile:
             "BLOCK_K": padded(head_size),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **({} if self.max_registers is None else {"maxnreg": self.max_registers}),
         }
 
 
-def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
-    return Tile(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+def make_tile(*sizes: int) -> Tile:
+    """A tile from its sizes, in the order of its fields. The last one may be left out."""
+    return Tile(**dict(zip((field.name for field in fields(Tile)), sizes, strict=False)))
 
 
-def _tiles(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[int, Tile]]:
-    """Rows (block_m, block_n, num_warps, num_stages) by kernel and head size."""
+def _tiles(**kernels: dict[int, tuple[int, ...]]) -> dict[str, dict[int, Tile]]:
+    """Rows of sizes, in the order of Tile's fields, by kernel and head size."""
     return {
-        kernel: {size: _tile(*row) for size, row in rows.items()}
+        kernel: {size: make_tile(*row) for size, row in rows.items()}
         for kernel, rows in kernels.items()
     }
 
@@ -55,9 +61,9 @@ TILES = {
         # matrix instructions, exp2 and issue slots (an estimate). Two independent blocks per
         # multiprocessor overlap them, so 4 warps are better than 8. With 128 keys and 4 warps the
         # registers do not suffice, and ptxas lets every matrix instruction wait for the one before.
-        fwd={64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        dq={64: (128, 64, 8, 3), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
-        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+        fwd={64: (64, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dq={64: (64, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
+        dkdv={64: (64, 64, 4, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
         # At head size 128 every tile that was tried spills.
         one_pass={64: (64, 128, 8, 2)},
     ),
@@ -90,9 +96,9 @@ TILES = {
 # reads more shared memory per FLOP.
 OPTION_TILES = {
     "sm_9": {
-        ("dq", 128): (_tile(128, 64, 8, 3),),
-        ("dkdv", 64): (*3 * (_tile(64, 128, 8, 2),), _tile(32, 128, 8, 2)),
-        ("dkdv", 128): (_tile(32, 128, 8, 2), _tile(32, 64, 8, 2)),
+        ("dq", 128): (make_tile(128, 64, 8, 3),),
+        ("dkdv", 64): (*3 * (make_tile(64, 128, 8, 2),), make_tile(32, 128, 8, 2)),
+        ("dkdv", 128): (make_tile(32, 128, 8, 2), make_tile(32, 64, 8, 2)),
     }
 }
 # float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are

@@ -28,7 +28,7 @@ from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
 # 40 MB or more on data-center GPUs.
-L2_BYTES = 16 << 20
+L2_BYTES = 8 << 20
 # The backward's passes over q, k, v and do: "two passes", "one pass", or "auto", which is one pass
 # where the kernel supports the arguments and `one_pass_fits`. No GPU has run it yet. "auto" can
 # become the default after a GPU test: the same bits in 1,000 runs, and at least 15 % less time.

@@ -37,6 +37,7 @@ class Tile:
 
     block_m, block_n: rows and columns of a tile of c.   block_k: depth of one step over K.
     parts: pieces of the epilogue.   num_stages: steps over K in flight.
+    programs: per multiprocessor. With two, the epilogue of one overlaps with the loop of the other.
     """
 
     block_m: int
@@ -45,6 +46,7 @@ class Tile:
     parts: int
     num_warps: int
     num_stages: int
+    programs: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Family:
 def make_tile(*sizes: int) -> Tile:
     """A tile from its sizes, in the order of its fields."""
     names = [field.name for field in fields(Tile)]
-    return Tile(**dict(zip(names, sizes, strict=True)))
+    return Tile(**dict(zip(names, sizes, strict=False)))
 
 
 def _family(
@@ -344,7 +346,8 @@ def gemm(
     left, a_transposed = _operand_descriptor(a, tile.block_m, tile.block_k)
     right, b_transposed = _operand_descriptor(b, tile.block_k, tile.block_n)
 
-    _gemm_kernel[(min(blocks_m * cdiv(N, tile.block_n), multiprocessors),)](
+    programs = min(blocks_m * cdiv(N, tile.block_n), multiprocessors * tile.programs)
+    _gemm_kernel[(programs,)](
         a=left, b=right, bias_ptr=None if bias is None else bias.contiguous(), aux_ptr=aux,
         c=_output_descriptor(c, piece), pre=_output_descriptor(pre, piece),
         sums_partial_ptr=sums_partial,
