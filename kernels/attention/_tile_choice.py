@@ -63,7 +63,7 @@ TILES = {
         # registers do not suffice, and ptxas lets every matrix instruction wait for the one before.
         fwd={64: (64, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (64, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
-        dkdv={64: (64, 64, 4, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+        dkdv={64: (64, 64, 4, 2, 168), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
         # At head size 128 every tile that was tried spills.
         one_pass={64: (64, 128, 8, 2)},
     ),
@@ -97,7 +97,7 @@ TILES = {
 OPTION_TILES = {
     "sm_9": {
         ("dq", 128): (make_tile(128, 64, 8, 3),),
-        ("dkdv", 64): (*3 * (make_tile(64, 128, 8, 2),), make_tile(32, 128, 8, 2)),
+        ("dkdv", 64): (*3 * (make_tile(64, 64, 4, 2),), make_tile(32, 64, 4, 2)),
         ("dkdv", 128): (make_tile(32, 128, 8, 2), make_tile(32, 64, 8, 2)),
     }
 }

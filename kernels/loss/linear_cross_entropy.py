@@ -35,6 +35,7 @@ Source     chunks with gradients in the forward: Hsu et al. 2024 (Liger Kernel),
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.device import DEFAULT_SM_COUNT, sm_count
@@ -267,6 +268,7 @@ def linear_cross_entropy(
     check_target("linear_cross_entropy", "x", x, target, ignore_index)
     options.check("linear_cross_entropy")
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    weight, bias = _pad_classes(weight, bias, x)
     compute_gradients = torch.is_grad_enabled() and reduction != "none"
     want_dx = compute_gradients and x.requires_grad
     want_dw = compute_gradients and (
@@ -275,3 +277,18 @@ def linear_cross_entropy(
     target_rows = target.reshape(-1).contiguous()
     loss, *_ = _fwd(as_rows(x), weight, target_rows, bias, options, vocab_size, want_dx, want_dw)
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _pad_classes(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Pad weight and bias with zeros if the number of classes slows 16-bit matmuls on a GPU.
+
+    With an odd number of classes cuBLAS takes 8 times as long for the logits, and 7 times for dx
+    (5,632 rows, D = 768, V = 50,257 and 50,304, H100, November 2026). `vocab_size` leaves the
+    padding out of the loss.
+    """
+    V = weight.shape[0]
+    if V % 8 == 0 or x.device.type == "cpu" or x.dtype == torch.float32:
+        return weight, bias
+    padding = row_stride(V) - V
+    weight = F.pad(weight, (0, 0, 0, padding))
+    return weight, None if bias is None else F.pad(bias, (0, padding))

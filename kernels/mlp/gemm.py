@@ -53,11 +53,13 @@ class Tile:
 class Family:
     """Choices for a family of architectures.
 
-    fuses: whether an epilogue is faster than a separate kernel.   large: tile of large GEMMs.
-    aux: tile of large GEMMs with an aux operand.   small: tile of GEMMs with few tiles.
+    fuses: whether an epilogue is faster than a separate kernel.   fuses_aux: the same with an aux
+    operand.   large: tile of large GEMMs.   aux: tile of large GEMMs with an aux operand.
+    small: tile of GEMMs with few tiles.
     """
 
     fuses: bool
+    fuses_aux: bool
     large: Tile
     aux: Tile
     small: Tile
@@ -75,9 +77,11 @@ def _family(
     *,
     small: tuple[int, ...],
     aux: tuple[int, ...] | None = None,
+    fuses_aux: bool | None = None,
 ) -> Family:
     return Family(
         fuses=fuses,
+        fuses_aux=fuses if fuses_aux is None else fuses_aux,
         large=make_tile(*large),
         aux=make_tile(*(aux or large)),
         small=make_tile(*small),
@@ -93,7 +97,7 @@ def _family(
 # consumer cards, whose tensor pipes are slower. On B200 the difference is within the error of the
 # estimate. There is no estimate for AMD.
 FAMILIES = {
-    "sm_9": _family(True, (128, 256, 64, 4, 8, 3), small=(64, 128, 64, 1, 4, 4)),
+    "sm_9": _family(True, (128, 256, 64, 4, 8, 3), small=(64, 128, 64, 1, 4, 4), fuses_aux=False),
     # With aux, an accumulator of 128 x 256 does not fit in the registers.
     "sm_10": _family(
         False, (128, 256, 64, 4, 8, 3), small=(64, 128, 64, 1, 4, 4), aux=(128, 128, 64, 1, 8, 4)
@@ -131,7 +135,7 @@ def plan(
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tiles < multiprocessors or not is_aligned:
         return family.small, False
-    return tile, family.fuses
+    return tile, family.fuses_aux if has_aux else family.fuses
 
 
 def is_fused(matmul: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
