@@ -113,6 +113,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "gelu_mlp": (
         Variant(name="cublas", target="mlp.gemm.plan", value=lambda *_, **__: (None, False)),
         _gemm_tile(128, 256, 64, 2, 8, 3),
+        _gemm_tile(128, 256, 64, 4, 8, 3),
         # Two programs per multiprocessor.
         *(
             _gemm_tile(*sizes, 2)
@@ -120,7 +121,6 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
                 (128, 128, 64, 1, 4, 2),
                 (128, 128, 64, 2, 4, 2),
                 (128, 128, 64, 2, 4, 3),
-                (128, 128, 64, 4, 4, 3),
                 (128, 128, 64, 2, 8, 3),
                 (128, 128, 64, 4, 8, 3),
                 (64, 256, 64, 2, 4, 2),
@@ -140,7 +140,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("dq", 64, 128, 4, 2, 168),
         _attention_tile("dq", 64, 32, 4, 3),
         _attention_tile("dkdv", 64, 128, 8, 2),
-        _attention_tile("dkdv", 64, 64, 4, 2, 168),
+        _attention_tile("dkdv", 64, 64, 4, 2),
         _attention_tile("dkdv", 64, 64, 4, 3, 168),
         _attention_tile("dkdv", 64, 64, 4, 1, 168),
         _attention_tile("dkdv", 64, 64, 4, 2, 128),
@@ -148,7 +148,15 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("dkdv", 128, 64, 8, 2),
         _attention_tile("dkdv", 64, 128, 8, 2, 128),
         _constant("attention.launch.BACKWARD", "one pass"),
-        *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (4, 16)),
+        *(_constant("attention.launch.L2_BYTES", megabytes << 20) for megabytes in (2, 8)),
+    ),
+    "causal_attention_varlen": (
+        _attention_tile("fwd", 64, 64, 4, 2),
+        _attention_tile("fwd", 128, 64, 4, 3),
+        _attention_tile("dq", 128, 64, 8, 3),
+        _attention_tile("dkdv", 64, 64, 4, 2, 168),
+        _attention_tile("dkdv", 64, 128, 8, 2),
+        _attention_tile("dkdv", 32, 64, 4, 2),
     ),
     "cross_entropy": (
         *(_loss_lanes(128, loads) for loads in (1, 2)),

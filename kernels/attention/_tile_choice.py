@@ -1,8 +1,9 @@
 """The tiles of the attention kernels, by architecture, kernel and head size.
 
-Tiles were chosen by the machine code that they compile to (`tritium bench codegen`): no spilled
+The tiles of sm_9 with a head size up to 64 were timed on an H100 (bench/results/h100). The others
+were chosen by the machine code that they compile to (`tritium bench codegen`): no spilled
 registers, matrix instructions in every main loop that do not wait for each other, and matrix units
-that are busy for as much of the time as possible. They have not been timed.
+that are busy for as much of the time as possible.
 """
 
 import math
@@ -53,14 +54,16 @@ def _tiles(**kernels: dict[int, tuple[int, ...]]) -> dict[str, dict[int, Tile]]:
 
 
 # By the start of the architecture's name, by kernel, and by the largest padded head size of a row.
-# A program that owns 128 rows reads half as much through the L2 cache as one that owns 64. The side
-# that it loops over is as wide as registers allow.
+# Except at head size 64 on sm_9, a program owns 128 rows where it can: it then reads half as much
+# through the L2 cache as one that owns 64. The side that it loops over is as wide as registers
+# allow.
 TILES = {
     "sm_9": _tiles(
-        # At head size 64 one tile of the forward takes about 512 clocks of each of three units:
-        # matrix instructions, exp2 and issue slots (an estimate). Two independent blocks per
-        # multiprocessor overlap them, so 4 warps are better than 8. With 128 keys and 4 warps the
-        # registers do not suffice, and ptxas lets every matrix instruction wait for the one before.
+        # Head size 64: three small programs per multiprocessor hide each other's waiting better
+        # than one large program. Backward of 64 x 1,024 tokens, 12 heads, on an H100 (November
+        # 2026): 1.20 ms with dkdv (64, 128, 8, 2), 1.01 ms with (64, 64, 4, 2). The latter takes
+        # 169 registers, so two programs fit. Limited to 168 registers three fit: 0.92 ms, although
+        # ptxas then lets each matrix instruction wait for the one before.
         fwd={64: (64, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         dq={64: (64, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 8, 2)},
         dkdv={64: (64, 64, 4, 2, 168), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},

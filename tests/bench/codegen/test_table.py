@@ -160,16 +160,18 @@ def test_serialized_matrix_instructions_are_reported(monkeypatch):
         OPERATORS["causal_attention"], launch_shapes=((8, 4096, 12, 64),), launch_variants=()
     )
     rows = rows_of([operator], ["sm_90"])
-    (worse,) = regressions(rows, rows)
+    golden = [row | {"serialized": "dkdv" in row["kernel"]} for row in rows]
+    (worse,) = regressions(rows, golden)
     assert worse.endswith("_causal_attention_fwd_kernel sm_90: matrix instructions are serialized")
 
     # The assembler's warning and the waits in the loop each show it.
     launches = table.operator_launches(operator, (8, 4096, 12, 64), table.DTYPE, "sm_90")
     for launch in launches:
         compiled = compile_launch(launch, "sm_90")
-        is_forward = launch.kernel.__name__ == "_causal_attention_fwd_kernel"
-        assert bool(disassembly.performance_warnings(compiled)) == is_forward
-        assert machine_code.is_serialized(disassembly.disassembly(compiled)) == is_forward
+        # The shipped tile of dk and dv is serialized too: it was measured to be the fastest.
+        expected = launch.kernel.__name__ != "_causal_attention_bwd_dq_kernel"
+        assert bool(disassembly.performance_warnings(compiled)) == expected
+        assert machine_code.is_serialized(disassembly.disassembly(compiled)) == expected
 
 
 def test_golden_rows_without_a_hottest_loop_are_compared_too():

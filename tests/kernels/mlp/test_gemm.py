@@ -190,8 +190,8 @@ def test_only_large_16_bit_matmuls_are_fused(target, multiprocessors):
 
 @pytest.mark.plain
 def test_matmuls_with_one_tile_per_multiprocessor_are_fused():
-    assert plan(128 * 11, 256 * 12, torch.bfloat16, "sm_90", 132)[1]
-    assert not plan(128 * 11, 256 * 11, torch.bfloat16, "sm_90", 132)[1]
+    assert plan(128 * 11, 128 * 12, torch.bfloat16, "sm_90", 132)[1]
+    assert not plan(128 * 11, 128 * 11, torch.bfloat16, "sm_90", 132)[1]
 
 
 @pytest.mark.plain
@@ -238,13 +238,15 @@ def meta(*shapes, dtype=torch.bfloat16):
 
 
 @pytest.mark.codegen
-def test_exact_gelu_gradient_uses_matrix_instructions_and_spills_nothing():
+def test_exact_gelu_gradient_uses_matrix_instructions_and_hardly_spills():
     x, w2, h = meta((32768, 768), (768, 3072), (32768, 3072))
     with record_launches("sm_90") as launches:
         gemm(x, w2, aux=h, epilogue=ACTIVATIONS["gelu"].epilogue_bwd, sums=h[0])
     compiled = compile_launch(launches[0], "sm_90")
-    assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 4}
-    assert resources(compiled).spilled_bytes == 0
+    assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 8}
+    # Two registers of 4 bytes, stored and loaded once per tile. Two steps in flight would need none,
+    # but the tile with three is the one that was measured.
+    assert resources(compiled).spilled_bytes <= 16
 
 
 @pytest.mark.codegen
