@@ -23,8 +23,8 @@ from torch import Tensor
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
-from ._safetensors import DTYPES, write_safetensors
 from .config import GPTConfig
+from .safetensors_file import DTYPES, write_safetensors
 
 if TYPE_CHECKING:
     from .gpt import GPT

@@ -29,12 +29,13 @@ from .distributed.world import SINGLE_PROCESS, World
 from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
-from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from .run.checkpoint import load_newest, newest_checkpoint
 from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
 from .run.metrics import Metrics, console
 from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
+from .run.saver import CheckpointSaver, check_space_for_run
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
@@ -60,20 +61,20 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
     world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
-    return _train(config, run, model, dataset, execution, None)
+    return _train(config, run, model, dataset, execution, is_resumed=False)
 
 
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
     record = world.on_rank0(lambda: read_run(run))
-    checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
+    world.on_rank0(lambda: newest_checkpoint(run))
     execution = _resolve_on_all_ranks(record.train, world)
     dataset = world.on_each_node(
         lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
     )
     # The model it started from may be gone. The checkpoint has all weights.
     model = _new_model(record.train, record.model)
-    return _train(record.train, run, model, dataset, execution, checkpoint)
+    return _train(record.train, run, model, dataset, execution, is_resumed=True)
 
 
 # --- before the first step
@@ -160,9 +161,10 @@ def _train(
     model: GPT,
     dataset: Dataset,
     execution: Execution,
-    checkpoint: Path | None,
+    *,
+    is_resumed: bool,
 ) -> Evaluation:
-    """Train from a checkpoint, or from the weights of `model`."""
+    """Train from the newest checkpoint, or from the weights of `model`."""
     world = execution.world
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
@@ -173,11 +175,13 @@ def _train(
     # The model and its optimizer.
     engine = execution.engine(model.to(execution.device), execution)
     optimizer = Optimizer(engine, config)
-    if checkpoint is None:
-        first = 0
-        _save_first(config, run, engine, optimizer)
+    saver = CheckpointSaver(run, engine, optimizer, config.report)
+    if is_resumed:
+        saver.last_step = load_newest(run, engine, optimizer)
+        world.on_rank0(lambda: check_space_for_run(run, config, engine))
     else:
-        first = load_checkpoint(checkpoint, engine, optimizer)
+        _save_first(config, run, engine, saver)
+    first = saver.last_step
 
     # The data, and the metrics of its steps.
     on_cuda = execution.device.type == "cuda"
@@ -204,20 +208,22 @@ def _train(
         Signals(world) as signals,
         quiet_collector(),
         Prefetch(loader.batch, first) as batches,
+        saver,
     ):
-        session = _Session(config, run, dataset, trainer, metrics, signals)
+        session = _Session(config, run, dataset, trainer, saver, metrics, signals)
         return session.run_steps(first, loader, batches)
 
 
 def _save_first(
-    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer
+    config: TrainConfig, run: Path, engine: SingleProcess, saver: CheckpointSaver
 ) -> None:
     """Write a checkpoint before the first step, so that the run can be resumed from there.
 
     If the disk is too small, the run fails here and not hours later.
     """
     try:
-        save_checkpoint(run, 0, engine, optimizer, keep=config.report.keep_checkpoints)
+        engine.world.on_rank0(lambda: check_space_for_run(run, config, engine))
+        saver.save(0, background=False)
     except BaseException:
         if engine.world.is_rank0:
             shutil.rmtree(run)
@@ -253,6 +259,7 @@ class _Session:
     run: Path
     dataset: Dataset
     trainer: Trainer
+    saver: CheckpointSaver
     metrics: Metrics
     signals: Signals
 
@@ -280,14 +287,9 @@ class _Session:
             done = step + 1
             if done == config.steps or done % config.report.checkpoint_interval == 0:
                 with self.metrics.paused():
-                    self.save(done)
+                    self.saver.save(done)
+                self.metrics.checkpoint_stall = self.saver.stall_seconds
         return self.evaluate_or_stop(config.steps)
-
-    def save(self, done: int) -> None:
-        """Write a checkpoint after `done` steps."""
-        trainer = self.trainer
-        keep = self.config.report.keep_checkpoints
-        save_checkpoint(self.run, done, trainer.engine, trainer.optimizer, keep=keep)
 
     def evaluate_or_stop(self, done: int) -> Evaluation:
         """Evaluate and sample after `done` steps.
@@ -300,9 +302,9 @@ class _Session:
         with self.metrics.paused():
             result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
             if self.signals.received:
-                folder = self.run / "checkpoints" / f"step-{done}"
-                if not engine.world.on_rank0(folder.exists):
-                    self.save(done)
+                if self.saver.last_step != done:
+                    self.saver.save(done)
+                self.saver.wait()
                 raise InterruptedRun(self.run)
             self.metrics.evaluation(done, result)
             model = engine.complete_model()

@@ -151,8 +151,9 @@ def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
 
 
 def stopped_after(calls: int, name: str, monkeypatch) -> None:
-    """Send a signal after `calls` calls of `name`, a function of the loop."""
-    original, count = getattr(loop, name), itertools.count(1)
+    """Send a signal after `calls` calls of `name`, a function or method of the loop."""
+    owner = loop.CheckpointSaver if name == "save" else loop
+    original, count = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **kwargs):
         result = original(*args, **kwargs)
@@ -160,7 +161,7 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(loop, name, counted)
+    monkeypatch.setattr(owner, name, counted)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
         pytest.param("learning_rate", 10, marks=pytest.mark.slow),
         pytest.param("_evaluate", 1, marks=pytest.mark.slow),
         ("_evaluate", 2),
-        ("save_checkpoint", 3),
+        ("save", 3),
     ],
 )
 def test_a_stopped_and_resumed_run_ends_like_an_unbroken_one(

@@ -54,6 +54,7 @@ class Metrics:
         mfu: fraction of the devices' bf16 peak; null if the peak of the device is not known.
         memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
+        checkpoint_stall: seconds that steps have waited for checkpoints, since this process began.
     An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte.
 
     Args:
@@ -70,6 +71,7 @@ class Metrics:
     Attributes:
         evaluated: steps with an evaluation.
         seconds: time spent in steps.
+        checkpoint_stall: the value of this key in the next lines. The caller sets it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Metrics:
         self._last_read = time.perf_counter()
         self._seconds_waited = 0.0
         self.seconds = 0.0
+        self.checkpoint_stall = 0.0
 
         self._bar = _progress_bar()
         self._task = self._bar.add_task("train", total=steps, completed=start, note="")
@@ -158,6 +161,7 @@ class Metrics:
             "mfu": mfu,
             "memory": _memory(self._device),
             "data_wait": self._seconds_waited / seconds,
+            "checkpoint_stall": self.checkpoint_stall,
         }
         self._seconds_waited = 0.0
 
