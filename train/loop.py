@@ -8,7 +8,7 @@ equal to the weights of a run that never stopped.
 import gc
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
 from ..model.generation import Sampling
+from ..model.weights import check_size
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
@@ -30,11 +31,19 @@ from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
 from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
+from .run.folder import (
+    check_folder_unused,
+    claim_folder,
+    is_unstarted,
+    only_writer,
+    open_recorded_dataset,
+    read_run,
+)
 from .run.metrics import Metrics, console
 from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
+from .run.samples import add_sample
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
@@ -59,21 +68,26 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
-    world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
-    return _train(config, run, model, dataset, execution, None)
+    with only_writer(run, world) as check_folder:
+        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
+        return _train(config, run, model, dataset, execution, None, check_folder)
 
 
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
     record = world.on_rank0(lambda: read_run(run))
-    checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
-    execution = _resolve_on_all_ranks(record.train, world)
-    dataset = world.on_each_node(
-        lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
-    )
-    # The model it started from may be gone. The checkpoint has all weights.
-    model = _new_model(record.train, record.model)
-    return _train(record.train, run, model, dataset, execution, checkpoint)
+    if world.on_rank0(lambda: is_unstarted(run)):
+        return start(record.train, run, world)
+    with only_writer(run, world) as check_folder:
+        checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
+        world.on_rank0(lambda: check_size(checkpoint, record.model, bytes_per_parameter=4))
+        execution = _resolve_on_all_ranks(record.train, world)
+        dataset = world.on_each_node(
+            lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
+        )
+        # The model it started from may be gone. The checkpoint has all weights.
+        model = _new_model(record.train, record.model)
+        return _train(record.train, run, model, dataset, execution, checkpoint, check_folder)
 
 
 # --- before the first step
@@ -161,6 +175,7 @@ def _train(
     dataset: Dataset,
     execution: Execution,
     checkpoint: Path | None,
+    check_folder: Callable[[], None],
 ) -> Evaluation:
     """Train from a checkpoint, or from the weights of `model`."""
     world = execution.world
@@ -205,7 +220,7 @@ def _train(
         quiet_collector(),
         Prefetch(loader.batch, first) as batches,
     ):
-        session = _Session(config, run, dataset, trainer, metrics, signals)
+        session = _Session(config, run, dataset, trainer, metrics, signals, check_folder)
         return session.run_steps(first, loader, batches)
 
 
@@ -255,6 +270,8 @@ class _Session:
     trainer: Trainer
     metrics: Metrics
     signals: Signals
+    check_folder: Callable[[], None]
+    """Raises InputError if the folder of the run was moved or deleted."""
 
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
@@ -285,6 +302,7 @@ class _Session:
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` steps."""
+        self.check_folder()
         trainer = self.trainer
         keep = self.config.report.keep_checkpoints
         save_checkpoint(self.run, done, trainer.engine, trainer.optimizer, keep=keep)
@@ -304,6 +322,7 @@ class _Session:
                 if not engine.world.on_rank0(folder.exists):
                     self.save(done)
                 raise InterruptedRun(self.run)
+            self.check_folder()
             self.metrics.evaluation(done, result)
             model = engine.complete_model()
             engine.world.on_rank0(
@@ -340,7 +359,7 @@ def _evaluate(
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
-    """Append a sample to samples.txt and draw loss.png."""
+    """Add a sample to samples.txt and draw loss.png."""
     text = sample_text(
         model,
         dataset.tokenizer,
@@ -352,6 +371,5 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
             seed=config.seed,
         ),
     )
-    with open(run / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{text}\n")
+    add_sample(run, step, text)
     plot_loss(run)
