@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
+from .records import parse_object
 
 _WRITE_BYTES = 1 << 26
 
@@ -76,8 +77,8 @@ def seal(record: dict) -> bytes:
 
 def unseal(content: bytes) -> dict:
     """Return the record that `seal` wrote. Raises: ValueError if the content was changed."""
-    record = json.loads(content)
-    if not isinstance(record, dict) or record.pop("sha256", None) != _sha256(record):
+    record = parse_object(content)
+    if record.pop("sha256", None) != _sha256(record):
         raise ValueError("it does not match its checksum")
     return record
 

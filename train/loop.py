@@ -8,7 +8,7 @@ equal to the weights of a run that never stopped.
 import gc
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
 from ..model.generation import Sampling
+from ..model.weights import check_size
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
@@ -30,11 +31,19 @@ from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
 from .run.checkpoint import load_newest, newest_checkpoint
-from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
+from .run.folder import (
+    check_folder_unused,
+    claim_folder,
+    is_unstarted,
+    only_writer,
+    open_recorded_dataset,
+    read_run,
+)
 from .run.metrics import Metrics, console
 from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
+from .run.samples import add_sample
 from .run.saver import CheckpointSaver, check_space_for_run
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
@@ -60,21 +69,27 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
-    world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
-    return _train(config, run, model, dataset, execution, is_resumed=False)
+    with only_writer(run, world) as check_folder:
+        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
+        return _train(config, run, model, dataset, execution, check_folder, is_resumed=False)
 
 
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
     record = world.on_rank0(lambda: read_run(run))
-    world.on_rank0(lambda: newest_checkpoint(run))
-    execution = _resolve_on_all_ranks(record.train, world)
-    dataset = world.on_each_node(
-        lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
-    )
-    # The model it started from may be gone. The checkpoint has all weights.
-    model = _new_model(record.train, record.model)
-    return _train(record.train, run, model, dataset, execution, is_resumed=True)
+    if world.on_rank0(lambda: is_unstarted(run)):
+        return start(record.train, run, world)
+    with only_writer(run, world) as check_folder:
+        world.on_rank0(lambda: newest_checkpoint(run))
+        files = run / "checkpoints"
+        world.on_rank0(lambda: check_size(files, record.model, bytes_per_parameter=4))
+        execution = _resolve_on_all_ranks(record.train, world)
+        dataset = world.on_each_node(
+            lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
+        )
+        # The model it started from may be gone. The checkpoint has all weights.
+        model = _new_model(record.train, record.model)
+        return _train(record.train, run, model, dataset, execution, check_folder, is_resumed=True)
 
 
 # --- before the first step
@@ -161,6 +176,7 @@ def _train(
     model: GPT,
     dataset: Dataset,
     execution: Execution,
+    check_folder: Callable[[], None],
     *,
     is_resumed: bool,
 ) -> Evaluation:
@@ -210,7 +226,7 @@ def _train(
         Prefetch(loader.batch, first) as batches,
         saver,
     ):
-        session = _Session(config, run, dataset, trainer, saver, metrics, signals)
+        session = _Session(config, run, dataset, trainer, saver, metrics, signals, check_folder)
         return session.run_steps(first, loader, batches)
 
 
@@ -262,6 +278,8 @@ class _Session:
     saver: CheckpointSaver
     metrics: Metrics
     signals: Signals
+    check_folder: Callable[[], None]
+    """Raises InputError if the folder of the run was moved or deleted."""
 
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
@@ -287,9 +305,14 @@ class _Session:
             done = step + 1
             if done == config.steps or done % config.report.checkpoint_interval == 0:
                 with self.metrics.paused():
-                    self.saver.save(done)
-                self.metrics.checkpoint_stall = self.saver.stall_seconds
+                    self.save(done)
         return self.evaluate_or_stop(config.steps)
+
+    def save(self, done: int) -> None:
+        """Begin the checkpoint after `done` steps."""
+        self.check_folder()
+        self.saver.save(done)
+        self.metrics.checkpoint_stall = self.saver.stall_seconds
 
     def evaluate_or_stop(self, done: int) -> Evaluation:
         """Evaluate and sample after `done` steps.
@@ -303,9 +326,10 @@ class _Session:
             result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
             if self.signals.received:
                 if self.saver.last_step != done:
-                    self.saver.save(done)
+                    self.save(done)
                 self.saver.wait()
                 raise InterruptedRun(self.run)
+            self.check_folder()
             self.metrics.evaluation(done, result)
             model = engine.complete_model()
             engine.world.on_rank0(
@@ -342,7 +366,7 @@ def _evaluate(
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
-    """Append a sample to samples.txt and draw loss.png."""
+    """Add a sample to samples.txt and draw loss.png."""
     text = sample_text(
         model,
         dataset.tokenizer,
@@ -354,6 +378,5 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
             seed=config.seed,
         ),
     )
-    with open(run / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{text}\n")
+    add_sample(run, step, text)
     plot_loss(run)

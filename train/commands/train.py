@@ -1,5 +1,7 @@
 """tritium train: train a new model, or continue a stopped run."""
 
+import contextlib
+import itertools
 import math
 import shlex
 import time
@@ -22,6 +24,7 @@ from ..recipes import RECIPES, default_recipe, recipe
 from ..run.folder import read_run
 from ..run.metrics import console
 from ..run.models import open_model
+from ..run.samples import last_sample
 from .cli import is_out_of_memory, parse, program
 from .plan import what_fits
 
@@ -106,11 +109,16 @@ def main(argv: Sequence[str]) -> int:
     # run
     with join(options.launch) as world:
         out = config.report.out
-        run = world.on_rank0(lambda: Path(out) if out else _next_free_folder(name))
+        run = world.on_rank0(lambda: Path(out) if out else _create_free_folder(name))
         if world.is_rank0:
             print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
             _print_unused_gpus(world, config)
-        return _run_and_report(run, world, lambda: start(config, run, world))
+        try:
+            return _run_and_report(run, world, lambda: start(config, run, world))
+        finally:
+            if not out and world.is_rank0:
+                with contextlib.suppress(OSError):
+                    run.rmdir()  # only if the run did not start: then it is empty
 
 
 def _is_given(option: str, argv: Sequence[str]) -> bool:
@@ -157,11 +165,13 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
     return replace(config, model=shape)
 
 
-def _next_free_folder(name: str) -> Path:
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+def _create_free_folder(name: str) -> Path:
+    """Create runs/NAME-1, or the next that is free. Two processes never get the same folder."""
+    for number in itertools.count(1):
+        path = Path("runs") / f"{name}-{number}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 def _print_unused_gpus(world: World, config: TrainConfig) -> None:
@@ -197,10 +207,8 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
 
 def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     record = read_run(run)
-    samples = (run / "samples.txt").read_text(encoding="utf-8")
-    last_sample = samples.rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
     prompt = shlex.quote(record.train.prompt or "Once")
-    print(f"\n{last_sample}")
+    print(f"\n{last_sample(run)}")
     print(
         f"validation loss {result.loss:.4f} nats per token over all {result.tokens:,} held-out "
         f"tokens: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits per byte"

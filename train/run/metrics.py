@@ -21,6 +21,7 @@ from ..config import DIVERGED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
+from .lines import parse_line
 from .trackers import Tracker
 
 # Number of steps whose results are read from the device at once. On CUDA the newest step is left
@@ -209,8 +210,9 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
-    """Return the training lines and the evaluation lines of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the training lines and the evaluation lines of a run. Damaged lines are left out."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    lines = [row for row in map(parse_line, text.splitlines()) if row is not None]
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
     return training, evaluations
@@ -237,12 +239,11 @@ def _cut_back(path: Path, start: int, steps: int) -> set[int]:
     evaluated = set()
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            is_evaluation = "val_loss" in row
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
+        row = parse_line(line)
+        if row is None:
             continue
+        is_evaluation = "val_loss" in row
+        step = row["step"]
         # The evaluation after the last step is always repeated: resuming a finished run
         # returns it.
         if step < start or (is_evaluation and step == start < steps):
