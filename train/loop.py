@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,15 +31,18 @@ from .distributed.world import SINGLE_PROCESS, World
 from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
-from .run.checkpoint import load_newest, newest_checkpoint
+from .run.checkpoint import newest_checkpoint
 from .run.folder import (
+    RunRecord,
     check_folder_unused,
+    check_tokenizer,
     claim_folder,
     is_unstarted,
     only_writer,
     open_recorded_dataset,
     read_run,
 )
+from .run.history import note_resume, with_changes
 from .run.metrics import Metrics, console
 from .run.models import open_model
 from .run.plots import plot_loss
@@ -70,26 +74,40 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
     with only_writer(run, world) as check_folder:
-        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
-        return _train(config, run, model, dataset, execution, check_folder, is_resumed=False)
+        summary = execution.summary()
+        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset, summary))
+        return _train(config, run, model, dataset, execution, check_folder, None)
 
 
-def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
+def resume(
+    run: Path, world: World = SINGLE_PROCESS, changes: dict[str, Any] | None = None
+) -> Evaluation:
+    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`.
+
+    Args:
+        changes: new values of options, by their flat names. history.py has the names. Without
+            changes the result is that of a run that never stopped.
+    """
     record = world.on_rank0(lambda: read_run(run))
+    config = with_changes(run, record.train, changes or {})
     if world.on_rank0(lambda: is_unstarted(run)):
-        return start(record.train, run, world)
+        return start(config, run, world)
     with only_writer(run, world) as check_folder:
         world.on_rank0(lambda: newest_checkpoint(run))
         files = run / "checkpoints"
         world.on_rank0(lambda: check_size(files, record.model, bytes_per_parameter=4))
-        execution = _resolve_on_all_ranks(record.train, world)
-        dataset = world.on_each_node(
-            lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
-        )
+        execution = _resolve_on_all_ranks(config, world)
+        check_profile_steps(config)
+        if config.data != record.train.data:
+            dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
+            check_tokenizer(dataset, record, run)
+        else:
+            dataset = world.on_each_node(
+                lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
+            )
         # The model it started from may be gone. The checkpoint has all weights.
-        model = _new_model(record.train, record.model)
-        return _train(record.train, run, model, dataset, execution, check_folder, is_resumed=True)
+        model = _new_model(config, record.model)
+        return _train(config, run, model, dataset, execution, check_folder, record)
 
 
 # --- before the first step
@@ -177,10 +195,9 @@ def _train(
     dataset: Dataset,
     execution: Execution,
     check_folder: Callable[[], None],
-    *,
-    is_resumed: bool,
+    record: RunRecord | None,
 ) -> Evaluation:
-    """Train from the newest checkpoint, or from the weights of `model`."""
+    """Train a new run (`record` is None), or from the newest checkpoint of a recorded one."""
     world = execution.world
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
@@ -192,12 +209,13 @@ def _train(
     engine = execution.engine(model.to(execution.device), execution)
     optimizer = Optimizer(engine, config)
     saver = CheckpointSaver(run, engine, optimizer, config.report)
-    if is_resumed:
-        saver.last_step = load_newest(run, engine, optimizer)
-        world.on_rank0(lambda: check_space_for_run(run, config, engine))
-    else:
+    if record is None:
+        first = 0
         _save_first(config, run, engine, saver)
-    first = saver.last_step
+    else:
+        first = saver.load()
+        world.on_rank0(lambda: check_space_for_run(run, config, engine))
+        world.on_rank0(lambda: note_resume(run, record, config, dataset, execution, first))
 
     # The data, and the metrics of its steps.
     on_cuda = execution.device.type == "cuda"

@@ -14,12 +14,14 @@ saver.py decides when and in which thread a checkpoint is written.
 
 import collections
 import hashlib
+import math
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -61,8 +63,8 @@ class Content:
     """Number of optimizer steps done."""
     torch_rng: bytes
     """State of PyTorch's generator on the CPU."""
-    loss_scale: dict
-    """State of the scaler of float16; empty in other precisions."""
+    scalars: dict[str, Any]
+    """Other entries of state.json."""
     tensors: dict[str, dict[str, Tensor]]
     """The tensors of each file by name. Empty on ranks that do not write."""
 
@@ -77,7 +79,7 @@ def gather_content(step: int, engine: SingleProcess, optimizer: Optimizer) -> Co
     return Content(
         step=step,
         torch_rng=torch.get_rng_state().numpy().tobytes(),
-        loss_scale=optimizer.scaler.state_dict(),
+        scalars={"loss_scale": optimizer.scaler.state_dict()},
         # Sorted, so that equal content has equal bytes. A resumed run has another order.
         tensors={
             MODEL_FILE: dict(sorted(weights.items())),
@@ -86,18 +88,26 @@ def gather_content(step: int, engine: SingleProcess, optimizer: Optimizer) -> Co
     )
 
 
-def load_newest(run: Path, engine: SingleProcess, optimizer: Optimizer) -> int:
+def load_newest(
+    run: Path, engine: SingleProcess, optimizer: Optimizer, at_most: float = math.inf
+) -> int:
     """Load the newest checkpoint that is not damaged. All ranks must call it.
 
     Sets weights, optimizer state and PyTorch's generator, in place. Prints one line for each
     damaged checkpoint. The line names the damage.
 
+    Args:
+        at_most: number of steps that the checkpoint has at most.
     Returns: number of optimizer steps done.
     Raises: InputError if there is no checkpoint, or none without damage.
     """
     world = engine.world
     content = world.run_on_all_ranks(
-        lambda: _read_newest(run, _shapes(engine.model)) if world.is_rank0 else (None, None, None)
+        lambda: (
+            _read_newest(run, _shapes(engine.model), at_most)
+            if world.is_rank0
+            else (None, None, None)
+        )
     )
     state, weights, optimizer_states = content
     state = world.on_rank0(lambda: state)
@@ -210,7 +220,7 @@ def _fill(folder: Path, content: Content, pieces: dict[str, Iterable[bytes | mem
         "format_version": _FORMAT_VERSION,
         "step": content.step,
         "torch_rng": content.torch_rng.hex(),
-        "loss_scale": content.loss_scale,
+        **content.scalars,
         "files": {name: _write_hashed(folder / name, pieces[name]) for name in pieces},
     }
     write_flushed(folder / "state.json", [seal(state)])
@@ -238,10 +248,12 @@ def _delete(folder: Path) -> None:
 # --- reading
 
 
-def _read_newest(run: Path, shapes: Shapes) -> tuple[dict, Weights, States]:
+def _read_newest(run: Path, shapes: Shapes, at_most: float) -> tuple[dict, Weights, States]:
     """Return the content of the newest checkpoint without damage."""
     newest_checkpoint(run)
-    folders = [*reversed(checkpoints(run).values())]
+    folders = [path for step, path in checkpoints(run).items() if step <= at_most][::-1]
+    if not folders:
+        raise InputError(f"{run}: expected a checkpoint of at most {at_most} steps, found none")
     for folder, before in zip(folders, [*folders[1:], None], strict=True):
         try:
             return _read(folder, shapes)

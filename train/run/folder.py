@@ -7,6 +7,8 @@
     dataset_relative    the same path relative to the run folder
     tokens              training and validation tokens of the dataset
     tokenizer_sha256    hash of the dataset's tokenizer
+    execution           device, precision, ranks, ... that the run uses: Execution.summary()
+    history             what changed when the run was resumed: see history.py
     sha256              checksum of all the above; older runs have none
 
 A missing option takes its default, so older runs stay loadable. An unknown one is an error.
@@ -20,8 +22,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +52,9 @@ class RunRecord:
     """None: an older run did not record it."""
     tokens: dict[str, int] | None = None
     """None: an older run did not record them."""
+    execution: dict | None = None
+    """None: an older run did not record it."""
+    history: list = field(default_factory=list)
 
 
 FORMAT_VERSION = 1
@@ -127,7 +133,13 @@ def check_folder_unused(run: Path) -> None:
         )
 
 
-def claim_folder(run: Path, config: TrainConfig, model: GPTConfig, dataset: Dataset) -> None:
+def claim_folder(
+    run: Path,
+    config: TrainConfig,
+    model: GPTConfig,
+    dataset: Dataset,
+    execution: dict | None = None,
+) -> None:
     """Write config.json and tokenizer.json. The process must be the only writer of `run`.
 
     `model` is the shape of the model. It can have more tokens than the tokenizer.
@@ -135,7 +147,6 @@ def claim_folder(run: Path, config: TrainConfig, model: GPTConfig, dataset: Data
     Raises: InputError as check_folder_unused.
     """
     check_folder_unused(run)
-    folder = dataset.path.resolve()
     record = {
         "format_version": FORMAT_VERSION,
         "tritium": __version__,
@@ -143,13 +154,31 @@ def claim_folder(run: Path, config: TrainConfig, model: GPTConfig, dataset: Data
         "torch": torch.__version__,
         "train": config.options(),
         "model": asdict(model),
-        "dataset": str(folder),
-        "dataset_relative": _relative(folder, run.resolve()),
-        "tokens": _tokens(dataset),
+        **record_dataset(run, dataset),
         "tokenizer_sha256": dataset.tokenizer.sha256,
+        "execution": execution,
+        "history": [],
     }
     write_whole(run / "config.json", [seal(record)])
     dataset.tokenizer.save(run / "tokenizer.json")
+
+
+def record_dataset(run: Path, dataset: Dataset) -> dict[str, Any]:
+    """Return the fields of config.json that say where the dataset is, and its size."""
+    folder = dataset.path.resolve()
+    return {
+        "dataset": str(folder),
+        "dataset_relative": _relative(folder, run.resolve()),
+        "tokens": _tokens(dataset),
+    }
+
+
+def update_record(run: Path, **fields: Any) -> None:
+    """Replace fields of config.json. The process must be the only writer of `run`."""
+    file = run / "config.json"
+    record = parse_object(file.read_bytes())
+    record.pop("sha256", None)
+    write_whole(file, [seal(record | fields)])
 
 
 def read_run(run: Path) -> RunRecord:
@@ -231,18 +260,23 @@ def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True
     found = [path for path in candidates if (path / "dataset.json").is_file()]
     path = found[0] if found else _build_again(record, run, progress)
     dataset = open_dataset(path)
-    if dataset.tokenizer.sha256 != record.tokenizer_sha256:
-        raise InputError(
-            f"{path}: expected tokenizer {record.tokenizer_sha256[:12]}, with which {run} was "
-            f"trained, got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or "
-            "start a new run"
-        )
+    check_tokenizer(dataset, record, run)
     if record.tokens is not None and record.tokens != _tokens(dataset):
         raise InputError(
             f"{path}: expected {_describe(record.tokens)} as {run} was trained on, got "
             f"{_describe(_tokens(dataset))}; build the dataset as it was, or start a new run"
         )
     return dataset
+
+
+def check_tokenizer(dataset: Dataset, record: RunRecord, run: Path) -> None:
+    """Raise InputError if the dataset has another tokenizer than the run."""
+    if dataset.tokenizer.sha256 != record.tokenizer_sha256:
+        raise InputError(
+            f"{dataset.path}: expected tokenizer {record.tokenizer_sha256[:12]}, with which {run} "
+            f"was trained, got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or "
+            "start a new run"
+        )
 
 
 def _build_again(record: RunRecord, run: Path, progress: bool) -> Path:

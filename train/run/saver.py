@@ -16,6 +16,7 @@ Lost steps A run that is killed while a checkpoint is written resumes from the c
 """
 
 import itertools
+import math
 import sys
 import threading
 import time
@@ -31,7 +32,14 @@ from ..distributed.engines import SingleProcess
 from ..files import check_free_space
 from ..optim import OPTIMIZERS, Optimizer
 from ..precision import linear_parameters
-from .checkpoint import Content, checkpoints, delete_unfinished, gather_content, write_checkpoint
+from .checkpoint import (
+    Content,
+    checkpoints,
+    delete_unfinished,
+    gather_content,
+    load_newest,
+    write_checkpoint,
+)
 
 _SPACE_HINT = "free space, or choose a smaller `keep_checkpoints`"
 
@@ -47,7 +55,7 @@ class CheckpointSaver:
         optimizer: the optimizer of the engine's model.
         report: says which checkpoints are kept, and whether they are written in the background.
     Attributes:
-        last_step: step of the newest checkpoint that was begun or loaded; None before the first.
+        last_step: step of the checkpoint that was begun or loaded last; None before the first.
         stall_seconds: time that the run has waited in `save` and `wait`.
     """
 
@@ -95,6 +103,12 @@ class CheckpointSaver:
         self._engine.world.on_rank0(lambda: self._begin(content, background))
         self.last_step = step
         self.stall_seconds += time.perf_counter() - began
+
+    def load(self, at_most: float = math.inf) -> int:
+        """Wait for the last checkpoint, then load the newest: see `load_newest`."""
+        self.wait()
+        self.last_step = load_newest(self._run, self._engine, self._optimizer, at_most)
+        return self.last_step
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises: CheckpointError if it was not."""
