@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import names_file
+
 # The dtypes of weights, and their names in the header.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -31,7 +33,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers map the tensors: align them to 8 bytes
-    with open(path, "wb") as file:
+    with names_file(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for value in tensors.values():

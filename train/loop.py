@@ -5,6 +5,7 @@ samples.txt, loss.png, checkpoints/step-N. On one CPU, the weights of a resumed 
 equal to the weights of a run that never stopped.
 """
 
+import contextlib
 import gc
 import itertools
 import shutil
@@ -16,14 +17,14 @@ import torch
 
 from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTConfig
-from ..model.cost import flops_per_token
+from ..model.cost import check_size, flops_per_token
 from ..model.generation import Sampling
-from ..model.weights import check_size
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
 from .data.prepare import cache_dir, prepare
+from .data.shards import DataChanged
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
@@ -287,7 +288,7 @@ class _Session:
                 self.evaluate_or_stop(step)
 
             lr = learning_rate(config, step)
-            with self.metrics.waiting():
+            with self.metrics.waiting(), self.reading_data(step):
                 batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             loss = self.trainer.backward(batch, num_targets, step=step)
@@ -299,6 +300,24 @@ class _Session:
                 with self.metrics.paused():
                     self.save(done)
         return self.evaluate_or_stop(config.steps)
+
+    @contextlib.contextmanager
+    def reading_data(self, done: int) -> Iterator[None]:
+        """Write a checkpoint after `done` steps if a shard was cut or overwritten."""
+        try:
+            yield
+        except DataChanged:
+            # Other ranks may read undamaged shards. They cannot help to write a checkpoint.
+            if self.trainer.engine.world.size == 1:
+                self.metrics.flush()
+                self.save_once(done)
+            raise
+
+    def save_once(self, done: int) -> None:
+        """Write a checkpoint after `done` steps, unless there is one."""
+        folder = self.run / "checkpoints" / f"step-{done}"
+        if not self.trainer.engine.world.on_rank0(folder.exists):
+            self.save(done)
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` steps."""
@@ -316,11 +335,12 @@ class _Session:
         is_last = done == self.config.steps
         max_tokens = None if is_last else self.config.report.eval_tokens
         with self.metrics.paused():
-            result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
+            with self.reading_data(done):
+                result = _evaluate(
+                    self.config, self.trainer, self.dataset, self.signals, max_tokens
+                )
             if self.signals.received:
-                folder = self.run / "checkpoints" / f"step-{done}"
-                if not engine.world.on_rank0(folder.exists):
-                    self.save(done)
+                self.save_once(done)
                 raise InterruptedRun(self.run)
             self.check_folder()
             self.metrics.evaluation(done, result)

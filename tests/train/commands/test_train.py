@@ -151,7 +151,11 @@ def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     record = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(record | {"tokenizer_sha256": "0" * 64}))
+    changed = record | {"tokenizer_sha256": "0" * 64}
+    (run / "config.json").write_text(json.dumps(changed))
+    assert "config.json: it does not match its checksum" in error_of("train", "--resume", run)
+    del changed["sha256"]  # as an older version wrote it
+    (run / "config.json").write_text(json.dumps(changed))
     assert "expected tokenizer 000000000000, with which" in error_of("train", "--resume", run)
     (run / "config.json").write_text(json.dumps(record))
     file = run / "checkpoints" / "step-20" / "model.safetensors"
