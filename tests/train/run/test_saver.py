@@ -33,16 +33,17 @@ REPORT = ReportOptions(keep_checkpoints=2)
 
 
 def trained(config: TrainConfig = TrainConfig()) -> tuple[SingleProcess, Optimizer]:  # noqa: B008
-    """A model and its optimizer after a step."""
+    """A model and its optimizer after a step, on the GPU if there is one."""
     torch.manual_seed(0)
-    engine = SingleProcess(GPT(SHAPE), resolve(config))
+    execution = resolve(config)
+    engine = SingleProcess(GPT(SHAPE).to(execution.device), execution)
     optimizer = Optimizer(engine, config)
     take_step(engine, optimizer)
     return engine, optimizer
 
 
 def take_step(engine: SingleProcess, optimizer: Optimizer) -> None:
-    tokens = torch.randint(200, (2, 8))
+    tokens = torch.randint(200, (2, 8)).to(engine.execution.device)
     engine.model(tokens, tokens).backward()
     optimizer.update(1e-2)
 
