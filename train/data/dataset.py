@@ -143,7 +143,7 @@ def _split_info(content: dict[str, Any]) -> SplitInfo:
     info = SplitInfo(**content)
     for name in info.shards:
         # A path would lead out of the folder.
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise InputError(f"shards: expected names of files, got {name!r}")
     if not info.shards or info.bytes < 1:
         raise InputError("expected one shard or more, and text, got none")

@@ -212,6 +212,10 @@ def _parse_record(content: bytes) -> RunRecord:
         options["data"] = tuple(options["data"])
     found["train"] = TrainConfig.from_options(**options)
     found["model"] = GPTConfig(**record["model"])
+    expected = asdict(found["train"].gpt(found["model"].vocab_size))
+    for name, value in asdict(found["model"]).items():
+        if value != expected[name]:
+            raise InputError(f"{name}: expected {expected[name]} as in `train`, got {value}")
     found["dataset"] = Path(record["dataset"])
     check_types(found, RunRecord)
     tokens = found.get("tokens")

@@ -4,8 +4,8 @@ Each test runs the commands `tritium train`, `sample`, `export` in this process.
 """
 
 import itertools
-import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -85,6 +85,20 @@ def test_an_empty_config_of_a_full_disk_is_taken_over(tiny, tritium, error_of, t
     (run / "config.json").touch()
     assert "start it again with the same command" in error_of("train", "--resume", run)
     assert tritium(*tiny)[0] == 0
+
+
+def test_a_full_disk_at_the_first_file_leaves_no_folder(tiny, tritium, error_of, tmp_path):
+    """A limit on the size of files makes a write fail in the middle, as a full disk does."""
+    assert tritium(*tiny)[0] == 0  # builds the dataset
+    run = tmp_path / "second"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        line = error_of(*tiny, "--out", run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line == f"tritium: {run / 'config.json'}: File too large"
+    assert not run.exists()
 
 
 def test_a_second_process_is_told_which_one_writes(tiny, tritium, monkeypatch, tmp_path):
@@ -191,9 +205,8 @@ def test_a_hostile_run_folder_is_one_line(tiny, tritium, error_of, monkeypatch, 
 
     # sizes
     record = unseal((run / "config.json").read_bytes())
-    for part, sizes in (("model", {"n_layer": 10**9}), ("model", {"d_model": 2 * 10**9})):
-        changed = json.loads(json.dumps(record))
-        changed[part] |= sizes
+    for sizes in ({"n_layer": 10**9}, {"d_model": 2 * 10**9}):
+        changed = record | {part: record[part] | sizes for part in ("train", "model")}
         (run / "config.json").write_bytes(seal(changed))
         for command in (("sample", run), ("train", "--resume", run)):
             assert "parameters in its configuration, got" in error_of(*command)

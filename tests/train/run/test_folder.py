@@ -126,6 +126,7 @@ def test_missing_options_take_their_defaults(run):
         ({"format_version": 2}, "expected format_version 1, got 2; use the version of tritium"),
         ({"train": {"steps": 0}}, "steps: expected 1 or more"),
         ({"model": {"n_head": 7}}, "expected what `tritium train` wrote"),
+        ({"model": {"context_tokens": 7}}, "context_tokens: expected 256 as in `train`, got 7"),
         ({"dataset": None}, "expected what `tritium train` wrote"),
     ],
 )
