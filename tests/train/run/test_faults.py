@@ -7,9 +7,11 @@ import itertools
 import os
 import resource
 import shutil
+import signal
 
 import pytest
 
+from tritium.__main__ import dispatch
 from tritium.train import loop
 from tritium.train.commands import train
 from tritium.train.data import loader, shards
@@ -40,34 +42,28 @@ def call_at(number: int, name: str, monkeypatch, action) -> None:
     monkeypatch.setattr(loop, name, counted)
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing is cleaned up."""
+def kill_before_first_checkpoint(monkeypatch, words) -> None:
+    """Run a command in a fork that ends by kill -9 when it would write its first checkpoint."""
+
+    def die(config, run, *_):
+        (run / "checkpoints" / ".step-0.tmp").mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save_first", die)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                dispatch([str(word) for word in words])
+            finally:
+                os._exit(70)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
-@pytest.fixture
-def killed(monkeypatch, tmp_path):
-    """Run a command that dies before its first checkpoint. Return its folder."""
-
-    def call(tritium, *words):
-        with monkeypatch.context() as patch:
-
-            def die(run, *_, **__):
-                shutil.copytree(run, tmp_path / "copy")
-                (tmp_path / "copy" / "checkpoints" / ".step-0.tmp").mkdir(parents=True)
-                raise Killed
-
-            patch.setattr(loop, "save_checkpoint", die)
-            with pytest.raises(Killed):
-                tritium(*words)
-        (tmp_path / "copy").rename(tmp_path / "run")
-        return tmp_path / "run"
-
-    return call
-
-
-def test_a_run_killed_before_its_first_checkpoint_goes_on(tiny, tritium, killed, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_goes_on(tiny, tritium, monkeypatch, tmp_path):
     """By the same command, and by --resume. Both end like a run that was not killed."""
-    run = killed(tritium, *tiny)
+    run = tmp_path / "run"
+    kill_before_first_checkpoint(monkeypatch, tiny)
     assert names(run) == {"config.json", "tokenizer.json", "checkpoints", ".step-0.tmp", ".lock"}
     shutil.copytree(run, tmp_path / "second")
     status, _, err = tritium(*tiny)
