@@ -135,7 +135,7 @@ def _open_file(path: Path, folder: int) -> int:
     """Open or create the file of a lock. Raises: InputError if it is a link or no plain file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        handle = os.open(LOCK_FILE, flags, 0o644, dir_fd=folder)
+        handle = os.open(LOCK_FILE, flags, 0o666, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise InputError(f"{path}: expected a file or nothing; delete it") from None

@@ -215,8 +215,15 @@ def test_a_moved_folder_is_noticed(replaced, run):
     assert not replaced or (run / ".lock").exists()
 
 
-def test_a_link_in_a_folder_raises(run, tmp_path):
-    for name in ("samples.txt", "metrics.jsonl", "checkpoints"):
+def test_a_link_or_a_pipe_in_a_folder_raises(run, tmp_path):
+    os.mkfifo(run / "metrics.jsonl")
+    with (
+        pytest.raises(InputError, match=r"metrics\.jsonl: expected .*, got a device or a pipe"),
+        only_writer(run, SINGLE_PROCESS),
+    ):
+        pass
+    (run / "metrics.jsonl").unlink()
+    for name in ("samples.txt", "metrics.jsonl", "checkpoints", "profile"):
         (run / name).symlink_to(tmp_path / "elsewhere")
         with (
             pytest.raises(InputError, match=rf"{name}: expected a file or folder .*, got a link"),
