@@ -166,5 +166,5 @@ def _describe_holder(handle: int) -> str:
         holder = json.loads(os.pread(handle, _LARGEST_FILE, 0))
         pid, host, since = (str(holder[key]) for key in ("pid", "host", "since"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "another process does"
-    return f"process {pid} on {host} does since {since}"
+        return "another process is writing it"
+    return f"process {pid} on {host} has been writing it since {since}"

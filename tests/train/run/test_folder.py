@@ -175,7 +175,9 @@ def test_a_folder_with_other_files_is_not_taken_over(name, content, run, dataset
 def test_a_run_has_one_writer_at_a_time(run):
     with only_writer(run, SINGLE_PROCESS):
         with (
-            pytest.raises(InputError, match=rf"run: .*, but process {os.getpid()} on .* does sin"),
+            pytest.raises(
+                InputError, match=rf"run: .*, but process {os.getpid()} on .* has been wr"
+            ),
             only_writer(run, SINGLE_PROCESS),
         ):
             pass
