@@ -1,6 +1,7 @@
 """The shape of a GPT, as data. The choices are rows of the tables in layers.py and positions.py."""
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal
 
 from .layers import MLPS, NORMS
@@ -11,6 +12,7 @@ from .positions import POSITIONS
 VOCABULARY_MULTIPLE = 64
 # Options that have an effect in training only. Models of equal shape may differ in them.
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
+_OPTIONAL_SIZES = ("n_kv_head", "d_hidden", "window")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
 
@@ -75,12 +77,14 @@ class GPTConfig:
             "d_model",
             "vocab_size",
             "context_tokens",
-            "n_kv_head",
-            "d_hidden",
-            "window",
+            *_OPTIONAL_SIZES,
         ):
             size = getattr(self, name)
-            if size is not None and size < 1:
+            if size is None and name in _OPTIONAL_SIZES:
+                continue
+            if not isinstance(size, Integral):
+                raise ValueError(f"GPTConfig: {name} must be an integer, got {size!r}")
+            if size < 1:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
         if self.d_model % self.n_head:
             raise ValueError(

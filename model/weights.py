@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, names_file
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
-from ._safetensors import DTYPES, write_safetensors
 from .config import GPTConfig
+from .cost import check_size
+from .safetensors_file import DTYPES, write_safetensors
 
 if TYPE_CHECKING:
     from .gpt import GPT
@@ -70,6 +71,7 @@ class Source:
             raise InputError(
                 f"{path}: expected the configuration of a model, got something else ({error})"
             ) from None
+        check_size(path, self.config)
         named = {name: fields.get(name) for name in _TOKEN_IDS}
         self.token_ids = {name: value for name, value in named.items() if value is not None}
         self._dtypes: dict[torch.dtype, str] = {}
@@ -163,7 +165,7 @@ def open_source(path: Path) -> Source:
     try:
         fields = json.loads(file.read_bytes())
         kind = fields["model_type"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: expected the configuration of a model of transformers") from None
     if not isinstance(kind, str) or kind not in FAMILIES or FAMILIES[kind].architecture is None:
         known = ", ".join(name for name, row in FAMILIES.items() if row.architecture)
@@ -186,7 +188,7 @@ def _open_files(folder: Path) -> dict[str, Callable[[], Tensor]]:
                 files = {
                     str(file) for file in json.loads(index.read_bytes())["weight_map"].values()
                 }
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise InputError(f"{index}: expected a weight_map of tensors and files") from None
             read = {}
             for file in sorted(files):
@@ -382,4 +384,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with names_file(path):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

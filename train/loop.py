@@ -5,45 +5,54 @@ samples.txt, loss.png, checkpoints/step-N. On one CPU, the weights of a resumed 
 equal to the weights of a run that never stopped.
 """
 
+import contextlib
 import gc
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ..errors import InputError, InterruptedRun
-from ..model import GPT, GPTConfig
-from ..model.cost import flops_per_token
+from ..errors import InterruptedRun
+from ..model import GPT
+from ..model.cost import check_size, flops_per_token
 from ..model.generation import Sampling
+from ._initial_model import initial_model, new_model
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
 from .data.prepare import cache_dir, prepare
+from .data.shards import DataChanged
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
 from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
-from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
+from .run.checkpoint import newest_checkpoint
+from .run.folder import (
+    RunRecord,
+    check_folder_unused,
+    check_tokenizer,
+    claim_folder,
+    is_unstarted,
+    only_writer,
+    open_recorded_dataset,
+    read_run,
+)
+from .run.history import note_resume, with_changes
 from .run.metrics import Metrics, console
-from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
+from .run.samples import add_sample
+from .run.saver import CheckpointSaver, check_space_for_run
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
 from .text import sample_text
 from .trainer import Trainer, quiet_collector
-
-# A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
-# the size of the vocabulary up to a multiple of 64, others to a multiple of 128.
-_PADDING_TOKENS = 128
 
 
 def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
@@ -58,22 +67,42 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
-    model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
-    world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
-    return _train(config, run, model, dataset, execution, None)
+    model = world.run_on_all_ranks(lambda: initial_model(config, dataset))
+    with only_writer(run, world) as check_folder:
+        summary = execution.summary()
+        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset, summary))
+        return _train(config, run, model, dataset, execution, check_folder, None)
 
 
-def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
+def resume(
+    run: Path, world: World = SINGLE_PROCESS, changes: dict[str, Any] | None = None
+) -> Evaluation:
+    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`.
+
+    Args:
+        changes: new values of options, by their flat names. history.py has the names. Without
+            changes the result is that of a run that never stopped.
+    """
     record = world.on_rank0(lambda: read_run(run))
-    checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
-    execution = _resolve_on_all_ranks(record.train, world)
-    dataset = world.on_each_node(
-        lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
-    )
-    # The model it started from may be gone. The checkpoint has all weights.
-    model = _new_model(record.train, record.model)
-    return _train(record.train, run, model, dataset, execution, checkpoint)
+    config = with_changes(run, record.train, changes or {})
+    if world.on_rank0(lambda: is_unstarted(run)):
+        return start(config, run, world)
+    with only_writer(run, world) as check_folder:
+        world.on_rank0(lambda: newest_checkpoint(run))
+        files = run / "checkpoints"
+        world.on_rank0(lambda: check_size(files, record.model, bytes_per_parameter=4))
+        execution = _resolve_on_all_ranks(config, world)
+        check_profile_steps(config)
+        if config.data != record.train.data:
+            dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
+            check_tokenizer(dataset, record, run)
+        else:
+            dataset = world.on_each_node(
+                lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
+            )
+        # The model it started from may be gone. The checkpoint has all weights.
+        model = new_model(config, record.model)
+        return _train(config, run, model, dataset, execution, check_folder, record)
 
 
 # --- before the first step
@@ -107,62 +136,16 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
     return dataset
 
 
-def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise InputError if the model to start from has another shape or another tokenizer."""
-    trained = open_model(Path(config.init_from))
-    # Dropout is an option of the run, not of the model.
-    found = config.gpt(trained.config.vocab_size)
-    expected = trained.config.with_dropout_of(found)
-    if expected != found:
-        raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
-    tokenizer = dataset.tokenizer
-    if trained.tokenizer_path is not None:
-        own = trained.tokenizer()
-        if own.sha256 != tokenizer.sha256:
-            raise InputError(
-                f"tokenizer: expected {own.name} of {config.init_from}, got {tokenizer.name} with "
-                "other tokens; leave `tokenizer` out"
-            )
-    elif not 0 <= expected.vocab_size - tokenizer.vocab_size < _PADDING_TOKENS:
-        raise InputError(
-            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
-            f"{tokenizer.vocab_size}; use the tokenizer of the model"
-        )
-
-
-def _initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
-    """Return a model with new weights, or the model to start from, in float32."""
-    if config.init_from is None:
-        return _new_model(config, config.gpt(dataset.tokenizer.vocab_size))
-    _check_initial_model(config, dataset)
-    torch.manual_seed(config.seed)
-    model = open_model(Path(config.init_from)).load(**_model_options(config)).float()
-    model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
-    return model.train()
-
-
-def _new_model(config: TrainConfig, shape: GPTConfig) -> GPT:
-    """Return a model with new weights."""
-    torch.manual_seed(config.seed)
-    return GPT(shape, **_model_options(config))
-
-
-def _model_options(config: TrainConfig) -> dict[str, str]:
-    return {
-        "attention": config.execution.attention,
-        "recompute": config.execution.recompute,
-    }
-
-
 def _train(
     config: TrainConfig,
     run: Path,
     model: GPT,
     dataset: Dataset,
     execution: Execution,
-    checkpoint: Path | None,
+    check_folder: Callable[[], None],
+    record: RunRecord | None,
 ) -> Evaluation:
-    """Train from a checkpoint, or from the weights of `model`."""
+    """Train a new run (`record` is None), or from the newest checkpoint of a recorded one."""
     world = execution.world
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
@@ -173,11 +156,14 @@ def _train(
     # The model and its optimizer.
     engine = execution.engine(model.to(execution.device), execution)
     optimizer = Optimizer(engine, config)
-    if checkpoint is None:
+    saver = CheckpointSaver(run, engine, optimizer, config.report)
+    if record is None:
         first = 0
-        _save_first(config, run, engine, optimizer)
+        _save_first(config, run, engine, saver)
     else:
-        first = load_checkpoint(checkpoint, engine, optimizer)
+        first = saver.load()
+        world.on_rank0(lambda: check_space_for_run(run, config, engine))
+        world.on_rank0(lambda: note_resume(run, record, config, dataset, execution, first))
 
     # The data, and the metrics of its steps.
     on_cuda = execution.device.type == "cuda"
@@ -204,20 +190,22 @@ def _train(
         Signals(world) as signals,
         quiet_collector(),
         Prefetch(loader.batch, first) as batches,
+        saver,
     ):
-        session = _Session(config, run, dataset, trainer, metrics, signals)
+        session = _Session(config, run, dataset, trainer, saver, metrics, signals, check_folder)
         return session.run_steps(first, loader, batches)
 
 
 def _save_first(
-    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer
+    config: TrainConfig, run: Path, engine: SingleProcess, saver: CheckpointSaver
 ) -> None:
     """Write a checkpoint before the first step, so that the run can be resumed from there.
 
     If the disk is too small, the run fails here and not hours later.
     """
     try:
-        save_checkpoint(run, 0, engine, optimizer, keep=config.report.keep_checkpoints)
+        engine.world.on_rank0(lambda: check_space_for_run(run, config, engine))
+        saver.save(0, background=False)
     except BaseException:
         if engine.world.is_rank0:
             shutil.rmtree(run)
@@ -253,8 +241,11 @@ class _Session:
     run: Path
     dataset: Dataset
     trainer: Trainer
+    saver: CheckpointSaver
     metrics: Metrics
     signals: Signals
+    check_folder: Callable[[], None]
+    """Raises InputError if the folder of the run was moved or deleted."""
 
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
@@ -270,7 +261,7 @@ class _Session:
                 self.evaluate_or_stop(step)
 
             lr = learning_rate(config, step)
-            with self.metrics.waiting():
+            with self.metrics.waiting(), self.reading_data(step):
                 batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             loss = self.trainer.backward(batch, num_targets, step=step)
@@ -283,11 +274,29 @@ class _Session:
                     self.save(done)
         return self.evaluate_or_stop(config.steps)
 
+    @contextlib.contextmanager
+    def reading_data(self, done: int) -> Iterator[None]:
+        """Write a checkpoint after `done` steps if a shard was cut or overwritten."""
+        try:
+            yield
+        except DataChanged:
+            # Other ranks may read undamaged shards. They cannot help to write a checkpoint.
+            if self.trainer.engine.world.size == 1:
+                self.metrics.flush()
+                self.save_once(done)
+            raise
+
+    def save_once(self, done: int) -> None:
+        """Write a checkpoint after `done` steps, unless there is one, and wait for it."""
+        if self.saver.last_step != done:
+            self.save(done)
+        self.saver.wait()
+
     def save(self, done: int) -> None:
-        """Write a checkpoint after `done` steps."""
-        trainer = self.trainer
-        keep = self.config.report.keep_checkpoints
-        save_checkpoint(self.run, done, trainer.engine, trainer.optimizer, keep=keep)
+        """Begin the checkpoint after `done` steps."""
+        self.check_folder()
+        self.saver.save(done)
+        self.metrics.checkpoint_stall = self.saver.stall_seconds
 
     def evaluate_or_stop(self, done: int) -> Evaluation:
         """Evaluate and sample after `done` steps.
@@ -298,12 +307,14 @@ class _Session:
         is_last = done == self.config.steps
         max_tokens = None if is_last else self.config.report.eval_tokens
         with self.metrics.paused():
-            result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
+            with self.reading_data(done):
+                result = _evaluate(
+                    self.config, self.trainer, self.dataset, self.signals, max_tokens
+                )
             if self.signals.received:
-                folder = self.run / "checkpoints" / f"step-{done}"
-                if not engine.world.on_rank0(folder.exists):
-                    self.save(done)
+                self.save_once(done)
                 raise InterruptedRun(self.run)
+            self.check_folder()
             self.metrics.evaluation(done, result)
             model = engine.complete_model()
             engine.world.on_rank0(
@@ -340,7 +351,7 @@ def _evaluate(
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
-    """Append a sample to samples.txt and draw loss.png."""
+    """Add a sample to samples.txt and draw loss.png."""
     text = sample_text(
         model,
         dataset.tokenizer,
@@ -352,6 +363,5 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
             seed=config.seed,
         ),
     )
-    with open(run / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{text}\n")
+    add_sample(run, step, text)
     plot_loss(run)
