@@ -244,7 +244,7 @@ def test_exact_gelu_gradient_uses_matrix_instructions_and_hardly_spills():
         gemm(x, w2, aux=h, epilogue=ACTIVATIONS["gelu"].epilogue_bwd, sums=h[0])
     compiled = compile_launch(launches[0], "sm_90")
     assert matrix_instructions(disassembly(compiled)) == {"HGMMA": 8}
-    # Two registers of 4 bytes, stored and loaded once per tile. Two steps in flight would need none,
+    # 16 bytes, stored and loaded once per tile. With two steps in flight there would be none,
     # but the tile with three is the one that was measured.
     assert resources(compiled).spilled_bytes <= 16
 
