@@ -156,8 +156,10 @@ def test_recompute_is_as_accurate_over_many_chunks(dtype, device, small_chunks):
     truth = run(torch_mlp, double(inputs), incoming)
     recomputed = run(gelu_mlp, inputs, incoming, recompute=True)
     kept = run(gelu_mlp, inputs, incoming, recompute=False)
+    # A GPU may multiply chunks in another order, so that dh is rounded to another number.
+    bounds = scales(inputs, incoming, dict(zip(NAMES, truth, strict=True)))
     for name, *values in zip(NAMES, recomputed, truth, kept, strict=True):
-        assert_accurate(name, *values, length=256)
+        assert_accurate(name, *values, length=256, scale=bounds[name])
 
 
 @pytest.mark.parametrize("width", [257, 3000])
