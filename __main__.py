@@ -44,6 +44,9 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    from .train.run.signals import end_at_once_on_signals
+
+    end_at_once_on_signals()  # until the command is imported
     from .train.commands.cli import run
 
     sys.exit(run(dispatch, sys.argv[1:]))

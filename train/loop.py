@@ -5,20 +5,22 @@ samples.txt, loss.png, checkpoints/step-N. On one CPU, the weights of a resumed 
 equal to the weights of a run that never stopped.
 """
 
+import functools
 import gc
 import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from ..errors import InputError, InterruptedRun
+from ..errors import DivergedError, InputError, InterruptedRun
 from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
 from ..model.generation import Sampling
-from .config import TrainConfig
+from .config import DIVERGED, TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
@@ -29,13 +31,19 @@ from .distributed.world import SINGLE_PROCESS, World
 from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
-from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from .run.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
+from .run.goodput import process_age
 from .run.metrics import Metrics, console
 from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
-from .run.signals import Signals
+from .run.signals import Signals, set_time_limit, stop_on_signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
 from .text import sample_text
@@ -46,12 +54,13 @@ from .trainer import Trainer, quiet_collector
 _PADDING_TOKENS = 128
 
 
+@stop_on_signals()
 def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     """Train a new model. Rank 0 writes the folder `run`.
 
     Returns: the evaluation of the finished model on all held-out text.
     Raises: InputError if the folder is in use, the data is bad, options do not fit together or the
-        training diverges; InterruptedRun after SIGINT or SIGTERM.
+        training diverges; InterruptedRun after a signal or `max_minutes`.
     """
     world.on_rank0(lambda: check_folder_unused(run))
     execution = _resolve_on_all_ranks(config, world)
@@ -63,6 +72,7 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     return _train(config, run, model, dataset, execution, None)
 
 
+@stop_on_signals()
 def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
     """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
     record = world.on_rank0(lambda: read_run(run))
@@ -80,6 +90,9 @@ def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
 
 
 def _resolve_on_all_ranks(config: TrainConfig, world: World) -> Execution:
+    if config.execution.max_minutes is not None:
+        set_time_limit(60 * config.execution.max_minutes - process_age())
+
     def resolved() -> Execution:
         check_trackers(config)
         return resolve(config, world)
@@ -236,7 +249,7 @@ def _open_metrics(
         tokens_per_step=config.batch_size * T,
         flops_per_token=flops_per_token(engine.model.config, T),
         device=engine.execution.device,
-        skips_overflow=optimizer.scaler.is_enabled(),
+        compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,
         trackers=open_trackers(config, run, first) if world.is_rank0 else (),
     )
@@ -259,58 +272,145 @@ class _Session:
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
         config = self.config
-        world = self.trainer.engine.world
-        device = self.trainer.engine.execution.device
+        trainer = self.trainer
+        world = trainer.engine.world
+        device = trainer.engine.execution.device
         steps = range(first, config.steps)
         for step in profiled(steps, config, self.run, self.metrics, device, world):
+            if self.signals.received:
+                self.stop(step)
+            if config.max_bad_steps and len(self.metrics.bad_steps) >= config.max_bad_steps:
+                self.go_back(step)
             # Evaluate at the beginning of a step, not at the end of the one before. A run that
             # stopped between the two then evaluates after it is resumed.
             is_due = step > 0 and step % config.report.eval_interval == 0
-            if self.signals.received or (is_due and step not in self.metrics.evaluated):
-                self.evaluate_or_stop(step)
+            if is_due and step not in self.metrics.evaluated:
+                self.evaluate(step)
 
             lr = learning_rate(config, step)
             with self.metrics.waiting():
                 batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
-            loss = self.trainer.backward(batch, num_targets, step=step)
-            grad_norm = self.trainer.update(lr)
-            self.metrics.step(step, loss, lr, grad_norm)
+            backward = functools.partial(trainer.backward, batch, num_targets, step=step)
+            loss = self.signals.interruptible(backward)
+            if loss is None:
+                self.stop(step)
+            grad_norm = trainer.update(lr)
+            self.metrics.step(step, loss, lr, grad_norm, trainer.optimizer.skipped)
 
             done = step + 1
             if done == config.steps or done % config.report.checkpoint_interval == 0:
-                with self.metrics.paused():
-                    self.save(done)
-        return self.evaluate_or_stop(config.steps)
+                self.save(done)
+        result = self.evaluate(config.steps)
+        self.metrics.write_goodput(config.steps)
+        return result
 
     def save(self, done: int) -> None:
-        """Write a checkpoint after `done` steps."""
+        """Write a checkpoint after `done` steps. Go back if the weights are not finite."""
+        with self.metrics.paused("checkpoints"):
+            is_finite = self.trainer.is_finite()
+            if is_finite:
+                self.write_checkpoint(done)
+        if not is_finite:
+            self.go_back(done)
+
+    def write_checkpoint(self, done: int) -> None:
+        """Write a checkpoint of weights that are finite."""
         trainer = self.trainer
         keep = self.config.report.keep_checkpoints
+        self.metrics.sync()
         save_checkpoint(self.run, done, trainer.engine, trainer.optimizer, keep=keep)
+        self.metrics.write_goodput(done)
 
-    def evaluate_or_stop(self, done: int) -> Evaluation:
-        """Evaluate and sample after `done` steps.
+    def evaluate(self, done: int) -> Evaluation:
+        """Evaluate and sample after `done` steps. Go back if the loss is not finite.
 
         Raises: InterruptedRun if a signal was received. A checkpoint is written before.
         """
-        engine = self.trainer.engine
-        is_last = done == self.config.steps
-        max_tokens = None if is_last else self.config.report.eval_tokens
-        with self.metrics.paused():
-            result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
-            if self.signals.received:
-                folder = self.run / "checkpoints" / f"step-{done}"
-                if not engine.world.on_rank0(folder.exists):
-                    self.save(done)
-                raise InterruptedRun(self.run)
-            self.metrics.evaluation(done, result)
-            model = engine.complete_model()
-            engine.world.on_rank0(
-                lambda: _write_sample(self.config, self.run, model, self.dataset, done)
+        with self.metrics.paused("evaluation"):
+            result = None
+            diverged = None
+            is_last = done == self.config.steps
+            max_tokens = None if is_last else self.config.report.eval_tokens
+            evaluation = functools.partial(
+                _evaluate, self.config, self.trainer, self.dataset, self.signals, max_tokens
             )
-            gc.collect()
+            try:
+                result = self.signals.interruptible(evaluation)
+            except DivergedError as error:
+                diverged = error
+            is_stopping = self.signals.received
+            if result is not None and not is_stopping:
+                # A sample without evaluation is written again after a resume.
+                is_stopping = not self.write_sample(done)
+                if not is_stopping:
+                    self.metrics.evaluation(done, result)
+                gc.collect()
+        if is_stopping:
+            self.stop(done)
+        if diverged is not None:
+            self.go_back(done)
         return result
+
+    def write_sample(self, done: int) -> bool:
+        """Append a sample to samples.txt and draw loss.png. Returns: False if a signal came."""
+        engine = self.trainer.engine
+        model = engine.complete_model()
+        write = functools.partial(_write_sample, self.config, self.run, model, self.dataset, done)
+        return bool(engine.world.on_rank0(lambda: self.signals.interruptible(write, is_local=True)))
+
+    def stop(self, done: int) -> NoReturn:
+        """Write a checkpoint after `done` steps, if there is none. Raises: InterruptedRun."""
+        with self.metrics.paused("checkpoints"):
+            folder = self.run / "checkpoints" / f"step-{done}"
+            exists = self.trainer.engine.world.on_rank0(folder.exists)
+            if not exists and self.trainer.is_finite():
+                self.write_checkpoint(done)
+        raise InterruptedRun(self.signals.number)
+
+    def go_back(self, step: int) -> None:
+        """Restore the newest checkpoint before the bad steps, and go on with `step`.
+
+        The steps between that checkpoint and `step` are lost, and their data is left out: the run
+        ends like a run that never saw it. See bad_steps.py.
+
+        Raises: DivergedError if the run went back to this checkpoint already, or has no more steps.
+        """
+        engine = self.trainer.engine
+        bad_steps = self.metrics.bad_steps
+        before = bad_steps[0]["step"] if bad_steps else step
+        with self.metrics.paused("restarts"):
+            folder = engine.world.on_rank0(lambda: last_checkpoint(self.run, before))
+            restored = int(folder.name.removeprefix("step-"))
+            last = self.metrics.restored
+            is_repeated = last is not None and last["step"] == restored
+            if is_repeated or step == self.config.steps:
+                raise DivergedError(_describe_divergence(bad_steps, step, restored, last))
+            load_checkpoint(folder, engine, self.trainer.optimizer)
+            console.print(
+                f"step {step}: {len(bad_steps)} bad steps; restored the checkpoint of step "
+                f"{restored}, left out the data of steps {restored} to {step - 1}"
+            )
+            self.metrics.went_back(step, restored)
+            self.write_checkpoint(step)
+
+
+def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: dict | None) -> str:
+    """Say which steps were bad, and what the run did about them."""
+    if bad_steps:
+        first, newest = bad_steps[0], bad_steps[-1]
+        found = (
+            f"steps {first['step']} to {newest['step']} were bad: loss {first['loss']}, gradient "
+            f"norm {first['grad_norm']}, learning rate {first['lr']:.3g}"
+        )
+    else:
+        found = f"the weights are not finite after {step} steps"
+    if last is not None and last["step"] == restored:
+        found += (
+            f"; the run had left out the data of steps {last['restored']} to {last['step'] - 1} "
+            "already"
+        )
+    return f"{DIVERGED} ({found})"
 
 
 def _evaluate(
@@ -339,8 +439,8 @@ def _evaluate(
     )
 
 
-def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
-    """Append a sample to samples.txt and draw loss.png."""
+def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> bool:
+    """Append a sample to samples.txt and draw loss.png. Returns: True."""
     text = sample_text(
         model,
         dataset.tokenizer,
@@ -355,3 +455,4 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
     with open(run / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{text}\n")
     plot_loss(run)
+    return True

@@ -180,7 +180,7 @@ def test_a_stopped_and_resumed_run_ends_like_an_unbroken_one(
     assert tritium(*tiny)[0] == 0
     run, broken = tmp_path / "run", tmp_path / "broken"
     stopped_after(calls, name, monkeypatch)
-    assert tritium(*tiny, "--out", broken)[0] == 130
+    assert tritium(*tiny, "--out", broken)[0] == 143
     monkeypatch.undo()
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     assert tritium("train", "--resume", broken)[0] == 0

@@ -223,6 +223,8 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
     """On the meta device int, bool, tolist, nonzero and copies to the CPU all raise."""
     optimizers = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    # PyTorch has no _fused_sgd_ for the meta device.
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **options: options["found_inf"])
     config = TrainConfig.from_options(batch_size=6, micro_batch_size=2, optimizer=optimizer)
     execution = replace(resolve(config), device=torch.device("meta"))
     engine = SingleProcess(GPT(SHAPE).to("meta"), execution)

@@ -3,6 +3,7 @@
     RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
     RUN/checkpoints/step-N/optimizer.safetensors   optimizer state, as NAME.exp_avg, NAME.step, ...
     RUN/checkpoints/step-N/state.json              step, PyTorch's generator, loss scale of float16,
+                                                   losses and norms that judge the next steps,
                                                    SHA-256 of the other files and of itself
 
 The loader has no state: its batches are a function of the step. A folder is filled under a hidden
@@ -45,8 +46,11 @@ def save_checkpoint(
     """
     weights = engine.gather_weights()
     states = engine.gather_optimizer_states(optimizer)
-    loss_scale = optimizer.scaler.state_dict()
-    return engine.world.on_rank0(lambda: _write(run, step, weights, states, loss_scale, keep))
+    scalars = {
+        "loss_scale": optimizer.scaler.state_dict(),
+        "step_judge": optimizer.judge.state_dict(),
+    }
+    return engine.world.on_rank0(lambda: _write(run, step, weights, states, scalars, keep))
 
 
 def load_checkpoint(folder: Path, engine: SingleProcess, optimizer: Optimizer) -> int:
@@ -66,6 +70,9 @@ def load_checkpoint(folder: Path, engine: SingleProcess, optimizer: Optimizer) -
     # Empty if the checkpoint was not written in float16.
     if state["loss_scale"]:
         optimizer.scaler.load_state_dict(state["loss_scale"])
+    # Older versions did not write it.
+    if "step_judge" in state:
+        optimizer.judge.load_state_dict(state["step_judge"])
     generator = bytearray.fromhex(state["torch_rng"])
     torch.set_rng_state(torch.frombuffer(generator, dtype=torch.uint8))
     return state["step"]
@@ -89,11 +96,18 @@ def newest_checkpoint(run: Path) -> Path:
     return folders[-1]
 
 
+def last_checkpoint(run: Path, step: int) -> Path:
+    """Return the newest checkpoint of at most `step` steps; without one, the oldest."""
+    folders = _folders(run)
+    before = [each for each in folders if int(each.name.removeprefix("step-")) <= step]
+    return before[-1] if before else folders[0]
+
+
 # --- writing
 
 
 def _write(
-    run: Path, step: int, weights: Weights, states: States, loss_scale: dict, keep: int
+    run: Path, step: int, weights: Weights, states: States, scalars: dict, keep: int
 ) -> Path:
     folder = run / "checkpoints" / f"step-{step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -109,7 +123,7 @@ def _write(
             "format_version": 1,
             "step": step,
             "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
-            "loss_scale": loss_scale,
+            **scalars,
             "files": {
                 _MODEL_FILE: _write_tensors(temporary / _MODEL_FILE, weights),
                 _OPTIMIZER_FILE: _write_tensors(temporary / _OPTIMIZER_FILE, tensors),

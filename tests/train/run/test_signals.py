@@ -11,7 +11,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tiny, launch, 
     for name in ("--steps", "--checkpoint-interval", "--eval-interval"):
         endless += [name, 1_000_000]
     status, out, errors = launch(2, *tiny[1:], *endless, "--parallel", "fsdp", stop=run)
-    assert status == [130, 130], errors
+    assert status == [143, 143], errors
     assert f"torchrun ... -m tritium.train --resume {run}" in out[0]
     assert out[1] == ""
     step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
