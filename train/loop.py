@@ -387,9 +387,10 @@ class _Session:
             if is_repeated or step == self.config.steps:
                 raise DivergedError(_describe_divergence(bad_steps, step, restored, last))
             load_checkpoint(folder, engine, self.trainer.optimizer)
+            what = f"{len(bad_steps)} bad steps in a row" if bad_steps else "weights are not finite"
             console.print(
-                f"step {step}: {len(bad_steps)} bad steps; restored the checkpoint of step "
-                f"{restored}, left out the data of steps {restored} to {step - 1}"
+                f"step {step}: {what}; restored the checkpoint of step {restored}, left out the "
+                f"data of steps {restored} to {step - 1}"
             )
             self.metrics.went_back(step, restored)
             self.write_checkpoint(step)

@@ -182,14 +182,14 @@ def test_a_run_with_bad_steps_ends_like_a_run_that_never_saw_them(
 def test_steps_that_stay_bad_go_back_once_and_leave_out_their_data(
     tiny, tritium, inject, leave_out, tmp_path, monkeypatch
 ):
-    """Steps 12 to 18 are bad. The loop reads them after step 19 and goes back to step 10."""
+    """Steps 12 to 19 are bad. The loop reads them after step 19 and goes back to step 10."""
     words = [*tiny, "--steps", 30]
     with monkeypatch.context():
-        inject(set(range(12, 19)), "loss", NAN)
-        status, out, err = tritium(*words, "--out", tmp_path / "bad")
+        inject(set(range(12, 20)), "loss", NAN)
+        status, _, err = tritium(*words, "--out", tmp_path / "bad")
         assert status == 0, err
         monkeypatch.undo()
-    assert "step 20: 7 bad steps; restored the checkpoint of step 10" in err
+    assert "step 20: 8 bad steps in a row; restored the checkpoint of step 10" in err
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(loop, "plot_loss", lambda run: None)
     leave_out(set(range(10, 20)))
@@ -205,9 +205,7 @@ def test_a_run_that_stays_bad_stops_and_says_what_to_change(tiny, error_of, inje
     assert "steps 20 to 29 were bad: loss" in message
     assert "gradient norm None" in message
     assert "had left out the data of steps 10 to 19 already" in message
-    assert f"--resume {tmp_path / 'run'} --change lr=0.0005" in message
-    weights = torch.frombuffer(bytearray(state(tmp_path / "run", 20)[0]), dtype=torch.uint8)
-    assert weights.numel()
+    assert f"--resume {tmp_path / 'run'} --change lr=0.0015" in message
 
 
 def test_no_checkpoint_has_weights_that_are_not_finite(
@@ -225,7 +223,7 @@ def test_no_checkpoint_has_weights_that_are_not_finite(
 
     monkeypatch.setattr(Trainer, "update", infinite)
     message = error_of(*tiny, "--steps", 40)
-    assert "the weights are not finite after 20 steps" in message
+    assert "steps 11 to 19 were bad" in message
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
         assert all(value.isfinite().all() for value in tensors.values()), folder
