@@ -96,7 +96,9 @@ def stop_on_signals() -> Iterator[None]:
         if _TIME_LIMIT in before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # More signals do not end a process that is about to print how to go on.
+            if _State.received is None or handler is not _end_at_once:
+                signal.signal(number, handler)
 
 
 def set_time_limit(seconds: float) -> None:
