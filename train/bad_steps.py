@@ -88,6 +88,26 @@ class StepJudge:
         self._limits.copy_(torch.tensor(state["limits"]))
 
 
+def is_judge_state(value: object) -> bool:
+    """Return whether `value`, read from JSON, has the types of StepJudge.state_dict()."""
+
+    def is_numbers(found: object, length: int) -> bool:
+        is_list = isinstance(found, list) and len(found) == length
+        return is_list and all(type(each) is float for each in found)
+
+    if not isinstance(value, dict) or value.keys() != {"count", "window", "limits"}:
+        return False
+    count, window = value["count"], value["window"]
+    is_count = type(count) is int and 0 <= count < 2**63
+    is_window = isinstance(window, list) and len(window) == 2
+    return (
+        is_count
+        and is_numbers(value["limits"], 2)
+        and is_window
+        and all(is_numbers(row, WINDOW) for row in window)
+    )
+
+
 def _median(rows: Tensor) -> Tensor:
     """Return the lower median of each row, (rows, 1). NaN counts as larger than infinity."""
     middle = (rows.shape[1] - 1) // 2
@@ -140,11 +160,16 @@ class LossScale:
         torch.where(is_kept, before, steps, out=before)
 
     def state_dict(self) -> dict:
-        """Return the state as numbers; {} if disabled. It waits for the device."""
+        """Return the state as GradScaler does; {} if disabled. It waits for the device."""
         if not self._enabled:
             return {}
-        steps = self._steps_without_overflow.item()
-        return {"scale": self._scale.item(), "_growth_tracker": steps}
+        return {
+            "scale": self._scale.item(),
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": self.GROWTH_INTERVAL,
+            "_growth_tracker": self._steps_without_overflow.item(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` or torch.amp.GradScaler.state_dict returned."""

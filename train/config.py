@@ -68,6 +68,10 @@ class ReportOptions:
     """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep the checkpoints at multiples of this number of steps. 0: none."""
+    background_checkpoints: bool = True
+    """Write checkpoints while the steps go on. Needs host memory for one more copy of them."""
     prompt: str | None = None
     """Text that samples continue. None: a line of Python if the data is Python's, else none."""
     sample_tokens: int = 200
@@ -150,6 +154,12 @@ class TrainConfig:
             raise InputError(f"max_minutes: expected more than 0, and finite, got {minutes}")
         if status is not None and not 0 <= status <= 255:
             raise InputError(f"stop_status: expected a number from 0 to 255, got {status}")
+        keep_every = self.report.keep_every
+        if keep_every % self.report.checkpoint_interval:
+            raise InputError(
+                "keep_every: expected a multiple of the checkpoint interval "
+                f"{self.report.checkpoint_interval}, got {keep_every}"
+            )
         if self.micro_batch < 1 or self.batch_size % self.micro_batch:
             raise InputError(
                 f"micro_batch_size: expected a divisor of the batch size {self.batch_size}, "
@@ -225,7 +235,7 @@ PART_OF = {
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_tokens"), 1),
     **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),
-    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile"), 0),
+    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile", "keep_every"), 0),
     **dict.fromkeys(("lr", "min_lr", "weight_decay", "grad_clip"), 0),
     **dict.fromkeys(("skip_threshold", "max_bad_steps"), 0),
 }

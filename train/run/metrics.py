@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
 from .goodput import Goodput, describe, seconds_before
+from .lines import parse_line
 from .trackers import Tracker
 
 # Number of steps whose results are read from the device at once. On CUDA the newest step is left
@@ -59,6 +59,7 @@ class Metrics:
         mfu: fraction of the devices' bf16 peak; null if the peak of the device is not known.
         memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
+        checkpoint_stall: seconds that steps have waited for checkpoints, since this process began.
     An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte. A
     checkpoint writes a line with step, time (Unix seconds), wall_seconds and goodput: fractions of
     the wall time, see goodput.py. A run that went back to a checkpoint writes a line with step, the
@@ -73,13 +74,14 @@ class Metrics:
         device: the device of this rank.
         compiles: whether the first step compiles. Its time counts as compilation.
         world: all ranks. Each has its own Metrics.
-        trackers: receive each line too.
+        trackers: receive the lines of training and of evaluations too.
     Attributes:
         evaluated: steps with an evaluation.
         goodput: how the run divides its wall time.
         bad_steps: the bad steps in a row before the last step that was read, oldest first.
         skipped: number of skipped steps of the run.
         restored: the last line of a return to a checkpoint; None without one.
+        checkpoint_stall: the value of this key in the next lines. The caller sets it.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Metrics:
         self._pending: list[_Pending] = []
         self._last_read = time.perf_counter()
         self._seconds_waited = 0.0
+        self.checkpoint_stall = 0.0
 
         self._bar = _progress_bar()
         self._task = self._bar.add_task("train", total=steps, completed=start, note="")
@@ -176,6 +179,7 @@ class Metrics:
             "mfu": mfu,
             "memory": _memory(self._device),
             "data_wait": self._seconds_waited / seconds,
+            "checkpoint_stall": self.checkpoint_stall,
         }
         self._seconds_waited = 0.0
 
@@ -209,11 +213,12 @@ class Metrics:
         """Record that the run goes on at `step` with the checkpoint of `restored` steps."""
         self.bad_steps.clear()
         self.restored = {"step": step, "restored": restored}
-        self._write(self.restored)
+        self._write(self.restored, is_tracked=False)
 
     def write_goodput(self, step: int) -> None:
         """Record how the run has divided its wall time up to `step` steps."""
-        self._write({"step": step, **self.goodput.record(), "skipped_steps": self.skipped})
+        line = {"step": step, **self.goodput.record(), "skipped_steps": self.skipped}
+        self._write(line, is_tracked=False)
 
     def sync(self) -> None:
         """Flush the lines to the disk. After a power cut a checkpoint has the lines before it."""
@@ -235,10 +240,10 @@ class Metrics:
             f"{result.bits_per_byte:.3f} bits per byte"
         )
 
-    def _write(self, line: dict) -> None:
+    def _write(self, line: dict, *, is_tracked: bool = True) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
+        for tracker in self._trackers if is_tracked else ():
             tracker.write(line)
 
 
@@ -248,8 +253,8 @@ def _is_bad(line: dict) -> bool:
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
-    """Return the training lines and the evaluation lines of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the training lines and the evaluation lines of a run. Damaged lines are left out."""
+    lines = list(_rows(run / "metrics.jsonl"))
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
     return training, evaluations
@@ -257,10 +262,15 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
 
 def describe_goodput(run: Path) -> str:
     """Describe how the run divided its wall time, and how many steps it skipped, in one line."""
-    text = (run / "metrics.jsonl").read_text()
-    *_, line = (row for row in map(json.loads, text.splitlines()) if "goodput" in row)
+    *_, line = (row for row in _rows(run / "metrics.jsonl") if "goodput" in row)
     skipped = line["skipped_steps"]
     return describe(line) + (f"; {skipped} steps skipped" if skipped else "")
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    """Yield the lines of metrics.jsonl that are not damaged."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return (row for row in map(parse_line, text.splitlines()) if row is not None)
 
 
 def _progress_bar() -> Progress:
@@ -295,7 +305,7 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
         kept.seconds = {}
     lines = []
     trained = set()
-    for row in _rows(path):
+    for row in _rows(path) if path.exists() else ():
         step = row["step"]
         if "loss" in row and step < start:
             trained.add(step)
@@ -322,35 +332,7 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
             "have no line: they were lost"
         )
     write_whole(path, ["".join(lines).encode()])
-    _cut_back_samples(path.with_name("samples.txt"), kept.evaluated)
     return kept
-
-
-def _rows(path: Path) -> Iterator[dict]:
-    """Yield the lines of metrics.jsonl that are not damaged."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            yield row
-
-
-def _cut_back_samples(path: Path, evaluated: set[int]) -> None:
-    """Delete the samples that a resumed run writes again: those without a kept evaluation."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    heads = list(re.finditer(rb"^--- step (\d+)$", content, re.MULTILINE))
-    ends = [head.start() for head in heads[1:]] + [len(content)]
-    pieces = [
-        content[head.start() : end]
-        for head, end in zip(heads, ends, strict=True)
-        if int(head[1]) in evaluated
-    ]
-    write_whole(path, pieces)
 
 
 def _memory(device: torch.device) -> int:

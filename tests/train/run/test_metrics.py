@@ -43,6 +43,7 @@ def test_each_step_has_a_line(tmp_path):
     assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
         "step": 3, "tokens": 400, "loss": pytest.approx(4.7), "lr": 1e-3, "grad_norm": 0.5,
         "skipped": False, "tokens_per_second": 0, "mfu": None, "memory": 0, "data_wait": 0,
+        "checkpoint_stall": 0.0,
     }  # fmt: skip
     assert rows[3]["tokens_per_second"] > 0
     assert rows[3]["memory"] > 0
@@ -141,26 +142,13 @@ def test_bad_steps_in_a_row_are_counted_and_an_overflow_neither_counts_nor_ends_
         assert m.restored == {"step": 5, "restored": 0}
 
 
-def test_a_resume_deletes_samples_without_evaluation_and_tells_lost_lines(tmp_path, capsys):
+def test_a_resume_tells_lost_lines(tmp_path, capsys):
     with metrics(tmp_path) as m:
         record(m, range(10))
         m.flush()
-        for step in (5, 10, 15):
-            m.evaluation(step, Evaluation(loss=3.0, bits_per_byte=1.0, tokens=9))
-    text = "--- step 5\na\n--- step 10\nb\n--- step 12\nc\n--- step 15\nd\n"
-    (tmp_path / "samples.txt").write_text(text)
-    with metrics(tmp_path, start=14) as m:
-        assert m.evaluated == {5, 10}
-    assert (tmp_path / "samples.txt").read_text() == "--- step 5\na\n--- step 10\nb\n"
-    assert "4 of the 14 steps before the checkpoint have no line" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("line", ['{"step": 1e999, "loss": 1}', "[" * 100_000, '{"step": true}'])
-def test_a_resume_drops_hostile_lines(line, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(line + "\n")
-    with metrics(tmp_path, start=1):
+    with metrics(tmp_path, start=14):
         pass
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert "4 of the 14 steps before the checkpoint have no line" in capsys.readouterr().err
 
 
 def test_on_cuda_reading_does_not_wait_for_the_newest_step(tmp_path, monkeypatch):
