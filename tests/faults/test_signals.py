@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.processes import Processes
-
 pytestmark = pytest.mark.plain
 
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-IMPORTS = "from tritium.train import loop, evaluate, trainer\nimport os, torch\n"
 # Phase -> hook. A blocked function sleeps for a minute unless a signal ends it.
 BEFORE_THE_FIRST_STEP = {
     "import": "import json\nblock(json, 'dumps')\njson.dumps(0)",
@@ -33,37 +30,6 @@ DURING_STEPS = {
 }
 QUICK = ("step", "sample", "checkpoint")
 SIGNALS = (TERM, HUP, TERM, INT, USR1, INT, TERM)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    found = Processes()
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def words(tmp_path) -> list[str]:
-    """Words of a command that takes about a second."""
-    text = tmp_path / "corpus.txt"
-    text.write_text("the quick brown fox jumps over a lazy dog\n" * 300)
-    return [
-        *("train", "laptop", "--data", str(text), "--tokenizer", "bytes", "--device", "cpu"),
-        *("--n-layer", "1", "--n-head", "2", "--d-model", "16", "--context-tokens", "16"),
-        *("--steps", "20", "--batch-size", "4", "--warmup-steps", "2", "--sample-tokens", "5"),
-        *("--eval-interval", "10", "--eval-tokens", "64", "--checkpoint-interval", "10"),
-    ]
-
-
-@pytest.fixture
-def begin(processes, tmp_path):
-    """Start a command after a hook, with a cache of its own."""
-
-    def call(words, hook=""):
-        home = f"os.environ['TRITIUM_HOME'] = {str(tmp_path / 'home')!r}\n"
-        return processes.start(words, tmp_path / "process", IMPORTS + home + hook)
-
-    return call
 
 
 @pytest.fixture
