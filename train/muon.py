@@ -39,7 +39,9 @@ class Muon(torch.optim.Muon):
             for parameter, gradient, buffer in zip(parameters, gradients, buffers, strict=True):
                 update = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
                 options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-                update = _zeropower_via_newtonschulz(update, *options).to(parameter.dtype)
+                update = _zeropower_via_newtonschulz(update, *options)
+                # It can be a transposed view. _fused_sgd_ needs the layout of the parameter.
+                update = update.to(parameter.dtype).contiguous()
                 # W -= scaled lr (O + decay W). SGD multiplies the decay by its learning rate too.
                 scale = _adjust_lr(1.0, group["adjust_lr_fn"], parameter.shape)
                 decay = group["weight_decay"] / scale

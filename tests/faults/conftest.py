@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.processes import Processes
 
-IMPORTS = "from tritium.train import loop, evaluate, trainer\nimport os, torch\n"
+IMPORTS = "from tritium.train import evaluate, loop, session, trainer\nimport os, torch\n"
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ DURING_STEPS = {
     "step": "block(trainer, 'batch_loss', calls=8)",
     "update": "block(trainer.Trainer, 'update', seconds=0.5, calls=8)",
     "evaluation": "block(evaluate, 'batch_loss')",
-    "sample": "block(loop, 'sample_text')",
+    "sample": "block(session, 'sample_text')",
     "checkpoint": "block(torch, 'get_rng_state', seconds=0.5, calls=2)",
-    "last sample": "block(loop, 'sample_text', calls=2)",
+    "last sample": "block(session, 'sample_text', calls=2)",
 }
 QUICK = ("step", "sample", "checkpoint")
 SIGNALS = (TERM, HUP, TERM, INT, USR1, INT, TERM)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tritium.model.attention import ATTENTIONS
-from tritium.train import loop
+from tritium.train import loop, session
 from tritium.train.lock import FolderLock
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.plots import plot_loss
@@ -26,7 +26,7 @@ def weights(run, step=20) -> bytes:
 
 
 def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "plot_loss", plot_loss)
+    monkeypatch.setattr(session, "plot_loss", plot_loss)
     status, out, err = tritium(*tiny, "--steps", 60, "--lr", 1e-2, "--checkpoint-interval", 30)
     assert status == 0, err
     run = tmp_path / "run"
@@ -157,7 +157,7 @@ def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
 
 def stopped_after(calls: int, name: str, monkeypatch) -> None:
     """Send a signal after `calls` calls of `name`, a function or method of the loop."""
-    owner = loop.CheckpointSaver if name == "save" else loop
+    owner = session.CheckpointSaver if name == "save" else session
     original, count = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **kwargs):
