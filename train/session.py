@@ -1,5 +1,6 @@
 """The steps of a run: train, evaluate, save, stop, and go back after bad steps."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -14,6 +15,7 @@ from ..model.generation import Sampling
 from .config import DIVERGED, TrainConfig
 from .data.dataset import Dataset
 from .data.loader import Batch, Loader, evaluation_batches
+from .data.shards import DataChanged
 from .evaluate import Evaluation, evaluate
 from .run.checkpoint import checkpoints
 from .run.metrics import Metrics, console
@@ -60,7 +62,7 @@ class Session:
                 self.evaluate(step)
 
             lr = learning_rate(config, step)
-            with self.metrics.waiting():
+            with self.metrics.waiting(), self.reading_data(step):
                 batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             backward = functools.partial(trainer.backward, batch, num_targets, step=step)
@@ -77,6 +79,24 @@ class Session:
         if first < config.steps:
             self.metrics.write_goodput(config.steps)
         return result
+
+    @contextlib.contextmanager
+    def reading_data(self, done: int) -> Iterator[None]:
+        """Write a checkpoint after `done` steps if a shard was cut or overwritten."""
+        try:
+            yield
+        except DataChanged:
+            # Other ranks may read undamaged shards. They cannot help to write a checkpoint.
+            if self.trainer.engine.world.size == 1:
+                self.metrics.flush()
+                self.save_once(done)
+            raise
+
+    def save_once(self, done: int) -> None:
+        """Write a checkpoint after `done` steps, unless there is one, and wait for it."""
+        if self.saver.last_step != done and self.trainer.is_finite():
+            self.begin_checkpoint(done)
+        self.saver.wait()
 
     def save(self, done: int) -> None:
         """Begin the checkpoint after `done` steps. Go back if the weights are not finite."""
@@ -109,7 +129,8 @@ class Session:
                 _evaluate, self.config, self.trainer, self.dataset, self.signals, max_tokens
             )
             try:
-                result = self.signals.interruptible(evaluation)
+                with self.reading_data(done):
+                    result = self.signals.interruptible(evaluation)
             except DivergedError as error:
                 diverged = error
             is_stopping = self.signals.received
@@ -136,9 +157,7 @@ class Session:
     def stop(self, done: int) -> NoReturn:
         """Write a checkpoint after `done` steps, if there is none. Raises: InterruptedRun."""
         with self.metrics.paused("checkpoints"):
-            if self.saver.last_step != done and self.trainer.is_finite():
-                self.begin_checkpoint(done)
-            self.saver.wait()
+            self.save_once(done)
         raise InterruptedRun(self.signals.number)
 
     def go_back(self, step: int) -> None:
@@ -150,7 +169,8 @@ class Session:
         Raises: DivergedError if the run went back to this checkpoint already, or has no more steps.
         """
         bad_steps = self.metrics.bad_steps
-        before = bad_steps[0]["step"] if bad_steps else step
+        # Without bad steps a checkpoint after `step` steps has weights that do not work.
+        before = bad_steps[0]["step"] if bad_steps else step - 1
         with self.metrics.paused("restarts"):
             # The checkpoints before the bad steps may have been deleted for newer ones.
             self.saver.wait()

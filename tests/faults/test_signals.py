@@ -17,7 +17,7 @@ INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGU
 BEFORE_THE_FIRST_STEP = {
     "import": "import json\nblock(json, 'dumps')\njson.dumps(0)",
     "dataset": "block(loop, '_prepare_dataset')",
-    "model": "block(loop, '_initial_model')",
+    "model": "block(loop, 'initial_model')",
 }
 DURING_STEPS = {
     "first step": "block(trainer, 'batch_loss')",

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ...errors import names_file
 from ...kernels.core.device import ceiling
 from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
@@ -241,8 +242,9 @@ class Metrics:
         )
 
     def _write(self, line: dict, *, is_tracked: bool = True) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with names_file(self._file.name):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         for tracker in self._trackers if is_tracked else ():
             tracker.write(line)
 
