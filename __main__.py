@@ -36,7 +36,9 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     if name == "bench":
         from .bench.commands import bench
+        from .train.run.signals import restore_default_signals
 
+        restore_default_signals()
         return bench(words)
     if name not in COMMANDS:
         raise InputError(unknown_name("command", name, [*COMMANDS, "bench"]))

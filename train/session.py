@@ -158,7 +158,7 @@ class Session:
         """Write a checkpoint after `done` steps, if there is none. Raises: InterruptedRun."""
         with self.metrics.paused("checkpoints"):
             self.save_once(done)
-        raise InterruptedRun(self.signals.number)
+        raise InterruptedRun(self.signals.number())
 
     def go_back(self, step: int) -> None:
         """Restore the newest checkpoint before the bad steps, and go on with `step`.

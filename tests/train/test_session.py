@@ -114,7 +114,9 @@ def test_steps_that_stay_bad_go_back_once_and_leave_out_their_data(
         assert state(tmp_path / "bad", step) == state(tmp_path / "never", step)
 
 
-def test_a_run_that_stays_bad_stops_and_says_what_to_change(tiny, error_of, inject, tmp_path):
+def test_a_run_that_stays_bad_stops_and_goes_on_with_a_lower_learning_rate(
+    tiny, tritium, error_of, inject, tmp_path, monkeypatch
+):
     inject(set(range(12, 90)), "gradient", NAN)
     message = error_of(*tiny, "--steps", 90)
     assert "training diverged: lower --lr" in message
@@ -122,6 +124,12 @@ def test_a_run_that_stays_bad_stops_and_says_what_to_change(tiny, error_of, inje
     assert "gradient norm None" in message
     assert "had left out the data of steps 10 to 19 already" in message
     assert f"--resume {tmp_path / 'run'} --change lr=0.0015" in message
+    monkeypatch.undo()  # with this learning rate all steps are good
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    words = ("train", "--resume", tmp_path / "run", "--change", "lr=0.0015")
+    status, out, err = tritium(*words, "--change", "steps=30")
+    assert status == 0, err
+    assert "18 steps skipped" in out
 
 
 def test_no_checkpoint_has_weights_that_are_not_finite(

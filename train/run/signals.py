@@ -133,10 +133,15 @@ class Signals:
         )
         return self._is_received_on_any
 
-    @property
     def number(self) -> int:
-        """The signal that this rank received; SIGTERM if only another rank received one."""
-        return signal.SIGTERM if _State.received is None else _State.received
+        """Return the signal that the lowest rank with a signal received. All ranks must call it."""
+        numbers = [_State.received]
+        if self._world.size > 1:
+            import torch.distributed as dist
+
+            numbers *= self._world.size
+            dist.all_gather_object(numbers, _State.received)
+        return next(number for number in numbers if number is not None)
 
     def __enter__(self) -> "Signals":
         _State.is_raised = False
