@@ -10,12 +10,15 @@
 The step counter, the learning rate and the data do not depend on the judgement: step s uses batch s
 and learning rate s, whether or not earlier steps were skipped. So a run that skipped step s has
 bitwise the weights and the optimizer state of a run that left step s out: no forward, no backward
-and no update at step s, and all other steps as they were.
+and no update at step s, and all other steps as they were. Only the limits of later steps differ:
+the values of a bad step stay in the window, where the median hardly notices them.
 
 float16    A step with a finite loss and gradients that are not finite overflowed: the loss scale
            was too large. The step is skipped and the scale halved, and the step is not bad. At a
            scale of 1 or less such a step is bad. A bad step leaves the loss scale as it was
 Ranks      Loss and norm are equal on all ranks, so all ranks decide alike without communication
+Threshold  four runs of the recipe `laptop`, 500 steps each, had largest z-scores of 6 to 10. The
+           default of 20 skips none of their steps
 Cost       a few small kernels per step. Nothing waits for the device
 Source     Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 """

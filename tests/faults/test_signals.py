@@ -131,11 +131,13 @@ def test_a_stop_without_a_reader_of_the_output_writes_a_checkpoint(stop, tmp_pat
     assert checkpoints(tmp_path / "run")[-1] == 7
 
 
+@pytest.mark.slow
 def test_a_run_without_a_reader_of_its_output_ends_with_status_0(begin, words, tmp_path):
     assert begin([*words, "--out", tmp_path / "run"], BROKEN_PIPE).wait() == 0
     assert checkpoints(tmp_path / "run")[-1] == 20
 
 
+@pytest.mark.slow
 def test_ignored_signals_stay_ignored(begin, words, tmp_path):
     ignore = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     hook = ignore + "block(trainer, 'batch_loss', seconds=0.3, calls=8)"

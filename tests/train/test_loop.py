@@ -4,9 +4,7 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -223,34 +221,6 @@ def test_two_runs_do_not_share_a_folder(tiny, error_of, tmp_path, monkeypatch):
     assert "expected a folder that no other process writes, but process" in error_of(*tiny)
     locks[0].release()
     assert not (tmp_path / "run").exists()
-
-
-def test_a_signal_writes_a_checkpoint_and_explains_how_to_resume(tiny, tmp_path):
-    """SIGINT from another process. The tests above send SIGTERM."""
-    run = tmp_path / "run"
-    words = list(tiny)
-    for name in ("--steps", "--checkpoint-interval", "--eval-interval"):
-        words += [name, "1000000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tritium", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert f"train --resume {run}" in out
-    assert "Traceback" not in err
-    step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
-    rows, _ = read_metrics(run)
-    assert [row["step"] for row in rows] == list(range(step))
 
 
 @pytest.mark.parametrize(
