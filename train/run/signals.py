@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _TIME_LIMIT = getattr(signal, "SIGALRM", None)
+_LONGEST_LIMIT = 1e9  # seconds
 
 
 class _State:
@@ -45,8 +46,9 @@ class _State:
 
 
 def end_at_once_on_signals() -> None:
-    """Print one line and end the process when a signal arrives. For imports: a traceback of an
-    import says nothing, and exceptions inside an import can be lost.
+    """Print one line and end the process when a signal arrives.
+
+    For imports: their tracebacks say nothing, and an exception inside an import can be lost.
     """
     for number in _caught():
         signal.signal(number, _end_at_once)
@@ -70,7 +72,8 @@ def _caught() -> list[int]:
     """Return the signals that this process does not ignore. Only the main thread has handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [number for number in _NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+    left_alone = (signal.SIG_IGN, None)  # None: a handler that is not Python's
+    return [number for number in _NUMBERS if signal.getsignal(number) not in left_alone]
 
 
 # --- during a run
@@ -104,8 +107,8 @@ def stop_on_signals() -> Iterator[None]:
 def set_time_limit(seconds: float) -> None:
     """Send SIGALRM to this process after `seconds`. Does nothing outside of the main thread."""
     if _TIME_LIMIT is not None and signal.getsignal(_TIME_LIMIT) is _note:
-        # 0 would mean no limit.
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+        # 0 would mean no limit, and the system has a largest time.
+        signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), _LONGEST_LIMIT))
 
 
 def _note(number: int, _frame) -> None:
