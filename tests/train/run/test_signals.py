@@ -32,11 +32,14 @@ def test_handlers_are_set_in_the_context_only():
 
 
 def test_time_limits_of_any_length_are_accepted():
-    with stop_on_signals():
-        set_time_limit(1e300)
-    with pytest.raises(InterruptedRun) as stopped, stop_on_signals():
-        set_time_limit(-5)
-        threading.Event().wait(10)
+    @stop_on_signals()
+    def wait(limit: float, seconds: float) -> None:
+        set_time_limit(limit)
+        threading.Event().wait(seconds)
+
+    wait(1e300, 0)
+    with pytest.raises(InterruptedRun) as stopped:
+        wait(-5, 10)
     assert stopped.value.number == signal.SIGALRM
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
