@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tritium.__main__ import dispatch
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
-from tritium.train import loop
+from tritium.train import loop, session
 from tritium.train.commands import cli as command_line
 from tritium.train.config import TrainConfig
 from tritium.train.data.build import build
@@ -148,7 +148,7 @@ def folders(tmp_path_factory):
         sample_tokens=1, eval_tokens=16, device="cpu", checkpoint_interval=5,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_loss", lambda run: None)
+        patch.setattr(session, "plot_loss", lambda run: None)
         loop.start(config, root / "run")
     return root
 
@@ -171,7 +171,7 @@ def test_any_config_of_a_run(folders, examples):
 def test_any_options_of_a_resumed_run(folders, monkeypatch, capfd):
     """The command prints one line and ends with status 2, or resumes the finished run."""
     run = folders / "run"
-    monkeypatch.setattr(loop, "plot_loss", lambda run: None)
+    monkeypatch.setattr(session, "plot_loss", lambda run: None)
     file = run / "config.json"
     base = unseal(file.read_bytes())
     good = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

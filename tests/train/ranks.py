@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from tritium.train import loop
+from tritium.train import session
 from tritium.train.commands.cli import run
 from tritium.train.commands.train import main
 
@@ -37,7 +37,7 @@ for name in (
 ):
     importlib.import_module(f"torch.{name}")
 # Drawing takes longer than the run.
-loop.plot_loss = lambda run: None
+session.plot_loss = lambda run: None
 # Keeps the garbage collector of each rank away from all that was imported.
 gc.freeze()
 

@@ -10,7 +10,6 @@ launch.py connects the processes. engines.py defines how they share the model.
 """
 
 import gc
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -190,8 +189,3 @@ class World:
 
 
 SINGLE_PROCESS = World()
-
-
-def is_local_rank0() -> bool:
-    """Return whether this process prints for its node. Without torchrun every process does."""
-    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"

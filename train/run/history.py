@@ -39,6 +39,8 @@ CHANGEABLE = (
     "beta1",
     "beta2",
     "grad_clip",
+    "skip_threshold",
+    "max_bad_steps",
 )
 # Their values change at most the rounding. `out` is not one: a resumed run stays in its folder.
 FREE = tuple(

@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from tritium.__main__ import dispatch
-from tritium.train import loop
+from tritium.train import loop, session
 from tritium.train.commands import train
 from tritium.train.data import loader, shards
 from tritium.train.files import seal, unseal
@@ -30,8 +30,8 @@ def names(folder) -> set[str]:
 
 
 def call_at(number: int, name: str, monkeypatch, action) -> None:
-    """Call `action` before the call of this number of `name`, a function of the loop."""
-    original = getattr(loop, name)
+    """Call `action` before the call of this number of `name`, a function of session.py."""
+    original = getattr(session, name)
     count = itertools.count(1)
 
     def counted(*args, **options):
@@ -39,7 +39,7 @@ def call_at(number: int, name: str, monkeypatch, action) -> None:
             action()
         return original(*args, **options)
 
-    monkeypatch.setattr(loop, name, counted)
+    monkeypatch.setattr(session, name, counted)
 
 
 def kill_before_first_checkpoint(monkeypatch, words) -> None:
