@@ -278,6 +278,7 @@ class _Session:
             self.metrics.step(step, loss, lr, grad_norm)
 
             done = step + 1
+            world.mark(done)
             if done == config.steps or done % config.report.checkpoint_interval == 0:
                 with self.metrics.paused():
                     self.save(done)

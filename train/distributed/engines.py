@@ -76,6 +76,7 @@ class SingleProcess:
 
     def begin_micro_step(self, *, is_last: bool) -> None:
         """Prepare for a backward. Only the last one of a step communicates gradients."""
+        self.world.mark()
 
     def finish_gradients(self) -> None:
         """Wait until the gradients of the masters are averages over ranks."""
@@ -159,6 +160,7 @@ class DDP(SingleProcess):
         self._buckets.begin_step()
 
     def begin_micro_step(self, *, is_last: bool) -> None:
+        super().begin_micro_step(is_last=is_last)
         self._is_last = is_last
         if is_last:
             self._buckets.begin_last_backward()
@@ -258,6 +260,7 @@ class FSDP(SingleProcess):
         return self.working
 
     def begin_micro_step(self, *, is_last: bool) -> None:
+        super().begin_micro_step(is_last=is_last)
         self.model.set_requires_gradient_sync(is_last)
 
     def complete_model(self) -> GPT | None:

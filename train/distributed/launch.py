@@ -3,6 +3,9 @@
 import contextlib
 import datetime
 import os
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +16,15 @@ import torch.distributed as dist
 
 from ...errors import InputError
 from .engines import ENGINES, SingleProcess
+from .heartbeat import Heartbeat
 from .world import SINGLE_PROCESS, World
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # Clusters set these two for other programs too, so they do not show that torchrun is used.
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
-# Long, because one rank may build a dataset while others wait. torchrun ends dead runs sooner.
-_TIMEOUT = datetime.timedelta(minutes=30)
+# Of collectives. Long, because one rank may build a dataset while others wait. The heartbeat ends
+# a run with a lost rank sooner.
+_TIMEOUT = datetime.timedelta(hours=24)
 _PARALLEL = tuple(name for name, engine in ENGINES.items() if engine is not SingleProcess)
 
 
@@ -33,6 +38,8 @@ class Launch:
     """fsdp: number of ranks that together hold one copy of the weights. None: all."""
     tensor_parallel: int = 1
     """fsdp: number of neighbouring ranks that compute each layer together."""
+    rank_timeout: float = 25.0
+    """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
 
 
 @contextlib.contextmanager
@@ -46,8 +53,8 @@ def join(launch: Launch) -> Iterator[World]:
     if ranks is None:
         if launch != Launch():
             raise InputError(
-                "--parallel, --shard-ranks, --tensor-parallel: expected torchrun to start the "
-                "program; see --help"
+                "--parallel, --shard-ranks, --tensor-parallel, --rank-timeout: expected torchrun "
+                "to start the program; see --help"
             )
         yield SINGLE_PROCESS
         return
@@ -55,14 +62,53 @@ def join(launch: Launch) -> Iterator[World]:
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
+    if world.size > 1 and launch.rank_timeout:
+        world.heartbeat = _start_heartbeat(world, launch.rank_timeout)
     try:
         yield world
-    except InputError as error:
-        # All ranks raise it. After any other error the other ranks may be waiting for this one.
+    except Exception as error:
+        _ignore_torchrun()
         traceback.clear_frames(error.__traceback__)
-        world.leave()
+        _end_other_ranks(error, world)
         raise
+    _ignore_torchrun()
     world.leave()
+
+
+def _ignore_torchrun() -> None:
+    """Ignore SIGTERM, which torchrun sends as soon as one rank has ended.
+
+    This process ends too, with its own status and after its own message.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _start_heartbeat(world: World, timeout: float) -> Heartbeat:
+    """Start the heartbeat with its own connection to the store of the launch."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=max(timeout, 1)),
+    )
+    prefix = f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    heartbeat = Heartbeat(dist.PrefixStore(prefix, store), world.rank, world.size, timeout)
+    dist.barrier()  # from now on all ranks have a beat
+    return heartbeat
+
+
+def _end_other_ranks(error: Exception, world: World) -> None:
+    """Let all ranks end after an error. Return on the ranks that print it."""
+    is_input = isinstance(error, InputError)
+    heartbeat = world.heartbeat
+    if is_input and (heartbeat is None or heartbeat.all_ranks_raise()):
+        world.leave()
+    elif heartbeat is not None:
+        heartbeat.fail(error, 2 if is_input else 1)
+        heartbeat.leave()
+        if is_input:
+            sys.exit(2)  # the line is printed
 
 
 def _read_ranks() -> dict[str, int] | None:
