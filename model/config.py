@@ -1,6 +1,7 @@
 """The shape of a GPT, as data. The choices are rows of the tables in layers.py and positions.py."""
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal
 
 from .layers import MLPS, NORMS
@@ -80,7 +81,11 @@ class GPTConfig:
             "window",
         ):
             size = getattr(self, name)
-            if size is not None and size < 1:
+            if size is None:
+                continue
+            if not isinstance(size, Integral):
+                raise ValueError(f"GPTConfig: {name} must be an integer, got {size!r}")
+            if size < 1:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
         if self.d_model % self.n_head:
             raise ValueError(

@@ -23,8 +23,9 @@ from torch import Tensor
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
-from ._safetensors import DTYPES, write_safetensors
 from .config import GPTConfig
+from .cost import parameters
+from .safetensors_file import DTYPES, write_safetensors
 
 if TYPE_CHECKING:
     from .gpt import GPT
@@ -70,6 +71,7 @@ class Source:
             raise InputError(
                 f"{path}: expected the configuration of a model, got something else ({error})"
             ) from None
+        check_size(path, self.config)
         named = {name: fields.get(name) for name in _TOKEN_IDS}
         self.token_ids = {name: value for name, value in named.items() if value is not None}
         self._dtypes: dict[torch.dtype, str] = {}
@@ -169,6 +171,22 @@ def open_source(path: Path) -> Source:
         known = ", ".join(name for name, row in FAMILIES.items() if row.architecture)
         raise InputError(f"{file}: expected model_type {known}, got {kind!r}")
     return Source(path, FAMILIES[kind], fields, _open_files(path))
+
+
+def check_size(path: Path, config: GPTConfig, *, bytes_per_parameter: float = 1 / 8) -> None:
+    """Raise InputError if a file, or the files in a folder, are too small for the model.
+
+    A damaged configuration can name sizes with which it would take hours to build the model. The
+    default of one bit per parameter is less than in any file format.
+    """
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    count = parameters(config)
+    if size < count * bytes_per_parameter:
+        raise InputError(
+            f"{path}: expected weights of the {count:,} parameters in its configuration, got "
+            f"{size:,} bytes; one of the two is damaged"
+        )
 
 
 def _check_required(fields: Fields, family: Family) -> None:

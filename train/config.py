@@ -64,6 +64,10 @@ class ReportOptions:
     """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep the checkpoints at multiples of this number of steps. 0: none."""
+    background_checkpoints: bool = True
+    """Write checkpoints while the steps go on. Needs host memory for one more copy of them."""
     prompt: str | None = None
     """Text that samples continue. None: a line of Python if the data is Python's, else none."""
     sample_tokens: int = 200
@@ -137,6 +141,12 @@ class TrainConfig:
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        keep_every = self.report.keep_every
+        if keep_every % self.report.checkpoint_interval:
+            raise InputError(
+                "keep_every: expected a multiple of the checkpoint interval "
+                f"{self.report.checkpoint_interval}, got {keep_every}"
+            )
         if self.micro_batch < 1 or self.batch_size % self.micro_batch:
             raise InputError(
                 f"micro_batch_size: expected a divisor of the batch size {self.batch_size}, "
@@ -212,6 +222,6 @@ PART_OF = {
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_tokens"), 1),
     **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),
-    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile"), 0),
+    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile", "keep_every"), 0),
     **dict.fromkeys(("lr", "min_lr", "weight_decay", "grad_clip"), 0),
 }

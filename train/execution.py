@@ -4,6 +4,7 @@ All code of a training run reads the device, dtype, engine and micro-batch from 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,6 +31,19 @@ class Execution:
     """Whether torch.compile compiles the model."""
     micro_batch: int
     """Sequences per forward and backward on this rank."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the run's history compares: results of two summaries agree to rounding."""
+        return {
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "compile": self.is_compiled,
+            "micro_batch_size": self.micro_batch,
+            "ranks": self.world.size,
+            "parallel": self.world.engine,
+            "shard_ranks": self.world.shard_ranks,
+            "tensor_parallel": self.world.tensor_ranks,
+        }
 
     @property
     def engine(self) -> type[SingleProcess]:

@@ -8,8 +8,12 @@ temporary file is then renamed to the final name. A rename is atomic on POSIX an
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+from ..errors import InputError
+from .records import parse_object
 
 _WRITE_BYTES = 1 << 26
 
@@ -20,13 +24,29 @@ def write_whole(path: Path | str, pieces: Iterable[bytes | memoryview]) -> None:
     Args:
         path: the final name. Its folder must exist. An existing file is replaced.
         pieces: contiguous bytes-like objects.
-    Raises: OSError (disk full, no permission). `path` is then unchanged, and the temporary file is
-        deleted.
+    Raises: OSError (disk full, no permission), which names `path`. `path` is then unchanged, and
+        the temporary file is deleted.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        write_flushed(temporary, pieces)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)
+        raise
+    flush_folder(path.parent)
+
+
+def write_flushed(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write `pieces` to `path` and flush them to the disk. A failed write leaves a partial file.
+
+    Raises: OSError, which names `path`.
+    """
+    try:
+        with open(path, "wb") as file:
             for piece in pieces:
                 # Linux writes at most 2 GiB per call, and Ctrl-C waits for the end of the call.
                 view = memoryview(piece).cast("B")
@@ -34,13 +54,20 @@ def write_whole(path: Path | str, pieces: Iterable[bytes | memoryview]) -> None:
                     file.write(view[start : start + _WRITE_BYTES])
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+    except OSError as error:
+        if error.filename is None:
             error.filename = str(path)  # open() names the file in its errors, write() does not
         raise
-    flush_folder(path.parent)
+
+
+def check_free_space(folder: Path, need_bytes: float, purpose: str, hint: str) -> None:
+    """Raise InputError if the file system of `folder` has less than `need_bytes` bytes free."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < need_bytes:
+        raise InputError(
+            f"{folder}: expected {need_bytes / 1e9:.3g} GB of free disk space for {purpose}, got "
+            f"{free_bytes / 1e9:.3g} GB; {hint}"
+        )
 
 
 def seal(record: dict) -> bytes:
@@ -50,8 +77,8 @@ def seal(record: dict) -> bytes:
 
 def unseal(content: bytes) -> dict:
     """Return the record that `seal` wrote. Raises: ValueError if the content was changed."""
-    record = json.loads(content)
-    if not isinstance(record, dict) or record.pop("sha256", None) != _sha256(record):
+    record = parse_object(content)
+    if record.pop("sha256", None) != _sha256(record):
         raise ValueError("it does not match its checksum")
     return record
 

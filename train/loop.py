@@ -8,9 +8,10 @@ equal to the weights of a run that never stopped.
 import gc
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTConfig
 from ..model.cost import flops_per_token
 from ..model.generation import Sampling
+from ..model.weights import check_size
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
@@ -29,12 +31,24 @@ from .distributed.world import SINGLE_PROCESS, World
 from .evaluate import Evaluation, evaluate
 from .execution import Execution, resolve
 from .optim import Optimizer
-from .run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from .run.folder import check_folder_unused, claim_folder, open_recorded_dataset, read_run
+from .run.checkpoint import newest_checkpoint
+from .run.folder import (
+    RunRecord,
+    check_folder_unused,
+    check_tokenizer,
+    claim_folder,
+    is_unstarted,
+    only_writer,
+    open_recorded_dataset,
+    read_run,
+)
+from .run.history import note_resume, with_changes
 from .run.metrics import Metrics, console
 from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
+from .run.samples import add_sample
+from .run.saver import CheckpointSaver, check_space_for_run
 from .run.signals import Signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
@@ -59,21 +73,41 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
-    world.on_rank0(lambda: claim_folder(run, config, model.config, dataset))
-    return _train(config, run, model, dataset, execution, None)
+    with only_writer(run, world) as check_folder:
+        summary = execution.summary()
+        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset, summary))
+        return _train(config, run, model, dataset, execution, check_folder, None)
 
 
-def resume(run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`."""
+def resume(
+    run: Path, world: World = SINGLE_PROCESS, changes: dict[str, Any] | None = None
+) -> Evaluation:
+    """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`.
+
+    Args:
+        changes: new values of options, by their flat names. history.py has the names. Without
+            changes the result is that of a run that never stopped.
+    """
     record = world.on_rank0(lambda: read_run(run))
-    checkpoint = world.on_rank0(lambda: newest_checkpoint(run))
-    execution = _resolve_on_all_ranks(record.train, world)
-    dataset = world.on_each_node(
-        lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
-    )
-    # The model it started from may be gone. The checkpoint has all weights.
-    model = _new_model(record.train, record.model)
-    return _train(record.train, run, model, dataset, execution, checkpoint)
+    config = with_changes(run, record.train, changes or {})
+    if world.on_rank0(lambda: is_unstarted(run)):
+        return start(config, run, world)
+    with only_writer(run, world) as check_folder:
+        world.on_rank0(lambda: newest_checkpoint(run))
+        files = run / "checkpoints"
+        world.on_rank0(lambda: check_size(files, record.model, bytes_per_parameter=4))
+        execution = _resolve_on_all_ranks(config, world)
+        check_profile_steps(config)
+        if config.data != record.train.data:
+            dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
+            check_tokenizer(dataset, record, run)
+        else:
+            dataset = world.on_each_node(
+                lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
+            )
+        # The model it started from may be gone. The checkpoint has all weights.
+        model = _new_model(config, record.model)
+        return _train(config, run, model, dataset, execution, check_folder, record)
 
 
 # --- before the first step
@@ -160,9 +194,10 @@ def _train(
     model: GPT,
     dataset: Dataset,
     execution: Execution,
-    checkpoint: Path | None,
+    check_folder: Callable[[], None],
+    record: RunRecord | None,
 ) -> Evaluation:
-    """Train from a checkpoint, or from the weights of `model`."""
+    """Train a new run (`record` is None), or from the newest checkpoint of a recorded one."""
     world = execution.world
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
@@ -173,11 +208,14 @@ def _train(
     # The model and its optimizer.
     engine = execution.engine(model.to(execution.device), execution)
     optimizer = Optimizer(engine, config)
-    if checkpoint is None:
+    saver = CheckpointSaver(run, engine, optimizer, config.report)
+    if record is None:
         first = 0
-        _save_first(config, run, engine, optimizer)
+        _save_first(config, run, engine, saver)
     else:
-        first = load_checkpoint(checkpoint, engine, optimizer)
+        first = saver.load()
+        world.on_rank0(lambda: check_space_for_run(run, config, engine))
+        world.on_rank0(lambda: note_resume(run, record, config, dataset, execution, first))
 
     # The data, and the metrics of its steps.
     on_cuda = execution.device.type == "cuda"
@@ -204,20 +242,22 @@ def _train(
         Signals(world) as signals,
         quiet_collector(),
         Prefetch(loader.batch, first) as batches,
+        saver,
     ):
-        session = _Session(config, run, dataset, trainer, metrics, signals)
+        session = _Session(config, run, dataset, trainer, saver, metrics, signals, check_folder)
         return session.run_steps(first, loader, batches)
 
 
 def _save_first(
-    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer
+    config: TrainConfig, run: Path, engine: SingleProcess, saver: CheckpointSaver
 ) -> None:
     """Write a checkpoint before the first step, so that the run can be resumed from there.
 
     If the disk is too small, the run fails here and not hours later.
     """
     try:
-        save_checkpoint(run, 0, engine, optimizer, keep=config.report.keep_checkpoints)
+        engine.world.on_rank0(lambda: check_space_for_run(run, config, engine))
+        saver.save(0, background=False)
     except BaseException:
         if engine.world.is_rank0:
             shutil.rmtree(run)
@@ -253,8 +293,11 @@ class _Session:
     run: Path
     dataset: Dataset
     trainer: Trainer
+    saver: CheckpointSaver
     metrics: Metrics
     signals: Signals
+    check_folder: Callable[[], None]
+    """Raises InputError if the folder of the run was moved or deleted."""
 
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
@@ -285,10 +328,10 @@ class _Session:
         return self.evaluate_or_stop(config.steps)
 
     def save(self, done: int) -> None:
-        """Write a checkpoint after `done` steps."""
-        trainer = self.trainer
-        keep = self.config.report.keep_checkpoints
-        save_checkpoint(self.run, done, trainer.engine, trainer.optimizer, keep=keep)
+        """Begin the checkpoint after `done` steps."""
+        self.check_folder()
+        self.saver.save(done)
+        self.metrics.checkpoint_stall = self.saver.stall_seconds
 
     def evaluate_or_stop(self, done: int) -> Evaluation:
         """Evaluate and sample after `done` steps.
@@ -301,10 +344,11 @@ class _Session:
         with self.metrics.paused():
             result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
             if self.signals.received:
-                folder = self.run / "checkpoints" / f"step-{done}"
-                if not engine.world.on_rank0(folder.exists):
+                if self.saver.last_step != done:
                     self.save(done)
+                self.saver.wait()
                 raise InterruptedRun(self.run)
+            self.check_folder()
             self.metrics.evaluation(done, result)
             model = engine.complete_model()
             engine.world.on_rank0(
@@ -341,7 +385,7 @@ def _evaluate(
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> None:
-    """Append a sample to samples.txt and draw loss.png."""
+    """Add a sample to samples.txt and draw loss.png."""
     text = sample_text(
         model,
         dataset.tokenizer,
@@ -353,6 +397,5 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
             seed=config.seed,
         ),
     )
-    with open(run / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{text}\n")
+    add_sample(run, step, text)
     plot_loss(run)

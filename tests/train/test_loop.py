@@ -14,6 +14,7 @@ import torch
 
 from tritium.model.attention import ATTENTIONS
 from tritium.train import loop
+from tritium.train.lock import FolderLock
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.plots import plot_loss
 
@@ -70,11 +71,12 @@ def test_a_resumed_run_has_bitwise_the_weights_of_an_unbroken_one(words, tiny, t
 
 def test_resuming_a_finished_run_evaluates_it(tiny, tritium, tmp_path):
     assert tritium(*tiny)[0] == 0
-    before = weights(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     status, out, _ = tritium("train", "--resume", tmp_path / "run")
     assert status == 0
     assert "validation loss" in out
-    assert weights(tmp_path / "run") == before
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_compiled_run_evaluates_samples_and_resumes(tiny, tritium, tmp_path, monkeypatch):
@@ -151,8 +153,9 @@ def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
 
 
 def stopped_after(calls: int, name: str, monkeypatch) -> None:
-    """Send a signal after `calls` calls of `name`, a function of the loop."""
-    original, count = getattr(loop, name), itertools.count(1)
+    """Send a signal after `calls` calls of `name`, a function or method of the loop."""
+    owner = loop.CheckpointSaver if name == "save" else loop
+    original, count = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **kwargs):
         result = original(*args, **kwargs)
@@ -160,7 +163,7 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(loop, name, counted)
+    monkeypatch.setattr(owner, name, counted)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def stopped_after(calls: int, name: str, monkeypatch) -> None:
         pytest.param("learning_rate", 10, marks=pytest.mark.slow),
         pytest.param("_evaluate", 1, marks=pytest.mark.slow),
         ("_evaluate", 2),
-        ("save_checkpoint", 3),
+        ("save", 3),
     ],
 )
 def test_a_stopped_and_resumed_run_ends_like_an_unbroken_one(
@@ -203,16 +206,20 @@ def test_divergence_is_reported_in_one_line(tiny, error_of):
     )
 
 
-def test_two_runs_do_not_share_a_folder(tiny, tritium, error_of, tmp_path, monkeypatch):
-    """The other run claims it while this run prepares its data."""
-    original = loop.claim_folder
+def test_two_runs_do_not_share_a_folder(tiny, error_of, tmp_path, monkeypatch):
+    """The other run takes it while this run prepares its data."""
+    original = loop._prepare_dataset
 
-    def late(*arguments):
-        original(*arguments)
-        original(*arguments)
+    def late(*arguments, **options):
+        (tmp_path / "run").mkdir()
+        locks.append(FolderLock(tmp_path / "run"))
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(loop, "claim_folder", late)
-    assert "this one is a run already" in error_of(*tiny)
+    locks = []
+    monkeypatch.setattr(loop, "_prepare_dataset", late)
+    assert "expected a folder that no other process writes, but process" in error_of(*tiny)
+    locks[0].release()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_writes_a_checkpoint_and_explains_how_to_resume(tiny, tmp_path):

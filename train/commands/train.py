@@ -1,11 +1,14 @@
 """tritium train: train a new model, or continue a stopped run."""
 
+import contextlib
+import itertools
 import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -13,15 +16,17 @@ import tyro
 from ...errors import InputError, InterruptedRun, NoMemoryError
 from ...model import GPTConfig
 from ...model.cost import parameters
-from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from ..distributed.launch import Launch, join
 from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..loop import resume, start
 from ..recipes import RECIPES, default_recipe, recipe
-from ..run.folder import read_run
+from ..run.folder import is_unstarted, read_run
+from ..run.history import CHANGEABLE, FREE, changes_between, check_changeable
 from ..run.metrics import console
 from ..run.models import open_model
+from ..run.samples import last_sample
 from .cli import is_out_of_memory, parse, program
 from .plan import what_fits
 
@@ -31,6 +36,8 @@ _DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for th
 tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
 
 tritium train --resume RUN_DIR                go on with a stopped run, exactly where it stopped
+
+tritium train ... --out RUN_DIR --resume auto         start, or go on if RUN_DIR has a checkpoint
 
 
 torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of a machine"""
@@ -74,14 +81,38 @@ class TrainOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Run `tritium train`."""
+    argv, is_auto = _without_auto(argv)
     if argv and argv[0].split("=")[0] == "--resume":
         return _resume(argv)
     if "--resume" in argv:
         raise InputError(
-            "--resume RUN_DIR comes first: a resumed run keeps the options it was started with"
+            "--resume RUN_DIR comes first: a resumed run keeps the options it was started with; "
+            "--resume auto, with --out, can be anywhere"
         )
 
-    # options
+    name, config, launch = _parse_new_run(argv)
+    out = config.report.out
+    if is_auto and not out:
+        raise InputError("--resume auto: expected --out with the folder of the run, got none")
+    with join(launch) as world:
+        run = world.on_rank0(lambda: Path(out) if out else _create_free_folder(name))
+        if is_auto and world.on_rank0(lambda: _has_checkpoint(run)):
+            record = world.on_rank0(lambda: read_run(run))
+            changes = changes_between(run, record.train, config)
+            return _run_and_report(run, world, lambda: resume(run, world, changes))
+        if world.is_rank0:
+            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
+            _print_unused_gpus(world, config)
+        try:
+            return _run_and_report(run, world, lambda: start(config, run, world))
+        finally:
+            if not out and world.is_rank0:
+                with contextlib.suppress(OSError):
+                    run.rmdir()  # only if the run did not start: then it is empty
+
+
+def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
+    """Return the name of the recipe, and the options of a run and its launch."""
     has_recipe = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if has_recipe else default_recipe()
     base = recipe(name)
@@ -102,37 +133,119 @@ def main(argv: Sequence[str]) -> int:
         config = replace(config, tokenizer=None)
     if config.init_from is not None:
         config = _start_from(config, default.run.model, argv)
-
-    # run
-    with join(options.launch) as world:
-        out = config.report.out
-        run = world.on_rank0(lambda: Path(out) if out else _next_free_folder(name))
-        if world.is_rank0:
-            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
-            _print_unused_gpus(world, config)
-        return _run_and_report(run, world, lambda: start(config, run, world))
+    return name, config, options.launch
 
 
 def _is_given(option: str, argv: Sequence[str]) -> bool:
     return any(word.split("=")[0].replace("_", "-") == option for word in argv)
 
 
+# --- a resumed run
+
+
+def _without_auto(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the words without `--resume auto`, and whether they had it."""
+    text = "\0".join(argv).replace("--resume\0auto", "--resume=auto")
+    words = text.split("\0") if argv else []
+    return [word for word in words if word != "--resume=auto"], "--resume=auto" in words
+
+
+def _has_checkpoint(run: Path) -> bool:
+    return (run / "config.json").is_file() and not is_unstarted(run)
+
+
+_RESUME = f"""Go on with a stopped run. Options that are not given keep their values.
+
+
+Without --change the result is the same as without the stop: bitwise if the device, the precision,
+the micro-batch, the ranks and the other options of the execution are the same, else to rounding.
+
+
+--change NAME=VALUE changes the result. Names: {", ".join(CHANGEABLE)}.
+
+
+config.json records each change, with its step, in the list `history`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeReport(ReportOptions):
+    """The files and messages that the run writes, and how often."""
+
+    out: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """Options of `tritium train --resume RUN_DIR`."""
+
+    change: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
+    ] = ()
+    """Change an option that alters the result, such as lr=1e-4 or steps=2000."""
+    execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
+    report: tyro.conf.OmitArgPrefixes[ResumeReport]
+    launch: tyro.conf.OmitArgPrefixes[Launch]
+    """How the processes that torchrun starts divide the work."""
+
+
 def _resume(argv: Sequence[str]) -> int:
     words = argv[0].split("=", 1) + list(argv[1:])
     if len(words) < 2:
-        raise InputError("--resume: expected the folder of a run, got none")
+        raise InputError("--resume: expected the folder of a run, or auto, got none")
     run = Path(words[1])
+    # Options that are not given keep their recorded values.
+    recorded = read_run(run).train if (run / "config.json").is_file() else TrainConfig()
+    report = {name: value for name, value in asdict(recorded.report).items() if name != "out"}
+    default = ResumeOptions(
+        execution=recorded.execution, report=ResumeReport(**report), launch=Launch()
+    )
+    prog = "tritium train --resume RUN_DIR"
     try:
-        launch = parse(
-            Launch, words[2:], prog="tritium train --resume RUN_DIR", description=_DESCRIPTION
-        )
+        options = parse(ResumeOptions, words[2:], prog=prog, description=_RESUME, default=default)
     except InputError as error:
-        raise InputError(
-            "--resume RUN_DIR: expected only options of the launch after it (--parallel, "
-            f"--shard-ranks, --tensor-parallel): {error}"
-        ) from None
-    with join(launch) as world:
-        return _run_and_report(run, world, lambda: resume(run, world))
+        raise _explain(error, words[2:]) from None
+    given = asdict(options.execution) | asdict(options.report)
+    before = recorded.options()
+    changes = {name: given[name] for name in FREE if given[name] != before[name]}
+    changes |= _parse_changes(options.change, prog)
+    with join(options.launch) as world:
+        return _run_and_report(run, world, lambda: resume(run, world, changes))
+
+
+def _explain(error: InputError, words: Sequence[str]) -> InputError:
+    """Return a better error, or raise it, if an option is one of a new run."""
+    for word in words:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in CHANGEABLE:
+            return InputError(
+                f"--{word[2:].split('=')[0]}: expected --change {name}=VALUE for a resumed run, "
+                "because it changes the result"
+            )
+        if word.startswith("--") and name in PART_OF and name not in FREE:
+            check_changeable(name)
+    return error
+
+
+def _parse_changes(words: Sequence[str], prog: str) -> dict[str, Any]:
+    """Parse NAME=VALUE words with the types of the options."""
+    types = {each.name: each.type for each in fields(TrainConfig)}
+    given = {}
+    flags = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            raise InputError(f"--change: expected NAME=VALUE, such as lr=1e-4, got {word!r}")
+        if name in FREE:
+            raise InputError(f"--change: expected --{name.replace('_', '-')} {value} instead")
+        check_changeable(name)
+        given[name] = types[name]
+        values = shlex.split(value) if name == "data" else None
+        flags += ["--data", *values] if values else [f"--{name.replace('_', '-')}={value}"]
+    if not flags:
+        return {}
+    changes = make_dataclass("Changes", given.items(), kw_only=True)
+    return asdict(parse(changes, flags, prog=prog, description=""))
 
 
 def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) -> TrainConfig:
@@ -157,11 +270,13 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
     return replace(config, model=shape)
 
 
-def _next_free_folder(name: str) -> Path:
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+def _create_free_folder(name: str) -> Path:
+    """Create runs/NAME-1, or the next that is free. Two processes never get the same folder."""
+    for number in itertools.count(1):
+        path = Path("runs") / f"{name}-{number}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 def _print_unused_gpus(world: World, config: TrainConfig) -> None:
@@ -197,10 +312,8 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
 
 def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     record = read_run(run)
-    samples = (run / "samples.txt").read_text(encoding="utf-8")
-    last_sample = samples.rsplit("--- step ", 1)[-1].split("\n", 1)[-1]
     prompt = shlex.quote(record.train.prompt or "Once")
-    print(f"\n{last_sample}")
+    print(f"\n{last_sample(run)}")
     print(
         f"validation loss {result.loss:.4f} nats per token over all {result.tokens:,} held-out "
         f"tokens: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits per byte"

@@ -37,7 +37,7 @@ def prepare(
         another folder.
     Raises: InputError as `build` does, or if a dataset has another tokenizer than `tokenizer`.
     """
-    if len(data) == 1 and (Path(data[0]) / "dataset.json").is_file():
+    if is_dataset(data):
         path = Path(data[0])
         info = read_info(path)
         if tokenizer is not None and not _same_tokenizer(info, tokenizer):
@@ -59,6 +59,11 @@ def prepare(
             if not (target / "dataset.json").is_file():
                 raise
     return target
+
+
+def is_dataset(data: Sequence[str]) -> bool:
+    """Return whether `data` names a dataset folder, and not inputs for `build`."""
+    return len(data) == 1 and (Path(data[0]) / "dataset.json").is_file()
 
 
 def _same_tokenizer(info: DatasetInfo, spec: str) -> bool:

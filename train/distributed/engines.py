@@ -50,6 +50,8 @@ class SingleProcess:
     """Whether the launch may choose shards and tensor ranks."""
     shards_memory = False
     """Whether a rank needs less memory than a single process."""
+    gathers_copies = False
+    """Whether the gather_* methods return new tensors, not those that the next step changes."""
 
     def __init__(self, model: GPT, execution: "Execution"):
         self.model = model
@@ -216,6 +218,7 @@ class FSDP(SingleProcess):
 
     shards_weights = True
     shards_memory = True
+    gathers_copies = True
 
     @staticmethod
     def check(config: GPTConfig, execution: "Execution") -> None:

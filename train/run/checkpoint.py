@@ -6,58 +6,108 @@
                                                    SHA-256 of the other files and of itself
 
 The loader has no state: its batches are a function of the step. A folder is filled under a hidden
-name, flushed to the disk and renamed, so a folder with the name of a checkpoint is complete.
+name, flushed to the disk and renamed, so a folder with the name of a checkpoint is complete. Files
+are written and read tensor by tensor, and their checksums are computed on the way.
+
+saver.py decides when and in which thread a checkpoint is written.
 """
 
 import collections
 import hashlib
+import math
+import re
 import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, describe_os_error
 from ...model import GPT
 from ..distributed.engines import SingleProcess, States, Weights
-from ..files import flush_folder, seal, unseal, write_whole
+from ..files import flush_folder, seal, unseal, write_flushed
 from ..optim import Optimizer
 
-_MODEL_FILE = "model.safetensors"
-_OPTIMIZER_FILE = "optimizer.safetensors"
-_HINT = "delete this checkpoint to resume from the one before"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+_FORMAT_VERSION = 1
+_READ_BYTES = 1 << 26
+# Keys of the state of PyTorch's GradScaler.
+_LOSS_SCALE_KEYS = {
+    "scale",
+    "growth_factor",
+    "backoff_factor",
+    "growth_interval",
+    "_growth_tracker",
+}
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of a model's weights by parameter name."""
 
 
-def save_checkpoint(
-    run: Path, step: int, engine: SingleProcess, optimizer: Optimizer, *, keep: int
-) -> Path:
-    """Write RUN/checkpoints/step-N and delete all but the `keep` newest. All ranks must call it.
+class CheckpointError(InputError):
+    """A checkpoint was not written, for example because the disk is full."""
 
-    Args:
-        run: the run's folder.
-        step: number of optimizer steps done.
-        engine: holds the weights.
-        optimizer: the optimizer of the engine's model.
-    Returns: the folder, which rank 0 wrote.
-    Raises: OSError if a write fails. No partial checkpoint is left, and older checkpoints stay.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a checkpoint holds. Later steps may change the tensors."""
+
+    step: int
+    """Number of optimizer steps done."""
+    torch_rng: bytes
+    """State of PyTorch's generator on the CPU."""
+    scalars: dict[str, Any]
+    """Other entries of state.json."""
+    tensors: dict[str, dict[str, Tensor]]
+    """The tensors of each file by name. Empty on ranks that do not write."""
+
+
+def gather_content(step: int, engine: SingleProcess, optimizer: Optimizer) -> Content:
+    """Return the content of the checkpoint after `step` steps. All ranks must call it."""
     weights = engine.gather_weights()
     states = engine.gather_optimizer_states(optimizer)
-    loss_scale = optimizer.scaler.state_dict()
-    return engine.world.on_rank0(lambda: _write(run, step, weights, states, loss_scale, keep))
+    optimizer_tensors = {
+        f"{name}.{key}": value for name, state in states.items() for key, value in state.items()
+    }
+    return Content(
+        step=step,
+        torch_rng=torch.get_rng_state().numpy().tobytes(),
+        scalars={"loss_scale": optimizer.scaler.state_dict()},
+        # Sorted, so that equal content has equal bytes. A resumed run has another order.
+        tensors={
+            MODEL_FILE: dict(sorted(weights.items())),
+            OPTIMIZER_FILE: dict(sorted(optimizer_tensors.items())),
+        },
+    )
 
 
-def load_checkpoint(folder: Path, engine: SingleProcess, optimizer: Optimizer) -> int:
-    """Load weights, optimizer state and PyTorch's generator, in place. All ranks must call it.
+def load_newest(
+    run: Path, engine: SingleProcess, optimizer: Optimizer, at_most: float = math.inf
+) -> int:
+    """Load the newest checkpoint that is not damaged. All ranks must call it.
 
+    Sets weights, optimizer state and PyTorch's generator, in place. Prints one line for each
+    damaged checkpoint. The line names the damage.
+
+    Args:
+        at_most: number of steps that the checkpoint has at most.
     Returns: number of optimizer steps done.
-    Raises: InputError if a file is missing, cut, damaged or belongs to another model.
+    Raises: InputError if there is no checkpoint, or none without damage.
     """
     world = engine.world
     content = world.run_on_all_ranks(
-        lambda: _read(folder, _shapes(engine.model)) if world.is_rank0 else (None, None, None)
+        lambda: (
+            _read_newest(run, _shapes(engine.model), at_most)
+            if world.is_rank0
+            else (None, None, None)
+        )
     )
     state, weights, optimizer_states = content
     state = world.on_rank0(lambda: state)
@@ -72,67 +122,122 @@ def load_checkpoint(folder: Path, engine: SingleProcess, optimizer: Optimizer) -
 
 
 def load_weights(folder: Path, model: GPT) -> int:
-    """Load the weights alone into a model in one process. Returns and raises as load_checkpoint."""
-    state = _read_state(folder)
-    model.load_state_dict(_read_weights(folder, state, _shapes(model)))
+    """Load the weights alone into a model in one process.
+
+    Returns: number of optimizer steps done.
+    Raises: InputError if a file is missing, cut, damaged or belongs to another model.
+    """
+    try:
+        state = _read_state(folder)
+        weights = _read_weights(folder, state, _shapes(model))
+    except InputError as error:
+        raise InputError(f"{error}; delete this checkpoint to use the one before") from None
+    model.load_state_dict(weights)
     return state["step"]
 
 
 def newest_checkpoint(run: Path) -> Path:
     """Return the checkpoint with the most steps. Raises: InputError if there is none."""
-    folders = _folders(run)
+    folders = checkpoints(run)
     if not folders:
         raise InputError(
             f"{run}: expected a checkpoint in it, found none: the run stopped before its first; "
             "start it again"
         )
-    return folders[-1]
+    return folders[max(folders)]
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Return the complete checkpoints of a run by their steps, fewest first."""
+    folders = {}
+    for path in (run / "checkpoints").glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if re.fullmatch("0|[1-9][0-9]*", number):
+            folders[int(number)] = path
+    return dict(sorted(folders.items()))
 
 
 # --- writing
 
 
-def _write(
-    run: Path, step: int, weights: Weights, states: States, loss_scale: dict, keep: int
-) -> Path:
-    folder = run / "checkpoints" / f"step-{step}"
+def write_checkpoint(
+    run: Path,
+    content: Content,
+    pieces: dict[str, Iterable[bytes | memoryview]],
+    *,
+    keep: int,
+    keep_every: int = 0,
+) -> None:
+    """Write RUN/checkpoints/step-N, then delete checkpoints that are no longer kept.
+
+    Args:
+        run: the run's folder. It must exist.
+        content: its tensors are not read here.
+        pieces: the bytes of each file of tensors, by name.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this number. 0: none.
+    Raises: CheckpointError if a write fails. It names the file. No partial checkpoint is left, and
+        older checkpoints stay.
+    """
+    folder = run / "checkpoints" / f"step-{content.step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    # Delete the files of a process that was killed while it wrote or deleted.
-    for unfinished in folder.parent.glob(".step-*.tmp"):
-        shutil.rmtree(unfinished)
+    delete_unfinished(run)
     try:
-        temporary.mkdir(parents=True)
-        tensors = {
-            f"{name}.{key}": value for name, state in states.items() for key, value in state.items()
-        }
-        state = {
-            "format_version": 1,
-            "step": step,
-            "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
-            "loss_scale": loss_scale,
-            "files": {
-                _MODEL_FILE: _write_tensors(temporary / _MODEL_FILE, weights),
-                _OPTIMIZER_FILE: _write_tensors(temporary / _OPTIMIZER_FILE, tensors),
-            },
-        }
-        write_whole(temporary / "state.json", [seal(state)])
+        if not folder.parent.exists():
+            folder.parent.mkdir()
+            flush_folder(run)
+        temporary.mkdir()
+        _fill(temporary, content, pieces)
         if folder.exists():
             _delete(folder)
         temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint after step {content.step} was not written: "
+            + describe_os_error(error).replace(str(temporary), str(folder))
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush_folder(folder.parent)
-    for old in _folders(run)[:-keep]:
-        _delete(old)
-    return folder
+    # A damaged checkpoint of a later step does not count.
+    older = [step for step in checkpoints(run) if step <= content.step]
+    for step in older[:-keep]:
+        if step == 0 or not keep_every or step % keep_every:
+            _delete(folder.with_name(f"step-{step}"))
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> str:
+def delete_unfinished(run: Path) -> None:
+    """Delete the files of a process that was killed while it wrote or deleted a checkpoint."""
+    for unfinished in (run / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(unfinished)
+
+
+def _fill(folder: Path, content: Content, pieces: dict[str, Iterable[bytes | memoryview]]) -> None:
+    """Write the files of a checkpoint into an empty folder, and flush it."""
+    state = {
+        "format_version": _FORMAT_VERSION,
+        "step": content.step,
+        "torch_rng": content.torch_rng.hex(),
+        **content.scalars,
+        "files": {name: _write_hashed(folder / name, pieces[name]) for name in pieces},
+    }
+    write_flushed(folder / "state.json", [seal(state)])
+    flush_folder(folder)
+
+
+def _write_hashed(file: Path, pieces: Iterable[bytes | memoryview]) -> str:
     """Write a file. Returns: its SHA-256."""
-    content = safetensors.torch.save(tensors)
-    write_whole(file, [content])
-    return hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for piece in pieces:
+            sha256.update(piece)
+            yield piece
+
+    write_flushed(file, hashed())
+    return sha256.hexdigest()
 
 
 def _delete(folder: Path) -> None:
@@ -143,33 +248,84 @@ def _delete(folder: Path) -> None:
 # --- reading
 
 
-def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict, Weights, States]:
+def _read_newest(run: Path, shapes: Shapes, at_most: float) -> tuple[dict, Weights, States]:
+    """Return the content of the newest checkpoint without damage."""
+    newest_checkpoint(run)
+    folders = [path for step, path in checkpoints(run).items() if step <= at_most][::-1]
+    if not folders:
+        raise InputError(f"{run}: expected a checkpoint of at most {at_most} steps, found none")
+    for folder, before in zip(folders, [*folders[1:], None], strict=True):
+        try:
+            return _read(folder, shapes)
+        except InputError as error:
+            if before is None:
+                also = f", and so are the {len(folders) - 1} after it" if len(folders) > 1 else ""
+                raise InputError(f"{error}{also}; the run cannot be resumed") from None
+            print(f"tritium: {error}; trying {before.name} instead", file=sys.stderr)
+    raise AssertionError("the last one raises")
+
+
+def _read(folder: Path, shapes: Shapes) -> tuple[dict, Weights, States]:
     """Return the content of the three files."""
     state = _read_state(folder)
     weights = _read_weights(folder, state, shapes)
     states: States = collections.defaultdict(dict)
-    tensors = _read_tensors(folder / _OPTIMIZER_FILE, state["files"][_OPTIMIZER_FILE])
-    for name, value in tensors.items():
-        parameter, key = name.rsplit(".", 1)
+    file = folder / OPTIMIZER_FILE
+    for name, value in _read_tensors(file, state["files"][OPTIMIZER_FILE]).items():
+        parameter, _, key = name.rpartition(".")
+        # Moments have the shape of the parameter. The step is a single number.
+        if value.shape not in ((), shapes.get(parameter)):
+            raise InputError(
+                f"{file}: expected {name} of shape {shapes.get(parameter)}, got "
+                f"{tuple(value.shape)}; it belongs to another model"
+            )
         states[parameter][key] = value
     return state, weights, states
 
 
 def _read_state(folder: Path) -> dict:
+    """Return the checked content of state.json."""
+    file = folder / "state.json"
     try:
-        state = unseal((folder / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/state.json: damaged: {error}; {_HINT}") from None
+        state = unseal(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged: {error}") from None
+    _check_state(file, state)
     if folder.name != f"step-{state['step']}":
         raise InputError(
-            f"{folder}: expected the checkpoint of the step in its name, got step {state['step']}; "
-            f"{_HINT}"
+            f"{folder}: expected the checkpoint of the step in its name, got step {state['step']}"
         )
     return state
 
 
-def _read_weights(folder: Path, state: dict, shapes: dict[str, tuple[int, ...]]) -> Weights:
-    weights = _read_tensors(folder / _MODEL_FILE, state["files"][_MODEL_FILE])
+def _check_state(file: Path, state: dict) -> None:
+    """Raise InputError, which names the key, unless state.json has all keys with their types."""
+
+    def check(is_right: bool, key: str, expected: str, value: object) -> None:
+        if not is_right:
+            text = repr(value)
+            got = text if len(text) <= 40 else f"{text[:40]}..."
+            raise InputError(f"{file}: {key}: expected {expected}, got {got}")
+
+    version, step, rng, scale, files = (
+        state.get(key) for key in ("format_version", "step", "torch_rng", "loss_scale", "files")
+    )
+    check(version == _FORMAT_VERSION, "format_version", str(_FORMAT_VERSION), version)
+    check(type(step) is int and step >= 0, "step", "a number of steps", step)
+    size = torch.get_rng_state().numel()
+    is_hex = isinstance(rng, str) and re.fullmatch("(?:[0-9a-f]{2})*", rng) is not None
+    check(is_hex and len(rng) == 2 * size, "torch_rng", f"{size} bytes in hexadecimal", rng)
+    is_scale = isinstance(scale, dict) and (not scale or scale.keys() == _LOSS_SCALE_KEYS)
+    is_scale = is_scale and all(type(value) in (int, float) for value in scale.values())
+    check(is_scale, "loss_scale", "the state of a GradScaler or {}", scale)
+    check(isinstance(files, dict), "files", "a SHA-256 for each file", files)
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
+        sha256 = files.get(name)
+        check(isinstance(sha256, str), f"files: {name}", "a SHA-256", sha256)
+
+
+def _read_weights(folder: Path, state: dict, shapes: Shapes) -> Weights:
+    weights = _read_tensors(folder / MODEL_FILE, state["files"][MODEL_FILE])
     found = {name: tuple(value.shape) for name, value in weights.items()}
     for name in sorted({*found, *shapes}):
         if found.get(name) != shapes.get(name):
@@ -181,31 +337,30 @@ def _read_weights(folder: Path, state: dict, shapes: dict[str, tuple[int, ...]])
 
 
 def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+    """Check a file and map it into memory. A tensor is read when it is copied."""
+    found = hashlib.sha256()
+    size = 0
     try:
-        content = file.read_bytes()
+        with open(file, "rb") as opened:
+            while piece := opened.read(_READ_BYTES):
+                found.update(piece)
+                size += len(piece)
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {_HINT}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    if found.hexdigest() != sha256:
         raise InputError(
-            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of "
-            f"{len(content)} bytes; {_HINT}"
+            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found.hexdigest()[:12]} of "
+            f"{size} bytes"
         )
     try:
-        return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise InputError(f"{file}: expected safetensors, got {error}; {_HINT}") from None
+        tensors = safetensors.torch.load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: expected safetensors, got {error}") from None
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise InputError(f"{file}: {name}: expected float32, got {value.dtype}")
+    return tensors
 
 
-def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
+def _shapes(model: GPT) -> Shapes:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
-
-
-def _folders(run: Path) -> list[Path]:
-    """Return the complete checkpoints, fewest steps first."""
-    steps = {}
-    for path in (run / "checkpoints").glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isdigit():
-            steps[int(number)] = path
-    return [steps[step] for step in sorted(steps)]

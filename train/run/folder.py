@@ -1,33 +1,43 @@
-"""The folder of a run: config.json, and the dataset that it names.
+"""The folder of a run: config.json, the dataset that it names, and who may write.
 
+    format_version      of config.json
     train               the options, by their flat names
     model               the shape of the model
     dataset             absolute path of the dataset folder
     dataset_relative    the same path relative to the run folder
     tokens              training and validation tokens of the dataset
     tokenizer_sha256    hash of the dataset's tokenizer
+    execution           device, precision, ranks, ... that the run uses: Execution.summary()
+    history             what changed when the run was resumed: see history.py
+    sha256              checksum of all the above; older runs have none
 
 A missing option takes its default, so older runs stay loadable. An unknown one is an error.
+
+One process at a time writes the folder (lock.py). A process that is killed before the first
+checkpoint leaves a folder without results. The next process takes it over.
 """
 
-import json
+import contextlib
 import os
 import platform
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ... import __version__
-from ...errors import InputError, unknown_name
+from ...errors import InputError
 from ...model import GPTConfig
-from ..config import TrainConfig
-from ..data.dataset import Dataset, open_dataset
+from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..data.dataset import SPLITS, Dataset, open_dataset
 from ..data.prepare import cache_dir, prepare
-from ..files import write_whole
+from ..distributed.world import World
+from ..files import seal, unseal, write_whole
+from ..lock import LOCK_FILE, FolderLock
+from ..records import check_names, check_types, parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +52,80 @@ class RunRecord:
     """None: an older run did not record it."""
     tokens: dict[str, int] | None = None
     """None: an older run did not record them."""
+    execution: dict | None = None
+    """None: an older run did not record it."""
+    history: list = field(default_factory=list)
 
 
-# Keys of config.json that nothing reads.
-_PROVENANCE = ("tritium", "python", "torch")
+FORMAT_VERSION = 1
+# Keys of config.json that are not fields of a RunRecord.
+_OTHER_KEYS = ("tritium", "python", "torch", "format_version", "sha256")
+# All that a run has written before its first checkpoint.
+_FIRST_FILES = ("config.json", "tokenizer.json", "checkpoints", LOCK_FILE)
+# Files that a run writes. A link would lead the writes out of the folder.
+_WRITTEN = (*_FIRST_FILES, "metrics.jsonl", "samples.txt", "loss.png")
+
+
+@contextlib.contextmanager
+def only_writer(run: Path, world: World) -> Iterator[Callable[[], None]]:
+    """Keep other processes from writing `run`, inside the context. All ranks must call it.
+
+    Creates the folder if there is none, and deletes the temporary files of killed processes.
+
+    Yields: a function that raises InputError if the folder was moved or deleted in the meantime.
+        All ranks must call it. Call it before writing.
+    Raises: InputError if another process writes the folder, or if it holds links.
+    """
+    locks: list[FolderLock] = []  # empty on all ranks but rank 0
+
+    def take() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        locks.append(FolderLock(run))
+        for name in _WRITTEN:
+            if (run / name).is_symlink():
+                raise InputError(
+                    f"{run / name}: expected a file or folder of the run, got a link; replace it "
+                    "by a copy (the folder of the run itself can be a link)"
+                )
+        for file in run.glob(".*.tmp"):
+            if not file.is_dir():
+                file.unlink()
+
+    try:
+        world.on_rank0(take)
+        yield lambda: world.on_rank0(lambda: locks[0].check())
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def is_unstarted(run: Path) -> bool:
+    """Return whether the folder only holds what a run writes before its first checkpoint."""
+    config = run / "config.json"
+    if config.is_file() and not _is_own_config(config):
+        return False
+    files = [path for path in run.iterdir() if not _is_temporary(path)]
+    if any(path.name not in _FIRST_FILES or path.is_symlink() for path in files):
+        return False
+    if (run / "tokenizer.json").exists() and not config.exists():
+        return False
+    checkpoints = run / "checkpoints"
+    return not checkpoints.exists() or all(map(_is_temporary, checkpoints.iterdir()))
+
+
+def _is_own_config(file: Path) -> bool:
+    """Whether a run wrote the file. Older versions left an empty file when the disk was full."""
+    content = file.read_bytes()
+    return not content or b'"tritium"' in content
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def check_folder_unused(run: Path) -> None:
-    """Raise InputError unless `run` is new or an empty folder."""
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    """Raise InputError unless `run` is new, empty, or a run that has no checkpoint yet."""
+    if run.exists() and (not run.is_dir() or not is_unstarted(run)):
         what = "a run already" if (run / "config.json").exists() else "in use"
         raise InputError(
             f"{run}: expected a new or empty folder, this one is {what}; choose another `out`, "
@@ -58,39 +133,58 @@ def check_folder_unused(run: Path) -> None:
         )
 
 
-def claim_folder(run: Path, config: TrainConfig, model: GPTConfig, dataset: Dataset) -> None:
-    """Create `run`, config.json and tokenizer.json. If several processes try, one succeeds.
+def claim_folder(
+    run: Path,
+    config: TrainConfig,
+    model: GPTConfig,
+    dataset: Dataset,
+    execution: dict | None = None,
+) -> None:
+    """Write config.json and tokenizer.json. The process must be the only writer of `run`.
 
     `model` is the shape of the model. It can have more tokens than the tokenizer.
 
     Raises: InputError as check_folder_unused.
     """
-    run.mkdir(parents=True, exist_ok=True)
     check_folder_unused(run)
-    folder = dataset.path.resolve()
     record = {
+        "format_version": FORMAT_VERSION,
         "tritium": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "train": config.options(),
         "model": asdict(model),
+        **record_dataset(run, dataset),
+        "tokenizer_sha256": dataset.tokenizer.sha256,
+        "execution": execution,
+        "history": [],
+    }
+    write_whole(run / "config.json", [seal(record)])
+    dataset.tokenizer.save(run / "tokenizer.json")
+
+
+def record_dataset(run: Path, dataset: Dataset) -> dict[str, Any]:
+    """Return the fields of config.json that say where the dataset is, and its size."""
+    folder = dataset.path.resolve()
+    return {
         "dataset": str(folder),
         "dataset_relative": _relative(folder, run.resolve()),
         "tokens": _tokens(dataset),
-        "tokenizer_sha256": dataset.tokenizer.sha256,
     }
-    try:
-        open(run / "config.json", "x").close()
-    except FileExistsError:
-        check_folder_unused(run)
-    write_whole(run / "config.json", [json.dumps(record, indent=2).encode() + b"\n"])
-    dataset.tokenizer.save(run / "tokenizer.json")
+
+
+def update_record(run: Path, **fields: Any) -> None:
+    """Replace fields of config.json. The process must be the only writer of `run`."""
+    file = run / "config.json"
+    record = parse_object(file.read_bytes())
+    record.pop("sha256", None)
+    write_whole(file, [seal(record | fields)])
 
 
 def read_run(run: Path) -> RunRecord:
     """Read config.json.
 
-    Raises: InputError if the folder is not a run, or tritium did not write the file.
+    Raises: InputError if the folder is not a run, or if config.json is not as tritium wrote it.
     """
     file = run / "config.json"
     if not file.is_file():
@@ -98,27 +192,56 @@ def read_run(run: Path) -> RunRecord:
             f"{run}: expected the folder of a run (with config.json), found none; "
             "`tritium train` makes one"
         )
-    try:
-        content = json.loads(file.read_bytes())
-        _check_names("field", content, [*_PROVENANCE, *_field_names(RunRecord)])
-        _check_names("model option", content["model"], _field_names(GPTConfig))
-        options = content["train"]
-        if "data" in options:
-            options["data"] = tuple(options["data"])
-        return RunRecord(
-            train=TrainConfig.from_options(**options),
-            model=GPTConfig(**content["model"]),
-            dataset=Path(content["dataset"]),
-            tokenizer_sha256=str(content["tokenizer_sha256"]),
-            dataset_relative=content.get("dataset_relative"),
-            tokens=content.get("tokens"),
+    content = file.read_bytes()
+    if not content:
+        raise InputError(
+            f"{file}: expected options, got an empty file: the run stopped before its first "
+            "checkpoint; start it again with the same command"
         )
+    try:
+        return _parse_record(content)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{file}: expected what `tritium train` wrote there, got something else ({error!r})"
         ) from None
+
+
+def _parse_record(content: bytes) -> RunRecord:
+    """Raises: InputError or another exception if the content is not a record."""
+    record = parse_object(content)
+    if "sha256" in record:
+        try:
+            unseal(content)
+        except ValueError as error:
+            raise InputError(
+                f"{error}: it was edited or damaged; undo the change, or start a new run with the "
+                "options that you want"
+            ) from None
+    version = record.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"expected format_version {FORMAT_VERSION}, got {version!r}; use the version of "
+            "tritium that wrote it"
+        )
+    check_names("field", record, [*_OTHER_KEYS, *_field_names(RunRecord)])
+    check_names("model option", record["model"], _field_names(GPTConfig))
+    options = record["train"]
+    for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions):
+        check_types(options, part)
+    check_types(record["model"], GPTConfig)
+    found = {name: record[name] for name in _field_names(RunRecord) if name in record}
+    if "data" in options:
+        options["data"] = tuple(options["data"])
+    found["train"] = TrainConfig.from_options(**options)
+    found["model"] = GPTConfig(**record["model"])
+    found["dataset"] = Path(record["dataset"])
+    check_types(found, RunRecord)
+    tokens = found.get("tokens")
+    if tokens is not None and set(tokens) != set(SPLITS):
+        raise InputError(f"tokens: expected those of {' and '.join(SPLITS)}, got {tokens}")
+    return RunRecord(**found)
 
 
 def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True) -> Dataset:
@@ -137,18 +260,23 @@ def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True
     found = [path for path in candidates if (path / "dataset.json").is_file()]
     path = found[0] if found else _build_again(record, run, progress)
     dataset = open_dataset(path)
-    if dataset.tokenizer.sha256 != record.tokenizer_sha256:
-        raise InputError(
-            f"{path}: expected tokenizer {record.tokenizer_sha256[:12]}, with which {run} was "
-            f"trained, got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or "
-            "start a new run"
-        )
+    check_tokenizer(dataset, record, run)
     if record.tokens is not None and record.tokens != _tokens(dataset):
         raise InputError(
             f"{path}: expected {_describe(record.tokens)} as {run} was trained on, got "
             f"{_describe(_tokens(dataset))}; build the dataset as it was, or start a new run"
         )
     return dataset
+
+
+def check_tokenizer(dataset: Dataset, record: RunRecord, run: Path) -> None:
+    """Raise InputError if the dataset has another tokenizer than the run."""
+    if dataset.tokenizer.sha256 != record.tokenizer_sha256:
+        raise InputError(
+            f"{dataset.path}: expected tokenizer {record.tokenizer_sha256[:12]}, with which {run} "
+            f"was trained, got {dataset.tokenizer.sha256[:12]}; build the dataset as it was, or "
+            "start a new run"
+        )
 
 
 def _build_again(record: RunRecord, run: Path, progress: bool) -> Path:
@@ -191,10 +319,3 @@ def _describe(tokens: dict[str, int]) -> str:
 
 def _field_names(dataclass_type: type) -> list[str]:
     return [each.name for each in fields(dataclass_type)]
-
-
-def _check_names(kind: str, given: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise InputError for a name that is not known."""
-    for name in given:
-        if name not in known:
-            raise InputError(unknown_name(kind, name, known))

@@ -21,6 +21,7 @@ from ..config import DIVERGED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
+from .lines import parse_line
 from .trackers import Tracker
 
 # Number of steps whose results are read from the device at once. On CUDA the newest step is left
@@ -54,6 +55,7 @@ class Metrics:
         mfu: fraction of the devices' bf16 peak; null if the peak of the device is not known.
         memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
+        checkpoint_stall: seconds that steps have waited for checkpoints, since this process began.
     An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte.
 
     Args:
@@ -70,6 +72,7 @@ class Metrics:
     Attributes:
         evaluated: steps with an evaluation.
         seconds: time spent in steps.
+        checkpoint_stall: the value of this key in the next lines. The caller sets it.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Metrics:
         self._last_read = time.perf_counter()
         self._seconds_waited = 0.0
         self.seconds = 0.0
+        self.checkpoint_stall = 0.0
 
         self._bar = _progress_bar()
         self._task = self._bar.add_task("train", total=steps, completed=start, note="")
@@ -158,6 +162,7 @@ class Metrics:
             "mfu": mfu,
             "memory": _memory(self._device),
             "data_wait": self._seconds_waited / seconds,
+            "checkpoint_stall": self.checkpoint_stall,
         }
         self._seconds_waited = 0.0
 
@@ -205,8 +210,9 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
-    """Return the training lines and the evaluation lines of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the training lines and the evaluation lines of a run. Damaged lines are left out."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    lines = [row for row in map(parse_line, text.splitlines()) if row is not None]
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
     return training, evaluations
@@ -233,12 +239,11 @@ def _cut_back(path: Path, start: int, steps: int) -> set[int]:
     evaluated = set()
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            is_evaluation = "val_loss" in row
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
+        row = parse_line(line)
+        if row is None:
             continue
+        is_evaluation = "val_loss" in row
+        step = row["step"]
         # The evaluation after the last step is always repeated: resuming a finished run
         # returns it.
         if step < start or (is_evaluation and step == start < steps):

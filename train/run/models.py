@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...model import GPT, GPTConfig
 from ...model.hub import is_hub_name
-from ...model.weights import open_source
+from ...model.weights import check_size, open_source
 from ..data.published_tokenizer import has_tokenizer
 from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
 from .checkpoint import load_weights, newest_checkpoint
@@ -28,6 +28,8 @@ class SavedModel:
     config: GPTConfig
     tokenizer_path: Path | None
     """File or folder for Tokenizer.load. None: the model came without a tokenizer."""
+    tokenizer_sha256: str | None = None
+    """Hash that its own tokenizer must have. None: any."""
     run: Path | None = None
     """Folder of the run that trained it. None: the model is not from a run."""
     checkpoint: Path | None = None
@@ -47,6 +49,7 @@ class SavedModel:
         """Read the weights. Returns: the model, on the CPU."""
         if self.checkpoint is None:
             return GPT.from_pretrained(self.path, attention=attention, recompute=recompute)
+        check_size(self.checkpoint, self.config, bytes_per_parameter=4)
         model = GPT(self.config, attention=attention, recompute=recompute)
         load_weights(self.checkpoint, model)
         return model
@@ -68,6 +71,12 @@ class SavedModel:
                 "tokenizer.json of a run"
             )
         found = Tokenizer.load(self.tokenizer_path) if spec is None else from_spec(spec, list)
+        if spec is None and self.tokenizer_sha256 not in (None, found.sha256):
+            raise InputError(
+                f"{self.tokenizer_path}: expected tokenizer {self.tokenizer_sha256[:12]}, with "
+                f"which the model was trained, got {found.sha256[:12]}; copy the tokenizer.json of "
+                "its dataset, or name that file with `tokenizer`"
+            )
         if found.vocab_size > self.config.vocab_size:
             raise InputError(
                 f"tokenizer: expected at most {self.config.vocab_size} tokens, as {self.path} has, "
@@ -103,9 +112,11 @@ def open_model(path: Path) -> SavedModel:
             f"{path}: expected a run, a checkpoint, a folder of transformers, a GGUF file or a "
             f"checkpoint of nanoGPT, found none{hint}"
         )
+    record = read_run(run)
     return SavedModel(
         path=path,
-        config=read_run(run).model,
+        config=record.model,
+        tokenizer_sha256=record.tokenizer_sha256,
         tokenizer_path=run / "tokenizer.json",
         run=run,
         checkpoint=path if is_checkpoint else newest_checkpoint(run),

@@ -1,7 +1,9 @@
 """The plot of a run: RUN/loss.png."""
 
+import io
 from pathlib import Path
 
+from ..files import write_whole
 from .metrics import read_metrics
 
 
@@ -41,7 +43,9 @@ def plot_loss(run: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path = run / "loss.png"
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    write_whole(path, [content.getbuffer()])
     return path
 
 

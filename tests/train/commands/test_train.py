@@ -143,10 +143,7 @@ def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_
 
 def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
     assert "expected the folder of a run" in error_of("train", "--resume", tmp_path)
-    assert "expected the folder of a run, got none" in error_of("train", "--resume")
-    answer = error_of("train", "--resume", "a", "--steps", "3")
-    assert "expected only options of the launch after it" in answer
-    assert answer.endswith("see tritium train --resume RUN_DIR --help")
+    assert "expected the folder of a run, or auto, got none" in error_of("train", "--resume")
     assert tritium("train", "--resume", "RUN_DIR", "--help")[0] == 0
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
@@ -154,6 +151,8 @@ def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
     (run / "config.json").write_text(json.dumps(record | {"tokenizer_sha256": "0" * 64}))
     assert "expected tokenizer 000000000000, with which" in error_of("train", "--resume", run)
     (run / "config.json").write_text(json.dumps(record))
-    file = run / "checkpoints" / "step-20" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    assert "model.safetensors: damaged" in error_of("train", "--resume", run)
+    for step in (0, 10, 20):
+        file = run / "checkpoints" / f"step-{step}" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    answer = error_of("train", "--resume", run)
+    assert re.search(r"step-0/model.safetensors: damaged: .*, and so are the 2 after it", answer)

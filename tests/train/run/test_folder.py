@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,12 @@ from tritium.errors import InputError
 from tritium.train.config import TrainConfig
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
+from tritium.train.distributed.world import SINGLE_PROCESS
+from tritium.train.files import seal
 from tritium.train.run.folder import (
     check_folder_unused,
     claim_folder,
+    only_writer,
     open_recorded_dataset,
     read_run,
 )
@@ -32,13 +36,16 @@ def dataset(corpus, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, dataset) -> Path:
-    claim_folder(tmp_path / "runs" / "run", CONFIG, CONFIG.gpt(257), dataset)
-    return tmp_path / "runs" / "run"
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    claim_folder(folder, CONFIG, CONFIG.gpt(257), dataset)
+    return folder
 
 
 def change(run: Path, **changes) -> None:
     """Change fields of config.json. None deletes a field; a dictionary changes entries of it."""
     record = json.loads((run / "config.json").read_text())
+    record.pop("sha256", None)
     for key, value in changes.items():
         if isinstance(value, dict):
             record[key] |= value
@@ -46,7 +53,7 @@ def change(run: Path, **changes) -> None:
             del record[key]
         else:
             record[key] = value
-    (run / "config.json").write_text(json.dumps(record))
+    (run / "config.json").write_bytes(seal(record))
 
 
 # --- config.json
@@ -63,6 +70,7 @@ def test_a_record_is_read_as_it_was_written(run, dataset):
 
 
 def test_a_folder_in_use_raises(run, dataset, tmp_path):
+    (run / "checkpoints" / "step-0").mkdir(parents=True)
     with pytest.raises(InputError, match="this one is a run already"):
         claim_folder(run, CONFIG, CONFIG.gpt(257), dataset)
     (tmp_path / "other").mkdir()
@@ -78,7 +86,8 @@ def test_a_folder_that_is_not_a_run_raises(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"train": {}}', b'{"train": 3}']
+    "content",
+    [b"{", b"[]", b"{}", b"\xff\xfe", b'{"train": {}}', b'{"train": 3}', b"[" * 100_000],
 )
 def test_damaged_configurations_raise(run, content):
     (run / "config.json").write_bytes(content)
@@ -93,7 +102,7 @@ def test_missing_options_take_their_defaults(run):
     record = json.loads((run / "config.json").read_text())
     for name in ("steps", "precision", "n_head", "tensorboard"):
         del record["train"][name]
-    del record["model"]["norm"], record["dataset_relative"], record["tokens"]
+    del record["model"]["norm"], record["dataset_relative"], record["tokens"], record["sha256"]
     (run / "config.json").write_text(json.dumps(record))
     found = read_run(run)
     assert found.train == CONFIG.with_options(steps=TrainConfig().steps)
@@ -107,7 +116,13 @@ def test_missing_options_take_their_defaults(run):
         ({"train": {"stepz": 7}}, "unknown option 'stepz'; did you mean 'steps'"),
         ({"model": {"n_heads": 7}}, "unknown model option 'n_heads'; did you mean 'n_head'"),
         ({"datasets": "x"}, "unknown field 'datasets'; did you mean 'dataset'"),
-        ({"train": {"steps": "x"}}, "expected what `tritium train` wrote"),
+        ({"train": {"steps": "x"}}, "steps: expected int, got 'x'"),
+        ({"train": {"steps": 2.0}}, "steps: expected int, got 2.0"),
+        ({"train": {"data": "abc"}}, r"data: expected tuple\[str, ...\], got 'abc'"),
+        ({"train": {"precision": "int3"}}, "precision: expected .*'bfloat16'.*, got 'int3'"),
+        ({"train": {"lr": True}}, "lr: expected float, got True"),
+        ({"tokens": {"val": [7]}}, r"tokens: expected dict\[str, int\] . None, got"),
+        ({"format_version": 2}, "expected format_version 1, got 2; use the version of tritium"),
         ({"train": {"steps": 0}}, "steps: expected 1 or more"),
         ({"model": {"n_head": 7}}, "expected what `tritium train` wrote"),
         ({"dataset": None}, "expected what `tritium train` wrote"),
@@ -117,6 +132,89 @@ def test_unknown_names_and_bad_values_raise(run, changes, message):
     change(run, **changes)
     with pytest.raises(InputError, match=rf"config\.json: {message}"):
         read_run(run)
+
+
+def test_an_edited_config_raises_and_says_what_to_do(run):
+    file = run / "config.json"
+    file.write_bytes(file.read_bytes().replace(b'"lr": 0.001', b'"lr": 0.002'))
+    with pytest.raises(InputError, match=r"json: it does not match its checksum: .*undo the chan"):
+        read_run(run)
+
+
+def test_a_folder_without_a_checkpoint_is_taken_over(run, dataset):
+    (run / "checkpoints" / ".step-0.tmp").mkdir(parents=True)
+    (run / ".tokenizer.json.17.tmp").touch()
+    claim_folder(run, CONFIG.with_options(steps=9), CONFIG.gpt(257), dataset)
+    assert read_run(run).train.steps == 9
+    (run / "config.json").write_bytes(b"")  # an older version, on a full disk
+    with pytest.raises(InputError, match=r"got an empty file: .*start it again with the same comm"):
+        read_run(run)
+    claim_folder(run, CONFIG, CONFIG.gpt(257), dataset)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "gpt2"}'),  # of another program
+        ("metrics.jsonl", ""),
+        ("checkpoints/notes.txt", ""),
+    ],
+)
+def test_a_folder_with_other_files_is_not_taken_over(name, content, run, dataset):
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match="expected a new or empty folder"):
+        claim_folder(run, CONFIG, CONFIG.gpt(257), dataset)
+
+
+# --- the writer of a run
+
+
+def test_a_run_has_one_writer_at_a_time(run):
+    with only_writer(run, SINGLE_PROCESS):
+        with (
+            pytest.raises(InputError, match=rf"run: .*, but process {os.getpid()} on .* does sin"),
+            only_writer(run, SINGLE_PROCESS),
+        ):
+            pass
+        assert (run / ".lock").exists()
+    assert not (run / ".lock").exists()
+    with only_writer(run, SINGLE_PROCESS):
+        pass
+
+
+def test_a_writer_deletes_temporary_files_of_killed_processes(run):
+    (run / ".metrics.jsonl.17.tmp").touch()
+    before = {path.name for path in run.iterdir()} - {".metrics.jsonl.17.tmp"}
+    with only_writer(run, SINGLE_PROCESS):
+        pass
+    assert {path.name for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_moved_folder_is_noticed(replaced, run):
+    moved = run.with_name("moved")
+    with only_writer(run, SINGLE_PROCESS) as check_folder:
+        check_folder()
+        run.rename(moved)
+        if replaced:
+            run.mkdir()
+            (run / ".lock").touch()
+        with pytest.raises(InputError, match=r"found (none|another folder): it was moved or del"):
+            check_folder()
+    assert not (moved / ".lock").exists()
+    assert not replaced or (run / ".lock").exists()
+
+
+def test_a_link_in_a_folder_raises(run, tmp_path):
+    for name in ("samples.txt", "metrics.jsonl", "checkpoints"):
+        (run / name).symlink_to(tmp_path / "elsewhere")
+        with (
+            pytest.raises(InputError, match=rf"{name}: expected a file or folder .*, got a link"),
+            only_writer(run, SINGLE_PROCESS),
+        ):
+            pass
+        (run / name).unlink()
 
 
 # --- the dataset of a run

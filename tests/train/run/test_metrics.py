@@ -40,6 +40,7 @@ def test_each_step_has_a_line(tmp_path):
     assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
         "step": 3, "tokens": 400, "loss": pytest.approx(4.7), "lr": 1e-3, "grad_norm": 0.5,
         "tokens_per_second": 0, "mfu": None, "memory": 0, "data_wait": 0,
+        "checkpoint_stall": 0.0,
     }  # fmt: skip
     assert rows[3]["tokens_per_second"] > 0
     assert rows[3]["memory"] > 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tritium.model._safetensors import DTYPES, write_safetensors
+from tritium.model.safetensors_file import DTYPES, write_safetensors
 
 pytestmark = pytest.mark.plain
 
