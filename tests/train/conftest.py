@@ -113,8 +113,7 @@ def launch(forking, tmp_path):
             "folder": str(folder),
             "environment": environment,
         }
-        job |= {name: str(value) for name, value in more.items()}
-        print(json.dumps(job), file=forking.stdin, flush=True)
+        print(json.dumps(job | more, default=str), file=forking.stdin, flush=True)
         status = json.loads(forking.stdout.readline())["status"]
         outputs = [(folder / f"{rank}.out").read_text() for rank in range(len(status))]
         errors = [(folder / f"{rank}.err").read_text() for rank in range(len(status))]

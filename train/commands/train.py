@@ -17,7 +17,14 @@ from ...errors import InputError, InterruptedRun, NoMemoryError
 from ...model import GPTConfig
 from ...model.cost import parameters
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
-from ..distributed.launch import Launch, join
+from ..distributed.launch import (
+    Launch,
+    is_restarted,
+    join,
+    remember_folder,
+    remembered_folder,
+    stop_status,
+)
 from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..loop import resume, start
@@ -95,8 +102,11 @@ def main(argv: Sequence[str]) -> int:
     if is_auto and not out:
         raise InputError("--resume auto: expected --out with the folder of the run, got none")
     with join(launch) as world:
-        run = world.on_rank0(lambda: Path(out) if out else _create_free_folder(name))
-        if is_auto and world.on_rank0(lambda: _has_checkpoint(run)):
+        run = world.on_rank0(
+            lambda: Path(out) if out else remembered_folder() or _create_free_folder(name)
+        )
+        remember_folder(run)
+        if (is_auto or is_restarted()) and world.on_rank0(lambda: _has_checkpoint(run)):
             record = world.on_rank0(lambda: read_run(run))
             changes = changes_between(run, record.train, config)
             return _run_and_report(run, world, lambda: resume(run, world, changes))
@@ -299,7 +309,7 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
             is_single = not world.is_distributed
             command = f"{program()} train" if is_single else "torchrun ... -m tritium.train"
             print(f"stopped; go on with: {command} --resume {shlex.quote(str(run))}")
-        return 130
+        return stop_status(130)
     except Exception as error:
         # If only one rank runs out of memory, the others wait for it until torchrun ends them.
         if is_out_of_memory(error) and (run / "config.json").exists():

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch.distributed as dist
 
@@ -104,14 +104,26 @@ def place() -> tuple[str, bool]:
     """Return where the main thread is in tritium, and whether it is in a collective."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     in_collective = frame is not None and frame.f_code.co_filename.startswith(_COLLECTIVES)
-    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    if frame is None:
-        return "another program", in_collective
-    code = frame.f_code
-    name = getattr(code, "co_qualname", code.co_name)
-    file = code.co_filename.removeprefix(_PACKAGE)
-    return f"{name} ({file}:{frame.f_lineno})", in_collective
+    for each in _stack(frame):
+        if each.f_code.co_filename.startswith(_PACKAGE):
+            return _describe(each.f_code, each.f_lineno), in_collective
+    return "another program", in_collective
+
+
+def place_of(error: BaseException) -> str:
+    """Return where in tritium an error was raised."""
+    found = "another program"
+    entry = error.__traceback__
+    while entry is not None:
+        if entry.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            found = _describe(entry.tb_frame.f_code, entry.tb_lineno)
+        entry = entry.tb_next
+    return found
+
+
+def _describe(code: CodeType, line: int) -> str:
+    name = getattr(code, "co_qualname", code.co_name)  # from Python 3.11 on
+    return f"{name} ({code.co_filename.removeprefix(_PACKAGE)}:{line})"
 
 
 def is_compiling() -> bool:

@@ -24,13 +24,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from .beat import Beat, Process, is_compiling, place
+from .beat import Beat, Process, is_compiling, place, place_of
 
 RANK_LOST = 75
 """Exit status of ranks that stop because another rank died, hangs or failed (EX_TEMPFAIL)."""
@@ -121,18 +121,26 @@ class Heartbeat:
             time.sleep(0.02)
         return agreed
 
-    def fail(self, error: BaseException, status: int) -> None:
+    def fail(self, error: BaseException, *, is_input: bool) -> None:
         """Tell the other ranks that this rank ends with an error, and print one line.
 
-        Returns: if the error is the first of all ranks. Otherwise the process ends here.
+        Args:
+            is_input: whether it is an error of the input. All ranks then have the status 2.
+        Returns: if the error is the first of all ranks, and not of the input. Otherwise the
+            process ends here.
         """
         if is_lost_connection(error):
             # The thread finds the rank that is the cause, and ends the process.
             self._thread.join(2 * self._timeout + 10)
-        name = "" if status == 2 else f"{type(error).__name__}: "
-        verdict = self._verdict(self._beat(), f"failed: {name}{' '.join(str(error).split())}")
-        verdict["status"] = status
-        if not self._decide(self._rank, verdict):
+        text = " ".join(str(error).split())
+        beat = replace(self._beat(), place=place_of(error))
+        verdict = self._verdict(
+            beat, f"failed: {text if is_input else f'{type(error).__name__}: {text}'}"
+        )
+        if is_input:
+            verdict["status"] = 2
+        is_first = self._decide(verdict)
+        if is_input or not is_first:
             self._end(verdict)
 
     # --- the thread
@@ -233,7 +241,7 @@ class Heartbeat:
         what = "died" if state == "has ended" else f"hangs: no progress for {self._timeout:g} s"
         process = f"process {beat.process.pid} on {beat.process.host} {state}"
         verdict = self._verdict(beat, f"{what} ({process.rstrip()})")
-        self._decide(self._rank, verdict)
+        self._decide(verdict)
         self._end(verdict)
 
     def _verdict(self, beat: Beat, what: str) -> dict:
@@ -244,9 +252,9 @@ class Heartbeat:
             "process": asdict(beat.process),
         }
 
-    def _decide(self, rank: int, verdict: dict) -> bool:
+    def _decide(self, verdict: dict) -> bool:
         """Write the verdict unless there is one, and print it. Returns: whether there was none."""
-        verdict["printed_by"] = rank
+        verdict["found_by"] = self._rank
         text = json.dumps(verdict).encode()
         is_first = self._store.compare_set("verdict", "", text) == text
         if is_first:

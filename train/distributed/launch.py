@@ -4,11 +4,11 @@ import contextlib
 import datetime
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -105,10 +105,43 @@ def _end_other_ranks(error: Exception, world: World) -> None:
     if is_input and (heartbeat is None or heartbeat.all_ranks_raise()):
         world.leave()
     elif heartbeat is not None:
-        heartbeat.fail(error, 2 if is_input else 1)
+        heartbeat.fail(error, is_input=is_input)
         heartbeat.leave()
-        if is_input:
-            sys.exit(2)  # the line is printed
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun has started all ranks again, after one failed (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def stop_status(status: int) -> int:
+    """Return the exit status of a requested stop: 0 if torchrun would start the ranks again."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 else status
+
+
+def remember_folder(run: Path) -> None:
+    """Note the folder of the run for the ranks that torchrun may start after a failure."""
+    note = _note()
+    if note is not None:
+        with contextlib.suppress(OSError):
+            note.write_text(str(run.absolute()))
+
+
+def remembered_folder() -> Path | None:
+    """Return the folder that remember_folder noted before a restart; None if there is none."""
+    note = _note()
+    if note is None or not is_restarted():
+        return None
+    try:
+        return Path(note.read_text())
+    except OSError:
+        return None
+
+
+def _note() -> Path | None:
+    """Return a file in the folder of torchrun's logs, which all of its attempts share."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/1/error.json
+    return Path(file).parents[2] / "tritium-run" if file else None
 
 
 def _read_ranks() -> dict[str, int] | None:
