@@ -1,7 +1,8 @@
 """The exceptions that users see, and the words that their messages share."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -32,3 +33,14 @@ def describe_os_error(error: OSError) -> str:
     """The system's description of a file error, with the file's name where it is known."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
+
+
+@contextlib.contextmanager
+def names_file(path: object) -> Iterator[None]:
+    """Add the name of a file to errors of the context: open() names it, write() does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -21,6 +21,9 @@ Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forwa
 Source     Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for FLOPs and MFU
 """
 
+from pathlib import Path
+
+from ..errors import InputError
 from ..kernels.loss.chunks import block_rows
 from ..kernels.loss.linear_cross_entropy import cost
 from .config import DROPOUTS, GPTConfig
@@ -46,6 +49,22 @@ def parameters(config: GPTConfig) -> int:
         gains += config.n_layer * 2 * config.head_size
     tables = (1 if config.tied_head else 2) * config.vocab_size * D + positions(config)
     return tables + matrices(config) + gains + biases
+
+
+def check_size(path: Path, config: GPTConfig, *, bytes_per_parameter: float = 1 / 8) -> None:
+    """Raise InputError if a file, or the files in a folder, are too small for the model.
+
+    A damaged configuration can name sizes with which it would take hours to build the model. The
+    default of one bit per parameter is less than in any file format.
+    """
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    count = parameters(config)
+    if size < count * bytes_per_parameter:
+        raise InputError(
+            f"{path}: expected weights of the {count:,} parameters in its configuration, got "
+            f"{size:,} bytes; one of the two is damaged"
+        )
 
 
 def matrices(config: GPTConfig) -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import names_file
+
 # The dtypes of weights, and their names in the header.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -53,6 +55,6 @@ def safetensors_pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryvie
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors in any layout, on any device."""
-    with open(path, "wb") as file:
+    with names_file(path), open(path, "wb") as file:
         for piece in safetensors_pieces(tensors):
             file.write(piece)

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, names_file
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
 from .config import GPTConfig
-from .cost import parameters
+from .cost import check_size
 from .safetensors_file import DTYPES, write_safetensors
 
 if TYPE_CHECKING:
@@ -165,28 +165,12 @@ def open_source(path: Path) -> Source:
     try:
         fields = json.loads(file.read_bytes())
         kind = fields["model_type"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: expected the configuration of a model of transformers") from None
     if not isinstance(kind, str) or kind not in FAMILIES or FAMILIES[kind].architecture is None:
         known = ", ".join(name for name, row in FAMILIES.items() if row.architecture)
         raise InputError(f"{file}: expected model_type {known}, got {kind!r}")
     return Source(path, FAMILIES[kind], fields, _open_files(path))
-
-
-def check_size(path: Path, config: GPTConfig, *, bytes_per_parameter: float = 1 / 8) -> None:
-    """Raise InputError if a file, or the files in a folder, are too small for the model.
-
-    A damaged configuration can name sizes with which it would take hours to build the model. The
-    default of one bit per parameter is less than in any file format.
-    """
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    count = parameters(config)
-    if size < count * bytes_per_parameter:
-        raise InputError(
-            f"{path}: expected weights of the {count:,} parameters in its configuration, got "
-            f"{size:,} bytes; one of the two is damaged"
-        )
 
 
 def _check_required(fields: Fields, family: Family) -> None:
@@ -204,7 +188,7 @@ def _open_files(folder: Path) -> dict[str, Callable[[], Tensor]]:
                 files = {
                     str(file) for file in json.loads(index.read_bytes())["weight_map"].values()
                 }
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise InputError(f"{index}: expected a weight_map of tensors and files") from None
             read = {}
             for file in sorted(files):
@@ -400,4 +384,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with names_file(path):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 import pytest
 
-from tritium.errors import describe_os_error, unknown_name
+from tritium.errors import describe_os_error, names_file, unknown_name
 
 pytestmark = pytest.mark.plain
 
@@ -25,3 +25,9 @@ def test_a_file_error_names_the_file(tmp_path):
         (tmp_path / "missing").read_bytes()
     assert describe_os_error(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
     assert describe_os_error(OSError(28, "No space left on device")) == "No space left on device"
+
+
+def test_an_error_of_a_write_gets_the_name_of_its_file():
+    with pytest.raises(OSError, match="No space left") as caught, names_file("a.json"):
+        raise OSError(28, "No space left on device")
+    assert describe_os_error(caught.value) == "a.json: No space left on device"

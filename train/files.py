@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, names_file
 from .records import parse_object
 
 _WRITE_BYTES = 1 << 26
@@ -45,19 +45,14 @@ def write_flushed(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
     Raises: OSError, which names `path`.
     """
-    try:
-        with open(path, "wb") as file:
-            for piece in pieces:
-                # Linux writes at most 2 GiB per call, and Ctrl-C waits for the end of the call.
-                view = memoryview(piece).cast("B")
-                for start in range(0, len(view), _WRITE_BYTES):
-                    file.write(view[start : start + _WRITE_BYTES])
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)  # open() names the file in its errors, write() does not
-        raise
+    with names_file(path), open(path, "wb") as file:
+        for piece in pieces:
+            # Linux writes at most 2 GiB per call, and Ctrl-C waits for the end of the call.
+            view = memoryview(piece).cast("B")
+            for start in range(0, len(view), _WRITE_BYTES):
+                file.write(view[start : start + _WRITE_BYTES])
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_free_space(folder: Path, need_bytes: float, purpose: str, hint: str) -> None:

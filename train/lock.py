@@ -4,8 +4,8 @@ The lock is flock() on the file FOLDER/.lock. The system releases it when the pr
 process leaves the file behind, but no lock, and the next writer takes the file over. The file names
 its process, for the message that another process prints.
 
-Windows has no flock(), and some network file systems do not support it. A folder is then written
-without a lock, after a warning.
+Windows has no flock(), and some network file systems do not support it. `problem` then says so, and
+the folder has no lock.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import stat
-import sys
 import time
 from pathlib import Path
 
@@ -38,6 +37,7 @@ class FolderLock:
     tell whether the folder was moved or deleted.
 
     Args: folder: an existing folder.
+    Attributes: problem: why there is no lock. None: there is one.
     Raises: InputError, which names the process, if another process has the lock; OSError if the
         file cannot be written.
     """
@@ -46,8 +46,9 @@ class FolderLock:
         self.folder = folder
         self._folder_handle: int | None = None
         self._file_handle: int | None = None
+        self.problem: str | None = None
         if fcntl is None:
-            _warn(folder, "Windows has none")
+            self.problem = "this system has no locks"
             return
         self._folder_handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -80,7 +81,7 @@ class FolderLock:
                 if error.errno not in _UNSUPPORTED:
                     error.filename = str(path)
                     raise
-                _warn(self.folder, "its file system has none")
+                self.problem = "its file system has no locks"
                 path.unlink(missing_ok=True)
                 return None
             os.close(handle)
@@ -167,10 +168,3 @@ def _describe_holder(handle: int) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process does"
     return f"process {pid} on {host} does since {since}"
-
-
-def _warn(folder: Path, reason: str) -> None:
-    print(
-        f"tritium: {folder} is not locked, because {reason}: do not start a second process on it",
-        file=sys.stderr,
-    )

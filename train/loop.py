@@ -5,6 +5,7 @@ samples.txt, loss.png, checkpoints/step-N. On one CPU, the weights of a resumed 
 equal to the weights of a run that never stopped.
 """
 
+import contextlib
 import gc
 import itertools
 import shutil
@@ -13,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..errors import InputError, InterruptedRun
-from ..model import GPT, GPTConfig
-from ..model.cost import flops_per_token
+from ..errors import InterruptedRun
+from ..model import GPT
+from ..model.cost import check_size, flops_per_token
 from ..model.generation import Sampling
-from ..model.weights import check_size
+from ._initial_model import initial_model, new_model
 from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
 from .data.prepare import cache_dir, prepare
+from .data.shards import DataChanged
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
@@ -44,7 +44,6 @@ from .run.folder import (
 )
 from .run.history import note_resume, with_changes
 from .run.metrics import Metrics, console
-from .run.models import open_model
 from .run.plots import plot_loss
 from .run.profile import check_profile_steps, profiled
 from .run.samples import add_sample
@@ -54,10 +53,6 @@ from .run.trackers import check_trackers, open_trackers
 from .schedule import learning_rate
 from .text import sample_text
 from .trainer import Trainer, quiet_collector
-
-# A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
-# the size of the vocabulary up to a multiple of 64, others to a multiple of 128.
-_PADDING_TOKENS = 128
 
 
 def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
@@ -72,7 +67,7 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     # Read the model to start from before anything is written: it may be damaged.
-    model = world.run_on_all_ranks(lambda: _initial_model(config, dataset))
+    model = world.run_on_all_ranks(lambda: initial_model(config, dataset))
     with only_writer(run, world) as check_folder:
         summary = execution.summary()
         world.on_rank0(lambda: claim_folder(run, config, model.config, dataset, summary))
@@ -106,7 +101,7 @@ def resume(
                 lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
             )
         # The model it started from may be gone. The checkpoint has all weights.
-        model = _new_model(config, record.model)
+        model = new_model(config, record.model)
         return _train(config, run, model, dataset, execution, check_folder, record)
 
 
@@ -139,53 +134,6 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
     next(evaluation_batches(dataset.val, context_tokens=T, batch_size=1, max_tokens=1))
     Loader(dataset.train, context_tokens=T, batch_size=config.batch_size, seed=config.seed)
     return dataset
-
-
-def _check_initial_model(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise InputError if the model to start from has another shape or another tokenizer."""
-    trained = open_model(Path(config.init_from))
-    # Dropout is an option of the run, not of the model.
-    found = config.gpt(trained.config.vocab_size)
-    expected = trained.config.with_dropout_of(found)
-    if expected != found:
-        raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
-    tokenizer = dataset.tokenizer
-    if trained.tokenizer_path is not None:
-        own = trained.tokenizer()
-        if own.sha256 != tokenizer.sha256:
-            raise InputError(
-                f"tokenizer: expected {own.name} of {config.init_from}, got {tokenizer.name} with "
-                "other tokens; leave `tokenizer` out"
-            )
-    elif not 0 <= expected.vocab_size - tokenizer.vocab_size < _PADDING_TOKENS:
-        raise InputError(
-            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
-            f"{tokenizer.vocab_size}; use the tokenizer of the model"
-        )
-
-
-def _initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
-    """Return a model with new weights, or the model to start from, in float32."""
-    if config.init_from is None:
-        return _new_model(config, config.gpt(dataset.tokenizer.vocab_size))
-    _check_initial_model(config, dataset)
-    torch.manual_seed(config.seed)
-    model = open_model(Path(config.init_from)).load(**_model_options(config)).float()
-    model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
-    return model.train()
-
-
-def _new_model(config: TrainConfig, shape: GPTConfig) -> GPT:
-    """Return a model with new weights."""
-    torch.manual_seed(config.seed)
-    return GPT(shape, **_model_options(config))
-
-
-def _model_options(config: TrainConfig) -> dict[str, str]:
-    return {
-        "attention": config.execution.attention,
-        "recompute": config.execution.recompute,
-    }
 
 
 def _train(
@@ -313,7 +261,7 @@ class _Session:
                 self.evaluate_or_stop(step)
 
             lr = learning_rate(config, step)
-            with self.metrics.waiting():
+            with self.metrics.waiting(), self.reading_data(step):
                 batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             loss = self.trainer.backward(batch, num_targets, step=step)
@@ -326,6 +274,24 @@ class _Session:
                 with self.metrics.paused():
                     self.save(done)
         return self.evaluate_or_stop(config.steps)
+
+    @contextlib.contextmanager
+    def reading_data(self, done: int) -> Iterator[None]:
+        """Write a checkpoint after `done` steps if a shard was cut or overwritten."""
+        try:
+            yield
+        except DataChanged:
+            # Other ranks may read undamaged shards. They cannot help to write a checkpoint.
+            if self.trainer.engine.world.size == 1:
+                self.metrics.flush()
+                self.save_once(done)
+            raise
+
+    def save_once(self, done: int) -> None:
+        """Write a checkpoint after `done` steps, unless there is one, and wait for it."""
+        if self.saver.last_step != done:
+            self.save(done)
+        self.saver.wait()
 
     def save(self, done: int) -> None:
         """Begin the checkpoint after `done` steps."""
@@ -342,11 +308,12 @@ class _Session:
         is_last = done == self.config.steps
         max_tokens = None if is_last else self.config.report.eval_tokens
         with self.metrics.paused():
-            result = _evaluate(self.config, self.trainer, self.dataset, self.signals, max_tokens)
+            with self.reading_data(done):
+                result = _evaluate(
+                    self.config, self.trainer, self.dataset, self.signals, max_tokens
+                )
             if self.signals.received:
-                if self.saver.last_step != done:
-                    self.save(done)
-                self.saver.wait()
+                self.save_once(done)
                 raise InterruptedRun(self.run)
             self.check_folder()
             self.metrics.evaluation(done, result)

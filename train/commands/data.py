@@ -1,4 +1,4 @@
-"""tritium data: build a dataset."""
+"""tritium data: build a dataset, or check one."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,10 +9,14 @@ import tyro
 
 from ...errors import InputError, unknown_name
 from ..data.build import build
+from ..data.dataset import verify_dataset
 from ..data.tokenizer import DEFAULT_TOKENIZER
 from .cli import parse, program
 
-_DESCRIPTION = "Convert text to token shards, for `tritium train --data OUT_DIR`."
+_DESCRIPTION = """Convert text to token shards, for `tritium train --data OUT_DIR`.
+
+
+tritium data verify DATASET      check every file of a dataset against its checksum"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +37,26 @@ class DataOptions:
     """Key of jsonl objects and column of parquet files that holds the text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Options of `tritium data verify`."""
+
+    dataset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATASET")]]
+    """Folder that `tritium data build` wrote."""
+
+
 def main(argv: Sequence[str]) -> int:
-    """Run `tritium data build`."""
+    """Run `tritium data build` or `tritium data verify`."""
     if not argv or argv[0] in ("-h", "--help"):
         argv = ["build", "--help"]
-    if argv[0] != "build":
-        raise InputError(unknown_name("command", f"data {argv[0]}", ["data build"]))
-    options = parse(DataOptions, argv[1:], prog="tritium data build", description=_DESCRIPTION)
+    if argv[0] not in _COMMANDS:
+        known = [f"data {name}" for name in _COMMANDS]
+        raise InputError(unknown_name("command", f"data {argv[0]}", known))
+    return _COMMANDS[argv[0]](argv[1:])
+
+
+def _build(words: Sequence[str]) -> int:
+    options = parse(DataOptions, words, prog="tritium data build", description=_DESCRIPTION)
     info = build(
         options.out_dir,
         options.inputs,
@@ -57,3 +74,18 @@ def main(argv: Sequence[str]) -> int:
     )
     print(f"next: {program()} train --data {shlex.quote(options.out_dir)}")
     return 0
+
+
+def _verify(words: Sequence[str]) -> int:
+    description = "Check every file of a dataset against its checksum."
+    options = parse(VerifyOptions, words, prog="tritium data verify", description=description)
+    info = verify_dataset(options.dataset).info
+    shards = len(info.train.shards) + len(info.val.shards)
+    print(
+        f"{options.dataset}: {shards:,} shards with {info.train.tokens + info.val.tokens:,} tokens "
+        "match their checksums"
+    )
+    return 0
+
+
+_COMMANDS = {"build": _build, "verify": _verify}

@@ -10,6 +10,17 @@ from pathlib import Path
 
 from ...errors import InputError
 
+# Quantifiers that never need to backtrack are possessive (`++`). The matches are the same, and the
+# regular expression engine needs no backtracking stack.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
+# The pattern for learned vocabularies follows GPT-4's. A run of spaces is one piece, so indentation
+# becomes one token. Punctuation keeps its line end. A number is split into pieces of two digits,
+# because the 1,000 numbers of three digits would fill a quarter of a vocabulary of 4,096.
+LEARNED_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
 
 def single_bytes() -> list[bytes]:
     return [bytes([i]) for i in range(256)]
@@ -86,3 +97,20 @@ def learn_bpe(size: int, texts: Iterable[str], pattern: str) -> list[bytes]:
             f"got {max(merges, 0)}; add text or use {smaller}"
         )
     return pieces
+
+
+def check_pieces(kind: str, pieces: list[bytes], pattern: str) -> None:
+    """Raise ValueError if text cannot be encoded with the pieces of a tokenizer.json.
+
+    tiktoken would end the process for a pattern that matches no characters, or wait for hours.
+    """
+    vocabulary = pieces[:-1]  # without end-of-text
+    if kind == "bytes" and vocabulary != single_bytes():
+        raise ValueError("expected the 256 bytes as pieces")
+    if kind == "chars" and (not vocabulary or any(len(x.decode()) != 1 for x in vocabulary)):
+        raise ValueError("expected a character per piece")
+    if kind == "bpe":
+        if pattern not in (GPT2_PATTERN, LEARNED_PATTERN):
+            raise ValueError(f"expected a pattern of tritium, got {pattern[:60]!r}")
+        if len(set(vocabulary)) < len(vocabulary) or not set(single_bytes()) <= set(vocabulary):
+            raise ValueError("expected different pieces, and all 256 bytes among them")

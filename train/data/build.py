@@ -27,6 +27,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..files import flush_folder, seal, write_whole
+from ..lock import FolderLock, delete_abandoned
 from .corpus import Corpus, Document
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
 from .shards import token_dtype, write_shard
@@ -111,13 +112,19 @@ def _check_unused(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _new_folder(out_dir: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename it to `out_dir` at the end; delete it after an error."""
+    """Yield a temporary folder. Rename it to `out_dir` at the end; delete it after an error.
+
+    The lock of the folder tells other builds that it is in use. They delete folders without a lock,
+    which killed builds left behind.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    delete_abandoned(out_dir.parent, ".*.tmp")
     temporary = Path(
         tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent)
     )
     try:
-        yield temporary
+        with FolderLock(temporary):
+            yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
         if out_dir.is_dir():
             out_dir.rmdir()  # it is empty; Windows cannot rename over a folder

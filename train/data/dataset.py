@@ -6,12 +6,15 @@ DIR/train-00000.bin   first shard of the training split; shards.py defines the f
 DIR/val-00000.bin     first shard of the validation split
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...errors import InputError
 from ..files import unseal
-from .shards import TokenStream
+from ..records import check_types
+from .shards import Shard, TokenStream
 from .tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -53,7 +56,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """An open dataset. `train` and `val` are token ids in memory-mapped files."""
+    """An open dataset. `train` and `val` are the token ids in its shards."""
 
     path: Path
     tokenizer: Tokenizer
@@ -85,6 +88,23 @@ def open_dataset(path: Path | str) -> Dataset:
     return Dataset(path=path, tokenizer=tokenizer, info=info, **splits)
 
 
+def verify_dataset(path: Path | str) -> Dataset:
+    """Check every file of a dataset, as open_dataset does, and name all shards that are damaged."""
+    info = read_info(Path(path))
+    damaged = []
+    for split in SPLITS:
+        for name in getattr(info, split).shards:
+            try:
+                Shard(Path(path) / name)
+            except (InputError, OSError) as error:
+                damaged.append((name, error))
+    if len(damaged) > 1:
+        names = ", ".join(name for name, _ in damaged[1:])
+        first = str(damaged[0][1])
+        raise InputError(f"{first}; {len(damaged) - 1} more shards are damaged: {names}")
+    return open_dataset(path)
+
+
 def read_info(path: Path) -> DatasetInfo:
     """Read dataset.json only.
 
@@ -100,8 +120,11 @@ def read_info(path: Path) -> DatasetInfo:
         content = unseal(file.read_bytes())
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            splits = {split: SplitInfo(**content[split]) for split in SPLITS}
+            splits = {split: _split_info(content[split]) for split in SPLITS}
+            check_types(content | splits, DatasetInfo)
             return DatasetInfo(**content | splits)
+    except InputError as error:
+        raise InputError(f"{file}: {error}; delete its folder and build it again") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: expected a dataset.json of tritium, got something else ({error!r}); delete "
@@ -113,6 +136,20 @@ def read_info(path: Path) -> DatasetInfo:
     )
 
 
+def _split_info(content: dict[str, Any]) -> SplitInfo:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object for a split, got {content!r}")
+    check_types(content, SplitInfo)
+    info = SplitInfo(**content)
+    for name in info.shards:
+        # A path would lead out of the folder.
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(f"shards: expected names of files, got {name!r}")
+    if not info.shards or info.bytes < 1:
+        raise InputError("expected one shard or more, and text, got none")
+    return info
+
+
 def _open_split(path: Path, split: str, info: SplitInfo, tokenizer: Tokenizer) -> TokenStream:
     files = [path / name for name in info.shards]
     missing = [file.name for file in files if not file.is_file()]
@@ -121,7 +158,9 @@ def _open_split(path: Path, split: str, info: SplitInfo, tokenizer: Tokenizer) -
             f"{path}: expected shard {missing[0]}, found none; copy it again, or delete its folder "
             "and build it again"
         )
-    stream = TokenStream.open(files, tokenizer_sha256=tokenizer.sha256)
+    stream = TokenStream.open(
+        files, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size
+    )
     if len(stream) != info.tokens:
         raise InputError(
             f"{path}: expected {info.tokens} {split} tokens, its shards hold {len(stream)}; delete "

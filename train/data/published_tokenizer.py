@@ -226,7 +226,7 @@ def _read_json(files: dict[str, bytes], name: str) -> dict[str, Any]:
     """Return the content of a file of JSON; {} without the file."""
     try:
         content = json.loads(files.get(name, b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise InputError(f"{name}: expected a JSON object, got something else; get it again")

@@ -34,22 +34,21 @@ import numpy as np
 
 from ...errors import InputError
 from ..files import write_whole
-from ._vocabularies import download_gpt2, learn_bpe, learn_chars, read_ranks, single_bytes
+from ..records import parse_object
+from ._vocabularies import (
+    GPT2_PATTERN,
+    LEARNED_PATTERN,
+    check_pieces,
+    download_gpt2,
+    learn_bpe,
+    learn_chars,
+    read_ranks,
+    single_bytes,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:4096"
 FORMAT_VERSION = 1
-
-# Quantifiers that never need to backtrack are possessive (`++`). The matches are the same, and the
-# regular expression engine needs no backtracking stack.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
-# The pattern for learned vocabularies follows GPT-4's. A run of spaces is one piece, so indentation
-# becomes one token. Punctuation keeps its line end. A number is split into pieces of two digits,
-# because the 1,000 numbers of three digits would fill a quarter of a vocabulary of 4,096.
-LEARNED_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 
 # Places where text may be cut without changing its ids: after a single line end that is followed by
 # text, and before a single space between two letters. Both patterns always end a piece there.
@@ -216,7 +215,7 @@ class Tokenizer:
 
             return read_published(path)
         try:
-            definition = json.loads(path.read_bytes())
+            definition = parse_object(path.read_bytes())
             if definition["format"] != _FORMAT:
                 raise KeyError("format")
             version = definition["version"]
@@ -228,7 +227,7 @@ class Tokenizer:
             return _from_definition(definition, path)
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: expected a tokenizer.json of tritium, got something else ({error!r}); "
                 "for another program's, give its folder"
@@ -248,6 +247,7 @@ def _from_definition(definition: dict, path: Path) -> Tokenizer:
     pattern = str(definition["pattern"])
     found = hash_parts(kind.encode(), pattern.encode(), *pieces)
     _check_sha256(found if kind in _KINDS else "", stored, path)
+    check_pieces(kind, pieces, pattern)
     return Tokenizer(kind, name, pieces, pattern)
 
 

@@ -254,15 +254,18 @@ def _read_newest(run: Path, shapes: Shapes, at_most: float) -> tuple[dict, Weigh
     folders = [path for step, path in checkpoints(run).items() if step <= at_most][::-1]
     if not folders:
         raise InputError(f"{run}: expected a checkpoint of at most {at_most} steps, found none")
-    for folder, before in zip(folders, [*folders[1:], None], strict=True):
+    errors = []
+    for folder in folders:
         try:
-            return _read(folder, shapes)
+            content = _read(folder, shapes)
         except InputError as error:
-            if before is None:
-                also = f", and so are the {len(folders) - 1} after it" if len(folders) > 1 else ""
-                raise InputError(f"{error}{also}; the run cannot be resumed") from None
-            print(f"tritium: {error}; trying {before.name} instead", file=sys.stderr)
-    raise AssertionError("the last one raises")
+            errors.append(error)
+            continue
+        for error in errors:
+            print(f"tritium: {error}; resuming from {folder.name} instead", file=sys.stderr)
+        return content
+    also = f", and the {len(errors) - 1} before it are damaged too" if len(errors) > 1 else ""
+    raise InputError(f"{errors[0]}{also}; the run cannot be resumed")
 
 
 def _read(folder: Path, shapes: Shapes) -> tuple[dict, Weights, States]:

@@ -81,6 +81,11 @@ def only_writer(run: Path, world: World) -> Iterator[Callable[[], None]]:
     def take() -> None:
         run.mkdir(parents=True, exist_ok=True)
         locks.append(FolderLock(run))
+        if problem := locks[0].problem:
+            print(
+                f"{run}: {problem}, so it is not locked; do not start a second process on it",
+                file=sys.stderr,
+            )
         for name in _WRITTEN:
             if (run / name).is_symlink():
                 raise InputError(

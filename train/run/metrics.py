@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, names_file
 from ...kernels.core.device import ceiling
 from ..config import DIVERGED
 from ..distributed.world import SINGLE_PROCESS, World
@@ -203,8 +203,9 @@ class Metrics:
         )
 
     def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with names_file(self._file.name):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.write(line)
 

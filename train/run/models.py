@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...model import GPT, GPTConfig
+from ...model.cost import check_size
 from ...model.hub import is_hub_name
-from ...model.weights import check_size, open_source
+from ...model.weights import open_source
 from ..data.published_tokenizer import has_tokenizer
 from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
 from .checkpoint import load_weights, newest_checkpoint

@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from tritium.train.data.build import build
+
 pytestmark = pytest.mark.plain
 
 
@@ -47,3 +49,21 @@ def test_built_dataset_trains_and_samples(tritium, tiny, corpus, tmp_path):
     assert status == 0, err
     assert out.startswith("# Title")
     assert tritium("sample", tmp_path / "run", "--prompt", "# Title", *options)[1] == out
+
+
+def test_verify_checks_every_shard(tritium, error_of, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    dataset = tmp_path / "dataset"
+    build(dataset, [tmp_path / "a.txt"], "bytes", shard_tokens=300, progress=False)
+    status, out, _ = tritium("data", "verify", dataset)
+    assert status == 0
+    assert f"{dataset}: 5 shards with 1,100 tokens match their checksums" in out
+    for name in ("train-00001.bin", "val-00000.bin"):
+        content = bytearray((dataset / name).read_bytes())
+        content[-1] ^= 1
+        (dataset / name).write_bytes(content)
+    (dataset / "train-00003.bin").unlink()
+    line = error_of("data", "verify", dataset)
+    assert "train-00001.bin: damaged: expected token checksum" in line
+    assert line.endswith("2 more shards are damaged: train-00003.bin, val-00000.bin")
+    assert "expected a dataset folder" in error_of("data", "verify", tmp_path)

@@ -148,11 +148,17 @@ def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     record = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(record | {"tokenizer_sha256": "0" * 64}))
+    changed = record | {"tokenizer_sha256": "0" * 64}
+    (run / "config.json").write_text(json.dumps(changed))
+    assert "config.json: it does not match its checksum" in error_of("train", "--resume", run)
+    del changed["sha256"]  # as an older version wrote it
+    (run / "config.json").write_text(json.dumps(changed))
     assert "expected tokenizer 000000000000, with which" in error_of("train", "--resume", run)
     (run / "config.json").write_text(json.dumps(record))
     for step in (0, 10, 20):
         file = run / "checkpoints" / f"step-{step}" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
     answer = error_of("train", "--resume", run)
-    assert re.search(r"step-0/model.safetensors: damaged: .*, and so are the 2 after it", answer)
+    assert re.search(
+        "step-20/model.safetensors: damaged: .*, and the 2 before it are damaged too", answer
+    )

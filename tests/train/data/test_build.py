@@ -16,6 +16,7 @@ from tritium.train.data import build as module
 from tritium.train.data.build import build
 from tritium.train.data.corpus import Corpus
 from tritium.train.data.dataset import open_dataset
+from tritium.train.lock import FolderLock
 
 pytestmark = pytest.mark.plain
 
@@ -243,3 +244,17 @@ def test_full_disk_leaves_no_file(tmp_path, many):
     assert done.returncode == 7, done.stderr
     assert done.stdout == done.stderr == ""  # stderr is not a terminal: no progress bar
     assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
+
+
+def test_folders_of_killed_builds_are_deleted(tmp_path):
+    """A folder without the lock of a build is not touched, nor is the folder of a running build."""
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    for name in (".killed.x1.tmp", ".running.x2.tmp", ".other.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-00000.bin").touch()
+    (tmp_path / ".killed.x1.tmp" / ".lock").touch()
+    with FolderLock(tmp_path / ".running.x2.tmp"):
+        build(tmp_path / "out", [tmp_path / "a.txt"], "bytes", progress=False)
+        assert not (tmp_path / "out" / ".lock").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.txt", "out", ".running.x2.tmp", ".other.tmp"}

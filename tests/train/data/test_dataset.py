@@ -100,3 +100,38 @@ def test_damaged_shard_raises(folder):
     (folder / "val-00000.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"val-00000.bin: damaged"):
         open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.bin", "/etc/hostname", "..", ".", "a/b.bin", "a\\b.bin", "C:x.bin", ".x", ""]
+)
+def test_a_shard_outside_the_folder_is_never_opened(name, folder):
+    """Also if dataset.json has a correct checksum."""
+    (folder.parent / "x.bin").write_bytes(b"secret")
+    file = folder / "dataset.json"
+    content = unseal(file.read_bytes())
+    content["val"]["shards"] = [name]
+    file.write_bytes(seal(content))
+    with pytest.raises(InputError, match=r"dataset\.json: shards: expected names of files, got"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shards", []),
+        ("shards", "ab"),
+        ("shards", [3]),
+        ("tokens", "x"),
+        ("bytes", 0),
+        ("bytes", 1e999),
+        ("documents", None),
+    ],
+)
+def test_a_mistyped_split_raises(field, value, folder):
+    file = folder / "dataset.json"
+    content = unseal(file.read_bytes())
+    content["train"][field] = value
+    file.write_bytes(seal(content))
+    with pytest.raises(InputError, match=r"dataset\.json: .*expected .*build it again"):
+        read_info(folder)

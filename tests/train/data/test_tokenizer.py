@@ -298,3 +298,36 @@ def test_vocab_size_of_matches_the_tokenizer():
         assert vocab_size_of(spec) == from_spec(spec, lambda: [tinyshakespeare]).vocab_size
     assert vocab_size_of("bpe:4096") == 4096
     assert all(vocab_size_of(config.tokenizer) > 1 for config in RECIPES.values())
+
+
+BYTES = [bytes([i]) for i in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces", "pattern", "message"),
+    [
+        ("bpe", [*BYTES, b"ab", b"end"], "", "expected a pattern of tritium, got ''"),
+        ("bpe", [*BYTES, b"end"], r"((\w+)+)+b", "expected a pattern of tritium"),
+        ("bpe", [b"a", b"b", b"end"], module.GPT2_PATTERN, "all 256 bytes among them"),
+        ("bpe", [*BYTES, b"a", b"end"], module.GPT2_PATTERN, "expected different pieces"),
+        ("bytes", [b"a", b"end"], "", "expected the 256 bytes"),
+        ("chars", [b"ab", b"end"], "", "expected a character per piece"),
+        ("chars", [b"end"], "", "expected a character per piece"),
+        ("chars", [b"\xff", b"end"], "", "invalid start byte"),
+    ],
+)
+def test_a_file_with_impossible_pieces_raises(kind, pieces, pattern, message, tmp_path):
+    """Its checksum is correct."""
+    definition = {
+        "format": "tritium tokenizer",
+        "version": 1,
+        "kind": kind,
+        "name": "x",
+        "sha256": module.hash_parts(kind.encode(), pattern.encode(), *pieces),
+        "pattern": pattern,
+        "pieces": [base64.b64encode(piece).decode() for piece in pieces],
+    }
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(definition))
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(file)

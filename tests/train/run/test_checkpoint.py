@@ -182,7 +182,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_loaded(run, 
     (folder / "optimizer.safetensors").write_bytes(b"")
     assert load_newest(run, engine, optimizer) == 2
     assert re.fullmatch(
-        r"tritium: .*step-3/optimizer.safetensors: damaged: .*; trying step-2 instead\n",
+        r"tritium: .*step-3/optimizer.safetensors: damaged: .*; resuming from step-2 instead\n",
         capsys.readouterr().err,
     )
     # The damaged one does not count as one of the newest, and is replaced.

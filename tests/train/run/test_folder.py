@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tritium.errors import InputError
+from tritium.train import lock
 from tritium.train.config import TrainConfig
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
@@ -181,6 +182,13 @@ def test_a_run_has_one_writer_at_a_time(run):
     assert not (run / ".lock").exists()
     with only_writer(run, SINGLE_PROCESS):
         pass
+
+
+def test_a_system_without_locks_prints_a_warning(run, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "fcntl", None)
+    with only_writer(run, SINGLE_PROCESS) as check_folder:
+        check_folder()
+    assert "this system has no locks, so it is not locked" in capsys.readouterr().err
 
 
 def test_a_writer_deletes_temporary_files_of_killed_processes(run):

@@ -1,0 +1,62 @@
+"""The model with which a run starts: new weights, or those of a trained model."""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..model import GPT, GPTConfig
+from .config import TrainConfig
+from .data.dataset import Dataset
+from .run.models import open_model
+
+# A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
+# the size of the vocabulary up to a multiple of 64, others to a multiple of 128.
+_PADDING_TOKENS = 128
+
+
+def initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
+    """Return a model with new weights, or the model to start from, in float32."""
+    if config.init_from is None:
+        return new_model(config, config.gpt(dataset.tokenizer.vocab_size))
+    _check(config, dataset)
+    torch.manual_seed(config.seed)
+    model = open_model(Path(config.init_from)).load(**_model_options(config)).float()
+    model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
+    return model.train()
+
+
+def new_model(config: TrainConfig, shape: GPTConfig) -> GPT:
+    """Return a model with new weights."""
+    torch.manual_seed(config.seed)
+    return GPT(shape, **_model_options(config))
+
+
+def _model_options(config: TrainConfig) -> dict[str, str]:
+    return {
+        "attention": config.execution.attention,
+        "recompute": config.execution.recompute,
+    }
+
+
+def _check(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise InputError if the model to start from has another shape or another tokenizer."""
+    trained = open_model(Path(config.init_from))
+    # Dropout is an option of the run, not of the model.
+    found = config.gpt(trained.config.vocab_size)
+    expected = trained.config.with_dropout_of(found)
+    if expected != found:
+        raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
+    tokenizer = dataset.tokenizer
+    if trained.tokenizer_path is not None:
+        own = trained.tokenizer()
+        if own.sha256 != tokenizer.sha256:
+            raise InputError(
+                f"tokenizer: expected {own.name} of {config.init_from}, got {tokenizer.name} with "
+                "other tokens; leave `tokenizer` out"
+            )
+    elif not 0 <= expected.vocab_size - tokenizer.vocab_size < _PADDING_TOKENS:
+        raise InputError(
+            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
+            f"{tokenizer.vocab_size}; use the tokenizer of the model"
+        )
