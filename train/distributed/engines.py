@@ -53,6 +53,9 @@ class SingleProcess:
     gathers_copies = False
     """Whether the gather_* methods return new tensors, not those that the next step changes."""
 
+    can_shard_checkpoints = False
+    """Whether each rank can write and read its part of a checkpoint."""
+
     def __init__(self, model: GPT, execution: "Execution"):
         self.model = model
         self.execution = execution
@@ -219,6 +222,11 @@ class FSDP(SingleProcess):
     shards_weights = True
     shards_memory = True
     gathers_copies = True
+
+    @property
+    def can_shard_checkpoints(self) -> bool:
+        """Not with tensor ranks, which store the rows of attention in another order."""
+        return self.world.tensor_ranks == 1
 
     @staticmethod
     def check(config: GPTConfig, execution: "Execution") -> None:

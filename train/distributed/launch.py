@@ -38,6 +38,8 @@ class Launch:
     """fsdp: number of ranks that together hold one copy of the weights. None: all."""
     tensor_parallel: int = 1
     """fsdp: number of neighbouring ranks that compute each layer together."""
+    sharded_checkpoints: Literal["auto", "on", "off"] = "auto"
+    """fsdp: each rank writes its part of a checkpoint. auto: from 2 billion parameters on."""
     rank_timeout: float = 25.0
     """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
 
@@ -53,8 +55,8 @@ def join(launch: Launch) -> Iterator[World]:
     if ranks is None:
         if launch != Launch():
             raise InputError(
-                "--parallel, --shard-ranks, --tensor-parallel, --rank-timeout: expected torchrun "
-                "to start the program; see --help"
+                "--parallel, --shard-ranks, --tensor-parallel, --sharded-checkpoints, "
+                "--rank-timeout: expected torchrun to start the program; see --help"
             )
         yield SINGLE_PROCESS
         return
@@ -195,4 +197,14 @@ def _resolve(launch: Launch, size: int) -> dict[str, Any]:
             f"--shard-ranks: expected a divisor of the {data_ranks} ranks that divide the batch, "
             f"got {shard_ranks}"
         )
-    return {"engine": engine, "shard_ranks": shard_ranks, "tensor_ranks": tensor_ranks}
+    if launch.sharded_checkpoints == "on" and (engine != "fsdp" or tensor_ranks > 1):
+        raise InputError(
+            "--sharded-checkpoints: expected --parallel fsdp without --tensor-parallel with it, "
+            f"got {engine} and {tensor_ranks}"
+        )
+    return {
+        "engine": engine,
+        "shard_ranks": shard_ranks,
+        "tensor_ranks": tensor_ranks,
+        "sharded_checkpoints": launch.sharded_checkpoints,
+    }

@@ -39,6 +39,7 @@ class World:
         engine: name in engines.ENGINES of how the ranks share the model.
         shard_ranks: ranks that together hold one copy of the weights.
         tensor_ranks: ranks that together compute each layer.
+        sharded_checkpoints: on, off or auto, as in launch.Launch.
     Attributes:
         heartbeat: notices ranks that die or hang; None in a single process.
     """
@@ -54,6 +55,7 @@ class World:
         engine: str = "single",
         shard_ranks: int = 1,
         tensor_ranks: int = 1,
+        sharded_checkpoints: str = "off",
     ):
         self.rank = rank
         self.size = size
@@ -63,6 +65,7 @@ class World:
         self.engine = engine
         self.shard_ranks = shard_ranks
         self.tensor_ranks = tensor_ranks
+        self.sharded_checkpoints = sharded_checkpoints
         self.is_rank0 = rank == 0
         self.data_rank = rank // tensor_ranks
         self.data_ranks = size // tensor_ranks
