@@ -177,7 +177,7 @@ def ranks_of(agent: subprocess.Popen) -> list[int]:
 @pytest.mark.parametrize("with_out", [True, False])
 def test_torchrun_resumes_by_itself(with_out, words, torchrun, tmp_path):
     """Also without --out: the ranks find the folder of the first attempt."""
-    words += ["--steps", 1000]
+    words += ["--steps", 200, "--checkpoint-interval", 50]
     if not with_out:
         at = words.index("--out")
         del words[at : at + 2]
@@ -185,13 +185,13 @@ def test_torchrun_resumes_by_itself(with_out, words, torchrun, tmp_path):
     agent = torchrun(*words, options=["--max-restarts", 1])
     wait_for_metrics(run)
     os.kill(ranks_of(agent)[1], SIGKILL)
-    out, err = agent.communicate(timeout=60)
+    out, err = agent.communicate(timeout=150)
     assert agent.returncode == 0, err
     assert "rank 1 died" in err
     assert "Traceback" not in err
     assert out.count("validation loss") == 1
     assert [path.name for path in run.parent.glob("laptop-*")] == ([] if with_out else ["laptop-1"])
-    assert [row["step"] for row in read_metrics(run)[0]] == list(range(1000))
+    assert [row["step"] for row in read_metrics(run)[0]] == list(range(200))
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_a_requested_stop_has_one_status_on_all_ranks(restarts, words, torchrun,
     agent = torchrun(*words, "--steps", 10**6, options=["--max-restarts", restarts])
     wait_for_metrics(tmp_path / "run")
     os.kill(ranks_of(agent)[1], SIGTERM)
-    out, err = agent.communicate(timeout=60)
+    out, err = agent.communicate(timeout=150)
     assert "stopped; go on with" in out
     if restarts:
         assert agent.returncode == 0, err
@@ -218,6 +218,9 @@ def test_ranks_end_with_torchrun(words, torchrun, tmp_path):
     wait_for_metrics(tmp_path / "run")
     ranks = ranks_of(agent)
     agent.kill()
-    _, err = agent.communicate(timeout=60)
+    _, err = agent.communicate(timeout=150)  # ends when no rank has the pipe open
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert "tritium: lost the store of torchrun" in err

@@ -30,7 +30,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from .beat import Beat, Process, is_compiling, place, place_of
+from ._beat import Beat, Process, is_compiling, place, place_of
 
 RANK_LOST = 75
 """Exit status of ranks that stop because another rank died, hangs or failed (EX_TEMPFAIL)."""
@@ -139,24 +139,28 @@ class Heartbeat:
         )
         if is_input:
             verdict["status"] = 2
-        is_first = self._decide(verdict)
-        if is_input or not is_first:
-            self._end(verdict)
+        first = self._decide(verdict)
+        if is_input or first != verdict:
+            self._end(first)
 
     # --- the thread
 
     def _run(self) -> None:
         try:
             while not self._stopped.wait(self._interval):
-                self._count_pause()
-                self._publish()
-                if self._store.check(["verdict"]):
-                    self._end(json.loads(self._store.get("verdict")))
-                self._watch_next_rank()
-                self._watch_progress()
+                self._round()
         except dist.DistError:
             if not self._stopped.is_set():
                 self._end_without_store()
+
+    def _round(self) -> None:
+        """Publish a beat, and look after the other ranks."""
+        self._count_pause()
+        self._publish()
+        if self._store.check(["verdict"]):
+            self._end(json.loads(self._store.get("verdict")))
+        self._watch_next_rank()
+        self._watch_progress()
 
     def _count_pause(self) -> None:
         self._count += 1
@@ -241,26 +245,25 @@ class Heartbeat:
         what = "died" if state == "has ended" else f"hangs: no progress for {self._timeout:g} s"
         process = f"process {beat.process.pid} on {beat.process.host} {state}"
         verdict = self._verdict(beat, f"{what} ({process.rstrip()})")
-        self._decide(verdict)
-        self._end(verdict)
+        self._end(self._decide(verdict))
 
     def _verdict(self, beat: Beat, what: str) -> dict:
         return {
             "line": f"tritium: rank {beat.rank} {what}; {beat.last_words()}",
             "status": RANK_LOST,
+            "found_by": self._rank,
             "rank": beat.rank,
             "process": asdict(beat.process),
         }
 
-    def _decide(self, verdict: dict) -> bool:
-        """Write the verdict unless there is one, and print it. Returns: whether there was none."""
-        verdict["found_by"] = self._rank
+    def _decide(self, verdict: dict) -> dict:
+        """Write a verdict, and print it. Returns: the first verdict of all ranks."""
         text = json.dumps(verdict).encode()
-        is_first = self._store.compare_set("verdict", "", text) == text
-        if is_first:
+        first = self._store.compare_set("verdict", "", text)
+        if first == text:
             print(verdict["line"], file=sys.stderr, flush=True)
             _report_to_torchrun(verdict["line"])
-        return is_first
+        return json.loads(first)
 
     def _end_without_store(self) -> NoReturn:
         """End this rank, because the store does not answer."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ...errors import InputError
 from .engines import ENGINES, SingleProcess
-from .heartbeat import Heartbeat
+from .heartbeat import Heartbeat, is_hosted_by_torchrun
 from .world import SINGLE_PROCESS, World
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -63,7 +63,13 @@ def join(launch: Launch) -> Iterator[World]:
     world = World(**ranks, **_resolve(launch, ranks["size"]), is_distributed=True)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=_store("training", is_host=world.is_rank0 and not is_hosted_by_torchrun()),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=_TIMEOUT,
+    )
     if world.size > 1 and launch.rank_timeout:
         world.heartbeat = _start_heartbeat(world, launch.rank_timeout)
     try:
@@ -87,17 +93,32 @@ def _ignore_torchrun() -> None:
 
 
 def _start_heartbeat(world: World, timeout: float) -> Heartbeat:
-    """Start the heartbeat with its own connection to the store of the launch."""
+    """Start the heartbeat, with a connection of its own to the store."""
+    heartbeat = Heartbeat(
+        _store("heartbeat", seconds=max(timeout, 1)), world.rank, world.size, timeout
+    )
+    dist.barrier()  # from now on all ranks have a beat
+    return heartbeat
+
+
+def _store(name: str, *, is_host: bool = False, seconds: float = 1800) -> dist.Store:
+    """Connect to the store through which ranks find each other.
+
+    Args:
+        name: keys of one name do not collide with those of another.
+        is_host: whether this process hosts the store.
+        seconds: timeout.
+    """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=datetime.timedelta(seconds=max(timeout, 1)),
+        is_master=is_host,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=seconds),
     )
-    prefix = f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    heartbeat = Heartbeat(dist.PrefixStore(prefix, store), world.rank, world.size, timeout)
-    dist.barrier()  # from now on all ranks have a beat
-    return heartbeat
+    # torchrun keeps the store for its next attempt, and with it the addresses of dead ranks.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"tritium/{attempt}/{name}", store)
 
 
 def _end_other_ranks(error: Exception, world: World) -> None:
