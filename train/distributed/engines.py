@@ -204,7 +204,8 @@ class ZeRO1(DDP):
         names = self._names()
         states = {}
         for part in optimizer.parts:
-            part.consolidate_state_dict(to=0)
+            with self.world.patient():
+                part.consolidate_state_dict(to=0)
             if self.world.is_rank0:
                 parameters = [each for group in part.param_groups for each in group["params"]]
                 for index, state in part.state_dict()["state"].items():
@@ -288,7 +289,8 @@ class FSDP(SingleProcess):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)
+        with self.world.patient():
+            weights = get_model_state_dict(self.model, options=options)
         return {name: self._to_checkpoint(name, value) for name, value in weights.items()}
 
     def scatter_weights(self, weights: Weights | None) -> None:
@@ -310,7 +312,8 @@ class FSDP(SingleProcess):
         if not optimizer.states():
             return {}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        content = get_optimizer_state_dict(self.model, optimizer.parts, options=options)
+        with self.world.patient():
+            content = get_optimizer_state_dict(self.model, optimizer.parts, options=options)
         return {
             name: {key: self._to_checkpoint(name, value) for key, value in state.items()}
             for name, state in content.get("state", {}).items()

@@ -69,6 +69,7 @@ class Heartbeat:
         self._step: int | None = None
         self._num_patient = 0
         self._has_left = False
+        self._has_lost_connection = False
 
         # Only the thread uses these. Pauses and silences are numbers of beats.
         self._count = 0
@@ -131,6 +132,7 @@ class Heartbeat:
         """
         if is_lost_connection(error):
             # The thread finds the rank that is the cause, and ends the process.
+            self._has_lost_connection = True
             self._thread.join(2 * self._timeout + 10)
         text = " ".join(str(error).split())
         beat = replace(self._beat(), place=place_of(error))
@@ -216,7 +218,11 @@ class Heartbeat:
         has_ended = beat.process.state(self._process) == "has ended"
         if has_ended:
             beat = self._listen([rank])[0]  # it may have left since the last beat
-        if not beat.has_left and (has_ended or self._silence[rank] * self._interval > timeout):
+        if beat.has_left:
+            is_lost = self._has_lost_connection
+        else:
+            is_lost = has_ended or self._silence[rank] * self._interval > timeout
+        if is_lost:
             self._lose(beat)
 
     def _watch_progress(self) -> None:
@@ -242,9 +248,15 @@ class Heartbeat:
     def _lose(self, beat: Beat) -> NoReturn:
         """End all ranks, because one of them died or hangs."""
         state = beat.process.state(self._process)
-        what = "died" if state == "has ended" else f"hangs: no progress for {self._timeout:g} s"
+        if beat.has_left:
+            what = "stopped before the other ranks"
+        elif state == "has ended":
+            what = "died"
+        else:
+            what = f"hangs: no progress for {self._timeout:g} s"
         process = f"process {beat.process.pid} on {beat.process.host} {state}"
         verdict = self._verdict(beat, f"{what} ({process.rstrip()})")
+        verdict["kills"] = not beat.has_left
         self._end(self._decide(verdict))
 
     def _verdict(self, beat: Beat, what: str) -> dict:
@@ -254,6 +266,7 @@ class Heartbeat:
             "found_by": self._rank,
             "rank": beat.rank,
             "process": asdict(beat.process),
+            "kills": False,
         }
 
     def _decide(self, verdict: dict) -> dict:
@@ -261,7 +274,7 @@ class Heartbeat:
         text = json.dumps(verdict).encode()
         first = self._store.compare_set("verdict", "", text)
         if first == text:
-            print(verdict["line"], file=sys.stderr, flush=True)
+            _print(verdict["line"])
             _report_to_torchrun(verdict["line"])
         return json.loads(first)
 
@@ -275,14 +288,14 @@ class Heartbeat:
         if beat is not None:
             line += f"; {beat.last_words()}"
         if self._rank == 1 or (self._rank and os.environ.get("LOCAL_RANK") == "0"):
-            print(line, file=sys.stderr, flush=True)
+            _print(line)
         self._exit(RANK_LOST)
 
     def _end(self, verdict: dict) -> NoReturn:
-        """End the process. End the lost process too, if it is on this machine."""
+        """End the process. Kill the hung process too, if it is on this machine."""
         lost = Process(**verdict["process"])
-        state = lost.state(self._process)
-        if verdict["rank"] != self._rank and state in ("is running", "is stopped"):
+        is_here = lost.state(self._process) in ("is running", "is stopped")
+        if verdict["kills"] and verdict["rank"] != self._rank and is_here:
             # torchrun waits 30 s for a stopped process.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(lost.pid, signal.SIGKILL)
@@ -298,6 +311,11 @@ class Heartbeat:
                     stream.write("\x1b[?25h")  # the progress bar hides the cursor
                 stream.flush()
         os._exit(status)
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads stderr
+        print(line, file=sys.stderr, flush=True)
 
 
 def _report_to_torchrun(line: str) -> None:

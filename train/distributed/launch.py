@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import os
 import signal
 import threading
@@ -22,9 +23,10 @@ from .world import SINGLE_PROCESS, World
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # Clusters set these two for other programs too, so they do not show that torchrun is used.
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
-# Of collectives. Long, because one rank may build a dataset while others wait. The heartbeat ends
-# a run with a lost rank sooner.
+# Timeout of collectives. One rank may build a dataset while the others wait. The heartbeat ends a
+# run with a lost rank sooner.
 _TIMEOUT = datetime.timedelta(hours=24)
+_TIMEOUT_WITHOUT_HEARTBEAT = datetime.timedelta(minutes=30)
 _PARALLEL = tuple(name for name, engine in ENGINES.items() if engine is not SingleProcess)
 
 
@@ -60,6 +62,8 @@ def join(launch: Launch) -> Iterator[World]:
             )
         yield SINGLE_PROCESS
         return
+    if not 0 <= launch.rank_timeout < math.inf:
+        raise InputError(f"--rank-timeout: expected 0 or more seconds, got {launch.rank_timeout}")
     world = World(**ranks, **_resolve(launch, ranks["size"]), is_distributed=True)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
@@ -68,7 +72,7 @@ def join(launch: Launch) -> Iterator[World]:
         store=_store("training", is_host=world.is_rank0 and not is_hosted_by_torchrun()),
         rank=world.rank,
         world_size=world.size,
-        timeout=_TIMEOUT,
+        timeout=_TIMEOUT if launch.rank_timeout else _TIMEOUT_WITHOUT_HEARTBEAT,
     )
     if world.size > 1 and launch.rank_timeout:
         world.heartbeat = _start_heartbeat(world, launch.rank_timeout)
@@ -97,7 +101,7 @@ def _start_heartbeat(world: World, timeout: float) -> Heartbeat:
     heartbeat = Heartbeat(
         _store("heartbeat", seconds=max(timeout, 1)), world.rank, world.size, timeout
     )
-    dist.barrier()  # from now on all ranks have a beat
+    dist.all_reduce(torch.zeros(1))  # from now on all ranks have a beat
     return heartbeat
 
 

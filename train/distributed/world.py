@@ -177,11 +177,14 @@ class World:
                     f"{other} on rank {rank}; make the nodes alike"
                 )
 
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether `flag` was true on any rank in the previous call.
+    def any_rank(self, flag: int) -> int:
+        """Return the largest `flag` of all ranks in the previous call; 0 in the first call.
 
         The answer comes one call late, so that no rank waits for the slowest rank. A single
         process gets its own flag at once.
+
+        Args:
+            flag: whether something happened on this rank, or the number of a signal.
         """
         if self.size == 1:
             return flag
@@ -190,10 +193,10 @@ class World:
         flags = torch.tensor(int(flag))
         self._pending_flag = (dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True), flags)
         if pending is None:
-            return False
+            return 0
         work, answer = pending
         work.wait()
-        return bool(answer)
+        return int(answer)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its mean over ranks, and return it."""
