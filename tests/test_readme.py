@@ -15,6 +15,7 @@ from tritium.train.commands import train as train_command
 from tritium.train.commands.chat import ChatOptions
 from tritium.train.commands.cli import run
 from tritium.train.commands.sample import SampleOptions
+from tritium.train.commands.train import ResumeOptions
 from tritium.train.config import PART_OF
 from tritium.train.distributed.launch import Launch
 from tritium.train.recipes import RECIPES
@@ -44,7 +45,7 @@ TINY_OPTIONS = {
 
 
 # Options of commands whose options the text names, besides those in PART_OF.
-OPTIONS = (Launch, SampleOptions, ChatOptions)
+OPTIONS = (Launch, SampleOptions, ChatOptions, ResumeOptions)
 SHAPE_OPTIONS = ("tokenizer", "n-layer", "n-head", "d-model", "context-tokens")
 
 

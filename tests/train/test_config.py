@@ -42,6 +42,10 @@ def test_an_unknown_option_suggests_the_nearest():
             {"batch_size": 6, "micro_batch_size": 4},
             "micro_batch_size: expected a divisor of the batch size 6, got 4",
         ),
+        (
+            {"keep_every": 750},
+            "keep_every: expected a multiple of the checkpoint",
+        ),
         ({"micro_batch_size": 0}, "micro_batch_size: .* got 0"),
         ({"n_head": 5}, r"model: d_model must be a multiple of n_head \(5\), got 256"),
     ],

@@ -94,9 +94,7 @@ def what_fits(record: RunRecord, world: World) -> str:
     unsharded = ", without sharding," if ENGINES[world.engine].shards_memory else ""
     advice = ""
     if plan.fits(plan.micro_batch):
-        advice = (
-            "; free other memory of the device, or start again with a smaller --micro-batch-size"
-        )
+        advice = "; free other memory of the device, or resume with a smaller --micro-batch-size"
     return (
         f"out of memory: by the formulas of `tritium plan`{unsharded} a step "
         f"{_verdict(plan)}{advice}"

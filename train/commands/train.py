@@ -250,12 +250,25 @@ def _parse_changes(words: Sequence[str], prog: str) -> dict[str, Any]:
             raise InputError(f"--change: expected --{name.replace('_', '-')} {value} instead")
         check_changeable(name)
         given[name] = types[name]
-        values = shlex.split(value) if name == "data" else None
-        flags += ["--data", *values] if values else [f"--{name.replace('_', '-')}={value}"]
+        if name == "data":
+            flags += ["--data", *_split_paths(value)]
+        else:
+            flags.append(f"--{name.replace('_', '-')}={value}")
     if not flags:
         return {}
     changes = make_dataclass("Changes", given.items(), kw_only=True)
     return asdict(parse(changes, flags, prog=prog, description=""))
+
+
+def _split_paths(text: str) -> list[str]:
+    """Split several paths, which can have quotes, as a shell does."""
+    try:
+        paths = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--change data: expected paths, got {text!r} ({error})") from None
+    if not all(paths):
+        raise InputError(f"--change data: expected paths, got {text!r}")
+    return paths
 
 
 def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) -> TrainConfig:

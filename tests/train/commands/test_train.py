@@ -82,7 +82,7 @@ def test_missing_compiler_is_one_line(error_of, tiny, tmp_path, monkeypatch):
         (
             4,
             "fits, .*; at most 4 sequences at once .*; free other memory of the device, "
-            "or start again with a smaller --micro.*",
+            "or resume with a smaller --micro.*",
         ),
     ],
 )

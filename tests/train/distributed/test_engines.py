@@ -18,6 +18,7 @@ from tritium.train.distributed import buckets
 from tritium.train.distributed.engines import ENGINES, FSDP, SingleProcess
 from tritium.train.distributed.world import World
 from tritium.train.execution import resolve
+from tritium.train.run.folder import read_run
 from tritium.train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.plain
@@ -187,6 +188,8 @@ def test_any_engine_resumes_a_run_of_any_other(before, after, once, launch, tmp_
             key: value.shape for key, value in expected.items()
         }
     assert found["wte.weight.step"] == STEPS
+    changes = read_run(broken).history[0]["changes"]
+    assert {"ranks", "parallel", "shard_ranks", "tensor_parallel"} & set(changes)
 
 
 def test_weights_are_the_same_before_the_first_step(once):

@@ -2,16 +2,20 @@
 
 import shutil
 import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train.config import ReportOptions, TrainConfig
+from tritium.train.data.loader import Batch
 from tritium.train.distributed.engines import SingleProcess
 from tritium.train.execution import resolve
 from tritium.train.optim import Optimizer
+from tritium.train.recipes import recipe
 from tritium.train.run import saver as saver_module
 from tritium.train.run.checkpoint import CheckpointError, checkpoints, load_newest
 from tritium.train.run.saver import (
@@ -20,6 +24,7 @@ from tritium.train.run.saver import (
     check_space_for_run,
     checkpoint_bytes,
 )
+from tritium.train.trainer import Trainer
 
 pytestmark = pytest.mark.plain
 
@@ -28,16 +33,17 @@ REPORT = ReportOptions(keep_checkpoints=2)
 
 
 def trained(config: TrainConfig = TrainConfig()) -> tuple[SingleProcess, Optimizer]:  # noqa: B008
-    """A model and its optimizer after a step."""
+    """A model and its optimizer after a step, on the GPU if there is one."""
     torch.manual_seed(0)
-    engine = SingleProcess(GPT(SHAPE), resolve(config))
+    execution = resolve(config)
+    engine = SingleProcess(GPT(SHAPE).to(execution.device), execution)
     optimizer = Optimizer(engine, config)
     take_step(engine, optimizer)
     return engine, optimizer
 
 
 def take_step(engine: SingleProcess, optimizer: Optimizer) -> None:
-    tokens = torch.randint(200, (2, 8))
+    tokens = torch.randint(200, (2, 8)).to(engine.execution.device)
     engine.model(tokens, tokens).backward()
     optimizer.update(1e-2)
 
@@ -178,3 +184,46 @@ def test_a_disk_that_is_too_small_is_one_line_before_the_first_step(tmp_path, mo
     with pytest.raises(InputError, match="disk space for the checkpoint after step 2, got"):
         saver.save(2)
     assert list(checkpoints(tmp_path)) == [1]
+
+
+@pytest.mark.slow
+def test_a_save_every_200_steps_costs_at_most_one_percent(tmp_path, capsys):
+    """The default model on a CPU, with a quarter of its batch: steps are short.
+
+    Blocks of steps with and without a save follow each other.
+    """
+    config = recipe("laptop").with_options(device="cpu", batch_size=4)
+    T, B = config.model.context_tokens, config.batch_size
+    torch.manual_seed(0)
+    engine = SingleProcess(GPT(config.gpt(4096)), resolve(config))
+    optimizer = Optimizer(engine, config)
+    trainer = Trainer(engine, optimizer)
+    batch = Batch(torch.randint(4096, (B, T + 1)), np.full(B, T))
+    saver = CheckpointSaver(tmp_path, engine, optimizer, REPORT)
+
+    def block(number: int, *, has_save: bool) -> np.ndarray:
+        """Returns: seconds, CPU seconds of all threads, and stall of 10 steps and a save."""
+        clocks = time.perf_counter, time.process_time, lambda: saver.stall_seconds
+        began = np.array([clock() for clock in clocks])
+        if has_save:
+            saver.save(number)
+        for _ in range(10):
+            trainer.backward(batch)
+            trainer.update(1e-3)
+        saver.wait()
+        return np.array([clock() for clock in clocks]) - began
+
+    block(0, has_save=True)  # the first save allocates the buffer
+    rows = [[block(number, has_save=has_save) for has_save in (False, True)] for number in range(7)]
+    without, with_save = np.array(rows).transpose(1, 0, 2)
+    cost = np.median(with_save - without, axis=0) / np.median(20 * without[:, :1], axis=0)
+    nbytes = checkpoint_bytes(config, engine)
+    with capsys.disabled():
+        print(
+            f"\n{nbytes / 1e6:.0f} MB per checkpoint, {np.median(without[:, 0]) / 10:.3f} s per "
+            f"step; of 200 steps: wall {cost[0]:.2%}, CPU {cost[1]:.2%}, stall {cost[2]:.2%}; "
+            f"buffer {saver._buffer.nbytes / nbytes:.3f} x model and optimizer"
+        )
+    assert cost[1] <= 0.01  # wall time also has the noise of other processes
+    assert cost[2] <= 0.01
+    assert saver._buffer.nbytes <= 1.1 * nbytes
