@@ -10,7 +10,7 @@ from signal import SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
 
-from tests.train.conftest import corpus, forking, launch, tiny  # noqa: F401 - fixtures
+from tests.train.conftest import corpus, launch, tiny  # noqa: F401 - fixtures
 from tritium.train.distributed.heartbeat import RANK_LOST
 from tritium.train.run.metrics import read_metrics
 

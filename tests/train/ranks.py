@@ -80,6 +80,14 @@ def work(job: dict, rank: int, port: int) -> int:
     return status
 
 
+@functools.cache
+def warm_up(backend: str) -> None:
+    """Import what a first compilation needs, for all later ranks."""
+    torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(1, requires_grad=True))
+    torch._dynamo.reset()
+    gc.freeze()
+
+
 def has_metrics(run: str) -> bool:
     file = Path(run) / "metrics.jsonl"
     return file.exists() and file.stat().st_size > 0
@@ -87,6 +95,8 @@ def has_metrics(run: str) -> bool:
 
 def answer(job: dict) -> dict:
     """Fork the ranks of a job and wait for them."""
+    if "backend" in job:
+        warm_up(job["backend"])
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     status = [None] * max(1, job["ranks"])
     running = {}  # process id -> rank

@@ -167,8 +167,10 @@ def test_ranks_compute_in_the_precision_of_the_run(engine, once):
         ("fsdp", "single"),
         ("fsdp-tensor", "ddp"),
         ("hsdp", "zero1"),
-        ("zero1", "fsdp-tensor"),
-        ("tensor", "hsdp"),
+        ("zero1", "tensor"),
+        ("tensor", "fsdp"),
+        pytest.param("zero1", "fsdp-tensor", marks=pytest.mark.slow),
+        pytest.param("tensor", "hsdp", marks=pytest.mark.slow),
     ],
 )
 def test_any_engine_resumes_a_run_of_any_other(before, after, once, launch, tmp_path):
