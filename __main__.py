@@ -36,7 +36,9 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     if name == "bench":
         from .bench.commands import bench
+        from .train.run.signals import restore_default_signals
 
+        restore_default_signals()
         return bench(words)
     if name not in COMMANDS:
         raise InputError(unknown_name("command", name, [*COMMANDS, "bench"]))
@@ -45,6 +47,9 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    from .train.run.signals import end_at_once_on_signals
+
+    end_at_once_on_signals()  # until the command is imported
     from .train.commands.cli import run
 
     sys.exit(run(dispatch, sys.argv[1:]))

@@ -16,8 +16,32 @@ class NoMemoryError(MemoryError):
     """The device or the system ran out of memory; the message says what to do about it."""
 
 
+class DivergedError(InputError):
+    """The training diverged: the loss, the gradients or the weights are not finite."""
+
+
+class StopRequested(BaseException):
+    """A signal asks the program to stop. No `except Exception` catches it.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class InterruptedRun(Exception):  # noqa: N818 - a requested stop is not an error
-    """A signal stopped the run, after it wrote a checkpoint. The argument is the run's folder."""
+    """A signal or the time limit stopped the run, after it wrote a checkpoint if it had a step.
+
+    Args:
+        number: the signal; SIGALRM for the time limit.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from .positions import POSITIONS
 VOCABULARY_MULTIPLE = 64
 # Options that have an effect in training only. Models of equal shape may differ in them.
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
+_OPTIONAL_SIZES = ("n_kv_head", "d_hidden", "window")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
 
@@ -76,12 +77,10 @@ class GPTConfig:
             "d_model",
             "vocab_size",
             "context_tokens",
-            "n_kv_head",
-            "d_hidden",
-            "window",
+            *_OPTIONAL_SIZES,
         ):
             size = getattr(self, name)
-            if size is None:
+            if size is None and name in _OPTIONAL_SIZES:
                 continue
             if not isinstance(size, Integral):
                 raise ValueError(f"GPTConfig: {name} must be an integer, got {size!r}")

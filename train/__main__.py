@@ -2,8 +2,11 @@
 
 import sys
 
-from .commands.cli import run
-from .commands.train import main
+from .run.signals import end_at_once_on_signals
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    end_at_once_on_signals()
+    from .commands import run_command
+    from .commands.cli import run
+
+    sys.exit(run(lambda argv: run_command("train", argv), sys.argv[1:]))

@@ -48,6 +48,10 @@ class ExecutionOptions:
     """Activation checkpointing: of GELU, of blocks except attention (selective), or of blocks."""
     micro_batch_size: int | None = None
     """Sequences per forward and backward on each rank. None: the complete batch of the rank."""
+    max_minutes: float | None = None
+    """Stop with a checkpoint this long after the start of the process. None: no limit."""
+    stop_status: int | None = None
+    """Exit status of a stopped run. None: 128 + the signal's number, or 0 after max_minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,10 @@ class TrainConfig:
     """AdamW's decay rate of the gradient's second moment."""
     grad_clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
+    skip_threshold: float = 20.0
+    """Skip a step if the robust z-score of its loss or norm is larger. 0: if it is not finite."""
+    max_bad_steps: int = 5
+    """Bad steps in a row after which the run goes back to a checkpoint. 0: never."""
 
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
@@ -141,6 +149,11 @@ class TrainConfig:
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        minutes, status = self.execution.max_minutes, self.execution.stop_status
+        if minutes is not None and not 0 < minutes < math.inf:
+            raise InputError(f"max_minutes: expected more than 0, and finite, got {minutes}")
+        if status is not None and not 0 <= status <= 255:
+            raise InputError(f"stop_status: expected a number from 0 to 255, got {status}")
         keep_every = self.report.keep_every
         if keep_every % self.report.checkpoint_interval:
             raise InputError(
@@ -224,4 +237,5 @@ LEAST = {
     **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),
     **dict.fromkeys(("warmup_steps", "sample_tokens", "profile", "keep_every"), 0),
     **dict.fromkeys(("lr", "min_lr", "weight_decay", "grad_clip"), 0),
+    **dict.fromkeys(("skip_threshold", "max_bad_steps"), 0),
 }

@@ -33,7 +33,8 @@ def choose_matmul(device: torch.device) -> None:
     """Make PyTorch multiply float32 matrices on `device` in float32, as fast as it can.
 
     CUDA: TF32 is off. Matmuls are in float32 there only if the user asked for it with `precision`.
-    Every GPU with TF32 also has bfloat16, for users who want speed.
+    Every GPU with TF32 also has bfloat16, for users who want speed. Matmuls of 16 bits that are
+    split along their sum add the pieces in float32.
 
     CPU: on x86 processors not made by Intel, PyTorch's default library MKL runs slower code. The
     setting "bf16" moves float32 matmuls to oneDNN, which computes them in float32 unless the
@@ -42,6 +43,8 @@ def choose_matmul(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     before = torch.backends.mkldnn.matmul.fp32_precision

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import DivergedError
 from ..model import GPT
 from .config import DIVERGED
 from .data.loader import Batch, copy_to_device, document_starts
@@ -80,7 +80,7 @@ def evaluate(
         separator: as in batch_loss.
         world: ranks that evaluate together.
     Returns: the evaluation; None without targets.
-    Raises: InputError if the loss is not finite.
+    Raises: DivergedError if the loss is not finite.
     """
     losses = []
     counts = []
@@ -99,7 +99,7 @@ def evaluate(
         return None
     loss = total / count
     if not math.isfinite(loss):
-        raise InputError(f"{DIVERGED} (validation loss is {loss})")
+        raise DivergedError(f"{DIVERGED} (validation loss is {loss})")
     return Evaluation(
         loss=loss,
         bits_per_byte=loss / math.log(2) / bytes_per_token,

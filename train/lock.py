@@ -135,7 +135,7 @@ def _open_file(path: Path, folder: int) -> int:
     """Open or create the file of a lock. Raises: InputError if it is a link or no plain file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        handle = os.open(LOCK_FILE, flags, 0o644, dir_fd=folder)
+        handle = os.open(LOCK_FILE, flags, 0o666, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise InputError(f"{path}: expected a file or nothing; delete it") from None
@@ -166,5 +166,5 @@ def _describe_holder(handle: int) -> str:
         holder = json.loads(os.pread(handle, _LARGEST_FILE, 0))
         pid, host, since = (str(holder[key]) for key in ("pid", "host", "since"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "another process does"
-    return f"process {pid} on {host} does since {since}"
+        return "another process is writing it"
+    return f"process {pid} on {host} has been writing it since {since}"

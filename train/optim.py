@@ -7,9 +7,7 @@
                AdamW's, so both use the same learning rate, schedule and decay. The matrix of
                queries, keys and values is orthogonalized as one matrix. Muon always orthogonalizes
                in bfloat16
-    float16    losses are scaled up before the backward and gradients down after it. A step whose
-               gradients overflowed is skipped and the scale halved, without waiting for the device
-               (with Muon or zero1 the host does wait)
+    bad steps  are skipped without waiting for the device: see bad_steps.py, also for float16
 
 To add an optimizer, add a row, and describe it in the help of `optimizer` in config.py. `tritium
 plan` reads its `block_matrix_state_bytes`.
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .bad_steps import LossScale, StepJudge
 from .precision import linear_parameters
 
 if TYPE_CHECKING:
@@ -74,13 +73,15 @@ def _muon(model: nn.Module, config: "TrainConfig") -> list[Part]:
     adamw = _adamw_part(others, config)
     if not matrices:
         return [adamw]
+    from .muon import Muon  # not in every PyTorch: see check_optimizer
+
     options = {
         "lr": config.lr,
         "weight_decay": config.weight_decay,
         "adjust_lr_fn": "match_rms_adamw",
     }
     groups = [{"params": matrices}]
-    return [adamw, Part(optimizer=torch.optim.Muon, groups=groups, options=options)]
+    return [adamw, Part(optimizer=Muon, groups=groups, options=options)]
 
 
 def _adamw_part(parameters: list[nn.Parameter], config: "TrainConfig") -> Part:
@@ -137,6 +138,9 @@ class Optimizer:
     Attributes:
         parts: PyTorch's optimizers.
         scaler: scales the losses of float16; does nothing in other precisions.
+        judge: decides which steps are bad.
+        skipped: () float32 on the device, about the last update: 0 if it changed the parameters, 1
+            if the step was bad, 2 if float16 overflowed.
     Raises: ValueError if a parameter is in no group or in several.
     """
 
@@ -154,28 +158,43 @@ class Optimizer:
                 f"got {len(grouped)} in groups"
             )
         execution = engine.execution
-        self.scaler = torch.amp.GradScaler(
-            execution.device.type, enabled=execution.dtype == torch.float16
-        )
+        self.scaler = LossScale(execution.device, enabled=execution.dtype == torch.float16)
+        self.judge = StepJudge(config.skip_threshold, execution.device)
+        self.skipped = torch.zeros((), device=execution.device)
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: float, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients to config.grad_clip (0: no clipping), update, and drop the gradients.
 
-        Returns: the global norm of the gradients before clipping, (). It is not finite if float16
-            overflowed. The parameters then stay as they were.
+        A bad step changes neither parameters nor optimizer state: see `skipped`.
+
+        Args:
+            lr: learning rate.
+            loss: () float32 on the device, the loss over all ranks. Default: only the gradient norm
+                is judged.
+        Returns: the global norm of the gradients before clipping, () on the device.
         """
+        self.scaler.unscale([parameter.grad for parameter in self._parameters])
+        grad_norm = self._clip()
+
+        # Judge the step.
+        loss = grad_norm if loss is None else loss
+        is_skipped = self.judge.is_bad(loss, grad_norm)
+        found_inf = is_skipped.float()
+        self.skipped = found_inf
+        if self.scaler.is_enabled():
+            overflowed = self.scaler.overflowed(loss, grad_norm)
+            self.skipped = found_inf + overflowed
+            self.scaler.update(is_skipped, overflowed)
+
+        # Update.
         for part in self.parts:
-            self.scaler.unscale_(part)
             for group in part.param_groups:
                 group["lr"] = lr
-        grad_norm = self._clip()
-        if len(self.parts) > 1 and self.scaler.is_enabled() and not grad_norm.isfinite():
-            # The scaler skips only parts that overflowed. Without gradients the rest do nothing.
-            self._drop_gradients()
+        for part in self._local_parts():
+            part.found_inf = found_inf
         for part in self.parts:
-            self.scaler.step(part)
+            part.step()
         self._drop_gradients()
-        self.scaler.update()
         return grad_norm
 
     def states(self) -> dict[nn.Parameter, dict[str, Tensor]]:

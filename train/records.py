@@ -6,6 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, unknown_name
@@ -23,6 +24,13 @@ def parse_object(content: bytes | str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     return record
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Parse the JSON object in a file. Raises: ValueError as parse_object; OSError."""
+    if file.exists() and not file.is_file():
+        raise ValueError("expected a file")  # reading a pipe would wait for its writer
+    return parse_object(file.read_bytes())
 
 
 def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -75,6 +83,8 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 

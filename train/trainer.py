@@ -68,6 +68,7 @@ class Trainer:
         self.seed = seed
         self.model = engine.model
         self.working = engine.working
+        self._loss: Tensor | None = None
 
     def backward(self, batch: Batch, num_targets: int | None = None, *, step: int = 0) -> Tensor:
         """Compute the gradients of the mean loss over all targets of a batch.
@@ -94,7 +95,8 @@ class Trainer:
             self.optimizer.scaler.scale(loss).backward()
             total += loss.detach()
         self.engine.finish_gradients()
-        return execution.world.mean(total)
+        self._loss = execution.world.mean(total)
+        return self._loss
 
     def _dropout_seed(self, step: int, row: int) -> int | None:
         """Return the seed of dropout for the micro-batch that begins at a row of the step's batch.
@@ -109,9 +111,19 @@ class Trainer:
 
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step. Returns: the gradient norm, as Optimizer.update does."""
-        grad_norm = self.optimizer.update(lr)
+        grad_norm = self.optimizer.update(lr, self._loss)
         self.engine.refresh_working()
         return grad_norm
+
+    def is_finite(self) -> bool:
+        """Return whether all weights and the optimizer state are finite. All ranks must call it."""
+        states = self.optimizer.states().values()
+        tensors = [value for state in states for value in state.values()]
+        tensors += [parameter.detach() for parameter in self.model.parameters()]
+        local = [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
+        largest = torch.stack(torch._foreach_norm(local, torch.inf)).max()
+        num_bad = largest.isfinite().logical_not().float()
+        return self.engine.world.mean(num_bad).item() == 0
 
 
 def single_trainer(

@@ -70,11 +70,12 @@ class Process:
 
 def _serve() -> None:
     from tritium.__main__ import dispatch
-    from tritium.train import loop
+    from tritium.train import session
     from tritium.train.commands import train  # noqa: F401 - all that a run imports
     from tritium.train.commands.cli import run
+    from tritium.train.run.signals import end_at_once_on_signals
 
-    loop.plot_loss = lambda run: None  # drawing takes longer than the run
+    session.plot_loss = lambda run: None  # drawing takes longer than the run
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
@@ -88,6 +89,7 @@ def _serve() -> None:
                     _redirect(request["folder"])
                     # A background job of a shell ignores SIGINT.
                     signal.signal(signal.SIGINT, signal.default_int_handler)
+                    end_at_once_on_signals()
                     exec(request["hook"], {"block": _blocker(request["folder"])})
                     # The streams of the server remember what kind of file they were opened for.
                     sys.stdout = os.fdopen(1, "w", closefd=False)

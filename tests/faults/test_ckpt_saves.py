@@ -21,7 +21,7 @@ STATE = ["open", "write", "fsync"]
 DELETE = ["rename", "unlink", "unlink", "unlink", "rmdir"]
 OPERATIONS = ["mkdir", *FILE, *FILE, *STATE, "fsync", "rename", "fsync", *DELETE]
 RENAME = OPERATIONS.index("rename") + 1
-QUICK = (3, RENAME, len(OPERATIONS) - 1)
+QUICK = (3, RENAME)
 # The save before the first step also creates the folder of the checkpoints.
 FIRST_OPERATIONS = ["mkdir", "fsync", *OPERATIONS[: -len(DELETE)]]
 

@@ -208,7 +208,7 @@ def test_a_requested_stop_has_one_status_on_all_ranks(restarts, words, torchrun,
         assert "ChildFailedError" not in err
     else:
         assert agent.returncode == 1
-        assert len(re.findall(r"exitcode  : 130 ", err)) == 2, err
+        assert len(re.findall(r"exitcode  : 143 ", err)) == 2, err
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def test_swiglu_mlp_is_eight_thirds_as_wide_as_the_model(n_head, d_model, width)
     [
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"n_layer": 2.0}, "n_layer must be an integer, got 2.0"),
+        ({"d_model": None}, "d_model must be an integer, got None"),
         ({"n_kv_head": -1}, "n_kv_head must be at least 1, got -1"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"softcap": -1.0}, r"softcap must be 0 or more, and finite, got -1\.0"),

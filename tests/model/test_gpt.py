@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.kernels.embedding import order_of
@@ -334,6 +336,37 @@ def test_gradients_of_a_compiled_model_are_bitwise_equal_in_each_run(backend):
     expected = gradients(model, tokens, tokens)
     for name, value in expected.items():
         torch.testing.assert_close(first["_orig_mod." + name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tied_head": False}, {"position": "rotary"}, {"dropout": 0.1, "embedding_dropout": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_compiled_gradients_have_no_operator_that_adds_with_atomics(options, has_documents):
+    """Such an operator adds in any order on a GPU. The graph does not depend on the device."""
+    torch._dynamo.reset()
+    backward = []
+
+    def keep(graph, _):
+        backward.extend(f"{node.target} {node.args}" for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keep
+    )
+    model = random_model(replace(SMALL, **options))
+    tokens = random_tokens(2, 12)
+    documents = {}
+    if has_documents:
+        documents["cu_seqlens"] = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled(tokens, tokens, token_order=order_of(tokens), **documents).backward()
+    assert any("embedding_" in name for name in backward), backward
+    for name in ("embedding_dense_backward", "index_put", "scatter", "index_add"):
+        assert not [found for found in backward if name in found]
 
 
 # --- compilation, training, several processes

@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,3 +21,14 @@ def test_safetensors_reads_the_same_bits(dtype, tmp_path):
     for name, value in tensors.items():
         assert found[name].dtype == dtype
         assert torch.equal(found[name], value), name
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "x.safetensors")

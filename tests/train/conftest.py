@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tritium.__main__ import dispatch
-from tritium.train import loop
+from tritium.train import session
 from tritium.train.commands.cli import run
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"
@@ -32,7 +32,7 @@ def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
     """Words of a `tritium train` command that takes about a second and writes tmp_path/run."""
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     # Drawing takes longer than the steps.
-    monkeypatch.setattr(loop, "plot_loss", lambda run: (run / "loss.png").touch())
+    monkeypatch.setattr(session, "plot_loss", lambda run: (run / "loss.png").touch())
     options = {
         "data": corpus,
         "tokenizer": "bytes",

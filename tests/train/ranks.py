@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tritium.train import loop
+from tritium.train import session
 from tritium.train.commands.cli import run
 from tritium.train.commands.train import _parse_new_run, main
 
@@ -42,7 +42,7 @@ for name in (
 ):
     importlib.import_module(name)
 # Drawing takes longer than the run.
-loop.plot_loss = lambda run: None
+session.plot_loss = lambda run: None
 # Imports what the parser needs, and fills its caches.
 _parse_new_run(["laptop"])
 # Keeps the garbage collector of each rank away from all that was imported, until the rank ends.

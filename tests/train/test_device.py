@@ -46,3 +46,16 @@ def test_float32_matmuls_on_cuda_do_not_use_tf32():
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_matmuls_of_16_bits_on_cuda_add_in_float32(dtype):
+    name = f"allow_{dtype}_reduced_precision_reduction"
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    try:
+        setattr(matmul, name, True)
+        choose_matmul(torch.device("cuda"))
+        assert not getattr(matmul, name)
+    finally:
+        setattr(matmul, name, before)

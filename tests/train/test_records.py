@@ -45,7 +45,7 @@ def test_values_of_the_right_types_pass():
         ({"flag": 1}, "flag: expected bool, got 1"),
         ({"name": 5}, "name: expected str . None, got 5"),
         ({"name": "a\0b"}, "name: expected"),
-        ({"mode": "c"}, r"mode: expected .*'a', 'b'.*, got 'c'"),
+        ({"mode": "c"}, "mode: expected 'a' or 'b', got 'c'"),
         ({"mode": ["a"]}, "mode: expected"),
         ({"files": "abc"}, "files: expected"),
         ({"files": [3]}, "files: expected"),

@@ -207,6 +207,18 @@ def test_any_number_of_documents_uses_one_graph(graphs):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+def test_one_document_per_micro_batch_and_many_use_one_graph(rows, graphs):
+    """One row with one document: the shortest cu_seqlens."""
+    trainer = make(compile="on", batch_size=rows)
+    trainer.separator = 0
+    for documents in (0, 1, 3, 7):
+        windows = torch.ones(rows, 9, dtype=torch.int64)
+        windows[0, 1 : 1 + documents] = 0
+        trainer.backward(Batch(windows, np.full(rows, 8)))
+    assert graphs.frame_count == 1
+
+
 def test_training_compiled_by_inductor_matches_eager():
     torch._dynamo.reset()
     plain, compiled = (make(micro_batch_size=2, compile=option) for option in ("off", "on"))
@@ -223,6 +235,8 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
     """On the meta device int, bool, tolist, nonzero and copies to the CPU all raise."""
     optimizers = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    # PyTorch has no _fused_sgd_ for the meta device.
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **options: options["found_inf"])
     config = TrainConfig.from_options(batch_size=6, micro_batch_size=2, optimizer=optimizer)
     execution = replace(resolve(config), device=torch.device("meta"))
     engine = SingleProcess(GPT(SHAPE).to("meta"), execution)

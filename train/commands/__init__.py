@@ -3,6 +3,9 @@
 import importlib
 from collections.abc import Sequence
 
+from ..run.console import lossy_output
+from ..run.signals import restore_default_signals
+
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 COMMANDS = {
     "train": "train",
@@ -18,4 +21,9 @@ COMMANDS = {
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Import and run the command `name`. Returns: the exit status."""
-    return importlib.import_module(f".{COMMANDS[name]}", __package__).main(argv)
+    module = importlib.import_module(f".{COMMANDS[name]}", __package__)
+    if name == "train":  # it has handlers of its own, and outlives its readers
+        with lossy_output():
+            return module.main(argv)
+    restore_default_signals()
+    return module.main(argv)

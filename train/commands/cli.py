@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from ...errors import InputError, NoMemoryError, describe_os_error
+from ..run.console import is_local_rank0, print_from_handler
 
 Options = TypeVar("Options")
 _NO_COMPILER = (
@@ -149,8 +150,6 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
         sys.stdout.flush()
         return status
     except InputError as error:
-        from ..distributed.world import is_local_rank0
-
         if not is_local_rank0():  # all ranks of a node raise the same error
             return 2
         message = as_flags(str(error))
@@ -168,10 +167,16 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
     except OSError as error:
         message = describe_os_error(error)
     except KeyboardInterrupt:
-        print("tritium: interrupted", file=sys.stderr)
+        print_from_handler("tritium: interrupted")
         return 130
-    print("tritium: " + " ".join(message.split()), file=sys.stderr)
+    _print_error("tritium: " + " ".join(message.split()))
     return 2
+
+
+def _print_error(line: str) -> None:
+    """Print a line on stderr, if it still has a reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import shlex
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from ...errors import InputError, InterruptedRun, NoMemoryError
+from ...errors import DivergedError, InputError, InterruptedRun, NoMemoryError
 from ...model import GPTConfig
 from ...model.cost import parameters
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
@@ -31,7 +32,7 @@ from ..loop import resume, start
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.folder import is_unstarted, read_run
 from ..run.history import CHANGEABLE, FREE, changes_between, check_changeable
-from ..run.metrics import console
+from ..run.metrics import console, describe_goodput
 from ..run.models import open_model
 from ..run.samples import last_sample
 from .cli import is_out_of_memory, parse, program
@@ -317,12 +318,13 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
     console.quiet = not world.is_rank0
     try:
         result = work()
-    except InterruptedRun:
+    except InterruptedRun as stop:
         if world.is_rank0:
-            is_single = not world.is_distributed
-            command = f"{program()} train" if is_single else "torchrun ... -m tritium.train"
-            print(f"stopped; go on with: {command} --resume {shlex.quote(str(run))}")
-        return stop_status(130)
+            print(_describe_stop(run, world))
+        return stop_status(_stop_status(run, stop))
+    except DivergedError as error:
+        lower = f"--change lr={read_run(run).train.lr / 2:g}"
+        raise InputError(f"{error}; go on with: {_resume_command(run, world)} {lower}") from error
     except Exception as error:
         # If only one rank runs out of memory, the others wait for it until torchrun ends them.
         if is_out_of_memory(error) and (run / "config.json").exists():
@@ -331,6 +333,26 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
     if world.is_rank0:
         _print_result(run, result, time.perf_counter() - began)
     return 0
+
+
+def _resume_command(run: Path, world: World) -> str:
+    command = "torchrun ... -m tritium.train" if world.is_distributed else f"{program()} train"
+    return f"{command} --resume {shlex.quote(str(run))}"
+
+
+def _describe_stop(run: Path, world: World) -> str:
+    if any((run / "checkpoints").glob("step-*")):
+        return f"stopped; go on with: {_resume_command(run, world)}"
+    return "stopped before the first step; nothing is saved"
+
+
+def _stop_status(run: Path, stop: InterruptedRun) -> int:
+    """Return the exit status of a stopped run."""
+    if (run / "config.json").exists():
+        status = read_run(run).train.execution.stop_status
+        if status is not None:
+            return status
+    return 0 if stop.number == getattr(signal, "SIGALRM", None) else 128 + stop.number
 
 
 def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
@@ -344,5 +366,6 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     print(
         f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
     )
+    print(f"goodput: {describe_goodput(run)}")
     print(f"next: {program()} sample {shlex.quote(str(run))} --prompt {prompt}")
     print(f"      for a better model, the same command with --steps {4 * record.train.steps}")

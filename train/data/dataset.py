@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, describe_os_error
 from ..files import unseal
 from ..records import check_types
 from .shards import Shard, TokenStream
@@ -96,11 +96,13 @@ def verify_dataset(path: Path | str) -> Dataset:
         for name in getattr(info, split).shards:
             try:
                 Shard(Path(path) / name)
-            except (InputError, OSError) as error:
-                damaged.append((name, error))
+            except InputError as error:
+                damaged.append((name, str(error)))
+            except OSError as error:
+                damaged.append((name, describe_os_error(error)))
     if len(damaged) > 1:
         names = ", ".join(name for name, _ in damaged[1:])
-        first = str(damaged[0][1])
+        first = damaged[0][1]
         raise InputError(f"{first}; {len(damaged) - 1} more shards are damaged: {names}")
     return open_dataset(path)
 
@@ -143,7 +145,7 @@ def _split_info(content: dict[str, Any]) -> SplitInfo:
     info = SplitInfo(**content)
     for name in info.shards:
         # A path would lead out of the folder.
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise InputError(f"shards: expected names of files, got {name!r}")
     if not info.shards or info.bytes < 1:
         raise InputError("expected one shard or more, and text, got none")

@@ -305,12 +305,13 @@ def document_starts(tokens: Tensor, separator: int) -> Tensor:
         tokens: (B, T), any integer dtype, on the CPU.
         separator: the end-of-text id.
     Returns: (documents + 1,) int32; the first entry is 0 and the last is B * T. Empty documents at
-        the end pad `documents` to a power of two, so that few different lengths occur.
+        the end pad `documents` to a power of two, so that few different lengths occur, and to two
+        or more: torch.compile would compile a length of one for itself.
     """
     is_start = tokens == separator
     is_start[:, 0] = True
     starts = is_start.flatten().nonzero()[:, 0].to(torch.int32)
-    documents = 1 << (len(starts) - 1).bit_length()
+    documents = max(2, 1 << (len(starts) - 1).bit_length())
     cu_seqlens = starts.new_full((1 + documents,), tokens.numel())
     cu_seqlens[: len(starts)] = starts
     return cu_seqlens

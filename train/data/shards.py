@@ -52,7 +52,7 @@ _OPEN_BLOCKS = 1 << 10  # blocks per read when a shard is opened
 _IN_MEMORY_BYTES = 1 << 26
 
 
-class DataChanged(InputError):  # noqa: N818 - named like InputError's other causes
+class DataChanged(InputError):  # noqa: N818 - it says what happened
     """A shard was cut or overwritten while a program used it."""
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..files import write_whole
-from ..records import parse_object
+from ..records import read_object
 from ._vocabularies import (
     GPT2_PATTERN,
     LEARNED_PATTERN,
@@ -215,7 +215,7 @@ class Tokenizer:
 
             return read_published(path)
         try:
-            definition = parse_object(path.read_bytes())
+            definition = read_object(path)
             if definition["format"] != _FORMAT:
                 raise KeyError("format")
             version = definition["version"]

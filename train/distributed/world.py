@@ -11,7 +11,6 @@ launch.py connects the processes. engines.py defines how they share the model.
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -177,14 +176,11 @@ class World:
                     f"{other} on rank {rank}; make the nodes alike"
                 )
 
-    def any_rank(self, flag: int) -> int:
-        """Return the largest `flag` of all ranks in the previous call; 0 in the first call.
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` was true on any rank in the previous call.
 
         The answer comes one call late, so that no rank waits for the slowest rank. A single
         process gets its own flag at once.
-
-        Args:
-            flag: whether something happened on this rank, or the number of a signal.
         """
         if self.size == 1:
             return flag
@@ -193,10 +189,10 @@ class World:
         flags = torch.tensor(int(flag))
         self._pending_flag = (dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True), flags)
         if pending is None:
-            return 0
+            return False
         work, answer = pending
         work.wait()
-        return int(answer)
+        return bool(answer)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its mean over ranks, and return it."""
@@ -226,8 +222,3 @@ class World:
 
 
 SINGLE_PROCESS = World()
-
-
-def is_local_rank0() -> bool:
-    """Return whether this process prints for its node. Without torchrun every process does."""
-    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -3,6 +3,7 @@
     RUN/checkpoints/step-N/model.safetensors       weights, by parameter name
     RUN/checkpoints/step-N/optimizer.safetensors   optimizer state, as NAME.exp_avg, NAME.step, ...
     RUN/checkpoints/step-N/state.json              step, PyTorch's generator, loss scale of float16,
+                                                   losses and norms that judge the next steps,
                                                    SHA-256 of the other files and of itself
 
 The loader has no state: its batches are a function of the step. A folder is filled under a hidden
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from ...errors import InputError, describe_os_error
 from ...model import GPT
+from ..bad_steps import is_judge_state
 from ..distributed.engines import SingleProcess, States, Weights
 from ..files import flush_folder, seal, unseal, write_flushed
 from ..optim import Optimizer
@@ -80,7 +82,10 @@ def gather_content(step: int, engine: SingleProcess, optimizer: Optimizer) -> Co
     return Content(
         step=step,
         torch_rng=torch.get_rng_state().numpy().tobytes(),
-        scalars={"loss_scale": optimizer.scaler.state_dict()},
+        scalars={
+            "loss_scale": optimizer.scaler.state_dict(),
+            "step_judge": optimizer.judge.state_dict(),
+        },
         # Sorted, so that equal content has equal bytes. A resumed run has another order.
         tensors={
             MODEL_FILE: dict(sorted(weights.items())),
@@ -116,6 +121,8 @@ def load_newest(
     # Empty if the checkpoint was not written in float16.
     if state["loss_scale"]:
         optimizer.scaler.load_state_dict(state["loss_scale"])
+    if state.get("step_judge"):
+        optimizer.judge.load_state_dict(state["step_judge"])
     generator = bytearray.fromhex(state["torch_rng"])
     torch.set_rng_state(torch.frombuffer(generator, dtype=torch.uint8))
     return state["step"]
@@ -342,6 +349,8 @@ def _check_state(file: Path, state: dict) -> None:
     is_scale = isinstance(scale, dict) and (not scale or scale.keys() == _LOSS_SCALE_KEYS)
     is_scale = is_scale and all(type(value) in (int, float) for value in scale.values())
     check(is_scale, "loss_scale", "the state of a GradScaler or {}", scale)
+    judge = state.get("step_judge", {})  # older versions did not write it
+    check(judge == {} or is_judge_state(judge), "step_judge", "the state of a StepJudge", judge)
     check(isinstance(files, dict), "files", "a SHA-256 for each file", files)
     is_sharded = all(map(is_shard, files)) and files
     for name in files if is_sharded else (MODEL_FILE, OPTIMIZER_FILE):

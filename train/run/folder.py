@@ -62,8 +62,11 @@ FORMAT_VERSION = 1
 _OTHER_KEYS = ("tritium", "python", "torch", "format_version", "sha256")
 # All that a run has written before its first checkpoint.
 _FIRST_FILES = ("config.json", "tokenizer.json", "checkpoints", LOCK_FILE)
-# Files that a run writes. A link would lead the writes out of the folder.
-_WRITTEN = (*_FIRST_FILES, "metrics.jsonl", "samples.txt", "loss.png")
+# All that a run writes. A link would lead the writes out of the folder.
+_WRITTEN = (
+    *_FIRST_FILES,
+    *("metrics.jsonl", "samples.txt", "loss.png", "profile", "tensorboard", "wandb", "wandb-id"),
+)
 
 
 @contextlib.contextmanager
@@ -74,7 +77,7 @@ def only_writer(run: Path, world: World) -> Iterator[Callable[[], None]]:
 
     Yields: a function that raises InputError if the folder was moved or deleted in the meantime.
         All ranks must call it. Call it before writing.
-    Raises: InputError if another process writes the folder, or if it holds links.
+    Raises: InputError if another process writes the folder, or if it holds links or pipes.
     """
     locks: list[FolderLock] = []  # empty on all ranks but rank 0
 
@@ -86,11 +89,13 @@ def only_writer(run: Path, world: World) -> Iterator[Callable[[], None]]:
                 f"{run}: {problem}, so it is not locked; do not start a second process on it",
                 file=sys.stderr,
             )
-        for name in _WRITTEN:
-            if (run / name).is_symlink():
+        for path in (run / name for name in _WRITTEN):
+            is_plain = path.is_file() or path.is_dir() or not path.exists()
+            if path.is_symlink() or not is_plain:
+                found = "a link" if path.is_symlink() else "a device or a pipe"
                 raise InputError(
-                    f"{run / name}: expected a file or folder of the run, got a link; replace it "
-                    "by a copy (the folder of the run itself can be a link)"
+                    f"{path}: expected a file or folder of the run, got {found}; replace it by a "
+                    "copy (the folder of the run itself can be a link)"
                 )
         for file in run.glob(".*.tmp"):
             if not file.is_dir():
@@ -241,6 +246,10 @@ def _parse_record(content: bytes) -> RunRecord:
         options["data"] = tuple(options["data"])
     found["train"] = TrainConfig.from_options(**options)
     found["model"] = GPTConfig(**record["model"])
+    expected = asdict(found["train"].gpt(found["model"].vocab_size))
+    for name, value in asdict(found["model"]).items():
+        if value != expected[name]:
+            raise InputError(f"{name}: expected {expected[name]} as in `train`, got {value}")
     found["dataset"] = Path(record["dataset"])
     check_types(found, RunRecord)
     tokens = found.get("tokens")

@@ -1,8 +1,8 @@
 """Changes of a run when it is resumed, and their history in config.json.
 
-    execution and report     how the run executes and what it writes: may change at each resume
-    CHANGEABLE               options that change the result: only if they are named as a change
-    all others               never: they belong to another run
+    FREE           options of the execution and the report: may change at each resume
+    CHANGEABLE     options that change the result: may change if the user names them as a change
+    other options  never change
 
 config.json always has the options with which the run goes on. Its list `history` has one entry for
 each resume that changed something:
@@ -39,8 +39,10 @@ CHANGEABLE = (
     "beta1",
     "beta2",
     "grad_clip",
+    "skip_threshold",
+    "max_bad_steps",
 )
-# Options that change nothing but rounding. A resumed run stays in its folder, `out`.
+# Their values change at most the rounding. `out` is not one: a resumed run stays in its folder.
 FREE = tuple(
     each.name
     for part in (ExecutionOptions, ReportOptions)
@@ -120,8 +122,10 @@ def note_resume(
             f"steps: expected at least {step}, which {run} has done, got {config.steps}"
         )
     changes = _changes(record.train.options(), config.options())
-    if record.execution is not None:
-        # After "auto" these may differ although the options are equal.
+    if record.execution is None:
+        update_record(run, execution=execution.summary())  # a run of an older version
+    else:
+        # The values after "auto" can differ although the options are equal.
         changes |= _changes(record.execution, execution.summary())
     if not changes:
         return

@@ -12,15 +12,36 @@ class _Line:
     """The values of a line that a program computes with."""
 
     step: int
-    loss: float
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+    skipped: bool
+    overflow: bool
     val_loss: float
+    time: float
+    wall_seconds: float
+    goodput: dict[str, float]
+    skipped_steps: int
+    restored: int
+
+
+# A line has one of these keys, and all keys of its group.
+_GROUPS = {
+    "loss": ("lr", "grad_norm"),
+    "val_loss": (),
+    "goodput": ("time", "wall_seconds", "skipped_steps"),
+    "restored": (),
+}
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
-    """Return a line of training or of an evaluation, or None for any other text."""
+    """Return a line that metrics.py writes, or None for any other text."""
     try:
         row = parse_object(line)
         check_types(row, _Line)
     except (ValueError, InputError):
         return None
-    return row if "step" in row and ("loss" in row or "val_loss" in row) else None
+    is_known = any(
+        name in row and all(other in row for other in others) for name, others in _GROUPS.items()
+    )
+    return row if "step" in row and is_known else None

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ...errors import InputError, names_file
+from ...errors import names_file
 from ...kernels.core.device import ceiling
-from ..config import DIVERGED
+from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
+from .goodput import Goodput, describe, seconds_before
 from .lines import parse_line
 from .trackers import Tracker
 
@@ -36,7 +38,7 @@ class _Pending(NamedTuple):
     step: int
     lr: float
     values: Tensor
-    """(2,) loss and gradient norm."""
+    """(3,) loss, gradient norm, and Optimizer.skipped."""
     copied: torch.cuda.Event | None
     """Recorded after the copy to the host; None if the device is not CUDA."""
 
@@ -44,19 +46,25 @@ class _Pending(NamedTuple):
 class Metrics:
     """Write RUN/metrics.jsonl and show the progress bar.
 
-    Rank 0 writes. The other ranks read their results at the same steps, so that a diverged run
-    stops on all ranks.
+    Rank 0 writes. The other ranks read their results at the same steps, so that all ranks know at
+    the same step that a run diverged.
 
     A training line has the keys:
-        step, loss (nats), lr.
+        step, lr.
+        loss: in nats; null if it is not finite.
         tokens: targets seen up to and with this step.
-        grad_norm: null if float16 overflowed and the optimizer skipped the step.
+        grad_norm: null if it is not finite.
+        skipped: whether the update was skipped, because the step was bad or float16 overflowed.
+        overflow: true if float16 overflowed, else missing.
         tokens_per_second.
         mfu: fraction of the devices' bf16 peak; null if the peak of the device is not known.
         memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
         checkpoint_stall: seconds that steps have waited for checkpoints, since this process began.
-    An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte.
+    An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte. A
+    checkpoint writes a line with step, time (Unix seconds), wall_seconds and goodput: fractions of
+    the wall time, see goodput.py. A run that went back to a checkpoint writes a line with step, the
+    next step, and restored, the steps of the checkpoint.
 
     Args:
         run: the folder of the run. Lines of metrics.jsonl from `start` on are deleted.
@@ -65,29 +73,36 @@ class Metrics:
         tokens_per_step: targets per step, over all ranks.
         flops_per_token: FLOPs of forward and backward per token, for mfu.
         device: the device of this rank.
-        skips_overflow: whether the optimizer skips steps with gradients that are not finite. If
-            not, such a step means that the run has diverged.
+        compiles: whether the first step compiles. Its time counts as compilation.
         world: all ranks. Each has its own Metrics.
-        trackers: receive each line too.
+        trackers: receive the lines of training and of evaluations too.
     Attributes:
         evaluated: steps with an evaluation.
-        seconds: time spent in steps.
+        goodput: how the run divides its wall time.
+        bad_steps: the bad steps in a row before the last step that was read, oldest first.
+        skipped: number of skipped steps of the run.
+        restored: the last line of a return to a checkpoint; None without one.
         checkpoint_stall: the value of this key in the next lines. The caller sets it.
     """
 
     def __init__(
         self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int,
-        device: torch.device, skips_overflow: bool, world: World = SINGLE_PROCESS,
+        device: torch.device, compiles: bool = False, world: World = SINGLE_PROCESS,
         trackers: Sequence[Tracker] = (),
     ):  # fmt: skip
         path = run / "metrics.jsonl"
-        self.evaluated = world.on_rank0(lambda: _cut_back(path, start, steps))
+        kept = world.on_rank0(lambda: _cut_back(path, start, steps))
+        self.evaluated = kept.evaluated
+        self.goodput = Goodput(kept.seconds)
+        self.bad_steps = kept.bad_steps
+        self.skipped = kept.skipped
+        self.restored = kept.restored
         path = path if world.is_rank0 else os.devnull
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._device = device
-        self._skips_overflow = skips_overflow
+        self._compiles = compiles
         self._trackers = trackers
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak_flops = known.bf16_flops * world.size if known else None
@@ -95,7 +110,6 @@ class Metrics:
         self._pending: list[_Pending] = []
         self._last_read = time.perf_counter()
         self._seconds_waited = 0.0
-        self.seconds = 0.0
         self.checkpoint_stall = 0.0
 
         self._bar = _progress_bar()
@@ -103,6 +117,7 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self._bar.start()
+        self.goodput.begin("compilation" if self._compiles else "steps")
         return self
 
     def __exit__(self, *_) -> None:
@@ -112,31 +127,35 @@ class Metrics:
             tracker.close()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time inside (evaluation, samples, checkpoints) from the rates."""
+    def paused(self, phase: str) -> Iterator[None]:
+        """Exclude the time inside from the rates, and count it as a phase of goodput.PHASES."""
         self.flush()
-        yield
+        with self.goodput.during(phase):
+            yield
         self._last_read = time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time inside as waiting for a batch."""
         began = time.perf_counter()
-        with torch.profiler.record_function("data"):
+        with torch.profiler.record_function("data"), self.goodput.during("data_wait"):
             yield
         self._seconds_waited += time.perf_counter() - began
 
-    def step(self, step: int, loss: Tensor, lr: float, grad_norm: Tensor) -> None:
-        """Record an optimizer step. `loss` and `grad_norm` are on the device and read later."""
-        values = torch.stack((loss, grad_norm)).float().to("cpu", non_blocking=True)
+    def step(self, step: int, loss: Tensor, lr: float, grad_norm: Tensor, skipped: Tensor) -> None:
+        """Record an optimizer step. The tensors are on the device and read later."""
+        self.goodput.begin("steps")
+        values = torch.stack((loss, grad_norm, skipped)).float().to("cpu", non_blocking=True)
         on_cuda = self._device.type == "cuda"
         copied = None
         if on_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._device))
         self._pending.append(_Pending(step, lr, values, copied))
-        if len(self._pending) == STEPS_PER_READ + on_cuda:
-            self._read(STEPS_PER_READ)
+        # The steps of a read depend on the number of the step only. So a resumed run learns of bad
+        # steps where an unbroken run does.
+        if (step + 1 - on_cuda) % STEPS_PER_READ == 0 and len(self._pending) > on_cuda:
+            self._read(len(self._pending) - on_cuda)
 
     def flush(self) -> None:
         """Read all recorded steps from the device and write their lines."""
@@ -154,7 +173,6 @@ class Metrics:
         now = time.perf_counter()
         seconds = now - self._last_read
         self._last_read = now
-        self.seconds += seconds
         rate = count * self._tokens_per_step / seconds
         mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
         rates = {
@@ -167,25 +185,46 @@ class Metrics:
         self._seconds_waited = 0.0
 
         for step, lr, values, _ in done:
-            loss, norm = values.tolist()
-            self._check_finite(step, lr, loss, norm)
+            loss, norm, skipped = values.tolist()
             line = {
                 "step": step,
                 "tokens": (step + 1) * self._tokens_per_step,
-                "loss": loss,
+                "loss": loss if math.isfinite(loss) else None,
                 "lr": lr,
                 "grad_norm": norm if math.isfinite(norm) else None,
+                "skipped": bool(skipped),
             }
+            if skipped == OVERFLOWED:
+                line["overflow"] = True
+            self._count_skipped(line)
             self._write(line | rates)
         note = f"loss {loss:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
+        if self.skipped:
+            note += f"  {self.skipped} skipped"
         self._bar.update(self._task, completed=step + 1, note=note)
 
-    def _check_finite(self, step: int, lr: float, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and (math.isfinite(norm) or self._skips_overflow):
-            return
-        raise InputError(
-            f"{DIVERGED} (loss {loss}, gradient norm {norm} at step {step}, learning rate {lr:.3g})"
-        )
+    def _count_skipped(self, line: dict) -> None:
+        self.skipped += line["skipped"]
+        if _is_bad(line):
+            self.bad_steps.append(line)
+        elif not line["skipped"]:
+            self.bad_steps.clear()
+
+    def went_back(self, step: int, restored: int) -> None:
+        """Record that the run goes on at `step` with the checkpoint of `restored` steps."""
+        self.bad_steps.clear()
+        self.restored = {"step": step, "restored": restored}
+        self._write(self.restored, is_tracked=False)
+
+    def write_goodput(self, step: int) -> None:
+        """Record how the run has divided its wall time up to `step` steps."""
+        line = {"step": step, **self.goodput.record(), "skipped_steps": self.skipped}
+        self._write(line, is_tracked=False)
+
+    def sync(self) -> None:
+        """Flush the lines to the disk. After a power cut a checkpoint has the lines before it."""
+        if self._file.name != os.devnull:
+            os.fsync(self._file.fileno())
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Write and show an evaluation after `step` steps."""
@@ -202,21 +241,38 @@ class Metrics:
             f"{result.bits_per_byte:.3f} bits per byte"
         )
 
-    def _write(self, line: dict) -> None:
+    def _write(self, line: dict, *, is_tracked: bool = True) -> None:
         with names_file(self._file.name):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        for tracker in self._trackers:
+        for tracker in self._trackers if is_tracked else ():
             tracker.write(line)
+
+
+def _is_bad(line: dict) -> bool:
+    """Return whether a training line is of a bad step, and not of an overflow of float16."""
+    return bool(line.get("skipped")) and not line.get("overflow")
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
     """Return the training lines and the evaluation lines of a run. Damaged lines are left out."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-    lines = [row for row in map(parse_line, text.splitlines()) if row is not None]
+    lines = list(_rows(run / "metrics.jsonl"))
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
     return training, evaluations
+
+
+def describe_goodput(run: Path) -> str:
+    """Describe how the run divided its wall time, and how many steps it skipped, in one line."""
+    *_, line = (row for row in _rows(run / "metrics.jsonl") if "goodput" in row)
+    skipped = line["skipped_steps"]
+    return describe(line) + (f"; {skipped} steps skipped" if skipped else "")
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    """Yield the lines of metrics.jsonl that are not damaged."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return (row for row in map(parse_line, text.splitlines()) if row is not None)
 
 
 def _progress_bar() -> Progress:
@@ -231,28 +287,54 @@ def _progress_bar() -> Progress:
     return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
 
-def _cut_back(path: Path, start: int, steps: int) -> set[int]:
-    """Delete lines that a resumed run writes again, and lines that are damaged.
+@dataclass
+class _Kept:
+    """What the lines before a resumed run's first step say."""
 
-    Returns: the steps of the evaluations that are kept.
-    """
-    kept = []
-    evaluated = set()
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        row = parse_line(line)
-        if row is None:
-            continue
-        is_evaluation = "val_loss" in row
+    evaluated: set[int] = field(default_factory=set)
+    """Steps with an evaluation."""
+    skipped: int = 0
+    bad_steps: list[dict] = field(default_factory=list)
+    restored: dict | None = None
+    seconds: dict[str, float] | None = None
+    """Seconds of each phase of goodput.py; None if no process ran before."""
+
+
+def _cut_back(path: Path, start: int, steps: int) -> _Kept:
+    """Delete lines that a resumed run writes again, and lines that are damaged."""
+    kept = _Kept()
+    if start > 0:
+        kept.seconds = {}
+    lines = []
+    trained = set()
+    for row in _rows(path) if path.exists() else ():
         step = row["step"]
+        if "loss" in row and step < start:
+            trained.add(step)
+            kept.skipped += bool(row.get("skipped"))
+            if _is_bad(row):
+                kept.bad_steps.append(row)
+            elif not row.get("skipped"):
+                kept.bad_steps.clear()
         # The evaluation after the last step is always repeated: resuming a finished run
         # returns it.
-        if step < start or (is_evaluation and step == start < steps):
-            kept.append(line + "\n")
-            if is_evaluation:
-                evaluated.add(step)
-    write_whole(path, ["".join(kept).encode()])
-    return evaluated
+        elif "val_loss" in row and (step < start or step == start < steps):
+            kept.evaluated.add(step)
+        elif "restored" in row and step <= start:
+            kept.restored = row
+            kept.bad_steps.clear()
+        elif "goodput" in row and step <= start:
+            kept.seconds = seconds_before(row, path.stat().st_mtime)
+        else:
+            continue
+        lines.append(json.dumps(row) + "\n")
+    if len(trained) < start:
+        console.print(
+            f"metrics.jsonl: {start - len(trained)} of the {start} steps before the checkpoint "
+            "have no line: they were lost"
+        )
+    write_whole(path, ["".join(lines).encode()])
+    return kept
 
 
 def _memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ def plot_loss(run: Path) -> Path:
     from matplotlib.figure import Figure
 
     training, evaluations = read_metrics(run)
+    training = [line for line in training if line["loss"] is not None]
     # Training waits for the plot. pyplot and a computed layout would take longer: 0.27 s, not
     # 0.18 s (AMD EPYC, 2026-11-26).
     figure = Figure(figsize=(8, 4.5))

@@ -109,7 +109,7 @@ def profiled(
     yield from range(steps.start, begin)
 
     # profile
-    with metrics.paused():  # the rates exclude the profiler's setup and output
+    with metrics.paused("setup"):  # the rates exclude the profiler's setup and output
         profiler = torch.profiler.profile(activities=activities(device))
         profiler.start()
     try:
@@ -119,7 +119,7 @@ def profiled(
         profiler.stop()
 
     # write
-    with metrics.paused(), world.patient():
+    with metrics.paused("setup"), world.patient():
         rows = operators(profiler.events(), config.report.profile, device)
         parts = _table_of_parts(rows, f"steps {begin} to {end - 1}")
         folder.mkdir(exist_ok=True)

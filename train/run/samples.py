@@ -24,6 +24,8 @@ def add_sample(run: Path, step: int, text: str) -> None:
         if int(header[1]) >= step:
             earlier = earlier[: header.start()]
             break
+    if earlier and not earlier.endswith(b"\n"):
+        earlier += b"\n"
     # A line of the text that looks like a header gets a space before it.
     content = _HEADER.sub(rb" \g<0>", text.encode("utf-8", "replace"))
     write_whole(file, [earlier, b"--- step %d\n" % step, content, b"\n"])

@@ -81,7 +81,7 @@ class CheckpointSaver:
     def __exit__(self, _type, error: BaseException | None, _traceback) -> None:
         if error is None:
             self.wait()
-        # A second Ctrl-C ends the program at once. The next save deletes the partial files.
+        # KeyboardInterrupt ends the program at once. The next save deletes the partial files.
         elif not isinstance(error, KeyboardInterrupt):
             try:
                 self._join()

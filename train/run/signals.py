@@ -1,42 +1,174 @@
-"""Stopping a run: SIGINT or SIGTERM on one rank stops all ranks after the same step."""
+"""Stopping a run: signals, and the option `max_minutes`.
 
+    signals     SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1. A signal that the process ignores when it
+                starts, as under nohup, stays ignored. SIGALRM: `max_minutes` are over
+    imports     the process ends at once
+    before the first step    StopRequested is raised where the program is. Nothing is saved
+    steps       the signal is noted. All ranks stop after the same step and write a checkpoint. A
+                single process does not finish a forward, a backward, an evaluation or a sample
+    repeated    signals change nothing. SIGQUIT and SIGKILL end the process without a checkpoint
+
+A handler never prints through Python's streams, which do not allow a second writer.
+
+This module is imported before everything else, so it imports nothing that takes long.
+"""
+
+import contextlib
+import os
 import signal
-import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
-from ..distributed.world import World, is_local_rank0
+from ...errors import InterruptedRun, StopRequested
+from .console import is_local_rank0, print_from_handler
+
+if TYPE_CHECKING:
+    from ..distributed.world import World
+
+Result = TypeVar("Result")
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+_NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_TIME_LIMIT = getattr(signal, "SIGALRM", None)
+
+
+class _State:
+    """The signal that this process has received, and what its handler does."""
+
+    received: int | None = None
+    is_raised = True
+    """Whether the handler raises StopRequested."""
+
+
+# --- before a run
+
+
+def end_at_once_on_signals() -> None:
+    """Print one line and end the process when a signal arrives. For imports: a traceback of an
+    import says nothing, and exceptions inside an import can be lost.
+    """
+    for number in _caught():
+        signal.signal(number, _end_at_once)
+
+
+def restore_default_signals() -> None:
+    """Undo end_at_once_on_signals."""
+    for number in _NUMBERS:
+        if signal.getsignal(number) is _end_at_once:
+            is_interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+
+
+def _end_at_once(number: int, _frame) -> None:
+    if is_local_rank0():
+        print_from_handler(f"tritium: stopped by {signal.Signals(number).name}")
+    os._exit(128 + number)
+
+
+def _caught() -> list[int]:
+    """Return the signals that this process does not ignore. Only the main thread has handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in _NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+# --- during a run
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise InterruptedRun if a signal arrives inside the context. Signals has more inside steps.
+
+    Raises: InterruptedRun with the number of the signal.
+    """
+    _State.received = None
+    _State.is_raised = True
+    numbers = _caught()
+    if numbers and _TIME_LIMIT is not None:
+        numbers.append(_TIME_LIMIT)
+    before = {number: signal.signal(number, _note) for number in numbers}
+    try:
+        yield
+    except StopRequested as stop:
+        raise InterruptedRun(stop.number) from None
+    finally:
+        if _TIME_LIMIT in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            # More signals do not end a process that is about to print how to go on.
+            if _State.received is None or handler is not _end_at_once:
+                signal.signal(number, handler)
+
+
+def set_time_limit(seconds: float) -> None:
+    """Send SIGALRM to this process after `seconds`. Does nothing outside of the main thread."""
+    if _TIME_LIMIT is not None and signal.getsignal(_TIME_LIMIT) is _note:
+        # 0 would mean no limit.
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+
+
+def _note(number: int, _frame) -> None:
+    if _State.received is not None:
+        return
+    _State.received = number
+    if _State.is_raised:
+        raise StopRequested(number)
+    if is_local_rank0():
+        print_from_handler("stopping; a checkpoint will be written")
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM while the context lasts.
+    """Signals of all ranks. Inside the context a signal does not interrupt this process."""
 
-    A second SIGINT interrupts at once. Under torchrun it does not, because the terminal sends
-    SIGINT to the ranks and torchrun sends it to them again.
-    """
-
-    def __init__(self, world: World):
+    def __init__(self, world: "World"):
         self._world = world
-        self._noted_here = False
-        self._noted_on_any = False
+        self._is_received_on_any = False
 
     @property
     def received(self) -> bool:
         """Whether any rank has received a signal. All ranks must read it at the same places."""
-        self._noted_on_any = self._noted_on_any or self._world.any_rank(self._noted_here)
-        return self._noted_on_any
+        self._is_received_on_any = self._is_received_on_any or self._world.any_rank(
+            _State.received is not None
+        )
+        return self._is_received_on_any
+
+    def number(self) -> int:
+        """Return the signal that the lowest rank with a signal received. All ranks must call it."""
+        numbers = [_State.received]
+        if self._world.size > 1:
+            import torch.distributed as dist
+
+            numbers *= self._world.size
+            dist.all_gather_object(numbers, _State.received)
+        return next(number for number in numbers if number is not None)
 
     def __enter__(self) -> "Signals":
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        _State.is_raised = False
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _State.is_raised = True
 
-    def _note(self, number: int, _frame) -> None:
-        if self._noted_here and number == signal.SIGINT and self._world.size == 1:
-            raise KeyboardInterrupt
-        self._noted_here = True
-        if is_local_rank0():
-            print("stopping; a checkpoint will be written", file=sys.stderr)
+    def interruptible(self, work: Callable[[], Result], *, is_local: bool = False) -> Result | None:
+        """Run `work`, which changes nothing that is saved. Return None if a signal cut it short.
+
+        Args:
+            work: called in this process.
+            is_local: whether `work` does not communicate. If it does, signals do not interrupt one
+                of several ranks, because the others would wait for it.
+        """
+        if self._world.size > 1 and not is_local:
+            return work()
+        try:
+            _State.is_raised = True
+            if _State.received is not None:
+                return None
+            result = work()
+            _State.is_raised = False
+            return result
+        except StopRequested:  # at most once: the handler raises for the first signal only
+            print_from_handler("stopping; a checkpoint will be written")
+            return None
+        finally:
+            _State.is_raised = False

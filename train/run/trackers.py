@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard and Weights & Biases receive the lines of metrics.jsonl too.
+"""Trackers: TensorBoard and Weights & Biases receive lines of metrics.jsonl too.
 
 Both packages are in the extra `log` and are imported only when used. metrics.jsonl has everything
 that a tracker has, and nothing is read back from a tracker. A resumed run continues in the

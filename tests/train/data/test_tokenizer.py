@@ -291,6 +291,12 @@ def test_damaged_tokenizer_file_raises(tmp_path, learned):
             Tokenizer.load(path)
 
 
+def test_a_pipe_raises_and_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json: .*expected a file"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
 def test_vocab_size_of_matches_the_tokenizer():
     # tinyshakespeare has 65 different characters.
     tinyshakespeare = "".join(map(chr, range(65, 65 + 65)))

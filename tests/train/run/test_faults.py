@@ -4,13 +4,15 @@ Each test runs the commands `tritium train`, `sample`, `export` in this process.
 """
 
 import itertools
-import json
 import os
+import resource
 import shutil
+import signal
 
 import pytest
 
-from tritium.train import loop
+from tritium.__main__ import dispatch
+from tritium.train import loop, session
 from tritium.train.commands import train
 from tritium.train.data import loader, shards
 from tritium.train.files import seal, unseal
@@ -28,8 +30,8 @@ def names(folder) -> set[str]:
 
 
 def call_at(number: int, name: str, monkeypatch, action) -> None:
-    """Call `action` before the call of this number of `name`, a function of the loop."""
-    original = getattr(loop, name)
+    """Call `action` before the call of this number of `name`, a function of session.py."""
+    original = getattr(session, name)
     count = itertools.count(1)
 
     def counted(*args, **options):
@@ -37,38 +39,31 @@ def call_at(number: int, name: str, monkeypatch, action) -> None:
             action()
         return original(*args, **options)
 
-    monkeypatch.setattr(loop, name, counted)
+    monkeypatch.setattr(session, name, counted)
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing is cleaned up."""
+def kill_before_first_checkpoint(monkeypatch, words) -> None:
+    """Run a command in a fork that ends by kill -9 when it would write its first checkpoint."""
+
+    def die(config, run, *_):
+        (run / "checkpoints" / ".step-0.tmp").mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save_first", die)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                dispatch([str(word) for word in words])
+            finally:
+                os._exit(70)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
-@pytest.fixture
-def killed(monkeypatch, tmp_path):
-    """Run a command that dies before its first checkpoint. Return its folder."""
-
-    def call(tritium, *words):
-        with monkeypatch.context() as patch:
-
-            def die(saver, *_, **__):
-                run = saver._run
-                shutil.copytree(run, tmp_path / "copy")
-                (tmp_path / "copy" / "checkpoints" / ".step-0.tmp").mkdir(parents=True)
-                raise Killed
-
-            patch.setattr(loop.CheckpointSaver, "save", die)
-            with pytest.raises(Killed):
-                tritium(*words)
-        (tmp_path / "copy").rename(tmp_path / "run")
-        return tmp_path / "run"
-
-    return call
-
-
-def test_a_run_killed_before_its_first_checkpoint_goes_on(tiny, tritium, killed, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_goes_on(tiny, tritium, monkeypatch, tmp_path):
     """By the same command, and by --resume. Both end like a run that was not killed."""
-    run = killed(tritium, *tiny)
+    run = tmp_path / "run"
+    kill_before_first_checkpoint(monkeypatch, tiny)
     assert names(run) == {"config.json", "tokenizer.json", "checkpoints", ".step-0.tmp", ".lock"}
     shutil.copytree(run, tmp_path / "second")
     status, _, err = tritium(*tiny)
@@ -86,6 +81,20 @@ def test_an_empty_config_of_a_full_disk_is_taken_over(tiny, tritium, error_of, t
     (run / "config.json").touch()
     assert "start it again with the same command" in error_of("train", "--resume", run)
     assert tritium(*tiny)[0] == 0
+
+
+def test_a_full_disk_at_the_first_file_leaves_no_folder(tiny, tritium, error_of, tmp_path):
+    """A limit on the size of files makes a write fail in the middle, as a full disk does."""
+    assert tritium(*tiny)[0] == 0  # builds the dataset
+    run = tmp_path / "second"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        line = error_of(*tiny, "--out", run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line == f"tritium: {run / 'config.json'}: File too large"
+    assert not run.exists()
 
 
 def test_a_second_process_is_told_which_one_writes(tiny, tritium, monkeypatch, tmp_path):
@@ -192,9 +201,8 @@ def test_a_hostile_run_folder_is_one_line(tiny, tritium, error_of, monkeypatch, 
 
     # sizes
     record = unseal((run / "config.json").read_bytes())
-    for part, sizes in (("model", {"n_layer": 10**9}), ("model", {"d_model": 2 * 10**9})):
-        changed = json.loads(json.dumps(record))
-        changed[part] |= sizes
+    for sizes in ({"n_layer": 10**9}, {"d_model": 2 * 10**9}):
+        changed = record | {part: record[part] | sizes for part in ("train", "model")}
         (run / "config.json").write_bytes(seal(changed))
         for command in (("sample", run), ("train", "--resume", run)):
             assert "parameters in its configuration, got" in error_of(*command)

@@ -126,6 +126,7 @@ def test_missing_options_take_their_defaults(run):
         ({"format_version": 2}, "expected format_version 1, got 2; use the version of tritium"),
         ({"train": {"steps": 0}}, "steps: expected 1 or more"),
         ({"model": {"n_head": 7}}, "expected what `tritium train` wrote"),
+        ({"model": {"context_tokens": 7}}, "context_tokens: expected 256 as in `train`, got 7"),
         ({"dataset": None}, "expected what `tritium train` wrote"),
     ],
 )
@@ -174,7 +175,9 @@ def test_a_folder_with_other_files_is_not_taken_over(name, content, run, dataset
 def test_a_run_has_one_writer_at_a_time(run):
     with only_writer(run, SINGLE_PROCESS):
         with (
-            pytest.raises(InputError, match=rf"run: .*, but process {os.getpid()} on .* does sin"),
+            pytest.raises(
+                InputError, match=rf"run: .*, but process {os.getpid()} on .* has been wr"
+            ),
             only_writer(run, SINGLE_PROCESS),
         ):
             pass
@@ -214,8 +217,15 @@ def test_a_moved_folder_is_noticed(replaced, run):
     assert not replaced or (run / ".lock").exists()
 
 
-def test_a_link_in_a_folder_raises(run, tmp_path):
-    for name in ("samples.txt", "metrics.jsonl", "checkpoints"):
+def test_a_link_or_a_pipe_in_a_folder_raises(run, tmp_path):
+    os.mkfifo(run / "metrics.jsonl")
+    with (
+        pytest.raises(InputError, match=r"metrics\.jsonl: expected .*, got a device or a pipe"),
+        only_writer(run, SINGLE_PROCESS),
+    ):
+        pass
+    (run / "metrics.jsonl").unlink()
+    for name in ("samples.txt", "metrics.jsonl", "checkpoints", "profile"):
         (run / name).symlink_to(tmp_path / "elsewhere")
         with (
             pytest.raises(InputError, match=rf"{name}: expected a file or folder .*, got a link"),

@@ -8,7 +8,10 @@ pytestmark = pytest.mark.plain
 
 
 def test_lines_of_training_and_of_evaluations_are_read():
-    for line in ({"step": 3, "loss": 2.5, "grad_norm": None}, {"step": 4, "val_loss": 2}):
+    for line in (
+        {"step": 3, "loss": 2.5, "lr": 0.1, "grad_norm": None},
+        {"step": 4, "val_loss": 2},
+    ):
         assert parse_line(json.dumps(line)) == line
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritium.errors import InputError
 from tritium.kernels.core.device import ceiling
+from tritium.train.bad_steps import OVERFLOWED
 from tritium.train.evaluate import Evaluation
 from tritium.train.run.metrics import STEPS_PER_READ, Metrics, read_metrics
 
@@ -20,26 +20,29 @@ def metrics(run, start=0, **options):
         "tokens_per_step": 100,
         "flops_per_token": 10,
         "device": CPU,
-        "skips_overflow": False,
     }
     return Metrics(run, start=start, **sizes | options)
 
 
 def record(m, steps):
     for step in steps:
-        m.step(step, torch.tensor(5.0 - step / 10), 1e-3, torch.tensor(0.5))
+        record_step(m, step, 5.0 - step / 10, 0.5, 0)
+
+
+def record_step(m, step, loss, norm, skipped):
+    m.step(step, torch.tensor(loss), 1e-3, torch.tensor(norm), torch.tensor(float(skipped)))
 
 
 def test_each_step_has_a_line(tmp_path):
     with metrics(tmp_path) as m:
         record(m, range(STEPS_PER_READ + 2))
-        with m.paused():
+        with m.paused("evaluation"):
             m.evaluation(STEPS_PER_READ + 2, Evaluation(loss=3.0, bits_per_byte=1.5, tokens=9))
     rows, evaluations = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(STEPS_PER_READ + 2))
     assert rows[3] | {"tokens_per_second": 0, "memory": 0} == {
         "step": 3, "tokens": 400, "loss": pytest.approx(4.7), "lr": 1e-3, "grad_norm": 0.5,
-        "tokens_per_second": 0, "mfu": None, "memory": 0, "data_wait": 0,
+        "skipped": False, "tokens_per_second": 0, "mfu": None, "memory": 0, "data_wait": 0,
         "checkpoint_stall": 0.0,
     }  # fmt: skip
     assert rows[3]["tokens_per_second"] > 0
@@ -64,7 +67,7 @@ def test_data_wait_is_the_fraction_of_step_time_spent_waiting(tmp_path, monkeypa
                 now[0] += 1
             now[0] += 3
             record(m, [step])
-            with m.paused():
+            with m.paused("evaluation"):
                 now[0] += 100
         with m.waiting():
             now[0] += 2
@@ -102,7 +105,7 @@ def test_mfu_is_null_for_gpus_with_unknown_peak(tmp_path, monkeypatch):
 def test_resumed_run_has_each_step_once(tmp_path):
     with metrics(tmp_path) as m:
         record(m, range(20))
-        with m.paused():
+        with m.paused("evaluation"):
             for step in (10, 20):
                 m.evaluation(step, Evaluation(loss=3.0, bits_per_byte=1.0, tokens=9))
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -116,26 +119,36 @@ def test_resumed_run_has_each_step_once(tmp_path):
     assert [row["step"] for row in evaluations] == [10]
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (5.0, torch.nan), (5.0, torch.inf)])
-def test_nonfinite_loss_or_gradient_stops_the_run(loss, norm, tmp_path):
+def test_bad_steps_in_a_row_are_counted_and_an_overflow_neither_counts_nor_ends_them(tmp_path):
     with metrics(tmp_path) as m:
-        record(m, range(3))
-        m.step(3, torch.tensor(loss), 1e-3, torch.tensor(norm))
-        with pytest.raises(
-            InputError, match=r"training diverged: .* at step 3, learning rate 0\.001"
-        ):
-            m.flush()
-    assert len(read_metrics(tmp_path)[0]) == 3
-
-
-def test_step_skipped_by_float16_has_no_grad_norm(tmp_path):
-    with metrics(tmp_path, skips_overflow=True) as m:
-        m.step(0, torch.tensor(5.0), 1e-3, torch.tensor(torch.inf))
+        record_step(m, 0, torch.nan, 1.0, 1)
+        record(m, [1])
+        record_step(m, 2, 5.0, torch.inf, 1)
+        record_step(m, 3, 5.0, torch.inf, OVERFLOWED)
+        record_step(m, 4, 90.0, 1.0, 1)
         m.flush()
-        m.step(1, torch.tensor(torch.nan), 1e-3, torch.tensor(1.0))
-        with pytest.raises(InputError, match="training diverged"):
-            m.flush()
-    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path)[0]] == [(5.0, None)]
+        assert [row["step"] for row in m.bad_steps] == [2, 4]
+        assert m.skipped == 4
+    rows, _ = read_metrics(tmp_path)
+    assert [row["skipped"] for row in rows] == [True, False, True, True, True]
+    assert (rows[0]["loss"], rows[2]["grad_norm"]) == (None, None)
+    with metrics(tmp_path, start=5) as m:
+        assert [row["step"] for row in m.bad_steps] == [2, 4]
+        assert m.skipped == 4
+        m.went_back(5, 0)
+        record(m, [5])
+    with metrics(tmp_path, start=5) as m:
+        assert not m.bad_steps
+        assert m.restored == {"step": 5, "restored": 0}
+
+
+def test_a_resume_tells_lost_lines(tmp_path, capsys):
+    with metrics(tmp_path) as m:
+        record(m, range(10))
+        m.flush()
+    with metrics(tmp_path, start=14):
+        pass
+    assert "4 of the 14 steps before the checkpoint have no line" in capsys.readouterr().err
 
 
 def test_on_cuda_reading_does_not_wait_for_the_newest_step(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tiny, launch, 
     status, out, errors = launch(
         2, *tiny[1:], *endless, "--parallel", "fsdp", signal=[run, 1, SIGTERM]
     )
-    assert status == [130, 130], errors
+    assert status == [143, 143], errors
     assert f"torchrun ... -m tritium.train --resume {run}" in out[0]
     assert out[1] == ""
     step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())

@@ -1,0 +1,38 @@
+"""A small run, and a way to start it in another process."""
+
+import pytest
+
+from tests.faults.processes import Processes
+
+IMPORTS = "from tritium.train import evaluate, loop, session, trainer\nimport os, torch\n"
+
+
+@pytest.fixture(scope="session")
+def processes():
+    found = Processes()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """Words of a command that takes about a second."""
+    text = tmp_path / "corpus.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog\n" * 300)
+    return [
+        *("train", "laptop", "--data", str(text), "--tokenizer", "bytes", "--device", "cpu"),
+        *("--n-layer", "1", "--n-head", "2", "--d-model", "16", "--context-tokens", "16"),
+        *("--steps", "20", "--batch-size", "4", "--warmup-steps", "2", "--sample-tokens", "5"),
+        *("--eval-interval", "10", "--eval-tokens", "64", "--checkpoint-interval", "10"),
+    ]
+
+
+@pytest.fixture
+def begin(processes, tmp_path):
+    """Start a command after a hook, with a cache of its own. Its output goes to a folder `name`."""
+
+    def call(words, hook="", name="process"):
+        home = f"os.environ['TRITIUM_HOME'] = {str(tmp_path / 'home')!r}\n"
+        return processes.start(words, tmp_path / name, IMPORTS + home + hook)
+
+    return call

@@ -1,0 +1,160 @@
+"""Bad steps in runs: each run is compared with one that leaves the same steps out."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from tritium.train import session
+from tritium.train.run.metrics import read_metrics
+from tritium.train.trainer import Trainer
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Change the loss or a gradient of some steps: inject({7}, "loss", nan)."""
+    original = Trainer.backward
+
+    def install(steps, where, value):
+        def backward(self, batch, num_targets=None, *, step=0):
+            loss = original(self, batch, num_targets, step=step)
+            if step in steps and where == "loss":
+                self._loss = loss = torch.full_like(loss, value)
+                for parameter in self.model.parameters():
+                    parameter.grad.fill_(value)
+            elif step in steps:
+                self.model.wte.weight.grad[0, 0] = value
+            return loss
+
+        monkeypatch.setattr(Trainer, "backward", backward)
+
+    return install
+
+
+@pytest.fixture
+def leave_out(monkeypatch):
+    """Let a run neither see nor use the data of some steps: leave_out({7})."""
+
+    def install(steps):
+        backward, update = Trainer.backward, Trainer.update
+
+        def no_backward(self, batch, num_targets=None, *, step=0):
+            self.step = step
+            if step in steps:
+                return torch.zeros(())
+            return backward(self, batch, num_targets, step=step)
+
+        def no_update(self, lr):
+            return torch.zeros(()) if self.step in steps else update(self, lr)
+
+        monkeypatch.setattr(Trainer, "backward", no_backward)
+        monkeypatch.setattr(Trainer, "update", no_update)
+
+    return install
+
+
+def state(run, step=20) -> tuple[bytes, bytes]:
+    folder = run / "checkpoints" / f"step-{step}"
+    return tuple((folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer"))
+
+
+NAN = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "value", "steps"),
+    [
+        ([], "loss", NAN, {0, 7, 9, 19}),
+        pytest.param([], "gradient", NAN, {7}, marks=pytest.mark.slow),
+        pytest.param([], "gradient", torch.inf, {9}, marks=pytest.mark.slow),
+        pytest.param(["--optimizer", "muon"], "loss", NAN, {0, 9}, marks=pytest.mark.slow),
+        (["--optimizer", "muon"], "gradient", NAN, {9}),
+        (["--precision", "float16"], "loss", NAN, {7, 9}),
+        pytest.param(
+            *(["--precision", "float16", "--optimizer", "muon"], "loss", NAN, {9}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_with_bad_steps_ends_like_a_run_that_never_saw_them(
+    words, where, value, steps, tiny, tritium, inject, leave_out, tmp_path, monkeypatch
+):
+    """Steps 9 and 19 are the last before a checkpoint."""
+    with monkeypatch.context():
+        inject(steps, where, value)
+        status, out, err = tritium(*tiny, *words, "--out", tmp_path / "bad")
+        assert status == 0, err
+        monkeypatch.undo()
+    assert f"{len(steps)} steps skipped" in out
+    rows, _ = read_metrics(tmp_path / "bad")
+    assert {row["step"] for row in rows if row["skipped"]} == steps
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(session, "plot_loss", lambda run: None)
+    leave_out(steps)
+    assert tritium(*tiny, *words, "--out", tmp_path / "never")[0] == 0
+    assert state(tmp_path / "bad") == state(tmp_path / "never")
+    assert state(tmp_path / "bad", 10) == state(tmp_path / "never", 10)
+
+
+def test_steps_that_stay_bad_go_back_once_and_leave_out_their_data(
+    tiny, tritium, inject, leave_out, tmp_path, monkeypatch
+):
+    """Steps 12 to 19 are bad. The loop reads them after step 19 and goes back to step 10."""
+    words = [*tiny, "--steps", 30]
+    with monkeypatch.context():
+        inject(set(range(12, 20)), "loss", NAN)
+        status, _, err = tritium(*words, "--out", tmp_path / "bad")
+        assert status == 0, err
+        monkeypatch.undo()
+    assert "step 20: 8 bad steps in a row; restored the checkpoint of step 10" in err
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(session, "plot_loss", lambda run: None)
+    leave_out(set(range(10, 20)))
+    assert tritium(*words, "--out", tmp_path / "never")[0] == 0
+    for step in (20, 30):
+        assert state(tmp_path / "bad", step) == state(tmp_path / "never", step)
+
+
+def test_a_run_that_stays_bad_stops_and_goes_on_with_a_lower_learning_rate(
+    tiny, tritium, error_of, inject, tmp_path, monkeypatch
+):
+    inject(set(range(12, 90)), "gradient", NAN)
+    message = error_of(*tiny, "--steps", 90)
+    assert "training diverged: lower --lr" in message
+    assert "steps 20 to 29 were bad: loss" in message
+    assert "gradient norm None" in message
+    assert "had left out the data of steps 10 to 19 already" in message
+    assert f"--resume {tmp_path / 'run'} --change lr=0.0015" in message
+    monkeypatch.undo()  # with this learning rate all steps are good
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    words = ("train", "--resume", tmp_path / "run", "--change", "lr=0.0015")
+    status, out, err = tritium(*words, "--change", "steps=30")
+    assert status == 0, err
+    assert "18 steps skipped" in out
+
+
+def test_no_checkpoint_has_weights_that_are_not_finite(
+    tiny, error_of, inject, tmp_path, monkeypatch
+):
+    """The update after step 9 makes a weight infinite. The checkpoint is due right after it."""
+    update = Trainer.update
+
+    def infinite(self, lr):
+        result = update(self, lr)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count >= 10:
+            self.model.wte.weight.data[0, 0] = torch.inf
+        return result
+
+    monkeypatch.setattr(Trainer, "update", infinite)
+    message = error_of(*tiny, "--steps", 40)
+    assert "steps 11 to 19 were bad" in message
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        assert all(value.isfinite().all() for value in tensors.values()), folder
+
+
+def test_a_learning_rate_that_overflows_is_an_error_in_one_line(tiny, error_of):
+    assert "training diverged: lower --lr" in error_of(*tiny, "--lr", "1e39", "--warmup-steps", 0)
