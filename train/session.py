@@ -73,6 +73,7 @@ class Session:
             self.metrics.step(step, loss, lr, grad_norm, trainer.optimizer.skipped)
 
             done = step + 1
+            world.mark(done)
             if done == config.steps or done % config.report.checkpoint_interval == 0:
                 self.save(done)
         result = self.evaluate(config.steps)

@@ -1,5 +1,6 @@
 """A corpus and a model that train in about a second, and ways to call the program."""
 
+import functools
 import json
 import os
 import subprocess
@@ -85,18 +86,19 @@ def error_of(tritium):
     return call
 
 
-@pytest.fixture(scope="session")
-def forking():
-    """The program that forks ranks. Started once, because importing PyTorch takes seconds."""
+@functools.cache
+def forking() -> subprocess.Popen:
+    """Start the program that forks ranks, once. It ends with this process, which holds its stdin.
+
+    Importing PyTorch takes seconds.
+    """
     program = Path(__file__).with_name("ranks.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, program], **pipes) as process:
-        yield process
-        process.stdin.close()
+    return subprocess.Popen([sys.executable, program], **pipes)
 
 
 @pytest.fixture
-def launch(forking, tmp_path):
+def launch(tmp_path):
     """Call train on several ranks: launch(2, *words) -> (status, stdout, stderr) of each rank.
 
     0 ranks: one process without torchrun. ranks.py describes `environment` and `more`.
@@ -113,9 +115,8 @@ def launch(forking, tmp_path):
             "folder": str(folder),
             "environment": environment,
         }
-        job |= {name: str(value) for name, value in more.items()}
-        print(json.dumps(job), file=forking.stdin, flush=True)
-        status = json.loads(forking.stdout.readline())["status"]
+        print(json.dumps(job | more, default=str), file=forking().stdin, flush=True)
+        status = json.loads(forking().stdout.readline())["status"]
         outputs = [(folder / f"{rank}.out").read_text() for rank in range(len(status))]
         errors = [(folder / f"{rank}.err").read_text() for rank in range(len(status))]
         return status, outputs, errors

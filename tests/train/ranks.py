@@ -7,8 +7,11 @@ job per line from stdin, as JSON, and answers with one line: {"status": [one per
     ranks          number of ranks; 0: one process without torchrun
     folder         rank i writes to FOLDER/i.out and FOLDER/i.err
     environment    variables of all ranks; null unsets one
-    stop           a run's folder: once it has metrics, the last rank gets SIGTERM
+    signal         [run, rank, number]: once the run's folder has metrics, the rank gets the signal
+    hook           Python code that each rank executes first, with its number in `rank`
     backend        of torch.compile
+
+Like torchrun, this process hosts the store through which the ranks connect.
 """
 
 import functools
@@ -17,29 +20,34 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from tritium.train import session
 from tritium.train.commands.cli import run
-from tritium.train.commands.train import main
+from tritium.train.commands.train import _parse_new_run, main
 
 for name in (
-    "_dynamo",
-    "distributed.checkpoint.state_dict",
-    "distributed.fsdp",
-    "distributed.optim",
+    "numpy.ma",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.utils.serialization",
 ):
-    importlib.import_module(f"torch.{name}")
+    importlib.import_module(name)
 # Drawing takes longer than the run.
 session.plot_loss = lambda run: None
-# Keeps the garbage collector of each rank away from all that was imported.
+# Imports what the parser needs, and fills its caches.
+_parse_new_run(["laptop"])
+# Keeps the garbage collector of each rank away from all that was imported, until the rank ends.
 gc.freeze()
+gc.unfreeze = lambda: None
 
 SECONDS = 100
 
@@ -55,6 +63,7 @@ def work(job: dict, rank: int, port: int) -> int:
             "LOCAL_WORLD_SIZE": ranks,
         }
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        variables |= {"TORCHELASTIC_USE_AGENT_STORE": True}
     for name, value in (variables | job["environment"]).items():
         os.environ.pop(name, None)
         if value is not None:
@@ -65,16 +74,30 @@ def work(job: dict, rank: int, port: int) -> int:
         )
     if "backend" in job:
         torch.compile = functools.partial(torch.compile, backend=job["backend"])
+    exec(job.get("hook", ""), {"rank": rank})
     status = run(main, job["words"])
     sys.stdout.flush()
     return status
 
 
+@functools.cache
+def warm_up(backend: str) -> None:
+    """Import what a first compilation needs, for all later ranks."""
+    torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(1, requires_grad=True))
+    torch._dynamo.reset()
+    gc.freeze()
+
+
+def has_metrics(run: str) -> bool:
+    file = Path(run) / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
 def answer(job: dict) -> dict:
     """Fork the ranks of a job and wait for them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    if "backend" in job:
+        warm_up(job["backend"])
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     status = [None] * max(1, job["ranks"])
     running = {}  # process id -> rank
     for rank in range(len(status)):
@@ -82,7 +105,7 @@ def answer(job: dict) -> dict:
         if pid == 0:
             code = 70
             try:
-                code = work(job, rank, port)
+                code = work(job, rank, store.port)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -90,14 +113,14 @@ def answer(job: dict) -> dict:
                 os._exit(code)
         running[pid] = rank
     deadline = time.monotonic() + SECONDS
-    stop = Path(job["stop"]) / "metrics.jsonl" if "stop" in job else None
+    folder, target, number = job.get("signal", (None, None, None))
     while running and time.monotonic() < deadline:
         pid, code = os.waitpid(-1, os.WNOHANG)
         if pid:
             status[running.pop(pid)] = os.waitstatus_to_exitcode(code)
-        elif stop is not None and stop.exists() and stop.stat().st_size:
-            os.kill(max(running, key=running.get), signal.SIGTERM)
-            stop = None
+        elif folder is not None and has_metrics(folder):
+            os.kill(next(pid for pid, rank in running.items() if rank == target), number)
+            folder = None
         else:
             time.sleep(0.01)
     for pid in running:

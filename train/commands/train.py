@@ -18,7 +18,14 @@ from ...errors import DivergedError, InputError, InterruptedRun, NoMemoryError
 from ...model import GPTConfig
 from ...model.cost import parameters
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
-from ..distributed.launch import Launch, join
+from ..distributed.launch import (
+    Launch,
+    is_restarted,
+    join,
+    remember_folder,
+    remembered_folder,
+    stop_status,
+)
 from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..loop import resume, start
@@ -96,8 +103,11 @@ def main(argv: Sequence[str]) -> int:
     if is_auto and not out:
         raise InputError("--resume auto: expected --out with the folder of the run, got none")
     with join(launch) as world:
-        run = world.on_rank0(lambda: Path(out) if out else _create_free_folder(name))
-        if is_auto and world.on_rank0(lambda: _has_checkpoint(run)):
+        run = world.on_rank0(
+            lambda: Path(out) if out else remembered_folder() or _create_free_folder(name)
+        )
+        remember_folder(run)
+        if (is_auto or is_restarted()) and world.on_rank0(lambda: _has_checkpoint(run)):
             record = world.on_rank0(lambda: read_run(run))
             changes = changes_between(run, record.train, config)
             return _run_and_report(run, world, lambda: resume(run, world, changes))
@@ -311,7 +321,7 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
     except InterruptedRun as stop:
         if world.is_rank0:
             print(_describe_stop(run, world))
-        return _stop_status(run, stop)
+        return stop_status(_stop_status(run, stop))
     except DivergedError as error:
         lower = f"--change lr={read_run(run).train.lr / 2:g}"
         raise InputError(f"{error}; go on with: {_resume_command(run, world)} {lower}") from error

@@ -53,6 +53,9 @@ class SingleProcess:
     gathers_copies = False
     """Whether the gather_* methods return new tensors, not those that the next step changes."""
 
+    can_shard_checkpoints = False
+    """Whether each rank can write and read its part of a checkpoint."""
+
     def __init__(self, model: GPT, execution: "Execution"):
         self.model = model
         self.execution = execution
@@ -78,6 +81,7 @@ class SingleProcess:
 
     def begin_micro_step(self, *, is_last: bool) -> None:
         """Prepare for a backward. Only the last one of a step communicates gradients."""
+        self.world.mark()
 
     def finish_gradients(self) -> None:
         """Wait until the gradients of the masters are averages over ranks."""
@@ -161,6 +165,7 @@ class DDP(SingleProcess):
         self._buckets.begin_step()
 
     def begin_micro_step(self, *, is_last: bool) -> None:
+        super().begin_micro_step(is_last=is_last)
         self._is_last = is_last
         if is_last:
             self._buckets.begin_last_backward()
@@ -199,7 +204,8 @@ class ZeRO1(DDP):
         names = self._names()
         states = {}
         for part in optimizer.parts:
-            part.consolidate_state_dict(to=0)
+            with self.world.patient():
+                part.consolidate_state_dict(to=0)
             if self.world.is_rank0:
                 parameters = [each for group in part.param_groups for each in group["params"]]
                 for index, state in part.state_dict()["state"].items():
@@ -217,6 +223,11 @@ class FSDP(SingleProcess):
     shards_weights = True
     shards_memory = True
     gathers_copies = True
+
+    @property
+    def can_shard_checkpoints(self) -> bool:
+        """Not with tensor ranks, which store the rows of attention in another order."""
+        return self.world.tensor_ranks == 1
 
     @staticmethod
     def check(config: GPTConfig, execution: "Execution") -> None:
@@ -261,6 +272,7 @@ class FSDP(SingleProcess):
         return self.working
 
     def begin_micro_step(self, *, is_last: bool) -> None:
+        super().begin_micro_step(is_last=is_last)
         self.model.set_requires_gradient_sync(is_last)
 
     def complete_model(self) -> GPT | None:
@@ -277,7 +289,8 @@ class FSDP(SingleProcess):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)
+        with self.world.patient():
+            weights = get_model_state_dict(self.model, options=options)
         return {name: self._to_checkpoint(name, value) for name, value in weights.items()}
 
     def scatter_weights(self, weights: Weights | None) -> None:
@@ -299,7 +312,8 @@ class FSDP(SingleProcess):
         if not optimizer.states():
             return {}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        content = get_optimizer_state_dict(self.model, optimizer.parts, options=options)
+        with self.world.patient():
+            content = get_optimizer_state_dict(self.model, optimizer.parts, options=options)
         return {
             name: {key: self._to_checkpoint(name, value) for key, value in state.items()}
             for name, state in content.get("state", {}).items()

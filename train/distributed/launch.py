@@ -2,10 +2,14 @@
 
 import contextlib
 import datetime
+import math
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,13 +17,16 @@ import torch.distributed as dist
 
 from ...errors import InputError
 from .engines import ENGINES, SingleProcess
+from .heartbeat import Heartbeat, is_hosted_by_torchrun
 from .world import SINGLE_PROCESS, World
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # Clusters set these two for other programs too, so they do not show that torchrun is used.
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
-# Long, because one rank may build a dataset while others wait. torchrun ends dead runs sooner.
-_TIMEOUT = datetime.timedelta(minutes=30)
+# Timeout of collectives. One rank may build a dataset while the others wait. The heartbeat ends a
+# run with a lost rank sooner.
+_TIMEOUT = datetime.timedelta(hours=24)
+_TIMEOUT_WITHOUT_HEARTBEAT = datetime.timedelta(minutes=30)
 _PARALLEL = tuple(name for name, engine in ENGINES.items() if engine is not SingleProcess)
 
 
@@ -33,6 +40,10 @@ class Launch:
     """fsdp: number of ranks that together hold one copy of the weights. None: all."""
     tensor_parallel: int = 1
     """fsdp: number of neighbouring ranks that compute each layer together."""
+    sharded_checkpoints: Literal["auto", "on", "off"] = "auto"
+    """fsdp: each rank writes its part of a checkpoint. auto: from 2 billion parameters on."""
+    rank_timeout: float = 25.0
+    """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
 
 
 @contextlib.contextmanager
@@ -46,23 +57,118 @@ def join(launch: Launch) -> Iterator[World]:
     if ranks is None:
         if launch != Launch():
             raise InputError(
-                "--parallel, --shard-ranks, --tensor-parallel: expected torchrun to start the "
-                "program; see --help"
+                "--parallel, --shard-ranks, --tensor-parallel, --sharded-checkpoints, "
+                "--rank-timeout: expected torchrun to start the program; see --help"
             )
         yield SINGLE_PROCESS
         return
+    if not 0 <= launch.rank_timeout < math.inf:
+        raise InputError(f"--rank-timeout: expected 0 or more seconds, got {launch.rank_timeout}")
     world = World(**ranks, **_resolve(launch, ranks["size"]), is_distributed=True)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=_store("training", is_host=world.is_rank0 and not is_hosted_by_torchrun()),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=_TIMEOUT if launch.rank_timeout else _TIMEOUT_WITHOUT_HEARTBEAT,
+    )
+    if world.size > 1 and launch.rank_timeout:
+        world.heartbeat = _start_heartbeat(world, launch.rank_timeout)
     try:
         yield world
-    except InputError as error:
-        # All ranks raise it. After any other error the other ranks may be waiting for this one.
+    except Exception as error:
+        _ignore_torchrun()
         traceback.clear_frames(error.__traceback__)
-        world.leave()
+        _end_other_ranks(error, world)
         raise
+    _ignore_torchrun()
     world.leave()
+
+
+def _ignore_torchrun() -> None:
+    """Ignore SIGTERM, which torchrun sends as soon as one rank has ended.
+
+    This process ends too, with its own status and after its own message.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _start_heartbeat(world: World, timeout: float) -> Heartbeat:
+    """Start the heartbeat, with a connection of its own to the store."""
+    heartbeat = Heartbeat(
+        _store("heartbeat", seconds=max(timeout, 1)), world.rank, world.size, timeout
+    )
+    dist.all_reduce(torch.zeros(1))  # from now on all ranks have a beat
+    return heartbeat
+
+
+def _store(name: str, *, is_host: bool = False, seconds: float = 1800) -> dist.Store:
+    """Connect to the store through which ranks find each other.
+
+    Args:
+        name: keys of one name do not collide with those of another.
+        is_host: whether this process hosts the store.
+        seconds: timeout.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=is_host,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=seconds),
+    )
+    # torchrun keeps the store for its next attempt, and with it the addresses of dead ranks.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"tritium/{attempt}/{name}", store)
+
+
+def _end_other_ranks(error: Exception, world: World) -> None:
+    """Let all ranks end after an error. Return on the ranks that print it."""
+    is_input = isinstance(error, InputError)
+    heartbeat = world.heartbeat
+    if is_input and (heartbeat is None or heartbeat.all_ranks_raise()):
+        world.leave()
+    elif heartbeat is not None:
+        heartbeat.fail(error, is_input=is_input)
+        heartbeat.leave()
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun has started all ranks again, after one failed (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def stop_status(status: int) -> int:
+    """Return the exit status of a requested stop: 0 if torchrun would start the ranks again."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 else status
+
+
+def remember_folder(run: Path) -> None:
+    """Note the folder of the run for the ranks that torchrun may start after a failure."""
+    note = _note()
+    if note is not None:
+        with contextlib.suppress(OSError):
+            note.write_text(str(run.absolute()))
+
+
+def remembered_folder() -> Path | None:
+    """Return the folder that remember_folder noted before a restart; None if there is none."""
+    note = _note()
+    if note is None or not is_restarted():
+        return None
+    try:
+        return Path(note.read_text())
+    except OSError:
+        return None
+
+
+def _note() -> Path | None:
+    """Return a file in the folder of torchrun's logs, which all of its attempts share."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/1/error.json
+    return Path(file).parents[2] / "tritium-run" if file else None
 
 
 def _read_ranks() -> dict[str, int] | None:
@@ -116,4 +222,14 @@ def _resolve(launch: Launch, size: int) -> dict[str, Any]:
             f"--shard-ranks: expected a divisor of the {data_ranks} ranks that divide the batch, "
             f"got {shard_ranks}"
         )
-    return {"engine": engine, "shard_ranks": shard_ranks, "tensor_ranks": tensor_ranks}
+    if launch.sharded_checkpoints == "on" and (engine != "fsdp" or tensor_ranks > 1):
+        raise InputError(
+            "--sharded-checkpoints: expected --parallel fsdp without --tensor-parallel with it, "
+            f"got {engine} and {tensor_ranks}"
+        )
+    return {
+        "engine": engine,
+        "shard_ranks": shard_ranks,
+        "tensor_ranks": tensor_ranks,
+        "sharded_checkpoints": launch.sharded_checkpoints,
+    }

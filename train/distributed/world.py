@@ -9,8 +9,9 @@
 launch.py connects the processes. engines.py defines how they share the model.
 """
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...errors import InputError, describe_os_error
 from ..device import choose_device
+from .heartbeat import Heartbeat
 
 Result = TypeVar("Result")
 
@@ -36,6 +38,9 @@ class World:
         engine: name in engines.ENGINES of how the ranks share the model.
         shard_ranks: ranks that together hold one copy of the weights.
         tensor_ranks: ranks that together compute each layer.
+        sharded_checkpoints: on, off or auto, as in launch.Launch.
+    Attributes:
+        heartbeat: notices ranks that die or hang; None in a single process.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class World:
         engine: str = "single",
         shard_ranks: int = 1,
         tensor_ranks: int = 1,
+        sharded_checkpoints: str = "off",
     ):
         self.rank = rank
         self.size = size
@@ -58,9 +64,11 @@ class World:
         self.engine = engine
         self.shard_ranks = shard_ranks
         self.tensor_ranks = tensor_ranks
+        self.sharded_checkpoints = sharded_checkpoints
         self.is_rank0 = rank == 0
         self.data_rank = rank // tensor_ranks
         self.data_ranks = size // tensor_ranks
+        self.heartbeat: Heartbeat | None = None
         self._pending_flag: tuple[dist.Work, Tensor] | None = None
 
     def device(self, name: str) -> torch.device:
@@ -99,6 +107,25 @@ class World:
             mesh["shards", "tensor"]._flatten()
         return mesh
 
+    # --- progress, for the heartbeat
+
+    def mark(self, step: int | None = None) -> None:
+        """Note that this rank makes progress, and the number of complete steps.
+
+        After the first step, a rank without marks counts as hung after some seconds.
+        """
+        if self.heartbeat is not None:
+            self.heartbeat.mark(step)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Allow this rank half an hour without marks, inside the context."""
+        if self.heartbeat is None:
+            yield
+        else:
+            with self.heartbeat.patient():
+                yield
+
     # --- agreement: every rank must call these at the same places
 
     def run_on_all_ranks(self, work: Callable[[], Result]) -> Result:
@@ -110,14 +137,15 @@ class World:
             return work()
         result = None
         error = None
-        try:
-            result = work()
-        except InputError as caught:
-            error = str(caught)
-        except OSError as caught:
-            error = describe_os_error(caught)
         errors = [None] * self.size
-        dist.all_gather_object(errors, error)
+        with self.patient():
+            try:
+                result = work()
+            except InputError as caught:
+                error = str(caught)
+            except OSError as caught:
+                error = describe_os_error(caught)
+            dist.all_gather_object(errors, error)
         if any(errors):
             raise InputError(next(filter(None, errors)))
         return result
@@ -156,6 +184,7 @@ class World:
         """
         if self.size == 1:
             return flag
+        self.mark()
         pending = self._pending_flag
         flags = torch.tensor(int(flag))
         self._pending_flag = (dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True), flags)
@@ -168,6 +197,7 @@ class World:
     def mean(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its mean over ranks, and return it."""
         if self.size > 1:
+            self.mark()
             dist.all_reduce(tensor)
             tensor /= self.size
         return tensor
@@ -175,6 +205,7 @@ class World:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by the tensor of rank 0, and return it."""
         if self.size > 1:
+            self.mark()
             dist.broadcast(tensor, src=0)
         return tensor
 
@@ -182,6 +213,8 @@ class World:
         """Close the connection. All ranks must call it."""
         if self._pending_flag is not None:
             self._pending_flag[0].wait()
+        if self.heartbeat is not None:
+            self.heartbeat.leave()
         # Free models now. A model that is freed later would release the last reference to the
         # connection and wait for its threads, which themselves wait for Python.
         gc.collect()

@@ -35,6 +35,7 @@ from ..bad_steps import is_judge_state
 from ..distributed.engines import SingleProcess, States, Weights
 from ..files import flush_folder, seal, unseal, write_flushed
 from ..optim import Optimizer
+from .sharded_checkpoint import check_shards, is_shard, load_shards, read_complete
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -108,16 +109,15 @@ def load_newest(
     """
     world = engine.world
     content = world.run_on_all_ranks(
-        lambda: (
-            _read_newest(run, _shapes(engine.model), at_most)
-            if world.is_rank0
-            else (None, None, None)
-        )
+        lambda: _read_newest(run, engine, at_most) if world.is_rank0 else (None, None, None)
     )
     state, weights, optimizer_states = content
     state = world.on_rank0(lambda: state)
-    engine.scatter_weights(weights)
-    engine.scatter_optimizer_states(optimizer_states, optimizer)
+    if is_shard(next(iter(state["files"]))) and engine.can_shard_checkpoints:
+        load_shards(run / "checkpoints" / f"step-{state['step']}", engine, optimizer)
+    else:
+        engine.scatter_weights(weights)
+        engine.scatter_optimizer_states(optimizer_states, optimizer)
     # Empty if the checkpoint was not written in float16.
     if state["loss_scale"]:
         optimizer.scaler.load_state_dict(state["loss_scale"])
@@ -136,7 +136,11 @@ def load_weights(folder: Path, model: GPT) -> int:
     """
     try:
         state = _read_state(folder)
-        weights = _read_weights(folder, state, _shapes(model))
+        if is_shard(next(iter(state["files"]))):
+            check_shards(folder, state["files"], _shapes(model))
+            weights, _ = read_complete(folder, with_optimizer=False)
+        else:
+            weights = _read_weights(folder, state, _shapes(model))
     except InputError as error:
         raise InputError(f"{error}; delete this checkpoint to use the one before") from None
     model.load_state_dict(weights)
@@ -174,6 +178,7 @@ def write_checkpoint(
     *,
     keep: int,
     keep_every: int = 0,
+    shards: dict[Path, str] | None = None,
 ) -> None:
     """Write RUN/checkpoints/step-N, then delete checkpoints that are no longer kept.
 
@@ -183,6 +188,7 @@ def write_checkpoint(
         pieces: the bytes of each file of tensors, by name.
         keep: number of newest checkpoints to keep.
         keep_every: also keep checkpoints whose step is a multiple of this number. 0: none.
+        shards: files that all ranks have written already, with their SHA-256. They are moved.
     Raises: CheckpointError if a write fails. It names the file. No partial checkpoint is left, and
         older checkpoints stay.
     """
@@ -194,7 +200,9 @@ def write_checkpoint(
             folder.parent.mkdir()
             flush_folder(run)
         temporary.mkdir()
-        _fill(temporary, content, pieces)
+        for file in shards or {}:
+            file.rename(temporary / file.name)
+        _fill(temporary, content, pieces, shards or {})
         if folder.exists():
             _delete(folder)
         temporary.rename(folder)
@@ -215,20 +223,26 @@ def write_checkpoint(
             _delete(folder.with_name(f"step-{step}"))
 
 
-def delete_unfinished(run: Path) -> None:
+def delete_unfinished(run: Path, pattern: str = ".step-*.tmp") -> None:
     """Delete the files of a process that was killed while it wrote or deleted a checkpoint."""
-    for unfinished in (run / "checkpoints").glob(".step-*.tmp"):
+    for unfinished in (run / "checkpoints").glob(pattern):
         shutil.rmtree(unfinished)
 
 
-def _fill(folder: Path, content: Content, pieces: dict[str, Iterable[bytes | memoryview]]) -> None:
-    """Write the files of a checkpoint into an empty folder, and flush it."""
+def _fill(
+    folder: Path,
+    content: Content,
+    pieces: dict[str, Iterable[bytes | memoryview]],
+    shards: dict[Path, str],
+) -> None:
+    """Write the files of a checkpoint into its folder, next to the shards, and flush it."""
+    files = {file.name: sha256 for file, sha256 in shards.items()}
     state = {
         "format_version": _FORMAT_VERSION,
         "step": content.step,
         "torch_rng": content.torch_rng.hex(),
         **content.scalars,
-        "files": {name: _write_hashed(folder / name, pieces[name]) for name in pieces},
+        "files": files | {name: _write_hashed(folder / name, pieces[name]) for name in pieces},
     }
     write_flushed(folder / "state.json", [seal(state)])
     flush_folder(folder)
@@ -255,7 +269,7 @@ def _delete(folder: Path) -> None:
 # --- reading
 
 
-def _read_newest(run: Path, shapes: Shapes, at_most: float) -> tuple[dict, Weights, States]:
+def _read_newest(run: Path, engine: SingleProcess, at_most: float) -> tuple[dict, Weights, States]:
     """Return the content of the newest checkpoint without damage."""
     newest_checkpoint(run)
     folders = [path for step, path in checkpoints(run).items() if step <= at_most][::-1]
@@ -264,7 +278,7 @@ def _read_newest(run: Path, shapes: Shapes, at_most: float) -> tuple[dict, Weigh
     errors = []
     for folder in folders:
         try:
-            content = _read(folder, shapes)
+            content = _read(folder, _shapes(engine.model), engine.can_shard_checkpoints)
         except InputError as error:
             errors.append(error)
             continue
@@ -275,9 +289,16 @@ def _read_newest(run: Path, shapes: Shapes, at_most: float) -> tuple[dict, Weigh
     raise InputError(f"{errors[0]}{also}; the run cannot be resumed")
 
 
-def _read(folder: Path, shapes: Shapes) -> tuple[dict, Weights, States]:
-    """Return the content of the three files."""
+def _read(
+    folder: Path, shapes: Shapes, reads_shards: bool
+) -> tuple[dict, Weights | None, States | None]:
+    """Return the content of the files. Tensors of shards are None if the engine reads shards."""
     state = _read_state(folder)
+    if is_shard(next(iter(state["files"]))):
+        check_shards(folder, state["files"], shapes)
+        if reads_shards:
+            return state, None, None
+        return state, *read_complete(folder, with_optimizer=True)
     weights = _read_weights(folder, state, shapes)
     states: States = collections.defaultdict(dict)
     file = folder / OPTIMIZER_FILE
@@ -331,7 +352,8 @@ def _check_state(file: Path, state: dict) -> None:
     judge = state.get("step_judge", {})  # older versions did not write it
     check(judge == {} or is_judge_state(judge), "step_judge", "the state of a StepJudge", judge)
     check(isinstance(files, dict), "files", "a SHA-256 for each file", files)
-    for name in (MODEL_FILE, OPTIMIZER_FILE):
+    is_sharded = all(map(is_shard, files)) and files
+    for name in files if is_sharded else (MODEL_FILE, OPTIMIZER_FILE):
         sha256 = files.get(name)
         check(isinstance(sha256, str), f"files: {name}", "a SHA-256", sha256)
 

@@ -119,7 +119,7 @@ def profiled(
         profiler.stop()
 
     # write
-    with metrics.paused("setup"):
+    with metrics.paused("setup"), world.patient():
         rows = operators(profiler.events(), config.report.profile, device)
         parts = _table_of_parts(rows, f"steps {begin} to {end - 1}")
         folder.mkdir(exist_ok=True)

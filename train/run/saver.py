@@ -40,6 +40,7 @@ from .checkpoint import (
     load_newest,
     write_checkpoint,
 )
+from .sharded_checkpoint import write_shards, writes_shards
 
 _SPACE_HINT = "free space, or choose a smaller `keep_checkpoints`"
 
@@ -71,7 +72,8 @@ class CheckpointSaver:
         self._error: BaseException | None = None
         self.last_step: int | None = None
         self.stall_seconds = 0.0
-        engine.world.on_rank0(lambda: delete_unfinished(run))
+        # No process writes shards now either.
+        engine.world.on_rank0(lambda: delete_unfinished(run, ".step-*"))
 
     def __enter__(self) -> "CheckpointSaver":
         return self
@@ -99,10 +101,26 @@ class CheckpointSaver:
             background = self._report.background_checkpoints
         self.wait()
         began = time.perf_counter()
-        content = gather_content(step, self._engine, self._optimizer)
-        self._engine.world.on_rank0(lambda: self._begin(content, background))
+        if writes_shards(self._engine):
+            self._save_shards(step)
+        else:
+            content = gather_content(step, self._engine, self._optimizer)
+            self._engine.world.on_rank0(lambda: self._begin(content, background))
         self.last_step = step
         self.stall_seconds += time.perf_counter() - began
+
+    def _save_shards(self, step: int) -> None:
+        """Write a checkpoint from all ranks, not in the background."""
+        folder = self._run / "checkpoints" / f".step-{step}.shards"
+        shards = write_shards(folder, self._engine, self._optimizer)
+        content = Content(
+            step=step,
+            torch_rng=torch.get_rng_state().numpy().tobytes(),
+            scalars={"loss_scale": self._optimizer.scaler.state_dict()},
+            tensors={},
+        )
+        self._engine.world.on_rank0(lambda: self._write(content, {}, shards))
+        self._engine.world.on_rank0(folder.rmdir)
 
     def load(self, at_most: float = math.inf) -> int:
         """Wait for the last checkpoint, then load the newest: see `load_newest`."""
@@ -172,9 +190,18 @@ class CheckpointSaver:
         except BaseException as error:
             self._error = error
 
-    def _write(self, content: Content, pieces: dict[str, Iterable]) -> None:
-        keep = self._report.keep_checkpoints
-        write_checkpoint(self._run, content, pieces, keep=keep, keep_every=self._report.keep_every)
+    def _write(
+        self, content: Content, pieces: dict[str, Iterable], shards: dict[Path, str] | None = None
+    ) -> None:
+        report = self._report
+        write_checkpoint(
+            self._run,
+            content,
+            pieces,
+            keep=report.keep_checkpoints,
+            keep_every=report.keep_every,
+            shards=shards,
+        )
 
 
 class HostBuffer:

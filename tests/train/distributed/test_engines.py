@@ -23,12 +23,12 @@ from tritium.train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.plain
 
-STEPS = 20
+STEPS = 10
 SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
 ROTARY = replace(SHAPE, position="rotary", norm="rms", tied_head=False)
 LLAMA = (
     "--position rotary --norm rms --mlp swiglu --n-kv-head 2 --no-tied-head --qk-norm --window 20 "
-    "--qkv-bias True --micro-batch-size 2"
+    "--qkv-bias True --micro-batch-size 2 --n-layer 1"
 )
 MODELS = {
     "gpt2": [],
@@ -70,7 +70,7 @@ def words(runs, monkeypatch) -> list:
     """Options of a run of two epochs, each of which ends with a padded window."""
     monkeypatch.setenv("TRITIUM_HOME", str(runs / "home"))
     corpus = runs / "corpus.txt"
-    corpus.write_text("\n".join(str(number * number) for number in range(550)))
+    corpus.write_text("\n".join(str(number * number) for number in range(290)))
     options = {
         "data": corpus,
         "tokenizer": "bytes",
@@ -84,7 +84,7 @@ def words(runs, monkeypatch) -> list:
         "warmup-steps": 2,
         "lr": 3e-3,
         "eval-interval": 100,
-        "checkpoint-interval": 10,
+        "checkpoint-interval": 5,
         "keep-checkpoints": 5,
         "sample-tokens": 2,
         "prompt": "1",
@@ -167,21 +167,23 @@ def test_ranks_compute_in_the_precision_of_the_run(engine, once):
         ("fsdp", "single"),
         ("fsdp-tensor", "ddp"),
         ("hsdp", "zero1"),
-        ("zero1", "fsdp-tensor"),
-        ("tensor", "hsdp"),
+        ("zero1", "tensor"),
+        ("tensor", "fsdp"),
+        pytest.param("zero1", "fsdp-tensor", marks=pytest.mark.slow),
+        pytest.param("tensor", "hsdp", marks=pytest.mark.slow),
     ],
 )
 def test_any_engine_resumes_a_run_of_any_other(before, after, once, launch, tmp_path):
     broken = tmp_path / "run"
     shutil.copytree(once("gpt2", before), broken)
-    shutil.rmtree(broken / "checkpoints" / "step-20")
+    shutil.rmtree(broken / "checkpoints" / f"step-{STEPS}")
     ranks, options = LAUNCHES[after]
     status, _, err = launch(ranks, "--resume", broken, *options)
     assert status == [0] * len(status), err
     assert_same(losses(broken), losses(once("gpt2", "single")))
     for name in ("model", "optimizer"):
         found, expected = (
-            load_file(run / "checkpoints" / "step-20" / f"{name}.safetensors")
+            load_file(run / "checkpoints" / f"step-{STEPS}" / f"{name}.safetensors")
             for run in (broken, once("gpt2", "single"))
         )
         assert {key: value.shape for key, value in found.items()} == {
@@ -309,7 +311,7 @@ def test_gradients_of_fsdp_match_one_process(shape, recompute, precision, one_ra
 
 
 def test_fsdp_reduces_gradients_with_the_last_micro_batch_only():
-    engine = MagicMock()
+    engine = MagicMock(spec=FSDP, world=MagicMock(), model=MagicMock())
     for is_last in (False, True):
         FSDP.begin_micro_step(engine, is_last=is_last)
         engine.model.set_requires_gradient_sync.assert_called_with(is_last)

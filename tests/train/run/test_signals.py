@@ -15,7 +15,9 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tiny, launch, 
     endless = []
     for name in ("--steps", "--checkpoint-interval", "--eval-interval"):
         endless += [name, 1_000_000]
-    status, out, errors = launch(2, *tiny[1:], *endless, "--parallel", "fsdp", stop=run)
+    status, out, errors = launch(
+        2, *tiny[1:], *endless, "--parallel", "fsdp", signal=[run, 1, signal.SIGTERM]
+    )
     assert status == [143, 143], errors
     assert f"torchrun ... -m tritium.train --resume {run}" in out[0]
     assert out[1] == ""
