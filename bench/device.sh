@@ -6,7 +6,7 @@
 #   bench/device.sh short|correct|train|kernels|tune|later OUT_DIR [--rehearse]
 #
 # Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
-# that is killed leaves its results. bench/device.py has the parts and their deadlines. --rehearse
+# that is killed leaves its results. bench/_device_parts.py has the parts and their deadlines. --rehearse
 # runs tiny sizes on the CPU. The results decide this:
 #
 # correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.

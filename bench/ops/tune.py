@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,6 @@ from rich.table import Table
 
 from ...errors import InputError, unknown_name
 from ...kernels.attention import launch as attention_launch
-from ...kernels.attention._tile_choice import make_tile as make_attention_tile
 from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import make_tile
 from ...train.commands.cli import parse
@@ -77,7 +76,8 @@ def _gemm_tile(*sizes: int) -> Variant:
 
 def _attention_tile(kernel: str, *sizes: int) -> Variant:
     shipped = attention_launch.plan
-    tile = make_attention_tile(*sizes)
+    names = (field.name for field in fields(attention_launch.Tile))
+    tile = attention_launch.Tile(**dict(zip(names, sizes, strict=False)))
     return Variant(
         name=f"{kernel} {sizes}",
         target="attention.launch.plan",

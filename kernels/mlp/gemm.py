@@ -326,8 +326,7 @@ def gemm(
             an epilogue with epilogue(0, 0) = 0.
     Returns: (M, N), dtype of a.
     """
-    M, K = a.shape
-    N = b.shape[1]
+    (M, K), N = a.shape, b.shape[1]
     multiprocessors = sm_count(a.device)
     tile, _ = plan(
         M,

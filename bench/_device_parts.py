@@ -1,0 +1,252 @@
+"""The commands of bench/device.sh: the programs that each of them runs, and for how long."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL_SECONDS = 535
+SHORT_SECONDS = 430
+# Every kernel once, in float32 and bfloat16.
+KERNEL_TESTS = "(accura or bits or packed_documents or last_rows) and not fp16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A program of a command.
+
+    Attributes:
+        name: of its log, NAME.log.
+        words: its arguments. FOLDER stands for the folder of the command's files, PYTHON for this
+            Python.
+        until: its deadline, seconds after the start of the command.
+        program: the program, if it is not Python.
+        together: whether to run at the same time as the part before. Such parts are not timed.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    until: int
+    program: str | None = None
+    together: bool = False
+
+
+def _part(name: str, until: int, words: str, *more: str, program: str | None = None) -> Part:
+    return Part(name=name, words=(*words.split(), *more), until=until, program=program)
+
+
+def _tritium(name: str, until: int, words: str) -> Part:
+    return _part(name, until, f"-m tritium {words}")
+
+
+def _pytest(name: str, until: int, workers: int, words: str, *more: str) -> Part:
+    return _part(name, until, f"-m pytest -p no:cacheprovider -n {workers} -rfE {words}", *more)
+
+
+# --- the commands
+
+
+def correct(rehearse: bool) -> list[Part]:
+    """Return the parts that show whether everything works, before anything is timed."""
+    if rehearse:
+        tests = _pytest("tests", 500, 0, "tests/kernels/norm/test_layer_norm.py -k", "plan or cost")
+        machine = "shakespeare-char --device cpu --micro-batch-size 1"
+        run = (
+            "shakespeare-char --data train --tokenizer bytes --device cpu --steps 2 --n-layer 1 "
+            "--eval-tokens 64 --sample-tokens 2"
+        )
+    else:
+        tests = _pytest("tests", 400, 14, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS)
+        machine = "gpt2 --micro-batch-size 8"
+        run = (
+            "gpt2 --data stdlib --tokenizer bytes --steps 20 --batch-size 32 --eval-interval 20 "
+            "--eval-tokens 65536 --compile off"
+        )
+    return [
+        _tritium("info", 30, "info"),
+        _tritium("machine", 180, f"bench machine {machine} --out FOLDER/machine.json"),
+        tests,
+        _tritium("run", TOTAL_SECONDS, f"train {run} --out FOLDER/run"),
+    ]
+
+
+def train(rehearse: bool) -> list[Part]:
+    """Return the parts that measure training, and compare a profile with the prediction."""
+    if rehearse:
+        tiny = "shakespeare-char --device cpu --steps 1 --micro-batch-size 1"
+        return [
+            _tritium("train", 400, f"bench train {tiny} --out FOLDER/train.json"),
+            _tritium(
+                "profile",
+                TOTAL_SECONDS,
+                "bench predict shakespeare-char --batch-size 2 --measure 1 "
+                "--out FOLDER/profile.json",
+            ),
+        ]
+    # Only tritium's own attention: each further attention is one more model to compile.
+    models = f"bench train gpt2 --attention{_nanogpt()} --steps 60"
+    return [
+        _tritium("train-32", 250, f"{models} --micro-batch-size 32 --out FOLDER/train-32.json"),
+        _tritium(
+            "profile",
+            360,
+            "bench predict gpt2 --batch-size 64 --micro-batch-size 64 --measure 5 "
+            "--out FOLDER/profile.json",
+        ),
+        # Last, because the logits of the baselines may not fit into the memory of an H100.
+        _tritium(
+            "train-64",
+            TOTAL_SECONDS,
+            f"{models} --micro-batch-size 64 --out FOLDER/train-64.json",
+        ),
+    ]
+
+
+# Operators, and the shapes at which they are timed: GPT-2 124M with 64 sequences, other widths and
+# longer sequences. No shapes: the operators' own.
+KERNEL_SHAPES = (
+    ("layer_norm add_layer_norm", "65536x768 32768x1600"),
+    ("causal_attention", "64x1024x12x64 4x8192x12x64 8x4096x16x128"),
+    ("gelu_mlp", "65536x768 32768x1600"),
+    ("cross_entropy", "8192x50304"),
+    ("linear_cross_entropy", "65536x768x50257"),
+    ("embedding", "64x1024x768x50304"),
+    ("rms_norm add_rms_norm rotary causal_attention_varlen attention_decode swiglu_mlp", ""),
+)
+
+
+def kernels(rehearse: bool) -> list[Part]:
+    """Return the parts that time operators at a few shapes, without torch.compile."""
+    rows = (("layer_norm", "8x64"),) if rehearse else KERNEL_SHAPES
+    options = "--without torch.compile" + " --device cpu --rounds 2" * rehearse
+    parts = []
+    for number, (operators, shapes) in enumerate(rows, start=1):
+        name = operators.split()[0]
+        shape = f"--shape {shapes}" if shapes else ""
+        parts.append(
+            _tritium(
+                name,
+                number * TOTAL_SECONDS // len(rows),
+                f"bench kernels {operators} {shape} {options} --out FOLDER/{name}",
+            )
+        )
+    return parts
+
+
+# Operator, its shape, the variants to compare, and the deadline. No variants: all.
+TUNED = (
+    ("causal_attention", "64x1024x12x64", "", 220),
+    ("linear_cross_entropy", "65536x768x50257", "", 360),
+    ("cross_entropy", "8192x50304", "", 420),
+    ("layer_norm", "65536x768", "", 450),
+    ("embedding", "64x1024x768x50304", "", 480),
+    ("gelu_mlp", "65536x768", "cublas", TOTAL_SECONDS),
+)
+
+
+def tune(rehearse: bool) -> list[Part]:
+    """Return the parts that compare launch sizes."""
+    rows = (("layer_norm", "8x64", "", TOTAL_SECONDS),) if rehearse else TUNED
+    options = " --device cpu --rounds 1" * rehearse
+    parts = []
+    for operator, shape, variants, until in rows:
+        variant = f"--variant {variants}" if variants else ""
+        words = f"--shape {shape} {variant}{options} --out FOLDER/{operator}.json"
+        parts.append(_tritium(operator, until, f"bench tune {operator} {words}"))
+    return parts
+
+
+def later(rehearse: bool) -> list[Part]:
+    """Return the parts that can wait: all tests, a race detector, torch.compile's kernels."""
+    if rehearse:
+        return [_pytest("tests", TOTAL_SECONDS, 0, "tests/kernels/test_rotary.py -k", "plan")]
+    race = "--tool racecheck --error-exitcode 1 PYTHON -m pytest -p no:cacheprovider -x"
+    some = "accura and bf16 and (layer_norm or rotary or cross_entropy)"
+    return [
+        _pytest("tests", 300, 14, "tests/kernels -m", "not codegen"),
+        _part("races", 400, f"{race} tests/kernels -k", some, program="compute-sanitizer"),
+        _tritium(
+            "compiled",
+            TOTAL_SECONDS,
+            "bench kernels layer_norm gelu_mlp cross_entropy --out FOLDER/compiled",
+        ),
+    ]
+
+
+# Operators that `short` tunes: name, shape, deadline.
+SHORT_TUNED = (
+    ("causal_attention", "64x1024x12x64", 370),
+    ("gelu_mlp", "65536x768", 390),
+    ("linear_cross_entropy", "65536x768x50304", 405),
+)
+
+
+def short(rehearse: bool) -> list[Part]:
+    """Return the parts that decide most, in seven minutes: for a GPU that is lent for minutes.
+
+    The first parts run at the same time. They test the kernels, and they compile what the later
+    parts time, so that those find it in the caches.
+    """
+    if rehearse:
+        words = "bench tune layer_norm --shape 8x64 --device cpu --rounds 1"
+        return [
+            _tritium("info", 30, "info"),
+            replace(_tritium("fill", 60, words), together=True),
+            _tritium("layer_norm", SHORT_SECONDS, f"{words} --out FOLDER/layer_norm.json"),
+        ]
+    models = f"bench train gpt2 --attention{_nanogpt()} --micro-batch-size 32"
+    together = [
+        _pytest(
+            "tests", 170, 8, "tests/kernels -m", "not codegen", "-k", f"{KERNEL_TESTS} and bf16"
+        ),
+        _tritium(
+            "run",
+            170,
+            "train gpt2 --data stdlib --tokenizer bytes --steps 20 --batch-size 32 "
+            "--eval-interval 20 --eval-tokens 65536 --compile off --out FOLDER/run",
+        ),
+        _tritium("fill-train", 170, f"{models} --steps 1"),
+        *(
+            _tritium(f"fill-{name}", 170, f"bench tune {name} --shape {shape} --rounds 1")
+            for name, shape, _ in SHORT_TUNED
+        ),
+    ]
+    return [
+        _tritium("info", 30, "info"),
+        *(replace(part, together=True) for part in together),
+        _tritium(
+            "machine", 215, "bench machine gpt2 --micro-batch-size 32 --out FOLDER/machine.json"
+        ),
+        _tritium("train-32", 300, f"{models} --steps 60 --out FOLDER/train-32.json"),
+        _tritium(
+            "profile",
+            335,
+            "bench predict gpt2 --batch-size 32 --micro-batch-size 32 --measure 5 "
+            "--out FOLDER/profile.json",
+        ),
+        *(
+            _tritium(name, until, f"bench tune {name} --shape {shape} --out FOLDER/{name}.json")
+            for name, shape, until in SHORT_TUNED
+        ),
+        _tritium(
+            "kernels",
+            SHORT_SECONDS,
+            "bench kernels causal_attention --shape 64x1024x12x64 "
+            "--without torch.compile --out FOLDER/kernels",
+        ),
+    ]
+
+
+def _nanogpt() -> str:
+    """Return the option with which a nanoGPT checkout takes part, if one was copied here."""
+    return " --nanogpt .nanogpt" if (ROOT / ".nanogpt").is_dir() else ""
+
+
+COMMANDS: dict[str, Callable[[bool], list[Part]]] = {
+    "short": short,
+    "correct": correct,
+    "train": train,
+    "kernels": kernels,
+    "tune": tune,
+    "later": later,
+}
