@@ -71,7 +71,6 @@ class Source:
             raise InputError(
                 f"{path}: expected the configuration of a model, got something else ({error})"
             ) from None
-        check_size(path, self.config)
         named = {name: fields.get(name) for name in _TOKEN_IDS}
         self.token_ids = {name: value for name, value in named.items() if value is not None}
         self._dtypes: dict[torch.dtype, str] = {}
@@ -147,8 +146,15 @@ class Source:
 def open_source(path: Path) -> Source:
     """Open a Hugging Face folder, a GGUF file, or the checkpoint file of nanoGPT.
 
-    Raises: InputError if it is neither, or if the architecture is not supported.
+    Raises: InputError if it is neither, if the architecture is not supported, or if the files are
+        too small for the model.
     """
+    source = _open(path)
+    check_size(path, source.config)
+    return source
+
+
+def _open(path: Path) -> Source:
     if path.is_file() and path.suffix == ".gguf":
         name, fields, read, note = read_gguf(path)
         source = Source(path, FAMILIES[name], fields, read)
