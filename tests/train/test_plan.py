@@ -65,8 +65,8 @@ def measured_peak(config: GPTConfig, **options) -> int:
         event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    # The step keeps two numbers: its loss, and whether it was skipped. The profiler does not see that
-    # those of the step before are freed.
+    # The step keeps its loss, and whether it was skipped. The profiler does not see that those of
+    # the step before are freed.
     assert sum(changes) == 2 * 4, "a step frees all else that it allocates"
     return kept_bytes + max(itertools.accumulate(changes))
 
