@@ -210,6 +210,7 @@ def launch_add(
 ) -> None:
     """Kernel counterpart of `reference_add`."""
     _launch_sums(dweight, dy, tokens, order, dropout, is_added=True)
+    torch.autograd.graph.increment_version(dweight)
 
 
 def _launch_sums(
