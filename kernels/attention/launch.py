@@ -165,7 +165,7 @@ def launch_qkvpacked_fwd(
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     o, lse = launch_fwd(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
-    return o.flatten(2), lse
+    return o.view(*qkv.shape[:2], -1), lse
 
 
 def launch_qkvpacked_bwd(
@@ -186,7 +186,7 @@ def launch_qkvpacked_bwd(
     _clear_padding(cu_seqlens, dqkv)
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
-    do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
+    do, o = (x.view(*x.shape[:2], n_head, -1) for x in (do, o))
     launch_grads = _grads_launcher(q, k, cu_seqlens, options)
     launch_grads(
         grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
@@ -382,7 +382,7 @@ def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: 
     """
     if cu_seqlens is not None or q.dtype == torch.float32:
         return x
-    return descriptor(x.flatten(0, 1), (1, rows))
+    return descriptor(x.view(-1, x.shape[-1]), (1, rows))
 
 
 def _option_arguments(options: AttentionOptions, S: int) -> dict:

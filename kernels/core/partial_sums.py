@@ -67,4 +67,4 @@ def sum_partials(
 
 def empty_partials(programs: int, x: Tensor) -> Tensor:
     """Allocate partial sums for the columns of x (..., N): (programs, N) float32, on its device."""
-    return torch.empty((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
+    return x.new_empty((programs, x.shape[-1]), dtype=torch.float32)

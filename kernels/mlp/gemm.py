@@ -17,6 +17,7 @@ Cost       2 M N K FLOPs; each operand and output moves once, if operands stay i
 Source     Triton's tutorials: persistent matmul; matrix multiplication (grouping)
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -113,6 +114,7 @@ FAMILIES = {
 FLOAT32_TILE = make_tile(64, 64, 32, 1, 8, 2)
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(
     M: int,
     N: int,
@@ -153,13 +155,16 @@ def is_fused(matmul: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether rows or columns start at multiples of 16 bytes, as descriptors need."""
-    return (
-        1 in x.stride()
-        and x.data_ptr() % TMA_ALIGNMENT == 0
-        and all(
-            stride == 1 or size == 1 or stride * x.element_size() % TMA_ALIGNMENT == 0
-            for size, stride in zip(x.shape, x.stride(), strict=True)
-        )
+    is_address_aligned = x.data_ptr() % TMA_ALIGNMENT == 0
+    return is_address_aligned and _are_aligned(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _are_aligned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether the strides of `_is_aligned` are 1 or multiples of 16 bytes."""
+    return 1 in strides and all(
+        stride == 1 or size == 1 or stride * itemsize % TMA_ALIGNMENT == 0
+        for size, stride in zip(shape, strides, strict=True)
     )
 
 

@@ -1,5 +1,6 @@
 """Launchers that layer_norm and rms_norm share. Without a mean the kernels compute rms_norm."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ class Plan:
         return {**rows, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(M: int, N: int, sms: int = DEFAULT_SM_COUNT) -> Plan:
     """Choose launch sizes for M rows of N elements on a device with `sms` multiprocessors.
 
@@ -74,12 +76,12 @@ def launch_norm_fwd(
     """Return y, h (x itself without a residual), the mean of each row if `centered`, and rstd."""
     M, N = x.shape
     p = plan(M, N)
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    y = x.new_empty((M, N))
+    rstd = x.new_empty(M, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centered else None
     h, stride_residual_m = None, 0
     if residual is not None:
-        h = torch.empty((M, N), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        h = x.new_empty((M, N), dtype=torch.promote_types(x.dtype, residual.dtype))
         stride_residual_m = residual.stride(0)
 
     # A program of the wide kernel owns exactly one row: it does not need M.
@@ -114,7 +116,7 @@ def launch_norm_bwd(
     """
     M, N = h.shape
     p = plan(M, N, sm_count(h.device))
-    dx = torch.empty((M, N), dtype=h.dtype, device=h.device)
+    dx = h.new_empty((M, N))
     has_dropout = dropout.dropout_p > 0
     dresidual = h.new_empty((M, N) if has_dropout else 0)
     dw = torch.empty_like(weight)
