@@ -165,7 +165,8 @@ def launch_qkvpacked_fwd(
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     o, lse = launch_fwd(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
-    return o.view(*qkv.shape[:2], -1), lse
+    B, T, H, K = o.shape
+    return o.view(B, T, H * K), lse
 
 
 def launch_qkvpacked_bwd(
@@ -186,7 +187,7 @@ def launch_qkvpacked_bwd(
     _clear_padding(cu_seqlens, dqkv)
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
-    do, o = (x.view(*x.shape[:2], n_head, -1) for x in (do, o))
+    do, o = do.view(q.shape), o.view(q.shape)
     launch_grads = _grads_launcher(q, k, cu_seqlens, options)
     launch_grads(
         grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
@@ -311,13 +312,12 @@ def _launch_one_pass(
     _sum_partials(dbias, dq_sums, dkv_sums)
 
 
-def _sum_partials(dbias: Tensor | None, *partials: Tensor | None) -> None:
-    """Write the sums of the rows of all partial sums, one after the other, to `dbias`."""
+def _sum_partials(dbias: Tensor | None, dq_sums: Tensor | None, dkv_sums: Tensor | None) -> None:
+    """Write the sums of the rows of `dq_sums`, then those of `dkv_sums`, to `dbias`."""
     if dbias is None:
         return
-    parts = dbias.split([partial.shape[1] for partial in partials])
-    for partial, part in zip(partials, parts, strict=True):
-        sum_partials(partial, part)
+    dq_bias, dkv_bias = dbias.split_with_sizes((dq_sums.shape[1], dkv_sums.shape[1]))
+    sum_partials(dq_sums, dq_bias, dkv_sums, dkv_bias)
 
 
 # --- arguments of the kernels
@@ -382,7 +382,8 @@ def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: 
     """
     if cu_seqlens is not None or q.dtype == torch.float32:
         return x
-    return descriptor(x.view(-1, x.shape[-1]), (1, rows))
+    B, H, T = x.shape
+    return descriptor(x.view(B * H, T), (1, rows))
 
 
 def _option_arguments(options: AttentionOptions, S: int) -> dict:

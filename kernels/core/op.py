@@ -378,11 +378,12 @@ def _without_float64(name: str, launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def run(*args):
-        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
-            raise TypeError(
-                f"{name}: the kernel takes float32, bfloat16 or float16, got float64; "
-                "move the tensors to the CPU"
-            )
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.dtype == torch.float64:
+                raise TypeError(
+                    f"{name}: the kernel takes float32, bfloat16 or float16, got float64; "
+                    "move the tensors to the CPU"
+                )
         return launch(*args)
 
     return run
