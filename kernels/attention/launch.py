@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.device import arch, sm_count
 from ..core.dropout import threshold_of
+from ..core.launch import launch_kernel
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv
@@ -123,7 +124,7 @@ def launch_fwd(
     tile = _plan("fwd", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
-    _causal_attention_fwd_kernel[(tiles * B * H,)](
+    launch_kernel(_causal_attention_fwd_kernel, (tiles * B * H,),
         q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
         work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=options.seed,
         o_ptr=o, lse_ptr=lse, **strides_bth(q=q, k=k, v=v),
@@ -239,7 +240,7 @@ def _launch_two_passes(
     tile = _plan("dq", q, k, cu_seqlens, options, dbias)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
-    _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
+    launch_kernel(_causal_attention_bwd_dq_kernel, (tiles * B * H,),
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
         o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta, dq_ptr=dq,
         dq_sums_ptr=dq_sums,
@@ -254,7 +255,7 @@ def _launch_two_passes(
     if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
-    _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
+    launch_kernel(_causal_attention_bwd_dkdv_kernel, (tiles * B * G,),
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
         lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
         delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
@@ -287,7 +288,7 @@ def _launch_one_pass(
     delta = torch.empty_like(lse)
     strides = strides_bth(do=do)
     tiles = cdiv(T, DELTA_ROWS)
-    _causal_attention_bwd_delta_kernel[(tiles * B * H,)](
+    launch_kernel(_causal_attention_bwd_delta_kernel, (tiles * B * H,),
         do_ptr=do, dlse_ptr=dlse, o_ptr=o, delta_ptr=delta, **strides, T=T, H=H, tiles=tiles,
         HEAD=K, BLOCK_M=DELTA_ROWS, BLOCK_K=padded(K), num_warps=4,
     )  # fmt: skip
@@ -299,7 +300,7 @@ def _launch_one_pass(
     sums = lse.new_empty((programs, cdiv(T, rows) * rows, padded(K)))
     dq_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, rows), H * K))
     dkv_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, columns), 2 * H * K))
-    _causal_attention_bwd_one_pass_kernel[(programs,)](
+    launch_kernel(_causal_attention_bwd_one_pass_kernel, (programs,),
         **_streamed(rows, do=do, q=q), **_streamed(columns, k=k, v=v),
         lse=_streamed_statistics(lse, q, None, rows),
         delta=_streamed_statistics(delta, q, None, rows),
@@ -335,7 +336,7 @@ def _clear_padding(cu_seqlens: Tensor | None, x: Tensor, axis: int = 1) -> None:
     row_size = x.numel() // rows
     # The kernel learns on the device where padding is. Usually there is none.
     programs = min(cdiv(row_size, PADDING_BLOCK), PADDING_PROGRAMS)
-    _causal_attention_padding_kernel[(programs, rows)](
+    launch_kernel(_causal_attention_padding_kernel, (programs, rows),
         x_ptr=x, cu_seqlens_ptr=cu_seqlens, documents=cu_seqlens.shape[0] - 1,
         T=x.shape[axis], width=row_size // x.shape[axis], BLOCK=PADDING_BLOCK,
     )  # fmt: skip
@@ -352,7 +353,7 @@ def _schedule(cu_seqlens: Tensor | None, tokens: int, block: int) -> tuple[Tenso
     documents = cu_seqlens.shape[0] - 1
     tiles = tokens // block + documents
     work = torch.full((tiles, 2), -1, dtype=torch.int32, device=cu_seqlens.device)
-    _causal_attention_schedule_kernel[(cdiv(tiles, SLOTS_PER_PROGRAM),)](
+    launch_kernel(_causal_attention_schedule_kernel, (cdiv(tiles, SLOTS_PER_PROGRAM),),
         cu_seqlens_ptr=cu_seqlens, work_ptr=work, tiles=tiles, documents=documents,
         BLOCK=block, BLOCK_T=SLOTS_PER_PROGRAM, BLOCK_D=DOCUMENTS_PER_STEP,
     )  # fmt: skip

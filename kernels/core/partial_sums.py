@@ -7,6 +7,7 @@ file adds up these rows.
 import torch
 from torch import Tensor
 
+from .launch import launch_kernel
 from .triton import cdiv, tl, triton
 
 COLUMNS_PER_PROGRAM = 32
@@ -61,7 +62,8 @@ def sum_partials(
         for partial in (a_partial, b_partial, c_partial)
     )
     pairs = 3 if c_partial is not None else 2 if b_partial is not None else 1
-    _partial_sums_kernel[(cdiv(max(N_a, N_b or 0, N_c or 0), COLUMNS_PER_PROGRAM), pairs)](
+    blocks = cdiv(max(N_a, N_b or 0, N_c or 0), COLUMNS_PER_PROGRAM)
+    launch_kernel(_partial_sums_kernel, (blocks, pairs),
         a_partial_ptr=a_partial, b_partial_ptr=b_partial, c_partial_ptr=c_partial,
         a_ptr=a, b_ptr=b, c_ptr=c,
         P_a=P_a, P_b=P_b, P_c=P_c, N_a=N_a, N_b=N_b, N_c=N_c,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import arch, sm_count
+from ..core.launch import launch_kernel
 from ..core.layout import TMA_ALIGNMENT, descriptor
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, tl, triton
@@ -356,7 +357,7 @@ def gemm(
     right, b_transposed = _operand_descriptor(b, tile.block_k, tile.block_n)
 
     programs = min(blocks_m * cdiv(N, tile.block_n), multiprocessors * tile.programs)
-    _gemm_kernel[(programs,)](
+    launch_kernel(_gemm_kernel, (programs,),
         a=left, b=right, bias_ptr=None if bias is None else bias.contiguous(), aux_ptr=aux,
         c=_output_descriptor(c, piece), pre=_output_descriptor(pre, piece),
         sums_partial_ptr=sums_partial,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.device import DEFAULT_SM_COUNT, sm_count
 from ..core.dropout import Dropout
+from ..core.launch import launch_kernel
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, next_power_of_2
 from ._kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
@@ -87,7 +88,7 @@ def launch_norm_fwd(
     # A program of the wide kernel owns exactly one row: it does not need M.
     rows = {} if p.is_wide else {"M": M}
     kernel = _layer_norm_fwd_wide_kernel if p.is_wide else _layer_norm_fwd_kernel
-    kernel[(cdiv(M, p.block_m),)](
+    launch_kernel(kernel, (cdiv(M, p.block_m),),
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias,
         y_ptr=y, h_ptr=h, mean_ptr=mean, rstd_ptr=rstd,
         stride_xm=x.stride(0), stride_residual_m=stride_residual_m,
@@ -128,7 +129,7 @@ def launch_norm_bwd(
     dadded_partial = empty_partials(p.partials, h) if has_added else None
 
     kernel = _layer_norm_bwd_wide_kernel if p.is_wide else _layer_norm_bwd_kernel
-    kernel[(p.partials,)](
+    launch_kernel(kernel, (p.partials,),
         dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         dx_ptr=dx, dresidual_ptr=dresidual if has_dropout else None,
         dw_partial_ptr=dw_partial, db_partial_ptr=db_partial, dadded_partial_ptr=dadded_partial,
