@@ -27,7 +27,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel: function decorated with triton.jit.
         grid: number of programs along up to three axes.
         arguments: an argument for each parameter of the kernel, and options such as num_warps. At
-            least one is a tensor.
+            least one is a tensor or a descriptor.
     """
     key = _key(kernel, arguments)
     compiled = _COMPILED.get(key)
@@ -57,8 +57,9 @@ def _key(kernel: Any, arguments: dict[str, Any]) -> tuple:
             add(value.dtype)
             add(value.data_ptr() % 16 == 0)
         elif type_ is TensorDescriptor:
+            tensor = value.base
             add(tuple(value.block_shape))
-            add(value.base.dtype)
+            add(tensor.dtype)
         else:
             # The type, because True equals 1 and 1.0.
             add(type_)

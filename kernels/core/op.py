@@ -24,7 +24,6 @@ fields in the schema, and every implementation receives the dataclass:
 import dataclasses
 import functools
 import inspect
-import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ._compile import opaque, with_short_messages
 from .triton import HAS_TRITON, triton
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, at import.
@@ -104,7 +104,7 @@ def define_op(
     run_reference = _without_autocast(schema.flat(reference))
     signature = torch.library.infer_schema(run_reference, mutates_args=tuple(mutates))
     _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-    run_fake = _with_short_messages(run_reference if shapes is None else schema.flat(shapes))
+    run_fake = with_short_messages(run_reference if shapes is None else schema.flat(shapes))
     torch.library.register_fake(f"tritium::{name}", run_fake, lib=_LIBRARY)
 
     # The launcher for CUDA and for the interpreter, and the reference for all other devices.
@@ -119,7 +119,7 @@ def define_op(
     else:
         kernels["CUDA"] = _with_one_warning(name, run_reference)
     for key, kernel in kernels.items():
-        _LIBRARY.impl(name, _opaque(kernel), key)
+        _LIBRARY.impl(name, opaque(kernel), key)
     composite = composite and _without_autocast(composite)
     return Op(name, schema, composite, composite_if)
 
@@ -322,21 +322,6 @@ def _describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _opaque(function: Callable) -> Callable:
-    """Keep Dynamo from tracing into an implementation that is called outside of compiled code."""
-    disabled = None
-
-    @functools.wraps(function)
-    def run(*args):
-        nonlocal disabled
-        if disabled is None:
-            # Not when the operator is defined: this imports Dynamo.
-            disabled = torch.compiler.disable(function)
-        return disabled(*args)
-
-    return run
-
-
 def _without_autocast(function: Callable) -> Callable:
     """Disable autocast inside: references and launchers choose their own precision."""
 
@@ -348,29 +333,6 @@ def _without_autocast(function: Callable) -> Callable:
             return function(*args)
 
     return run
-
-
-def _with_short_messages(fake: Callable) -> Callable:
-    """Keep Inductor of PyTorch before 2.13 from formatting the arguments of operators.
-
-    It does so for a log message, even if nobody reads the log. The text doubles with each custom
-    operator before this one, so compilation of a model with 12 blocks would never end.
-    """
-    if torch.__version__ >= (2, 13):
-        return fake
-
-    @functools.wraps(fake)
-    def run(*args):
-        # Inductor is imported before it traces with fake tensors. Other backends do not need it.
-        if issues := sys.modules.get("torch._inductor.exc"):
-            issues.OperatorIssue.operator_str = staticmethod(_name_operator)
-        return fake(*args)
-
-    return run
-
-
-def _name_operator(target: object, args: Sequence, kwargs: dict) -> str:
-    return f"  target: {target}"
 
 
 def _without_float64(name: str, launch: Callable) -> Callable:

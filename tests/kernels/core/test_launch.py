@@ -84,6 +84,8 @@ def test_equal_keys_have_equal_specializations():
 def test_keys_keep_no_tensor_alive():
     matrix = torch.empty(64, 64, dtype=torch.bfloat16)
     parts = module._key(kernel, {"a": descriptor(matrix, (16, 16)), "b_ptr": matrix, "N": 1})
+    device = module._key(kernel, {"a": descriptor(matrix, (16, 16)), "b_ptr": None})[-1]
+    assert device == matrix.device
     parameter = module._key(kernel, {"a": torch.nn.Parameter(matrix)})
     assert not any(isinstance(part, torch.Tensor) for part in (*parts, *parameter))
 
