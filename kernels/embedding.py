@@ -40,6 +40,7 @@ from ._embedding_kernels import (
     _embedding_fwd_kernel,
 )
 from .core.dropout import Dropout, drop, resolve_dropout
+from .core.launch import launch_kernel
 from .core.layout import as_rows, wide
 from .core.op import can_read_values, define_op, public
 from .core.triton import cdiv, next_power_of_2
@@ -176,7 +177,7 @@ def launch_fwd(
     block_n = _block_columns(D)
     block_m = TILE_ELEMENTS // block_n
     has_positions = position_weight is not None
-    _embedding_fwd_kernel[(cdiv(N, block_m), cdiv(D, block_n))](
+    launch_kernel(_embedding_fwd_kernel, (cdiv(N, block_m), cdiv(D, block_n)),
         tokens_ptr=tokens, weight_ptr=weight, position_ptr=position,
         position_weight_ptr=position_weight, y_ptr=y,
         stride_wv=weight.stride(0), stride_pc=position_weight.stride(0) if has_positions else 0,
@@ -210,6 +211,7 @@ def launch_add(
 ) -> None:
     """Kernel counterpart of `reference_add`."""
     _launch_sums(dweight, dy, tokens, order, dropout, is_added=True)
+    torch.autograd.graph.increment_version(dweight)
 
 
 def _launch_sums(
@@ -239,12 +241,12 @@ def _launch_sums(
         "IS_ADDED": is_added, "PIECE": PIECE, "BLOCK_M": BLOCK_ROWS, "BLOCK_N": block_n,
         "num_warps": 1,
     }  # fmt: skip
-    _embedding_bwd_kernel[(N, cdiv(D, block_n))](
-        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), **dropout.arguments, **arguments
-    )
+    launch_kernel(_embedding_bwd_kernel, (N, cdiv(D, block_n)),
+        dy_ptr=dy, order_ptr=order, stride_dym=dy.stride(0), **dropout.arguments, **arguments,
+    )  # fmt: skip
     if pieces > 1:
         grid = (pieces - 1, cdiv(D, block_n))
-        _embedding_bwd_long_runs_kernel[grid](BLOCK_P=PIECES_PER_STEP, **arguments)
+        launch_kernel(_embedding_bwd_long_runs_kernel, grid, BLOCK_P=PIECES_PER_STEP, **arguments)
 
 
 def cost(N: int, D: int, V: int, itemsize: int) -> dict[str, int]:

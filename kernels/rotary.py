@@ -16,6 +16,7 @@ This file is the template for a new kernel. Copy it, then replace the parts in t
 import torch
 from torch import Tensor
 
+from .core.launch import launch_kernel
 from .core.layout import strides_bth, wide
 from .core.op import define_op, public
 from .core.triton import cdiv, next_power_of_2, tl, triton
@@ -116,7 +117,7 @@ def launch_rotary(
     block_m, block_p = plan(M, K)
     # A table without a batch axis gets one of stride 0: all sequences read the same rows.
     cos, sin = (table.expand(B, *table.shape[-2:]) for table in (cos, sin))
-    _rotary_kernel[(cdiv(M, block_m),)](
+    launch_kernel(_rotary_kernel, (cdiv(M, block_m),),
         x_ptr=x, cos_ptr=cos, sin_ptr=sin, y_ptr=y, **strides_bth(x=x),
         stride_cosb=cos.stride(0), stride_cost=cos.stride(1),
         stride_sinb=sin.stride(0), stride_sint=sin.stride(1),

@@ -6,6 +6,7 @@ registers, matrix instructions in every main loop that do not wait for each othe
 that are busy for as much of the time as possible.
 """
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -121,11 +122,13 @@ ONE_PASS_FULL = 0.85
 ONE_PASS_L2_BYTES = 40 << 20
 
 
+@functools.cache
 def padded(head_size: int) -> int:
     """Columns of a tile: a power of two for Triton, at least 16 for matrix instructions."""
     return max(16, next_power_of_2(head_size))
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(
     kernel: str,
     head_size: int,

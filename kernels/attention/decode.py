@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import DEFAULT_SM_COUNT, sm_count
+from ..core.launch import launch_kernel
 from ..core.layout import strides_bth, wide
 from ..core.matmul import autocast
 from ..core.op import can_read_values, define_op, public
@@ -250,7 +251,7 @@ def launch(
     if p.splits > 1:
         partial = torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
     lse = torch.empty((p.splits, B, T, H), dtype=torch.float32, device=q.device)
-    _attention_decode_kernel[(cdiv(T * H // G, p.block_m) * B, G, p.splits)](
+    launch_kernel(_attention_decode_kernel, (cdiv(T * H // G, p.block_m) * B, G, p.splits),
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths,
         o_ptr=partial, lse_ptr=lse, **strides_bth(q=q, k=k_cache, v=v_cache),
         B=B, T=T, S=S, H=H, group=H // G, splits=p.splits, scale=scale,
@@ -259,7 +260,7 @@ def launch(
         num_warps=4, num_stages=2,
     )  # fmt: skip
     if p.splits > 1:
-        _attention_decode_join_kernel[(B * T * H,)](
+        launch_kernel(_attention_decode_join_kernel, (B * T * H,),
             o_partial_ptr=partial, lse_ptr=lse, o_ptr=o, rows=B * T * H, splits=p.splits,
             HEAD=K, BLOCK_S=next_power_of_2(p.splits), BLOCK_K=p.block_k,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.device import arch, sm_count
 from ..core.dropout import threshold_of
+from ..core.launch import launch_kernel
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv
@@ -125,7 +126,7 @@ def launch_fwd(
     tile = _plan("fwd", q, k, cu_seqlens, options)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
-    _causal_attention_fwd_kernel[(tiles * B * H,)](
+    launch_kernel(_causal_attention_fwd_kernel, (tiles * B * H,),
         q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
         work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=options.seed,
         o_ptr=o, lse_ptr=lse, **strides_bth(q=q, k=k, v=v),
@@ -167,7 +168,8 @@ def launch_qkvpacked_fwd(
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
     o, lse = launch_fwd(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
-    return o.flatten(2), lse
+    B, T, H, K = o.shape
+    return o.view(B, T, H * K), lse
 
 
 def launch_qkvpacked_bwd(
@@ -188,7 +190,7 @@ def launch_qkvpacked_bwd(
     _clear_padding(cu_seqlens, dqkv)
     grads = split_qkv(dqkv, n_head, n_kv_head)
     q, k, v = split_qkv(qkv, n_head, n_kv_head)
-    do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
+    do, o = do.view(q.shape), o.view(q.shape)
     launch_grads = _grads_launcher(q, k, cu_seqlens, options)
     launch_grads(
         grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
@@ -240,7 +242,7 @@ def _launch_two_passes(
     tile = _plan("dq", q, k, cu_seqlens, options, dbias)
     work, tiles = _schedule(cu_seqlens, T, tile.block_m)
     dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
-    _causal_attention_bwd_dq_kernel[(tiles * B * H,)](
+    launch_kernel(_causal_attention_bwd_dq_kernel, (tiles * B * H,),
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
         o_ptr=o, lse_ptr=lse, work_ptr=work, delta_ptr=delta, dq_ptr=dq,
         dq_sums_ptr=dq_sums,
@@ -255,7 +257,7 @@ def _launch_two_passes(
     if cu_seqlens is None or tile.block_n != listed_length:
         work, tiles = _schedule(cu_seqlens, S, tile.block_n)
     dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
-    _causal_attention_bwd_dkdv_kernel[(tiles * B * G,)](
+    launch_kernel(_causal_attention_bwd_dkdv_kernel, (tiles * B * G,),
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
         lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
         delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
@@ -288,7 +290,7 @@ def _launch_one_pass(
     delta = torch.empty_like(lse)
     strides = strides_bth(do=do)
     tiles = cdiv(T, DELTA_ROWS)
-    _causal_attention_bwd_delta_kernel[(tiles * B * H,)](
+    launch_kernel(_causal_attention_bwd_delta_kernel, (tiles * B * H,),
         do_ptr=do, dlse_ptr=dlse, o_ptr=o, delta_ptr=delta, **strides, T=T, H=H, tiles=tiles,
         HEAD=K, BLOCK_M=DELTA_ROWS, BLOCK_K=padded(K), num_warps=4,
     )  # fmt: skip
@@ -300,7 +302,7 @@ def _launch_one_pass(
     sums = lse.new_empty((programs, cdiv(T, rows) * rows, padded(K)))
     dq_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, rows), H * K))
     dkv_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, columns), 2 * H * K))
-    _causal_attention_bwd_one_pass_kernel[(programs,)](
+    launch_kernel(_causal_attention_bwd_one_pass_kernel, (programs,),
         **_streamed(rows, do=do, q=q), **_streamed(columns, k=k, v=v),
         lse=_streamed_statistics(lse, q, None, rows),
         delta=_streamed_statistics(delta, q, None, rows),
@@ -313,13 +315,12 @@ def _launch_one_pass(
     _sum_partials(dbias, dq_sums, dkv_sums)
 
 
-def _sum_partials(dbias: Tensor | None, *partials: Tensor | None) -> None:
-    """Write the sums of the rows of all partial sums, one after the other, to `dbias`."""
+def _sum_partials(dbias: Tensor | None, dq_sums: Tensor | None, dkv_sums: Tensor | None) -> None:
+    """Write the sums of the rows of `dq_sums`, then those of `dkv_sums`, to `dbias`."""
     if dbias is None:
         return
-    parts = dbias.split([partial.shape[1] for partial in partials])
-    for partial, part in zip(partials, parts, strict=True):
-        sum_partials(partial, part)
+    dq_bias, dkv_bias = dbias.split_with_sizes((dq_sums.shape[1], dkv_sums.shape[1]))
+    sum_partials(dq_sums, dq_bias, dkv_sums, dkv_bias)
 
 
 # --- arguments of the kernels
@@ -337,7 +338,7 @@ def _clear_padding(cu_seqlens: Tensor | None, x: Tensor, axis: int = 1) -> None:
     row_size = x.numel() // rows
     # The kernel learns on the device where padding is. Usually there is none.
     programs = min(cdiv(row_size, PADDING_BLOCK), PADDING_PROGRAMS)
-    _causal_attention_padding_kernel[(programs, rows)](
+    launch_kernel(_causal_attention_padding_kernel, (programs, rows),
         x_ptr=x, cu_seqlens_ptr=cu_seqlens, documents=cu_seqlens.shape[0] - 1,
         T=x.shape[axis], width=row_size // x.shape[axis], BLOCK=PADDING_BLOCK,
     )  # fmt: skip
@@ -354,7 +355,7 @@ def _schedule(cu_seqlens: Tensor | None, tokens: int, block: int) -> tuple[Tenso
     documents = cu_seqlens.shape[0] - 1
     tiles = tokens // block + documents
     work = torch.full((tiles, 2), -1, dtype=torch.int32, device=cu_seqlens.device)
-    _causal_attention_schedule_kernel[(cdiv(tiles, SLOTS_PER_PROGRAM),)](
+    launch_kernel(_causal_attention_schedule_kernel, (cdiv(tiles, SLOTS_PER_PROGRAM),),
         cu_seqlens_ptr=cu_seqlens, work_ptr=work, tiles=tiles, documents=documents,
         BLOCK=block, BLOCK_T=SLOTS_PER_PROGRAM, BLOCK_D=DOCUMENTS_PER_STEP,
     )  # fmt: skip
@@ -384,7 +385,8 @@ def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: 
     """
     if cu_seqlens is not None or q.dtype == torch.float32:
         return x
-    return descriptor(x.flatten(0, 1), (1, rows))
+    B, H, T = x.shape
+    return descriptor(x.view(B * H, T), (1, rows))
 
 
 def _option_arguments(options: AttentionOptions, S: int) -> dict:

@@ -1,5 +1,6 @@
 """Precision and memory layout of operands, before a kernel gets them."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,25 +35,42 @@ def descriptor(x: Tensor, block: Sequence[int]):
     TMA needs sm_90 or newer, a unit last stride, and other strides and an address that are
     multiples of 16 bytes.
     """
-    name = arch(x.device)
-    has_tma = name.startswith("sm_") and int(name[3:]) >= 90
+    if x.data_ptr() % TMA_ALIGNMENT or not _has_tma(arch(x.device)):
+        return x
+    strides = _tma_strides(x.shape, x.stride(), x.element_size())
+    if strides is None:
+        return x
+    # Without the constructor, which checks the same conditions again in half of this function's
+    # time. Its optional fields keep their defaults.
+    made = object.__new__(TensorDescriptor)
+    made.base = x
+    made.shape, made.strides, made.block_shape = list(x.shape), list(strides), list(block)
+    return made
+
+
+@functools.cache
+def _has_tma(architecture: str) -> bool:
+    return architecture.startswith("sm_") and int(architecture[3:]) >= 90
+
+
+@functools.lru_cache(maxsize=1024)
+def _tma_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> tuple[int, ...] | None:
+    """Return the strides of a descriptor, or None if TMA cannot load such a tensor."""
     # No load uses the stride of an axis of length 1, so any value may replace it.
-    strides = [
+    leading = [
         TMA_ALIGNMENT if size == 1 else stride
-        for size, stride in zip(x.shape, x.stride(), strict=True)
+        for size, stride in zip(shape[:-1], strides[:-1], strict=True)
     ]
-    is_aligned = x.data_ptr() % TMA_ALIGNMENT == 0 and all(
-        stride > 0 and stride * x.element_size() % TMA_ALIGNMENT == 0 for stride in strides[:-1]
-    )
-    if has_tma and is_aligned and x.numel() and x.stride(-1) == 1:
-        return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block))
-    return x
+    is_aligned = all(stride > 0 and stride * itemsize % TMA_ALIGNMENT == 0 for stride in leading)
+    return (*leading, 1) if is_aligned and strides[-1] == 1 and 0 not in shape else None
 
 
 def strides_bth(**tensors: Tensor) -> dict[str, int]:
     """Return stride_NAMEb, stride_NAMEt and stride_NAMEh of (B, T, H, K) tensors, for a launch."""
     return {
-        f"stride_{name}{axis}": x.stride(i)
+        f"stride_{name}{axis}": stride
         for name, x in tensors.items()
-        for i, axis in enumerate("bth")
+        for axis, stride in zip("bth", x.stride(), strict=False)
     }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import arch, sm_count
+from ..core.launch import launch_kernel
 from ..core.triton import cdiv, next_power_of_2
 from ._kernels import (
     _cross_entropy_bwd_kernel,
@@ -138,7 +139,9 @@ def launch_rows_fwd(
     Logits are the first `vocab_size` columns. Default: all.
     """
     grid, arguments = _arguments(logits, target, options, vocab_size)
-    _cross_entropy_fwd_kernel[grid](loss_ptr=loss, statistics_ptr=statistics, **arguments)
+    launch_kernel(
+        _cross_entropy_fwd_kernel, grid, loss_ptr=loss, statistics_ptr=statistics, **arguments
+    )
 
 
 def launch_rows_bwd(
@@ -152,7 +155,7 @@ def launch_rows_bwd(
 ) -> None:
     """Write dlogits. `dloss` is (N,), one value per row, or (), one value for all rows."""
     grid, arguments = _arguments(logits, target, options)
-    _cross_entropy_bwd_kernel[grid](
+    launch_kernel(_cross_entropy_bwd_kernel, grid,
         dloss_ptr=dloss, statistics_ptr=statistics, divisor_ptr=divisor, dlogits_ptr=dlogits,
         stride_dloss=dloss.stride(0) if dloss.ndim else 0, stride_dm=dlogits.stride(0),
         V_padded=logits.shape[1], **arguments,
@@ -174,7 +177,7 @@ def launch_rows_fwd_bwd(
     """
     sms = sm_count(logits.device)
     grid, arguments = _arguments(logits, target, options, vocab_size, sms=sms)
-    _cross_entropy_fwd_bwd_kernel[grid](
+    launch_kernel(_cross_entropy_fwd_bwd_kernel, grid,
         dloss_ptr=dloss, loss_ptr=loss, stride_dloss=0 if dloss is None else dloss.stride(0),
         V_padded=logits.shape[1], **arguments,
     )  # fmt: skip
@@ -186,7 +189,7 @@ def launch_reduce(rows: Tensor, target: Tensor, options: LossOptions) -> tuple[T
         return rows, torch.ones((), dtype=torch.int64, device=rows.device)
     loss = torch.empty((), dtype=torch.float32, device=rows.device)
     divisor = torch.empty((), dtype=torch.int64, device=rows.device)
-    _cross_entropy_reduce_kernel[(1,)](
+    launch_kernel(_cross_entropy_reduce_kernel, (1,),
         rows_ptr=rows, target_ptr=target, loss_ptr=loss, divisor_ptr=divisor,
         N=rows.shape[0], ignore_index=options.ignore_index,
         IS_MEAN=options.reduction == "mean", BLOCK_N=REDUCE_BLOCK, num_warps=16,
@@ -207,7 +210,7 @@ def launch_scale(
     scaled = []
     for grad, dtype in zip((dx, dw, db), dtypes, strict=True):
         out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-        _linear_cross_entropy_scale_kernel[(cdiv(grad.numel(), SCALE_BLOCK),)](
+        launch_kernel(_linear_cross_entropy_scale_kernel, (cdiv(grad.numel(), SCALE_BLOCK),),
             grad_ptr=grad, dloss_ptr=dloss, divisor_ptr=divisor, out_ptr=out,
             numel=grad.numel(), BLOCK_N=SCALE_BLOCK,
         )  # fmt: skip

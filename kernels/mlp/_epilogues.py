@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.device import sm_count
+from ..core.launch import launch_kernel
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, tl, triton
 
@@ -232,13 +233,9 @@ def _swiglu_bwd_kernel(
 def launch_activation_fwd(h: Tensor, activation: str) -> Tensor:
     """Return the activation of h, a row of ACTIVATIONS."""
     a = torch.empty_like(h)
-    _mlp_activation_fwd_kernel[(cdiv(h.numel(), BLOCK),)](
-        h_ptr=h,
-        a_ptr=a,
-        numel=h.numel(),
-        ACTIVATION=ACTIVATIONS[activation].tile,
-        BLOCK_N=BLOCK,
-    )
+    launch_kernel(_mlp_activation_fwd_kernel, (cdiv(h.numel(), BLOCK),),
+        h_ptr=h, a_ptr=a, numel=h.numel(), ACTIVATION=ACTIVATIONS[activation].tile, BLOCK_N=BLOCK,
+    )  # fmt: skip
     return a
 
 
@@ -251,7 +248,7 @@ def launch_activation_bwd(da: Tensor, h: Tensor, activation: str, db: Tensor | N
     programs = PROGRAMS_PER_SM * sm_count(h.device) // column_blocks
     programs = max(1, min(cdiv(M, block_m), programs))
     db_partial = None if db is None else empty_partials(programs, h)
-    _mlp_activation_bwd_kernel[(programs, column_blocks)](
+    launch_kernel(_mlp_activation_bwd_kernel, (programs, column_blocks),
         da_ptr=da, h_ptr=h, dh_ptr=dh, db_partial_ptr=db_partial, M=M, N=N,
         ACTIVATION=ACTIVATIONS[activation].tile, BLOCK_M=block_m, BLOCK_N=COLUMNS,
     )  # fmt: skip
@@ -263,16 +260,16 @@ def launch_activation_bwd(da: Tensor, h: Tensor, activation: str, db: Tensor | N
 def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """Return a = silu(gate) up."""
     a = torch.empty_like(gate)
-    _swiglu_fwd_kernel[(cdiv(a.numel(), BLOCK),)](
-        gate_ptr=gate, up_ptr=up, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK
-    )
+    launch_kernel(_swiglu_fwd_kernel, (cdiv(a.numel(), BLOCK),),
+        gate_ptr=gate, up_ptr=up, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK,
+    )  # fmt: skip
     return a
 
 
 def launch_swiglu_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of gate and up, and a = silu(gate) up."""
     dgate, dup, a = (torch.empty_like(gate) for _ in range(3))
-    _swiglu_bwd_kernel[(cdiv(a.numel(), BLOCK),)](
+    launch_kernel(_swiglu_bwd_kernel, (cdiv(a.numel(), BLOCK),),
         da_ptr=da, gate_ptr=gate, up_ptr=up, dgate_ptr=dgate, dup_ptr=dup, a_ptr=a,
         numel=a.numel(), BLOCK_N=BLOCK,
     )  # fmt: skip

@@ -17,12 +17,14 @@ Cost       2 M N K FLOPs; each operand and output moves once, if operands stay i
 Source     Triton's tutorials: persistent matmul; matrix multiplication (grouping)
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from ..core.device import arch, sm_count
+from ..core.launch import launch_kernel
 from ..core.layout import TMA_ALIGNMENT, descriptor
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, tl, triton
@@ -112,6 +114,7 @@ FAMILIES = {
 FLOAT32_TILE = make_tile(64, 64, 32, 1, 8, 2)
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(
     M: int,
     N: int,
@@ -152,13 +155,16 @@ def is_fused(matmul: str, a: Tensor, N: int, *, has_aux: bool = False) -> bool:
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether rows or columns start at multiples of 16 bytes, as descriptors need."""
-    return (
-        1 in x.stride()
-        and x.data_ptr() % TMA_ALIGNMENT == 0
-        and all(
-            stride == 1 or size == 1 or stride * x.element_size() % TMA_ALIGNMENT == 0
-            for size, stride in zip(x.shape, x.stride(), strict=True)
-        )
+    is_address_aligned = x.data_ptr() % TMA_ALIGNMENT == 0
+    return is_address_aligned and _are_aligned(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _are_aligned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether the strides of `_is_aligned` are 1 or multiples of 16 bytes."""
+    return 1 in strides and all(
+        stride == 1 or size == 1 or stride * itemsize % TMA_ALIGNMENT == 0
+        for size, stride in zip(shape, strides, strict=True)
     )
 
 
@@ -349,7 +355,7 @@ def gemm(
     right, b_transposed = _operand_descriptor(b, tile.block_k, tile.block_n)
 
     programs = min(blocks_m * cdiv(N, tile.block_n), multiprocessors * tile.programs)
-    _gemm_kernel[(programs,)](
+    launch_kernel(_gemm_kernel, (programs,),
         a=left, b=right, bias_ptr=None if bias is None else bias.contiguous(), aux_ptr=aux,
         c=_output_descriptor(c, piece), pre=_output_descriptor(pre, piece),
         sums_partial_ptr=sums_partial,

@@ -107,8 +107,8 @@ def launch_fwd(
     y = x.new_empty(N, w2.shape[0])
     h = x.new_empty(N, w1.shape[0])
     for rows in _row_chunks(N, recompute):
-        a = linear_activation(x[rows], w1, b1, activation, matmul, h[rows])
-        linear_out(a, w2, b2, y[rows])
+        a = linear_activation(_part(x, rows), w1, b1, activation, matmul, _part(h, rows))
+        linear_out(a, w2, b2, _part(y, rows))
     return y, h, x.new_empty(0) if recompute else a
 
 
@@ -136,28 +136,34 @@ def launch_bwd(
     for chunk, rows in enumerate(chunks):
         # second layer
         if needs_w2:
-            a_rows = launch_activation_fwd(h[rows], activation) if a is None else a
-            matmul_out(dy[rows].t(), a_rows, dw2, accumulate=chunk > 0)
+            a_rows = launch_activation_fwd(_part(h, rows), activation) if a is None else a
+            matmul_out(_part(dy, rows).t(), a_rows, dw2, accumulate=chunk > 0)
             del a_rows  # frees it before dh is allocated
         # activation and first layer
         if needs_x or needs_w1 or needs_b1:
             db = db1[chunk] if needs_b1 else None
-            dh = _launch_dh(dy[rows], w2, h[rows], activation, matmul, db)
+            dh = _launch_dh(_part(dy, rows), w2, _part(h, rows), activation, matmul, db)
             if needs_x:
-                torch.mm(dh, w1, out=dx[rows])
+                torch.mm(dh, w1, out=_part(dx, rows))
             if needs_w1:
-                matmul_out(dh.t(), x[rows], dw1, accumulate=chunk > 0)
+                matmul_out(dh.t(), _part(x, rows), dw1, accumulate=chunk > 0)
             del dh
 
-    _, _, db2 = linear_bwd(dy, None, w2, (False, False, needs_b2))
+    db2 = dy.sum(0) if needs_b2 else dy.new_empty(0)
     db1 = db1.sum(0).to(x.dtype) if len(chunks) > 1 else db1.view(-1)
     return dx, dw1.to(x.dtype), db1, dw2.to(x.dtype), db2
 
 
-def _row_chunks(N: int, recompute: bool) -> list[slice]:
-    """Slices of N rows: one, or with `recompute` slices of RECOMPUTE_ROWS. At least one."""
-    step = RECOMPUTE_ROWS if recompute else N
-    return [slice(start, start + step) for start in range(0, N, step or 1)] or [slice(0, 0)]
+def _row_chunks(N: int, recompute: bool) -> list[slice | None]:
+    """With `recompute` slices of RECOMPUTE_ROWS rows if there are more; else None: all rows."""
+    if not recompute or N <= RECOMPUTE_ROWS:
+        return [None]
+    return [slice(start, start + RECOMPUTE_ROWS) for start in range(0, N, RECOMPUTE_ROWS)]
+
+
+def _part(x: Tensor, rows: slice | None) -> Tensor:
+    """Return the rows of a chunk."""
+    return x if rows is None else x[rows]
 
 
 def _launch_dh(

@@ -1,5 +1,6 @@
 """Launchers that layer_norm and rms_norm share. Without a mean the kernels compute rms_norm."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ..core.device import DEFAULT_SM_COUNT, sm_count
 from ..core.dropout import Dropout
+from ..core.launch import launch_kernel
 from ..core.partial_sums import empty_partials, sum_partials
 from ..core.triton import cdiv, next_power_of_2
 from ._kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
@@ -45,6 +47,7 @@ class Plan:
         return {**rows, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(M: int, N: int, sms: int = DEFAULT_SM_COUNT) -> Plan:
     """Choose launch sizes for M rows of N elements on a device with `sms` multiprocessors.
 
@@ -74,18 +77,18 @@ def launch_norm_fwd(
     """Return y, h (x itself without a residual), the mean of each row if `centered`, and rstd."""
     M, N = x.shape
     p = plan(M, N)
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    y = x.new_empty((M, N))
+    rstd = x.new_empty(M, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centered else None
     h, stride_residual_m = None, 0
     if residual is not None:
-        h = torch.empty((M, N), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        h = x.new_empty((M, N), dtype=torch.promote_types(x.dtype, residual.dtype))
         stride_residual_m = residual.stride(0)
 
     # A program of the wide kernel owns exactly one row: it does not need M.
     rows = {} if p.is_wide else {"M": M}
     kernel = _layer_norm_fwd_wide_kernel if p.is_wide else _layer_norm_fwd_kernel
-    kernel[(cdiv(M, p.block_m),)](
+    launch_kernel(kernel, (cdiv(M, p.block_m),),
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias,
         y_ptr=y, h_ptr=h, mean_ptr=mean, rstd_ptr=rstd,
         stride_xm=x.stride(0), stride_residual_m=stride_residual_m,
@@ -114,7 +117,7 @@ def launch_norm_bwd(
     """
     M, N = h.shape
     p = plan(M, N, sm_count(h.device))
-    dx = torch.empty((M, N), dtype=h.dtype, device=h.device)
+    dx = h.new_empty((M, N))
     has_dropout = dropout.dropout_p > 0
     dresidual = h.new_empty((M, N) if has_dropout else 0)
     dw = torch.empty_like(weight)
@@ -126,7 +129,7 @@ def launch_norm_bwd(
     dadded_partial = empty_partials(p.partials, h) if has_added else None
 
     kernel = _layer_norm_bwd_wide_kernel if p.is_wide else _layer_norm_bwd_kernel
-    kernel[(p.partials,)](
+    launch_kernel(kernel, (p.partials,),
         dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         dx_ptr=dx, dresidual_ptr=dresidual if has_dropout else None,
         dw_partial_ptr=dw_partial, db_partial_ptr=db_partial, dadded_partial_ptr=dadded_partial,

@@ -234,6 +234,14 @@ def test_autocast_does_not_reach_references():
         assert (x @ x).dtype == torch.bfloat16
 
 
+def test_backward_through_an_operator_without_a_gradient_raises():
+    x = torch.ones(2, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"test_square.*: no autograd formula was registered"):
+        square(x).sum().backward()
+    with torch.no_grad():
+        assert not square(x).requires_grad
+
+
 # --- public: arguments are checked against annotations
 
 

@@ -16,8 +16,12 @@ NEEDS_KERNELS = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("P", "N"), [(0, 3), (1, 1), (3, 33), (PARTIALS_PER_STEP + 1, 70)])
 def test_sum_partials_sums_rows(P, N, dtype, device):
-    partials = [torch.randn(P, N, device=device) for _ in range(3)]
-    a, b, c = (torch.empty(N, dtype=each, device=device) for each in (dtype, torch.float32, dtype))
+    shapes = (P, N), (P + 2, 2 * N), (2 * P, N + 1)
+    partials = [torch.randn(shape, device=device) for shape in shapes]
+    a, b, c = (
+        torch.empty(partial.shape[1], dtype=each, device=device)
+        for partial, each in zip(partials, (dtype, torch.float32, dtype), strict=True)
+    )
     sum_partials(partials[0], a, partials[1], b, partials[2], c)
     for got, partial in zip((a, b, c), partials, strict=True):
         torch.testing.assert_close(got, partial.sum(0).to(got.dtype))
