@@ -112,7 +112,8 @@ def main(argv: Sequence[str]) -> int:
             changes = changes_between(run, record.train, config)
             return _run_and_report(run, world, lambda: resume(run, world, changes))
         if world.is_rank0:
-            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}")
+            # Flushed, because a log file would otherwise show it after the messages of the run.
+            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}", flush=True)
             _print_unused_gpus(world, config)
         try:
             return _run_and_report(run, world, lambda: start(config, run, world))
@@ -368,4 +369,4 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     )
     print(f"goodput: {describe_goodput(run)}")
     print(f"next: {program()} sample {shlex.quote(str(run))} --prompt {prompt}")
-    print(f"      for a better model, the same command with --steps {4 * record.train.steps}")
+    print(f"      for a better model, a new run with --steps {4 * record.train.steps}")

@@ -152,8 +152,8 @@ def newest_checkpoint(run: Path) -> Path:
     folders = checkpoints(run)
     if not folders:
         raise InputError(
-            f"{run}: expected a checkpoint in it, found none: the run stopped before its first; "
-            "start it again"
+            f"{run}: expected a checkpoint in it, found none; start the run again with the same "
+            "command"
         )
     return folders[max(folders)]
 

@@ -136,11 +136,13 @@ def _is_temporary(path: Path) -> bool:
 def check_folder_unused(run: Path) -> None:
     """Raise InputError unless `run` is new, empty, or a run that has no checkpoint yet."""
     if run.exists() and (not run.is_dir() or not is_unstarted(run)):
-        what = "a run already" if (run / "config.json").exists() else "in use"
-        raise InputError(
-            f"{run}: expected a new or empty folder, this one is {what}; choose another `out`, "
-            "or --resume it"
-        )
+        what, hint = "holds other files", "choose another `out`"
+        if (run / "config.json").exists():
+            what, hint = "is a run already", "choose another `out`, or --resume it"
+        elif (run / "checkpoints").exists():
+            what = "has the checkpoints of a run without config.json"
+            hint = "put config.json back, or choose another `out`"
+        raise InputError(f"{run}: expected a new or empty folder, this one {what}; {hint}")
 
 
 def claim_folder(
@@ -197,12 +199,18 @@ def read_run(run: Path) -> RunRecord:
     Raises: InputError if the folder is not a run, or if config.json is not as tritium wrote it.
     """
     file = run / "config.json"
+    has_checkpoints = (run / "checkpoints").exists()
     if not file.is_file():
+        hint = "put it back" if has_checkpoints else "`tritium train` makes one"
         raise InputError(
-            f"{run}: expected the folder of a run (with config.json), found none; "
-            "`tritium train` makes one"
+            f"{run}: expected the folder of a run (with config.json), found none; {hint}"
         )
     content = file.read_bytes()
+    if not content and has_checkpoints:
+        raise InputError(
+            f"{file}: expected the options of the run, got an empty file; put a copy of it back: "
+            "the checkpoints cannot be read without it"
+        )
     if not content:
         raise InputError(
             f"{file}: expected options, got an empty file: the run stopped before its first "
@@ -214,7 +222,7 @@ def read_run(run: Path) -> RunRecord:
         raise InputError(f"{file}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"{file}: expected what `tritium train` wrote there, got something else ({error!r})"
+            f"{file}: expected what `tritium train` wrote there, got something else ({error})"
         ) from None
 
 

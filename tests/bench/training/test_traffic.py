@@ -44,14 +44,18 @@ def test_a_block_moves_less_than_eager_and_at_least_the_least(found, index, dire
 
 
 def test_a_backward_in_one_pass_moves_three_widths_less(found):
-    """It reads q, k and v once. do is read once for delta, and once more."""
+    """It reads q, k and v once. do is read once for delta, and once more.
+
+    Its tiles are larger, so it has fewer partial sums for the gradient of the bias. Two passes write
+    and read 3 float32 per column for 64 tokens, one pass for 128 tokens.
+    """
     for row in found["blocks"]:
         ours, one_pass = (
             sum(row[name][direction]["token_bytes"] for direction in DIRECTIONS)
             for name in ("tritium", "one_pass")
         )
         width_bytes = 2 * row["d_model"]
-        assert (ours - one_pass) / width_bytes == pytest.approx(3, abs=0.01)
+        assert (ours - one_pass) / width_bytes == pytest.approx(3 + 6 / 64, abs=0.01)
         assert one_pass < 86 * width_bytes
 
 

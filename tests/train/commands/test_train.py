@@ -138,7 +138,7 @@ def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_
     } == before
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("x")
-    assert "this one is in use" in error_of(*tiny, "--out", tmp_path / "used")
+    assert "this one holds other files" in error_of(*tiny, "--out", tmp_path / "used")
 
 
 def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):

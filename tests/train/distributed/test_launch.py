@@ -131,7 +131,7 @@ def test_a_leftover_local_rank_raises(error_of, tiny, monkeypatch):
 def test_an_error_on_rank_0_stops_all_ranks(tiny, launch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("x")
-    assert "this one is in use" in error_on_all_ranks(launch(2, *tiny[1:]))
+    assert "this one holds other files" in error_on_all_ranks(launch(2, *tiny[1:]))
     assert "expected the folder of a run" in error_on_all_ranks(
         launch(2, "--resume", tmp_path / "none")
     )

@@ -77,7 +77,7 @@ def test_a_folder_in_use_raises(run, dataset, tmp_path):
     (tmp_path / "other").mkdir()
     check_folder_unused(tmp_path / "other")
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="this one is in use"):
+    with pytest.raises(InputError, match="this one holds other files"):
         check_folder_unused(tmp_path / "other")
 
 
