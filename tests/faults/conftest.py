@@ -17,9 +17,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     file = config.getoption("fault_table", None)
-    if file and not hasattr(
-        config, "workerinput"
-    ):  # the reports of workers are sent to one process
+    is_worker = hasattr(config, "workerinput")  # a process of pytest -n: it sends its reports
+    if file and not is_worker:
         config.pluginmanager.register(FaultTable(config, file.absolute()))
 
 

@@ -5,6 +5,7 @@ Tests record what they measured with pytest's `record_property` under the names 
 
 import datetime
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -22,11 +23,11 @@ HEADER = """\
 
 Written by `{command}` on {date}, from commit {commit}, on {machine}.
 
-Each row is a test that starts real training processes, or reads damaged files, and injects faults:
-`passed` and `failed` count its cases, and a dash stands for a figure that the test does not measure.
-`recovered bitwise` counts the faults after which the run ended with the weights, byte for byte, of a
-run without the fault. `seconds to stop` is the time from a signal to the end of the process, with
-its checkpoint.
+Each row is a test: `passed` and `failed` count its cases, and `-` means that the test does not
+measure the figure. `recovered bitwise` counts the faults after which a run ended with exactly the
+weights of a run without the fault; `seconds to stop` is the time from a signal to the end of the
+process, including its checkpoint. A test of kills or of saves fails if a named checkpoint is
+damaged, if a file is left over, or if the run does not start again.
 
 """
 
@@ -36,7 +37,7 @@ class FaultTable:
 
     def __init__(self, config: pytest.Config, file: Path):
         self.file = file
-        self.command = " ".join(["pytest", *config.invocation_params.args])
+        self.command = shlex.join(["pytest", *config.invocation_params.args])
         # Name of a test -> outcomes, and values of each property.
         self.outcomes: dict[str, list[str]] = {}
         self.values: dict[str, dict[str, list[float]]] = {}
