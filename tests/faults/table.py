@@ -30,6 +30,7 @@ process, including its checkpoint. A test of kills or of saves fails if a named 
 damaged, if a file is left over, or if the run does not start again.
 
 """
+INTERRUPTED = "The command was interrupted, so cases are missing.\n\n"
 
 
 class FaultTable:
@@ -37,7 +38,8 @@ class FaultTable:
 
     def __init__(self, config: pytest.Config, file: Path):
         self.file = file
-        self.command = shlex.join(["pytest", *config.invocation_params.args])
+        # Read now, because the repository can change while the tests run.
+        self.header = _header(shlex.join(["pytest", *config.invocation_params.args]))
         # Name of a test -> outcomes, and values of each property.
         self.outcomes: dict[str, list[str]] = {}
         self.values: dict[str, dict[str, list[float]]] = {}
@@ -54,11 +56,12 @@ class FaultTable:
             if key in COLUMNS:
                 values.setdefault(key, []).append(value)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
         titles = ["test", "passed", "failed", *(title for title, _ in COLUMNS.values())]
         rows = [titles, ["---"] * len(titles), *map(self._row, sorted(self.outcomes))]
         table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        self.file.write_text(_header(self.command) + table)
+        note = INTERRUPTED if exitstatus == pytest.ExitCode.INTERRUPTED else ""
+        self.file.write_text(self.header + note + table)
 
     def _row(self, name: str) -> list[str]:
         file, _, test = name.partition("::")
