@@ -1,10 +1,25 @@
 """A small run, and a way to start it in another process."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.faults.processes import Processes
+from tests.faults.table import FaultTable
 
 IMPORTS = "from tritium.train import evaluate, loop, session, trainer\nimport os, torch\n"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fault-table", type=Path, help="write a table of the fault tests here")
+    parser.addoption("--kills", type=int, default=20, help="how often a run is killed at random")
+
+
+def pytest_configure(config):
+    file = config.getoption("fault_table", None)
+    is_worker = hasattr(config, "workerinput")  # a process of pytest -n: it sends its reports
+    if file and not is_worker:
+        config.pluginmanager.register(FaultTable(config, file.absolute()))
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def run_ranks(begin, words):
     ],
     ids=" ".join,
 )
-def test_all_ranks_skip_bad_steps(more, run_ranks, tmp_path):
+def test_all_ranks_skip_bad_steps(more, run_ranks, tmp_path, record_property):
     bad, never = tmp_path / "bad", tmp_path / "never"
     is_float16 = "float16" in more
     hook = BAD.replace("self.count == 9", "False") if is_float16 else BAD
@@ -96,3 +96,5 @@ def test_all_ranks_skip_bad_steps(more, run_ranks, tmp_path):
     lines = map(json.loads, (bad / "metrics.jsonl").read_text().splitlines())
     skipped = [line["step"] for line in lines if line.get("skipped")]
     assert skipped == ([7] if is_float16 else [7, 9])
+    record_property("faults", len(skipped))
+    record_property("recovered", len(skipped))

@@ -124,17 +124,24 @@ def test_the_operations_of_a_save_are_known(execute, run, expected):
 
 
 @pytest.mark.parametrize("number", numbers(len(OPERATIONS), QUICK))
-def test_a_run_killed_in_a_save_loses_at_most_the_interval(number, execute, run, expected):
+def test_a_run_killed_in_a_save_loses_at_most_the_interval(
+    number, execute, run, expected, record_property
+):
     assert execute(["train", "--resume", run], number)[0] == -signal.SIGKILL
     check_no_checkpoint_is_damaged(run, expected)
     assert max(contents(run)) == (10 if number > RENAME else 10 - INTERVAL)
+    record_property("faults", 1)
+    record_property("steps_lost", 10 - max(contents(run)))
     status, output = execute(["train", "--resume", run])
     assert status == 0, output
     check_run_is_complete(run, expected)
+    record_property("recovered", 1)
 
 
 @pytest.mark.parametrize("number", numbers(len(FIRST_OPERATIONS), quick=()))
-def test_a_run_killed_in_its_first_save_starts_again(number, execute, command, expected, tmp_path):
+def test_a_run_killed_in_its_first_save_starts_again(
+    number, execute, command, expected, tmp_path, record_property
+):
     """By the same command, as a supervisor gives it."""
     run = tmp_path / "run"
     words = [*command, "--out", run, "--resume", "auto"]
@@ -142,13 +149,17 @@ def test_a_run_killed_in_its_first_save_starts_again(number, execute, command, e
     if number == 1:
         assert execute.operations == ["mkdir"]
     check_no_checkpoint_is_damaged(run, expected)
+    record_property("faults", 1)
     status, output = execute(words, step=0)
     assert status == 0, output
     check_run_is_complete(run, expected)
+    record_property("recovered", 1)
 
 
 @pytest.mark.parametrize("number", numbers(RENAME, quick=(7,)))
-def test_a_full_disk_is_one_line_and_older_checkpoints_stay(number, execute, run, expected):
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay(
+    number, execute, run, expected, record_property
+):
     """The line names the file. After that the run resumes."""
     before = contents(run)
     status, output = execute(["train", "--resume", run], number, kill=False)
@@ -164,3 +175,5 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(number, execute, run
     assert len(list((run / "checkpoints").iterdir())) == len(before)
     assert execute(["train", "--resume", run])[0] == 0
     check_run_is_complete(run, expected)
+    record_property("faults", 1)
+    record_property("recovered", 1)

@@ -88,7 +88,7 @@ LOST = [
 
 @pytest.mark.parametrize(("ranks", "engine", "lost", "number"), LOST)
 def test_a_lost_rank_is_named_and_the_run_resumes_bitwise(
-    ranks, engine, lost, number, words, launch, tmp_path  # noqa: F811
+    ranks, engine, lost, number, words, launch, tmp_path, record_property  # noqa: F811
 ):  # fmt: skip
     run = tmp_path / "run"
     words += ["--parallel", engine, "--rank-timeout", TIMEOUT]
@@ -97,6 +97,7 @@ def test_a_lost_rank_is_named_and_the_run_resumes_bitwise(
     status, _, errors = launch(ranks, *words, hook=hook)
     assert time.monotonic() - began < 60
     assert status == [-SIGKILL if rank == lost else RANK_LOST for rank in range(ranks)], errors
+    record_property("faults", 1)
     [line] = our_lines(errors)
     what = "died" if number == SIGKILL else "hangs"
     assert re.match(rf"tritium: rank {lost} {what}.*; last words: (before|after) .*, in ", line)
@@ -110,6 +111,7 @@ def test_a_lost_rank_is_named_and_the_run_resumes_bitwise(
     status, _, errors = launch(ranks, *words, "--out", never_lost)
     assert status == [0] * ranks, errors
     assert weights(run) == weights(never_lost)
+    record_property("recovered", 1)
 
 
 def test_a_rank_that_hangs_in_python_is_named_with_its_place(words, launch):  # noqa: F811

@@ -33,12 +33,13 @@ SIGNALS = (TERM, HUP, TERM, INT, USR1, INT, TERM)
 
 
 @pytest.fixture
-def stop(begin, words, tmp_path):
+def stop(begin, words, tmp_path, record_property):
     """Start a run, send it signals when it reaches a phase, and wait for its end."""
 
     def call(hook: str, *numbers: int, more=()) -> tuple[int, str]:
         process = begin([*words, "--out", tmp_path / "run", *more], hook)
         process.wait_for_phase()
+        sent = time.monotonic()
         for number in numbers[:1]:
             process.send(number)
             time.sleep(0.1)  # signals that arrive together have no order
@@ -47,6 +48,9 @@ def stop(begin, words, tmp_path):
         # 10 s, or longer on a machine that is busy with other programs.
         status = process.wait(10 * max(1, os.getloadavg()[0] / os.cpu_count()))
         assert status is not None, f"it had to be killed: {process.output}"
+        if numbers:
+            record_property("faults", len(numbers))
+            record_property("seconds_to_stop", time.monotonic() - sent)
         assert "Traceback" not in process.output, process.output
         return status, process.output
 
@@ -54,7 +58,7 @@ def stop(begin, words, tmp_path):
 
 
 @pytest.fixture
-def check_resume(begin, words, tmp_path):
+def check_resume(begin, words, tmp_path, record_property):
     """Check that the resumed run ends with the weights of a run that nobody stopped."""
 
     def call() -> None:
@@ -68,6 +72,7 @@ def check_resume(begin, words, tmp_path):
         samples = (run / "samples.txt").read_text()
         assert re.findall(r"--- step (\d+)", samples) == ["10", "20"]
         assert samples == (unbroken / "samples.txt").read_text()
+        record_property("recovered", 1)
 
     return call
 
