@@ -42,7 +42,7 @@ def imported_modules(path: Path) -> set[str]:
     package = list(path.parts[:-1])
     found = set()
     for node in ast.walk(parse(path)):
-        names = [alias.name for alias in getattr(node, "names", [])]
+        names = [each.name for each in getattr(node, "names", []) if isinstance(each, ast.alias)]
         if isinstance(node, ast.Import):
             roots = {name.split(".")[0] for name in names}
             assert not roots & {*FOLDERS, "tritium"}, f"{path}: import relatively"

@@ -139,7 +139,7 @@ def check_folder_unused(run: Path) -> None:
         what, hint = "holds other files", "choose another `out`"
         if (run / "config.json").exists():
             what, hint = "is a run already", "choose another `out`, or --resume it"
-        elif (run / "checkpoints").exists():
+        elif any((run / "checkpoints").glob("step-*")):
             what = "has the checkpoints of a run without config.json"
             hint = "put config.json back, or choose another `out`"
         raise InputError(f"{run}: expected a new or empty folder, this one {what}; {hint}")
@@ -199,7 +199,7 @@ def read_run(run: Path) -> RunRecord:
     Raises: InputError if the folder is not a run, or if config.json is not as tritium wrote it.
     """
     file = run / "config.json"
-    has_checkpoints = (run / "checkpoints").exists()
+    has_checkpoints = any((run / "checkpoints").glob("step-*"))
     if not file.is_file():
         hint = "put it back" if has_checkpoints else "`tritium train` makes one"
         raise InputError(

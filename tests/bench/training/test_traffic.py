@@ -46,8 +46,8 @@ def test_a_block_moves_less_than_eager_and_at_least_the_least(found, index, dire
 def test_a_backward_in_one_pass_moves_three_widths_less(found):
     """It reads q, k and v once. do is read once for delta, and once more.
 
-    Its tiles are larger, so it has fewer partial sums for the gradient of the bias. Two passes write
-    and read 3 float32 per column for 64 tokens, one pass for 128 tokens.
+    Its tiles are larger, so it has fewer partial sums for the gradient of the bias. Two passes
+    write and read 3 float32 per column for 64 tokens, one pass for 128 tokens.
     """
     for row in found["blocks"]:
         ours, one_pass = (
