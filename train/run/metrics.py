@@ -333,7 +333,11 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
             f"metrics.jsonl: {start - len(trained)} of the {start} steps before the checkpoint "
             "have no line: they were lost"
         )
+    last_written = path.stat().st_mtime if path.exists() else None
     write_whole(path, ["".join(lines).encode()])
+    if last_written is not None:
+        # A next resume must not count the time until now: no process ran.
+        os.utime(path, (last_written, last_written))
     return kept
 
 
