@@ -65,9 +65,9 @@ def measured_peak(config: GPTConfig, **options) -> int:
         event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    # The step keeps its loss, and whether it was skipped. The profiler does not see that those of
-    # the step before are freed.
-    assert sum(changes) == 2 * 4, "a step frees all else that it allocates"
+    # The step keeps two float32: its loss, and whether it was skipped. The profiler may not report
+    # that those of the step before are freed, because they are older than the profile.
+    assert sum(changes) in (0, 4, 8), "a step frees all else that it allocates"
     return kept_bytes + max(itertools.accumulate(changes))
 
 
