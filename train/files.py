@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import InputError, names_file
 from .records import parse_object
 
-_WRITE_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 26
 
 
 def write_whole(path: Path | str, pieces: Iterable[bytes | memoryview]) -> None:
@@ -49,10 +49,19 @@ def write_flushed(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         for piece in pieces:
             # Linux writes at most 2 GiB per call, and Ctrl-C waits for the end of the call.
             view = memoryview(piece).cast("B")
-            for start in range(0, len(view), _WRITE_BYTES):
-                file.write(view[start : start + _WRITE_BYTES])
+            for start in range(0, len(view), _PIECE_BYTES):
+                file.write(view[start : start + _PIECE_BYTES])
         file.flush()
         os.fsync(file.fileno())
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def check_free_space(folder: Path, need_bytes: float, purpose: str, hint: str) -> None:

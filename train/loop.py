@@ -93,7 +93,7 @@ def resume(
             dataset = world.on_each_node(
                 lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
             )
-        # It may be gone or changed. The dataset has the tokenizer that the run began with.
+        # tokenizer.json may be missing or changed. The dataset has the tokenizer of the run.
         world.on_rank0(lambda: dataset.tokenizer.save(run / "tokenizer.json"))
         # The model it started from may be gone. The checkpoint has all weights.
         model = new_model(config, record.model)

@@ -40,6 +40,8 @@ from .launches import TARGETS, Launch, RunLaunchers, compile_launch, record_laun
 
 # The trainer runs the kernels in this dtype.
 DTYPE = torch.bfloat16
+# Kernels that a GPU runs faster with serialized matrix instructions: see _tile_choice.py.
+SERIALIZED = ("_causal_attention_bwd_dkdv_kernel",)
 KEYS = ("operator", "shape", "kernel", "arch")
 FIGURES = (
     "registers",
@@ -174,8 +176,9 @@ def _by_key(rows: Sequence[dict]) -> dict[str, dict]:
 def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
     """Return what is worse than in the golden rows.
 
-    That is: more spills, lost or newly serialized matrix instructions, lost bulk loads, narrower
-    accesses, other rows.
+    That is: more spills, lost matrix instructions or bulk loads, narrower accesses, other rows.
+    Serialized matrix instructions are reported even if the golden row has them, except for kernels
+    of SERIALIZED.
     """
     now, before = _by_key(rows), _by_key(golden)
     worse = [f"{key}: not in the golden table" for key in now.keys() - before.keys()]
@@ -186,7 +189,8 @@ def regressions(rows: Sequence[dict], golden: Sequence[dict]) -> list[str]:
             worse.append(
                 f"{key}: spills {row['spilled_bytes']} bytes, golden {old['spilled_bytes']}"
             )
-        if row["serialized"] and not old["serialized"]:
+        is_measured = row["kernel"] in SERIALIZED and old["serialized"]
+        if row["serialized"] and not is_measured:
             worse.append(f"{key}: matrix instructions are serialized")
         lost = old["matrix_instructions"].keys() - row["matrix_instructions"].keys()
         worse += [f"{key}: lost {name}" for name in lost]

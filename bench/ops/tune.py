@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from rich.table import Table
 from ...errors import InputError, unknown_name
 from ...kernels.attention import launch as attention_launch
 from ...kernels.loss import launch as loss_launch
-from ...kernels.mlp.gemm import make_tile
+from ...kernels.mlp.gemm import Tile
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
 from ..record import check_writable, write_record
@@ -68,7 +68,7 @@ def _place(target: str) -> tuple[ModuleType, str]:
 
 
 def _gemm_tile(*sizes: int) -> Variant:
-    tile = make_tile(*sizes)
+    tile = Tile(*sizes)
     return Variant(
         name=f"tile {sizes}", target="mlp.gemm.plan", value=lambda *_, **__: (tile, True)
     )
@@ -76,8 +76,7 @@ def _gemm_tile(*sizes: int) -> Variant:
 
 def _attention_tile(kernel: str, *sizes: int) -> Variant:
     shipped = attention_launch.plan
-    names = (field.name for field in fields(attention_launch.Tile))
-    tile = attention_launch.Tile(**dict(zip(names, sizes, strict=False)))
+    tile = attention_launch.Tile(*sizes)
     return Variant(
         name=f"{kernel} {sizes}",
         target="attention.launch.plan",

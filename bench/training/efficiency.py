@@ -79,8 +79,7 @@ def efficiency_of(work: Work, limits: Limits) -> tuple[Efficiency, float]:
 
 # --- matmuls
 
-# (K up to, fraction of the ceiling). Measured in a step, where other kernels let the GPU cool down:
-# 0.83 to 1.0. The same matmuls one after the other reach 0.75 to 0.9.
+# (K up to, fraction of the ceiling). Measured for groups of matmuls of a step: 0.83 to 1.0.
 _BY_DEPTH = ((1024, 0.88), (2048, 0.93), (4096, 0.97), (float("inf"), 1.0))
 # Assumed to be cuBLAS's tile for large matmuls on sm_90.
 _TILE_M, _TILE_N = 128, 256
@@ -195,7 +194,7 @@ EFFICIENCIES = (
         name="GEMM with epilogue",
         pattern=r"^_gemm_kernel",
         value=_fused,
-        reason="0.8 K / (K + 256): measured 0.66 forward and 0.55 backward at K = 768 (tune-gelu)",
+        reason="0.8 K / (K + 256), estimated from bench/results/h100/tune-gelu.json at K = 768",
     ),
     Efficiency(
         name="attention",

@@ -8,14 +8,14 @@ that are busy for as much of the time as possible.
 
 import functools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..core.triton import next_power_of_2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tile:
     """Launch sizes of a kernel: queries and keys of a tile, warps of a program, tiles in flight.
 
@@ -41,16 +41,10 @@ class Tile:
         }
 
 
-def make_tile(*sizes: int) -> Tile:
-    """A tile from its sizes, in the order of its fields. The last one may be left out."""
-    return Tile(**dict(zip((field.name for field in fields(Tile)), sizes, strict=False)))
-
-
 def _tiles(**kernels: dict[int, tuple[int, ...]]) -> dict[str, dict[int, Tile]]:
     """Rows of sizes, in the order of Tile's fields, by kernel and head size."""
     return {
-        kernel: {size: make_tile(*row) for size, row in rows.items()}
-        for kernel, rows in kernels.items()
+        kernel: {size: Tile(*row) for size, row in rows.items()} for kernel, rows in kernels.items()
     }
 
 
@@ -100,9 +94,9 @@ TILES = {
 # reads more shared memory per FLOP.
 OPTION_TILES = {
     "sm_9": {
-        ("dq", 128): (make_tile(128, 64, 8, 3),),
-        ("dkdv", 64): (*3 * (make_tile(64, 64, 4, 2),), make_tile(32, 64, 4, 2)),
-        ("dkdv", 128): (make_tile(32, 128, 8, 2), make_tile(32, 64, 8, 2)),
+        ("dq", 128): (Tile(128, 64, 8, 3),),
+        ("dkdv", 64): (*3 * (Tile(64, 64, 4, 2),), Tile(32, 64, 4, 2)),
+        ("dkdv", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
     }
 }
 # float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are

@@ -8,7 +8,7 @@ import torch
 
 
 def opaque(function: Callable) -> Callable:
-    """Keep Dynamo from tracing into an implementation that is called outside of compiled code."""
+    """Keep torch.compile from compiling the inside of an implementation that runs eagerly."""
     disabled = None
 
     @functools.wraps(function)

@@ -7,6 +7,7 @@ the time. Arguments with equal keys have equal specializations.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .triton import HAS_TRITON, TensorDescriptor
@@ -18,6 +19,7 @@ if HAS_TRITON:
 # kernels with ever new sizes.
 _COMPILED: dict[tuple, Any] = {}
 MAX_COMPILED = 10_000
+_IS_AMD = torch.version.hip is not None
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -56,6 +58,9 @@ def _key(kernel: Any, arguments: dict[str, Any]) -> tuple:
             tensor = value
             add(value.dtype)
             add(value.data_ptr() % 16 == 0)
+            if _IS_AMD:
+                # A kernel for tensors of up to 2 GB uses instructions with 32-bit offsets.
+                add(value.untyped_storage().size() < 2**31)
         elif type_ is TensorDescriptor:
             tensor = value.base
             add(tuple(value.block_shape))

@@ -18,7 +18,7 @@ Source     Triton's tutorials: persistent matmul; matrix multiplication (groupin
 """
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from ..core.triton import cdiv, tl, triton
 GROUP_M = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tile:
     """Launch sizes.
 
@@ -65,12 +65,6 @@ class Family:
     small: Tile
 
 
-def make_tile(*sizes: int) -> Tile:
-    """A tile from its sizes, in the order of its fields."""
-    names = [field.name for field in fields(Tile)]
-    return Tile(**dict(zip(names, sizes, strict=False)))
-
-
 def _family(
     fuses: bool,
     large: tuple[int, ...],
@@ -80,9 +74,9 @@ def _family(
 ) -> Family:
     return Family(
         fuses=fuses,
-        large=make_tile(*large),
-        aux=make_tile(*(aux or large)),
-        small=make_tile(*small),
+        large=Tile(*large),
+        aux=Tile(*(aux or large)),
+        small=Tile(*small),
     )
 
 
@@ -111,7 +105,7 @@ FAMILIES = {
     ),
 }
 # Without TF32, float32 matmuls do not use the tensor cores.
-FLOAT32_TILE = make_tile(64, 64, 32, 1, 8, 2)
+FLOAT32_TILE = Tile(64, 64, 32, 1, 8, 2)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -35,34 +35,11 @@ def break_at(number: int, *, step: int, log: str, kill: bool) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    class File:
-        """An open file whose writes can break."""
-
-        def __init__(self, file):
-            self._file = file
-
-        def write(self, piece):
-            def write_half():
-                self._file.write(piece[: len(piece) // 2])
-                self._file.flush()
-
-            begin("write", write_half)
-            return self._file.write(piece)
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self._file.close()
-
     original_open = open
 
     def opened(*arguments, **options):
         begin("open")
-        return File(original_open(*arguments, **options))
+        return _File(original_open(*arguments, **options), begin)
 
     files.open = opened
     for name in CHANGES:
@@ -78,6 +55,31 @@ def break_at(number: int, *, step: int, log: str, kill: bool) -> None:
             thread.is_saving = False
 
     saver.write_checkpoint = noted
+
+
+class _File:
+    """An open file whose writes can break, after half of the bytes."""
+
+    def __init__(self, file, begin):
+        self._file = file
+        self._begin = begin
+
+    def write(self, piece):
+        def write_half():
+            self._file.write(piece[: len(piece) // 2])
+            self._file.flush()
+
+        self._begin("write", write_half)
+        return self._file.write(piece)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
 
 
 def _wrap(owner, name: str, begin) -> None:

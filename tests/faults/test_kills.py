@@ -73,7 +73,7 @@ def test_runs_killed_at_random_moments_end_bitwise_equal(
             lost.append(int(reached.read_bytes()) - max(found, default=0))
             # A checkpoint that is being written when the process dies does not count.
             assert lost[-1] <= 2 * INTERVAL
-        # What a killed process left over is deleted by the next one.
+        # The next process deletes the files that a killed process left over.
         names = {path.name for path in (run / "checkpoints").iterdir()}
         assert names == {f"step-{STEPS - INTERVAL}", f"step-{STEPS}"}
         assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]

@@ -30,6 +30,7 @@ from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..loop import resume, start
 from ..recipes import RECIPES, default_recipe, recipe
+from ..run.checkpoint import checkpoints
 from ..run.folder import is_unstarted, read_run
 from ..run.history import CHANGEABLE, FREE, changes_between, check_changeable
 from ..run.metrics import console, describe_goodput
@@ -342,7 +343,7 @@ def _resume_command(run: Path, world: World) -> str:
 
 
 def _describe_stop(run: Path, world: World) -> str:
-    if any((run / "checkpoints").glob("step-*")):
+    if checkpoints(run):
         return f"stopped; go on with: {_resume_command(run, world)}"
     return "stopped before the first step; nothing is saved"
 

@@ -6,7 +6,7 @@
     hangs      the beats of the next rank stopped; or no rank has marked progress for the timeout.
                Then the rank with the fewest marks hangs, and the others wait for it
     verdict    the first rank that finds a cause writes it to the store and prints it. The other
-               ranks read it with their next beat, and exit without a word
+               ranks read it with their next beat, and exit without a message
 
 Collectives keep a long timeout. If a collective times out, it does not say which rank was late, and
 it cannot tell a hung rank from a rank 0 that writes a checkpoint. Beats can, for gloo and for NCCL.

@@ -33,14 +33,14 @@ from ...errors import InputError, describe_os_error
 from ...model import GPT
 from ..bad_steps import is_judge_state
 from ..distributed.engines import SingleProcess, States, Weights
-from ..files import flush_folder, seal, unseal, write_flushed
+from ..files import flush_folder, hash_file, seal, unseal, write_flushed
 from ..optim import Optimizer
+from ._shapes import Shapes, check_state_shapes, check_weight_shapes
 from .sharded_checkpoint import check_shards, is_shard, load_shards, read_complete
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _FORMAT_VERSION = 1
-_READ_BYTES = 1 << 26
 # Keys of the state of PyTorch's GradScaler.
 _LOSS_SCALE_KEYS = {
     "scale",
@@ -50,9 +50,6 @@ _LOSS_SCALE_KEYS = {
     "_growth_tracker",
 }
 
-Shapes = dict[str, tuple[int, ...]]
-"""Shapes of a model's weights by parameter name."""
-
 
 class CheckpointError(InputError):
     """A checkpoint was not written, for example because the disk is full."""
@@ -60,7 +57,7 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a checkpoint holds. Later steps may change the tensors."""
+    """The content of a checkpoint. Later steps may change the tensors."""
 
     step: int
     """Number of optimizer steps done."""
@@ -69,7 +66,22 @@ class Content:
     scalars: dict[str, Any]
     """Other entries of state.json."""
     tensors: dict[str, dict[str, Tensor]]
-    """The tensors of each file by name. Empty on ranks that do not write."""
+    """The tensors of each file by name. Empty if they are in shards."""
+
+    @classmethod
+    def of(
+        cls, step: int, optimizer: Optimizer, tensors: dict[str, dict[str, Tensor]]
+    ) -> "Content":
+        """Return the content after `step` steps, with the state of the optimizer's parts."""
+        return cls(
+            step=step,
+            torch_rng=torch.get_rng_state().numpy().tobytes(),
+            scalars={
+                "loss_scale": optimizer.scaler.state_dict(),
+                "step_judge": optimizer.judge.state_dict(),
+            },
+            tensors=tensors,
+        )
 
 
 def gather_content(step: int, engine: SingleProcess, optimizer: Optimizer) -> Content:
@@ -79,19 +91,12 @@ def gather_content(step: int, engine: SingleProcess, optimizer: Optimizer) -> Co
     optimizer_tensors = {
         f"{name}.{key}": value for name, state in states.items() for key, value in state.items()
     }
-    return Content(
-        step=step,
-        torch_rng=torch.get_rng_state().numpy().tobytes(),
-        scalars={
-            "loss_scale": optimizer.scaler.state_dict(),
-            "step_judge": optimizer.judge.state_dict(),
-        },
-        # Sorted, so that equal content has equal bytes. A resumed run has another order.
-        tensors={
-            MODEL_FILE: dict(sorted(weights.items())),
-            OPTIMIZER_FILE: dict(sorted(optimizer_tensors.items())),
-        },
-    )
+    # Sorted, so that equal content has equal bytes. A resumed run has another order.
+    tensors = {
+        MODEL_FILE: dict(sorted(weights.items())),
+        OPTIMIZER_FILE: dict(sorted(optimizer_tensors.items())),
+    }
+    return Content.of(step, optimizer, tensors)
 
 
 def load_newest(
@@ -137,10 +142,10 @@ def load_weights(folder: Path, model: GPT) -> int:
     try:
         state = _read_state(folder)
         if is_shard(next(iter(state["files"]))):
-            check_shards(folder, state["files"], _shapes(model))
+            check_shards(folder, state["files"], _shapes_of(model.state_dict()))
             weights, _ = read_complete(folder, with_optimizer=False)
         else:
-            weights = _read_weights(folder, state, _shapes(model))
+            weights = _read_weights(folder, state, _shapes_of(model.state_dict()))
     except InputError as error:
         raise InputError(f"{error}; delete this checkpoint to use the one before") from None
     model.load_state_dict(weights)
@@ -278,15 +283,17 @@ def _read_newest(run: Path, engine: SingleProcess, at_most: float) -> tuple[dict
     errors = []
     for folder in folders:
         try:
-            content = _read(folder, _shapes(engine.model), engine.can_shard_checkpoints)
+            content = _read(
+                folder, _shapes_of(engine.model.state_dict()), engine.can_shard_checkpoints
+            )
         except InputError as error:
             errors.append(error)
             continue
         for error in errors:
             print(f"tritium: {error}; resuming from {folder.name} instead", file=sys.stderr)
         return content
-    also = f", and the {len(errors) - 1} before it are damaged too" if len(errors) > 1 else ""
-    raise InputError(f"{errors[0]}{also}; the run cannot be resumed")
+    also = f"; older checkpoints that are damaged too: {len(errors) - 1}" if len(errors) > 1 else ""
+    raise InputError(f"{errors[0]}{also}; the run cannot be resumed, start a new one")
 
 
 def _read(
@@ -300,16 +307,12 @@ def _read(
             return state, None, None
         return state, *read_complete(folder, with_optimizer=True)
     weights = _read_weights(folder, state, shapes)
-    states: States = collections.defaultdict(dict)
     file = folder / OPTIMIZER_FILE
-    for name, value in _read_tensors(file, state["files"][OPTIMIZER_FILE]).items():
+    tensors = _read_tensors(file, state["files"][OPTIMIZER_FILE])
+    check_state_shapes(file, _shapes_of(tensors), shapes)
+    states: States = collections.defaultdict(dict)
+    for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
-        # Moments have the shape of the parameter. The step is a single number.
-        if value.shape not in ((), shapes.get(parameter)):
-            raise InputError(
-                f"{file}: expected {name} of shape {shapes.get(parameter)}, got "
-                f"{tuple(value.shape)}; it belongs to another model"
-            )
         states[parameter][key] = value
     return state, weights, states
 
@@ -360,31 +363,20 @@ def _check_state(file: Path, state: dict) -> None:
 
 def _read_weights(folder: Path, state: dict, shapes: Shapes) -> Weights:
     weights = _read_tensors(folder / MODEL_FILE, state["files"][MODEL_FILE])
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted({*found, *shapes}):
-        if found.get(name) != shapes.get(name):
-            raise InputError(
-                f"{folder}: expected {name} of shape {shapes.get(name)}, got {found.get(name)}; "
-                "it belongs to another model"
-            )
+    check_weight_shapes(folder, _shapes_of(weights), shapes)
     return weights
 
 
 def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
     """Check a file and map it into memory. A tensor is read when it is copied."""
-    found = hashlib.sha256()
-    size = 0
     try:
-        with open(file, "rb") as opened:
-            while piece := opened.read(_READ_BYTES):
-                found.update(piece)
-                size += len(piece)
+        found = hash_file(file)
+        size = file.stat().st_size
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    if found.hexdigest() != sha256:
+    if found != sha256:
         raise InputError(
-            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found.hexdigest()[:12]} of "
-            f"{size} bytes"
+            f"{file}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]} of {size} bytes"
         )
     try:
         tensors = safetensors.torch.load_file(file)
@@ -396,5 +388,5 @@ def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _shapes(model: GPT) -> Shapes:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+def _shapes_of(tensors: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in tensors.items()}

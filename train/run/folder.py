@@ -38,6 +38,7 @@ from ..distributed.world import World
 from ..files import seal, unseal, write_whole
 from ..lock import LOCK_FILE, FolderLock
 from ..records import check_names, check_types, parse_object
+from .checkpoint import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,8 @@ def is_unstarted(run: Path) -> bool:
         return False
     if (run / "tokenizer.json").exists() and not config.exists():
         return False
-    checkpoints = run / "checkpoints"
-    return not checkpoints.exists() or all(map(_is_temporary, checkpoints.iterdir()))
+    folder = run / "checkpoints"
+    return not folder.exists() or all(map(_is_temporary, folder.iterdir()))
 
 
 def _is_own_config(file: Path) -> bool:
@@ -139,7 +140,7 @@ def check_folder_unused(run: Path) -> None:
         what, hint = "holds other files", "choose another `out`"
         if (run / "config.json").exists():
             what, hint = "is a run already", "choose another `out`, or --resume it"
-        elif any((run / "checkpoints").glob("step-*")):
+        elif checkpoints(run):
             what = "has the checkpoints of a run without config.json"
             hint = "put config.json back, or choose another `out`"
         raise InputError(f"{run}: expected a new or empty folder, this one {what}; {hint}")
@@ -199,14 +200,13 @@ def read_run(run: Path) -> RunRecord:
     Raises: InputError if the folder is not a run, or if config.json is not as tritium wrote it.
     """
     file = run / "config.json"
-    has_checkpoints = any((run / "checkpoints").glob("step-*"))
     if not file.is_file():
-        hint = "put it back" if has_checkpoints else "`tritium train` makes one"
+        hint = "put it back" if checkpoints(run) else "`tritium train` makes one"
         raise InputError(
             f"{run}: expected the folder of a run (with config.json), found none; {hint}"
         )
     content = file.read_bytes()
-    if not content and has_checkpoints:
+    if not content and checkpoints(run):
         raise InputError(
             f"{file}: expected the options of the run, got an empty file; put a copy of it back: "
             "the checkpoints cannot be read without it"

@@ -289,7 +289,7 @@ def _progress_bar() -> Progress:
 
 @dataclass
 class _Kept:
-    """What the lines before a resumed run's first step say."""
+    """Values from the lines before the first step of a resumed run."""
 
     evaluated: set[int] = field(default_factory=set)
     """Steps with an evaluation."""

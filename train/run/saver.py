@@ -113,12 +113,7 @@ class CheckpointSaver:
         """Write a checkpoint from all ranks, not in the background."""
         folder = self._run / "checkpoints" / f".step-{step}.shards"
         shards = write_shards(folder, self._engine, self._optimizer)
-        content = Content(
-            step=step,
-            torch_rng=torch.get_rng_state().numpy().tobytes(),
-            scalars={"loss_scale": self._optimizer.scaler.state_dict()},
-            tensors={},
-        )
+        content = Content.of(step, self._optimizer, {})
         self._engine.world.on_rank0(lambda: self._write(content, {}, shards))
         self._engine.world.on_rank0(folder.rmdir)
 

@@ -13,7 +13,6 @@ Ranks write into a hidden folder. Rank 0 then writes state.json with the checksu
 renames the folder, as for every checkpoint.
 """
 
-import hashlib
 import re
 import shutil
 import warnings
@@ -25,15 +24,12 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..distributed.engines import SingleProcess, States, Weights
-from ..files import flush_folder
+from ..files import flush_folder, hash_file
 from ..optim import Optimizer
+from ._shapes import Shapes, check_state_shapes, check_weight_shapes
 
-Shapes = dict[str, tuple[int, ...]]
-"""Shapes of complete tensors by name."""
 MIN_PARAMETERS = 2_000_000_000
 """Parameters from which `sharded_checkpoints auto` writes shards: 24 GB with AdamW's state."""
-
-_READ_BYTES = 1 << 26
 
 
 def writes_shards(engine: SingleProcess) -> bool:
@@ -78,7 +74,7 @@ def write_shards(folder: Path, engine: SingleProcess, optimizer: Optimizer) -> d
     # Each rank reads some files again for their checksums.
     files = world.on_rank0(lambda: sorted(folder.iterdir()))
     hashes = world.run_on_all_ranks(
-        lambda: {file: _sha256(file) for file in files[world.rank :: world.size]}
+        lambda: {file: hash_file(file) for file in files[world.rank :: world.size]}
     )
     gathered = [hashes] * world.size
     if world.size > 1:
@@ -96,15 +92,6 @@ def _make_folder(folder: Path) -> None:
 
 def _weights(engine: SingleProcess) -> dict[str, Tensor]:
     return {f"model.{name}": value.detach() for name, value in engine.model.named_parameters()}
-
-
-def _sha256(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    found = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while piece := opened.read(_READ_BYTES):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def load_shards(folder: Path, engine: SingleProcess, optimizer: Optimizer) -> None:
@@ -158,32 +145,20 @@ def check_shards(folder: Path, files: dict[str, str], shapes: Shapes) -> None:
             f"{', '.join(sorted(found_files)) or 'none'}"
         )
     for name, sha256 in files.items():
-        found = _sha256(folder / name)
+        found = hash_file(folder / name)
         if found != sha256:
             raise InputError(
                 f"{folder / name}: damaged: expected SHA-256 {sha256[:12]}, got {found[:12]}"
             )
-    all_shapes = shard_shapes(folder)
-    weights = {
-        name.removeprefix("model."): shape
-        for name, shape in all_shapes.items()
-        if name.startswith("model.")
-    }
-    for name in sorted({*weights, *shapes}):
-        if weights.get(name) != shapes.get(name):
-            raise InputError(
-                f"{folder}: expected {name} of shape {shapes.get(name)}, got {weights.get(name)}; "
-                "it belongs to another model"
-            )
-    for name, shape in all_shapes.items():
-        parameter = name.removeprefix("optimizer.").rpartition(".")[0]
-        is_weight = name.startswith("model.")
-        # Moments have the shape of the parameter. The step is a single number.
-        if not is_weight and shape not in ((), shapes.get(parameter)):
-            raise InputError(
-                f"{folder}: expected {name} of shape {shapes.get(parameter)}, got {shape}; it "
-                "belongs to another model"
-            )
+    weights: Shapes = {}
+    states: Shapes = {}
+    for name, shape in shard_shapes(folder).items():
+        if name.startswith("model."):
+            weights[name.removeprefix("model.")] = shape
+        else:
+            states[name.removeprefix("optimizer.")] = shape
+    check_weight_shapes(folder, weights, shapes)
+    check_state_shapes(folder, states, shapes)
 
 
 def shard_shapes(folder: Path) -> Shapes:

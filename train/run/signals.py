@@ -4,8 +4,8 @@
                 starts, as under nohup, stays ignored. SIGALRM: `max_minutes` are over
     imports     the process ends at once
     before the first step    StopRequested is raised where the program is. Nothing is saved
-    steps       the signal is noted. All ranks stop after the same step and write a checkpoint. A
-                single process does not finish a forward, a backward, an evaluation or a sample
+    steps       the signal is noted. All ranks stop after the same step and write a checkpoint. In
+                a single process it interrupts a forward, a backward, an evaluation or a sample
     repeated    signals change nothing. SIGQUIT and SIGKILL end the process without a checkpoint
 
 A handler never prints through Python's streams, which do not allow a second writer.

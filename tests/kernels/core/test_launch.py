@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,8 @@ def argument_sets():
         descriptor(matrix, (16, 16)),
         descriptor(matrix, (16, 32)),
         descriptor(matrix.half(), (16, 16)),
+        # More than 2 GB. NumPy does not touch the memory.
+        torch.from_numpy(np.empty(2**31 + 2, np.uint8)).view(torch.bfloat16),
     ]
     integers = [0, 1, 2, 16, 17, 32, 2**31, 2**40, True]
     scales = [None, 1.0, 0.5, 1, True]
@@ -62,8 +65,10 @@ def argument_sets():
         yield {"a": matrix, "b_ptr": matrix, "P": P, "N": 8, "scale": scale, "FUNCTION": function}
 
 
-def test_equal_keys_have_equal_specializations():
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)])
+def test_equal_keys_have_equal_specializations(target, monkeypatch):
+    monkeypatch.setattr(module, "_IS_AMD", target.backend == "hip")
+    backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     found = {}
     count = 0

@@ -359,6 +359,35 @@ def test_padding_rows_of_the_weight_change_nothing(V, padded, options, reduction
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_weights_that_slow_a_gpu_are_padded_without_effect(has_bias, monkeypatch):
+    x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(19, 8, dtype=torch.float64)
+    bias = torch.randn(19, dtype=torch.float64) if has_bias else None
+    target = torch.randint(19, (5,))
+    leaves = [value.requires_grad_() for value in (x, weight, bias) if value is not None]
+
+    def results():
+        loss = linear_cross_entropy(x, weight, target, bias)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    expected = results()
+    rows = []
+    monkeypatch.setattr(MODULE, "_is_slow", lambda V, x: rows.append(V) or True)
+    assert_close(results(), expected, rtol=1e-12, atol=1e-12)
+    assert rows == [19]
+
+
+@pytest.mark.plain
+def test_16_bit_weights_with_an_unaligned_number_of_classes_are_padded_on_a_device():
+    x = torch.empty(5, 8, dtype=torch.bfloat16, device="meta")
+    for V, rows in ((50257, 50304), (50264, 50264)):
+        weight = torch.empty(V, 8, dtype=torch.bfloat16, device="meta")
+        assert MODULE._pad_classes(weight, None, x)[0].shape == (rows, 8)
+    weight = torch.empty(50257, 8, device="meta")
+    assert MODULE._pad_classes(weight, None, x.float())[0] is weight
+
+
+@pytest.mark.plain
 def test_a_padding_row_is_not_a_class():
     (x, weight, _), target, _ = tensors(9, 4, 12, torch.float32, "cpu")
     target[1] = 10

@@ -1,7 +1,5 @@
 """Heartbeats of several ranks in one process. The tests count the beats instead of the threads."""
 
-import contextlib
-
 import pytest
 import torch.distributed as dist
 
@@ -34,6 +32,7 @@ def ranks(monkeypatch):
 
 
 def beat(ranks, count: int, *, silent: int | None = None) -> None:
+    """Let all ranks but the silent one beat. Raises: EndedError if a rank ends."""
     for _ in range(count):
         for rank, each in enumerate(ranks):
             if rank != silent:
@@ -78,21 +77,32 @@ def test_slow_steps_get_three_times_their_duration(ranks):
 def test_compilation_is_no_hang(ranks, monkeypatch):
     monkeypatch.setattr(heartbeat, "is_compiling", lambda: True)
     beat(ranks, 3 * TIMEOUT)
+    monkeypatch.setattr(heartbeat, "is_compiling", lambda: False)
+    with pytest.raises(EndedError, match="hangs"):
+        beat(ranks, TIMEOUT + 10)
 
 
-def test_no_rank_hangs_before_the_first_step(ranks):
+def test_a_rank_hangs_only_after_the_first_step(ranks):
     for each in ranks:
         each._step = None
     beat(ranks, 3 * TIMEOUT)
+    for each in ranks:
+        each.mark(1)
+    with pytest.raises(EndedError, match="hangs"):
+        beat(ranks, 10 * TIMEOUT)
 
 
 def test_a_rank_that_has_left_is_not_missed(ranks):
     ranks[1].leave()
-    with contextlib.suppress(EndedError):
-        beat(ranks, 3, silent=1)
+    for _ in range(3):
+        beat(ranks, TIMEOUT - 10, silent=1)
         ranks[0].mark()
         ranks[2].mark()
-    beat(ranks, TIMEOUT - 10, silent=1)
+    # Without the note that it left, its silence is a hang.
+    ranks[1]._has_left = False
+    ranks[1]._publish()
+    with pytest.raises(EndedError, match="rank 1 hangs"):
+        beat(ranks, TIMEOUT + 10, silent=1)
 
 
 def test_the_first_verdict_is_printed_and_ends_all_ranks(ranks, capsys):

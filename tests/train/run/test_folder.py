@@ -157,7 +157,7 @@ def test_a_folder_without_a_checkpoint_is_taken_over(run, dataset):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("config.json", '{"model_type": "gpt2"}'),  # of another program
+        ("config.json", '{"model_type": "gpt2"}'),  # another program wrote it
         ("metrics.jsonl", ""),
         ("checkpoints/notes.txt", ""),
     ],

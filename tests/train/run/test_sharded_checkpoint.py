@@ -1,11 +1,13 @@
 """Checkpoints in which each rank writes its part of the weights and of the optimizer state."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
 from tritium.errors import InputError
+from tritium.train.bad_steps import is_judge_state
 from tritium.train.run.models import open_model
 from tritium.train.run.sharded_checkpoint import read_complete
 
@@ -37,6 +39,9 @@ def test_ranks_resume_bitwise_and_other_engines_to_rounding(run, launch, tmp_pat
         "state.json",
     ]
     expected = tensors(run)
+    state = json.loads((folder / "state.json").read_bytes())
+    assert is_judge_state(state["step_judge"])
+    assert state["step_judge"]["count"] == 20
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step-10", "step-20"]
     for ranks, options in ((2, SHARDED), (0, [])):
         again = tmp_path / f"again-{ranks}"
