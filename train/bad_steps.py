@@ -50,23 +50,37 @@ class StepJudge:
     def __init__(self, threshold: float, device: torch.device):
         self._threshold = threshold
         self._count = 0
+        # Column of the window for the next step.
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
         # Loss and gradient norm of the last steps. Steps that are missing count as infinite.
         self._window = torch.full((2, WINDOW), torch.inf, device=device)
         self._limits = torch.full((2,), torch.finfo(torch.float32).max, device=device)
 
     def is_bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Judge the next step. Returns: () bool on the device."""
+        is_bad = self.judge(loss, grad_norm)
+        self.count_step()
+        return is_bad
+
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Do the part of `is_bad` that a CUDA graph can record: only tensors change."""
         values = torch.stack((loss, grad_norm))
         # A comparison with NaN is false.
         is_good = torch.le(values, self._limits).all()
         if self._threshold:
             # A bad step is part of the window: the median ignores it. If the loss has risen for
             # good, the limits follow.
-            self._window[:, self._count % WINDOW] = values
-            self._count += 1
-            if self._count % REFRESH == 0:
-                self._refresh_limits()
+            self._window.index_copy_(1, self._place, values.view(2, 1))
         return is_good.logical_not()
+
+    def count_step(self) -> None:
+        """Do the part of `is_bad` that depends on the number of judged steps."""
+        if not self._threshold:
+            return
+        self._count += 1
+        self._place.fill_(self._count % WINDOW)
+        if self._count % REFRESH == 0:
+            self._refresh_limits()
 
     def _refresh_limits(self) -> None:
         median = _median(self._window)
@@ -74,7 +88,7 @@ class StepJudge:
         deviation = torch.maximum(deviation, _LEAST_DEVIATION * median.abs())
         largest = torch.finfo(torch.float32).max
         limits = torch.nan_to_num(median + self._threshold * deviation, nan=largest)
-        self._limits = limits[:, 0]
+        self._limits.copy_(limits[:, 0])
 
     def state_dict(self) -> dict:
         """Return the state as numbers. It waits for the device."""
@@ -87,6 +101,7 @@ class StepJudge:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self._count = state["count"]
+        self._place.fill_(self._count % WINDOW)
         self._window.copy_(torch.tensor(state["window"]))
         self._limits.copy_(torch.tensor(state["limits"]))
 

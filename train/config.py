@@ -42,6 +42,8 @@ class ExecutionOptions:
     """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the model and its loss. auto: on CUDA."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Whether to launch steps as CUDA graphs. auto: on CUDA, if all micro-batches are alike."""
     attention: Literal[tuple(ATTENTIONS)] = "tritium"
     """tritium: own kernels; sdpa: PyTorch's; flash-attn: the package of that name, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"

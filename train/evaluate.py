@@ -47,18 +47,25 @@ def batch_loss(
     Returns: () float32 on the model's device, nats per token; 0 without targets.
     """
     device = next(model.parameters()).device
+    return model(**model_inputs(batch, device, separator, dropout_seed))
+
+
+def model_inputs(
+    batch: Batch, device: torch.device, separator: int | None, dropout_seed: int | None
+) -> dict[str, Tensor]:
+    """Return the arguments of GPT.forward for a batch, on `device`; arguments: see batch_loss."""
     tokens, targets = batch.on(device)
-    options = {}
+    inputs = {"tokens": tokens, "targets": targets}
     if batch.token_order is not None:
-        options["token_order"] = copy_to_device(batch.token_order, device)
+        inputs["token_order"] = copy_to_device(batch.token_order, device)
     if dropout_seed is not None:
-        options["dropout_seed"] = torch.full((), dropout_seed, dtype=torch.int64, device=device)
+        inputs["dropout_seed"] = torch.full((), dropout_seed, dtype=torch.int64, device=device)
     if separator is not None:
         cu_seqlens = copy_to_device(document_starts(batch.inputs, separator), device)
         # Its length differs between batches: compile once for any length.
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        options["cu_seqlens"] = cu_seqlens
-    return model(tokens, targets, **options)
+        inputs["cu_seqlens"] = cu_seqlens
+    return inputs
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ class Execution:
     """Whether torch.compile compiles the model."""
     micro_batch: int
     """Sequences per forward and backward on this rank."""
+    cuda_graph: bool = False
+    """Whether micro-batches and the optimizer's update are recorded as CUDA graphs."""
 
     def summary(self) -> dict[str, Any]:
         """Return what the run's history compares: results of two summaries agree to rounding."""
@@ -66,6 +68,7 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
             config.execution.compile
         ],
         micro_batch=_micro_batch(config, world.data_ranks),
+        cuda_graph=_uses_cuda_graph(config, device, ENGINES[world.engine]),
     )
     check_attention(config.execution.attention, device, dtype)
     check_optimizer(config.optimizer, world.engine)
@@ -76,6 +79,21 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
 def compiles_on(device: torch.device) -> bool:
     """Return whether runs on `device` are compiled by default: on CUDA, if Triton is installed."""
     return device.type == "cuda" and HAS_TRITON
+
+
+def _uses_cuda_graph(
+    config: TrainConfig, device: torch.device, engine: type[SingleProcess]
+) -> bool:
+    """Return whether the steps are recorded as CUDA graphs."""
+    obstacles = {
+        "the device is no GPU of NVIDIA": device.type != "cuda" or torch.version.cuda is None,
+        "the number of documents varies with document_mask": config.document_mask,
+        "fsdp communicates in each micro-batch": not engine.can_use_cuda_graph,
+    }
+    found = [reason for reason, applies in obstacles.items() if applies]
+    if config.execution.cuda_graph == "on" and found:
+        raise InputError(f"cuda_graph: expected auto or off, got on, but {found[0]}")
+    return config.execution.cuda_graph != "off" and not found
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:

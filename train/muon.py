@@ -42,17 +42,17 @@ class Muon(torch.optim.Muon):
                 update = _zeropower_via_newtonschulz(update, *options)
                 # It can be a transposed view. _fused_sgd_ needs the layout of the parameter.
                 update = update.to(parameter.dtype).contiguous()
-                # W -= scaled lr (O + decay W). SGD multiplies the decay by its learning rate too.
-                scale = _adjust_lr(1.0, group["adjust_lr_fn"], parameter.shape)
-                decay = group["weight_decay"] / scale
-                self._descend([parameter], [update], lr=group["lr"] * scale, decay=decay)
+                # The update is scaled, not the learning rate, which can be a tensor.
+                update *= _adjust_lr(1.0, group["adjust_lr_fn"], parameter.shape)
+                decay = group["weight_decay"]
+                self._descend([parameter], [update], lr=group["lr"], decay=decay)
 
     def _descend(
         self,
         values: list[Tensor],
         gradients: list[Tensor],
         *,
-        lr: float,
+        lr: float | Tensor,
         decay: float,
         maximize: bool = False,
     ) -> None:

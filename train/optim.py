@@ -17,6 +17,7 @@ Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024,
 """
 
 import collections
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .bad_steps import LossScale, StepJudge
+from .cuda_graph import Recorded
 from .precision import linear_parameters
 
 if TYPE_CHECKING:
@@ -162,6 +164,14 @@ class Optimizer:
         self.judge = StepJudge(config.skip_threshold, execution.device)
         self.skipped = torch.zeros((), device=execution.device)
 
+        self._change = self._change_weights
+        if execution.cuda_graph and engine.can_record_update:
+            self._change = Recorded(self._change_weights, execution.device)
+            for part in self.parts:
+                for group in part.param_groups:
+                    # PyTorch requires it of an AdamW in a graph.
+                    group["capturable"] = True
+
     def update(self, lr: float, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients to config.grad_clip (0: no clipping), update, and drop the gradients.
 
@@ -173,18 +183,30 @@ class Optimizer:
                 is judged.
         Returns: the global norm of the gradients before clipping, () on the device.
         """
+        # A graph has the learning rate in a float32 tensor. Without one, the same value is used.
+        lr = ctypes.c_float(lr).value
+        arguments = {} if loss is None else {"loss": loss}
+        grad_norm, self.skipped = self._change(lr=lr, **arguments)
+        self.judge.count_step()
+        self._drop_gradients()
+        return grad_norm
+
+    def _change_weights(
+        self, lr: float | Tensor, loss: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Update weights and state. Returns: the gradient norm, and the new value of `skipped`."""
         self.scaler.unscale([parameter.grad for parameter in self._parameters])
         grad_norm = self._clip()
 
         # Judge the step.
         loss = grad_norm if loss is None else loss
-        is_skipped = self.judge.is_bad(loss, grad_norm)
-        found_inf = is_skipped.float()
-        self.skipped = found_inf
+        is_bad = self.judge.judge(loss, grad_norm)
+        found_inf = is_bad.float()
+        skipped = found_inf
         if self.scaler.is_enabled():
             overflowed = self.scaler.overflowed(loss, grad_norm)
-            self.skipped = found_inf + overflowed
-            self.scaler.update(is_skipped, overflowed)
+            skipped = found_inf + overflowed
+            self.scaler.update(is_bad, overflowed)
 
         # Update.
         for part in self.parts:
@@ -194,8 +216,7 @@ class Optimizer:
             part.found_inf = found_inf
         for part in self.parts:
             part.step()
-        self._drop_gradients()
-        return grad_norm
+        return grad_norm, skipped
 
     def states(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """Return the state that this rank keeps of each parameter, such as AdamW's moments."""
@@ -209,6 +230,8 @@ class Optimizer:
         for part in self._local_parts():
             if any(parameter is each for each in _parameters_of(part)):
                 part.state[parameter] = state
+        if isinstance(self._change, Recorded):
+            self._change.forget()
 
     def _clip(self) -> Tensor:
         """Clip the gradients without waiting for the device. Returns: their global norm before."""

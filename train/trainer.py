@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..model.config import DROPOUTS
 from .config import TrainConfig
+from .cuda_graph import Recorded
 from .data.loader import Batch
 from .distributed.engines import SingleProcess
-from .evaluate import batch_loss
+from .evaluate import batch_loss, model_inputs
 from .execution import resolve
 from .optim import Optimizer
 
@@ -70,6 +71,11 @@ class Trainer:
         self.working = engine.working
         self._loss: Tensor | None = None
 
+        def micro_step(loss_weight: Tensor, **inputs: Tensor) -> Tensor:
+            return self._backward(self.engine.network(**inputs) * loss_weight)
+
+        self._recorded_micro_step = Recorded(micro_step, engine.execution.device)
+
     def backward(self, batch: Batch, num_targets: int | None = None, *, step: int = 0) -> Tensor:
         """Compute the gradients of the mean loss over all targets of a batch.
 
@@ -91,12 +97,23 @@ class Trainer:
             loss_weight = float(part.num_targets.sum() / num_targets) * execution.world.data_ranks
             self.engine.begin_micro_step(is_last=start + execution.micro_batch >= len(batch))
             seed = self._dropout_seed(step, execution.world.data_rank * len(batch) + start)
-            loss = batch_loss(self.engine.network, part, self.separator, seed) * loss_weight
-            self.optimizer.scaler.scale(loss).backward()
-            total += loss.detach()
+            total += self._micro_step(part, loss_weight, seed)
         self.engine.finish_gradients()
         self._loss = execution.world.mean(total)
         return self._loss
+
+    def _micro_step(self, part: Batch, loss_weight: float, seed: int | None) -> Tensor:
+        """Run forward and backward of a micro-batch. Returns: its weighted loss."""
+        execution = self.engine.execution
+        if execution.cuda_graph and self.engine.can_record and len(part) == execution.micro_batch:
+            inputs = model_inputs(part, execution.device, self.separator, seed)
+            return self._recorded_micro_step(loss_weight=loss_weight, **inputs)
+        loss = batch_loss(self.engine.network, part, self.separator, seed)
+        return self._backward(loss * loss_weight)
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        self.optimizer.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _dropout_seed(self, step: int, row: int) -> int | None:
         """Return the seed of dropout for the micro-batch that begins at a row of the step's batch.

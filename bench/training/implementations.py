@@ -61,16 +61,22 @@ class TrainedModel:
         In float16 the gradients are scaled. The parameters keep no gradient.
         """
         loss = self.trainer.backward(batch)
-        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        named = self.model.named_parameters()
+        # Clones, because the trainer may write to the same tensors again.
+        gradients = {name: parameter.grad.clone() for name, parameter in named}
         self.model.zero_grad(set_to_none=True)
         return loss, gradients
 
     def held_bytes(self) -> int:
-        """Return the bytes that stay allocated between steps: weights, copies, optimizer state."""
+        """Return the bytes that stay allocated between steps.
+
+        Weights, copies and optimizer state; with a CUDA graph also gradients.
+        """
         optimizer_states = self.trainer.optimizer.states().values()
         state = [value for values in optimizer_states for value in values.values()]
         weights = {*self.model.parameters(), *self.trainer.working.parameters()}
-        return sum(value.nbytes for value in {*weights, *state})
+        gradients = self.trainer.engine.kept_gradients
+        return sum(value.nbytes for value in {*weights, *state, *gradients})
 
 
 class NanoGPT(TrainedModel):

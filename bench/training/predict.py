@@ -176,7 +176,12 @@ def measure(plan: Plan, config: TrainConfig, steps: int) -> dict[str, Any]:
     device = choose_device("auto")
     choose_matmul(device)
     model = replace(plan.model, context_tokens=plan.context_tokens)
-    options = {"micro_batch_size": plan.micro_batch, "batch_size": plan.sequences}
+    # Without a CUDA graph, in which the profiler cannot tell which operator launched a kernel.
+    options = {
+        "micro_batch_size": plan.micro_batch,
+        "batch_size": plan.sequences,
+        "cuda_graph": "off",
+    }
     config = config.with_options(**options, context_tokens=plan.context_tokens)
     compiled = compiles_on(device)
     torch.manual_seed(config.seed)

@@ -23,8 +23,8 @@ Fairness
 
 MFU        tokens per second x flops_per_token (model/cost.py) / bf16 peak of the device
            (kernels/core/device.py)
-Memory     CUDA: peak bytes that PyTorch allocated in a model's rounds, without the weights and
-           optimizer states of the other models
+Memory     CUDA: peak bytes that PyTorch allocated in a model's first steps, without the weights
+           and optimizer states of the other models
 """
 
 import functools
@@ -98,6 +98,8 @@ class Options:
     """Tokens per sequence; default: the recipe's."""
     compile: Literal["auto", "on", "off", "each"] = "auto"
     """Whether to use torch.compile. each: compare every model with and without; auto: on CUDA."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """Whether tritium and the baseline launch steps as CUDA graphs. nanoGPT does not."""
     attention: tuple[Literal["sdpa", "flash-attn"], ...] | None = None
     """Other attentions for tritium's model; default: on CUDA all that are installed, else none."""
     nanogpt: str | None = None
@@ -130,7 +132,10 @@ def main(argv: Sequence[str]) -> int:
     micro_batch = options.micro_batch_size or config.micro_batch
     context_tokens = options.context_tokens or config.model.context_tokens
     config = config.with_options(
-        micro_batch_size=micro_batch, batch_size=micro_batch, context_tokens=context_tokens
+        micro_batch_size=micro_batch,
+        batch_size=micro_batch,
+        context_tokens=context_tokens,
+        cuda_graph=options.cuda_graph,
     )
     shape = config.gpt(vocab_size(name, config))
     if options.nanogpt is not None:
@@ -181,10 +186,8 @@ def measure(
     # Warm up and train in turn.
     protocol = PROTOCOLS[device.type]
     steps = options.steps or protocol.steps
-    for step in range(protocol.warmup_steps):
-        for model in models:
-            model.step(batch(step))
-    rounds, peaks = train_in_turn(models, batch, steps, device)
+    peaks = [_warm_up(model, models, batch, device) for model in models]
+    rounds = train_in_turn(models, batch, steps, device)
     columns = zip(models, rounds, peaks, _ratios(models, rounds), strict=True)
     implementations = {
         model.name: _figures(model, config, list(itertools.chain(*seconds)), peak, ratio, device)
@@ -198,6 +201,7 @@ def measure(
         "steps": steps,
         "warmup_steps": protocol.warmup_steps,
         "device": device.type,
+        "cuda_graph": models[0].trainer.engine.execution.cuda_graph,
         "dtype": str(choose_dtype(config.execution.precision, device)).removeprefix("torch."),
         "agreement": agreement,
         "implementations": implementations,
@@ -216,37 +220,49 @@ def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
     return Batch(windows, np.full(config.micro_batch, context_tokens), orders, config.micro_batch)
 
 
+def _warm_up(
+    model: TrainedModel,
+    models: Sequence[TrainedModel],
+    batch: Callable[[int], Batch],
+    device: torch.device,
+) -> int | None:
+    """Train the first steps of a model.
+
+    Returns: its peak bytes, without what the others hold; None on a CPU. Later steps need no more.
+        A step that was recorded as a CUDA graph allocates nothing when it is replayed.
+    """
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    for step in range(PROTOCOLS[device.type].warmup_steps):
+        model.step(batch(step))
+    if not on_cuda:
+        return None
+    others = sum(other.held_bytes() for other in models if other is not model)
+    return torch.cuda.max_memory_allocated(device) - others
+
+
 def train_in_turn(
     models: Sequence[TrainedModel],
     batch: Callable[[int], Batch],
     steps: int,
     device: torch.device,
-) -> tuple[list[list[list[float]]], list[int | None]]:
+) -> list[list[list[float]]]:
     """Train all models in rounds, in turn, in reversed order every second round.
 
-    Returns:
-        seconds of each timed step by [model][round][step]
-        peak bytes of each model without the others' weights and states; None on a CPU
+    Returns: seconds of each timed step by [model][round][step].
     """
-    on_cuda = device.type == "cuda"
     protocol = PROTOCOLS[device.type]
     untimed = protocol.untimed_per_round
     seconds: list[list[list[float]]] = [[] for _ in models]
-    peaks: list[int | None] = [0 if on_cuda else None for _ in models]
     places = range(len(models))
     for number, start in enumerate(range(0, steps, protocol.steps_per_round)):
         timed = min(protocol.steps_per_round, steps - start)
         first = len(models[0].losses)
         batches = [batch(first + step) for step in range(untimed + timed)]
         for place in places if number % 2 == 0 else reversed(places):
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats(device)
             seconds[place].append(_step_seconds(models[place], batches, device)[untimed:])
-            if on_cuda:
-                others = sum(models[other].held_bytes() for other in places if other != place)
-                peak = torch.cuda.max_memory_allocated(device) - others
-                peaks[place] = max(peaks[place], peak)
-    return seconds, peaks
+    return seconds
 
 
 def _step_seconds(

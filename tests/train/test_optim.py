@@ -126,8 +126,8 @@ def test_gradients_are_clipped_by_their_global_norm_and_dropped(model, optimizer
     optimizer = make_optimizer(model, optimizer=optimizer, grad_clip=0.5)
     kept = with_gradients(model)
     before = torch.cat([grad.flatten().clone() for grad in kept])
-    norm = optimizer.update(0.01)
+    norm = optimizer.update(0.25)
     torch.testing.assert_close(norm, before.norm())
     torch.testing.assert_close(torch.cat([grad.flatten() for grad in kept]), before * 0.5 / norm)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.01}
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.25}

@@ -44,6 +44,7 @@ class SingleProcess:
         working: the model that computes, the masters themselves or a copy in the run's dtype.
             Evaluations and samples call it uncompiled, because their sizes vary.
         network: `working`, compiled if the run is. Training calls it.
+        kept_gradients: with CUDA graphs, gradients that stay allocated between steps.
     """
 
     shards_weights = False
@@ -56,10 +57,16 @@ class SingleProcess:
     can_shard_checkpoints = False
     """Whether each rank can write and read its part of a checkpoint."""
 
+    can_use_cuda_graph = True
+    """Whether micro-batches can be recorded as a CUDA graph."""
+    can_record_update = True
+    """Whether a CUDA graph can hold the optimizer's update: ranks do not communicate in it."""
+
     def __init__(self, model: GPT, execution: "Execution"):
         self.model = model
         self.execution = execution
         self.world = execution.world
+        self.kept_gradients: list[Tensor] = []
         self.working = self._prepare()
         self.network = self._compile() if execution.is_compiled else self.working
 
@@ -78,6 +85,22 @@ class SingleProcess:
 
     def begin_step(self) -> None:
         """Prepare for the first micro-batch of a step."""
+        if self.execution.cuda_graph:
+            self._zero_gradients()
+
+    def _zero_gradients(self) -> None:
+        """Set gradients to zero in place: a CUDA graph adds to the same tensors in each step."""
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        if not self.kept_gradients:
+            self.kept_gradients = [torch.zeros_like(parameter) for parameter in trained]
+        torch._foreach_zero_(self.kept_gradients)
+        for parameter, gradient in zip(trained, self.kept_gradients, strict=True):
+            parameter.grad = gradient
+
+    @property
+    def can_record(self) -> bool:
+        """Whether a CUDA graph can hold the next micro-batch: ranks do not communicate in it."""
+        return True
 
     def begin_micro_step(self, *, is_last: bool) -> None:
         """Prepare for a backward. Only the last one of a step communicates gradients."""
@@ -164,6 +187,10 @@ class DDP(SingleProcess):
     def begin_step(self) -> None:
         self._buckets.begin_step()
 
+    @property
+    def can_record(self) -> bool:
+        return not self._is_last
+
     def begin_micro_step(self, *, is_last: bool) -> None:
         super().begin_micro_step(is_last=is_last)
         self._is_last = is_last
@@ -192,6 +219,7 @@ class ZeRO1(DDP):
     """DDP, with the optimizer state of each parameter on one rank: ZeroRedundancyOptimizer."""
 
     shards_memory = True
+    can_record_update = False
 
     def make_optimizer(
         self, optimizer: type[torch.optim.Optimizer], groups: list[dict], **options: Any
@@ -223,6 +251,7 @@ class FSDP(SingleProcess):
     shards_weights = True
     shards_memory = True
     gathers_copies = True
+    can_use_cuda_graph = False
 
     @property
     def can_shard_checkpoints(self) -> bool:

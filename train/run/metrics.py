@@ -29,6 +29,9 @@ from .trackers import Tracker
 # Number of steps whose results are read from the device at once. On CUDA the newest step is left
 # for the next read, so that the device has work while the host waits for the steps before it.
 STEPS_PER_READ = 10
+# Number of steps that the host may be ahead of CUDA. The device always has work then, and a run
+# that is stopped does not wait for many steps.
+STEPS_AHEAD = 2
 console = Console(stderr=True, highlight=False)
 
 
@@ -152,6 +155,8 @@ class Metrics:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._device))
         self._pending.append(_Pending(step, lr, values, copied))
+        if on_cuda and len(self._pending) > STEPS_AHEAD:
+            self._pending[-1 - STEPS_AHEAD].copied.synchronize()
         # The steps of a read depend on the number of the step only. So a resumed run learns of bad
         # steps where an unbroken run does.
         if (step + 1 - on_cuda) % STEPS_PER_READ == 0 and len(self._pending) > on_cuda:

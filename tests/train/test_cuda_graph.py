@@ -1,0 +1,203 @@
+"""CUDA graphs of a step.
+
+Without a GPU, a stand-in for the recorder calls the function at each replay. So everything but the
+recording itself is tested: static arguments, gradients that stay, learning rates in tensors.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tritium.errors import InputError
+from tritium.model import GPT, GPTConfig
+from tritium.train import cuda_graph
+from tritium.train.config import TrainConfig
+from tritium.train.data.loader import Batch
+from tritium.train.distributed.engines import ENGINES, SingleProcess
+from tritium.train.distributed.world import World
+from tritium.train.execution import _uses_cuda_graph, resolve
+from tritium.train.optim import Optimizer
+from tritium.train.trainer import Trainer
+
+pytestmark = pytest.mark.plain
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+SHAPE = GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=20, context_tokens=8)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replace the recording of CUDA graphs by calls of the function. Counts recordings."""
+    recordings = []
+
+    def record(self):
+        recordings.append(self)
+
+        def replay():
+            self._result = self._function(**self._static)
+
+        return replay
+
+    def warm_up(self):
+        return self._function(**self._static)
+
+    monkeypatch.setattr(cuda_graph.Recorded, "_record", record)
+    monkeypatch.setattr(cuda_graph.Recorded, "_warm_up", warm_up)
+    return recordings
+
+
+def batches(count: int, rows: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randint(20, (count, rows, 9), generator=generator)
+    # Padded rows: the micro-batches of a step have different weights.
+    return [Batch(each, np.array([8, 3, 8, 8][:rows])) for each in windows]
+
+
+def make_trainer(device: torch.device, *, records: bool, **options) -> Trainer:
+    torch.manual_seed(0)
+    options = {"batch_size": 4, "micro_batch_size": 2, "compile": "off"} | options
+    config = TrainConfig.from_options(**options, device=device.type, cuda_graph="off")
+    execution = replace(resolve(config), cuda_graph=records)
+    shape = replace(SHAPE, dropout=config.model.dropout)
+    engine = SingleProcess(GPT(shape).to(device), execution)
+    return Trainer(engine, Optimizer(engine, config), seed=config.seed)
+
+
+def train(trainer: Trainer, steps: list[Batch]) -> list[torch.Tensor]:
+    """Train; return loss and gradient norm of each step, and at last the weights."""
+    results = []
+    for step, batch in enumerate(steps):
+        loss = trainer.backward(batch, step=step)
+        norm = trainer.update(1e-2 / (step + 1))
+        results += [loss.clone(), norm.clone(), trainer.optimizer.skipped.clone()]
+    return results + [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def check_equal_with_and_without_graph(device: torch.device, **options) -> Trainer:
+    steps = batches(7)
+    without = make_trainer(device, records=False, **options)
+    with_graph = make_trainer(device, records=True, **options)
+    expected = train(without, steps)
+    found = train(with_graph, steps)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    return with_graph
+
+
+OPTIONS = [
+    {"optimizer": "adamw"},
+    {"optimizer": "adamw", "precision": "bfloat16", "dropout": 0.1},
+    {"optimizer": "adamw", "precision": "float16", "grad_clip": 0.1},
+    {"optimizer": "muon"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_static_tensors_train_to_bitwise_the_same_weights(options, stand_in):
+    check_equal_with_and_without_graph(CPU, **options)
+    assert len(stand_in) == 2, "one recording of the micro-batch, one of the update"
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_graphs_train_to_bitwise_the_same_weights(options, compiled):
+    trainer = check_equal_with_and_without_graph(torch.device("cuda"), compile=compiled, **options)
+    assert trainer._recorded_micro_step._replay is not None
+    assert trainer.optimizer._change._replay is not None
+
+
+@needs_cuda
+def test_a_replayed_step_never_waits_for_the_gpu():
+    trainer = make_trainer(torch.device("cuda"), records=True)
+    train(trainer, batches(4))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches(2):
+            trainer.backward(batch)
+            trainer.update(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradients_keep_their_addresses(stand_in):
+    trainer = make_trainer(CPU, records=True, precision="bfloat16")
+    addresses = []
+    for batch in batches(3):
+        trainer.backward(batch)
+        addresses.append([each.grad.data_ptr() for each in trainer.model.parameters()])
+        trainer.update(1e-2)
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_a_batch_of_another_size_is_not_recorded(stand_in):
+    trainer = make_trainer(CPU, records=True)
+    loss = trainer.backward(batches(1, rows=1)[0])
+    assert torch.equal(loss, make_trainer(CPU, records=False).backward(batches(1, rows=1)[0]))
+    assert trainer._recorded_micro_step._num_calls == 0
+
+
+def test_a_restored_state_is_recorded_again(stand_in):
+    trainer = make_trainer(CPU, records=True)
+    train(trainer, batches(4))
+    states = {
+        parameter: {key: value.clone() for key, value in state.items()}
+        for parameter, state in trainer.optimizer.states().items()
+    }
+    for parameter, state in states.items():
+        trainer.optimizer.load_state(parameter, state)
+    train(trainer, batches(4))
+    assert [each._function.__name__ for each in stand_in].count("_change_weights") == 2
+
+
+def test_a_skipped_step_changes_nothing_in_a_graph(stand_in):
+    trainer = make_trainer(CPU, records=True)
+    steps = batches(6)
+    train(trainer, steps[:5])
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.backward(steps[5])
+    trainer._loss = torch.tensor(torch.nan)
+    trainer.update(1e-2)
+    assert trainer.optimizer.skipped.item() == 1
+    for parameter, kept in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "device", "message"),
+    [
+        ({}, "single", "cpu", "the device is no GPU of NVIDIA"),
+        ({"document_mask": True}, "single", "cuda", "the number of documents varies"),
+        ({}, "fsdp", "cuda", "fsdp communicates in each micro-batch"),
+    ],
+)
+def test_a_graph_that_cannot_be_recorded(options, engine, device, message, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    config = TrainConfig.from_options(**options)
+    arguments = torch.device(device), ENGINES[engine]
+    assert not _uses_cuda_graph(config, *arguments)
+    with pytest.raises(InputError, match=f"cuda_graph: expected auto or off.*{message}"):
+        _uses_cuda_graph(config.with_options(cuda_graph="on"), *arguments)
+
+
+def test_graphs_are_used_on_cuda_unless_they_are_off(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    arguments = torch.device("cuda"), ENGINES["ddp"]
+    assert _uses_cuda_graph(TrainConfig(), *arguments)
+    assert not _uses_cuda_graph(TrainConfig.from_options(cuda_graph="off"), *arguments)
+
+
+def test_ddp_does_not_record_the_micro_batch_that_communicates(monkeypatch):
+    monkeypatch.setattr(World, "broadcast", lambda self, tensor: None)
+    config = TrainConfig.from_options(batch_size=4, micro_batch_size=2)
+    engine = ENGINES["ddp"](GPT(SHAPE), resolve(config))
+    recorded = []
+    for is_last in (False, True):
+        with contextlib.suppress(AttributeError):
+            engine.begin_micro_step(is_last=is_last)
+        recorded.append(engine.can_record)
+    assert recorded == [True, False]
