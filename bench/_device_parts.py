@@ -173,19 +173,11 @@ def later(rehearse: bool) -> list[Part]:
     ]
 
 
-# Operators that `short` tunes: name, shape, deadline.
-SHORT_TUNED = (
-    ("causal_attention", "64x1024x12x64", 370),
-    ("gelu_mlp", "65536x768", 390),
-    ("linear_cross_entropy", "65536x768x50304", 405),
-)
-
-
 def short(rehearse: bool) -> list[Part]:
     """Return the parts that decide most, in seven minutes: for a GPU that is lent for minutes.
 
-    The first parts run at the same time. They test the kernels, and they compile what the later
-    parts time, so that those find it in the caches.
+    The first parts run at the same time. They test the kernels and CUDA graphs, and they compile
+    what the later parts time, so that those find it in the caches.
     """
     if rehearse:
         words = "bench tune layer_norm --shape 8x64 --device cpu --rounds 1"
@@ -194,45 +186,36 @@ def short(rehearse: bool) -> list[Part]:
             replace(_tritium("fill", 60, words), together=True),
             _tritium("layer_norm", SHORT_SECONDS, f"{words} --out FOLDER/layer_norm.json"),
         ]
-    models = f"bench train gpt2 --attention{_nanogpt()} --micro-batch-size 32"
+    models = "bench train gpt2 --attention"
+    models_32 = f"{models}{_nanogpt()} --micro-batch-size 32"
+    run = "train gpt2 --data stdlib --tokenizer bytes --eval-tokens 65536"
     together = [
-        _pytest(
-            "tests", 170, 8, "tests/kernels -m", "not codegen", "-k", f"{KERNEL_TESTS} and bf16"
-        ),
-        _tritium(
-            "run",
-            170,
-            "train gpt2 --data stdlib --tokenizer bytes --steps 20 --batch-size 32 "
-            "--eval-interval 20 --eval-tokens 65536 --compile off --out FOLDER/run",
-        ),
-        _tritium("fill-train", 170, f"{models} --steps 1"),
-        *(
-            _tritium(f"fill-{name}", 170, f"bench tune {name} --shape {shape} --rounds 1")
-            for name, shape, _ in SHORT_TUNED
-        ),
+        _pytest("tests", 215, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),
+        _pytest("graphs", 215, 3, "tests/train/test_cuda_graph.py tests/train/test_trainer.py"),
+        _tritium("fill-train", 215, f"{models_32} --steps 1 --cuda-graph off"),
+        _tritium("fill-run", 215, f"{run} --steps 12 --batch-size 128 --out FOLDER/fill"),
     ]
     return [
         _tritium("info", 30, "info"),
         *(replace(part, together=True) for part in together),
         _tritium(
-            "machine", 215, "bench machine gpt2 --micro-batch-size 32 --out FOLDER/machine.json"
+            "machine", 235, "bench machine gpt2 --micro-batch-size 32 --out FOLDER/machine.json"
         ),
-        _tritium("train-32", 300, f"{models} --steps 60 --out FOLDER/train-32.json"),
+        _tritium("train-32", 290, f"{models_32} --steps 60 --out FOLDER/train-32.json"),
         _tritium(
-            "profile",
+            "train-32-without-graph",
             335,
-            "bench predict gpt2 --batch-size 32 --micro-batch-size 32 --measure 5 "
-            "--out FOLDER/profile.json",
-        ),
-        *(
-            _tritium(name, until, f"bench tune {name} --shape {shape} --out FOLDER/{name}.json")
-            for name, shape, until in SHORT_TUNED
+            f"{models_32} --steps 60 --cuda-graph off --out FOLDER/train-32-without-graph.json",
         ),
         _tritium(
-            "kernels",
+            "run",
+            370,
+            f"{run} --steps 120 --batch-size 128 --micro-batch-size 128 --out FOLDER/run",
+        ),
+        _tritium(
+            "train-64",
             SHORT_SECONDS,
-            "bench kernels causal_attention --shape 64x1024x12x64 "
-            "--without torch.compile --out FOLDER/kernels",
+            f"{models} --micro-batch-size 64 --steps 40 --out FOLDER/train-64.json",
         ),
     ]
 
