@@ -30,19 +30,32 @@ class Recorded:
     Args:
         function: takes tensors as keyword arguments and returns a tensor, or a tuple of tensors.
         device: its CUDA device.
+        after: another function that is recorded first, because this one uses tensors that it
+            leaves. The two are never called at the same time and share the memory of temporaries.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        after: "Recorded | None" = None,
+    ):
         self._function = function
         self._device = device
+        self._after = after
         self._static: dict[str, Tensor] = {}
         self.forget()
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._replay is not None
 
     def forget(self) -> None:
         """Record the function again, because tensors that it uses were replaced."""
         self._num_calls = 0
         self._replay: Callable[[], None] | None = None
         self._result: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, **arguments: Tensor | float) -> Any:
@@ -55,7 +68,8 @@ class Recorded:
         self._copy(arguments)
         if self._replay is None:
             self._num_calls += 1
-            if self._num_calls <= WARM_UP_CALLS:
+            is_early = self._after is not None and not self._after.is_recorded
+            if self._num_calls <= WARM_UP_CALLS or is_early:
                 return self._warm_up()
             self._replay = self._record()
         self._replay()
@@ -83,9 +97,18 @@ class Recorded:
         return result
 
     def _record(self) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads allocate pinned memory meanwhile: for the next batch, or a checkpoint.
-        mode = "thread_local"
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
+        self._graph = torch.cuda.CUDAGraph()
+        options = {
+            "stream": self._stream,
+            # Other threads allocate pinned memory meanwhile: for the next batch, or a checkpoint.
+            "capture_error_mode": "thread_local",
+            "pool": None if self._after is None else self._after.pool,
+        }
+        with torch.cuda.graph(self._graph, **options):
             self._result = self._function(**self._static)
-        return graph.replay
+        return self._graph.replay
+
+    @property
+    def pool(self) -> Any:
+        """The memory of the graph; None before it is recorded."""
+        return None if self._graph is None else self._graph.pool()

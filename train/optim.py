@@ -164,13 +164,15 @@ class Optimizer:
         self.judge = StepJudge(config.skip_threshold, execution.device)
         self.skipped = torch.zeros((), device=execution.device)
 
-        self._change = self._change_weights
+        self._recorded: Recorded | None = None
         if execution.cuda_graph and engine.can_record_update:
-            self._change = Recorded(self._change_weights, execution.device)
+            self._recorded = Recorded(self._change_weights, execution.device)
             for part in self.parts:
                 for group in part.param_groups:
                     # PyTorch requires it of an AdamW in a graph.
                     group["capturable"] = True
+        # Where the gradients of the last update were.
+        self._addresses: list[int] = []
 
     def update(self, lr: float, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients to config.grad_clip (0: no clipping), update, and drop the gradients.
@@ -185,11 +187,20 @@ class Optimizer:
         """
         # A graph has the learning rate in a float32 tensor. Without one, the same value is used.
         lr = ctypes.c_float(lr).value
-        arguments = {} if loss is None else {"loss": loss}
-        grad_norm, self.skipped = self._change(lr=lr, **arguments)
+        arguments = {"lr": lr} if loss is None else {"lr": lr, "loss": loss}
+        change = self._change_weights if self._recorded is None else self._recorded_change
+        grad_norm, self.skipped = change(**arguments)
         self.judge.count_step()
         self._drop_gradients()
         return grad_norm
+
+    def _recorded_change(self, **arguments: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Call the graph of _change_weights, if the gradients are where they were before."""
+        addresses = [parameter.grad.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:
+            self._recorded.forget()
+            self._addresses = addresses
+        return self._recorded(**arguments)
 
     def _change_weights(
         self, lr: float | Tensor, loss: Tensor | None = None
@@ -230,8 +241,8 @@ class Optimizer:
         for part in self._local_parts():
             if any(parameter is each for each in _parameters_of(part)):
                 part.state[parameter] = state
-        if isinstance(self._change, Recorded):
-            self._change.forget()
+        if self._recorded is not None:
+            self._recorded.forget()
 
     def _clip(self) -> Tensor:
         """Clip the gradients without waiting for the device. Returns: their global norm before."""

@@ -71,10 +71,7 @@ class Trainer:
         self.working = engine.working
         self._loss: Tensor | None = None
 
-        def micro_step(loss_weight: Tensor, **inputs: Tensor) -> Tensor:
-            return self._backward(self.engine.network(**inputs) * loss_weight)
-
-        self._recorded_micro_step = Recorded(micro_step, engine.execution.device)
+        self._recorded = _RecordedMicroSteps(self)
 
     def backward(self, batch: Batch, num_targets: int | None = None, *, step: int = 0) -> Tensor:
         """Compute the gradients of the mean loss over all targets of a batch.
@@ -97,23 +94,27 @@ class Trainer:
             loss_weight = float(part.num_targets.sum() / num_targets) * execution.world.data_ranks
             self.engine.begin_micro_step(is_last=start + execution.micro_batch >= len(batch))
             seed = self._dropout_seed(step, execution.world.data_rank * len(batch) + start)
-            total += self._micro_step(part, loss_weight, seed)
+            total += self._micro_step(part, loss_weight, seed, is_first=start == 0)
         self.engine.finish_gradients()
         self._loss = execution.world.mean(total)
         return self._loss
 
-    def _micro_step(self, part: Batch, loss_weight: float, seed: int | None) -> Tensor:
+    def _micro_step(
+        self, part: Batch, loss_weight: float, seed: int | None, *, is_first: bool
+    ) -> Tensor:
         """Run forward and backward of a micro-batch. Returns: its weighted loss."""
         execution = self.engine.execution
         if execution.cuda_graph and self.engine.can_record and len(part) == execution.micro_batch:
             inputs = model_inputs(part, execution.device, self.separator, seed)
-            return self._recorded_micro_step(loss_weight=loss_weight, **inputs)
-        loss = batch_loss(self.engine.network, part, self.separator, seed)
-        return self._backward(loss * loss_weight)
-
-    def _backward(self, loss: Tensor) -> Tensor:
+            return self._recorded(is_first, loss_weight=loss_weight, **inputs)
+        loss = batch_loss(self.engine.network, part, self.separator, seed) * loss_weight
         self.optimizer.scaler.scale(loss).backward()
         return loss.detach()
+
+    @property
+    def kept_gradients(self) -> list[Tensor]:
+        """Gradients that stay allocated between steps: those of a CUDA graph."""
+        return self._recorded.gradients
 
     def _dropout_seed(self, step: int, row: int) -> int | None:
         """Return the seed of dropout for the micro-batch that begins at a row of the step's batch.
@@ -141,6 +142,40 @@ class Trainer:
         largest = torch.stack(torch._foreach_norm(local, torch.inf)).max()
         num_bad = largest.isfinite().logical_not().float()
         return self.engine.world.mean(num_bad).item() == 0
+
+
+class _RecordedMicroSteps:
+    """Forward and backward of a micro-batch as two CUDA graphs.
+
+    The graph of the first micro-batch of a step leaves new gradients, always in the same memory.
+    The graph of all others adds to them.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        device = trainer.engine.execution.device
+        self.first = Recorded(self._micro_step, device)
+        self.later = Recorded(self._micro_step, device, after=self.first)
+        self._parameters = [each for each in trainer.model.parameters() if each.requires_grad]
+        # Their gradients in the memory of the first graph.
+        self.gradients: list[Tensor] = []
+
+    def __call__(self, is_first: bool, **inputs: Tensor | float) -> Tensor:
+        """Run a micro-batch. Returns: its weighted loss, which the next call overwrites."""
+        if not is_first:
+            return self.later(**inputs)
+        loss = self.first(**inputs)
+        if self.first.is_recorded:
+            if not self.gradients:
+                self.gradients = [each.grad for each in self._parameters]
+            for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+        return loss
+
+    def _micro_step(self, loss_weight: Tensor, **inputs: Tensor) -> Tensor:
+        loss = self._trainer.engine.network(**inputs) * loss_weight
+        self._trainer.optimizer.scaler.scale(loss).backward()
+        return loss.detach()
 
 
 def single_trainer(

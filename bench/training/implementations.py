@@ -75,7 +75,7 @@ class TrainedModel:
         optimizer_states = self.trainer.optimizer.states().values()
         state = [value for values in optimizer_states for value in values.values()]
         weights = {*self.model.parameters(), *self.trainer.working.parameters()}
-        gradients = self.trainer.engine.kept_gradients
+        gradients = self.trainer.kept_gradients
         return sum(value.nbytes for value in {*weights, *state, *gradients})
 
 

@@ -238,7 +238,7 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
     # PyTorch has no _fused_sgd_ for the meta device.
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **options: options["found_inf"])
     config = TrainConfig.from_options(batch_size=6, micro_batch_size=2, optimizer=optimizer)
-    execution = replace(resolve(config), device=torch.device("meta"))
+    execution = replace(resolve(config), device=torch.device("meta"), cuda_graph=False)
     engine = SingleProcess(GPT(SHAPE).to("meta"), execution)
     trainer = Trainer(engine, Optimizer(engine, config), separator=separator)
     for _ in range(2):

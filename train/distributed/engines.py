@@ -44,7 +44,6 @@ class SingleProcess:
         working: the model that computes, the masters themselves or a copy in the run's dtype.
             Evaluations and samples call it uncompiled, because their sizes vary.
         network: `working`, compiled if the run is. Training calls it.
-        kept_gradients: with CUDA graphs, gradients that stay allocated between steps.
     """
 
     shards_weights = False
@@ -66,7 +65,6 @@ class SingleProcess:
         self.model = model
         self.execution = execution
         self.world = execution.world
-        self.kept_gradients: list[Tensor] = []
         self.working = self._prepare()
         self.network = self._compile() if execution.is_compiled else self.working
 
@@ -85,17 +83,6 @@ class SingleProcess:
 
     def begin_step(self) -> None:
         """Prepare for the first micro-batch of a step."""
-        if self.execution.cuda_graph:
-            self._zero_gradients()
-
-    def _zero_gradients(self) -> None:
-        """Set gradients to zero in place: a CUDA graph adds to the same tensors in each step."""
-        trained = [each for each in self.model.parameters() if each.requires_grad]
-        if not self.kept_gradients:
-            self.kept_gradients = [torch.zeros_like(parameter) for parameter in trained]
-        torch._foreach_zero_(self.kept_gradients)
-        for parameter, gradient in zip(trained, self.kept_gradients, strict=True):
-            parameter.grad = gradient
 
     @property
     def can_record(self) -> bool:

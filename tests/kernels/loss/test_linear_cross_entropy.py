@@ -81,9 +81,17 @@ def run_backward(function, inputs, target):
 
 
 def scales(inputs, target, incoming=None, **options):
-    """Return the magnitude of the terms that each gradient sums. Rounding errors do not cancel."""
+    """Return the magnitude of the terms that each gradient sums. Rounding errors do not cancel.
+
+    The derivative of a softcap is 1 - tanh(x)^2. Near 0 its rounding errors are those of 1, so the
+    gradient before the softcap bounds the terms.
+    """
     x, weight, bias = (value.detach().double() for value in inputs)
-    logits = F.linear(x, weight, bias).requires_grad_()
+    logits = F.linear(x, weight, bias)
+    softcap = options.pop("softcap", 0.0)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits.requires_grad_()
     loss = torch_cross_entropy(logits, target, **options)
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
     (dlogits,) = torch.autograd.grad(loss, logits, incoming)
