@@ -12,7 +12,7 @@
 # correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.
 #           If a test fails, the loss does not fall or the hashes differ, fix that before anything is
 #           timed. Limits that differ from LIMITS in bench/training/efficiency.py: correct LIMITS.
-# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 32 and 64 sequences,
+# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 32 and 512 sequences,
 #           then a profile next to the prediction. The ratios and tokens per second are what README
 #           states. A row of the profile that is marked "!" is what to work on next, the longest row
 #           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.

@@ -125,7 +125,11 @@ def training_table(record: Record, *, speeds: bool) -> str:
     """Return the ratios of a training record, with tokens per second, MFU and memory if asked."""
     columns = ["tokens/s", "MFU", "step, median ms", "p10-p90 ms", "peak memory, GB"] * speeds
     columns.append("tokens/s of tritium / this one")
-    batch = f"{record['micro_batch_size']} x {record['context_tokens']} tokens per step"
+    micro_batch = record["micro_batch_size"]
+    batch_size = record.get("batch_size", micro_batch)
+    batch = f"{batch_size} x {record['context_tokens']} tokens per step"
+    if batch_size > micro_batch:
+        batch += f" in micro-batches of {micro_batch}"
     lines = [
         f"{record['recipe']}, {batch}, {record['dtype']} ({describe_provenance(record)});",
         "ratios are medians of the rounds, p10 to p90 in brackets:",

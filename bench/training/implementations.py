@@ -157,10 +157,17 @@ class NanoGPT(TrainedModel):
         return sum(value.nbytes for value in {*self.model.parameters(), *state})
 
     def _backward(self, network: Callable, batch: Batch) -> Tensor:
-        with self._autocast:
-            _, loss = network(*batch.on(next(self.model.parameters()).device))
-        self._scaler.scale(loss).backward()
-        return loss.detach()
+        device = next(self.model.parameters()).device
+        micro_batch = self._config.micro_batch
+        starts = range(0, len(batch), micro_batch)
+        total = torch.zeros((), device=device)
+        for start in starts:
+            with self._autocast:
+                _, loss = network(*batch[start : start + micro_batch].on(device))
+                loss = loss / len(starts)
+            self._scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
 
 
 def choose_attentions(

@@ -11,9 +11,9 @@ Fairness
     data           All models get the same batches. Random tokens are drawn before the clock starts,
                    frequent and rare ones as in text (Zipf: probability proportional to 1 / rank),
                    because repeated tokens collide in the gradient of the embedding.
-    step           One micro-batch: copy to the device, forward, backward, clipping, AdamW. A
-                   run with several micro-batches per step clips and updates less often. Reading
-                   data, evaluations and checkpoints are not included.
+    step           One micro-batch, or those of --batch-size: copy to the device, forward, backward;
+                   then clipping and AdamW. Reading data, evaluations and checkpoints are not
+                   included.
     size           A recipe of a published model has its published vocabulary.
     settings       The precision of float32 matmuls and the allocator are set as in training, for
                    all models.
@@ -92,8 +92,10 @@ class Options:
 
     steps: int | None = None
     """Timed steps per model; default: 100 on CUDA, 10 on a CPU."""
+    batch_size: int | None = None
+    """Sequences per step; default: one micro-batch."""
     micro_batch_size: int | None = None
-    """Sequences per step; default: the recipe's micro-batch."""
+    """Sequences per forward and backward; default: the recipe's."""
     context_tokens: int | None = None
     """Tokens per sequence; default: the recipe's."""
     compile: Literal["auto", "on", "off", "each"] = "auto"
@@ -110,7 +112,7 @@ class Options:
     """Also write the figures to this file, as JSON."""
 
     def __post_init__(self):
-        for name in ("steps", "micro_batch_size", "context_tokens"):
+        for name in ("steps", "batch_size", "micro_batch_size", "context_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = f"--{name.replace('_', '-')}"
@@ -128,12 +130,12 @@ def main(argv: Sequence[str]) -> int:
     if device.type not in PROTOCOLS:
         raise InputError(f"--device: expected cpu or cuda, got {options.device}")
 
-    # One micro-batch per step.
+    # The sizes of a step.
     micro_batch = options.micro_batch_size or config.micro_batch
     context_tokens = options.context_tokens or config.model.context_tokens
     config = config.with_options(
         micro_batch_size=micro_batch,
-        batch_size=micro_batch,
+        batch_size=options.batch_size or micro_batch,
         context_tokens=context_tokens,
         cuda_graph=options.cuda_graph,
     )
@@ -196,6 +198,7 @@ def measure(
     return {
         "shape": asdict(shape),
         "parameters": parameters(shape),
+        "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch,
         "context_tokens": config.model.context_tokens,
         "steps": steps,
@@ -213,11 +216,12 @@ def random_batch(config: TrainConfig, shape: GPTConfig, step: int) -> Batch:
     frequencies = 1 / torch.arange(1, shape.vocab_size + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(step)
     context_tokens = config.model.context_tokens
-    sizes = (config.micro_batch, context_tokens + 1)
+    B = config.batch_size
+    sizes = (B, context_tokens + 1)
     tokens = torch.multinomial(frequencies, math.prod(sizes), replacement=True, generator=generator)
     windows = tokens.view(sizes)
     orders = token_orders(windows, config.micro_batch)
-    return Batch(windows, np.full(config.micro_batch, context_tokens), orders, config.micro_batch)
+    return Batch(windows, np.full(B, context_tokens), orders, config.micro_batch)
 
 
 def _warm_up(
@@ -312,7 +316,7 @@ def _figures(
 ) -> dict[str, Any]:
     """Return a model's entry of the record."""
     context_tokens = config.model.context_tokens
-    tokens_per_second = config.micro_batch * context_tokens / statistics.median(seconds)
+    tokens_per_second = config.batch_size * context_tokens / statistics.median(seconds)
     flops = tokens_per_second * flops_per_token(model.shape, context_tokens)
     known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     losses = torch.stack(model.losses).tolist()
