@@ -71,7 +71,7 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
         cuda_graph=_uses_cuda_graph(config, device, ENGINES[world.engine]),
     )
     check_attention(config.execution.attention, device, dtype)
-    check_optimizer(config.optimizer, world.engine)
+    check_optimizer(config.optimizer, world.tensor_ranks)
     execution.engine.check(config.gpt(vocab_size=1), execution)
     return execution
 

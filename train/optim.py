@@ -1,12 +1,11 @@
 """The optimizers of a run: rows of the table OPTIMIZERS.
 
     adamw      PyTorch's AdamW, fused; decoupled weight decay of matrices and embeddings only
-    muon       PyTorch's Muon for the matrices of blocks:
+    muon       Muon (muon.py) for the matrices of blocks:
                  W <- W - lr (decay W + 0.2 sqrt(max(rows, columns)) orthogonalized(momentum))
                and AdamW for all other parameters. The scale gives Muon's updates the size of
                AdamW's, so both use the same learning rate, schedule and decay. The matrix of
-               queries, keys and values is orthogonalized as one matrix. Muon always orthogonalizes
-               in bfloat16
+               queries, keys and values is orthogonalized as one matrix
     bad steps  are skipped without waiting for the device: see bad_steps.py, also for float16
 
 To add an optimizer, add a row, and describe it in the help of `optimizer` in config.py. `tritium
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .bad_steps import LossScale, StepJudge
 from .cuda_graph import Recorded
+from .muon import Muon
 from .precision import linear_parameters
 
 if TYPE_CHECKING:
@@ -53,10 +53,8 @@ class OptimizerRow:
 
     parts: Callable[[nn.Module, "TrainConfig"], list[Part]]
     """Function that returns the parts. Each trained parameter is in exactly one of them."""
-    torch_class: str
-    """Name of the class that torch.optim must have."""
-    engines: tuple[str, ...]
-    """Names of the engines that support it."""
+    supports_tensor_parallel: bool = True
+    """Whether tensor ranks may divide its parameters."""
     block_matrix_state_bytes: int
     """Bytes of state per element of the matrices in blocks. Other parameters have AdamW's 8."""
 
@@ -75,13 +73,7 @@ def _muon(model: nn.Module, config: "TrainConfig") -> list[Part]:
     adamw = _adamw_part(others, config)
     if not matrices:
         return [adamw]
-    from .muon import Muon  # not in every PyTorch: see check_optimizer
-
-    options = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "adjust_lr_fn": "match_rms_adamw",
-    }
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
     groups = [{"params": matrices}]
     return [adamw, Part(optimizer=Muon, groups=groups, options=options)]
 
@@ -99,35 +91,18 @@ def _adamw_part(parameters: list[nn.Parameter], config: "TrainConfig") -> Part:
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerRow(
-        parts=_adamw,
-        torch_class="AdamW",
-        engines=("single", "ddp", "zero1", "fsdp"),
-        block_matrix_state_bytes=8,
-    ),
-    # Muon orthogonalizes complete matrices, which no rank has under FSDP.
-    "muon": OptimizerRow(
-        parts=_muon,
-        torch_class="Muon",
-        engines=("single", "ddp", "zero1"),
-        block_matrix_state_bytes=4,
-    ),
+    "adamw": OptimizerRow(parts=_adamw, block_matrix_state_bytes=8),
+    "muon": OptimizerRow(parts=_muon, block_matrix_state_bytes=4, supports_tensor_parallel=False),
 }
 
 
-def check_optimizer(name: str, engine: str = "single") -> None:
-    """Raise InputError if this PyTorch or the engine does not support the optimizer."""
-    row = OPTIMIZERS[name]
-    if not hasattr(torch.optim, row.torch_class):
+def check_optimizer(name: str, tensor_ranks: int = 1) -> None:
+    """Raise InputError if tensor ranks cannot divide the optimizer's parameters."""
+    if tensor_ranks > 1 and not OPTIMIZERS[name].supports_tensor_parallel:
+        supported = [key for key, row in OPTIMIZERS.items() if row.supports_tensor_parallel]
         raise InputError(
-            f"optimizer: expected a PyTorch with torch.optim.{row.torch_class}, got "
-            f"{torch.__version__}; update PyTorch, or use adamw"
-        )
-    if engine not in row.engines:
-        supported = [other for other in OPTIMIZERS if engine in OPTIMIZERS[other].engines]
-        raise InputError(
-            f"optimizer: expected {' or '.join(supported)} with the engine {engine}, got {name}, "
-            f"which needs one of the engines {', '.join(row.engines)}"
+            f"optimizer: expected {' or '.join(supported)} with {tensor_ranks} tensor ranks, got "
+            f"{name}; use --tensor-parallel 1"
         )
 
 

@@ -97,17 +97,11 @@ def test_muon_steps_have_the_size_of_adamw_steps(model):
     torch.testing.assert_close((gain.detach() - before[1]).abs(), torch.full_like(gain, 0.01))
 
 
-def test_a_pytorch_without_muon_raises(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(
-        InputError, match=r"optimizer: expected a PyTorch with torch.optim.Muon, got"
-    ):
-        check_optimizer("muon")
-
-
-def test_an_engine_that_does_not_support_the_optimizer_raises():
-    with pytest.raises(InputError, match="expected adamw with the engine fsdp, got muon"):
-        check_optimizer("muon", "fsdp")
+def test_tensor_ranks_that_the_optimizer_does_not_support_raise():
+    check_optimizer("muon")
+    check_optimizer("adamw", tensor_ranks=2)
+    with pytest.raises(InputError, match="expected adamw with 2 tensor ranks, got muon"):
+        check_optimizer("muon", tensor_ranks=2)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -18,6 +18,7 @@ from tritium.train.distributed import buckets
 from tritium.train.distributed.engines import ENGINES, FSDP, SingleProcess
 from tritium.train.distributed.world import World
 from tritium.train.execution import resolve
+from tritium.train.optim import Optimizer
 from tritium.train.run.folder import read_run
 from tritium.train.run.metrics import read_metrics
 
@@ -36,6 +37,7 @@ MODELS = {
     "llama": LLAMA.split(),
     "bfloat16": ["--precision", "bfloat16"],
     "dropout": ["--dropout", 0.2, "--embedding-dropout", 0.2],
+    "muon": ["--optimizer", "muon"],
 }
 # Ranks, and options of the launch.
 LAUNCHES = {
@@ -308,6 +310,27 @@ def test_gradients_of_fsdp_match_one_process(shape, recompute, precision, one_ra
     backward(engines[0])
     assert gathered
     assert not any(parameter._backward_hooks for parameter in gathered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "hsdp", "zero1"])
+def test_muon_matches_a_single_process_on_several_ranks(engine, once):
+    assert_matches_single(once("muon", engine), once("muon", "single"))
+
+
+def test_muon_under_fsdp_matches_one_process(one_rank):
+    weights = []
+    for name in ("fsdp", "single"):
+        engine = engine_of(name, size=1)
+        optimizer = Optimizer(engine, TrainConfig.from_options(optimizer="muon"))
+        for _ in range(2):
+            backward(engine)
+            optimizer.update(0.01)
+        weights.append(engine.gather_weights())
+        states = engine.gather_optimizer_states(optimizer)
+        assert {key for state in states.values() for key in state} >= {"momentum_buffer"}
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
 
 
 def test_fsdp_reduces_gradients_with_the_last_micro_batch_only():

@@ -77,8 +77,8 @@ def error_on_all_ranks(done: tuple[list[int], list[str], list[str]]) -> str:
         ),
         (
             2,
-            ["--parallel", "fsdp", "--optimizer", "muon"],
-            "expected adamw with the engine fsdp, got muon",
+            ["--tensor-parallel", 2, "--optimizer", "muon"],
+            "expected adamw with 2 tensor ranks, got muon",
         ),
         (
             2,
