@@ -70,8 +70,10 @@ class Trainer:
         self.model = engine.model
         self.working = engine.working
         self._loss: Tensor | None = None
-
-        self._recorded = _RecordedMicroSteps(self)
+        # Without graphs None: it would keep the tensors of a trainer until the collector runs.
+        self._recorded: _RecordedMicroSteps | None = None
+        if engine.execution.cuda_graph:
+            self._recorded = _RecordedMicroSteps(engine, optimizer)
 
     def backward(self, batch: Batch, num_targets: int | None = None, *, step: int = 0) -> Tensor:
         """Compute the gradients of the mean loss over all targets of a batch.
@@ -104,7 +106,8 @@ class Trainer:
     ) -> Tensor:
         """Run forward and backward of a micro-batch. Returns: its weighted loss."""
         execution = self.engine.execution
-        if execution.cuda_graph and self.engine.can_record and len(part) == execution.micro_batch:
+        is_recorded = self._recorded is not None and self.engine.can_record
+        if is_recorded and len(part) == execution.micro_batch:
             inputs = model_inputs(part, execution.device, self.separator, seed)
             return self._recorded(is_first, loss_weight=loss_weight, **inputs)
         loss = batch_loss(self.engine.network, part, self.separator, seed) * loss_weight
@@ -114,7 +117,7 @@ class Trainer:
     @property
     def kept_gradients(self) -> list[Tensor]:
         """Gradients that stay allocated between steps: those of a CUDA graph."""
-        return self._recorded.gradients
+        return [] if self._recorded is None else self._recorded.gradients
 
     def _dropout_seed(self, step: int, row: int) -> int | None:
         """Return the seed of dropout for the micro-batch that begins at a row of the step's batch.
@@ -151,12 +154,13 @@ class _RecordedMicroSteps:
     The graph of all others adds to them.
     """
 
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
-        device = trainer.engine.execution.device
+    def __init__(self, engine: SingleProcess, optimizer: Optimizer):
+        self._engine = engine
+        self._optimizer = optimizer
+        device = engine.execution.device
         self.first = Recorded(self._micro_step, device)
         self.later = Recorded(self._micro_step, device, after=self.first)
-        self._parameters = [each for each in trainer.model.parameters() if each.requires_grad]
+        self._parameters = [each for each in engine.model.parameters() if each.requires_grad]
         # Their gradients in the memory of the first graph.
         self.gradients: list[Tensor] = []
 
@@ -173,8 +177,8 @@ class _RecordedMicroSteps:
         return loss
 
     def _micro_step(self, loss_weight: Tensor, **inputs: Tensor) -> Tensor:
-        loss = self._trainer.engine.network(**inputs) * loss_weight
-        self._trainer.optimizer.scaler.scale(loss).backward()
+        loss = self._engine.network(**inputs) * loss_weight
+        self._optimizer.scaler.scale(loss).backward()
         return loss.detach()
 
 

@@ -1,6 +1,7 @@
 import functools
 import gc
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -316,3 +317,17 @@ def test_steps_leave_no_tensors_to_the_garbage_collector():
             gc.garbage.clear()
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_a_trainer_is_freed_without_the_collector():
+    """Its tensors would otherwise stay allocated until Python's collector happens to run."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = make()
+        step_losses(trainer, [batch()])
+        freed = weakref.ref(trainer.model.wte.weight)
+        del trainer
+        assert freed() is None
+    finally:
+        gc.enable()
