@@ -9,14 +9,22 @@ import tyro
 
 from ...errors import InputError, unknown_name
 from ..data.build import build
-from ..data.dataset import verify_dataset
+from ..data.dataset import DatasetInfo, verify_dataset
+from ..data.filters import describe_filters, parse_filters
+from ..data.selection import SelectionOptions
 from ..data.tokenizer import DEFAULT_TOKENIZER
 from .cli import parse, program
 
-_DESCRIPTION = """Convert text to token shards, for `tritium train --data OUT_DIR`.
+_DESCRIPTION = f"""Convert text to token shards, for `tritium train --data OUT_DIR`.
 
 
-tritium data verify DATASET      check every file of a dataset against its checksum"""
+tritium data verify DATASET      check every file of a dataset against its checksum
+
+
+filters, with their usual thresholds:
+
+
+{describe_filters()}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,14 @@ class DataOptions:
     """Fraction of the documents held out for validation."""
     text_field: str = "text"
     """Key of jsonl objects and column of parquet files that holds the text."""
+    filter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME[=THRESHOLD] ...")] = ()
+    """Drop documents by length, repetition, symbols or language; see below. None: keep all."""
+    near_duplicates: float = 0.0
+    """Drop documents with this similarity to an earlier one; 0.4 is usual. 0: keep them."""
+    weights: tuple[float, ...] = ()
+    """Proportion of the characters of each INPUT, one number each. None: as they come."""
+    threads: int | None = None
+    """Number of threads. None: one per core. The result does not depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +79,19 @@ def _build(words: Sequence[str]) -> int:
         options.tokenizer,
         held_out=options.held_out,
         text_field=options.text_field,
+        selection=SelectionOptions(
+            filters=parse_filters(options.filter),
+            near_duplicates=options.near_duplicates,
+            weights=options.weights,
+        ),
+        threads=options.threads,
     )
+    _print_info(info)
+    print(f"next: {program()} train --data {shlex.quote(options.out_dir)}")
+    return 0
+
+
+def _print_info(info: DatasetInfo) -> None:
     for name, split in (("train", info.train), ("held out", info.val)):
         print(
             f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes"
@@ -72,8 +100,12 @@ def _build(words: Sequence[str]) -> int:
         f"dropped {info.duplicates_dropped:,} duplicate documents, skipped {info.files_skipped:,} "
         "files that are not UTF-8 text"
     )
-    print(f"next: {program()} train --data {shlex.quote(options.out_dir)}")
-    return 0
+    for each in info.dropped:
+        size = f"{each.documents:,} documents, {each.characters:,} characters"
+        print(f"dropped by {each.reason}: {size}")
+        for example in each.examples:
+            value = f" ({example['value']})" if example["value"] else ""
+            print(f"    {example['source']}{value}: {example['text']}")
 
 
 def _verify(words: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ from ..files import flush_folder, seal, write_whole
 from ..lock import FolderLock, delete_abandoned
 from .corpus import Corpus, Document
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
+from .selection import Selection, SelectionOptions
 from .shards import token_dtype, write_shard
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
 
@@ -39,6 +40,7 @@ _FEW_DOCUMENTS = 100
 _SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
 _PART_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 24
+_KEEP_ALL = SelectionOptions()
 _PART_OVERHEAD = 64  # characters counted per part, to limit a batch of very short documents too
 
 
@@ -50,6 +52,8 @@ def build(
     held_out: float = 0.1,
     shard_tokens: int = _SHARD_TOKENS,
     text_field: str = "text",
+    selection: SelectionOptions = _KEEP_ALL,
+    threads: int | None = None,
     progress: bool = True,
 ) -> DatasetInfo:
     """Convert text to a dataset folder. After an error there is no partial folder.
@@ -61,12 +65,65 @@ def build(
         held_out: fraction of the documents for the validation split, in (0, 1).
         shard_tokens: largest number of tokens per shard.
         text_field: key of jsonl objects and column of parquet files that holds the text.
+        selection: filters, near duplicates and weights of the inputs.
+        threads: number of threads. None: one per core. The result does not depend on it.
         progress: whether to show a progress bar on stderr if it is a terminal.
     Raises: InputError for bad input, an out_dir that is in use, or a split without text; OSError if
         a file cannot be read or written. After an error or Ctrl-C no file is left behind, but
         parent folders of out_dir may be.
     """
     out_dir = Path(out_dir)
+    _check_numbers(held_out, shard_tokens, threads)
+    _check_unused(out_dir)
+    corpus = Corpus(inputs, text_field=text_field)
+    threads = threads or _cores()
+
+    with _new_folder(out_dir) as folder, _Progress(corpus, progress) as read:
+        chosen = Selection(corpus, selection, folder, threads)
+
+        def documents(label: str) -> Iterator[Document]:
+            return chosen.documents(lambda: read(label))
+
+        made = from_spec(
+            tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
+        )
+        writers = {split: _SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
+        parts = _assign_splits(chosen, documents, held_out, made.can_cut)
+        _write_tokens(writers, parts, made, threads)
+
+        splits = {split: writers[split].close(corpus) for split in SPLITS}
+        info = _describe(corpus, chosen, made, held_out, splits)
+        made.save(folder / "tokenizer.json")
+        write_whole(folder / "dataset.json", [seal(dataclasses.asdict(info))])
+    return info
+
+
+def _describe(
+    corpus: Corpus,
+    chosen: Selection,
+    tokenizer: Tokenizer,
+    held_out: float,
+    splits: dict[str, SplitInfo],
+) -> DatasetInfo:
+    return DatasetInfo(
+        format_version=FORMAT_VERSION,
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        **splits,
+        held_out=held_out,
+        duplicates_dropped=corpus.duplicates,
+        files_skipped=corpus.skipped_files,
+        inputs=corpus.inputs,
+        text_field=corpus.text_field,
+        filters=chosen.options.filters,
+        near_duplicates=chosen.options.near_duplicates,
+        weights=list(chosen.options.weights),
+        dropped=chosen.dropped,
+    )
+
+
+def _check_numbers(held_out: float, shard_tokens: int, threads: int | None) -> None:
     if not 0 < held_out < 1:
         raise InputError(
             f"held_out: expected a number between 0 and 1, got {held_out}; 0.1 is usual"
@@ -75,31 +132,8 @@ def build(
         raise InputError(
             f"shard_tokens: expected 1 or more, got {shard_tokens}; {_SHARD_TOKENS} is usual"
         )
-    _check_unused(out_dir)
-    corpus = Corpus(inputs, text_field=text_field)
-
-    with _new_folder(out_dir) as folder, _Progress(corpus, progress) as documents:
-        made = from_spec(
-            tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
-        )
-        writers = {split: _SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
-        parts = _assign_splits(corpus, documents, held_out, made.can_cut)
-        _write_tokens(writers, parts, made)
-
-        info = DatasetInfo(
-            format_version=FORMAT_VERSION,
-            tokenizer=made.name,
-            tokenizer_sha256=made.sha256,
-            vocab_size=made.vocab_size,
-            **{split: writers[split].close(corpus) for split in SPLITS},
-            held_out=held_out,
-            duplicates_dropped=corpus.duplicates,
-            files_skipped=corpus.skipped_files,
-            inputs=corpus.inputs,
-        )
-        made.save(folder / "tokenizer.json")
-        write_whole(folder / "dataset.json", [seal(dataclasses.asdict(info))])
-    return info
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: expected 1 or more, got {threads}")
 
 
 def _check_unused(out_dir: Path) -> None:
@@ -193,7 +227,7 @@ class _Part(NamedTuple):
 
 
 def _assign_splits(
-    corpus: Corpus,
+    chosen: Selection,
     documents: Callable[[str], Iterator[Document]],
     held_out: float,
     can_cut: bool,
@@ -202,7 +236,7 @@ def _assign_splits(
 
     Args: can_cut: whether the tokenizer encodes the parts of a document as it does the document.
     """
-    lengths = _lengths_if_few(corpus)
+    lengths = _lengths_if_few(chosen)
     if lengths is None:
         for document in documents("tokenizing"):
             is_held_out = int.from_bytes(document.digest[:8], "big") < held_out * 2**64
@@ -220,10 +254,10 @@ def _assign_splits(
         yield from _parts("val", tail, can_cut, add_end=not is_last)
 
 
-def _lengths_if_few(corpus: Corpus) -> list[int] | None:
+def _lengths_if_few(chosen: Selection) -> list[int] | None:
     """Count the characters of each document; None if there are _FEW_DOCUMENTS or more."""
     lengths = []
-    for document in corpus.documents():
+    for document in chosen.documents():
         lengths.append(len(document.text))
         if len(lengths) == _FEW_DOCUMENTS:
             return None
@@ -242,13 +276,17 @@ def _parts(split: str, text: str, can_cut: bool, add_end: bool) -> Iterator[_Par
 # --- encode and write
 
 
+def _cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _write_tokens(
-    writers: dict[str, "_SplitWriter"], parts: Iterable[_Part], tokenizer: Tokenizer
+    writers: dict[str, "_SplitWriter"], parts: Iterable[_Part], tokenizer: Tokenizer, threads: int
 ) -> None:
-    """Encode on all cores and write in order. While a batch is encoded, the next one is read."""
-    threads = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """Encode in threads and write in order. While a batch is encoded, the next one is read."""
 
     def write(batch: list[_Part], encoded: list[np.ndarray]) -> None:
         for part, ids in zip(batch, encoded, strict=True):

@@ -44,11 +44,13 @@ class Document(NamedTuple):
         text: not empty, without lone surrogates.
         source: the path of its file; for jsonl and parquet with `:line` or `:row`.
         digest: 16 bytes, the BLAKE2b hash of the text.
+        input: the index of its input.
     """
 
     text: str
     source: str
     digest: bytes
+    input: int = 0
 
 
 class Corpus:
@@ -77,7 +79,12 @@ class Corpus:
             )
         self.inputs = [str(given) for given in inputs]
         self.text_field = text_field
-        self.files = list(dict.fromkeys(path for given in self.inputs for path in _find(given)))
+        inputs_of: dict[Path, int] = {}
+        for number, given in enumerate(self.inputs):
+            for path in _find(given):
+                inputs_of.setdefault(path, number)
+        self.files = list(inputs_of)
+        self._input_of = inputs_of
         self._stats = [path.stat() for path in self.files]
         self.total_bytes = sum(stat.st_size for stat in self._stats)
         self.bytes_read = 0
@@ -114,7 +121,7 @@ class Corpus:
                     self.duplicates += 1
                 elif text:
                     seen.add(digest)
-                    yield Document(text, source, digest)
+                    yield Document(text, source, digest, self._input_of[path])
             self.bytes_read = before + stat.st_size
         if not seen:
             reason = (

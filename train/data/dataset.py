@@ -14,6 +14,7 @@ from typing import Any
 from ...errors import InputError, describe_os_error
 from ..files import unseal
 from ..records import check_types
+from .selection import Dropped
 from .shards import Shard, TokenStream
 from .tokenizer import Tokenizer
 
@@ -52,6 +53,11 @@ class DatasetInfo:
     duplicates_dropped: int
     files_skipped: int
     inputs: list[str]
+    text_field: str = "text"
+    filters: dict[str, float | str] = field(default_factory=dict)
+    near_duplicates: float = 0.0
+    weights: list[float] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +129,9 @@ def read_info(path: Path) -> DatasetInfo:
         version = content["format_version"]
         if version == FORMAT_VERSION:
             splits = {split: _split_info(content[split]) for split in SPLITS}
-            check_types(content | splits, DatasetInfo)
-            return DatasetInfo(**content | splits)
+            parts = splits | {"dropped": [_dropped(each) for each in content.get("dropped", [])]}
+            check_types(content | parts, DatasetInfo)
+            return DatasetInfo(**content | parts)
     except InputError as error:
         raise InputError(f"{file}: {error}; delete its folder and build it again") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -136,6 +143,11 @@ def read_info(path: Path) -> DatasetInfo:
         f"{file}: expected dataset version {FORMAT_VERSION}, got {version}; delete its folder and "
         "build it again"
     )
+
+
+def _dropped(content: dict[str, Any]) -> Dropped:
+    check_types(content, Dropped)
+    return Dropped(**content)
 
 
 def _split_info(content: dict[str, Any]) -> SplitInfo:

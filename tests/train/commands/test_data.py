@@ -4,6 +4,7 @@ import json
 import pytest
 
 from tritium.train.data.build import build
+from tritium.train.data.dataset import read_info
 
 pytestmark = pytest.mark.plain
 
@@ -49,6 +50,35 @@ def test_built_dataset_trains_and_samples(tritium, tiny, corpus, tmp_path):
     assert status == 0, err
     assert out.startswith("# Title")
     assert tritium("sample", tmp_path / "run", "--prompt", "# Title", *options)[1] == out
+
+
+def test_build_reports_what_it_dropped(tritium, tmp_path):
+    texts = [f"Document {i} says {i * i}, and nothing else." for i in range(150)]
+    lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "short", "ha ha " * 90]]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    words = ["data", "build", tmp_path / "out", tmp_path / "a.jsonl", "--tokenizer", "bytes"]
+    words += ["--filter", "length=20", "repetition", "--threads", "2"]
+    status, out, err = tritium(*words)
+    assert status == 0, err
+    assert "dropped by length: 1 documents, 5 characters" in out
+    assert f"    {tmp_path / 'a.jsonl'}:151 (5): short" in out
+    record = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert record["filters"] == {"length": 20, "repetition": 0.3}
+    assert [each["documents"] for each in record["dropped"]] == [1, 1]
+    assert read_info(tmp_path / "out").dropped[0].reason == "length"
+
+
+def test_bad_selections_are_one_line(error_of, corpus, tmp_path):
+    words = ("data", "build", tmp_path / "out", corpus)
+    assert "unknown filter 'lenght'" in error_of(*words, "--filter", "lenght")
+    assert error_of(*words, "--weights", "-1").startswith("tritium: --weights: expected numbers")
+    assert "got 0 0" in error_of(*words, tmp_path, "--weights", "0", "0")
+    assert "--near-duplicates: expected 0" in error_of(*words, "--near-duplicates", "2")
+    assert "--threads: expected 1 or more" in error_of(*words, "--threads", "0")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    line = error_of("data", "build", tmp_path / "out", tmp_path / "bad.jsonl", "--filter", "length")
+    assert "bad.jsonl:2: expected one JSON object per line" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_checks_every_shard(tritium, error_of, tmp_path):
