@@ -123,6 +123,7 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
         config.tokenizer,
         cache_dir() / "datasets",
         held_out=config.held_out,
+        text_field=config.text_field,
         progress=progress,
     )
     dataset = open_dataset(path)

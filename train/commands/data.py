@@ -36,13 +36,13 @@ class DataOptions:
     inputs: tyro.conf.Positional[
         Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT [INPUT ...]")]
     ]
-    """Files and folders of txt, md, py, jsonl, jsonl.gz, parquet; stdlib: Python's standard library; python: also its installed packages."""  # noqa: E501 - --help keeps line breaks
+    """Files and folders of txt, md, py, jsonl, jsonl.gz, json, csv, tsv, parquet; stdlib: Python's standard library; python: also its installed packages."""  # noqa: E501 - --help keeps line breaks
     tokenizer: str = DEFAULT_TOKENIZER
     """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER of a published model, or bpe:SIZE."""
     held_out: float = 0.1
     """Fraction of the documents held out for validation."""
     text_field: str = "text"
-    """Key of jsonl objects and column of parquet files that holds the text."""
+    """Key of json objects, or column of csv, tsv and parquet files, that holds the text."""
     filter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME[=THRESHOLD] ...")] = ()
     """Drop documents by length, repetition, symbols or language; see below. None: keep all."""
     near_duplicates: float = 0.0

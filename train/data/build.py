@@ -64,7 +64,7 @@ def build(
         tokenizer: spec (see tokenizer.py).
         held_out: fraction of the documents for the validation split, in (0, 1).
         shard_tokens: largest number of tokens per shard.
-        text_field: key of jsonl objects and column of parquet files that holds the text.
+        text_field: key or column that holds the text (see corpus.py).
         selection: filters, near duplicates and weights of the inputs.
         threads: number of threads. None: one per core. The result does not depend on it.
         progress: whether to show a progress bar on stderr if it is a terminal.

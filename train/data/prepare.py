@@ -24,6 +24,7 @@ def prepare(
     cache_dir: Path | str,
     *,
     held_out: float = 0.1,
+    text_field: str = "text",
     progress: bool = True,
 ) -> Path:
     """Return a dataset folder. A dataset is returned as it is; other inputs are built once.
@@ -32,7 +33,7 @@ def prepare(
         data: one dataset folder, or inputs for `build`.
         tokenizer: spec. None: the dataset's own, or bpe:4096.
         cache_dir: where built datasets are kept; see `cache_dir()`.
-        held_out, progress: see `build`.
+        held_out, text_field, progress: see `build`.
     Returns: a folder for `open_dataset`. Changed files, another tokenizer or another held_out give
         another folder.
     Raises: InputError as `build` does, or if a dataset has another tokenizer than `tokenizer`.
@@ -48,12 +49,17 @@ def prepare(
         return path
 
     spec = DEFAULT_TOKENIZER if tokenizer is None else tokenizer
-    key = [Corpus(data).fingerprint(), _spec_identity(spec), held_out, FORMAT_VERSION]
+    key = [
+        Corpus(data, text_field=text_field).fingerprint(),
+        _spec_identity(spec),
+        held_out,
+        FORMAT_VERSION,
+    ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{Path(data[0]).stem or 'data'}-{Path(spec).stem}")
     target = Path(cache_dir) / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if not (target / "dataset.json").is_file():
         try:
-            build(target, data, spec, held_out=held_out, progress=progress)
+            build(target, data, spec, held_out=held_out, text_field=text_field, progress=progress)
         except OSError:
             # If another process has built the same dataset in the meantime, use it.
             if not (target / "dataset.json").is_file():

@@ -315,6 +315,7 @@ def _build_again(record: RunRecord, run: Path, progress: bool) -> Path:
             config.tokenizer,
             cache_dir() / "datasets",
             held_out=config.held_out,
+            text_field=config.text_field,
             progress=progress,
         )
     except InputError as error:
