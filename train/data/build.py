@@ -12,26 +12,23 @@ inserted between documents only, not after the last. tinyshakespeare then has it
 and 111,540 characters, and no token that occurs only once.
 """
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ...errors import InputError
-from ..files import flush_folder, seal, write_whole
-from ..lock import FolderLock, delete_abandoned
+from ..files import seal, write_whole
+from ._new_folder import check_unused, new_folder
+from ._split_writer import Part, SplitWriter
+from .bin_shards import build_from_bins, find_bins
 from .corpus import Corpus, Document
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
 from .selection import Selection, SelectionOptions
-from .shards import token_dtype, write_shard
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
 
 # With 100 documents and held_out 0.1, the validation split is empty with probability 0.9**100: once
@@ -60,7 +57,7 @@ def build(
 
     Args:
         out_dir: a folder that does not exist or is empty.
-        inputs: files, folders, stdlib, python (see corpus.py).
+        inputs: files, folders, stdlib, python (see corpus.py), or token shards (bin_shards.py).
         tokenizer: spec (see tokenizer.py).
         held_out: fraction of the documents for the validation split, in (0, 1).
         shard_tokens: largest number of tokens per shard.
@@ -74,11 +71,20 @@ def build(
     """
     out_dir = Path(out_dir)
     _check_numbers(held_out, shard_tokens, threads)
-    _check_unused(out_dir)
+    check_unused(out_dir)
+    if paths := find_bins(inputs):
+        if selection != _KEEP_ALL:
+            raise InputError(
+                "data: expected no filters, near_duplicates or weights with token shards, which "
+                "are not text; leave them out"
+            )
+        return build_from_bins(
+            out_dir, paths, tokenizer, held_out=held_out, shard_tokens=shard_tokens
+        )
     corpus = Corpus(inputs, text_field=text_field)
     threads = threads or _cores()
 
-    with _new_folder(out_dir) as folder, _Progress(corpus, progress) as read:
+    with new_folder(out_dir) as folder, _Progress(corpus, progress) as read:
         chosen = Selection(corpus, selection, folder, threads)
 
         def documents(label: str) -> Iterator[Document]:
@@ -87,11 +93,11 @@ def build(
         made = from_spec(
             tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
         )
-        writers = {split: _SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
+        writers = {split: SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
         parts = _assign_splits(chosen, documents, held_out, made.can_cut)
         _write_tokens(writers, parts, made, threads)
 
-        splits = {split: writers[split].close(corpus) for split in SPLITS}
+        splits = {split: writers[split].close(corpus.inputs) for split in SPLITS}
         info = _describe(corpus, chosen, made, held_out, splits)
         made.save(folder / "tokenizer.json")
         write_whole(folder / "dataset.json", [seal(dataclasses.asdict(info))])
@@ -136,45 +142,6 @@ def _check_numbers(held_out: float, shard_tokens: int, threads: int | None) -> N
         raise InputError(f"threads: expected 1 or more, got {threads}")
 
 
-def _check_unused(out_dir: Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise InputError(
-            f"data: expected a new or empty folder to build in, got {out_dir}, which is in use; "
-            "choose another"
-        )
-
-
-@contextlib.contextmanager
-def _new_folder(out_dir: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename it to `out_dir` at the end; delete it after an error.
-
-    The lock of the folder tells other builds that it is in use. They delete folders without a lock,
-    which killed builds left behind.
-    """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    delete_abandoned(out_dir.parent, ".*.tmp")
-    temporary = Path(
-        tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent)
-    )
-    try:
-        with FolderLock(temporary):
-            yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
-        if out_dir.is_dir():
-            out_dir.rmdir()  # it is empty; Windows cannot rename over a folder
-        os.rename(temporary, out_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    flush_folder(out_dir.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
-
-
 class _Progress:
     """Context manager that gives `documents(label)`: the corpus's documents, with a progress bar.
 
@@ -212,26 +179,12 @@ class _Progress:
 # --- split
 
 
-class _Part(NamedTuple):
-    """A piece of a document.
-
-    split: "train" or "val".
-    starts_document: whether it is the first piece of the document in its split.
-    ends_document: whether end-of-text follows it.
-    """
-
-    split: str
-    text: str
-    starts_document: bool
-    ends_document: bool
-
-
 def _assign_splits(
     chosen: Selection,
     documents: Callable[[str], Iterator[Document]],
     held_out: float,
     can_cut: bool,
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """Assign each document to the splits and cut it into parts that threads can encode.
 
     Args: can_cut: whether the tokenizer encodes the parts of a document as it does the document.
@@ -264,13 +217,13 @@ def _lengths_if_few(chosen: Selection) -> list[int] | None:
     return lengths
 
 
-def _parts(split: str, text: str, can_cut: bool, add_end: bool) -> Iterator[_Part]:
+def _parts(split: str, text: str, can_cut: bool, add_end: bool) -> Iterator[Part]:
     if not text:
         return
     texts = list(cut(text, _PART_CHARACTERS)) if can_cut else [text]
     last = len(texts) - 1
     for i, part in enumerate(texts):
-        yield _Part(split, part, i == 0, add_end and i == last)
+        yield Part(split, part, i == 0, add_end and i == last)
 
 
 # --- encode and write
@@ -284,11 +237,11 @@ def _cores() -> int:
 
 
 def _write_tokens(
-    writers: dict[str, "_SplitWriter"], parts: Iterable[_Part], tokenizer: Tokenizer, threads: int
+    writers: dict[str, SplitWriter], parts: Iterable[Part], tokenizer: Tokenizer, threads: int
 ) -> None:
     """Encode in threads and write in order. While a batch is encoded, the next one is read."""
 
-    def write(batch: list[_Part], encoded: list[np.ndarray]) -> None:
+    def write(batch: list[Part], encoded: list[np.ndarray]) -> None:
         for part, ids in zip(batch, encoded, strict=True):
             writers[part.split].add(part, ids)
 
@@ -303,8 +256,8 @@ def _write_tokens(
             write(waiting[0], waiting[1].result())
 
 
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    batch: list[_Part] = []
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
     size = 0
     for part in parts:
         batch.append(part)
@@ -315,52 +268,3 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
             size = 0
     if batch:
         yield batch
-
-
-class _SplitWriter:
-    """Collects the tokens of one split and writes a shard each time one is full."""
-
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int):
-        self._folder = folder
-        self._split = split
-        self._tokenizer = tokenizer
-        self._buffer = np.empty(shard_tokens, token_dtype(tokenizer.vocab_size))
-        self._filled = 0
-        self._info = SplitInfo()
-
-    def add(self, part: _Part, ids: np.ndarray) -> None:
-        self._info.documents += part.starts_document
-        self._info.bytes += len(part.text) if part.text.isascii() else len(part.text.encode())
-        if part.starts_document:
-            self._append(np.array(self._tokenizer.start_tokens, dtype=ids.dtype))
-        self._append(ids)
-        if part.ends_document:
-            self._append(np.array([self._tokenizer.end_of_text], dtype=ids.dtype))
-
-    def _append(self, ids: np.ndarray) -> None:
-        self._info.tokens += len(ids)
-        while len(ids):
-            fitting = ids[: len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(fitting)] = fitting
-            self._filled += len(fitting)
-            ids = ids[len(fitting) :]
-            if self._filled == len(self._buffer):
-                self._flush()
-
-    def _flush(self) -> None:
-        name = f"{self._split}-{len(self._info.shards):05d}.bin"
-        tokens = self._buffer[: self._filled]
-        write_shard(self._folder / name, tokens, self._tokenizer.vocab_size, self._tokenizer.sha256)
-        self._info.shards.append(name)
-        self._filled = 0
-
-    def close(self, corpus: Corpus) -> SplitInfo:
-        """Write the last shard. Raises: InputError if the split has no tokens."""
-        if self._filled:
-            self._flush()
-        if not self._info.tokens:
-            raise InputError(
-                f"data: expected text for the {self._split} split of {' '.join(corpus.inputs)}, "
-                "got none; give more text or another held_out"
-            )
-        return self._info

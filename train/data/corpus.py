@@ -101,12 +101,7 @@ class Corpus:
 
         Returns: 64 hex digits.
         """
-        digest = hashlib.sha256(json.dumps(self.text_field).encode())
-        for path, stat in zip(self.files, self._stats, strict=True):
-            digest.update(
-                json.dumps([str(path.absolute()), stat.st_size, stat.st_mtime_ns]).encode()
-            )
-        return digest.hexdigest()
+        return fingerprint(self.files, self.text_field)
 
     def documents(self) -> Iterator[Document]:
         """Yield each document once.
@@ -150,6 +145,15 @@ class Corpus:
         else:
             suffix = next(each for each in READERS if path.name.endswith(each))
             yield from READERS[suffix](path, self.text_field)
+
+
+def fingerprint(paths: Sequence[Path], text_field: str) -> str:
+    """Hash the text field and the path, size and modification time of each file."""
+    digest = hashlib.sha256(json.dumps(text_field).encode())
+    for path in paths:
+        stat = path.stat()
+        digest.update(json.dumps([str(path.absolute()), stat.st_size, stat.st_mtime_ns]).encode())
+    return digest.hexdigest()
 
 
 # --- find files

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, describe_os_error
+from ...errors import InputError
 from ..files import unseal
 from ..records import check_types
 from .selection import Dropped
-from .shards import Shard, TokenStream
+from .shards import TokenStream
 from .tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -92,25 +92,6 @@ def open_dataset(path: Path | str) -> Dataset:
         )
     splits = {name: _open_split(path, name, getattr(info, name), tokenizer) for name in SPLITS}
     return Dataset(path=path, tokenizer=tokenizer, info=info, **splits)
-
-
-def verify_dataset(path: Path | str) -> Dataset:
-    """Check every file of a dataset, as open_dataset does, and name all shards that are damaged."""
-    info = read_info(Path(path))
-    damaged = []
-    for split in SPLITS:
-        for name in getattr(info, split).shards:
-            try:
-                Shard(Path(path) / name)
-            except InputError as error:
-                damaged.append((name, str(error)))
-            except OSError as error:
-                damaged.append((name, describe_os_error(error)))
-    if len(damaged) > 1:
-        names = ", ".join(name for name, _ in damaged[1:])
-        first = damaged[0][1]
-        raise InputError(f"{first}; {len(damaged) - 1} more shards are damaged: {names}")
-    return open_dataset(path)
 
 
 def read_info(path: Path) -> DatasetInfo:

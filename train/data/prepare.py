@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
+from .bin_shards import find_bins
 from .build import build
-from .corpus import Corpus
+from .corpus import Corpus, fingerprint
 from .dataset import FORMAT_VERSION, DatasetInfo, read_info
 from .tokenizer import DEFAULT_TOKENIZER, from_spec, needs_corpus
 
@@ -50,7 +51,7 @@ def prepare(
 
     spec = DEFAULT_TOKENIZER if tokenizer is None else tokenizer
     key = [
-        Corpus(data, text_field=text_field).fingerprint(),
+        _fingerprint(data, text_field),
         _spec_identity(spec),
         held_out,
         FORMAT_VERSION,
@@ -65,6 +66,12 @@ def prepare(
             if not (target / "dataset.json").is_file():
                 raise
     return target
+
+
+def _fingerprint(data: Sequence[str], text_field: str) -> str:
+    if paths := find_bins(data):
+        return fingerprint(paths, text_field)
+    return Corpus(data, text_field=text_field).fingerprint()
 
 
 def is_dataset(data: Sequence[str]) -> bool:

@@ -87,7 +87,8 @@ def test_verify_checks_every_shard(tritium, error_of, tmp_path):
     build(dataset, [tmp_path / "a.txt"], "bytes", shard_tokens=300, progress=False)
     status, out, _ = tritium("data", "verify", dataset)
     assert status == 0
-    assert f"{dataset}: 5 shards with 1,100 tokens match their checksums" in out
+    assert f"{dataset}: 5 shards with 1,100 tokens match their checksums; all" in out
+    assert "train: 1 documents, 990 tokens, 990 bytes" in out
     for name in ("train-00001.bin", "val-00000.bin"):
         content = bytearray((dataset / name).read_bytes())
         content[-1] ^= 1
@@ -97,3 +98,15 @@ def test_verify_checks_every_shard(tritium, error_of, tmp_path):
     assert "train-00001.bin: damaged: expected token checksum" in line
     assert line.endswith("2 more shards are damaged: train-00003.bin, val-00000.bin")
     assert "expected a dataset folder" in error_of("data", "verify", tmp_path)
+
+
+def test_exported_shards_build_the_same_dataset(tritium, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    build(tmp_path / "one", [tmp_path / "a.txt"], "bytes", progress=False)
+    status, out, err = tritium("data", "export", tmp_path / "one", tmp_path / "bins")
+    assert status == 0, err
+    assert f"{tmp_path / 'bins' / 'bins_train_*.bin'}: 991 tokens" in out
+    words = ("data", "build", tmp_path / "two", tmp_path / "bins", "--tokenizer", "bytes")
+    status, out, err = tritium(*words)
+    assert status == 0, err
+    assert "train: 1 documents, 991 tokens, 990 bytes" in out
