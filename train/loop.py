@@ -14,10 +14,11 @@ from ..model import GPT
 from ..model.cost import check_size, flops_per_token
 from ._initial_model import initial_model, new_model
 from .config import TrainConfig
+from .data.cache import cache_dir
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Loader, evaluation_batches
 from .data.prefetch import Prefetch
-from .data.prepare import cache_dir, prepare
+from .data.prepare import prepare
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World

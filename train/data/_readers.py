@@ -4,6 +4,7 @@ Each reader yields (text, source, bytes of the file read so far). A source names
 line, row or item, for messages.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,8 +12,13 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from ...errors import InputError
+from .sources import RemoteFile
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _PARQUET_ROWS = 1024
 _LONGEST_FIELD = (1 << 31) - 1  # of csv; Python's default is 131,072
@@ -148,7 +154,7 @@ def _column(path: Path, names: list[str], field: str) -> int:
     return names.index(field)
 
 
-def _read_parquet(path: Path, field: str) -> Texts:
+def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -157,22 +163,11 @@ def _read_parquet(path: Path, field: str) -> Texts:
             f"{path}: reading parquet needs pyarrow, which is not installed; pip install pyarrow"
         ) from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise InputError(
-                    f"{path}: expected a column {field!r}, got {', '.join(names)}; "
-                    "give another text field"
-                )
-            dtype = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
-                raise InputError(
-                    f"{path}: expected strings in column {field!r}, got {dtype}; "
-                    "give another text field"
-                )
+        with _opened(path) as content, pyarrow.parquet.ParquetFile(content) as file:
+            _check_column(path, file.schema_arrow, field)
             row = 0
             rows = file.metadata.num_rows
-            file_bytes = path.stat().st_size
+            file_bytes = path.size if isinstance(path, RemoteFile) else path.stat().st_size
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
@@ -183,6 +178,41 @@ def _read_parquet(path: Path, field: str) -> Texts:
             f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
             "get the file again"
         ) from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path | RemoteFile) -> Iterator[BinaryIO]:
+    """Open a file. Raises: InputError if the network fails while a remote file is read."""
+    if isinstance(path, Path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    try:
+        with path.open() as file:
+            yield file
+    # pyarrow passes on the exceptions of the network library.
+    except Exception as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: expected data from the network, got {type(error).__name__}; start again, or "
+            "download the files and name their folder"
+        ) from None
+
+
+def _check_column(path: Path | RemoteFile, schema: "pyarrow.Schema", field: str) -> None:
+    import pyarrow
+
+    if field not in schema.names:
+        raise InputError(
+            f"{path}: expected a column {field!r}, got {', '.join(schema.names)}; "
+            "give another text field"
+        )
+    dtype = schema.field(field).type
+    if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
+        raise InputError(
+            f"{path}: expected strings in column {field!r}, got {dtype}; give another text field"
+        )
 
 
 # Suffix of a file -> reader of its records.

@@ -1,4 +1,4 @@
-"""Read documents from files, folders, and the names `stdlib` and `python`.
+"""Read documents from files, folders, and names such as `stdlib`.
 
     .txt .md .py       one document per file, UTF-8
     .jsonl .jsonl.gz   one document per line: a JSON object with the text in one field
@@ -9,6 +9,7 @@
     stdlib             the .py files of Python's standard library, without its tests and tables of
                        characters: about 11 MB
     python             all .py files of the standard library and of site-packages
+    NAME               a corpus from the network, see sources.py
 
 Documents keep the order of the inputs. Files of one input are sorted. A folder is read without its
 .json, .csv and .tsv files, which often hold other things than text; name such files themselves.
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 from ...errors import InputError
 from ._readers import READERS, read_text
+from .sources import SOURCES, RemoteFile, find_source
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, *READERS)
@@ -84,14 +86,14 @@ class Corpus:
             )
         self.inputs = [str(given) for given in inputs]
         self.text_field = text_field
-        inputs_of: dict[Path, int] = {}
+        inputs_of: dict[Path | RemoteFile, int] = {}
         for number, given in enumerate(self.inputs):
             for path in _find(given):
                 inputs_of.setdefault(path, number)
         self.files = list(inputs_of)
         self._input_of = inputs_of
-        self._stats = [path.stat() for path in self.files]
-        self.total_bytes = sum(stat.st_size for stat in self._stats)
+        self._sizes = [_size(path) for path in self.files]
+        self.total_bytes = sum(self._sizes)
         self.bytes_read = 0
         self.duplicates = 0
         self.skipped_files = 0
@@ -112,7 +114,7 @@ class Corpus:
         self.bytes_read = self.duplicates = self.skipped_files = 0
         # Among 10**9 documents, two have the same 16-byte hash with probability 10**-21.
         seen: set[bytes] = set()
-        for path, stat in zip(self.files, self._stats, strict=True):
+        for path, size in zip(self.files, self._sizes, strict=True):
             before = self.bytes_read
             for text, source, position in self._texts(path):
                 self.bytes_read = before + position
@@ -122,7 +124,7 @@ class Corpus:
                 elif text:
                     seen.add(digest)
                     yield Document(text, source, digest, self._input_of[path])
-            self.bytes_read = before + stat.st_size
+            self.bytes_read = before + size
         if not seen:
             reason = (
                 f"{self.skipped_files} of them binary or not UTF-8"
@@ -134,7 +136,7 @@ class Corpus:
                 f"{reason}; give UTF-8 text"
             )
 
-    def _texts(self, path: Path) -> Iterator[tuple[str, str, int]]:
+    def _texts(self, path: Path | RemoteFile) -> Iterator[tuple[str, str, int]]:
         """Yield (text, source, bytes of the file read so far) for each document of one file."""
         if path.suffix in TEXT_SUFFIXES:
             text = read_text(path)
@@ -147,19 +149,29 @@ class Corpus:
             yield from READERS[suffix](path, self.text_field)
 
 
-def fingerprint(paths: Sequence[Path], text_field: str) -> str:
-    """Hash the text field and the path, size and modification time of each file."""
+def fingerprint(paths: Sequence[Path | RemoteFile], text_field: str) -> str:
+    """Hash the text field and the path, size and modification time of each file.
+
+    The path of a remote file has its revision.
+    """
     digest = hashlib.sha256(json.dumps(text_field).encode())
     for path in paths:
-        stat = path.stat()
-        digest.update(json.dumps([str(path.absolute()), stat.st_size, stat.st_mtime_ns]).encode())
+        if isinstance(path, RemoteFile):
+            identity = [str(path), path.size]
+        else:
+            identity = [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
+        digest.update(json.dumps(identity).encode())
     return digest.hexdigest()
+
+
+def _size(path: Path | RemoteFile) -> int:
+    return path.size if isinstance(path, RemoteFile) else path.stat().st_size
 
 
 # --- find files
 
 
-def _find(given: str) -> list[Path]:
+def _find(given: str) -> Sequence[Path | RemoteFile]:
     if not given:
         raise InputError(
             "data: expected files, folders, stdlib or python, got an empty name; "
@@ -170,12 +182,14 @@ def _find(given: str) -> list[Path]:
     if given == "python":
         return _find_python()
     path = Path(given)
+    if given in SOURCES and not path.exists():
+        return find_source(given)
     if path.is_dir():
         return _walk(path, _FOLDER_SUFFIXES, _NOT_SOURCE, given)
     if not path.exists():
         raise InputError(
-            f"data: expected a file, a folder, stdlib or python, got {given!r}, which does not "
-            "exist; check the path"
+            f"data: expected a file, a folder, stdlib, python or a name ({', '.join(SOURCES)}), "
+            f"got {given!r}, which does not exist; check the path"
         )
     if not path.name.endswith(SUFFIXES):
         raise InputError(

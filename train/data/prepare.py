@@ -5,9 +5,7 @@ Built datasets are kept in a cache, so a second run with the same data starts at
 
 import hashlib
 import json
-import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +31,7 @@ def prepare(
     Args:
         data: one dataset folder, or inputs for `build`.
         tokenizer: spec. None: the dataset's own, or bpe:4096.
-        cache_dir: where built datasets are kept; see `cache_dir()`.
+        cache_dir: where built datasets are kept; see cache.py.
         held_out, text_field, progress: see `build`.
     Returns: a folder for `open_dataset`. Changed files, another tokenizer or another held_out give
         another folder.
@@ -91,17 +89,3 @@ def _spec_identity(spec: str) -> str:
     """Return the hash of a tokenizer in a file or folder, or the spec itself."""
     is_name = needs_corpus(spec) or spec in ("bytes", "gpt2")
     return spec if is_name else from_spec(spec, list).sha256
-
-
-def cache_dir() -> Path:
-    """Return the folder for built datasets. It may not exist yet.
-
-    It is $TRITIUM_HOME, or `tritium` in the platform's cache folder.
-    """
-    if home := os.environ.get("TRITIUM_HOME"):
-        return Path(home)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tritium"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tritium"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritium"

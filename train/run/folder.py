@@ -32,8 +32,9 @@ from ... import __version__
 from ...errors import InputError
 from ...model import GPTConfig
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..data.cache import cache_dir
 from ..data.dataset import SPLITS, Dataset, open_dataset
-from ..data.prepare import cache_dir, prepare
+from ..data.prepare import prepare
 from ..distributed.world import World
 from ..files import seal, unseal, write_whole
 from ..lock import LOCK_FILE, FolderLock
