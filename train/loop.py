@@ -22,6 +22,7 @@ from .data.prepare import prepare
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
+from .epochs import describe_epochs
 from .evaluate import Evaluation
 from .execution import Execution, resolve
 from .optim import Optimizer
@@ -59,6 +60,8 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
+    tokens = config.steps * config.batch_size * config.model.context_tokens
+    console.print(describe_epochs(tokens, len(dataset.train), config.model.dropout), soft_wrap=True)
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: initial_model(config, dataset))
     with only_writer(run, world) as check_folder:

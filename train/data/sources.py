@@ -27,12 +27,12 @@ class Download:
     Attributes:
         url: its address.
         sha256: of its content.
-        tokens: about how many tokens of GPT-2.
+        size: in bytes.
     """
 
     url: str
     sha256: str
-    tokens: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ SOURCES: dict[str, Download | Hosted] = {
     "tinyshakespeare.txt": Download(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        tokens=338_025,
+        size=1_115_394,
     ),
     "tinystories": Hosted(
         "roneneldan/TinyStories",

@@ -118,7 +118,7 @@ def test_download_is_checked_and_kept(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="expected content with SHA-256 86c4e6aa9db7, got"):
         find_source("tinyshakespeare.txt")
     assert not (tmp_path / "downloads").exists()
-    good = Download("https://example.org/x", module._sha256(content), tokens=3)
+    good = Download("https://example.org/x", module._sha256(content), size=13)
     monkeypatch.setitem(SOURCES, "tinyshakespeare.txt", good)
     for _ in range(2):
         texts = [document.text for document in Corpus(["tinyshakespeare.txt"]).documents()]
