@@ -90,6 +90,7 @@ def build(
         def documents(label: str) -> Iterator[Document]:
             return chosen.documents(lambda: read(label))
 
+        chosen.decide(lambda: read("selecting"))
         made = from_spec(
             tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
         )

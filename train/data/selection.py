@@ -118,13 +118,21 @@ class Selection:
         self.options = options
         self._folder = folder
         self._threads = threads
-        self._reasons = [*options.filters, NEAR_DUPLICATES, MIXTURE]
-        self._near_code = len(self._reasons) - 1
-        self._mixture_code = len(self._reasons)
-        self._codes: bytearray | None = None  # per document: _KEPT, or 1 + index in _reasons
+        # Per document: _KEPT, 1 + index of a filter, or one of the next two.
+        self._codes: bytearray | None = None
+        self._near_code = len(options.filters) + 1
+        self._mixture_code = len(options.filters) + 2
         self._repeats: dict[int, int] = {}  # the first near duplicates, and what they repeat
         self._by_filters: list[Dropped] = []
         self.dropped: list[Dropped] = []
+
+    def decide(self, source: Documents | None = None) -> None:
+        """Run the pass that near duplicates and weights need, if they are on.
+
+        Args and Raises: see `documents`.
+        """
+        if self._codes is None and (self.options.near_duplicates or self.options.weights):
+            self._decide(source or self._corpus.documents)
 
     def documents(self, source: Documents | None = None) -> Iterator[Document]:
         """Yield the documents that remain.
@@ -136,13 +144,12 @@ class Selection:
         source = source or self._corpus.documents
         if not (options.filters or options.near_duplicates or options.weights):
             yield from source()
-        elif self._codes is not None:
-            yield from self._decided(source)
-        elif options.near_duplicates or options.weights:
-            self._decide(source)
-            yield from self._decided(source)
-        else:
+            return
+        self.decide(source)
+        if self._codes is None:
             yield from self._decide_and_yield(source)
+        else:
+            yield from self._decided(source)
 
     def _decided(self, source: Documents) -> Iterator[Document]:
         """Yield what an earlier pass kept. Count the near duplicates and the mixture."""
