@@ -73,11 +73,7 @@ def build(
     _check_numbers(held_out, shard_tokens, threads)
     check_unused(out_dir)
     if paths := find_bins(inputs):
-        if selection != _KEEP_ALL:
-            raise InputError(
-                "data: expected no filters, near_duplicates or weights with token shards, which "
-                "are not text; leave them out"
-            )
+        _check_no_selection(selection)
         return build_from_bins(
             out_dir, paths, tokenizer, held_out=held_out, shard_tokens=shard_tokens
         )
@@ -128,6 +124,14 @@ def _describe(
         weights=list(chosen.options.weights),
         dropped=chosen.dropped,
     )
+
+
+def _check_no_selection(selection: SelectionOptions) -> None:
+    if selection != _KEEP_ALL:
+        raise InputError(
+            "data: expected no filters, near_duplicates or weights with token shards, which are "
+            "not text; leave them out"
+        )
 
 
 def _check_numbers(held_out: float, shard_tokens: int, threads: int | None) -> None:
