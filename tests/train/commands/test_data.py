@@ -1,8 +1,10 @@
 import gzip
 import json
+import urllib.request
 
 import pytest
 
+from tritium.train.data import sources
 from tritium.train.data.build import build
 from tritium.train.data.dataset import read_info
 
@@ -79,6 +81,21 @@ def test_bad_selections_are_one_line(error_of, corpus, tmp_path):
     line = error_of("data", "build", tmp_path / "out", tmp_path / "bad.jsonl", "--filter", "length")
     assert "bad.jsonl:2: expected one JSON object per line" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_named_corpus_without_network_is_one_line(error_of, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    monkeypatch.setattr(sources, "_file_system", fail)
+    monkeypatch.chdir(tmp_path)
+    line = error_of("data", "build", tmp_path / "out", "fineweb-edu-10b", "--tokenizer", "bytes")
+    assert "fineweb-edu-10b: expected to reach the network, got OSError; connect, or get" in line
+    line = error_of("train", "shakespeare-char", "--out", tmp_path / "run")
+    assert "get https://raw.githubusercontent.com/karpathy/char-rnn/" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
 def test_verify_checks_every_shard(tritium, error_of, tmp_path):
