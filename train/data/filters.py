@@ -44,7 +44,7 @@ def _languages(batch: TextBatch) -> np.ndarray:
         import py3langid
     except ImportError:
         raise InputError(
-            "filter language: it needs the package py3langid, which is not installed; "
+            "filter language: expected the package py3langid, found none; "
             "pip install 'tritium[data]'"
         ) from None
     starts = [text[:_LANGUAGE_CHARACTERS] for text in batch.texts]

@@ -11,7 +11,7 @@ A document whose words are changed at random places in 10 % of the text has J = 
 original: a run of three words survives with probability 0.9**3 = 0.73, and 0.73 / (2 - 0.73) =
 0.57. Unrelated documents have J below 0.1.
 
-The signatures lie in files while the source is read, one byte per hash. Then each band is read
+The signatures are in files while the source is read, one byte per hash. Then each band is read
 by itself, so memory holds about 40 bytes per document. Equal hashes of a band form a group; its
 members are compared with the first of the group. Members that differ from it form the next group,
 for at most _ROUNDS rounds. Of two similar documents the later one is dropped, unless the earlier
@@ -55,8 +55,7 @@ def signatures(batch: TextBatch) -> np.ndarray:
         import rensa
     except ImportError:
         raise InputError(
-            "near_duplicates: it needs the package rensa, which is not installed; "
-            "pip install 'tritium[data]'"
+            "near_duplicates: expected the package rensa, found none; pip install 'tritium[data]'"
         ) from None
     hashes, documents = batch.ngrams(_WORDS)
     counts = np.bincount(documents, minlength=len(batch))

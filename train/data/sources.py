@@ -133,7 +133,7 @@ def find_source(name: str) -> list[Path] | list[RemoteFile]:
         raise
     # The network, its libraries and the server have exceptions of their own.
     except Exception as error:
-        raise unreachable(name, error) from None
+        raise _unreachable(name, error) from None
     if not files:
         raise InputError(
             f"{name}: expected {source.files} in {source.repository} at {source.revision[:12]}, "
@@ -142,7 +142,7 @@ def find_source(name: str) -> list[Path] | list[RemoteFile]:
     return files
 
 
-def unreachable(name: str, error: Exception) -> InputError:
+def _unreachable(name: str, error: Exception) -> InputError:
     """Return the error for a corpus that the network does not give."""
     source = SOURCES[name]
     if isinstance(source, Download):
@@ -162,8 +162,7 @@ def _file_system() -> Any:
         from huggingface_hub import HfFileSystem
     except ImportError:
         raise InputError(
-            "data: reading from huggingface.co needs the package huggingface_hub, which is not "
-            "installed; pip install 'tritium[data]'"
+            "data: expected the package huggingface_hub, found none; pip install 'tritium[data]'"
         ) from None
     return HfFileSystem()
 
@@ -187,7 +186,7 @@ def _fetch(name: str, source: Download) -> Path:
         with urllib.request.urlopen(source.url, timeout=60) as response:
             content = response.read()
     except OSError as error:
-        raise unreachable(name, error) from None
+        raise _unreachable(name, error) from None
     if _sha256(content) != source.sha256:
         raise InputError(
             f"{source.url}: expected content with SHA-256 {source.sha256[:12]}, got "

@@ -74,5 +74,5 @@ def test_language_without_its_package_raises(monkeypatch):
         return original_import(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", import_without)
-    with pytest.raises(InputError, match="needs the package py3langid"):
+    with pytest.raises(InputError, match="expected the package py3langid"):
         apply_filters(TextBatch([PROSE]), {"language": "en"})

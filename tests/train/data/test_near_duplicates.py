@@ -90,5 +90,5 @@ def test_missing_package_raises(monkeypatch):
         return original_import(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", import_without)
-    with pytest.raises(InputError, match="near_duplicates: it needs the package rensa"):
+    with pytest.raises(InputError, match="near_duplicates: expected the package rensa"):
         signatures(TextBatch(["a b c"]))
