@@ -7,7 +7,7 @@ import numpy as np
 
 # Filters and near-duplicate removal look at the start of a very long document only. A batch then
 # needs less than 200 MB, however long a document is.
-_LONGEST = 1 << 21
+_LONGEST = 1 << 20
 # An odd number, so that it has an inverse modulo 2**64.
 _BASE = 0x9E3779B97F4A7C15
 _HASH_BITS = np.uint64(40)  # leaves 24 bits for the index of a document in its batch
@@ -25,7 +25,7 @@ class TextBatch:
     """Documents and their words. A word is a run of letters and digits; case is ignored.
 
     Attributes:
-        texts: the documents, cut after about two million characters.
+        texts: the documents, cut after about one million characters.
         characters: (documents,) int64, the length of each uncut document.
         words: (n,) uint64, the hash of each word, in order.
         documents: (n,) int64, the index of each word's document.
