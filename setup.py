@@ -53,8 +53,11 @@ setup(
             "jinja2>=3.1.6",
             "gguf",
             "pyarrow",
+            "rensa",
+            "py3langid",
             "ruff",
         ],
+        "data": ["pyarrow", "huggingface_hub", "rensa", "py3langid"],
         "hf": [
             "transformers",
             "tokenizers",

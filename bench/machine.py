@@ -18,9 +18,9 @@ from ..errors import InputError
 from ..model import GPT, GPTConfig
 from ..train.commands.cli import parse
 from ..train.config import TrainConfig
+from ..train.data.tokenizer import vocab_size_of
 from ..train.device import choose_device, choose_matmul
 from ..train.execution import compiles_on
-from ..train.plan import vocab_size
 from ..train.precision import choose_dtype
 from ..train.recipes import default_recipe, recipe
 from .record import check_writable, write_record
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if micro_batch < 1:
         raise InputError(f"--micro-batch-size: expected 1 or more, got {micro_batch}")
     config = config.with_options(micro_batch_size=micro_batch, batch_size=micro_batch)
-    shape = config.gpt(vocab_size(name, config))
+    shape = config.gpt(vocab_size_of(config.tokenizer))
     out = None if options.out is None else check_writable(Path(options.out))
     device = choose_device(options.device)
     choose_matmul(device)

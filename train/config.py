@@ -99,6 +99,8 @@ class TrainConfig:
     """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER or bpe:SIZE. A dataset has its own."""
     held_out: float = 0.1
     """Fraction of the text held out for validation, when the run builds the dataset."""
+    text_field: str = "text"
+    """Key of json objects, or column of csv, tsv and parquet files, that holds the text."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     init_from: str | None = None
@@ -138,9 +140,10 @@ class TrainConfig:
     report: ReportOptions = field(default_factory=ReportOptions)
 
     def __post_init__(self):
-        if not self.data:
+        if not self.data or not all(self.data):
             raise InputError(
-                "`data`: expected files, folders, a dataset, stdlib or python, got none"
+                "`data`: expected files, folders, a dataset, stdlib or python, got none; "
+                "write . for the current folder"
             )
         for name, bound in LEAST.items():
             value = getattr(PART_OF[name](self), name)

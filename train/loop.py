@@ -14,13 +14,15 @@ from ..model import GPT
 from ..model.cost import check_size, flops_per_token
 from ._initial_model import initial_model, new_model
 from .config import TrainConfig
+from .data.cache import cache_dir
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Loader, evaluation_batches
 from .data.prefetch import Prefetch
-from .data.prepare import cache_dir, prepare
+from .data.prepare import prepare
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
+from .epochs import describe_epochs
 from .evaluate import Evaluation
 from .execution import Execution, resolve
 from .optim import Optimizer
@@ -58,6 +60,8 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
+    tokens = config.steps * config.batch_size * config.model.context_tokens
+    console.print(describe_epochs(tokens, len(dataset.train), config.model.dropout), soft_wrap=True)
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: initial_model(config, dataset))
     with only_writer(run, world) as check_folder:
@@ -123,6 +127,7 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
         config.tokenizer,
         cache_dir() / "datasets",
         held_out=config.held_out,
+        text_field=config.text_field,
         progress=progress,
     )
     dataset = open_dataset(path)

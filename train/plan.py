@@ -38,7 +38,7 @@ import torch
 
 from ..errors import InputError, unknown_name
 from ..kernels.core.device import CEILINGS, Ceiling, ceiling
-from ..model import PRESETS, GPTConfig
+from ..model import GPTConfig
 from ..model.cost import (
     attended_keys,
     matmul_parameters,
@@ -47,7 +47,6 @@ from ..model.cost import (
     step_bytes,
 )
 from ..model.recompute import RECOMPUTATIONS
-from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
@@ -106,7 +105,7 @@ class PlanOptions:
     """The run and the machine to plan for. None: as in the recipe, or this machine."""
 
     recipe: str
-    """Recipe to plan for. A published model has its published vocabulary."""
+    """Recipe to plan for."""
     gpu: str | None = None
     """GPU to plan for, such as h100, a100-80gb or rtx-4090. None: this machine's."""
     gpus: int = 1
@@ -272,7 +271,7 @@ def make_plan(options: PlanOptions) -> Plan:
             f"GPU, got {micro_batch}; take {largest_divisor(sequences, micro_batch)}"
         )
     return Plan(
-        model=config.gpt(vocab_size(options.recipe, config)),
+        model=config.gpt(vocab_size_of(config.tokenizer)),
         machine=machine,
         sequences=sequences,
         micro_batch=micro_batch,
@@ -299,16 +298,6 @@ def plan_of_run(record: RunRecord, world: World) -> Plan:
         recompute=config.execution.recompute,
         optimizer=config.optimizer,
     )
-
-
-def vocab_size(name: str, config: TrainConfig) -> int:
-    """Return the published vocabulary of a preset, or the tokenizer's.
-
-    A recipe of a preset learns a smaller vocabulary from its data.
-    """
-    if name in PRESETS:
-        return PRESETS[name].vocab_size
-    return vocab_size_of(config.tokenizer)
 
 
 def _machine(gpu: str | None, gpus: int) -> Machine:

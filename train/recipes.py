@@ -10,7 +10,8 @@ from .config import ExecutionOptions, ReportOptions, TrainConfig
 
 _GPT2 = TrainConfig(
     data=("python",),
-    tokenizer="bpe:32768",
+    # GPT-2's size, so that the model has its 124,439,808 parameters. Nothing is downloaded.
+    tokenizer=f"bpe:{PRESETS['gpt2'].vocab_size}",
     held_out=0.01,
     model=PRESETS["gpt2"],
     steps=5_000,
@@ -28,6 +29,23 @@ def _like_gpt2(model: str, *, micro_batch_size: int, lr: float) -> TrainConfig:
     """Return GPT-2's recipe for another model. The learning rate falls to a tenth of its peak."""
     options = {"micro_batch_size": micro_batch_size, "lr": lr, "min_lr": lr / 10}
     return replace(_GPT2, model=PRESETS[model]).with_options(**options)
+
+
+# GPT-2 124M as others train it, with GPT-2's tokenizer and about one epoch of 10 billion tokens.
+# llm.c's scripts/run_gpt2_124M.sh: the run behind the validation loss of 3.28 on FineWeb that
+# modded-nanogpt takes as its target.
+_FINEWEB = replace(
+    _GPT2,
+    data=("fineweb-10b",),
+    tokenizer="gpt2",
+    steps=18_865,
+    min_lr=0.0,
+    warmup_steps=700,
+)
+# build-nanogpt's train_gpt2.py.
+_FINEWEB_EDU = replace(
+    _FINEWEB, data=("fineweb-edu-10b",), steps=19_073, min_lr=6e-5, warmup_steps=715
+)
 
 
 RECIPES: dict[str, TrainConfig] = {
@@ -54,10 +72,27 @@ RECIPES: dict[str, TrainConfig] = {
         report=ReportOptions(eval_tokens=15_360, checkpoint_interval=1_000),
     ),
     "gpt2": _GPT2,
+    "gpt2-fineweb": _FINEWEB,
+    "gpt2-fineweb-edu": _FINEWEB_EDU,
     "gpt2-medium": _like_gpt2("gpt2-medium", micro_batch_size=16, lr=3e-4),
     "gpt2-large": _like_gpt2("gpt2-large", micro_batch_size=8, lr=2.5e-4),
     "gpt2-xl": _like_gpt2("gpt2-xl", micro_batch_size=4, lr=2e-4),
     "llama-124m": _like_gpt2("llama-124m", micro_batch_size=32, lr=6e-4),
+    # The model and schedule of nanoGPT's config/train_shakespeare_char.py, for a GPU.
+    "shakespeare-char-gpu": TrainConfig(
+        data=("tinyshakespeare.txt",),
+        tokenizer="chars",
+        model=GPTConfig(
+            n_layer=6, n_head=6, d_model=384, context_tokens=256, bias=False, dropout=0.2
+        ),
+        steps=5_000,
+        batch_size=64,
+        lr=1e-3,
+        min_lr=1e-4,
+        warmup_steps=100,
+        beta2=0.99,
+        report=ReportOptions(eval_tokens=111_616, checkpoint_interval=1_000),
+    ),
 }
 
 

@@ -47,9 +47,9 @@ from ...model.cost import flops_per_token, parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
 from ...train.data.loader import Batch, token_orders
+from ...train.data.tokenizer import vocab_size_of
 from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
-from ...train.plan import vocab_size
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ..record import check_writable, provenance, write_record
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         context_tokens=context_tokens,
         cuda_graph=options.cuda_graph,
     )
-    shape = config.gpt(vocab_size(name, config))
+    shape = config.gpt(vocab_size_of(config.tokenizer))
     if options.nanogpt is not None:
         shape = nanogpt_shape(shape)
     out = None if options.out is None else check_writable(Path(options.out))

@@ -2,6 +2,9 @@ import pytest
 
 from tritium.errors import InputError
 from tritium.model import PRESETS
+from tritium.model.cost import parameters
+from tritium.train.data.tokenizer import vocab_size_of
+from tritium.train.epochs import estimate_corpus_tokens
 from tritium.train.recipes import RECIPES, default_recipe, recipe
 
 pytestmark = pytest.mark.plain
@@ -11,6 +14,22 @@ pytestmark = pytest.mark.plain
 def test_recipes_of_published_models_have_their_shape(name):
     preset = PRESETS[name]
     assert recipe(name).gpt(vocab_size=preset.vocab_size) == preset
+
+
+def test_recipes_of_published_models_learn_the_published_number_of_tokens():
+    """So that a run has the parameters that `tritium plan` and README give."""
+    for name, preset in PRESETS.items():
+        config = recipe(name)
+        assert config.gpt(vocab_size_of(config.tokenizer)) == preset
+    assert parameters(PRESETS["gpt2"]) == 124_439_808
+
+
+def test_recipes_with_data_of_others_train_for_about_one_epoch():
+    for name in ("gpt2-fineweb", "gpt2-fineweb-edu"):
+        config = recipe(name)
+        assert config.tokenizer == "gpt2"
+        tokens = config.steps * config.batch_size * config.model.context_tokens
+        assert 0.9 < tokens / estimate_corpus_tokens(config) < 1.1
 
 
 def test_an_unknown_recipe_suggests_the_nearest():

@@ -10,7 +10,7 @@ from ...errors import InputError
 from ...kernels.core.device import ceiling, sm_count
 from ...kernels.core.op import INTERPRET
 from ...kernels.core.triton import HAS_TRITON, triton
-from ..data.prepare import cache_dir
+from ..data.cache import cache_dir
 from ..device import choose_device
 from ..recipes import default_recipe
 

@@ -13,6 +13,7 @@ from ...model.cost import cache_bytes, flops_per_token, parameters
 from ...model.recompute import RECOMPUTATIONS
 from ..distributed.engines import ENGINES
 from ..distributed.world import World
+from ..epochs import describe_epochs, estimate_corpus_tokens
 from ..plan import (
     DEFAULT_GENERATION,
     MATMUL_RATES,
@@ -23,7 +24,7 @@ from ..plan import (
     make_plan,
     plan_of_run,
 )
-from ..recipes import RECIPES
+from ..recipes import RECIPES, recipe
 from ..run.folder import RunRecord
 from .cli import parse
 
@@ -33,6 +34,8 @@ _DESCRIPTION = f"""Estimate what a run needs: memory, time and price.
 recipes: {", ".join(RECIPES)}
 
 GPUs: {", ".join(CEILINGS)}"""
+
+_EPOCHS_LINE = 4  # after the line of the step
 
 _MEMORY_NOTES = {
     "weights": "float32",
@@ -51,7 +54,7 @@ class PlanFlags(PlanOptions):
     """Options of `tritium plan`."""
 
     recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
-    """Recipe to plan for. A published model has its published vocabulary."""
+    """Recipe to plan for."""
     price: float | None = None
     """Price per GPU and hour, in any currency. None: no price."""
 
@@ -61,7 +64,14 @@ def main(argv: Sequence[str]) -> int:
     options = parse(PlanFlags, argv, prog="tritium plan", description=_DESCRIPTION)
     if options.price is not None and not 0 <= options.price < math.inf:
         raise InputError(f"price: expected 0 or more, and finite, got {options.price}")
-    print("\n".join(describe(make_plan(options), options.recipe, options.price)))
+    plan = make_plan(options)
+    lines = describe(plan, options.recipe, options.price)
+    config = recipe(options.recipe)
+    corpus_tokens = estimate_corpus_tokens(config)
+    if corpus_tokens:
+        epochs = describe_epochs(plan.tokens, corpus_tokens, config.model.dropout)
+        lines.insert(_EPOCHS_LINE, f"data       about {epochs}")
+    print("\n".join(lines))
     return 0
 
 

@@ -144,6 +144,13 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     if is_dataset and not _is_given("--tokenizer", argv):
         # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
         config = replace(config, tokenizer=None)
+    if is_dataset:
+        for option in ("--held-out", "--text-field"):
+            if _is_given(option, argv):
+                raise InputError(
+                    f"{option}: expected none with {config.data[0]}, a dataset that is built; "
+                    "leave it out, or build another dataset"
+                )
     if config.init_from is not None:
         config = _start_from(config, default.run.model, argv)
     return name, config, options.launch

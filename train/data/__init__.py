@@ -1,7 +1,15 @@
 """From text to batches.
 
-corpus.py     files and folders to documents          tokenizer.py  text to token ids and back
-build.py      documents to a dataset folder           shards.py     the file format of token ids
-dataset.py    open and check a dataset folder         loader.py     token ids to batches
-prefetch.py   read the next batches in a thread       prepare.py    build a dataset once, cache it
+corpus.py           files, folders and names to documents
+sources.py          corpora by name, from the network
+selection.py        which documents stay: filters.py, near_duplicates.py, weights of a mixture
+text_batch.py       words of many documents at once, for filters and near duplicates
+tokenizer.py        text to token ids and back
+build.py            documents to a dataset folder
+bin_shards.py       token shards of llm.c: read, and written
+shards.py           the file format of token ids
+dataset.py          open and check a dataset folder        verify.py    check it completely
+prepare.py          build a dataset once, cache it         cache.py     the folder of the cache
+loader.py           token ids to batches
+prefetch.py         read the next batches in a thread
 """

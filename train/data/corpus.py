@@ -1,40 +1,47 @@
-"""Read documents from files, folders, and the names `stdlib` and `python`.
+"""Read documents from files, folders, and names such as `stdlib`.
 
     .txt .md .py       one document per file, UTF-8
     .jsonl .jsonl.gz   one document per line: a JSON object with the text in one field
+    .json              one document per item of a list: such an object, or a string
+    .csv .tsv          one document per row: the text in one column, by its name in the first row,
+                       or by its number in a file without names
     .parquet           one document per row: the text in one column (needs pyarrow)
-    stdlib             the .py files of Python's standard library, without its tests: about 12 MB
+    stdlib             the .py files of Python's standard library, without its tests and tables of
+                       characters: about 11 MB
     python             all .py files of the standard library and of site-packages
+    NAME               a corpus from the network, see sources.py
 
-Documents keep the order of the inputs. Files of one input are sorted. Memory holds one text file,
-one jsonl line or one batch of parquet rows at a time. Empty documents and exact duplicates are
-dropped. Text files with NUL bytes or invalid UTF-8 are skipped. Duplicates and skipped files are
-counted. Write `./stdlib` to read a folder with the name `stdlib`.
+Documents keep the order of the inputs. Files of one input are sorted. A folder is read without its
+.json, .csv and .tsv files, which often hold other things than text; name such files themselves.
+Memory holds one text file, one json file, one line or one batch of parquet rows at a time. Empty
+documents and exact duplicates are dropped. Text files with NUL bytes or invalid UTF-8 are skipped.
+Duplicates and skipped files are counted. Write `./stdlib` to read a folder with the name `stdlib`.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError
+from ._readers import READERS, read_text
+from .sources import SOURCES, RemoteFile, find_source
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, *READERS)
+_FOLDER_SUFFIXES = tuple(each for each in SUFFIXES if each not in (".json", ".csv", ".tsv"))
 _SUFFIX_LIST = ", ".join(SUFFIXES)
 
-# Folders inside the standard library that hold its tests (lib2to3/tests, idlelib/idle_test), or
-# installed packages.
+# Folders inside the standard library that hold its tests (lib2to3/tests, idlelib/idle_test),
+# installed packages, or generated tables: models would learn to write tables of character codes.
 _NOT_STDLIB = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    | {"encodings", "pydoc_data"}
 )
 _NOT_SOURCE = frozenset({"__pycache__"})
-_PARQUET_ROWS = 1024
 
 
 class Document(NamedTuple):
@@ -44,11 +51,13 @@ class Document(NamedTuple):
         text: not empty, without lone surrogates.
         source: the path of its file; for jsonl and parquet with `:line` or `:row`.
         digest: 16 bytes, the BLAKE2b hash of the text.
+        input: the index of its input.
     """
 
     text: str
     source: str
     digest: bytes
+    input: int = 0
 
 
 class Corpus:
@@ -66,7 +75,7 @@ class Corpus:
 
         Args:
             inputs: files, folders, `stdlib`, `python`.
-            text_field: key of jsonl objects and column of parquet files that holds the text.
+            text_field: key or column that holds the text, in all types but text files.
         Raises: InputError if an input does not exist, is a file of an unknown type, or is a folder
             without readable files.
         """
@@ -77,9 +86,14 @@ class Corpus:
             )
         self.inputs = [str(given) for given in inputs]
         self.text_field = text_field
-        self.files = list(dict.fromkeys(path for given in self.inputs for path in _find(given)))
-        self._stats = [path.stat() for path in self.files]
-        self.total_bytes = sum(stat.st_size for stat in self._stats)
+        inputs_of: dict[Path | RemoteFile, int] = {}
+        for number, given in enumerate(self.inputs):
+            for path in _find(given):
+                inputs_of.setdefault(path, number)
+        self.files = list(inputs_of)
+        self._input_of = inputs_of
+        self._sizes = [_size(path) for path in self.files]
+        self.total_bytes = sum(self._sizes)
         self.bytes_read = 0
         self.duplicates = 0
         self.skipped_files = 0
@@ -89,12 +103,7 @@ class Corpus:
 
         Returns: 64 hex digits.
         """
-        digest = hashlib.sha256(json.dumps(self.text_field).encode())
-        for path, stat in zip(self.files, self._stats, strict=True):
-            digest.update(
-                json.dumps([str(path.absolute()), stat.st_size, stat.st_mtime_ns]).encode()
-            )
-        return digest.hexdigest()
+        return fingerprint(self.files, self.text_field)
 
     def documents(self) -> Iterator[Document]:
         """Yield each document once.
@@ -105,7 +114,7 @@ class Corpus:
         self.bytes_read = self.duplicates = self.skipped_files = 0
         # Among 10**9 documents, two have the same 16-byte hash with probability 10**-21.
         seen: set[bytes] = set()
-        for path, stat in zip(self.files, self._stats, strict=True):
+        for path, size in zip(self.files, self._sizes, strict=True):
             before = self.bytes_read
             for text, source, position in self._texts(path):
                 self.bytes_read = before + position
@@ -114,8 +123,8 @@ class Corpus:
                     self.duplicates += 1
                 elif text:
                     seen.add(digest)
-                    yield Document(text, source, digest)
-            self.bytes_read = before + stat.st_size
+                    yield Document(text, source, digest, self._input_of[path])
+            self.bytes_read = before + size
         if not seen:
             reason = (
                 f"{self.skipped_files} of them binary or not UTF-8"
@@ -127,35 +136,60 @@ class Corpus:
                 f"{reason}; give UTF-8 text"
             )
 
-    def _texts(self, path: Path) -> Iterator[tuple[str, str, int]]:
+    def _texts(self, path: Path | RemoteFile) -> Iterator[tuple[str, str, int]]:
         """Yield (text, source, bytes of the file read so far) for each document of one file."""
         if path.suffix in TEXT_SUFFIXES:
-            text = _read_text(path)
+            text = read_text(path)
             if text is None:
                 self.skipped_files += 1
             else:
                 yield text, str(path), 0
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path, self.text_field)
         else:
-            yield from _read_jsonl(path, self.text_field)
+            suffix = next(each for each in READERS if path.name.endswith(each))
+            yield from READERS[suffix](path, self.text_field)
+
+
+def fingerprint(paths: Sequence[Path | RemoteFile], text_field: str) -> str:
+    """Hash the text field and the path, size and modification time of each file.
+
+    The path of a remote file has its revision.
+    """
+    digest = hashlib.sha256(json.dumps(text_field).encode())
+    for path in paths:
+        if isinstance(path, RemoteFile):
+            identity = [str(path), path.size]
+        else:
+            identity = [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
+        digest.update(json.dumps(identity).encode())
+    return digest.hexdigest()
+
+
+def _size(path: Path | RemoteFile) -> int:
+    return path.size if isinstance(path, RemoteFile) else path.stat().st_size
 
 
 # --- find files
 
 
-def _find(given: str) -> list[Path]:
+def _find(given: str) -> Sequence[Path | RemoteFile]:
+    if not given:
+        raise InputError(
+            "data: expected files, folders, stdlib or python, got an empty name; "
+            "write . for the current folder"
+        )
     if given == "stdlib":
         return _walk(_library("stdlib"), (".py",), _NOT_STDLIB, given)
     if given == "python":
         return _find_python()
     path = Path(given)
+    if given in SOURCES and not path.exists():
+        return find_source(given)
     if path.is_dir():
-        return _walk(path, SUFFIXES, _NOT_SOURCE, given)
+        return _walk(path, _FOLDER_SUFFIXES, _NOT_SOURCE, given)
     if not path.exists():
         raise InputError(
-            f"data: expected a file, a folder, stdlib or python, got {given!r}, which does not "
-            "exist; check the path"
+            f"data: expected a file, a folder, stdlib, python or a name ({', '.join(SOURCES)}), "
+            f"got {given!r}, which does not exist; check the path"
         )
     if not path.name.endswith(SUFFIXES):
         raise InputError(
@@ -209,107 +243,6 @@ def _walk(
     if not found and not may_be_empty:
         raise InputError(
             f"data: {given}: expected files of type {', '.join(suffixes)} below {root}, got none; "
-            "check the folder"
+            "check the folder, or name .json, .csv and .tsv files themselves"
         )
     return sorted(found)
-
-
-# --- read files
-
-
-def _read_text(path: Path) -> str | None:
-    """Return the text without its byte order mark; None if it has NUL bytes or is not UTF-8."""
-    raw = path.read_bytes()
-    if b"\0" in raw:
-        return None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str, int]]:
-    number = 0
-    try:
-        with open(path, "rb") as raw:
-            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    source = f"{path}:{number}"
-                    yield _parse_line(line, field, source), source, raw.tell()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path}: expected gzip data, got damage after line {number} ({error}); "
-            "get the file again"
-        ) from None
-
-
-def _parse_line(line: bytes, field: str, source: str) -> str:
-    try:
-        record = json.loads(line)
-    except RecursionError:
-        raise InputError(
-            f"{source}: expected one JSON object per line, got brackets nested too deeply; "
-            "correct the line"
-        ) from None
-    except ValueError as error:
-        raise InputError(
-            f"{source}: expected one JSON object per line, got {line[:60]!r} ({error}); "
-            "correct the line"
-        ) from None
-    text = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = (
-            f"fields {', '.join(map(repr, record))}"
-            if isinstance(record, dict)
-            else type(record).__name__
-        )
-        raise InputError(
-            f"{source}: expected an object with a string in field {field!r}, got {found}; "
-            "give another text field"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{source}: expected Unicode text, got half of a surrogate pair at character "
-            f"{error.start}; correct the line"
-        ) from None
-    return text
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str, int]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(
-            f"{path}: reading parquet needs pyarrow, which is not installed; pip install pyarrow"
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise InputError(
-                    f"{path}: expected a column {field!r}, got {', '.join(names)}; "
-                    "give another text field"
-                )
-            dtype = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
-                raise InputError(
-                    f"{path}: expected strings in column {field!r}, got {dtype}; "
-                    "give another text field"
-                )
-            row = 0
-            rows = file.metadata.num_rows
-            file_bytes = path.stat().st_size
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    position = file_bytes * row // rows
-                    yield text or "", f"{path}:{row}", position  # a null becomes an empty text
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(
-            f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
-            "get the file again"
-        ) from None

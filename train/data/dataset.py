@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, describe_os_error
+from ...errors import InputError
 from ..files import unseal
 from ..records import check_types
-from .shards import Shard, TokenStream
+from .selection import Dropped
+from .shards import TokenStream
 from .tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -52,6 +53,11 @@ class DatasetInfo:
     duplicates_dropped: int
     files_skipped: int
     inputs: list[str]
+    text_field: str = "text"
+    filters: dict[str, float | str] = field(default_factory=dict)
+    near_duplicates: float = 0.0
+    weights: list[float] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +94,6 @@ def open_dataset(path: Path | str) -> Dataset:
     return Dataset(path=path, tokenizer=tokenizer, info=info, **splits)
 
 
-def verify_dataset(path: Path | str) -> Dataset:
-    """Check every file of a dataset, as open_dataset does, and name all shards that are damaged."""
-    info = read_info(Path(path))
-    damaged = []
-    for split in SPLITS:
-        for name in getattr(info, split).shards:
-            try:
-                Shard(Path(path) / name)
-            except InputError as error:
-                damaged.append((name, str(error)))
-            except OSError as error:
-                damaged.append((name, describe_os_error(error)))
-    if len(damaged) > 1:
-        names = ", ".join(name for name, _ in damaged[1:])
-        first = damaged[0][1]
-        raise InputError(f"{first}; {len(damaged) - 1} more shards are damaged: {names}")
-    return open_dataset(path)
-
-
 def read_info(path: Path) -> DatasetInfo:
     """Read dataset.json only.
 
@@ -123,8 +110,9 @@ def read_info(path: Path) -> DatasetInfo:
         version = content["format_version"]
         if version == FORMAT_VERSION:
             splits = {split: _split_info(content[split]) for split in SPLITS}
-            check_types(content | splits, DatasetInfo)
-            return DatasetInfo(**content | splits)
+            parts = splits | {"dropped": [_dropped(each) for each in content.get("dropped", [])]}
+            check_types(content | parts, DatasetInfo)
+            return DatasetInfo(**content | parts)
     except InputError as error:
         raise InputError(f"{file}: {error}; delete its folder and build it again") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -136,6 +124,11 @@ def read_info(path: Path) -> DatasetInfo:
         f"{file}: expected dataset version {FORMAT_VERSION}, got {version}; delete its folder and "
         "build it again"
     )
+
+
+def _dropped(content: dict[str, Any]) -> Dropped:
+    check_types(content, Dropped)
+    return Dropped(**content)
 
 
 def _split_info(content: dict[str, Any]) -> SplitInfo:

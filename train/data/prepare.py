@@ -5,15 +5,14 @@ Built datasets are kept in a cache, so a second run with the same data starts at
 
 import hashlib
 import json
-import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
+from .bin_shards import find_bins
 from .build import build
-from .corpus import Corpus
+from .corpus import Corpus, fingerprint
 from .dataset import FORMAT_VERSION, DatasetInfo, read_info
 from .tokenizer import DEFAULT_TOKENIZER, from_spec, needs_corpus
 
@@ -24,6 +23,7 @@ def prepare(
     cache_dir: Path | str,
     *,
     held_out: float = 0.1,
+    text_field: str = "text",
     progress: bool = True,
 ) -> Path:
     """Return a dataset folder. A dataset is returned as it is; other inputs are built once.
@@ -31,8 +31,8 @@ def prepare(
     Args:
         data: one dataset folder, or inputs for `build`.
         tokenizer: spec. None: the dataset's own, or bpe:4096.
-        cache_dir: where built datasets are kept; see `cache_dir()`.
-        held_out, progress: see `build`.
+        cache_dir: where built datasets are kept; see cache.py.
+        held_out, text_field, progress: see `build`.
     Returns: a folder for `open_dataset`. Changed files, another tokenizer or another held_out give
         another folder.
     Raises: InputError as `build` does, or if a dataset has another tokenizer than `tokenizer`.
@@ -48,17 +48,28 @@ def prepare(
         return path
 
     spec = DEFAULT_TOKENIZER if tokenizer is None else tokenizer
-    key = [Corpus(data).fingerprint(), _spec_identity(spec), held_out, FORMAT_VERSION]
+    key = [
+        _fingerprint(data, text_field),
+        _spec_identity(spec),
+        held_out,
+        FORMAT_VERSION,
+    ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{Path(data[0]).stem or 'data'}-{Path(spec).stem}")
     target = Path(cache_dir) / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if not (target / "dataset.json").is_file():
         try:
-            build(target, data, spec, held_out=held_out, progress=progress)
+            build(target, data, spec, held_out=held_out, text_field=text_field, progress=progress)
         except OSError:
             # If another process has built the same dataset in the meantime, use it.
             if not (target / "dataset.json").is_file():
                 raise
     return target
+
+
+def _fingerprint(data: Sequence[str], text_field: str) -> str:
+    if paths := find_bins(data):
+        return fingerprint(paths, text_field)
+    return Corpus(data, text_field=text_field).fingerprint()
 
 
 def is_dataset(data: Sequence[str]) -> bool:
@@ -78,17 +89,3 @@ def _spec_identity(spec: str) -> str:
     """Return the hash of a tokenizer in a file or folder, or the spec itself."""
     is_name = needs_corpus(spec) or spec in ("bytes", "gpt2")
     return spec if is_name else from_spec(spec, list).sha256
-
-
-def cache_dir() -> Path:
-    """Return the folder for built datasets. It may not exist yet.
-
-    It is $TRITIUM_HOME, or `tritium` in the platform's cache folder.
-    """
-    if home := os.environ.get("TRITIUM_HOME"):
-        return Path(home)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tritium"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tritium"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritium"

@@ -32,8 +32,9 @@ from ... import __version__
 from ...errors import InputError
 from ...model import GPTConfig
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..data.cache import cache_dir
 from ..data.dataset import SPLITS, Dataset, open_dataset
-from ..data.prepare import cache_dir, prepare
+from ..data.prepare import prepare
 from ..distributed.world import World
 from ..files import seal, unseal, write_whole
 from ..lock import LOCK_FILE, FolderLock
@@ -315,6 +316,7 @@ def _build_again(record: RunRecord, run: Path, progress: bool) -> Path:
             config.tokenizer,
             cache_dir() / "datasets",
             held_out=config.held_out,
+            text_field=config.text_field,
             progress=progress,
         )
     except InputError as error:

@@ -37,6 +37,14 @@ def test_first_line_is_about_memory_and_last_about_speed(tritium):
         assert words in out
 
 
+def test_plan_says_the_epochs(tritium):
+    out = tritium("plan", "gpt2-fineweb", "--gpu", "h100")[1]
+    assert "data       about 0.97 epochs: 9,890,693,120 tokens from a corpus of" in out
+    out = tritium("plan", "shakespeare-char-gpu", "--gpu", "h100")[1]
+    assert "data       about 81.6 epochs" in out
+    assert "above 4 a model learns less from each" in out
+
+
 def test_plan_that_does_not_fit_suggests_a_micro_batch(tritium):
     status, out, _ = tritium("plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size", 64)
     assert status == 0

@@ -8,6 +8,7 @@ import torch
 
 from tritium.model.cost import step_bytes
 from tritium.train import plan as planner
+from tritium.train.data.build import build
 from tritium.train.plan import RESERVE, Machine
 from tritium.train.run.folder import read_run
 from tritium.train.trainer import Trainer
@@ -37,6 +38,7 @@ def test_unknown_recipe_and_option_suggest_near_names(error_of):
         (["--n-head", "3"], "d_model must be a multiple of n_head (3), got 16"),
         (["--device", "tpu"], "--device: expected a device"),
         (["--data", "missing.txt"], "missing.txt"),
+        (["--data", ""], "--data: expected files, folders, a dataset, stdlib or python, got none"),
         (["--context-tokens", "1000000"], "context_tokens 1000000 needs 1000001 training tokens"),
         (["--tokenizer", "bpe:10"], "bpe:10"),
         (["--tokenizer", "words"], "words"),
@@ -139,6 +141,22 @@ def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("x")
     assert "this one holds other files" in error_of(*tiny, "--out", tmp_path / "used")
+
+
+def test_options_of_a_build_raise_with_a_built_dataset(error_of, tiny, corpus, tmp_path):
+    build(tmp_path / "dataset", [corpus], "bytes", progress=False)
+    words = [*tiny, "--data", tmp_path / "dataset"]
+    for option in ("--held-out", "--text-field"):
+        line = error_of(*words, option, "0.2")
+        assert f"{option}: expected none with {tmp_path / 'dataset'}, a dataset that is" in line
+
+
+def test_text_field_names_the_column_of_the_text(tritium, tiny, corpus, tmp_path):
+    rows = [f"ham\t{line}\n" for line in corpus.read_text().splitlines()]
+    (tmp_path / "a.tsv").write_text("".join(rows))
+    status, _, err = tritium(*tiny, "--data", tmp_path / "a.tsv", "--text-field", "2")
+    assert status == 0, err
+    assert read_run(tmp_path / "run").train.text_field == "2"
 
 
 def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tritium.errors import InputError
+from tritium.train.data import _split_writer
 from tritium.train.data import build as module
 from tritium.train.data.build import build
 from tritium.train.data.corpus import Corpus
@@ -209,7 +210,8 @@ def test_any_failure_leaves_no_file(tmp_path, many, monkeypatch, error, where):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(module, where, fail)
+    place = _split_writer if where == "write_shard" else module
+    monkeypatch.setattr(place, where, fail)
     with pytest.raises(type(error)):
         build(tmp_path / "out", [many], "bytes", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]

@@ -85,6 +85,47 @@ def test_documents_are_read_one_at_a_time(tmp_path):
         next(documents)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "field", "texts"),
+    [
+        ("a.json", '[{"text": "one"}, "two", {"text": "", "id": 1}]', "text", ["one", "two"]),
+        ("a.json", '{"body": "one"}', "body", ["one"]),
+        ("a.csv", 'id,text\n1,"a, ""b""\nc"\n\n2,d\n', "text", ['a, "b"\nc', "d"]),
+        ("a.tsv", 'ham\tsay "hi\nspam\tbuy\n', "2", ['say "hi', "buy"]),
+        ("a.csv", f"text\n{'x' * 200_000}\n", "text", ["x" * 200_000]),
+    ],
+)
+def test_json_csv_and_tsv_give_documents(tmp_path, name, content, field, texts):
+    (tmp_path / name).write_text(content)
+    assert _texts(Corpus([tmp_path / name], text_field=field)) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[1", r"a.json: expected JSON .*one object per line .jsonl"),
+        ("a.json", "[" * 100_000, r"a.json: .*brackets nested too deeply"),
+        ("a.json", '["one", {"id": 3}]', r"a.json:2: .*string in field 'text', got fields 'id'"),
+        ("a.csv", "id,body\n1,2\n", r"a.csv:1: expected a column 'text', got id, body"),
+        ("a.csv", "id,text\n1\n", r"a.csv:2: expected column 2 .*got a row of 1 columns"),
+        ("a.csv", 'text\n"a"b\n', r"a.csv: expected csv in UTF-8, got damage after line"),
+        ("a.tsv", b"text\n\xff\n", r"a.tsv: expected tsv in UTF-8, got damage"),
+    ],
+)
+def test_malformed_json_and_csv_raise(tmp_path, name, content, message):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        _texts(Corpus([tmp_path / name]))
+
+
+def test_folder_is_read_without_json_and_csv(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / "table.csv").write_text("1,2")
+    assert _texts(Corpus([tmp_path])) == ["text"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_bytes_read_grows_within_a_file(tmp_path, suffix):
     lines = "".join(
@@ -168,9 +209,11 @@ def test_bad_inputs_raise(tmp_path):
         Corpus([tmp_path / "none.txt"])
     with pytest.raises(InputError, match=r"below .*, got none"):
         Corpus([tmp_path])
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(InputError, match=r"expected a file of type .txt, .*a.csv"):
-        Corpus([tmp_path / "a.csv"])
+    (tmp_path / "a.doc").write_text("a,b")
+    with pytest.raises(InputError, match=r"expected a file of type .txt, .*a.doc"):
+        Corpus([tmp_path / "a.doc"])
+    with pytest.raises(InputError, match=r"got an empty name; write \. for the current folder"):
+        Corpus([""])
     (tmp_path / "a.txt").write_bytes(b"\0")
     (tmp_path / "b.md").write_bytes(b"\xff")
     with pytest.raises(InputError, match="got 2 files, 2 of them binary or not UTF-8"):
@@ -202,7 +245,8 @@ def test_stdlib_has_no_tests_and_no_packages():
     assert corpus.files == sorted(corpus.files)
     assert 5e6 < corpus.total_bytes < 30e6
     assert not any(
-        {"test", "tests", "site-packages"} & set(path.parts[-4:]) for path in corpus.files
+        {"test", "tests", "site-packages", "encodings", "pydoc_data"} & set(path.parts[-4:])
+        for path in corpus.files
     )
 
 

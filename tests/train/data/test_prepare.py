@@ -1,7 +1,6 @@
 """prepare returns a dataset as it is and builds other inputs once."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from tritium.train.data import prepare as module
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.data.loader import Loader, evaluation_batches
-from tritium.train.data.prepare import cache_dir, prepare
+from tritium.train.data.prepare import prepare
 
 pytestmark = pytest.mark.plain
 
@@ -121,24 +120,3 @@ def test_bad_inputs_raise(tmp_path):
     with pytest.raises(InputError, match="at least one input"):
         prepare([], None, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("platform", "environment", "expected"),
-    [
-        ("linux", {"TRITIUM_HOME": "/t"}, "/t"),
-        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/tritium"),
-        ("linux", {}, "/h/.cache/tritium"),
-        ("darwin", {"XDG_CACHE_HOME": "/x"}, "/h/Library/Caches/tritium"),
-        ("win32", {"LOCALAPPDATA": "/l"}, "/l/tritium"),
-        ("win32", {}, "/h/AppData/Local/tritium"),
-    ],
-)
-def test_cache_dir_per_platform(monkeypatch, platform, environment, expected):
-    for name in ("TRITIUM_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(module.sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: Path("/h"))
-    assert cache_dir() == Path(expected)

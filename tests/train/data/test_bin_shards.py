@@ -1,0 +1,133 @@
+"""Token shards of llm.c are copied into a dataset and written from one, without a change."""
+
+import base64
+import os
+
+import numpy as np
+import pytest
+
+from tritium.errors import InputError
+from tritium.train.data.bin_shards import export_bins, find_bins
+from tritium.train.data.build import build
+from tritium.train.data.dataset import open_dataset
+from tritium.train.data.prepare import prepare
+from tritium.train.data.selection import SelectionOptions
+from tritium.train.data.verify import verify_dataset
+
+pytestmark = pytest.mark.plain
+
+END = 256  # of the tokenizer bytes
+
+
+def _write(path, tokens, version=1, count=None):
+    """As write_datafile of llm.c: 256 int32 of header, then uint16 tokens."""
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.array(tokens, np.uint16).tobytes())
+    return path
+
+
+def _tokens(text):
+    return list(text.encode())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    _write(folder / "x_val_000000.bin", [END, *_tokens("held out")])
+    _write(folder / "x_train_000001.bin", [END, *_tokens("one"), END, *_tokens("tw")])
+    _write(folder / "x_train_000002.bin", [*_tokens("o"), END, *_tokens("größe")])
+    return folder
+
+
+def test_shards_become_a_dataset(tmp_path, shards):
+    info = build(tmp_path / "out", [shards], "bytes", progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    text = dataset.tokenizer.decode(dataset.train.read(0, len(dataset.train)))
+    assert text.split("<|endoftext|>") == ["", "one", "two", "größe"]
+    assert (info.train.documents, info.train.bytes) == (3, 6 + len("größe".encode()))
+    assert (info.val.documents, info.val.bytes, info.val.tokens) == (1, 8, 9)
+    verify_dataset(tmp_path / "out")
+
+
+def test_without_a_validation_file_the_last_tokens_are_held_out(tmp_path):
+    path = _write(tmp_path / "a.bin", [*range(100)])
+    build(tmp_path / "out", [path], "bytes", held_out=0.25, shard_tokens=30, progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.train.read(0, 75).tolist() == [*range(75)]
+    assert dataset.val.read(0, 25).tolist() == [*range(75, 100)]
+
+
+def test_train_copies_shards_once(tmp_path, shards):
+    path = prepare([str(shards)], "bytes", tmp_path / "cache", progress=False)
+    assert prepare([str(shards)], "bytes", tmp_path / "cache", progress=False) == path
+    os.utime(shards / "x_train_000001.bin", ns=(1, 1))
+    assert prepare([str(shards)], "bytes", tmp_path / "cache", progress=False) != path
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 100])
+def test_exported_shards_come_back_unchanged(tmp_path, shards, shard_tokens):
+    build(tmp_path / "one", [shards], "bytes", progress=False)
+    written = export_bins(open_dataset(tmp_path / "one"), tmp_path / "x", shard_tokens=shard_tokens)
+    assert written == {"train": 16, "val": 9}
+    if shard_tokens == 7:
+        assert (tmp_path / "x" / "x_train_000001.bin").is_file()
+    build(tmp_path / "two", [tmp_path / "x"], "bytes", progress=False)
+    for split in ("train", "val"):
+        a, b = (getattr(open_dataset(tmp_path / name), split) for name in ("one", "two"))
+        np.testing.assert_array_equal(a.read(0, len(a)), b.read(0, len(b)))
+
+
+def test_export_moves_end_of_text_to_the_start_of_documents(tmp_path):
+    lines = "".join(f'{{"text": "document {i}"}}\n' for i in range(200))
+    (tmp_path / "a.jsonl").write_text(lines)
+    build(tmp_path / "one", [tmp_path / "a.jsonl"], "bytes", progress=False)
+    dataset = open_dataset(tmp_path / "one")
+    export_bins(dataset, tmp_path / "x")
+    content = (tmp_path / "x" / "x_train_000000.bin").read_bytes()
+    assert np.frombuffer(content, np.int32, 3).tolist() == [20240520, 1, len(dataset.train)]
+    tokens = np.frombuffer(content, np.uint16, offset=1024)
+    expected = dataset.train.read(0, len(dataset.train))
+    np.testing.assert_array_equal(tokens[1:], expected[:-1])
+    assert tokens[0] == expected[-1] == END
+
+
+def test_find_bins_knows_them_by_their_magic(tmp_path, shards):
+    assert [path.name for path in find_bins([shards])] == sorted(os.listdir(shards))
+    assert find_bins([shards / "x_val_000000.bin", shards])
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.bin").write_bytes(b"other")
+    for inputs in ([tmp_path / "a.txt"], [tmp_path / "b.bin"], [shards, tmp_path / "a.txt"]):
+        assert find_bins(inputs) == []
+    assert find_bins(["stdlib"]) == find_bins([]) == []
+
+
+def test_bad_shards_raise(tmp_path, shards):
+    for tokens, change, message in (
+        ([1, 2], {"count": 3}, r"expected version 1 and 1,030 bytes for 3 tokens, got .* 1,028"),
+        ([1, 2], {"version": 7}, "got version 7"),
+        ([1, 300], {}, "expected tokens below 257, the size of the vocabulary, got 300"),
+    ):
+        path = _write(tmp_path / "bad.bin", tokens, **change)
+        with pytest.raises(InputError, match=message):
+            build(tmp_path / "out", [path], "bytes", progress=False)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cut short: expected a header of 1024 bytes, got 100"):
+        build(tmp_path / "out", [path], "bytes", progress=False)
+    with pytest.raises(InputError, match="tokenizer: expected the one that wrote the token shards"):
+        build(tmp_path / "out", [shards], "bpe:4096", progress=False)
+    options = SelectionOptions(filters={"length": 3})
+    with pytest.raises(InputError, match="expected no filters"):
+        build(tmp_path / "out", [shards], "bytes", selection=options, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_vocabularies_cannot_be_exported(tmp_path):
+    pieces = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(1 << 16)]
+    lines = [base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces)]
+    (tmp_path / "large.tiktoken").write_bytes(b"".join(lines))
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    build(tmp_path / "out", [tmp_path / "a.txt"], str(tmp_path / "large.tiktoken"), progress=False)
+    with pytest.raises(InputError, match="at most 65,536 tokens, which fit into 16 bits"):
+        export_bins(open_dataset(tmp_path / "out"), tmp_path / "x")

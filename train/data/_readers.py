@@ -1,0 +1,226 @@
+"""Read the documents of one file. corpus.py lists the types.
+
+Each reader yields (text, source, bytes of the file read so far). A source names the file and the
+line, row or item, for messages.
+"""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ...errors import InputError
+from .sources import RemoteFile
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_PARQUET_ROWS = 1024
+_LONGEST_FIELD = (1 << 31) - 1  # of csv; Python's default is 131,072
+
+Texts = Iterator[tuple[str, str, int]]
+
+
+def read_text(path: Path) -> str | None:
+    """Return the text without its byte order mark; None if it has NUL bytes or is not UTF-8."""
+    raw = path.read_bytes()
+    if b"\0" in raw:
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def _read_jsonl(path: Path, field: str) -> Texts:
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    source = f"{path}:{number}"
+                    yield _parse_line(line, field, source), source, raw.tell()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path}: expected gzip data, got damage after line {number} ({error}); "
+            "get the file again"
+        ) from None
+
+
+def _parse_line(line: bytes, field: str, source: str) -> str:
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise InputError(
+            f"{source}: expected one JSON object per line, got brackets nested too deeply; "
+            "correct the line"
+        ) from None
+    except ValueError as error:
+        raise InputError(
+            f"{source}: expected one JSON object per line, got {line[:60]!r} ({error}); "
+            "correct the line"
+        ) from None
+    return _text_of(record, field, source)
+
+
+def _text_of(record: object, field: str, source: str) -> str:
+    """Return the text in one field of a JSON object."""
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = (
+            f"fields {', '.join(map(repr, record))}"
+            if isinstance(record, dict)
+            else type(record).__name__
+        )
+        raise InputError(
+            f"{source}: expected an object with a string in field {field!r}, got {found}; "
+            "give another text field"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{source}: expected Unicode text, got half of a surrogate pair at character "
+            f"{error.start}; correct the line"
+        ) from None
+    return text
+
+
+def _read_json(path: Path, field: str) -> Texts:
+    """A list of objects or strings, or one object. The file is read completely."""
+    try:
+        records = json.loads(path.read_bytes())
+    except RecursionError:
+        raise InputError(
+            f"{path}: expected JSON, got brackets nested too deeply; correct the file"
+        ) from None
+    except ValueError as error:
+        raise InputError(
+            f"{path}: expected JSON ({error}); correct the file, or name a file with one object "
+            "per line .jsonl"
+        ) from None
+    if not isinstance(records, list):
+        records = [records]
+    for number, record in enumerate(records, 1):
+        source = f"{path}:{number}"
+        yield (
+            _text_of({field: record} if isinstance(record, str) else record, field, source),
+            source,
+            0,
+        )
+
+
+def _read_csv(path: Path, field: str) -> Texts:
+    """Rows of a csv or tsv file. A number as field is the number of a column without a name."""
+    is_tsv = path.suffix == ".tsv"
+    # Quotes of tsv files are part of the text.
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+    csv.field_size_limit(_LONGEST_FIELD)
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+            rows = csv.reader(text, strict=True, **style)
+            column = int(field) - 1 if field.isdigit() else _column(path, next(rows, []), field)
+            for row in rows:
+                number = rows.line_num
+                if not row:
+                    continue
+                if column >= len(row):
+                    raise InputError(
+                        f"{path}:{number}: expected column {column + 1} with the text, got a row "
+                        f"of {len(row)} columns; correct the line"
+                    )
+                yield row[column], f"{path}:{number}", raw.tell()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: expected {path.suffix[1:]} in UTF-8, got damage after line {number} "
+            f"({error}); correct the file"
+        ) from None
+
+
+def _column(path: Path, names: list[str], field: str) -> int:
+    if field not in names:
+        raise InputError(
+            f"{path}:1: expected a column {field!r}, got {', '.join(names)[:100]}; give another "
+            "text field: the name of a column, or its number if the file has no names"
+        )
+    return names.index(field)
+
+
+def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{path}: reading parquet needs pyarrow, which is not installed; pip install pyarrow"
+        ) from None
+    try:
+        with _opened(path) as content, pyarrow.parquet.ParquetFile(content) as file:
+            _check_column(path, file.schema_arrow, field)
+            row = 0
+            rows = file.metadata.num_rows
+            file_bytes = path.size if isinstance(path, RemoteFile) else path.stat().st_size
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    position = file_bytes * row // rows
+                    yield text or "", f"{path}:{row}", position  # a null becomes an empty text
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(
+            f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
+            "get the file again"
+        ) from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path | RemoteFile) -> Iterator[BinaryIO]:
+    """Open a file. Raises: InputError if the network fails while a remote file is read."""
+    if isinstance(path, Path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    try:
+        with path.open() as file:
+            yield file
+    # pyarrow passes on the exceptions of the network library.
+    except Exception as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: expected data from the network, got {type(error).__name__}; start again, or "
+            "download the files and name their folder"
+        ) from None
+
+
+def _check_column(path: Path | RemoteFile, schema: "pyarrow.Schema", field: str) -> None:
+    import pyarrow
+
+    if field not in schema.names:
+        raise InputError(
+            f"{path}: expected a column {field!r}, got {', '.join(schema.names)}; "
+            "give another text field"
+        )
+    dtype = schema.field(field).type
+    if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
+        raise InputError(
+            f"{path}: expected strings in column {field!r}, got {dtype}; give another text field"
+        )
+
+
+# Suffix of a file -> reader of its records.
+READERS: dict[str, Callable[[Path, str], Texts]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,206 @@
+"""Token shards of llm.c and modded-nanogpt: read as a dataset, and written from one.
+
+    offset  bytes  field (little endian)
+    0       4      magic, 20240520
+    4       4      version, 1
+    8       4      number of tokens
+    12      1012   zeros
+    1024    ...    tokens, uint16
+
+The files have no checksum and do not name their tokenizer. `tritium data build OUT_DIR
+fineweb10B/ --tokenizer gpt2` copies them into a dataset that has both. Files with `val` in their
+names are the validation split. If there are none, the last `held_out` fraction of the tokens is.
+
+End-of-text begins a document in these files, and ends it in a dataset that tritium builds from
+text. `export_bins` moves it.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import InputError
+from ..files import seal, write_whole
+from ._new_folder import check_unused, new_folder
+from ._split_writer import SplitWriter
+from .dataset import FORMAT_VERSION, SPLITS, Dataset, DatasetInfo
+from .tokenizer import from_spec, needs_corpus
+from .verify import piece_bytes, pieces
+
+_MAGIC = 20240520
+_VERSION = 1
+_HEADER_BYTES = 1024
+_FIELDS = struct.Struct("<iii")
+_TOKEN = np.dtype("<u2")
+_PIECE_TOKENS = 1 << 22
+_EXPORTED_TOKENS = 10**8  # as fineweb.py of llm.c
+
+
+def find_bins(inputs: Sequence[str | Path]) -> list[Path]:
+    """Return the .bin files that the inputs name; [] if they name other things.
+
+    A folder counts if it has .bin files with the magic, and is no dataset.
+    """
+    found = []
+    for given in map(Path, inputs):
+        paths = [given]
+        if given.is_dir():
+            paths = sorted(path for path in given.glob("*.bin") if not path.name.startswith("."))
+        if not paths or not all(_is_bin(path) for path in paths):
+            return []
+        found += paths
+    return found
+
+
+def _is_bin(path: Path) -> bool:
+    if path.suffix != ".bin" or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == struct.pack("<i", _MAGIC)
+
+
+def build_from_bins(
+    out_dir: Path, paths: Sequence[Path], spec: str, *, held_out: float, shard_tokens: int
+) -> DatasetInfo:
+    """Copy .bin files to a dataset folder.
+
+    Args:
+        out_dir: a folder that does not exist or is empty.
+        paths: the files.
+        spec: the tokenizer that wrote them.
+        held_out: fraction of the tokens for the validation split, if no file is named for it.
+        shard_tokens: largest number of tokens per shard.
+    Raises: InputError for damaged files, or tokens outside the vocabulary.
+    """
+    if needs_corpus(spec):
+        raise InputError(
+            "tokenizer: expected the one that wrote the token shards, such as gpt2 or "
+            f"FILE.tiktoken, got {spec}"
+        )
+    check_unused(out_dir)
+    made = from_spec(spec, list)
+    counts = {path: _count_tokens(path) for path in paths}
+    parts = {"train": [path for path in paths if "val" not in path.name]}
+    parts["val"] = [path for path in paths if "val" in path.name]
+    with new_folder(out_dir) as folder:
+        writers = {split: SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
+        sizes = piece_bytes(made)
+        total = sum(counts.values())
+        left = total if parts["val"] else int(total * (1 - held_out))  # still to write to train
+        for split in SPLITS:
+            for path in parts[split]:
+                for tokens in _read(path, counts[path], made.vocab_size):
+                    head = tokens[:left] if split == "train" else tokens[:0]
+                    left -= len(head)
+                    writers["train"].add_tokens(head, sizes)
+                    writers["val"].add_tokens(tokens[len(head) :], sizes)
+        inputs = [str(path) for path in paths]
+        info = DatasetInfo(
+            format_version=FORMAT_VERSION,
+            tokenizer=made.name,
+            tokenizer_sha256=made.sha256,
+            vocab_size=made.vocab_size,
+            **{split: writers[split].close(inputs) for split in SPLITS},
+            held_out=held_out,
+            duplicates_dropped=0,
+            files_skipped=0,
+            inputs=inputs,
+        )
+        made.save(folder / "tokenizer.json")
+        write_whole(folder / "dataset.json", [seal(dataclasses.asdict(info))])
+    return info
+
+
+def _count_tokens(path: Path) -> int:
+    """Read the header of a .bin file. Raises: InputError if it does not match the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES:
+        raise InputError(
+            f"{path}: cut short: expected a header of {_HEADER_BYTES} bytes, got {size}; get the "
+            "file again"
+        )
+    _, version, count = _FIELDS.unpack_from(header)
+    expected = _HEADER_BYTES + count * _TOKEN.itemsize
+    if version != _VERSION or size != expected:
+        raise InputError(
+            f"{path}: expected version {_VERSION} and {expected:,} bytes for {count:,} tokens, got "
+            f"version {version} and {size:,} bytes; get the file again"
+        )
+    return count
+
+
+def _read(path: Path, count: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Yield the tokens of a .bin file in pieces."""
+    with open(path, "rb") as file:
+        file.seek(_HEADER_BYTES)
+        for start in range(0, count, _PIECE_TOKENS):
+            tokens = np.fromfile(file, _TOKEN, min(_PIECE_TOKENS, count - start))
+            if len(tokens) and int(tokens.max()) >= vocab_size:
+                raise InputError(
+                    f"{path}: expected tokens below {vocab_size}, the size of the vocabulary, got "
+                    f"{tokens.max()}; give the tokenizer that wrote the file"
+                )
+            yield tokens
+
+
+# --- export
+
+
+def export_bins(
+    dataset: Dataset, out_dir: Path, *, shard_tokens: int = _EXPORTED_TOKENS
+) -> dict[str, int]:
+    """Write a dataset as NAME_train_000000.bin, ..., NAME_val_000000.bin and tokenizer.json.
+
+    Args:
+        dataset: with a vocabulary of at most 65,536 tokens.
+        out_dir: a folder that does not exist or is empty. NAME is its name.
+        shard_tokens: largest number of tokens per file.
+    Returns: the number of tokens of each split.
+    """
+    check_unused(out_dir)
+    if dataset.tokenizer.vocab_size > 1 << 16:
+        raise InputError(
+            f"{dataset.path}: expected a vocabulary of at most 65,536 tokens, which fit into 16 "
+            f"bits, got {dataset.tokenizer.vocab_size:,}; build it with another tokenizer"
+        )
+    written = {}
+    with new_folder(out_dir) as folder:
+        for split in SPLITS:
+            written[split] = 0
+            for number, tokens in enumerate(_shards(dataset, split, shard_tokens)):
+                path = folder / f"{out_dir.name}_{split}_{number:06d}.bin"
+                header = _FIELDS.pack(_MAGIC, _VERSION, len(tokens)).ljust(_HEADER_BYTES, b"\0")
+                write_whole(path, [header, tokens.data])
+                written[split] += len(tokens)
+        dataset.tokenizer.save(folder / "tokenizer.json")
+    return written
+
+
+def _shards(dataset: Dataset, split: str, shard_tokens: int) -> Iterator[np.ndarray]:
+    """Yield the content of each .bin file of a split. Each document begins with end-of-text."""
+    stream = getattr(dataset, split)
+    end = dataset.tokenizer.end_of_text
+    waiting: list[np.ndarray] = []
+    if stream.read(0, 1)[0] != end:
+        waiting.append(np.array([end], _TOKEN))
+    is_last_end = bool(waiting) and stream.read(len(stream) - 1, len(stream))[0] == end
+    count = len(stream) - is_last_end
+    size = len(waiting)
+    position = 0
+    for tokens in pieces(stream):
+        tokens = tokens[: count - position].astype(_TOKEN)
+        position += len(tokens)
+        waiting.append(tokens)
+        size += len(tokens)
+        while size >= shard_tokens:
+            joined = np.concatenate(waiting)
+            yield joined[:shard_tokens]
+            waiting = [joined[shard_tokens:]]
+            size -= shard_tokens
+    if size:
+        yield np.concatenate(waiting)
