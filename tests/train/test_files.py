@@ -20,7 +20,7 @@ def test_pieces_are_written_in_order_and_replace_the_old_file(tmp_path):
 
 
 def test_large_pieces_are_written_in_several_calls(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_WRITE_BYTES", 3)
+    monkeypatch.setattr(files, "_PIECE_BYTES", 3)
     files.write_whole(tmp_path / "a", [b"0123456789"])
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 

@@ -57,16 +57,6 @@ def test_a_small_batch_takes_a_micro_batch_that_divides_it(tiny, tritium, tmp_pa
     assert read_run(tmp_path / "run").train.micro_batch == 2  # 32 in the recipe
 
 
-def test_optimizer_missing_in_pytorch_is_one_line_and_makes_no_run(
-    error_of, tiny, tmp_path, monkeypatch
-):
-    monkeypatch.delattr(torch.optim, "Muon")
-    assert "--optimizer: expected a PyTorch with torch.optim.Muon" in error_of(
-        *tiny, "--optimizer", "muon"
-    )
-    assert not (tmp_path / "run").exists()
-
-
 def test_missing_compiler_is_one_line(error_of, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
@@ -178,5 +168,5 @@ def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
     answer = error_of("train", "--resume", run)
     assert re.search(
-        "step-20/model.safetensors: damaged: .*, and the 2 before it are damaged too", answer
+        "step-20/model.safetensors: damaged: .*; older checkpoints that are damaged too: 2", answer
     )
