@@ -48,8 +48,8 @@ class ExecutionOptions:
     """tritium: own kernels; sdpa: PyTorch's; flash-attn: the package of that name, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
     """Activation checkpointing: of GELU, of blocks except attention (selective), or of blocks."""
-    micro_batch_size: int | None = None
-    """Sequences per forward and backward on each rank. None: the complete batch of the rank."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Sequences per forward and backward on each rank. auto: what fits; None: all of the rank."""
     max_minutes: float | None = None
     """Stop with a checkpoint this long after the start of the process. None: no limit."""
     stop_status: int | None = None
@@ -187,7 +187,7 @@ class TrainConfig:
     def micro_batch(self) -> int:
         """Sequences per forward and backward in a single process."""
         micro_batch = self.execution.micro_batch_size
-        return self.batch_size if micro_batch is None else micro_batch
+        return self.batch_size if micro_batch in (None, "auto") else micro_batch
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """Return the shape of the model, with this vocabulary size."""

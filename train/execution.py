@@ -12,8 +12,10 @@ from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON
 from ..model.attention import choose_attention
 from .config import TrainConfig
+from .data.tokenizer import vocab_size_of
 from .distributed.engines import ENGINES, SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
+from .memory import device_bytes, largest_micro_batch
 from .optim import check_optimizer
 from .precision import choose_dtype
 
@@ -67,7 +69,7 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
         is_compiled={"on": True, "off": False, "auto": compiles_on(device)}[
             config.execution.compile
         ],
-        micro_batch=_micro_batch(config, world.data_ranks),
+        micro_batch=_micro_batch(config, world, device, dtype),
         cuda_graph=_uses_cuda_graph(config, device, ENGINES[world.engine]),
     )
     check_attention(config.execution.attention, device, dtype)
@@ -109,11 +111,23 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         )
 
 
-def _micro_batch(config: TrainConfig, data_ranks: int) -> int:
+def _micro_batch(
+    config: TrainConfig, world: World, device: torch.device, dtype: torch.dtype
+) -> int:
     """Return the sequences per forward on each rank."""
+    data_ranks = world.data_ranks
     per_rank, rest = divmod(config.batch_size, data_ranks)
     micro_batch = config.execution.micro_batch_size
-    if micro_batch is None:
+    if micro_batch == "auto" and not rest:
+        return largest_micro_batch(
+            config.gpt(_likely_vocab_size(config)),
+            per_rank,
+            memory_bytes=device_bytes(device, world.local_size),
+            itemsize=dtype.itemsize,
+            recompute=config.execution.recompute,
+            optimizer=config.optimizer,
+        )
+    if micro_batch in (None, "auto"):
         micro_batch = per_rank
         divisor = f"{data_ranks} ranks"
     else:
@@ -121,3 +135,11 @@ def _micro_batch(config: TrainConfig, data_ranks: int) -> int:
     if rest or per_rank == 0 or per_rank % micro_batch:
         raise InputError(f"batch_size: expected a multiple of {divisor}, got {config.batch_size}")
     return micro_batch
+
+
+def _likely_vocab_size(config: TrainConfig) -> int:
+    """Return the vocabulary of the tokenizer if its name tells, else GPT-2's."""
+    try:
+        return vocab_size_of(config.tokenizer or "gpt2")
+    except ValueError:
+        return vocab_size_of("gpt2")

@@ -1,10 +1,10 @@
 """Estimate, before a run, whether it fits into memory and how long a step takes.
 
-Memory     model/cost.step_bytes, which tests compare with measured peaks, plus PROCESS_BYTES, must
-           leave RESERVE of the memory free. Matmuls are bfloat16 on CUDA and float32 on a CPU. The
-           formulas describe the reference implementations. The Triton kernels need less, except
-           for the logits of the head: there the formula uses the larger of the two. Each GPU holds
-           all weights, gradients and optimizer state.
+Memory     memory.py: model/cost.step_bytes, which tests compare with measured peaks, plus
+           PROCESS_BYTES, must leave RESERVE of the memory free. Matmuls are bfloat16 on CUDA and
+           float32 on a CPU. The formulas describe the reference implementations. The Triton kernels
+           need less, except for the logits of the head: there the formula uses the larger of the
+           two. Each GPU holds all weights, gradients and optimizer state.
 
 Step time  a range: the time at good rates and the time at poor rates. A rate is a fraction of a
            device's limit. Seconds on one GPU, for n tokens in m micro-batches; the model has P
@@ -28,7 +28,6 @@ Source     rates: public measurements, next to each constant. Tests compare the 
 """
 
 import math
-import os
 import platform
 import re
 from dataclasses import dataclass, replace
@@ -44,20 +43,14 @@ from ..model.cost import (
     matmul_parameters,
     matrices,
     parameters,
-    step_bytes,
 )
 from ..model.recompute import RECOMPUTATIONS
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
-from .optim import OPTIMIZERS
+from .memory import fits, host_bytes, memory
 from .recipes import recipe
 from .run.folder import RunRecord
-
-# Estimate: a CUDA context with the code and workspaces of libraries, or Python with PyTorch.
-PROCESS_BYTES = 0.5e9
-# Estimate: fraction of the memory for blocks that the allocator cannot use, and NCCL's buffers.
-RESERVE = 0.10
 
 # Rates are (poor, good) fractions of a device's limit. Other generations get DEFAULT_GENERATION's.
 # Large bf16 matmuls. A100: 230 to 270 of 312 TFLOP/s (ml-engineering's highest is 271). H100: 600
@@ -161,18 +154,19 @@ class Plan:
         """Return the peak bytes on each GPU during a step, by part."""
         # With several GPUs, gradients stay in the buckets that reduce them.
         accumulates = micro_batch < self.sequences or self.machine.gpus > 1
-        sizes = (self.model, micro_batch, self.context_tokens, self.machine.itemsize)
-        parts = step_bytes(
-            *sizes,
+        return memory(
+            self.model,
+            micro_batch,
+            self.context_tokens,
+            itemsize=self.machine.itemsize,
             accumulates=accumulates,
             recompute=self.recompute,
-            block_matrix_state_bytes=OPTIMIZERS[self.optimizer].block_matrix_state_bytes,
+            optimizer=self.optimizer,
         )
-        return {**parts, "process": PROCESS_BYTES}
 
     def fits(self, micro_batch: int) -> bool:
         """Return whether that many sequences leave RESERVE of the memory free."""
-        return sum(self.memory(micro_batch).values()) <= (1 - RESERVE) * self.machine.memory_bytes
+        return fits(self.memory(micro_batch), self.machine.memory_bytes)
 
     def largest_micro_batch(self) -> int:
         """Return the largest micro-batch that fits, up to all sequences of a step. 0: none fits."""
@@ -321,15 +315,14 @@ def _machine(gpu: str | None, gpus: int) -> Machine:
 
 def _cpu_machine(processes: int = 1) -> Machine:
     """This machine's CPU, with one process's fraction of the memory."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # Windows
+    total = host_bytes()
+    if total is None:
         raise InputError(
             "gpu: expected the name of a GPU, because the memory of this machine is not known, "
             "got none; name one, such as h100"
-        ) from None
+        )
     name = f"this {platform.machine()} CPU"
-    return Machine(name=name, gpus=1, memory_bytes=memory // processes, itemsize=4, ceiling=None)
+    return Machine(name=name, gpus=1, memory_bytes=total // processes, itemsize=4, ceiling=None)
 
 
 def _count(option: str, text: str | None) -> int | None:

@@ -10,6 +10,7 @@ from tritium.train.config import TrainConfig
 from tritium.train.distributed.engines import FSDP, SingleProcess
 from tritium.train.distributed.world import World
 from tritium.train.execution import check_attention, compiles_on, resolve
+from tritium.train.recipes import recipe
 
 pytestmark = pytest.mark.plain
 
@@ -62,3 +63,21 @@ def test_flash_attn_needs_its_package_a_gpu_and_16_bits(monkeypatch):
         with pytest.raises(InputError, match=f"16 bits for flash-attn, got {device} and {dtype}"):
             check_attention("flash-attn", device, dtype)
     check_attention("sdpa", CPU, torch.float32)
+
+
+def test_an_automatic_micro_batch_divides_the_batch_and_fits(monkeypatch):
+    def chosen(memory_gb: float, **options) -> int:
+        monkeypatch.setattr(
+            "tritium.train.execution.device_bytes", lambda device, processes: int(memory_gb * 1e9)
+        )
+        config = recipe("gpt2").with_options(micro_batch_size="auto", device="cpu", **options)
+        return resolve(config).micro_batch
+
+    assert chosen(1000) == 64, "65,536 tokens are enough"
+    assert chosen(1000, batch_size=48) == 48
+    # By the formula, 24 GB have room for 14 sequences of 1,024 tokens in float32.
+    assert 512 % chosen(24) == 0
+    assert 2 <= chosen(24) < chosen(80) <= 64
+    assert chosen(24, precision="bfloat16") > chosen(24)
+    assert chosen(1) == 1, "it does not fit: the run says so when memory is short"
+    assert chosen(1000, tokenizer="a-folder") == 64

@@ -14,8 +14,9 @@ from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import flops_per_token, step_bytes
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
+from tritium.train.memory import RESERVE
 from tritium.train.optim import OPTIMIZERS
-from tritium.train.plan import RESERVE, Machine, PlanOptions, make_plan
+from tritium.train.plan import Machine, PlanOptions, make_plan
 from tritium.train.recipes import RECIPES
 from tritium.train.trainer import Trainer, single_trainer
 

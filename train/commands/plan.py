@@ -14,10 +14,10 @@ from ...model.recompute import RECOMPUTATIONS
 from ..distributed.engines import ENGINES
 from ..distributed.world import World
 from ..epochs import describe_epochs, estimate_corpus_tokens
+from ..memory import RESERVE
 from ..plan import (
     DEFAULT_GENERATION,
     MATMUL_RATES,
-    RESERVE,
     Plan,
     PlanOptions,
     largest_divisor,

@@ -1,7 +1,8 @@
+import os
+
 import pytest
 import torch
 
-from tritium.train import plan as planner
 from tritium.train.commands.plan import describe
 from tritium.train.plan import PlanOptions, make_plan
 
@@ -161,7 +162,7 @@ def test_several_cpus_are_an_error(error_of, monkeypatch):
 
 def test_machine_with_unknown_memory_is_an_error(error_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delattr(planner.os, "sysconf")
+    monkeypatch.delattr(os, "sysconf")
     assert "name one, such as h100" in error_of("plan", "laptop")
 
 
