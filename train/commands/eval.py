@@ -1,0 +1,29 @@
+"""tritium eval: perplexity, choices, tasks of lm-evaluation-harness, and BLEU."""
+
+import importlib
+from collections.abc import Sequence
+
+from ...errors import InputError, unknown_name
+
+_HELP = """usage: tritium eval perplexity MODEL TEXT ...
+
+  tritium eval perplexity MODEL TEXT ...       nats, perplexity, bits per byte of texts and shards
+
+Each command has --help. MODEL is a run, a checkpoint, a folder of transformers or a GGUF file."""
+
+# Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
+_COMMANDS = {
+    "perplexity": "_eval_perplexity",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium eval`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0
+    name, *words = argv
+    if name not in _COMMANDS:
+        known = [f"eval {each}" for each in _COMMANDS]
+        raise InputError(unknown_name("command", f"eval {name}", known))
+    return importlib.import_module(f".{_COMMANDS[name]}", __package__).main(words)
