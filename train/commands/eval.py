@@ -8,12 +8,14 @@ from ...errors import InputError, unknown_name
 _HELP = """usage: tritium eval perplexity MODEL TEXT ...
 
   tritium eval perplexity MODEL TEXT ...       nats, perplexity, bits per byte of texts and shards
+  tritium eval choice MODEL FILE               HellaSwag, LAMBADA, or choices of your own
 
 Each command has --help. MODEL is a run, a checkpoint, a folder of transformers or a GGUF file."""
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 _COMMANDS = {
     "perplexity": "_eval_perplexity",
+    "choice": "_eval_choice",
 }
 
 

@@ -56,6 +56,10 @@ class EvaluatedModel:
             dtype=dtype,
         )
 
+    def needed_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises: InputError if there is none."""
+        return self.saved.tokenizer() if self.tokenizer is None else self.tokenizer
+
     def record(self) -> dict[str, Any]:
         """Return what identifies the model and the machine, for a JSON file."""
         folder = self.saved.checkpoint or self.saved.path
