@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from ...errors import InputError, unknown_name
 
-_HELP = """usage: tritium eval perplexity MODEL TEXT ...
+_HELP = """usage: tritium eval perplexity|choice|lm-eval|bleu MODEL ...
 
   tritium eval perplexity MODEL TEXT ...       nats, perplexity, bits per byte of texts and shards
   tritium eval choice MODEL FILE               HellaSwag, LAMBADA, or choices of your own
+  tritium eval lm-eval MODEL --tasks NAME ...  tasks of lm-evaluation-harness (extra `eval`)
+  tritium eval bleu MODEL FILE                 generated texts against references (extra `eval`)
 
 Each command has --help. MODEL is a run, a checkpoint, a folder of transformers or a GGUF file."""
 
@@ -16,6 +18,8 @@ Each command has --help. MODEL is a run, a checkpoint, a folder of transformers 
 _COMMANDS = {
     "perplexity": "_eval_perplexity",
     "choice": "_eval_choice",
+    "lm-eval": "_eval_lm_eval",
+    "bleu": "_eval_bleu",
 }
 
 
