@@ -91,6 +91,15 @@ def measure(
     return _perplexity(text, total / weight, targets)
 
 
+def check_length(text: Text, context: int) -> None:
+    """Raise InputError if a text is shorter than one window."""
+    if text.tokens < context:
+        raise InputError(
+            f"{text.path}: expected at least {context} tokens, one window, got {text.tokens}; "
+            "choose a smaller `context_tokens`"
+        )
+
+
 def num_targets(text: Text, context: int, stride: int, counting: str = "exact") -> int:
     """Return the number of predictions that `measure` makes of the complete text."""
     return sum(window.num_targets for _, window in _places(text, context, stride, counting))
@@ -98,11 +107,7 @@ def num_targets(text: Text, context: int, stride: int, counting: str = "exact") 
 
 def _places(text: Text, context: int, stride: int, counting: str) -> list[Place]:
     """Return the windows over all sequences of a text."""
-    if text.tokens < context:
-        raise InputError(
-            f"{text.path}: expected at least {context} tokens, one window, got {text.tokens}; "
-            "choose a smaller `context_tokens`"
-        )
+    check_length(text, context)
     windows = COUNTINGS[counting]
     return [
         (stream, window)
