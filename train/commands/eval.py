@@ -30,6 +30,5 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, *words = argv
     if name not in _COMMANDS:
-        known = [f"eval {each}" for each in _COMMANDS]
-        raise InputError(unknown_name("command", f"eval {name}", known))
+        raise InputError(unknown_name("eval command", name, _COMMANDS))
     return importlib.import_module(f".{_COMMANDS[name]}", __package__).main(words)
