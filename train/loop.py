@@ -193,10 +193,8 @@ def _train(
         Prefetch(loader.batch, first) as batches,
         saver,
     ):
-        session = Session(
-            config, run, dataset, trainer, saver, metrics, signals, check_folder, evaluations
-        )
-        return session.run_steps(first, loader, batches)
+        state = (trainer, saver, metrics, signals, check_folder, evaluations)
+        return Session(config, run, dataset, *state).run_steps(first, loader, batches)
 
 
 def _save_first(

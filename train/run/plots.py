@@ -86,6 +86,7 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
         right.set(ylabel="accuracy (dashed)", ylim=(0, 1))
     else:
         right.set_visible(False)
+        axes.spines[["right"]].set_visible(False)
     axes.legend(handles=[*axes.lines, *right.lines], frameon=False)
 
 
