@@ -93,6 +93,7 @@ def answers(model, folder) -> dict[str, list]:
 @pytest.mark.slow
 def test_answers_equal_those_of_lm_evals_model_for_transformers(exported, task_folder, monkeypatch):
     """Without a network. lm_eval and its dependencies take about 20 s to import."""
+    pytest.importorskip("accelerate")  # lm_eval's model for transformers needs it
     from lm_eval.models.huggingface import HFLM
 
     from tritium.train.eval.harness import TritiumLM
