@@ -9,6 +9,7 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium train --resume RUN_DIR              go on with a stopped run
   tritium data build OUT_DIR INPUT ...        text to token shards
   tritium data verify DATASET                 check token shards against their checksums
+  tritium eval perplexity|choice|... MODEL    perplexity, choices, lm-eval, BLEU
   tritium sample MODEL --prompt TEXT          write text with a trained model
   tritium chat MODEL                          talk with a trained model
   tritium export MODEL OUT_DIR                write a folder that transformers opens

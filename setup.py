@@ -66,6 +66,7 @@ setup(
             "gguf",
             "datasets",
         ],
+        "eval": ["lm-eval>=0.4.13", "sacrebleu"],
         "log": ["tensorboard", "wandb"],
         "flash-attn": ["flash-attn"],
     },

@@ -121,6 +121,33 @@ class GPT(nn.Module):
             Prefill None.
         Raises: ValueError for more tokens than the context holds, or for documents and a cache.
         """
+        y, head = self.hidden(
+            tokens,
+            cu_seqlens=cu_seqlens,
+            cache=cache,
+            token_order=token_order,
+            dropout_seed=dropout_seed,
+        )
+        if y is None:
+            return None
+        if targets is None:
+            return self.logits(y, head, cache).view(*tokens.shape, self.config.vocab_size)
+        return self.losses(y, head, targets.flatten(), reduction="mean")
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | Prefill | None = None,
+        token_order: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Compute the input of the head. `losses` and `logits` take any rows of it.
+
+        Args: as for `forward`.
+        Returns: y (B T, D), None with a Prefill; and the weight of the head.
+        """
         config = self.config
         B, T = tokens.shape
         self._check(T, cu_seqlens, cache)
@@ -143,18 +170,28 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
             if cache.is_prefill:
-                return None
+                return None, head
 
-        # head
+        # the last norm
         y, _ = self.ln_f(branch, stream, context.branch_dropout(3 * config.n_layer))
-        if targets is None:
-            return self._logits(y, head, cache).view(B, T, config.vocab_size)
-        options = {"softcap": config.head_softcap, "vocab_size": config.vocab_size}
-        return linear_cross_entropy(y, head, targets.flatten(), **options)
+        return y, head
 
-    def _logits(self, y: Tensor, weight: Tensor, cache: KVCache | None) -> Tensor:
-        """Return the logits of y without those of the weight's padding rows."""
-        weight = weight[: self.config.vocab_size]
+    def losses(
+        self, y: Tensor, head: Tensor, targets: Tensor, *, reduction: str = "none"
+    ) -> Tensor:
+        """Return the cross-entropy of each row of y (N, D), (N,) float32, in nats.
+
+        Args:
+            y, head: as `hidden` returns them. Rows of y may be left out.
+            targets: (N,) int64; the loss of -100 is 0.
+            reduction: as for linear_cross_entropy.
+        """
+        options = {"softcap": self.config.head_softcap, "vocab_size": self.config.vocab_size}
+        return linear_cross_entropy(y, head, targets, reduction=reduction, **options)
+
+    def logits(self, y: Tensor, head: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the logits of y (N, D), (N, vocab_size), without those of the padding rows."""
+        weight = head[: self.config.vocab_size]
         weight = weight.to(y.dtype) if cache is None else cache.cast_once(weight, y.dtype)
         logits = linear(y, weight)
         softcap = self.config.head_softcap

@@ -12,7 +12,9 @@ The docstring of an option is its help text: one line, because --help would keep
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError, unknown_name
@@ -66,6 +68,10 @@ class ReportOptions:
     """Steps between evaluations. There is always one after the last step."""
     eval_tokens: int = 32_768
     """Held-out tokens per evaluation. The evaluation after the last step uses all of them."""
+    eval_text: tuple[str, ...] = ()
+    """NAME=FILE: also evaluate on these texts, as `tritium eval perplexity` does."""
+    eval_choice: tuple[str, ...] = ()
+    """Also evaluate on these jsonl files, as `tritium eval choice` does."""
     checkpoint_interval: int = 500
     """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
@@ -159,6 +165,7 @@ class TrainConfig:
             raise InputError(f"max_minutes: expected more than 0, and finite, got {minutes}")
         if status is not None and not 0 <= status <= 255:
             raise InputError(f"stop_status: expected a number from 0 to 255, got {status}")
+        named_files(self.report)
         keep_every = self.report.keep_every
         if keep_every % self.report.checkpoint_interval:
             raise InputError(
@@ -220,6 +227,25 @@ class TrainConfig:
     def from_options(cls, **options: Any) -> "TrainConfig":
         """Build a configuration from flat names. Missing options take their defaults."""
         return cls().with_options(**options)
+
+
+def named_files(report: ReportOptions) -> dict[str, dict[str, str]]:
+    """Return the files of `eval_text` and of `eval_choice`, by the names in metrics.jsonl.
+
+    Raises: InputError for a text without a name, or for two files of one name.
+    """
+    pairs = {
+        "eval_text": [each.partition("=")[::2] for each in report.eval_text],
+        "eval_choice": [(Path(each).stem, each) for each in report.eval_choice],
+    }
+    for option, named in pairs.items():
+        for name, file in named:
+            if not re.fullmatch(r"[\w.-]+", name) or not file:
+                raise InputError(f"{option}: expected NAME=FILE, got {name!r} and {file!r}")
+        names = [name for name, _ in named]
+        if len(set(names)) < len(names):
+            raise InputError(f"{option}: expected different names, got {' '.join(names)}")
+    return {option: dict(named) for option, named in pairs.items()}
 
 
 def _names(part: type) -> list[str]:

@@ -23,6 +23,7 @@ from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
 from .epochs import describe_epochs
+from .eval.in_training import open_evaluations
 from .evaluate import Evaluation
 from .execution import Execution, resolve
 from .optim import Optimizer
@@ -134,6 +135,7 @@ def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
     # Raise now if the prompt, an evaluation or a batch would raise later in the run.
     T = config.model.context_tokens
     dataset.tokenizer.encode(config.prompt)
+    open_evaluations(config, dataset.tokenizer)
     next(evaluation_batches(dataset.val, context_tokens=T, batch_size=1, max_tokens=1))
     Loader(dataset.train, context_tokens=T, batch_size=config.batch_size, seed=config.seed)
     return dataset
@@ -187,6 +189,7 @@ def _train(
 
     # The steps.
     separator = dataset.tokenizer.end_of_text if config.document_mask else None
+    evaluations = world.on_each_node(lambda: open_evaluations(config, dataset.tokenizer))
     trainer = Trainer(engine, optimizer, separator=separator, seed=config.seed)
     with (
         metrics,
@@ -195,8 +198,8 @@ def _train(
         Prefetch(loader.batch, first) as batches,
         saver,
     ):
-        session = Session(config, run, dataset, trainer, saver, metrics, signals, check_folder)
-        return session.run_steps(first, loader, batches)
+        state = (trainer, saver, metrics, signals, check_folder, evaluations)
+        return Session(config, run, dataset, *state).run_steps(first, loader, batches)
 
 
 def _save_first(

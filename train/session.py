@@ -16,6 +16,7 @@ from .config import DIVERGED, TrainConfig
 from .data.dataset import Dataset
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.shards import DataChanged
+from .eval.in_training import TrainingEvaluations
 from .evaluate import Evaluation, evaluate
 from .run.checkpoint import checkpoints
 from .run.metrics import Metrics, console
@@ -42,6 +43,8 @@ class Session:
     signals: Signals
     check_folder: Callable[[], None]
     """Raises InputError if the folder of the run was moved or deleted."""
+    evaluations: TrainingEvaluations | None = None
+    """Other texts and files to evaluate on."""
 
     def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
@@ -137,10 +140,12 @@ class Session:
             is_stopping = self.signals.received
             if result is not None and not is_stopping:
                 self.check_folder()
+                more = self.evaluate_more(is_last)
                 # A sample without evaluation is written again after a resume.
-                is_stopping = not self.write_sample(done)
+                is_stopping = more is None or not self.write_sample(done)
                 if not is_stopping:
-                    self.metrics.evaluation(done, result)
+                    self.metrics.evaluation(done, result, more)
+                    is_stopping = not self.draw()
                 gc.collect()
         if is_stopping:
             self.stop(done)
@@ -148,8 +153,30 @@ class Session:
             self.go_back(done)
         return result
 
+    def evaluate_more(self, is_last: bool) -> dict[str, float] | None:
+        """Evaluate on other texts and files, on rank 0. Returns: None if a signal came."""
+        if self.evaluations is None:
+            return {}
+        engine = self.trainer.engine
+        model = engine.complete_model()
+        measure = functools.partial(
+            self.evaluations.measure,
+            model,
+            batch_size=engine.execution.micro_batch,
+            is_last=is_last,
+            # The other ranks wait: show them that rank 0 does not hang.
+            report=lambda _: engine.world.mark(),
+        )
+        return engine.world.on_rank0(lambda: self.signals.interruptible(measure, is_local=True))
+
+    def draw(self) -> bool:
+        """Draw loss.png on rank 0. Returns: False if a signal came."""
+        draw = functools.partial(_draw, self.run)
+        world = self.trainer.engine.world
+        return bool(world.on_rank0(lambda: self.signals.interruptible(draw, is_local=True)))
+
     def write_sample(self, done: int) -> bool:
-        """Append a sample to samples.txt and draw loss.png. Returns: False if a signal came."""
+        """Append a sample to samples.txt. Returns: False if a signal came."""
         engine = self.trainer.engine
         model = engine.complete_model()
         write = functools.partial(_write_sample, self.config, self.run, model, self.dataset, done)
@@ -235,7 +262,7 @@ def _evaluate(
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> bool:
-    """Add a sample to samples.txt and draw loss.png. Returns: True."""
+    """Add a sample to samples.txt. Returns: True."""
     text = sample_text(
         model,
         dataset.tokenizer,
@@ -248,5 +275,10 @@ def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, 
         ),
     )
     add_sample(run, step, text)
+    return True
+
+
+def _draw(run: Path) -> bool:
+    """Draw loss.png. Returns: True."""
     plot_loss(run)
     return True

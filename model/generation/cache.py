@@ -49,6 +49,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch_size
         self.is_active = torch.ones_like(self.lengths)
+        self._config = config
         self._shape = (config.n_layer, batch_size, self.capacity, config.kv_heads, config.head_size)
         self._finished: set[int] = set()
         # Slot s of sequence b is row b * capacity + s of a layer's keys.
@@ -125,6 +126,23 @@ class KVCache:
         """Empty the sequences `rows`. Later forwards write to their first slot only."""
         self._finished.update(rows)
         self._write(rows, [0] * len(rows), 0)
+
+    def select(self, rows: Sequence[int], *, more: int) -> "KVCache":
+        """Return a cache of copies of the sequences `rows`, each with room for `more` tokens.
+
+        A sequence can be copied several times, for several continuations.
+        """
+        device = self.lengths.device
+        lengths = [self.host_lengths[row] for row in rows]
+        kept = max(lengths, default=0)
+        copy = KVCache(self._config, len(rows), capacity=kept + more, device=device)
+        copy.set_lengths(range(len(rows)), lengths)
+        if self.keys is not None:
+            copy.allocate(self.keys)
+            index = torch.tensor(rows, device=device)
+            copy.keys[:, :, :kept] = self.keys[:, index, :kept]
+            copy.values[:, :, :kept] = self.values[:, index, :kept]
+        return copy
 
     def _write(self, rows: Sequence[int], lengths: Sequence[int], is_active: int) -> None:
         for row, length in zip(rows, lengths, strict=True):

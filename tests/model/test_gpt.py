@@ -384,6 +384,20 @@ def test_model_compiles_as_one_graph(config):
 
 
 @pytest.mark.plain
+def test_losses_and_logits_of_some_rows_match_the_forward(device):
+    model = random_model(SMALL).to(device)
+    tokens = random_tokens(2, 7).to(device)
+    with torch.no_grad():
+        y, head = model.hidden(tokens[:, :-1])
+        rows = torch.tensor([1, 4, 11], device=device)
+        logits = model(tokens[:, :-1]).flatten(0, 1)[rows]
+        torch.testing.assert_close(model.logits(y[rows], head), logits)
+        targets = tokens[:, 1:].flatten()[rows]
+        expected = F.cross_entropy(logits, targets, reduction="none")
+        torch.testing.assert_close(model.losses(y[rows], head, targets), expected)
+
+
+@pytest.mark.plain
 def test_thirty_steps_match_a_head_that_computes_all_logits(device, monkeypatch):
     def train() -> list[float]:
         torch.manual_seed(0)
@@ -403,8 +417,8 @@ def test_thirty_steps_match_a_head_that_computes_all_logits(device, monkeypatch)
     assert losses[-1] < 0.95 * losses[0]
     monkeypatch.setattr(
         "tritium.model.gpt.linear_cross_entropy",
-        lambda x, weight, target, softcap, vocab_size: F.cross_entropy(
-            F.linear(x, weight[:vocab_size]), target
+        lambda x, weight, target, softcap, vocab_size, reduction: F.cross_entropy(
+            F.linear(x, weight[:vocab_size]), target, reduction=reduction
         ),
     )
     torch.testing.assert_close(losses, train(), rtol=1e-5, atol=0)

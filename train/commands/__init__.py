@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "export",
     "import": "import_model",
     "plan": "plan",
+    "eval": "eval",
     "info": "info",
 }
 

@@ -251,8 +251,9 @@ def _parse_record(content: bytes) -> RunRecord:
         check_types(options, part)
     check_types(record["model"], GPTConfig)
     found = {name: record[name] for name in _field_names(RunRecord) if name in record}
-    if "data" in options:
-        options["data"] = tuple(options["data"])
+    for name, value in options.items():
+        if isinstance(value, list):
+            options[name] = tuple(value)
     found["train"] = TrainConfig.from_options(**options)
     found["model"] = GPTConfig(**record["model"])
     expected = asdict(found["train"].gpt(found["model"].vocab_size))

@@ -64,10 +64,10 @@ class Metrics:
         memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
         checkpoint_stall: seconds that steps have waited for checkpoints, since this process began.
-    An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte. A
-    checkpoint writes a line with step, time (Unix seconds), wall_seconds and goodput: fractions of
-    the wall time, see goodput.py. A run that went back to a checkpoint writes a line with step, the
-    next step, and restored, the steps of the checkpoint.
+    An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte, and the
+    keys of eval/in_training.py. A checkpoint writes a line with step, time (Unix seconds),
+    wall_seconds and goodput: fractions of the wall time, see goodput.py. A run that went back to a
+    checkpoint writes a line with step, the next step, and restored, the steps of the checkpoint.
 
     Args:
         run: the folder of the run. Lines of metrics.jsonl from `start` on are deleted.
@@ -231,13 +231,17 @@ class Metrics:
         if self._file.name != os.devnull:
             os.fsync(self._file.fileno())
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Write and show an evaluation after `step` steps."""
+    def evaluation(
+        self, step: int, result: Evaluation, more: dict[str, float] | None = None
+    ) -> None:
+        """Write and show an evaluation after `step` steps. `more`: other values of the line."""
+        more = more or {}
         line = {
             "step": step,
             "val_loss": result.loss,
             "val_perplexity": result.perplexity,
             "val_bits_per_byte": result.bits_per_byte,
+            **more,
         }
         self._write(line)
         self.evaluated.add(step)
@@ -245,6 +249,8 @@ class Metrics:
             f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.3f} bits per byte"
         )
+        for name, value in more.items():
+            console.print(f"  {name} {value:.4f}")
 
     def _write(self, line: dict, *, is_tracked: bool = True) -> None:
         with names_file(self._file.name):

@@ -8,16 +8,27 @@ from .metrics import read_metrics
 
 
 def plot_loss(run: Path) -> Path:
-    """Draw the training loss, its running mean and the validation loss. Return RUN/loss.png."""
+    """Draw the training loss, its running mean and the validation loss. Return RUN/loss.png.
+
+    A run with eval_text or eval_choice gets a second panel: bits per byte and accuracies against
+    tokens.
+    """
     from matplotlib.figure import Figure
 
     training, evaluations = read_metrics(run)
     training = [line for line in training if line["loss"] is not None]
     # Training waits for the plot. pyplot and a computed layout would take longer: 0.27 s, not
     # 0.18 s (AMD EPYC, 2026-11-26).
-    figure = Figure(figsize=(8, 4.5))
-    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.12, top=0.92)
-    axes = figure.subplots()
+    has_more = any("/" in name for line in evaluations for name in line)
+    if has_more:
+        figure = Figure(figsize=(8, 9))
+        figure.subplots_adjust(left=0.08, right=0.92, bottom=0.06, top=0.96, hspace=0.2)
+        axes, below = figure.subplots(2)
+        _draw_more(below, evaluations, _tokens_per_step(training))
+    else:
+        figure = Figure(figsize=(8, 4.5))
+        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.12, top=0.92)
+        axes = figure.subplots()
 
     # training loss
     steps = [line["step"] + 1 for line in training]
@@ -48,6 +59,41 @@ def plot_loss(run: Path) -> Path:
     figure.savefig(content, dpi=150, format="png")
     write_whole(path, [content.getbuffer()])
     return path
+
+
+def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
+    """Draw bits per byte of all texts, and accuracies on a second axis, against tokens."""
+    right = axes.twinx()
+    names = dict.fromkeys(name for line in evaluations for name in line)
+    for name in names:
+        is_accuracy = "accuracy" in name
+        if not is_accuracy and not name.endswith("bits_per_byte"):
+            continue
+        lines = [line for line in evaluations if name in line]
+        label = name.removeprefix("text/").removeprefix("choice/").removesuffix("/bits_per_byte")
+        (right if is_accuracy else axes).plot(
+            [line["step"] * tokens_per_step for line in lines],
+            [line[name] for line in lines],
+            "s--" if is_accuracy else "o-",
+            label="validation" if name == "val_bits_per_byte" else label,
+            markersize=4,
+            color=f"C{list(names).index(name)}",
+        )
+    axes.set(xlabel="tokens", ylabel="bits per byte")
+    axes.spines[["top"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    if right.lines:
+        right.set(ylabel="accuracy (dashed)", ylim=(0, 1))
+    else:
+        right.set_visible(False)
+        axes.spines[["right"]].set_visible(False)
+    axes.legend(handles=[*axes.lines, *right.lines], frameon=False)
+
+
+def _tokens_per_step(training: list[dict]) -> float:
+    """Return the targets per step; 1 if no line has them."""
+    found = [line["tokens"] / (line["step"] + 1) for line in training if "tokens" in line]
+    return found[-1] if found else 1.0
 
 
 def _running_mean(values: list[float], fraction: float = 0.05) -> list[float]:

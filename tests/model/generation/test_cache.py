@@ -73,3 +73,23 @@ def test_more_tokens_than_the_capacity_raise():
     message = "KVCache: expected at most 4 tokens, got 5; make a cache with a larger capacity"
     with pytest.raises(ValueError, match=message):
         random_model()(torch.zeros(1, 5, dtype=torch.int64), cache=KVCache(SMALL, 1, capacity=4))
+
+
+def test_copies_of_sequences_go_on_without_changing_the_cache():
+    model = random_model()
+    tokens = torch.randint(90, (2, 9))
+    cache = KVCache(SMALL, 2, capacity=5)
+    new = torch.randint(90, (3, 2))
+    with torch.no_grad():
+        model(tokens[:, :5], cache=Prefill(cache, torch.tensor([0, 1])))
+        cache.set_lengths([0, 1], [5, 2])
+        copy = cache.select([0, 1, 1], more=2)
+        found = model(new, cache=copy)
+        texts = [tokens[0, :5], tokens[1, :2], tokens[1, :2]]
+        full = [
+            model(torch.cat([text, more])[None])[0, -2:]
+            for text, more in zip(texts, new, strict=True)
+        ]
+    torch.testing.assert_close(found, torch.stack(full), rtol=1e-4, atol=1e-5)
+    assert copy.lengths.tolist() == [7, 4, 4]
+    assert cache.lengths.tolist() == cache.host_lengths == [5, 2]

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
-from tritium.train.run.plots import _running_mean, plot_loss
+from tritium.train.run.metrics import read_metrics
+from tritium.train.run.plots import _draw_more, _running_mean, _tokens_per_step, plot_loss
 
 pytestmark = pytest.mark.plain
 
@@ -12,6 +14,27 @@ def test_plot_loss_writes_a_png(tmp_path):
         {"step": 20, "val_loss": 3.2}
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_evaluations_get_a_panel(tmp_path):
+    lines = [{"step": step, "loss": 5.0, "tokens": 64 * (step + 1)} for step in range(4)]
+    lines = [each | {"lr": 0.1, "grad_norm": 1.0} for each in lines]
+    first = {"step": 2, "val_loss": 3.2, "val_bits_per_byte": 2.0, "text/wiki/loss": 4.0}
+    first |= {"text/wiki/bits_per_byte": 2.5, "choice/tiny/accuracy_sum": 0.25}
+    lines += [first, first | {"step": 4, "choice/tiny/accuracy_sum": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    figure = Figure()
+    below = figure.subplots()
+    training, evaluations = read_metrics(tmp_path)
+    _draw_more(below, evaluations, _tokens_per_step(training))
+    left, right = figure.axes
+    assert {line.get_label(): list(line.get_ydata()) for line in (*left.lines, *right.lines)} == {
+        "validation": [2.0, 2.0],
+        "wiki": [2.5, 2.5],
+        "tiny/accuracy_sum": [0.25, 0.5],
+    }
+    assert list(left.lines[0].get_xdata()) == [128, 256]
     assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 

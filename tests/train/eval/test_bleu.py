@@ -1,0 +1,53 @@
+import json
+
+import pytest
+
+from tritium.errors import InputError
+from tritium.model import GPT, GPTConfig
+from tritium.model.generation import Sampling
+from tritium.train.data.tokenizer import from_spec
+from tritium.train.eval.bleu import Pair, bleu, generate_texts, read_pairs
+
+pytestmark = pytest.mark.plain
+BYTES = from_spec("bytes", list)
+
+
+def read(tmp_path, *records) -> list[Pair]:
+    file = tmp_path / "f.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    return read_pairs(file)
+
+
+def test_pairs_have_one_or_more_references(tmp_path):
+    records = [{"prompt": "a", "reference": "b"}, {"prompt": "c", "references": ["d"]}]
+    assert read(tmp_path, *records) == [Pair("a", ["b"]), Pair("c", ["d"])]
+    for bad, message in (
+        ({"prompt": "a"}, "f.jsonl:2: reference: expected text, got None"),
+        ({"reference": "a"}, "f.jsonl:2: prompt: expected text, got None"),
+        ({"prompt": "a", "references": []}, "f.jsonl:2: references: expected a list of texts"),
+        ({"prompt": "a", "references": ["b", "c"]}, "f.jsonl:2: expected 1 references, as in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path, records[0], bad)
+
+
+def test_texts_end_before_a_stop_text_and_do_not_depend_on_the_batch():
+    config = GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=257, context_tokens=16)
+    model = GPT(config).eval()
+    prompts = ["abc", "b" * 40, "c"]
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    texts = [generate_texts(model, BYTES, prompts, sampling, batch_size=n) for n in (1, 3)]
+    assert texts[0] == texts[1]
+    stop = texts[0][0][2:4]
+    sampling = Sampling(max_new_tokens=6, temperature=0, stop=(stop,))
+    (text,) = generate_texts(model, BYTES, prompts[:1], sampling, batch_size=1)
+    assert text == texts[0][0][: texts[0][0].index(stop)]
+
+
+def test_equal_texts_have_a_bleu_of_100():
+    pytest.importorskip("sacrebleu")
+    pairs = [Pair("a", ["the quick brown fox jumps"]), Pair("b", ["over the very lazy dog"])]
+    found = bleu([" the quick brown fox jumps", "over the very lazy dog\n"], pairs)
+    assert found["bleu"] == pytest.approx(100)
+    assert "nrefs:1" in found["signature"]
+    assert bleu(["a b c d e", "f g h i j"], pairs)["bleu"] < 1

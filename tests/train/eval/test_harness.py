@@ -1,0 +1,128 @@
+"""The adapter for lm-evaluation-harness is compared with lm_eval's own model for transformers."""
+
+import json
+import socket
+
+import pytest
+import torch
+
+from tritium.model import GPT, GPTConfig
+from tritium.train.data.tokenizer import EXPORTED_TOKENIZER, from_spec
+from tritium.train.data.transformers_tokenizer import save_for_transformers
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.plain
+
+LINES = [
+    {"question": "What is seven?", "options": ["a number", "a word"], "answer": 0},
+    {"question": "Who jumps?", "options": ["the lazy dog", "the fox", "all"], "answer": 1},
+    {"question": "Why?", "options": ["because", "no"], "answer": 1},
+]
+TASKS = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "answer",
+        "num_fewshot": 1,
+        "fewshot_split": "train",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "tiny_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}} {{options|join(' or ')}} " * 3,
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
+    },
+    "tiny_generate": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{options[0]}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder of transformers with a model whose predictions depend on the context."""
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=2, n_head=2, d_model=32, vocab_size=257, context_tokens=48)
+    model = GPT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokenizer = from_spec("bytes", list)
+    model.save_pretrained(tmp_path / "model", end_of_text=tokenizer.end_of_text)
+    save_for_transformers(tokenizer, tmp_path / "model", 48)
+    tokenizer.save(tmp_path / "model" / EXPORTED_TOKENIZER)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def task_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
+    for name, task in TASKS.items():
+        files = {"train": str(data), "test": str(data)}
+        content = task | {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
+    return folder
+
+
+def answers(model, folder) -> dict[str, list]:
+    """All responses of a model, by task."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=list(TASKS), task_manager=manager, log_samples=True, bootstrap_iters=0
+    )
+    return {name: [each["resps"] for each in found["samples"][name]] for name in TASKS}
+
+
+@pytest.mark.slow
+def test_answers_equal_those_of_lm_evals_model_for_transformers(exported, task_folder, monkeypatch):
+    """Without a network. lm_eval and its dependencies take about 20 s to import."""
+    pytest.importorskip("accelerate")  # lm_eval's model for transformers needs it
+    from lm_eval.models.huggingface import HFLM
+
+    from tritium.train.eval.harness import TritiumLM
+
+    def connect(*arguments):
+        raise AssertionError(f"expected no connection, got one to {arguments[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    theirs = answers(HFLM(str(exported), device="cpu", batch_size=2), task_folder)
+    ours = answers(TritiumLM(str(exported), device="cpu", batch_size=2), task_folder)
+
+    def numbers(found: list) -> list[float]:
+        return [float(response[0][0]) for responses in found for response in responses]
+
+    assert len(numbers(ours["tiny_choice"])) == 7
+    assert numbers(ours["tiny_choice"]) == pytest.approx(numbers(theirs["tiny_choice"]), abs=1e-4)
+    greedy = [[r[0][1] for r in responses] for responses in ours["tiny_choice"]]
+    assert greedy == [[r[0][1] for r in responses] for responses in theirs["tiny_choice"]]
+    rolling = [[r[0] for r in responses] for responses in ours["tiny_rolling"]]
+    assert rolling == [
+        pytest.approx([r[0] for r in responses], abs=1e-4) for responses in theirs["tiny_rolling"]
+    ]
+    assert ours["tiny_generate"] == theirs["tiny_generate"]
+
+
+@pytest.mark.slow
+def test_the_command_runs_tasks(tritium, exported, task_folder):
+    words = ("--tasks", "tiny_choice", "--include_path", task_folder, "--batch_size", 2)
+    status, out, err = tritium("eval", "lm-eval", exported, *words, "--device", "cpu")
+    assert status == 0, err
+    assert "tiny_choice" in out
+    assert "acc_norm" in out

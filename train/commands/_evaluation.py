@@ -1,0 +1,72 @@
+"""Options, progress and JSON files that the commands of `tritium eval` share."""
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ...errors import InputError
+from ..eval.model import EvaluatedModel
+from ..files import write_whole
+from ..precision import PRECISIONS
+from ..run.metrics import console
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Options of all commands of `tritium eval`."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run, whose newest checkpoint is used, a checkpoint, or a folder of transformers."""
+    batch_size: int = 8
+    """Sequences per forward. It changes results only by rounding."""
+    tokenizer: str | None = None
+    """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
+    precision: Literal[tuple(PRECISIONS)] = "auto"
+    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+    json: str | None = None
+    """File for the results and all that is needed to repeat them: checksums, options, versions."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise InputError(f"batch_size: expected 1 or more, got {self.batch_size}")
+
+    def open(self) -> EvaluatedModel:
+        """Read the model."""
+        return EvaluatedModel.open(
+            Path(self.model),
+            tokenizer=self.tokenizer,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def write(self, model: EvaluatedModel, command: str, argv: list[str], results: Any) -> None:
+        """Write the JSON file, if one is asked for."""
+        if self.json is None:
+            return
+        record = {
+            "command": shlex.join(["tritium", "eval", command, *argv]),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "options": asdict(self),
+            **model.record(),
+            "results": results,
+        }
+        write_whole(self.json, [json.dumps(record, indent=2).encode(), b"\n"])
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal. Yields: a function that adds finished work."""
+    from rich.progress import Progress
+
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)

@@ -1,0 +1,96 @@
+"""BLEU of generated texts against references, with sacrebleu (extra `eval`).
+
+A line of the jsonl file is {"prompt": TEXT, "reference": TEXT}, or "references": a list of texts.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import InputError
+from ...model import GPT
+from ...model.generation import Sampling
+from ..data.tokenizer import Tokenizer
+from ..text import encode_prompt, for_tokenizer
+from .jsonl import read_jsonl, shorten, text_of
+
+
+class Pair(NamedTuple):
+    """A prompt, and texts that are right answers."""
+
+    prompt: str
+    references: list[str]
+
+
+def check_sacrebleu() -> None:
+    """Raise InputError if sacrebleu is not installed."""
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise InputError(
+            "eval bleu: expected an installed sacrebleu, found none; pip install 'tritium[eval]'"
+        )
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Read a jsonl file. Raises: InputError, which names the line, if one does not fit."""
+    pairs = []
+    for place, record in read_jsonl(path):
+        prompt = text_of(record, "prompt", place)
+        if "references" not in record:
+            references = [text_of(record, "reference", place)]
+        else:
+            references = record["references"]
+            is_texts = isinstance(references, list) and all(
+                isinstance(each, str) and each.strip() for each in references
+            )
+            if not is_texts or not references:
+                raise InputError(
+                    f"{place}: references: expected a list of texts, got {shorten(references)}"
+                )
+        if pairs and len(pairs[0].references) != len(references):
+            raise InputError(
+                f"{place}: expected {len(pairs[0].references)} references, as in the first line, "
+                f"got {len(references)}"
+            )
+        pairs.append(Pair(prompt, references))
+    return pairs
+
+
+def generate_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    report: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """Continue each prompt, up to a stop text. A prompt that is too long loses its first tokens."""
+    sampling = for_tokenizer(sampling, tokenizer)
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        encoded = [
+            encode_prompt(tokenizer, prompt)[-model.config.context_tokens :]
+            for prompt in prompts[start : start + batch_size]
+        ]
+        continued = model.generate(encoded, sampling=sampling, tokenizer=tokenizer)
+        for prompt, tokens in zip(encoded, continued, strict=True):
+            new = tokens[len(prompt) :]
+            if new and new[-1] in sampling.stop_tokens:
+                new = new[:-1]
+            text = tokenizer.decode(new)
+            for stop in sampling.stop:
+                text = text.split(stop)[0]
+            texts.append(text)
+        report(len(encoded))
+    return texts
+
+
+def bleu(texts: Sequence[str], pairs: Sequence[Pair]) -> dict[str, float | str]:
+    """Return the BLEU of texts, 0 to 100, and sacrebleu's signature, which names its options."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    references = [list(column) for column in zip(*(pair.references for pair in pairs), strict=True)]
+    found = metric.corpus_score([text.strip() for text in texts], references)
+    return {"bleu": found.score, "signature": str(metric.get_signature())}

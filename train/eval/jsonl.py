@@ -1,0 +1,50 @@
+"""Read jsonl files: one JSON object per line. Errors name the file and the line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ..records import parse_object
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield "FILE:LINE" and the object of each line. Empty lines are skipped.
+
+    Raises: InputError for a line that is not a JSON object, or a file without objects.
+    """
+    count = 0
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = parse_object(line)
+        except ValueError as error:
+            raise InputError(f"{place}: expected a JSON object, got {error}") from None
+        count += 1
+        yield place, record
+    if not count:
+        raise InputError(f"{path}: expected a JSON object per line, got an empty file")
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a file. Raises: InputError if it is not UTF-8; OSError."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8 text, got {error}") from None
+
+
+def text_of(record: dict[str, Any], key: str, place: str) -> str:
+    """Return the text under a key. Raises: InputError if it is missing, empty or no text."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: {key}: expected text, got {shorten(value)}")
+    return value
+
+
+def shorten(value: object) -> str:
+    """Return the repr of a value, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

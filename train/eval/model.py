@@ -1,0 +1,91 @@
+"""Open a model for evaluation, and describe it, so that an evaluation can be repeated."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...kernels.core.triton import HAS_TRITON, triton
+from ...model import GPT
+from ..data.tokenizer import Tokenizer
+from ..device import choose_device, choose_matmul
+from ..files import hash_file
+from ..precision import choose_dtype, working_copy
+from ..run.models import SavedModel, open_model
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model on its device, in evaluation mode, and where it came from."""
+
+    saved: SavedModel
+    gpt: GPT
+    tokenizer: Tokenizer | None
+    """None: the model came without one, and none was named."""
+    device: torch.device
+    dtype: torch.dtype
+    """Dtype of matmuls."""
+
+    @classmethod
+    def open(
+        cls, path: Path, *, tokenizer: str | None = None, device: str, precision: str
+    ) -> "EvaluatedModel":
+        """Read a model.
+
+        Args:
+            path: a run, a checkpoint, a folder of transformers, ...: see `open_model`.
+            tokenizer: another tokenizer than the model's own, as `from_spec` takes it.
+            device, precision: as for ExecutionOptions.
+        Raises: InputError if the path is no model, or the tokenizer or the device does not fit.
+        """
+        chosen = choose_device(device)
+        choose_matmul(chosen)
+        saved = open_model(path)
+        has_tokenizer = tokenizer is not None or saved.tokenizer_path is not None
+        dtype = choose_dtype(precision, chosen)
+        return cls(
+            saved=saved,
+            tokenizer=saved.tokenizer(tokenizer) if has_tokenizer else None,
+            gpt=working_copy(saved.load().float().to(chosen), dtype).eval(),
+            device=chosen,
+            dtype=dtype,
+        )
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises: InputError if there is none."""
+        return self.saved.tokenizer() if self.tokenizer is None else self.tokenizer
+
+    def record(self) -> dict[str, Any]:
+        """Return what identifies the model and the machine, for a JSON file."""
+        folder = self.saved.checkpoint or self.saved.path
+        files = [folder] if folder.is_file() else sorted(folder.iterdir())
+        weights = [
+            file
+            for file in files
+            if file.suffix in _WEIGHT_SUFFIXES and not file.name.startswith("optimizer")
+        ]
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        return {
+            "model": {
+                "path": str(folder.resolve()),
+                "sha256": {file.name: hash_file(file) for file in weights},
+            },
+            "tokenizer": None
+            if self.tokenizer is None
+            else {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": device,
+            "versions": {
+                "tritium": __version__,
+                "torch": torch.__version__,
+                "triton": triton.__version__ if HAS_TRITON else None,
+                "python": platform.python_version(),
+            },
+        }
