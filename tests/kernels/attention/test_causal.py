@@ -17,6 +17,7 @@ from tests.kernels.attention.cases import (
     run,
     sdpa,
 )
+from tests.kernels.compare import opcheck
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.codegen.machine_code import MULTIPROCESSORS
@@ -250,10 +251,10 @@ def test_opcheck(device):
     forward = torch.ops.tritium.causal_attention_fwd.default
     backward = torch.ops.tritium.causal_attention_bwd.default
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(forward, (*leaves, None, *options))
+    opcheck(forward, (*leaves, None, *options))
     o, lse = forward(q, k, v, None, *options)
-    torch.library.opcheck(backward, (do, dlse, q, k, v, o, lse, None, *options))
-    torch.library.opcheck(backward, (do, None, q, k, v, o, lse, None, 0.5, 9, 0.0, 0.0, None))
+    opcheck(backward, (do, dlse, q, k, v, o, lse, None, *options))
+    opcheck(backward, (do, None, q, k, v, o, lse, None, 0.5, 9, 0.0, 0.0, None))
 
 
 def test_compiles_as_one_graph(device):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.attention.cases import definition, make_inputs, meta, needs_kernels, sdpa
+from tests.kernels.compare import opcheck
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.launches import compile_launch, record_launches
 from tritium.kernels import attention_decode
@@ -116,7 +117,7 @@ def contract_inputs(device):
 
 def test_opcheck(device):
     arguments = (*contract_inputs(device), 0.5, 9, 0.0)
-    torch.library.opcheck(torch.ops.tritium.attention_decode.default, arguments)
+    opcheck(torch.ops.tritium.attention_decode.default, arguments)
 
 
 def test_compiles_as_one_graph_and_follows_autocast(device):
