@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 
 # The suite runs one process per core. More threads per process, or in programs that tests start,
@@ -190,6 +191,14 @@ def pytest_configure(config):
 def pytest_make_parametrize_id(val):
     """Name dtypes in test ids, so that -k can select them."""
     return DTYPE_IDS.get(val) if isinstance(val, torch.dtype) else None
+
+
+def pytest_ignore_collect(collection_path):
+    """Under the interpreter, do not import files without kernels: the imports take seconds."""
+    if not INTERPRET or collection_path.suffix != ".py":
+        return None
+    source = collection_path.read_text(encoding="utf-8")
+    return bool(re.search(r"^pytestmark = pytest\.mark\.(plain|codegen)$", source, re.M)) or None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the markers
