@@ -1,6 +1,8 @@
-"""Settings of all tests, and three repairs of Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Settings of all tests, and repairs of Triton's interpreter (TRITON_INTERPRET=1)."""
 
+import math
 import os
+import re
 from dataclasses import replace
 
 # The suite runs one process per core. More threads per process, or in programs that tests start,
@@ -101,8 +103,71 @@ def _repair_repeated_work() -> None:
     interpreter._patch_builtin = patch_once
 
 
+def _repair_repeated_types() -> None:
+    """Describe each shape once. The interpreter describes the shape of each tensor again.
+
+    That takes a third of its time.
+    """
+    import triton.language as tl
+
+    # Sizes of a block -> shape and number of elements, of a block type and of a tensor.
+    of_types, of_tensors = {}, {}
+    make_type = tl.block_type.__init__
+
+    def init_type(self, element_ty, shape):
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if sizes not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[sizes] = self.shape, self.numel
+            of_tensors[sizes] = describe(sizes)
+        self.element_ty = element_ty
+        self.shape, self.numel = of_types[sizes]
+        self.of_tensor = of_tensors[sizes]
+
+    def describe(sizes):
+        return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+    def init_tensor(self, handle, type):
+        self.handle = handle
+        self.type = type
+        self.dtype = type.scalar
+        self.shape, self.numel = type.of_tensor if type.is_block() else of_scalar
+
+    of_scalar = describe(())
+    tl.block_type.__init__ = init_type
+    # Only messages have it.
+    tl.block_type.name = property(
+        lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None
+    )
+    tl.tensor.__init__ = init_tensor
+
+
+def _repair_repeated_patches() -> None:
+    """Patch triton.language once per kernel and module, not again for each function it calls."""
+    from triton.runtime import interpreter
+
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()  # modules whose functions can run in the current kernel
+
+    def patch_once(function):
+        module = function.__module__
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(function)
+
+    def call_with_patches(self, *arguments, **options):
+        patched.clear()
+        call(self, *arguments, **options)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = call_with_patches
+
+
 if INTERPRET:
     _repair_repeated_work()
+    _repair_repeated_types()
+    _repair_repeated_patches()
     _repair_rounding_to_bfloat16()
     _repair_dot_of_16_bits()
 
@@ -126,6 +191,14 @@ def pytest_configure(config):
 def pytest_make_parametrize_id(val):
     """Name dtypes in test ids, so that -k can select them."""
     return DTYPE_IDS.get(val) if isinstance(val, torch.dtype) else None
+
+
+def pytest_ignore_collect(collection_path):
+    """Under the interpreter, do not import files without kernels: the imports take seconds."""
+    if not INTERPRET or collection_path.suffix != ".py":
+        return None
+    source = collection_path.read_text(encoding="utf-8")
+    return bool(re.search(r"^pytestmark = pytest\.mark\.(plain|codegen)$", source, re.M)) or None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the markers

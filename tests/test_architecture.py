@@ -1,6 +1,7 @@
 """House rules that a machine can check: import direction, private files, test files, sizes."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ OPERATORS = [
 MAX_LINES = {"file": 400, "function": 60, "kernel": 100}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
@@ -37,6 +39,7 @@ def is_source(dotted: str) -> bool:
     ).is_file()
 
 
+@functools.cache
 def imported_modules(path: Path) -> set[str]:
     """Modules of tritium that a source imports: "kernels.core.op", "errors", "" for the version."""
     package = list(path.parts[:-1])

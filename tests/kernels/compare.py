@@ -1,6 +1,13 @@
-"""Comparisons of several tensors at once."""
+"""Comparisons of several tensors at once, and checks of registered operators."""
 
+import pytest
 import torch
+
+from tritium.kernels.core.op import INTERPRET
+
+# Marks of a case that takes the same paths through a kernel as another case of its test. Only the
+# run of slow tests interprets it. The plain run and a GPU run it always.
+slow_to_interpret = [pytest.mark.slow] if INTERPRET else []
 
 
 def assert_equal(got, expected):
@@ -13,3 +20,14 @@ def assert_close(got, expected, **tolerance):
     """Each pair of tensors passes torch.testing.assert_close."""
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def opcheck(operator, arguments):
+    """Check the registration of an operator with torch.library.opcheck.
+
+    Under the interpreter, only run the checks that look at what the kernel returns and changes. The
+    other checks are of autograd and tracing. The plain run has them.
+    """
+    kernel_checks = ("test_schema", "test_faketensor")
+    more = {"test_utils": kernel_checks} if INTERPRET else {}
+    torch.library.opcheck(operator, arguments, **more)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from triton.runtime.jit import JITFunction
 
 from tests.held import Held
-from tests.kernels.compare import assert_close, assert_equal
+from tests.kernels.compare import assert_close, assert_equal, opcheck
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
@@ -280,14 +280,10 @@ def test_opcheck(device):
         (rows, weight, None, table, order, 6, torch.float32, 0.5, seed),
         (rows, weight, rows % 8, table, order.int(), 6, torch.float32, 0.5, seed),
     ):
-        torch.library.opcheck(ops.embedding_fwd.default, arguments)
-    torch.library.opcheck(ops.embedding_bwd.default, (dy, rows, None, 7, torch.float32, 0.0, None))
-    torch.library.opcheck(
-        ops.embedding_bwd.default, (dy, rows, order, 7, torch.bfloat16, 0.5, seed)
-    )
-    torch.library.opcheck(
-        ops.embedding_add.default, (weight.detach().clone(), dy, rows, order.int(), 0.5, seed)
-    )
+        opcheck(ops.embedding_fwd.default, arguments)
+    opcheck(ops.embedding_bwd.default, (dy, rows, None, 7, torch.float32, 0.0, None))
+    opcheck(ops.embedding_bwd.default, (dy, rows, order, 7, torch.bfloat16, 0.5, seed))
+    opcheck(ops.embedding_add.default, (weight.detach().clone(), dy, rows, order.int(), 0.5, seed))
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,7 @@ def test_compiled_gradients_have_no_operator_that_adds_with_atomics(options, has
 # --- compilation, training, several processes
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["gpt2", "llama"])
 def test_model_compiles_as_one_graph(config):
     model = random_model(config)

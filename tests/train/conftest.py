@@ -1,6 +1,8 @@
 """A corpus and a model that train in about a second, and ways to call the program."""
 
+import contextlib
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tritium.__main__ import dispatch
-from tritium.train import session
+from tritium.train import loop, session
 from tritium.train.commands.cli import run
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"
@@ -27,12 +29,28 @@ def corpus(tmp_path) -> Path:
     return file
 
 
+@contextlib.contextmanager
+def quiet_collector():
+    """trainer.quiet_collector without its collection.
+
+    That would examine everything that the tests have imported, which takes longer than the steps.
+    """
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 @pytest.fixture
 def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
     """Words of a `tritium train` command that takes about a second and writes tmp_path/run."""
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     # Drawing takes longer than the steps.
     monkeypatch.setattr(session, "plot_loss", lambda run: (run / "loss.png").touch())
+    monkeypatch.setattr(loop, "quiet_collector", quiet_collector)
     options = {
         "data": corpus,
         "tokenizer": "bytes",

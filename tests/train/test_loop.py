@@ -1,4 +1,5 @@
 import functools
+import gc
 import itertools
 import json
 import resource
@@ -15,6 +16,7 @@ from tritium.train import loop, session
 from tritium.train.lock import FolderLock
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.plots import plot_loss
+from tritium.train.trainer import quiet_collector
 
 pytestmark = pytest.mark.plain
 
@@ -25,6 +27,11 @@ def weights(run, step=20) -> bytes:
 
 def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "plot_loss", plot_loss)
+    monkeypatch.setattr(loop, "quiet_collector", quiet_collector)
+    schedule, is_enabled = session.learning_rate, []
+    monkeypatch.setattr(
+        session, "learning_rate", lambda *step: is_enabled.append(gc.isenabled()) or schedule(*step)
+    )
     status, out, err = tritium(*tiny, "--steps", 60, "--lr", 1e-2, "--checkpoint-interval", 30)
     assert status == 0, err
     run = tmp_path / "run"
@@ -33,6 +40,7 @@ def test_a_run_learns_and_writes_its_files(tiny, tritium, tmp_path, monkeypatch)
     }  # fmt: skip
     rows, evaluations = read_metrics(run)
     assert [row["step"] for row in rows] == list(range(60))
+    assert not any(is_enabled), "the garbage collector interrupts no step"
     assert [row["step"] for row in evaluations] == [10, 20, 30, 40, 50, 60]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 5.6
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -85,23 +85,37 @@ def library_defaults():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+SLOW = ("float32", "bfloat16")
+SLOW_IN_BFLOAT16 = ("bfloat16",)  # matmuls of 16 bits are slow on a CPU
+
+
+def in_each_precision(*case, slow=()):
+    """A case in each precision. The plain run leaves out the precisions `slow`."""
+    return [
+        pytest.param(*case, precision, marks=[pytest.mark.slow] * (precision in slow))
+        for precision in ("float32", "bfloat16")
+    ]
+
+
 @pytest.mark.parametrize(
-    ("config", "batch", "micro_batch"),
+    ("config", "batch", "micro_batch", "precision"),
     [
-        (DEEP, 4, 4),  # fullest in the backward of the last MLP
-        pytest.param(DEEP, 4, 2, marks=pytest.mark.slow),
-        (replace(DEEP, context_tokens=16), 1, 1),  # fullest at the end of the backward
-        (WIDE, 8, 8),  # fullest in the head, in several chunks
-        pytest.param(WIDE, 8, 2, marks=pytest.mark.slow),
-        pytest.param(LARGE_VOCABULARY, 4, 4, marks=pytest.mark.slow),
-        (LARGE_VOCABULARY, 4, 1),
-        (replace(LARGE_VOCABULARY, tied_head=False), 4, 4),
-        pytest.param(replace(LARGE_VOCABULARY, tied_head=False), 4, 1, marks=pytest.mark.slow),
-        pytest.param(LLAMA, 4, 4, marks=pytest.mark.slow),
-        (LLAMA, 4, 2),
-        (replace(DEEP, dropout=0.1, embedding_dropout=0.1), 4, 4),
-        (replace(DEEP, mlp="relu2", qk_norm=True), 4, 4),
+        # fullest in the backward of the last MLP
+        *in_each_precision(DEEP, 4, 4, slow=SLOW_IN_BFLOAT16),
+        *in_each_precision(DEEP, 4, 2, slow=SLOW),
+        # fullest at the end of the backward
+        *in_each_precision(replace(DEEP, context_tokens=16), 1, 1),
+        # fullest in the head, in several chunks
+        *in_each_precision(WIDE, 8, 8, slow=SLOW_IN_BFLOAT16),
+        *in_each_precision(WIDE, 8, 2, slow=SLOW),
+        *in_each_precision(LARGE_VOCABULARY, 4, 4, slow=SLOW),
+        *in_each_precision(LARGE_VOCABULARY, 4, 1),
+        *in_each_precision(replace(LARGE_VOCABULARY, tied_head=False), 4, 4),
+        *in_each_precision(replace(LARGE_VOCABULARY, tied_head=False), 4, 1, slow=SLOW),
+        *in_each_precision(LLAMA, 4, 4, slow=SLOW),
+        *in_each_precision(LLAMA, 4, 2, slow=SLOW_IN_BFLOAT16),
+        *in_each_precision(replace(DEEP, dropout=0.1, embedding_dropout=0.1), 4, 4),
+        *in_each_precision(replace(DEEP, mlp="relu2", qk_norm=True), 4, 4, slow=SLOW_IN_BFLOAT16),
     ],
 )
 def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision, library_defaults):
@@ -114,16 +128,15 @@ def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision
     assert 0.98 <= formula / peak <= 1.02
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("config", "batch", "micro_batch", "recompute"),
+    ("config", "batch", "micro_batch", "recompute", "precision"),
     [
-        (DEEP, 4, 4, "gelu"),
-        (DEEP, 4, 2, "selective"),
-        pytest.param(DEEP, 4, 4, "selective", marks=pytest.mark.slow),
-        pytest.param(DEEP, 4, 4, "block", marks=pytest.mark.slow),
-        (LLAMA, 4, 2, "block"),
-        (LARGE_VOCABULARY, 4, 4, "block"),
+        *in_each_precision(DEEP, 4, 4, "gelu", slow=SLOW_IN_BFLOAT16),
+        *in_each_precision(DEEP, 4, 2, "selective", slow=SLOW_IN_BFLOAT16),
+        *in_each_precision(DEEP, 4, 4, "selective", slow=SLOW),
+        *in_each_precision(DEEP, 4, 4, "block", slow=SLOW),
+        *in_each_precision(LLAMA, 4, 2, "block"),
+        *in_each_precision(LARGE_VOCABULARY, 4, 4, "block"),
     ],
 )
 def test_formula_matches_the_measured_peak_with_activation_checkpointing(
@@ -147,11 +160,12 @@ def test_formula_matches_the_measured_peak_with_activation_checkpointing(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizer_bytes_match_the_state(optimizer):
-    trainer, _ = trained(DEEP, batch_size=1, optimizer=optimizer)
+    config = replace(DEEP, n_layer=2)
+    trainer, _ = trained(config, batch_size=1, optimizer=optimizer)
     # Without the step counts, one number per parameter.
     measured = sum(4 * tensor.numel() for tensor in states(trainer) if tensor.ndim)
     plan = make_plan(PlanOptions(recipe="laptop", gpu="h100"))
-    plan = replace(plan, model=DEEP, optimizer=optimizer)
+    plan = replace(plan, model=config, optimizer=optimizer)
     assert plan.memory(1)["optimizer"] == measured
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.attention.cases import definition, make_inputs, meta, needs_kernels, sdpa
+from tests.kernels.compare import opcheck, slow_to_interpret
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.launches import compile_launch, record_launches
 from tritium.kernels import attention_decode
@@ -40,7 +41,21 @@ def make_caches(B, T, S, H, G, K, dtype, device):
 @pytest.mark.parametrize(
     ("shape", "options", "dtype"),
     [
-        *((shape, options, torch.bfloat16) for shape in SHAPES[:-1] for options in OPTIONS),
+        *((shape, {}, torch.bfloat16) for shape in SHAPES[:-1]),
+        # Each option with one token, with several splits and with several tokens.
+        *((shape, options, torch.bfloat16) for shape in SHAPES[1:3] for options in OPTIONS[1:]),
+        (SHAPES[3], OPTIONS[1], torch.bfloat16),
+        (SHAPES[3], OPTIONS[2], torch.bfloat16),
+        (SHAPES[5], OPTIONS[3], torch.bfloat16),
+        *(
+            pytest.param(shape, options, torch.bfloat16, marks=slow_to_interpret)
+            for shape, options in (
+                *((shape, options) for shape in (SHAPES[0], SHAPES[4]) for options in OPTIONS[1:]),
+                (SHAPES[3], OPTIONS[3]),
+                (SHAPES[5], OPTIONS[1]),
+                (SHAPES[5], OPTIONS[2]),
+            )
+        ),
         *((shape, {}, dtype) for shape in SHAPES[:-1] for dtype in (torch.float32, torch.float16)),
         # The longest cache. With a window, most of its splits see no key.
         *((SHAPES[-1], options, torch.bfloat16) for options in OPTIONS[:3]),
@@ -116,7 +131,7 @@ def contract_inputs(device):
 
 def test_opcheck(device):
     arguments = (*contract_inputs(device), 0.5, 9, 0.0)
-    torch.library.opcheck(torch.ops.tritium.attention_decode.default, arguments)
+    opcheck(torch.ops.tritium.attention_decode.default, arguments)
 
 
 def test_compiles_as_one_graph_and_follows_autocast(device):

@@ -14,6 +14,7 @@ from tests.kernels.attention.cases import (
     run,
 )
 from tritium.kernels import causal_attention
+from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.philox import random_bits
 
 
@@ -45,7 +46,7 @@ def test_forward_and_backward_use_the_mask_of_the_seed(T, S, window, dtype, devi
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_expected_fraction(p, device):
     """With equal scores and values of 1, query i returns kept keys / ((i + 1) (1 - p))."""
-    T = 200
+    T = 70 if INTERPRET else 200
     zeros, ones = torch.zeros(2, T, 2, 16, device=device), torch.ones(2, T, 2, 16, device=device)
     o = causal_attention(zeros, zeros, ones, dropout_p=p, seed=5)[..., 0]
     kept = (o * torch.arange(1, T + 1, device=device)[:, None] * (1 - p)).double().sum().item()

@@ -13,6 +13,7 @@ from tests.kernels.attention.cases import (
     packed,
     run,
 )
+from tests.kernels.compare import opcheck
 from tritium.kernels import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
 from tritium.kernels.core.op import INTERPRET
 
@@ -222,7 +223,7 @@ def test_opcheck(device):
     (q, k, v), _ = make_documents((7, 0, 5), 4, 2, 8, torch.float32, device)
     leaves = [x[None].requires_grad_() for x in (q, k, v)]
     arguments = (*leaves, cumulative((7, 0, 5), device), 0.5, 12, 0.0, 0.0, None)
-    torch.library.opcheck(torch.ops.tritium.causal_attention_fwd.default, arguments)
+    opcheck(torch.ops.tritium.causal_attention_fwd.default, arguments)
 
 
 def test_compiles_as_one_graph_and_follows_autocast(device):

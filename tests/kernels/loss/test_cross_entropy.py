@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.kernels.compare import assert_close, assert_equal
+from tests.kernels.compare import assert_close, assert_equal, opcheck
 from tests.kernels.loss.cases import (
     ALL_OPTIONS,
     BAD_ARGUMENTS,
@@ -293,12 +293,10 @@ def test_opcheck(device):
     ops, options = torch.ops.tritium, (-100, 0.1, 0.01, 5.0)
     for reduction in REDUCTIONS:
         leaf = logits.clone().requires_grad_()
-        torch.library.opcheck(ops.cross_entropy_fwd.default, (leaf, target, *options, reduction))
+        opcheck(ops.cross_entropy_fwd.default, (leaf, target, *options, reduction))
         dloss = incoming if reduction == "none" else incoming[0].clone()
         saved = torch.rand(2, 6, device=device), torch.tensor(5, device=device)
-        torch.library.opcheck(
-            ops.cross_entropy_bwd.default, (dloss, logits, target, *saved, *options, reduction)
-        )
+        opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *saved, *options, reduction))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

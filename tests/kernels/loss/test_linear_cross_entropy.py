@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
 from tests.held import Held
-from tests.kernels.compare import assert_close, assert_equal
+from tests.kernels.compare import assert_close, assert_equal, opcheck
 from tests.kernels.loss.cases import (
     ALL_OPTIONS,
     BAD_ARGUMENTS,
@@ -256,19 +256,19 @@ def test_opcheck(device):
     leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
     for reduction, want in (("mean", True), ("none", False)):
         arguments = (leaves[0], leaves[1], target, leaves[2], *options, reduction, 20, want, want)
-        torch.library.opcheck(ops.linear_cross_entropy_fwd.default, arguments)
-    torch.library.opcheck(
+        opcheck(ops.linear_cross_entropy_fwd.default, arguments)
+    opcheck(
         ops.linear_cross_entropy_fwd.default,
         (x, weight, target, None, *options, "sum", 24, True, False),
     )
     # A float32 weight with a 16-bit x.
-    torch.library.opcheck(
+    opcheck(
         ops.linear_cross_entropy_fwd.default,
         (x.bfloat16().requires_grad_(), leaves[1], target, None, *options, "mean", 20, True, True),
     )
     scaled = (incoming[0].clone(), torch.tensor(5, device=device), x, weight, bias)
-    torch.library.opcheck(ops.linear_cross_entropy_scale.default, (*scaled, torch.bfloat16))
-    torch.library.opcheck(
+    opcheck(ops.linear_cross_entropy_scale.default, (*scaled, torch.bfloat16))
+    opcheck(
         ops.linear_cross_entropy_rows_bwd.default,
         (incoming, x, weight, target, bias, *options, "none", 20, True, True),
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.compare import assert_close, assert_equal
+from tests.kernels.compare import assert_close, assert_equal, opcheck
 from tests.kernels.mlp.cases import BAD_X, FLOATS, SHAPES, double, randn, run, transposed
 from tests.tolerance import assert_accurate, walk
 from tritium.bench.codegen.disassembly import resources
@@ -138,11 +138,11 @@ def test_opcheck(device):
     inputs, incoming = tensors(11, 8, 12, torch.float32, device)
     leaves = [value.clone().requires_grad_() for value in inputs]
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.linear_fwd.default, (*leaves, "gelu", "auto"))
+    opcheck(ops.linear_fwd.default, (*leaves, "gelu", "auto"))
     x, weight, _ = inputs
     h = torch.randn_like(incoming)
     needs = [True, True, False]
-    torch.library.opcheck(ops.linear_bwd.default, (incoming, x, weight, h, "gelu_tanh", needs))
+    opcheck(ops.linear_bwd.default, (incoming, x, weight, h, "gelu_tanh", needs))
 
 
 def test_compiles_as_one_graph(device, matmul):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.compare import assert_close, assert_equal
+from tests.kernels.compare import assert_close, assert_equal, opcheck
 from tests.kernels.mlp.cases import (
     BAD_X,
     FLOATS,
@@ -219,20 +219,16 @@ def test_opcheck(device, small_chunks):
     inputs, dy = tensors(11, 8, 12, torch.float32, device)
     x, w1, b1, w2, b2 = (value.requires_grad_() for value in inputs)
     ops = torch.ops.tritium
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "gelu_tanh", False, "auto"))
-    torch.library.opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "gelu", True, "fused"))
-    torch.library.opcheck(ops.relu2_mlp_fwd.default, (x, w1, b1, w2, b2, "relu2", False, "auto"))
+    opcheck(ops.gelu_mlp_fwd.default, (x, w1, b1, w2, b2, "gelu_tanh", False, "auto"))
+    opcheck(ops.gelu_mlp_fwd.default, (x, w1, None, w2, None, "gelu", True, "fused"))
+    opcheck(ops.relu2_mlp_fwd.default, (x, w1, b1, w2, b2, "relu2", False, "auto"))
     x, w1, w2 = (value.detach() for value in (x, w1, w2))
     h, a = randn([(11, 12), (11, 12)], 0, torch.float32, device)
     only_x = [True, False, False, False, False]
     only_w2 = [False, False, False, True, False]
     for saved, needs in ((a, [True] * 5), (None, [True] * 5), (None, only_x), (None, only_w2)):
-        torch.library.opcheck(
-            ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "gelu_tanh", "auto", needs)
-        )
-    torch.library.opcheck(
-        ops.relu2_mlp_bwd.default, (dy, x, w1, w2, h, a, "relu2", "auto", [True] * 5)
-    )
+        opcheck(ops.gelu_mlp_bwd.default, (dy, x, w1, w2, h, saved, "gelu_tanh", "auto", needs))
+    opcheck(ops.relu2_mlp_bwd.default, (dy, x, w1, w2, h, a, "relu2", "auto", [True] * 5))
 
 
 @pytest.mark.parametrize("operator", [gelu_mlp, relu2_mlp])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.compare import assert_equal
+from tests.kernels.compare import assert_equal, opcheck
 from tests.kernels.mlp.cases import saved_shapes
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
@@ -165,8 +165,8 @@ def test_opcheck(operator, device):
     else:
         forward = ops.add_layer_norm_fwd.default, (*leaves[:3], None, 1e-5, leaves[3], P, seed)
         backward = ops.layer_norm_bwd.default, (*saved, rows, rows, True, None, P, seed)
-    torch.library.opcheck(*forward)
-    torch.library.opcheck(*backward)
+    opcheck(*forward)
+    opcheck(*backward)
 
 
 @OPERATORS

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.compare import opcheck
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import (
@@ -325,16 +326,14 @@ def test_opcheck(device):
     statistics = torch.randn(M, device=device), torch.rand(M, device=device)
     ops = torch.ops.tritium
     added_bias = torch.randn(N, dtype=torch.bfloat16, device=device, requires_grad=True)
-    torch.library.opcheck(ops.layer_norm_fwd.default, (x, weight, None, 1e-5, added_bias))
-    torch.library.opcheck(
-        ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None, 0.0, None)
-    )
-    torch.library.opcheck(
+    opcheck(ops.layer_norm_fwd.default, (x, weight, None, 1e-5, added_bias))
+    opcheck(ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None, 0.0, None))
+    opcheck(
         ops.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, added_bias, 0.0, None)
     )
     plain = [value.detach() for value in (dy, dh, x, weight)]
-    torch.library.opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True, None, 0.0, None))
-    torch.library.opcheck(
+    opcheck(ops.layer_norm_bwd.default, (*plain, *statistics, True, None, 0.0, None))
+    opcheck(
         ops.layer_norm_bwd.default,
         (plain[0], None, *plain[2:], *statistics, False, torch.bfloat16, 0.0, None),
     )

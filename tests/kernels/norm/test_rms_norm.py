@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.compare import opcheck
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
@@ -183,13 +184,11 @@ def test_opcheck(device):
     ops, rstd = torch.ops.tritium, torch.rand(5, device=device)
     leaves = [value.clone().requires_grad_() for value in (x, residual, weight)]
     added_bias = weight.bfloat16().requires_grad_()
-    torch.library.opcheck(ops.rms_norm_fwd.default, (leaves[0], leaves[2], 1e-6, added_bias))
-    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, None, 0.0, None))
-    torch.library.opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, added_bias, 0.0, None))
-    torch.library.opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd, None, 0.0, None))
-    torch.library.opcheck(
-        ops.rms_norm_bwd.default, (dy, None, x, weight, rstd, torch.bfloat16, 0.0, None)
-    )
+    opcheck(ops.rms_norm_fwd.default, (leaves[0], leaves[2], 1e-6, added_bias))
+    opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, None, 0.0, None))
+    opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, added_bias, 0.0, None))
+    opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd, None, 0.0, None))
+    opcheck(ops.rms_norm_bwd.default, (dy, None, x, weight, rstd, torch.bfloat16, 0.0, None))
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows(device):

@@ -1,5 +1,8 @@
 """Runs on several ranks match the run of one process to the rounding of float32."""
 
+import contextlib
+import fcntl
+import os
 import shutil
 from dataclasses import replace
 from unittest.mock import MagicMock
@@ -64,14 +67,32 @@ def assert_same(found, expected) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+    """The folder of the runs. All processes of pytest -n share it."""
+    temporary = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (temporary.parent if is_worker else temporary) / "engines"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def only_process(file):
+    """Let one process of pytest -n at a time into the context."""
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture
-def words(runs, monkeypatch) -> list:
+def words(home, monkeypatch) -> list:
     """Options of a run of two epochs, each of which ends with a padded window."""
-    monkeypatch.setenv("TRITIUM_HOME", str(runs / "home"))
-    corpus = runs / "corpus.txt"
+    monkeypatch.setenv("TRITIUM_HOME", str(home))
+    corpus = home / "corpus.txt"
     corpus.write_text("\n".join(str(number * number) for number in range(290)))
     options = {
         "data": corpus,
@@ -100,17 +121,18 @@ def once(runs, words, launch):
 
     def run(model: str, engine: str, *, compiled: bool = False):
         folder = runs / f"{model}-{engine}"
-        if not folder.exists():
-            ranks, options = LAUNCHES[engine]
-            more = {}
-            if compiled:
-                options = [*options, "--compile", "on"]
-                # Generates no code, which would take longer than the run.
-                more["backend"] = "aot_eager"
-            status, _, err = launch(
-                ranks, *words, *MODELS[model], *options, "--out", folder, **more
-            )
-            assert status == [0] * len(status), err
+        ranks, options = LAUNCHES[engine]
+        more = {}
+        if compiled:
+            options = [*options, "--compile", "on"]
+            # Generates no code, which would take longer than the run.
+            more["backend"] = "aot_eager"
+        with only_process(folder.with_suffix(".lock")):
+            if not folder.exists():
+                status, _, err = launch(
+                    ranks, *words, *MODELS[model], *options, "--out", folder, **more
+                )
+                assert status == [0] * len(status), err
         return folder
 
     return run
