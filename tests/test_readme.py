@@ -18,7 +18,6 @@ from tritium.train.commands.sample import SampleOptions
 from tritium.train.commands.train import ResumeOptions
 from tritium.train.config import PART_OF
 from tritium.train.distributed.launch import Launch
-from tritium.train.recipes import RECIPES
 
 pytestmark = pytest.mark.plain
 
@@ -65,11 +64,6 @@ def test_ci_runs_the_second_block():
 def test_the_table_of_operators_is_complete():
     rows = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(kernels.__all__)
-
-
-def test_the_recipes_are_named():
-    line = re.search(r"^Recipes: .*$", README, flags=re.MULTILINE)[0]
-    assert re.findall(r"`([a-z0-9-]+)`", line) == list(RECIPES)
 
 
 def test_the_files_that_are_linked_exist():
