@@ -325,7 +325,7 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
             print(_describe_stop(run, world))
         return stop_status(_stop_status(run, stop))
     except DivergedError as error:
-        lower = f"--change lr={read_run(run).train.lr / 2:g}"
+        lower = f"--change lr={min(read_run(run).train.lr / 2, 0.01):g}"
         raise InputError(f"{error}; go on with: {_resume_command(run, world)} {lower}") from error
     except Exception as error:
         # If only one rank runs out of memory, the others wait for it until torchrun ends them.
