@@ -88,6 +88,11 @@ class CheckpointSaver:
             except Exception as failed:
                 print(f"tritium: {failed}", file=sys.stderr)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of the buffer that copies of checkpoints use."""
+        return self._buffer.nbytes
+
     def save(self, step: int, *, background: bool | None = None) -> None:
         """Begin the checkpoint after `step` steps.
 
