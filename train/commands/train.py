@@ -5,6 +5,7 @@ import itertools
 import math
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -221,8 +222,16 @@ def _resume(argv: Sequence[str]) -> int:
     before = recorded.options()
     changes = {name: given[name] for name in FREE if given[name] != before[name]}
     changes |= _parse_changes(options.change, prog)
+    is_finished = recorded.steps in checkpoints(run)
     with join(options.launch) as world:
-        return _run_and_report(run, world, lambda: resume(run, world, changes))
+        status = _run_and_report(run, world, lambda: resume(run, world, changes))
+        if is_finished and "steps" not in changes and world.is_rank0:
+            print(
+                f"{run}: all {recorded.steps} steps were done before; to train on, give "
+                f"--change steps=N with N above {recorded.steps}",
+                file=sys.stderr,
+            )
+        return status
 
 
 def _explain(error: InputError, words: Sequence[str]) -> InputError:
