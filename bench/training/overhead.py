@@ -15,7 +15,6 @@ not. Both are shown. The data is random tokens.
 """
 
 import contextlib
-import functools
 import statistics
 import tempfile
 import time
@@ -40,6 +39,8 @@ from ...train.trainer import Trainer, single_trainer
 from ..record import check_writable, describe_provenance, provenance, write_record
 from .training import random_batch
 
+# Drawn before the clock starts, and used in turn.
+_BATCHES = 8
 HELP = f"""Measure the cost of checkpoints and of the judgement of bad steps, on a CPU.
 
 
@@ -90,10 +91,10 @@ def measure(name: str, config: TrainConfig, options: Options, folder: Path) -> d
     keep_freed_memory()
     shape = config.gpt(vocab_size(name, config))
     trainer = single_trainer(GPT(shape), config)
-    batch = functools.partial(random_batch, config, shape)
+    batches = [random_batch(config, shape, number) for number in range(_BATCHES)]
 
     def step(number: int) -> None:
-        trainer.backward(batch(number), step=number)
+        trainer.backward(batches[number % _BATCHES], step=number)
         trainer.update(config.lr)
 
     for number in range(3):
