@@ -222,16 +222,23 @@ def _resume(argv: Sequence[str]) -> int:
     before = recorded.options()
     changes = {name: given[name] for name in FREE if given[name] != before[name]}
     changes |= _parse_changes(options.change, prog)
-    is_finished = recorded.steps in checkpoints(run)
+    finished = _finished_at(run, recorded.steps)
     with join(options.launch) as world:
         status = _run_and_report(run, world, lambda: resume(run, world, changes))
-        if is_finished and "steps" not in changes and world.is_rank0:
+        has_trained = finished is None or _finished_at(run, recorded.steps) != finished
+        if world.is_rank0 and not has_trained and "steps" not in changes:
             print(
                 f"{run}: all {recorded.steps} steps were done before; to train on, give "
                 f"--change steps=N with N above {recorded.steps}",
                 file=sys.stderr,
             )
         return status
+
+
+def _finished_at(run: Path, steps: int) -> int | None:
+    """Return when the last checkpoint of a run was written, in nanoseconds; None without it."""
+    folder = checkpoints(run).get(steps)
+    return folder and folder.stat().st_mtime_ns
 
 
 def _explain(error: InputError, words: Sequence[str]) -> InputError:
