@@ -54,6 +54,7 @@ class Session:
                 # A rank learns one step later that another rank stops. A batch that cannot be read
                 # therefore stops the run two steps before.
                 error = batches.error(min(2, config.steps - step))
+                batch = next(batches)
             if isinstance(error, InputError | OSError):
                 self.signals.request_stop(error)
             if self.signals.received:
@@ -67,8 +68,6 @@ class Session:
                 self.evaluate(step)
 
             lr = learning_rate(config, step)
-            with self.metrics.waiting():
-                batch = next(batches)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             backward = functools.partial(trainer.backward, batch, num_targets, step=step)
             loss = self.signals.interruptible(backward)

@@ -256,11 +256,6 @@ def _parse_record(content: bytes) -> RunRecord:
             "tritium that wrote it"
         )
     check_names("field", record, [*_OTHER_KEYS, *_field_names(RunRecord)])
-    for name in ("train", "model"):
-        if not isinstance(record.get(name), dict):
-            raise InputError(
-                f"{name}: expected options by their names, got {record.get(name)!r:.40}"
-            )
     check_names("model option", record["model"], _field_names(GPTConfig))
     options = record["train"]
     for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions):

@@ -160,5 +160,5 @@ def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
     answer = error_of("train", "--resume", run)
     assert re.search(
-        "step-20/model.safetensors: damaged: .*, and the 2 before it are damaged too", answer
+        "step-20/model.safetensors: damaged: .*; older checkpoints that are damaged too: 2", answer
     )
