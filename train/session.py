@@ -50,13 +50,6 @@ class Session:
         device = trainer.engine.execution.device
         steps = range(first, config.steps)
         for step in profiled(steps, config, self.run, self.metrics, device, world):
-            with self.metrics.waiting():
-                # A rank learns one step later that another rank stops. A batch that cannot be read
-                # therefore stops the run two steps before.
-                error = batches.error(min(2, config.steps - step))
-                batch = next(batches)
-            if isinstance(error, InputError | OSError):
-                self.signals.request_stop(error)
             if self.signals.received:
                 self.stop(step)
             if self.has_bad_series():
@@ -68,6 +61,13 @@ class Session:
                 self.evaluate(step)
 
             lr = learning_rate(config, step)
+            with self.metrics.waiting():
+                batch = next(batches)
+                # A rank learns one step later that another rank stops. A batch that cannot be read
+                # therefore stops the run two steps before.
+                error = batches.error(min(2, config.steps - step - 1))
+            if isinstance(error, InputError | OSError):
+                self.signals.request_stop(error)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             backward = functools.partial(trainer.backward, batch, num_targets, step=step)
             loss = self.signals.interruptible(backward)

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from .loader import Batch
 
-# A rank that cannot read a batch tells the other ranks two steps before. The thread reads a third.
-_AHEAD = 3
+# A run looks for errors of the next two batches. Meanwhile the thread reads two more.
+_AHEAD = 4
 
 
 class Prefetch:

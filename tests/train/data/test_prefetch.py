@@ -30,20 +30,20 @@ def test_prefetch_yields_the_loaders_batches_from_any_step():
             np.testing.assert_array_equal(next(batches).windows, other.batch(step).windows)
 
 
-def test_prefetch_reads_three_batches_ahead_in_another_thread():
-    seen, fourth = [], threading.Event()
+def test_prefetch_reads_four_batches_ahead_in_another_thread():
+    seen, fifth = [], threading.Event()
 
     def read(step):
         seen.append((step, threading.current_thread() is threading.main_thread()))
-        if len(seen) == 4:
-            fourth.set()
+        if len(seen) == 5:
+            fifth.set()
         return step
 
     with Prefetch(read, 5) as batches:
         assert next(batches) == 5
-        assert fourth.wait(30)
+        assert fifth.wait(30)
         time.sleep(0.05)
-        assert seen == [(5, False), (6, False), (7, False), (8, False)]
+        assert seen == [(5, False), (6, False), (7, False), (8, False), (9, False)]
 
 
 def test_error_is_raised_when_its_step_is_requested():
