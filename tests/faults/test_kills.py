@@ -12,8 +12,8 @@ from tritium.train.run.checkpoint import checkpoints
 pytestmark = [pytest.mark.plain, pytest.mark.slow]
 
 STEPS, INTERVAL = 100, 5
-# Writes two numbers to the file `reached`: of the steps that have ended, and of the steps before
-# the checkpoint that was begun last.
+# Writes two numbers to the file `reached`: the steps that have ended, and the step of the checkpoint
+# that was begun last.
 COUNT = """
 from tritium.train.run import saver
 reached = os.open({reached!r}, os.O_WRONLY | os.O_CREAT)
@@ -52,8 +52,8 @@ def kill_at_random(begin, words, tmp_path, request, record_property):
 
     Each run is killed until it ends. New runs begin until the number of kills is reached.
 
-    Returns: of each kill, the steps that ended since the newest checkpoint, and since the
-        checkpoint that was begun last.
+    Returns: two numbers per process: the steps that ended since the newest checkpoint, and since
+        the checkpoint that was begun last.
     """
 
     def call(*more, fraction=1) -> list[tuple[int, int]]:
