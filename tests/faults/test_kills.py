@@ -12,8 +12,8 @@ from tritium.train.run.checkpoint import checkpoints
 pytestmark = [pytest.mark.plain, pytest.mark.slow]
 
 STEPS, INTERVAL = 100, 5
-# Writes two numbers to the file `reached`: the steps that have ended, and the step of the checkpoint
-# that was begun last.
+# Writes two numbers to the file `reached`: the steps that have ended, and the step of the
+# checkpoint that was begun last.
 COUNT = """
 from tritium.train.run import saver
 reached = os.open({reached!r}, os.O_WRONLY | os.O_CREAT)
