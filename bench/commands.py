@@ -11,6 +11,7 @@ COMMANDS = {
     "kernels": "ops.compare",
     "codegen": "codegen.table",
     "train": "training.training",
+    "overhead": "training.overhead",
     "tune": "ops.tune",
     "predict": "training.predict",
     "traffic": "training.traffic",
@@ -23,6 +24,7 @@ HELP = """usage: tritium bench COMMAND [options]
   kernels [OP ...]     compare operators with eager PyTorch, torch.compile, SDPA and libraries
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT
+  overhead [RECIPE]    measure what checkpoints and the judgement of bad steps cost, on a CPU
   tune OP              compare launch sizes of an operator on a GPU
   predict [RECIPE]     estimate a training step, kernel by kernel; no GPU is needed
   traffic              count the bytes that a block moves per token; no GPU is needed

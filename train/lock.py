@@ -87,8 +87,20 @@ class FolderLock:
             os.close(handle)
 
     def check(self) -> None:
-        """Raise InputError if the path no longer names the folder that was locked."""
-        if self._folder_handle is None or _is_same(self.folder, self._folder_handle):
+        """Take the lock again if its file was deleted.
+
+        Raises: InputError if the path no longer names the folder that was locked, or if another
+            process has taken the lock in the meantime.
+        """
+        if self._folder_handle is None:
+            return
+        if _is_same(self.folder, self._folder_handle):
+            if self._file_handle is not None and not _is_same(
+                self.folder / LOCK_FILE, self._file_handle
+            ):
+                handle = self._take()
+                os.close(self._file_handle)
+                self._file_handle = handle
             return
         found = "another folder" if self.folder.exists() else "none"
         raise InputError(

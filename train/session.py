@@ -1,24 +1,23 @@
 """The steps of a run: train, evaluate, save, stop, and go back after bad steps."""
 
-import contextlib
 import functools
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import DivergedError, InterruptedRun
+from ..errors import DivergedError, InputError
 from ..model import GPT
 from ..model.generation import Sampling
 from .config import DIVERGED, TrainConfig
 from .data.dataset import Dataset
 from .data.loader import Batch, Loader, evaluation_batches
-from .data.shards import DataChanged
+from .data.prefetch import Prefetch
 from .eval.in_training import TrainingEvaluations
 from .evaluate import Evaluation, evaluate
-from .run.checkpoint import checkpoints
+from .run.checkpoint import checkpoints, delete_newer
 from .run.metrics import Metrics, console
 from .run.plots import plot_loss
 from .run.profile import profiled
@@ -46,7 +45,7 @@ class Session:
     evaluations: TrainingEvaluations | None = None
     """Other texts and files to evaluate on."""
 
-    def run_steps(self, first: int, loader: Loader, batches: Iterator[Batch]) -> Evaluation:
+    def run_steps(self, first: int, loader: Loader, batches: Prefetch) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
         config = self.config
         trainer = self.trainer
@@ -56,7 +55,7 @@ class Session:
         for step in profiled(steps, config, self.run, self.metrics, device, world):
             if self.signals.received:
                 self.stop(step)
-            if config.max_bad_steps and len(self.metrics.bad_steps) >= config.max_bad_steps:
+            if self.has_bad_series():
                 self.go_back(step)
             # Evaluate at the beginning of a step, not at the end of the one before. A run that
             # stopped between the two then evaluates after it is resumed.
@@ -65,8 +64,13 @@ class Session:
                 self.evaluate(step)
 
             lr = learning_rate(config, step)
-            with self.metrics.waiting(), self.reading_data(step):
+            with self.metrics.waiting():
                 batch = next(batches)
+                # A rank learns one step later that another rank stops. A batch that cannot be read
+                # therefore stops the run two steps before.
+                error = batches.error(min(2, config.steps - step - 1))
+            if isinstance(error, InputError | OSError):
+                self.signals.request_stop(error)
             num_targets = loader.num_targets(step) if world.size > 1 else None
             backward = functools.partial(trainer.backward, batch, num_targets, step=step)
             loss = self.signals.interruptible(backward)
@@ -84,18 +88,6 @@ class Session:
             self.metrics.write_goodput(config.steps)
         return result
 
-    @contextlib.contextmanager
-    def reading_data(self, done: int) -> Iterator[None]:
-        """Write a checkpoint after `done` steps if a shard was cut or overwritten."""
-        try:
-            yield
-        except DataChanged:
-            # Other ranks may read undamaged shards. They cannot help to write a checkpoint.
-            if self.trainer.engine.world.size == 1:
-                self.metrics.flush()
-                self.save_once(done)
-            raise
-
     def save_once(self, done: int) -> None:
         """Write a checkpoint after `done` steps, unless there is one, and wait for it."""
         if self.saver.last_step != done and self.trainer.is_finite():
@@ -103,13 +95,18 @@ class Session:
         self.saver.wait()
 
     def save(self, done: int) -> None:
-        """Begin the checkpoint after `done` steps. Go back if the weights are not finite."""
+        """Begin the checkpoint after `done` steps. Go back if the weights are of no use."""
         with self.metrics.paused("checkpoints"):
-            is_finite = self.trainer.is_finite()
-            if is_finite:
+            is_good = self.trainer.is_finite() and not self.has_bad_series()
+            if is_good:
                 self.begin_checkpoint(done)
-        if not is_finite:
+        if not is_good:
             self.go_back(done)
+
+    def has_bad_series(self) -> bool:
+        """Return whether the last steps were bad, as many as `max_bad_steps` allows."""
+        most = self.config.max_bad_steps
+        return most > 0 and len(self.metrics.bad_steps) >= most
 
     def begin_checkpoint(self, done: int) -> None:
         """Begin the checkpoint of weights that are finite."""
@@ -127,20 +124,18 @@ class Session:
         with self.metrics.paused("evaluation"):
             result = None
             diverged = None
-            is_last = done == self.config.steps
-            max_tokens = None if is_last else self.config.report.eval_tokens
+            batches = self.evaluation_batches(done)
             evaluation = functools.partial(
-                _evaluate, self.config, self.trainer, self.dataset, self.signals, max_tokens
+                _evaluate, self.trainer, self.dataset, self.signals, batches
             )
             try:
-                with self.reading_data(done):
-                    result = self.signals.interruptible(evaluation)
+                result = self.signals.interruptible(evaluation)
             except DivergedError as error:
                 diverged = error
             is_stopping = self.signals.received
             if result is not None and not is_stopping:
                 self.check_folder()
-                more = self.evaluate_more(is_last)
+                more = self.evaluate_more(done == self.config.steps)
                 # A sample without evaluation is written again after a resume.
                 is_stopping = more is None or not self.write_sample(done)
                 if not is_stopping:
@@ -175,6 +170,26 @@ class Session:
         world = self.trainer.engine.world
         return bool(world.on_rank0(lambda: self.signals.interruptible(draw, is_local=True)))
 
+    def evaluation_batches(self, done: int) -> Iterable[Batch]:
+        """Return held-out text. Raises: InputError if it cannot be read, after a checkpoint."""
+        is_last = done == self.config.steps
+        execution = self.trainer.engine.execution
+        batches = evaluation_batches(
+            self.dataset.val,
+            context_tokens=self.config.model.context_tokens,
+            batch_size=execution.micro_batch,
+            max_tokens=None if is_last else self.config.report.eval_tokens,
+            rank=execution.world.data_rank,
+            world_size=execution.world.data_ranks,
+        )
+        if is_last:
+            return batches  # the complete text; the run has written its last checkpoint
+        try:
+            return execution.world.run_on_all_ranks(lambda: list(batches))
+        except (InputError, OSError):
+            self.save_once(done)
+            raise
+
     def write_sample(self, done: int) -> bool:
         """Append a sample to samples.txt. Returns: False if a signal came."""
         engine = self.trainer.engine
@@ -183,30 +198,37 @@ class Session:
         return bool(engine.world.on_rank0(lambda: self.signals.interruptible(write, is_local=True)))
 
     def stop(self, done: int) -> NoReturn:
-        """Write a checkpoint after `done` steps, if there is none. Raises: InterruptedRun."""
+        """Write a checkpoint after `done` steps, if there is none.
+
+        Raises: InterruptedRun, or on all ranks the error of the rank that cannot read its data.
+        """
         with self.metrics.paused("checkpoints"):
             self.save_once(done)
-        raise InterruptedRun(self.signals.number())
+        self.signals.raise_stop()
 
     def go_back(self, step: int) -> None:
-        """Restore the newest checkpoint before the bad steps, and go on with `step`.
+        """Restore the newest checkpoint with a good step after it, and go on with `step`.
 
         The steps between that checkpoint and `step` are lost, and their data is left out: the run
         ends like a run that never saw it. See bad_steps.py.
 
-        Raises: DivergedError if the run went back to this checkpoint already, or has no more steps.
+        Raises: DivergedError if the run has no such checkpoint since it went back, or no more
+            steps. Newer checkpoints are deleted: a resumed run would have nothing but bad steps.
         """
         bad_steps = self.metrics.bad_steps
-        # Without bad steps a checkpoint after `step` steps has weights that do not work.
-        before = bad_steps[0]["step"] if bad_steps else step - 1
+        # If the step right after a checkpoint was bad, the weights of the checkpoint may be bad.
+        before = (bad_steps[0]["step"] if bad_steps else step) - 1
+        world = self.trainer.engine.world
         with self.metrics.paused("restarts"):
             # The checkpoints before the bad steps may have been deleted for newer ones.
             self.saver.wait()
-            oldest = self.trainer.engine.world.on_rank0(lambda: min(checkpoints(self.run)))
+            oldest = world.on_rank0(lambda: min(checkpoints(self.run)))
             restored = self.saver.load(max(before, oldest))
             last = self.metrics.restored
-            is_repeated = last is not None and last["step"] == restored
+            is_repeated = last is not None and restored <= last["step"]
             if is_repeated or step == self.config.steps:
+                world.on_rank0(lambda: delete_newer(self.run, restored))
+                last = last if is_repeated else None
                 raise DivergedError(_describe_divergence(bad_steps, step, restored, last))
             what = f"{len(bad_steps)} bad steps in a row" if bad_steps else "weights are not finite"
             console.print(
@@ -218,7 +240,12 @@ class Session:
 
 
 def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: dict | None) -> str:
-    """Say which steps were bad, and what the run did about them."""
+    """Say which steps were bad, and what the run did about them.
+
+    Args:
+        restored: the newest checkpoint now.
+        last: the return to a checkpoint that did not help; None without one.
+    """
     if bad_steps:
         first, newest = bad_steps[0], bad_steps[-1]
         found = (
@@ -227,37 +254,24 @@ def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: 
         )
     else:
         found = f"the weights are not finite after {step} steps"
-    if last is not None and last["step"] == restored:
+    if last is not None:
         found += (
             f"; the run had left out the data of steps {last['restored']} to {last['step'] - 1} "
             "already"
         )
-    return f"{DIVERGED} ({found})"
+    return f"{DIVERGED} ({found}; the newest checkpoint is now that of step {restored})"
 
 
 def _evaluate(
-    config: TrainConfig,
-    trainer: Trainer,
-    dataset: Dataset,
-    signals: Signals,
-    max_tokens: int | None,
+    trainer: Trainer, dataset: Dataset, signals: Signals, batches: Iterable[Batch]
 ) -> Evaluation | None:
     """Evaluate on held-out text. A signal ends it early. Returns: None without any batch."""
-    execution = trainer.engine.execution
-    batches = evaluation_batches(
-        dataset.val,
-        context_tokens=config.model.context_tokens,
-        batch_size=execution.micro_batch,
-        max_tokens=max_tokens,
-        rank=execution.world.data_rank,
-        world_size=execution.world.data_ranks,
-    )
     return evaluate(
         trainer.working,
         itertools.takewhile(lambda _: not signals.received, batches),
         bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens,
         separator=trainer.separator,
-        world=execution.world,
+        world=trainer.engine.world,
     )
 
 

@@ -10,6 +10,7 @@ It reads one request per line from stdin, as JSON, and answers with one line. Re
 """
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -53,14 +54,14 @@ class Process:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait_for_phase(self, seconds: float = 20) -> None:
+    def wait_for_phase(self, seconds: float = 100) -> None:
         """Wait until a function that the hook blocks is reached."""
         deadline = time.monotonic() + seconds
         while not (self._folder / "reached").exists():
             assert time.monotonic() < deadline, self.output
             time.sleep(0.01)
 
-    def wait(self, seconds: float = 20) -> int | None:
+    def wait(self, seconds: float = 100) -> int | None:
         return self._processes._ask({"wait": self.pid, "seconds": seconds})["status"]
 
     @property
@@ -71,12 +72,18 @@ class Process:
 def _serve() -> None:
     from tritium.__main__ import dispatch
     from tritium.train import session
-    from tritium.train.commands import train  # noqa: F401 - all that a run imports
+    from tritium.train.commands import train
     from tritium.train.commands.cli import run
     from tritium.train.run.signals import end_at_once_on_signals
 
     session.plot_loss = lambda run: None  # drawing takes longer than the run
+    # What a run imports later, and what its parser keeps.
+    for name in ("numpy.ma", "torch._dynamo", "torch.utils.serialization"):
+        importlib.import_module(name)
+    train._parse_new_run(["laptop"])
+    # The garbage collector of a command does not look at what this process has imported.
     gc.freeze()
+    gc.unfreeze = lambda: None
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -87,8 +94,9 @@ def _serve() -> None:
                 status = 70
                 try:
                     _redirect(request["folder"])
-                    # A background job of a shell ignores SIGINT.
+                    # A background job of a shell ignores SIGINT, and nohup ignores SIGHUP.
                     signal.signal(signal.SIGINT, signal.default_int_handler)
+                    signal.signal(signal.SIGHUP, signal.SIG_DFL)
                     end_at_once_on_signals()
                     exec(request["hook"], {"block": _blocker(request["folder"])})
                     # The streams of the server remember what kind of file they were opened for.

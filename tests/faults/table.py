@@ -27,7 +27,11 @@ Each row is a test: `passed` and `failed` count its cases, and `-` means that th
 measure the figure. `recovered bitwise` counts the faults after which a run ended with exactly the
 weights of a run without the fault; `seconds to stop` is the time from a signal to the end of the
 process, including its checkpoint. A test of kills or of saves fails if a named checkpoint is
-damaged, if a file is left over, or if the run does not start again.
+damaged, if a file is left over, or if the run does not start again. A fuzz test tries 50 and 1,000
+contents of a file, or 20 and 300 command lines.
+
+All tests run processes on a CPU. They do not show CUDA, several machines or a power cut. The cost
+of checkpoints and of the judgement of bad steps is in [training.md](training.md).
 
 """
 INTERRUPTED = "The command was interrupted, so cases are missing.\n\n"

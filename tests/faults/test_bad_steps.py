@@ -1,4 +1,4 @@
-"""Bad steps with several ranks: each run is compared with one that leaves the same steps out."""
+"""Bad steps: each run is compared with one that leaves the same steps out."""
 
 import json
 import socket
@@ -32,6 +32,26 @@ def update(self, lr):
     return finish(self, lr)
 
 trainer.Trainer.update = update
+"""
+# At one step the loss or all gradients are multiplied.
+BAD_ONCE = """
+bad_step, where, value = {step}, {where!r}, float({value!r})
+backward = trainer.Trainer.backward
+
+def bad(self, batch, num_targets=None, *, step=0):
+    if step != bad_step:
+        return backward(self, batch, num_targets, step=step)
+    original = trainer.batch_loss
+    if where == 'loss':
+        trainer.batch_loss = lambda *arguments: original(*arguments) * value
+    loss = backward(self, batch, num_targets, step=step)
+    trainer.batch_loss = original
+    if where == 'gradients':
+        for parameter in self.model.parameters():
+            parameter.grad.mul_(value)
+    return loss
+
+trainer.Trainer.backward = bad
 """
 LEFT_OUT = """
 backward, finish = trainer.Trainer.backward, trainer.Trainer.update
@@ -93,8 +113,44 @@ def test_all_ranks_skip_bad_steps(more, run_ranks, tmp_path, record_property):
             (run / "checkpoints" / f"{file}.safetensors").read_bytes() for run in (bad, never)
         )
         assert found == expected
-    lines = map(json.loads, (bad / "metrics.jsonl").read_text().splitlines())
-    skipped = [line["step"] for line in lines if line.get("skipped")]
-    assert skipped == ([7] if is_float16 else [7, 9])
-    record_property("faults", len(skipped))
-    record_property("recovered", len(skipped))
+    assert skipped_steps(bad) == ([7] if is_float16 else [7, 9])
+    record_property("faults", 1 if is_float16 else 2)
+    record_property("recovered", 1 if is_float16 else 2)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "step", "more"),
+    [
+        ("loss", "nan", 7, []),
+        ("gradients", "inf", 9, []),
+        ("loss", "nan", 9, ["--precision", "float16"]),
+        ("loss", "1e6", 79, ["--steps", 90]),
+        ("gradients", "1e6", 79, ["--steps", 90, "--optimizer", "muon"]),
+    ],
+    ids=str,
+)
+def test_one_process_skips_a_bad_step(
+    where, value, step, more, begin, words, tmp_path, record_property
+):
+    """Steps 9 and 79 are the last before a checkpoint. 1e6 is an outlier after 64 steps."""
+    hooks = {
+        "bad": BAD_ONCE.format(step=step, where=where, value=value),
+        "never": LEFT_OUT.replace("(7, 9)", f"({step},)"),
+    }
+    for name, hook in hooks.items():
+        process = begin([*words, "--out", tmp_path / name, *more], hook, name=f"process-{name}")
+        assert process.wait() == 0, process.output
+    last = 90 if step == 79 else 20
+    for file in (f"step-{last - 10}/model", f"step-{last}/model", f"step-{last}/optimizer"):
+        found, expected = (
+            (tmp_path / name / "checkpoints" / f"{file}.safetensors").read_bytes() for name in hooks
+        )
+        assert found == expected
+    assert skipped_steps(tmp_path / "bad") == [step]
+    record_property("faults", 1)
+    record_property("recovered", 1)
+
+
+def skipped_steps(run) -> list[int]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line.get("skipped")]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.processes import Processes
 from tritium.train.run.checkpoint import checkpoints
 
 pytestmark = pytest.mark.plain
@@ -21,7 +20,7 @@ STATE = ["open", "write", "fsync"]
 DELETE = ["rename", "unlink", "unlink", "unlink", "rmdir"]
 OPERATIONS = ["mkdir", *FILE, *FILE, *STATE, "fsync", "rename", "fsync", *DELETE]
 RENAME = OPERATIONS.index("rename") + 1
-QUICK = (3, RENAME)
+QUICK = (RENAME,)
 # The save before the first step also creates the folder of the checkpoints.
 FIRST_OPERATIONS = ["mkdir", "fsync", *OPERATIONS[: -len(DELETE)]]
 
@@ -32,13 +31,6 @@ def numbers(count, quick):
         pytest.param(number, marks=() if number in quick else pytest.mark.slow)
         for number in range(1, count + 1)
     ]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    found = Processes()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

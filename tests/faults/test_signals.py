@@ -154,11 +154,12 @@ def test_ignored_signals_stay_ignored(begin, words, tmp_path):
 
 
 def test_max_minutes_stops_a_run_with_a_checkpoint(stop, tmp_path):
-    """The limit begins after the first checkpoint: nobody knows how long a process takes to it."""
+    """The limit begins in the blocked step: nobody knows how long a process takes to it."""
     late = """
-limit, save = loop.set_time_limit, loop._save_first
-loop.set_time_limit = lambda seconds: None
-loop._save_first = lambda *arguments: (save(*arguments), limit(1.5))
+import time
+limit, sleep, given = loop.set_time_limit, time.sleep, []
+loop.set_time_limit = given.append
+time.sleep = lambda seconds: (limit(given[0] / 360_000), sleep(seconds))
 """
     status, output = stop(DURING_STEPS["step"] + late, more=["--max-minutes", "600"])
     assert status == 0

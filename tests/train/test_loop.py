@@ -80,9 +80,10 @@ def test_resuming_a_finished_run_evaluates_it(tiny, tritium, tmp_path):
     run = tmp_path / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     lines = before.pop(run / "metrics.jsonl").splitlines()
-    status, out, _ = tritium("train", "--resume", tmp_path / "run")
+    status, out, err = tritium("train", "--resume", tmp_path / "run")
     assert status == 0
     assert "validation loss" in out
+    assert "all 20 steps were done before; to train on, give --change steps=N" in err
     assert before == {path: path.read_bytes() for path in before}
     assert sorted(lines) == sorted((run / "metrics.jsonl").read_bytes().splitlines())
     assert not (tmp_path / "run" / ".lock").exists()

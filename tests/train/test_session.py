@@ -126,13 +126,34 @@ def test_a_run_that_stays_bad_stops_and_goes_on_with_a_lower_learning_rate(
     assert "steps 20 to 29 were bad: loss" in message
     assert "gradient norm None" in message
     assert "had left out the data of steps 10 to 19 already" in message
+    assert "the newest checkpoint is now that of step 10" in message
     assert f"--resume {tmp_path / 'run'} --change lr=0.0015" in message
     monkeypatch.undo()  # with this learning rate all steps are good
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
     words = ("train", "--resume", tmp_path / "run", "--change", "lr=0.0015")
     status, out, err = tritium(*words, "--change", "steps=30")
     assert status == 0, err
-    assert "18 steps skipped" in out
+    assert "from step 10 on: steps 90 -> 30, lr 0.003 -> 0.0015" in err
+    assert "skipped" not in out
+
+
+@pytest.mark.parametrize("interval", [10, 11])
+def test_a_run_with_a_far_too_high_learning_rate_can_be_resumed_with_a_lower_one(
+    interval, tiny, error_of, tritium, tmp_path
+):
+    """The first update makes finite weights that are of no use.
+
+    With an interval of 11 a checkpoint has such weights.
+    """
+    words = [*tiny, "--checkpoint-interval", interval, "--keep-checkpoints", 2, "--steps", 60]
+    assert "--change lr=0.01" in error_of(*words, "--lr", "1e30")
+    run = tmp_path / "run"
+    for folder in (run / "checkpoints").iterdir():
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        assert max(value.abs().max() for value in weights.values()) < 10
+    status, out, err = tritium("train", "--resume", run, "--change", "lr=0.01")
+    assert status == 0, err
+    assert "; 9 steps skipped" in out  # steps 1 to 9, before the change
 
 
 def test_no_checkpoint_has_weights_that_are_not_finite(

@@ -5,6 +5,7 @@ import itertools
 import math
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -228,8 +229,23 @@ def _resume(argv: Sequence[str]) -> int:
     before = recorded.options()
     changes = {name: given[name] for name in FREE if given[name] != before[name]}
     changes |= _parse_changes(options.change, prog)
+    finished = _finished_at(run, recorded.steps)
     with join(options.launch) as world:
-        return _run_and_report(run, world, lambda: resume(run, world, changes))
+        status = _run_and_report(run, world, lambda: resume(run, world, changes))
+        has_trained = finished is None or _finished_at(run, recorded.steps) != finished
+        if world.is_rank0 and not has_trained and "steps" not in changes:
+            print(
+                f"{run}: all {recorded.steps} steps were done before; to train on, give "
+                f"--change steps=N with N above {recorded.steps}",
+                file=sys.stderr,
+            )
+        return status
+
+
+def _finished_at(run: Path, steps: int) -> int | None:
+    """Return when the last checkpoint of a run was written, in nanoseconds; None without it."""
+    folder = checkpoints(run).get(steps)
+    return folder and folder.stat().st_mtime_ns
 
 
 def _explain(error: InputError, words: Sequence[str]) -> InputError:
@@ -332,7 +348,7 @@ def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> 
             print(_describe_stop(run, world))
         return stop_status(_stop_status(run, stop))
     except DivergedError as error:
-        lower = f"--change lr={read_run(run).train.lr / 2:g}"
+        lower = f"--change lr={min(read_run(run).train.lr / 2, 0.01):g}"
         raise InputError(f"{error}; go on with: {_resume_command(run, world)} {lower}") from error
     except Exception as error:
         # If only one rank runs out of memory, the others wait for it until torchrun ends them.

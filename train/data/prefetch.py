@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from .loader import Batch
 
-# The thread reads one batch while another is ready, and a third is copied to the device.
-_AHEAD = 2
+# A run looks for errors of the next two batches. Meanwhile the thread reads two more.
+_AHEAD = 4
 
 
 class Prefetch:
@@ -35,6 +35,11 @@ class Prefetch:
 
     def __exit__(self, *_) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+    def error(self, count: int) -> BaseException | None:
+        """Wait for the next `count` batches. Returns: the first error of `read`; None without."""
+        errors = (batch.exception() for batch in itertools.islice(self._pending, count))
+        return next((error for error in errors if error is not None), None)
 
     def __next__(self) -> Batch:
         batch = self._pending.popleft().result()

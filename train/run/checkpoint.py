@@ -228,6 +228,13 @@ def write_checkpoint(
             _delete(folder.with_name(f"step-{step}"))
 
 
+def delete_newer(run: Path, step: int) -> None:
+    """Delete the checkpoints after more than `step` steps."""
+    for found, folder in checkpoints(run).items():
+        if found > step:
+            _delete(folder)
+
+
 def delete_unfinished(run: Path, pattern: str = ".step-*.tmp") -> None:
     """Delete the files of a process that was killed while it wrote or deleted a checkpoint."""
     for unfinished in (run / "checkpoints").glob(pattern):

@@ -64,6 +64,8 @@ FORMAT_VERSION = 1
 _OTHER_KEYS = ("tritium", "python", "torch", "format_version", "sha256")
 # All that a run has written before its first checkpoint.
 _FIRST_FILES = ("config.json", "tokenizer.json", "checkpoints", LOCK_FILE)
+# A run that lost one of them cannot be resumed, or has no results.
+_NEEDED = ("config.json", "metrics.jsonl")
 # All that a run writes. A link would lead the writes out of the folder.
 _WRITTEN = (
     *_FIRST_FILES,
@@ -77,8 +79,9 @@ def only_writer(run: Path, world: World) -> Iterator[Callable[[], None]]:
 
     Creates the folder if there is none, and deletes the temporary files of killed processes.
 
-    Yields: a function that raises InputError if the folder was moved or deleted in the meantime.
-        All ranks must call it. Call it before writing.
+    Yields: a function that raises InputError if the folder, or a file that the run needs, was moved
+        or deleted in the meantime. All ranks must call it. Call it before writing, after
+        metrics.jsonl exists.
     Raises: InputError if another process writes the folder, or if it holds links or pipes.
     """
     locks: list[FolderLock] = []  # empty on all ranks but rank 0
@@ -103,9 +106,18 @@ def only_writer(run: Path, world: World) -> Iterator[Callable[[], None]]:
             if not file.is_dir():
                 file.unlink()
 
+    def check() -> None:
+        locks[0].check()
+        for file in (run / name for name in _NEEDED):
+            if not file.is_file():
+                raise InputError(
+                    f"{file}: expected the file that this process wrote, found none: it was moved "
+                    "or deleted in the meantime; put it back, then resume the run"
+                )
+
     try:
         world.on_rank0(take)
-        yield lambda: world.on_rank0(lambda: locks[0].check())
+        yield lambda: world.on_rank0(check)
     finally:
         for lock in locks:
             lock.release()

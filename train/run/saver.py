@@ -12,7 +12,9 @@ Memory     one buffer on rank 0, as large as weights and optimizer state: 12 byt
            buffer, because it gathers new tensors. A save that is not in the background needs none
            either: each tensor is written from where it is.
 Lost steps A run that is killed while a checkpoint is written resumes from the checkpoint before. It
-           loses one interval between checkpoints and the steps that ran during the write.
+           loses one interval between checkpoints and the steps that ran during the write: less than
+           two intervals, because the next checkpoint waits for the write. A save that is not in the
+           background loses at most one interval
 """
 
 import itertools
@@ -87,6 +89,11 @@ class CheckpointSaver:
                 self._join()
             except Exception as failed:
                 print(f"tritium: {failed}", file=sys.stderr)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of the buffer that copies of checkpoints use."""
+        return self._buffer.nbytes
 
     def save(self, step: int, *, background: bool | None = None) -> None:
         """Begin the checkpoint after `step` steps.

@@ -7,6 +7,8 @@
     steps       the signal is noted. All ranks stop after the same step and write a checkpoint. In
                 a single process it interrupts a forward, a backward, an evaluation or a sample
     repeated    signals change nothing. SIGQUIT and SIGKILL end the process without a checkpoint
+    messages    a single process prints a line when the signal arrives. Several ranks print one line
+                from rank 0, when they agree which step is the last
 
 A handler never prints through Python's streams, which do not allow a second writer.
 
@@ -18,7 +20,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ...errors import InterruptedRun, StopRequested
 from .console import is_local_rank0, print_from_handler
@@ -32,6 +34,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _TIME_LIMIT = getattr(signal, "SIGALRM", None)
 _LONGEST_LIMIT = 1e9  # seconds
+_STOPPING = "stopping; a checkpoint will be written"
 
 
 class _State:
@@ -40,6 +43,8 @@ class _State:
     received: int | None = None
     is_raised = True
     """Whether the handler raises StopRequested."""
+    is_alone = True
+    """Whether the run has one process."""
 
 
 # --- before a run
@@ -87,6 +92,7 @@ def stop_on_signals() -> Iterator[None]:
     """
     _State.received = None
     _State.is_raised = True
+    _State.is_alone = True
     numbers = _caught()
     if numbers and _TIME_LIMIT is not None:
         numbers.append(_TIME_LIMIT)
@@ -117,8 +123,8 @@ def _note(number: int, _frame) -> None:
     _State.received = number
     if _State.is_raised:
         raise StopRequested(number)
-    if is_local_rank0():
-        print_from_handler("stopping; a checkpoint will be written")
+    if _State.is_alone:
+        print_from_handler(_STOPPING)
 
 
 class Signals:
@@ -126,18 +132,34 @@ class Signals:
 
     def __init__(self, world: "World"):
         self._world = world
+        self._error: Exception | None = None
         self._is_received_on_any = False
+
+    def request_stop(self, error: Exception) -> None:
+        """Stop all ranks as a signal does. Any rank can call it. `raise_stop` raises the error."""
+        self._error = error
 
     @property
     def received(self) -> bool:
-        """Whether any rank has received a signal. All ranks must read it at the same places."""
-        self._is_received_on_any = self._is_received_on_any or self._world.any_rank(
-            _State.received is not None
-        )
+        """Whether any rank received a signal or an error. All ranks must read it together."""
+        if not self._is_received_on_any:
+            is_stopping = _State.received is not None or self._error is not None
+            self._is_received_on_any = self._world.any_rank(is_stopping)
+            if self._is_received_on_any and self._world.size > 1 and self._world.is_rank0:
+                print_from_handler(_STOPPING)
         return self._is_received_on_any
 
-    def number(self) -> int:
-        """Return the signal that the lowest rank with a signal received. All ranks must call it."""
+    def raise_stop(self) -> NoReturn:
+        """Raise the error of `request_stop` on all ranks, or InterruptedRun without one."""
+        self._world.run_on_all_ranks(self._raise_error)
+        raise InterruptedRun(self._number())
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _number(self) -> int:
+        """Return the signal that the lowest rank with a signal received."""
         numbers = [_State.received]
         if self._world.size > 1:
             import torch.distributed as dist
@@ -148,6 +170,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         _State.is_raised = False
+        _State.is_alone = self._world.size == 1
         return self
 
     def __exit__(self, *_) -> None:
@@ -171,7 +194,8 @@ class Signals:
             _State.is_raised = False
             return result
         except StopRequested:  # at most once: the handler raises for the first signal only
-            print_from_handler("stopping; a checkpoint will be written")
+            if _State.is_alone:
+                print_from_handler(_STOPPING)
             return None
         finally:
             _State.is_raised = False

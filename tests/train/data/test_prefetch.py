@@ -30,20 +30,20 @@ def test_prefetch_yields_the_loaders_batches_from_any_step():
             np.testing.assert_array_equal(next(batches).windows, other.batch(step).windows)
 
 
-def test_prefetch_reads_two_batches_ahead_in_another_thread():
-    seen, third = [], threading.Event()
+def test_prefetch_reads_four_batches_ahead_in_another_thread():
+    seen, fifth = [], threading.Event()
 
     def read(step):
         seen.append((step, threading.current_thread() is threading.main_thread()))
-        if len(seen) == 3:
-            third.set()
+        if len(seen) == 5:
+            fifth.set()
         return step
 
     with Prefetch(read, 5) as batches:
         assert next(batches) == 5
-        assert third.wait(30)
+        assert fifth.wait(30)
         time.sleep(0.05)
-        assert seen == [(5, False), (6, False), (7, False)]
+        assert seen == [(5, False), (6, False), (7, False), (8, False), (9, False)]
 
 
 def test_error_is_raised_when_its_step_is_requested():
@@ -53,6 +53,8 @@ def test_error_is_raised_when_its_step_is_requested():
         return step
 
     with Prefetch(read, 0) as batches:
+        assert batches.error(1) is None
+        assert str(batches.error(2)) == "the disk is gone"
         assert next(batches) == 0
         with pytest.raises(OSError, match="the disk is gone"):
             next(batches)

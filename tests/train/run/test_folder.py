@@ -189,6 +189,7 @@ def test_a_run_has_one_writer_at_a_time(run):
 
 def test_a_system_without_locks_prints_a_warning(run, monkeypatch, capsys):
     monkeypatch.setattr(lock, "fcntl", None)
+    (run / "metrics.jsonl").touch()
     with only_writer(run, SINGLE_PROCESS) as check_folder:
         check_folder()
     assert "this system has no locks, so it is not locked" in capsys.readouterr().err
@@ -205,6 +206,7 @@ def test_a_writer_deletes_temporary_files_of_killed_processes(run):
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_moved_folder_is_noticed(replaced, run):
     moved = run.with_name("moved")
+    (run / "metrics.jsonl").touch()
     with only_writer(run, SINGLE_PROCESS) as check_folder:
         check_folder()
         run.rename(moved)

@@ -21,6 +21,9 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tiny, launch, 
     assert status == [143, 143], errors
     assert f"torchrun ... -m tritium.train --resume {run}" in out[0]
     assert out[1] == ""
+    # One line, when all ranks have agreed which step is the last.
+    assert errors[0].count("stopping; a checkpoint will be written") == 1
+    assert errors[1] == ""
     step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
     assert [row["step"] for row in read_metrics(run)[0]] == list(range(step))
 
