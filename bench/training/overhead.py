@@ -30,9 +30,9 @@ from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
+from ...train.data.tokenizer import vocab_size_of
 from ...train.device import choose_matmul, keep_freed_memory
 from ...train.execution import resolve
-from ...train.plan import vocab_size
 from ...train.recipes import RECIPES, recipe
 from ...train.run.saver import CheckpointSaver, checkpoint_bytes
 from ...train.trainer import Trainer, single_trainer
@@ -89,7 +89,7 @@ def measure(name: str, config: TrainConfig, options: Options, folder: Path) -> d
     execution = resolve(config)
     choose_matmul(execution.device)
     keep_freed_memory()
-    shape = config.gpt(vocab_size(name, config))
+    shape = config.gpt(vocab_size_of(config.tokenizer))
     trainer = single_trainer(GPT(shape), config)
     batches = [random_batch(config, shape, number) for number in range(_BATCHES)]
 
