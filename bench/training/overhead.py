@@ -159,21 +159,24 @@ def _measure_judgement(
 ) -> dict[str, float]:
     """Return the cost of the judgement as fractions of a step."""
     judge = trainer.optimizer.judge
-    is_bad = judge.is_bad
+    parts = (judge.judge, judge.count_step)
     inside: list[tuple[float, float]] = []
     never = torch.zeros((), dtype=torch.bool)
 
     def timed(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         with _timed(inside):
-            return is_bad(loss, grad_norm)
+            is_bad = parts[0](loss, grad_norm)
+            parts[1]()
+            return is_bad
 
     steps: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for number in range(10 * options.steps):
         for is_judged in (True, False) if number % 2 else (False, True):
-            judge.is_bad = timed if is_judged else lambda loss, grad_norm: never
+            judge.judge = timed if is_judged else lambda loss, grad_norm: never
+            judge.count_step = lambda: None
             with _timed(steps[is_judged]):
                 step(number)
-    judge.is_bad = is_bad
+    judge.judge, judge.count_step = parts
     found = {}
     for clock, index in (("wall", 0), ("cpu", 1)):
         judged, plain = (statistics.median(each[index] for each in steps[x]) for x in (True, False))
