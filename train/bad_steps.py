@@ -57,13 +57,10 @@ class StepJudge:
         self._limits = torch.full((2,), torch.finfo(torch.float32).max, device=device)
 
     def is_bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Judge the next step. Returns: () bool on the device."""
-        is_bad = self.judge(loss, grad_norm)
-        self.count_step()
-        return is_bad
+        """Judge the next step; then call `count_step`. A CUDA graph can record it.
 
-    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Do the part of `is_bad` that a CUDA graph can record: only tensors change."""
+        Returns: () bool on the device.
+        """
         values = torch.stack((loss, grad_norm))
         # A comparison with NaN is false.
         is_good = torch.le(values, self._limits).all()
@@ -74,7 +71,7 @@ class StepJudge:
         return is_good.logical_not()
 
     def count_step(self) -> None:
-        """Do the part of `is_bad` that depends on the number of judged steps."""
+        """Count a judged step, and compute the limits again if it is time."""
         if not self._threshold:
             return
         self._count += 1

@@ -186,7 +186,7 @@ class Optimizer:
 
         # Judge the step.
         loss = grad_norm if loss is None else loss
-        is_bad = self.judge.judge(loss, grad_norm)
+        is_bad = self.judge.is_bad(loss, grad_norm)
         found_inf = is_bad.float()
         skipped = found_inf
         if self.scaler.is_enabled():

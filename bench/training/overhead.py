@@ -5,7 +5,7 @@
                   rounds next to each other, divided by the time of the steps between two
                   checkpoints of a run.
     judgement     Single steps with and without StepJudge, in turn: the ratio of their medians; and
-                  the fraction of a step that is spent in StepJudge.is_bad.
+                  the fraction of a step that is spent in StepJudge.
     memory        Growth of the process's largest memory because of the first checkpoint in the
                   background, and the size of its buffer. Both are divided by the size of weights
                   and optimizer state.
@@ -159,24 +159,24 @@ def _measure_judgement(
 ) -> dict[str, float]:
     """Return the cost of the judgement as fractions of a step."""
     judge = trainer.optimizer.judge
-    parts = (judge.judge, judge.count_step)
+    parts = (judge.is_bad, judge.count_step)
     inside: list[tuple[float, float]] = []
     never = torch.zeros((), dtype=torch.bool)
 
     def timed(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         with _timed(inside):
-            is_bad = parts[0](loss, grad_norm)
+            found = parts[0](loss, grad_norm)
             parts[1]()
-            return is_bad
+            return found
 
     steps: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for number in range(10 * options.steps):
         for is_judged in (True, False) if number % 2 else (False, True):
-            judge.judge = timed if is_judged else lambda loss, grad_norm: never
+            judge.is_bad = timed if is_judged else lambda loss, grad_norm: never
             judge.count_step = lambda: None
             with _timed(steps[is_judged]):
                 step(number)
-    judge.judge, judge.count_step = parts
+    judge.is_bad, judge.count_step = parts
     found = {}
     for clock, index in (("wall", 0), ("cpu", 1)):
         judged, plain = (statistics.median(each[index] for each in steps[x]) for x in (True, False))

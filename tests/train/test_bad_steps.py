@@ -17,11 +17,18 @@ pytestmark = pytest.mark.plain
 CPU = torch.device("cpu")
 
 
+def is_bad(step_judge: StepJudge, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Judge a step as the optimizer does."""
+    found = step_judge.is_bad(loss, norm)
+    step_judge.count_step()
+    return found
+
+
 def judge(losses, threshold=6.0) -> list[bool]:
     """Judge steps with these losses and a norm of 1."""
     norm = torch.ones(())
     step_judge = StepJudge(threshold, CPU)
-    return [step_judge.is_bad(torch.tensor(loss), norm).item() for loss in losses]
+    return [is_bad(step_judge, torch.tensor(loss), norm).item() for loss in losses]
 
 
 def noisy(count: int) -> list[float]:
@@ -34,9 +41,9 @@ def test_a_value_that_is_not_finite_is_always_bad(threshold, value):
     bad = torch.tensor(value)
     good = torch.ones(())
     step_judge = StepJudge(threshold, CPU)
-    assert step_judge.is_bad(bad, good)
-    assert step_judge.is_bad(good, bad)
-    assert not step_judge.is_bad(good, good)
+    assert is_bad(step_judge, bad, good)
+    assert is_bad(step_judge, good, bad)
+    assert not is_bad(step_judge, good, good)
 
 
 def test_outliers_are_bad_once_half_of_the_window_is_filled():
@@ -61,12 +68,12 @@ def test_a_judge_goes_on_from_its_state():
     step_judge = StepJudge(6.0, CPU)
     losses = noisy(WINDOW + 3)
     for loss in losses:
-        step_judge.is_bad(torch.tensor(loss), torch.ones(()))
+        is_bad(step_judge, torch.tensor(loss), torch.ones(()))
     other = StepJudge(6.0, CPU)
     other.load_state_dict(step_judge.state_dict())
     for loss in [*noisy(20), 3.9, torch.nan, 4.0]:
         arguments = torch.tensor(loss), torch.ones(())
-        assert step_judge.is_bad(*arguments) == other.is_bad(*arguments)
+        assert is_bad(step_judge, *arguments) == is_bad(other, *arguments)
     assert str(step_judge.state_dict()) == str(other.state_dict())  # NaN is not equal to NaN
 
 
@@ -108,7 +115,7 @@ def test_judging_a_step_launches_few_kernels():
     one = torch.ones(())
     with Count():
         for _ in range(WINDOW):
-            step_judge.is_bad(one, one)
+            is_bad(step_judge, one, one)
     assert len(launched) <= 10 * WINDOW
 
 
@@ -127,7 +134,7 @@ def test_judging_steps_takes_less_than_a_fivehundredth_of_a_step():
         norm = trainer.update(1e-3)
         seconds["step"].append(time.thread_time() - began)
         began = time.thread_time()
-        step_judge.is_bad(loss, norm).float()
+        is_bad(step_judge, loss, norm).float()
         seconds["judge"].append(time.thread_time() - began)
     share = statistics.median(seconds["judge"]) / statistics.median(seconds["step"])
     print(f"judging takes {share:.4%} of a step")
