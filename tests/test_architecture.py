@@ -28,6 +28,13 @@ OPERATORS = [
 MAX_LINES = {"file": 400, "function": 60, "kernel": 100}
 
 
+def sources_in(folder: str) -> list[Path]:
+    """Return the sources of a folder. "": the sources in the root."""
+    if not folder:
+        return [Path("__init__.py"), Path("__main__.py")]
+    return [path for path in SOURCES if path.parts[0] == folder]
+
+
 @functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
@@ -62,20 +69,22 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_imports_point_downward(path):
-    allowed = {*FOLDERS[: FOLDERS.index(path.parts[0]) + 1], "errors"}
-    if path.parts[0] in ("train", "bench"):
-        allowed.add("")  # the version
-    for module in imported_modules(path):
-        assert module.split(".")[0] in allowed, f"{path} imports {module}"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_point_downward(folder):
+    for path in sources_in(folder):
+        allowed = {*FOLDERS[: FOLDERS.index(path.parts[0]) + 1], "errors"}
+        if path.parts[0] in ("train", "bench"):
+            allowed.add("")  # the version
+        for module in imported_modules(path):
+            assert module.split(".")[0] in allowed, f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_private_files_are_imported_in_their_folder_only(path):
-    for module in imported_modules(path):
-        *folder, name = module.split(".")
-        assert not name.startswith("_") or tuple(folder) == path.parts[:-1], f"{path}: {module}"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_private_files_are_imported_in_their_folder_only(folder):
+    for path in sources_in(folder):
+        for module in imported_modules(path):
+            *folder, name = module.split(".")
+            assert not name.startswith("_") or tuple(folder) == path.parts[:-1], f"{path}: {module}"
 
 
 @pytest.mark.parametrize("path", OPERATORS, ids=str)
@@ -87,28 +96,32 @@ def test_operators_do_not_import_each_other(path):
         assert module.startswith("kernels.core") or own_folder in module, f"{path}: {module}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_every_public_source_has_a_test_file(path):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_public_source_has_a_test_file(folder):
     """Files starting with _ are tested through the files that use them."""
-    if path.stem.startswith("_") or path.parts[:2] == ("bench", "ops"):
-        return
-    file = ROOT / "tests" / path.with_name(f"test_{path.stem}.py")
-    assert file.is_file(), f"{path} has no test file"
-
-
-@pytest.mark.parametrize("path", [*SOURCES, Path("__init__.py"), Path("__main__.py")], ids=str)
-def test_sizes(path):
-    lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
-    assert lines <= MAX_LINES["file"], f"{path}: {lines} lines"
-    for node in ast.walk(parse(path)):
-        if not isinstance(node, ast.FunctionDef):
+    for path in sources_in(folder):
+        if path.stem.startswith("_") or path.parts[:2] == ("bench", "ops"):
             continue
-        limit = MAX_LINES["kernel" if node.name.endswith("_kernel") else "function"]
-        length = node.end_lineno - node.lineno + 1
-        assert length <= limit, f"{path}: {node.name} has {length} lines, more than {limit}"
-        if node.name.endswith("_kernel"):
-            flags = [arg.arg for arg in node.args.args if arg.arg.startswith(("IS_", "HAS_"))]
-            assert len(flags) <= 3, f"{path}: {node.name} has flags {flags}; write a second kernel"
+        file = ROOT / "tests" / path.with_name(f"test_{path.stem}.py")
+        assert file.is_file(), f"{path} has no test file"
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, ""])
+def test_sizes(folder):
+    for path in sources_in(folder):
+        lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
+        assert lines <= MAX_LINES["file"], f"{path}: {lines} lines"
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            limit = MAX_LINES["kernel" if node.name.endswith("_kernel") else "function"]
+            length = node.end_lineno - node.lineno + 1
+            assert length <= limit, f"{path}: {node.name} has {length} lines, more than {limit}"
+            if node.name.endswith("_kernel"):
+                flags = [arg.arg for arg in node.args.args if arg.arg.startswith(("IS_", "HAS_"))]
+                assert len(flags) <= 3, (
+                    f"{path}: {node.name} has flags {flags}; write a second kernel"
+                )
 
 
 def test_only_define_op_chooses_by_device():

@@ -59,7 +59,13 @@ def in_process(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "_wait", wait)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        name if name in ("correct", "short") else pytest.param(name, marks=pytest.mark.slow)
+        for name in COMMANDS
+    ],
+)
 def test_each_command_rehearses_and_leaves_a_json_and_a_tar(command, in_process, tmp_path, capsys):
     assert device.run_command(command, tmp_path, rehearse=True) == 0, capsys.readouterr().out
     record = read_record(tmp_path / f"{command}.json", "device")

@@ -152,7 +152,10 @@ def test_a_rank_that_hangs_in_python_is_named_with_its_place(
     ("error", "status", "message"),
     [
         ("ArithmeticError('bits flipped')", [RANK_LOST, 70], "ArithmeticError: bits flipped"),
-        ("__import__('tritium').errors.InputError('shard damaged')", [2, 2], "shard damaged"),
+        pytest.param(
+            *("__import__('tritium').errors.InputError('shard damaged')", [2, 2], "shard damaged"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_error_on_one_rank_ends_all_ranks(error, status, message, words, launch):  # noqa: F811

@@ -26,8 +26,12 @@ def opcheck(operator, arguments):
     """Check the registration of an operator with torch.library.opcheck.
 
     Under the interpreter, only run the checks that look at what the kernel returns and changes. The
-    other checks are of autograd and tracing. The plain run has them.
+    other checks are of autograd and tracing. The plain run has them. Tracing takes seconds: for
+    operators of a backward the tests of compiled gradients trace it.
     """
-    kernel_checks = ("test_schema", "test_faketensor")
-    more = {"test_utils": kernel_checks} if INTERPRET else {}
-    torch.library.opcheck(operator, arguments, **more)
+    checks = ("test_schema", "test_faketensor")
+    if not INTERPRET:
+        checks += ("test_autograd_registration",)
+        if not operator.name().endswith(("_bwd", "_add")):
+            checks += ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -114,6 +114,7 @@ def test_a_recomputed_block_drops_the_same_elements(config):
         assert torch.equal(result, results["none"]), mode
 
 
+@pytest.mark.slow
 def test_dropout_compiles_as_one_graph():
     model = random_model(replace(SMALL, **ALL))
     tokens = random_tokens(2, 12)

@@ -322,7 +322,7 @@ def test_order_of_the_tokens_changes_no_bit(device):
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
 def test_gradients_of_a_compiled_model_are_bitwise_equal_in_each_run(backend):
     """Inductor's own gradient of an embedding uses atomics, which add in any order."""
     model = random_model()
@@ -342,7 +342,7 @@ def test_gradients_of_a_compiled_model_are_bitwise_equal_in_each_run(backend):
 @pytest.mark.parametrize(
     ("options", "has_documents"),
     [
-        ({}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
         ({"tied_head": False}, True),
         ({"dropout": 0.1, "embedding_dropout": 0.1}, False),
     ],
@@ -376,7 +376,9 @@ def test_compiled_gradients_have_no_operator_that_adds_with_atomics(options, has
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "config", [SMALL, pytest.param(LLAMA, marks=pytest.mark.slow)], ids=["gpt2", "llama"]
+)
 def test_model_compiles_as_one_graph(config):
     model = random_model(config)
     tokens = torch.randint(V, (2, 12))

@@ -76,7 +76,10 @@ def fresh_compiler():
 @pytest.mark.parametrize(
     "config",
     [
-        replace(SMALL, tied_head=False, window=5, softcap=1.5, head_softcap=2.0),
+        pytest.param(
+            replace(SMALL, tied_head=False, window=5, softcap=1.5, head_softcap=2.0),
+            marks=pytest.mark.slow,
+        ),
         replace(LLAMA, qk_norm=True, window=5, qkv_bias=True),
     ],
     ids=["gpt2", "llama"],

@@ -173,7 +173,7 @@ def graphs(monkeypatch) -> CompileCounterWithBackend:
     return counter
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_training_compiles_one_graph_and_evaluations_and_samples_none(precision, graphs):
     plain, compiled = (
         make(micro_batch_size=2, precision=precision, compile=option) for option in ("off", "on")
@@ -192,6 +192,7 @@ def test_training_compiles_one_graph_and_evaluations_and_samples_none(precision,
     assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_a_second_batch_size_is_compiled_once_for_all_sizes(graphs):
     trainer = make(compile="on")
     step_losses(trainer, [batch(rows) for rows in (6, 5, 4, 3, 2)])
@@ -208,7 +209,7 @@ def test_any_number_of_documents_uses_one_graph(graphs):
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_one_document_per_micro_batch_and_many_use_one_graph(rows, graphs):
     """One row with one document: the shortest cu_seqlens."""
     trainer = make(compile="on", batch_size=rows)

@@ -192,6 +192,7 @@ def test_specialized_warps_are_counted_and_have_no_hottest_loop():
     assert planted_row(_good_kernel, "sm_100")["num_warps"] == 4
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_compares_them(tmp_path, capsys):
     out = tmp_path / "codegen.json"
     words = ["attention_decode", "--arch", "sm_90"]

@@ -153,7 +153,8 @@ def test_a_run_matches_a_single_process(engine, once):
 
 
 @pytest.mark.parametrize(
-    "engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "fsdp-tensor"]
+    "engine",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "fsdp-tensor"))],
 )
 def test_micro_batches_options_and_compiled_code_match_a_single_process(engine, once):
     """Grouped heads, an untied head, QK-norm, a window and biases of queries, keys and values."""
