@@ -45,6 +45,7 @@ from .run.profile import check_profile_steps
 from .run.saver import CheckpointSaver, check_space_for_run
 from .run.signals import Signals, set_time_limit, stop_on_signals
 from .run.trackers import check_trackers, open_trackers
+from .schedule import check_learning_rates, describe_long_warmup
 from .session import Session
 from .trainer import Trainer, quiet_collector
 
@@ -58,11 +59,14 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
         training diverges; InterruptedRun after a signal or `max_minutes`.
     """
     world.on_rank0(lambda: check_folder_unused(run))
+    check_learning_rates(config)
     execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
     dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
     tokens = config.steps * config.batch_size * config.model.context_tokens
     console.print(describe_epochs(tokens, len(dataset.train), config.model.dropout), soft_wrap=True)
+    if warning := describe_long_warmup(config):
+        console.print(warning, soft_wrap=True)
     # Read the model to start from before anything is written: it may be damaged.
     model = world.run_on_all_ranks(lambda: initial_model(config, dataset))
     with only_writer(run, world) as check_folder:

@@ -12,6 +12,8 @@ Source     Loshchilov & Hutter 2017, arXiv:1608.03983; Hu et al. 2024, arXiv:240
 import math
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from .config import TrainConfig
 
@@ -23,6 +25,25 @@ def learning_rate(config: "TrainConfig", step: int) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     return SCHEDULES[config.schedule](config, step)
+
+
+def check_learning_rates(config: "TrainConfig") -> None:
+    """Raise InputError if the learning rate would rise to min_lr."""
+    if config.schedule != "constant" and config.min_lr > config.lr:
+        raise InputError(
+            f"min_lr: expected at most lr, {config.lr:g}, got {config.min_lr:g}; set both"
+        )
+
+
+def describe_long_warmup(config: "TrainConfig") -> str | None:
+    """Return one line if the warm-up is not over at the end of the run, else None."""
+    if config.warmup_steps < config.steps:
+        return None
+    return (
+        f"the warm-up of {config.warmup_steps} steps is as long as the run or longer: the learning "
+        f"rate ends at {learning_rate(config, config.steps - 1):.3g}, below lr {config.lr:.3g}; "
+        "lower warmup_steps"
+    )
 
 
 def _cosine(config: "TrainConfig", step: int) -> float:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._compile import opaque, with_short_messages
 from .triton import HAS_TRITON, triton
@@ -154,9 +155,21 @@ class Op:
     def dispatch(self, *args):
         """Run the registered operator, never the composite."""
         flat = self._schema.flatten(args)
+        if forward_ad._current_level >= 0:  # inside torch.func.jvp or forward_ad.dual_level
+            self._check_tangents(flat)
         if not self._has_gradient and torch.is_grad_enabled():
             return _WithoutGradient.apply(self._overload, *flat)
         return self._overload(*flat)
+
+    def _check_tangents(self, args: Sequence) -> None:
+        """Raise if an argument has a tangent. PyTorch would return a tangent of zero."""
+        tensors = (arg for arg in args if isinstance(arg, Tensor))
+        if any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+            name = self._name.removesuffix("_fwd").removesuffix("_bwd")
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives are not supported; use backward() or "
+                "torch.func.vjp"
+            )
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         """Register the gradient, as torch.library.register_autograd does.

@@ -1,7 +1,8 @@
 import pytest
 
+from tritium.errors import InputError
 from tritium.train.config import TrainConfig
-from tritium.train.schedule import learning_rate
+from tritium.train.schedule import check_learning_rates, describe_long_warmup, learning_rate
 
 pytestmark = pytest.mark.plain
 
@@ -40,3 +41,18 @@ def test_wsd_is_constant_then_linear():
 def test_runs_shorter_than_the_warm_up_end_in_it(schedule):
     assert rates(steps=3, schedule=schedule) == pytest.approx([1 / 11, 2 / 11, 3 / 11])
     assert rates(steps=1, warmup_steps=0, schedule=schedule) == [1.0]
+
+
+def test_a_warmup_as_long_as_the_run_is_described():
+    config = TrainConfig.from_options(steps=20, warmup_steps=19, lr=0.1)
+    assert describe_long_warmup(config) is None
+    line = describe_long_warmup(config.with_options(warmup_steps=39))
+    assert "warm-up of 39 steps" in line
+    assert "ends at 0.05, below lr 0.1" in line
+
+
+def test_a_last_rate_above_the_peak_raises():
+    rates = {"lr": 1e-5, "min_lr": 1e-4}
+    with pytest.raises(InputError, match=r"min_lr: expected at most lr, 1e-05, got 0\.0001"):
+        check_learning_rates(TrainConfig.from_options(**rates))
+    check_learning_rates(TrainConfig.from_options(**rates, schedule="constant"))

@@ -256,7 +256,8 @@ class Heartbeat:
             what = f"hangs: no progress for {self._timeout:g} s"
         process = f"process {beat.process.pid} on {beat.process.host} {state}"
         verdict = self._verdict(beat, f"{what} ({process.rstrip()})")
-        verdict["kills"] = not beat.has_left
+        # A rank that finds itself to blame prints the line and ends. Killed, it might not print.
+        verdict["kills"] = not beat.has_left and beat.rank != self._rank
         self._end(self._decide(verdict))
 
     def _verdict(self, beat: Beat, what: str) -> dict:

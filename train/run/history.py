@@ -26,6 +26,7 @@ from ..data.dataset import Dataset
 from ..data.prepare import is_dataset
 from ..data.tokenizer import needs_corpus
 from ..execution import Execution
+from ..schedule import check_learning_rates
 from .folder import RunRecord, record_dataset, update_record
 
 CHANGEABLE = (
@@ -90,6 +91,8 @@ def with_changes(run: Path, recorded: TrainConfig, changes: dict[str, Any]) -> T
         if name not in FREE:
             check_changeable(name)
     config = recorded.with_options(**changes)
+    if {"lr", "min_lr", "schedule"} & changes.keys():
+        check_learning_rates(config)
     if "data" not in changes:
         return config
     # The new data must have the tokens that the model knows.

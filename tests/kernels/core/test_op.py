@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from tritium import kernels
 from tritium.kernels.core.op import (
@@ -354,3 +355,23 @@ def test_values_can_be_read_on_a_cpu_only():
 def test_every_public_operator_checks_its_arguments(name):
     with pytest.raises(ValueError, match=f"^{name}: .* must be Tensor, got 'a'; convert it$"):
         getattr(kernels, name)(*["a"] * 4)
+
+
+def rms_norm_of_dual(x, weight):
+    with forward_ad.dual_level():
+        return kernels.rms_norm(forward_ad.make_dual(x, x), weight)
+
+
+def rms_norm_in_jvp(x, weight):
+    return torch.func.jvp(kernels.rms_norm, (x, weight), (x, weight))
+
+
+@pytest.mark.parametrize("function", [rms_norm_of_dual, rms_norm_in_jvp])
+def test_forward_mode_derivatives_raise(function):
+    """PyTorch would return a tangent of zero."""
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    message = "^rms_norm: forward-mode derivatives are not supported; use backward"
+    with pytest.raises(NotImplementedError, match=message):
+        function(x, weight)
+    with forward_ad.dual_level():
+        kernels.rms_norm(x, weight)  # no tangent

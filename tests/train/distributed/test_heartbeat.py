@@ -46,6 +46,20 @@ def test_the_rank_with_the_fewest_marks_hangs(ranks):
         beat(ranks, TIMEOUT + 10)
 
 
+@pytest.mark.parametrize(("hung", "kills"), [(0, False), (1, True)])
+def test_a_rank_that_names_itself_is_not_killed_before_it_prints(ranks, hung, kills, monkeypatch):
+    """Rank 0 beats first, so it finds the hung rank."""
+    verdicts = []
+    monkeypatch.setattr(Heartbeat, "_decide", lambda self, verdict: verdicts.append(verdict))
+    monkeypatch.setattr(Heartbeat, "_end", lambda self, verdict: None)
+    for rank in {0, 1, 2} - {hung}:
+        ranks[rank].mark()
+    beat(ranks, TIMEOUT + 10)
+    assert verdicts[0]["rank"] == hung
+    assert verdicts[0]["found_by"] == 0
+    assert verdicts[0]["kills"] is kills
+
+
 def test_a_rank_without_beats_hangs_even_if_it_has_more_marks(ranks):
     beat(ranks, 1)
     ranks[2].mark()
