@@ -56,8 +56,8 @@ def kill_at_random(begin, words, tmp_path, request, record_property):
         the checkpoint that was begun last.
     """
 
-    def call(*more, fraction=1) -> list[tuple[int, int]]:
-        count = kills = max(1, request.config.getoption("kills", 20) // fraction)
+    def call(*more) -> list[tuple[int, int]]:
+        count = kills = request.config.getoption("kills", 20)
         reached = tmp_path / "reached"
         hook = COUNT.format(reached=str(reached))
         command = [*words, "--steps", STEPS, "--checkpoint-interval", INTERVAL]
@@ -105,8 +105,8 @@ def kill_at_random(begin, words, tmp_path, request, record_property):
 
 
 def test_a_run_killed_at_random_loses_at_most_the_interval(kill_at_random):
-    """If it waits until each checkpoint is written. A fourth of the kills."""
-    for steps, _ in kill_at_random("--no-background-checkpoints", fraction=4):
+    """If it waits until each checkpoint is written."""
+    for steps, _ in kill_at_random("--no-background-checkpoints"):
         assert steps <= INTERVAL
 
 
