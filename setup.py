@@ -64,7 +64,6 @@ setup(
             "jinja2>=3.1.6",
             "huggingface_hub",
             "gguf",
-            "datasets",
         ],
         "eval": ["lm-eval>=0.4.13", "sacrebleu"],
         "log": ["tensorboard", "wandb"],
