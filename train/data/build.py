@@ -26,7 +26,7 @@ from ..files import seal, write_whole
 from ._new_folder import check_unused, new_folder
 from ._split_writer import Part, SplitWriter
 from .bin_shards import build_from_bins, find_bins
-from .corpus import Corpus, Document
+from .corpus import Corpus, Document, batches_of_text
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
 from .selection import Selection, SelectionOptions
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
@@ -38,7 +38,6 @@ _SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
 _PART_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 24
 _KEEP_ALL = SelectionOptions()
-_PART_OVERHEAD = 64  # characters counted per part, to limit a batch of very short documents too
 
 
 def build(
@@ -252,24 +251,10 @@ def _write_tokens(
 
     with ThreadPoolExecutor(1) as background:
         waiting = None
-        for batch in _batches(parts):
+        for batch in batches_of_text(parts, _BATCH_CHARACTERS):
             task = background.submit(tokenizer.encode_batch, [part.text for part in batch], threads)
             if waiting:
                 write(waiting[0], waiting[1].result())
             waiting = batch, task
         if waiting:
             write(waiting[0], waiting[1].result())
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    batch: list[Part] = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += len(part.text) + _PART_OVERHEAD
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch

@@ -22,9 +22,9 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from ...errors import InputError
 from ._readers import READERS, read_text
@@ -42,6 +42,32 @@ _NOT_STDLIB = frozenset(
     | {"encodings", "pydoc_data"}
 )
 _NOT_SOURCE = frozenset({"__pycache__"})
+
+
+# Characters counted per text, to limit a batch of very short ones too.
+_TEXT_OVERHEAD = 64
+
+
+class HasText(Protocol):
+    text: str
+
+
+Item = TypeVar("Item", bound=HasText)
+
+
+def batches_of_text(items: Iterable[Item], characters: int) -> Iterator[list[Item]]:
+    """Yield items in batches of about so many characters."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item.text) + _TEXT_OVERHEAD
+        if size >= characters:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
 class Document(NamedTuple):

@@ -24,13 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from .corpus import Corpus, Document
+from .corpus import Corpus, Document, batches_of_text
 from .filters import apply_filters
 from .near_duplicates import NearDuplicates, check_similarity, signatures
 from .text_batch import TextBatch
 
 _BATCH_CHARACTERS = 1 << 20
-_DOCUMENT_OVERHEAD = 64  # characters counted per document, to limit a batch of very short ones
 _EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 80
 _KEPT = 0
@@ -254,7 +253,8 @@ class Selection:
         Threads work on the next batches while one is used. `dropped` counts by filter.
         """
         options = self.options
-        for batch, (results, rows) in _map_batches(_batches(source()), options, self._threads):
+        batches = batches_of_text(source(), _BATCH_CHARACTERS)
+        for batch, (results, rows) in _map_batches(batches, options, self._threads):
             codes = np.zeros(len(batch), np.uint8)
             for code, (name, record) in enumerate(zip(results, dropped, strict=True), 1):
                 values, drops = results[name]
@@ -272,20 +272,6 @@ def _check_some_remain(codes: bytearray, corpus: Corpus) -> None:
             f"data: expected documents of {' '.join(corpus.inputs)} that pass the filters, got "
             f"none of {len(codes):,}; change the thresholds"
         )
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text) + _DOCUMENT_OVERHEAD
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
 
 
 def _map_batches(
