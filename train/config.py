@@ -241,7 +241,9 @@ def named_files(report: ReportOptions) -> dict[str, dict[str, str]]:
     for option, named in pairs.items():
         for name, file in named:
             if not re.fullmatch(r"[\w.-]+", name) or not file:
-                raise InputError(f"{option}: expected NAME=FILE, got {name!r} and {file!r}")
+                form = "NAME=FILE" if option == "eval_text" else "FILE.jsonl"
+                given = f"{name}={file}" if file and option == "eval_text" else file or name
+                raise InputError(f"{option}: expected {form}, got {given!r}")
         names = [name for name, _ in named]
         if len(set(names)) < len(names):
             raise InputError(f"{option}: expected different names, got {' '.join(names)}")

@@ -31,7 +31,8 @@ def check_learning_rates(config: "TrainConfig") -> None:
     """Raise InputError if the learning rate would rise to min_lr."""
     if config.schedule != "constant" and config.min_lr > config.lr:
         raise InputError(
-            f"min_lr: expected at most lr, {config.lr:g}, got {config.min_lr:g}; set both"
+            f"lr: expected min_lr, {config.min_lr:g}, or more, got {config.lr:g}; also give a "
+            "smaller `min_lr`"
         )
 
 

@@ -60,6 +60,16 @@ def test_a_few_bad_steps_do_not_move_the_limits():
     assert judge([*losses, *spikes, 3.1])[-21:] == [True] * 20 + [False]
 
 
+def test_the_limits_stay_in_the_same_memory():
+    """A CUDA graph reads them there."""
+    step_judge = StepJudge(6.0, CPU)
+    limits = step_judge._limits
+    for loss in noisy(WINDOW):
+        is_bad(step_judge, torch.tensor(loss), torch.ones(()))
+    step_judge.load_state_dict(step_judge.state_dict())
+    assert step_judge._limits is limits
+
+
 def test_equal_losses_are_good():
     assert not any(judge([3.0] * WINDOW + [3.01]))
 

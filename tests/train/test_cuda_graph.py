@@ -51,12 +51,13 @@ def stand_in(monkeypatch):
         self._result = self._function(**self._static)
 
     def replay_first(self, parameters, kept):
+        before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         replay(self)
-        for parameter, gradient in zip(parameters, kept, strict=True):
+        for parameter, gradient, other in zip(parameters, kept, before, strict=True):
             gradient.copy_(parameter.grad)
-            parameter.grad = gradient
+            parameter.grad = other  # a replay runs no Python
 
     def warm_up(self):
         return self._function(**self._static)
@@ -169,6 +170,23 @@ def test_a_restored_state_is_recorded_again(stand_in):
         trainer.optimizer.load_state(parameter, state)
     train(trainer, batches(6))
     assert [each._function.__name__ for each in stand_in].count("_change_weights") == 2
+
+
+def test_the_first_micro_batch_is_recorded_before_the_others(stand_in):
+    trainer = make_trainer(CPU, records=True, micro_batch_size=1)
+    train(trainer, batches(4))
+    assert stand_in[:2] == [trainer._recorded.first, trainer._recorded.later]
+
+
+def test_gradients_in_other_memory_are_not_read_from_the_old_one(stand_in):
+    trainer = make_trainer(CPU, records=True)
+    train(trainer, batches(6))
+    assert trainer.optimizer._recorded.is_recorded
+    trainer.backward(batches(1)[0])
+    for parameter in trainer.model.parameters():
+        parameter.grad = parameter.grad.clone()
+    trainer.update(1e-2)
+    assert not trainer.optimizer._recorded.is_recorded
 
 
 def test_a_skipped_step_changes_nothing_in_a_graph(stand_in):

@@ -91,6 +91,8 @@ def test_batches_are_limited(monkeypatch):
     monkeypatch.setattr(muon, "_MAX_BATCH_ELEMENTS", 2 * 8 * 24)
     parameters = [torch.nn.Parameter(torch.ones(8, 24)) for _ in range(5)]
     assert list(muon._batches(parameters)) == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr(muon, "_MAX_BATCH_ELEMENTS", 8)
+    assert list(muon._batches(parameters[:2])) == [[0], [1]]
 
 
 def count_operators(model: GPTConfig) -> int:

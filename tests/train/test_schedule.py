@@ -53,6 +53,7 @@ def test_a_warmup_as_long_as_the_run_is_described():
 
 def test_a_last_rate_above_the_peak_raises():
     rates = {"lr": 1e-5, "min_lr": 1e-4}
-    with pytest.raises(InputError, match=r"min_lr: expected at most lr, 1e-05, got 0\.0001"):
+    with pytest.raises(InputError, match=r"lr: expected min_lr, 0\.0001, or more, got 1e-05"):
         check_learning_rates(TrainConfig.from_options(**rates))
     check_learning_rates(TrainConfig.from_options(**rates, schedule="constant"))
+    check_learning_rates(TrainConfig.from_options(lr=1e-4, min_lr=1e-4))

@@ -127,6 +127,8 @@ def read_info(path: Path) -> DatasetInfo:
 
 
 def _dropped(content: dict[str, Any]) -> Dropped:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object for dropped documents, got {content!r}")
     check_types(content, Dropped)
     return Dropped(**content)
 

@@ -21,7 +21,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = parse_object(line)
         except ValueError as error:
-            raise InputError(f"{place}: expected a JSON object, got {error}") from None
+            reason = getattr(error, "msg", "")  # without the parser's own line number
+            got = f"{line[:60]!r} ({reason})" if reason else repr(line[:60])
+            raise InputError(f"{place}: expected a JSON object, got {got}") from None
         count += 1
         yield place, record
     if not count:

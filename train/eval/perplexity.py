@@ -93,10 +93,12 @@ def measure(
 
 def check_length(text: Text, context: int) -> None:
     """Raise InputError if a text is shorter than one window."""
+    if text.tokens == 0:
+        raise InputError(f"{text.path}: expected text, got an empty file")
     if text.tokens < context:
         raise InputError(
             f"{text.path}: expected at least {context} tokens, one window, got {text.tokens}; "
-            "choose a smaller `context_tokens`"
+            "give a longer text, or evaluate with a smaller `context_tokens`"
         )
 
 

@@ -221,11 +221,16 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush_folder(folder.parent)
+    delete_old(run, content.step, keep=keep, keep_every=keep_every)
+
+
+def delete_old(run: Path, step: int, *, keep: int, keep_every: int = 0) -> None:
+    """Delete checkpoints before `step` steps that are no longer kept; see write_checkpoint."""
     # A damaged checkpoint of a later step does not count.
-    older = [step for step in checkpoints(run) if step <= content.step]
-    for step in older[:-keep]:
-        if step == 0 or not keep_every or step % keep_every:
-            _delete(folder.with_name(f"step-{step}"))
+    older = {found: folder for found, folder in checkpoints(run).items() if found <= step}
+    for found in list(older)[:-keep]:
+        if found == 0 or not keep_every or found % keep_every:
+            _delete(older[found])
 
 
 def delete_newer(run: Path, step: int) -> None:

@@ -37,6 +37,7 @@ from ..precision import linear_parameters
 from .checkpoint import (
     Content,
     checkpoints,
+    delete_old,
     delete_unfinished,
     gather_content,
     load_newest,
@@ -128,6 +129,16 @@ class CheckpointSaver:
         """Wait for the last checkpoint, then load the newest: see `load_newest`."""
         self.wait()
         self.last_step = load_newest(self._run, self._engine, self._optimizer, at_most)
+        report = self._report
+        # A process that was killed after it wrote this checkpoint may have left older ones.
+        self._engine.world.on_rank0(
+            lambda: delete_old(
+                self._run,
+                self.last_step,
+                keep=report.keep_checkpoints,
+                keep_every=report.keep_every,
+            )
+        )
         return self.last_step
 
     def wait(self) -> None:

@@ -60,6 +60,15 @@ def test_a_rank_that_names_itself_is_not_killed_before_it_prints(ranks, hung, ki
     assert verdicts[0]["kills"] is kills
 
 
+def test_a_rank_that_has_left_is_not_killed(ranks, monkeypatch):
+    verdicts = []
+    monkeypatch.setattr(Heartbeat, "_decide", lambda self, verdict: verdicts.append(verdict))
+    monkeypatch.setattr(Heartbeat, "_end", lambda self, verdict: None)
+    ranks[1].leave()
+    ranks[0]._lose(ranks[1]._beat())
+    assert not verdicts[0]["kills"]
+
+
 def test_a_rank_without_beats_hangs_even_if_it_has_more_marks(ranks):
     beat(ranks, 1)
     ranks[2].mark()
