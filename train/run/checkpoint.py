@@ -42,7 +42,9 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _FORMAT_VERSION = 1
 # Keys of the state of PyTorch's GradScaler.
-_LOSS_SCALE_KEYS = set("scale growth_factor backoff_factor growth_interval _growth_tracker".split())
+_LOSS_SCALE_KEYS = set(
+    ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
+)
 
 
 class CheckpointError(InputError):
