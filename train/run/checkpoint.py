@@ -42,9 +42,8 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _FORMAT_VERSION = 1
 # Keys of the state of PyTorch's GradScaler.
-_LOSS_SCALE_KEYS = set(
-    ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
-)
+_LOSS_SCALE_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval"}
+_LOSS_SCALE_KEYS |= {"_growth_tracker"}
 
 
 class CheckpointError(InputError):
