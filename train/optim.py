@@ -146,7 +146,7 @@ class Optimizer:
                 for group in part.param_groups:
                     # PyTorch requires it of an AdamW in a graph.
                     group["capturable"] = True
-        # Where the gradients of the last update were.
+        # Memory addresses of the gradients in the last update.
         self._addresses: list[int] = []
 
     def update(self, lr: float, loss: Tensor | None = None) -> Tensor:

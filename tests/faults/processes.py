@@ -77,7 +77,7 @@ def _serve() -> None:
     from tritium.train.run.signals import end_at_once_on_signals
 
     session.plot_loss = lambda run: None  # drawing takes longer than the run
-    # What a run imports later, and what its parser keeps.
+    # Import the modules that a run imports later, and fill the cache of the parser.
     for name in ("numpy.ma", "torch._dynamo", "torch.utils.serialization"):
         importlib.import_module(name)
     train._parse_new_run(["laptop"])

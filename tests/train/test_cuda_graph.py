@@ -132,12 +132,16 @@ def test_graphs_train_to_bitwise_the_same_weights(options, compiled):
 @needs_cuda
 def test_a_replayed_step_never_waits_for_the_gpu():
     trainer = make_trainer(torch.device("cuda"), records=True)
-    train(trainer, batches(4))
+    train(trainer, batches(6))
+    assert trainer._recorded.later.is_recorded
+    assert trainer.optimizer._recorded.is_recorded
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches(2):
             trainer.backward(batch)
             trainer.update(1e-3)
+        with pytest.raises(RuntimeError, match="synchroniz"):  # or nothing above was watched
+            torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

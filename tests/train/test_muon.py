@@ -95,7 +95,7 @@ def test_batches_are_limited(monkeypatch):
     assert list(muon._batches(parameters[:2])) == [[0], [1]]
 
 
-def count_operators(model: GPTConfig) -> int:
+def count_operators(model: GPTConfig, optimizer_class: type = Muon) -> int:
     """Count the operators of a step for the matrices of a model's blocks, without data."""
     D = model.d_model
     shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * model.n_layer
@@ -114,9 +114,9 @@ def count_operators(model: GPTConfig) -> int:
         parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    optimizer = Muon(parameters)
+    optimizer = optimizer_class(parameters)
     for parameter in parameters:
-        optimizer._buffer(parameter)
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     with Count():
         optimizer.step()
     return len(counted)
@@ -128,6 +128,7 @@ def test_the_number_of_operators_does_not_grow_with_the_layers():
         count_operators(GPTConfig(n_layer=layers, d_model=deep.d_model)) for layers in (2, 12)
     ]
     assert counts[0] == counts[1] < 160
+    assert count_operators(deep, torch.optim.Muon) > 8 * counts[1]
 
 
 def test_a_parameter_that_is_no_matrix_raises():

@@ -16,7 +16,7 @@ from tritium.train.data.verify import verify_dataset
 
 pytestmark = pytest.mark.plain
 
-END = 256  # of the tokenizer bytes
+END = 256  # the end-of-text id of the tokenizer `bytes`
 
 
 def _write(path, tokens, version=1, count=None):

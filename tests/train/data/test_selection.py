@@ -166,3 +166,10 @@ def test_planted_duplicates_in_speeches_are_found(tmp_path):
     kept = set(results[0])
     assert sum(text not in kept for text in edited) >= 95
     assert all(speech in kept for speech in speeches)
+
+
+def test_equal_weights_keep_documents_spread_over_the_larger_input(tmp_path):
+    texts = [f"{number:0100}" for number in range(4)]
+    paths = [_jsonl(tmp_path / "a.jsonl", texts[:1]), _jsonl(tmp_path / "b.jsonl", texts[1:])]
+    chosen = Selection(Corpus(paths), SelectionOptions(weights=(1, 1)), tmp_path)
+    assert [document.text for document in chosen.documents()] == [texts[0], texts[2]]

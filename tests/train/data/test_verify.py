@@ -61,3 +61,12 @@ def test_every_damaged_shard_is_named(dataset):
         (dataset / name).write_bytes(content)
     with pytest.raises(InputError, match=r"train-00001.bin: damaged: .*; 1 more .*val-00000.bin"):
         verify_dataset(dataset)
+
+
+def test_a_record_with_fewer_documents_than_the_shards_raises(dataset):
+    record = json.loads((dataset / "dataset.json").read_text())
+    record.pop("sha256")
+    record["train"]["documents"] -= 1
+    (dataset / "dataset.json").write_bytes(seal(record))
+    with pytest.raises(InputError, match="documents"):
+        verify_dataset(dataset)

@@ -1,6 +1,7 @@
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train.data.shards import TokenStream, write_shard
-from tritium.train.eval.perplexity import measure, num_targets
+from tritium.train.eval.perplexity import _spread, measure, num_targets
 from tritium.train.eval.texts import Text, read_text
 
 pytestmark = pytest.mark.plain
@@ -133,3 +134,8 @@ def test_the_counting_of_transformers_on_a_published_gpt2():
     expected = transformers_guide(theirs, tokens, 128, 64)
     sizes = {"context": 128, "stride": 64, "counting": "huggingface"}
     assert measure(ours, text, **sizes, batch_size=2).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_part_of_the_windows_is_spread_over_the_text():
+    places = [(index, SimpleNamespace(num_targets=16)) for index in range(10)]
+    assert [index for index, _ in _spread(places, 48)] == [0, 3, 6]
