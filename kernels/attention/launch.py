@@ -32,8 +32,8 @@ from .options import AttentionOptions
 L2_BYTES = 4 << 20
 # The backward's passes over q, k, v and do: "two passes", "one pass", or "auto", which is one pass
 # where the kernel supports the arguments and `one_pass_fits`. On an H100 the backward takes 1.54 ms
-# in one pass and 0.92 ms in two (64 x 1,024 tokens, 12 heads of 64; November 2026). With one program
-# per multiprocessor, nothing runs while it waits for its additions in the L2 cache.
+# in one pass and 0.92 ms in two (64 x 1,024 tokens, 12 heads of 64; November 2026). With one
+# program per multiprocessor, nothing runs while it waits for its additions in the L2 cache.
 BACKWARD = "two passes"
 # Queries per program of the kernel that computes delta.
 DELTA_ROWS = 128
