@@ -7,8 +7,9 @@ if "." not in __name__:
         name=__name__,
     )
 
+from .classifier import GPTClassifier
 from .config import GPTConfig
 from .gpt import GPT
 from .presets import PRESETS
 
-__all__ = ["GPT", "PRESETS", "GPTConfig"]
+__all__ = ["GPT", "PRESETS", "GPTClassifier", "GPTConfig"]
