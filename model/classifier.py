@@ -30,7 +30,7 @@ class GPTClassifier(GPT):
     Its weights have the names of a GPT, and `score.weight` (C, D).
 
     Args:
-        config: shape of the GPT. The classifier has no lm_head, so `tied_head` becomes True.
+        config: shape of the GPT. The classifier has no lm_head, whatever `tied_head` is.
         labels: names of the labels, in the order of the logits.
         attention, recompute: as for GPT.
     Raises: ValueError as GPT, or for fewer than two labels.
@@ -46,8 +46,9 @@ class GPTClassifier(GPT):
     ):
         if len(labels) < 2:
             raise ValueError(f"GPTClassifier: expected two labels or more, got {len(labels)}")
-        config = dataclasses.replace(config, tied_head=True)
-        super().__init__(config, attention=attention, recompute=recompute)
+        without_head = dataclasses.replace(config, tied_head=True)
+        super().__init__(without_head, attention=attention, recompute=recompute)
+        self.config = config
         self.labels = tuple(labels)
         # An embedding and not a Linear: its weight stays float32, and Muon does not train it.
         score = torch.empty(len(labels), config.d_model).normal_(std=STANDARD_DEVIATION)
@@ -103,6 +104,11 @@ class GPTClassifier(GPT):
             self.ln_f.requires_grad_(True)
             for block in self.h[n_layer - trained_blocks :]:
                 block.requires_grad_(True)
+
+    def empty_copy(self) -> "GPTClassifier":
+        """Return a model of the same shape and labels. Its weights are on the meta device."""
+        with torch.device("meta"):
+            return type(self)(self.config, self.labels)
 
     @classmethod
     def from_gpt(

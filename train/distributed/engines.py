@@ -295,9 +295,7 @@ class FSDP(SingleProcess):
         weights = self.gather_weights()
         if not self.world.is_rank0:
             return None
-        # On the meta device no weights are drawn.
-        with torch.device("meta"):
-            model = GPT(self.model.config)
+        model = self.model.empty_copy()
         model.load_state_dict(weights, assign=True)
         return working_copy(model.to(self.execution.device), self.execution.dtype)
 
