@@ -3,10 +3,11 @@
     logits     score @ ln_f(h)[last]                         no bias
     loss       mean_i weight_i cross_entropy(logits_i, label_i)
 
-Attention is causal, so tokens after the last one, which are padding, do not change the logits. A
-folder of transformers holds the model as GPT2ForSequenceClassification, LlamaFor..., and so on.
+Texts are rows with padding after their last token, or packed end to end without padding. Attention
+is causal, so the padding does not change the logits. A folder of transformers holds the model as
+GPT2ForSequenceClassification, LlamaForSequenceClassification, and so on.
 
-Shapes     tokens (B, T): B texts, T tokens of the longest one; logits (B, C): C labels
+Shapes     tokens (B, T); N texts; logits (N, C) for C labels
 """
 
 import dataclasses
@@ -61,25 +62,27 @@ class GPTClassifier(GPT):
         label: Tensor | None = None,
         *,
         loss_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         token_order: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """Classify texts, or compute their loss.
 
         Args:
-            tokens: (B, T) int64. The tokens after `last` are padding: any ids.
-            last: (B,) int64 in [0, T), the last token of each text.
-            label: (B,) int64 in [0, C).
-            loss_weight: (B,) float32, the weight of each text in the mean. Default: 1.
+            tokens: (B, T) int64. The tokens after the last one of a text are padding: any ids.
+            last: (N,) int64 in [0, B T), the place of each text's last token in the flattened
+                tokens.
+            label: (N,) int64 in [0, C).
+            loss_weight: (N,) float32, the weight of each text in the mean. Default: 1.
+            cu_seqlens: as for GPT; each text is a document. Default: each row is a text.
             token_order, dropout_seed: as for GPT.
-        Returns: logits (B, C) float32; with `label` the weighted mean of the cross-entropy,
-            () float32, in nats. The sum is divided by B, not by the sum of the weights.
+        Returns: logits (N, C) float32; with `label` the weighted mean of the cross-entropy,
+            () float32, in nats. The sum is divided by N, not by the sum of the weights.
         Raises: ValueError for more tokens than the context holds.
         """
-        B, T = tokens.shape
-        y, _ = self.hidden(tokens, token_order=token_order, dropout_seed=dropout_seed)
-        y = y.view(B, T, -1)[torch.arange(B, device=tokens.device), last]  # (B, D)
-        logits = linear(y.float(), self.score.weight)
+        options = {"cu_seqlens": cu_seqlens, "token_order": token_order}
+        y, _ = self.hidden(tokens, **options, dropout_seed=dropout_seed)
+        logits = linear(y[last].float(), self.score.weight)
         if label is None:
             return logits
         losses = cross_entropy(logits, label, reduction="none")

@@ -22,6 +22,11 @@ def classifier(config=SMALL, labels=LABELS) -> GPTClassifier:
     return model
 
 
+def places(last: torch.Tensor, length: int) -> torch.Tensor:
+    """The places of the last tokens in flattened rows."""
+    return torch.arange(len(last)) * length + last
+
+
 def batch(rows=4, length=12, vocab_size=SMALL.vocab_size) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(vocab_size, (rows, length), generator=generator)
@@ -36,12 +41,13 @@ def test_logits_read_the_last_hidden_state(config):
     tokens, last = batch()
     y, _ = model.hidden(tokens)
     expected = y.view(4, 12, -1)[range(4), last.tolist()] @ model.score.weight.t()
-    torch.testing.assert_close(model(tokens, last), expected)
+    torch.testing.assert_close(model(tokens, places(last, 12)), expected)
 
 
 def test_loss_is_the_mean_of_weighted_cross_entropies():
     model = classifier()
     tokens, last = batch()
+    last = places(last, 12)
     label = torch.tensor([0, 2, 1, 2])
     losses = F.cross_entropy(model(tokens, last), label, reduction="none")
     torch.testing.assert_close(model(tokens, last, label), losses.mean())
@@ -55,15 +61,27 @@ def test_added_padding_does_not_change_predictions(config):
     model = classifier(config).eval()
     tokens, last = batch()
     longer = torch.cat((tokens, torch.full((4, 11), 7)), dim=1)
-    found = model(longer, last).softmax(1)
-    assert (found - model(tokens, last).softmax(1)).abs().max() < 1e-6
+    found = model(longer, places(last, 23)).softmax(1)
+    assert (found - model(tokens, places(last, 12)).softmax(1)).abs().max() < 1e-6
+
+
+def test_packed_texts_have_the_logits_of_padded_rows():
+    model = classifier()
+    tokens, last = batch()
+    ends = (last + 1).cumsum(0)
+    packed = torch.cat([row[: end + 1] for row, end in zip(tokens, last.tolist(), strict=True)])
+    packed = F.pad(packed, (0, -len(packed) % 2)).view(2, -1)  # a text can span two rows
+    cu_seqlens = torch.tensor([0, *ends.tolist(), packed.numel()], dtype=torch.int32)
+    found = model(packed, ends - 1, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(found, model(tokens, places(last, 12)))
 
 
 @pytest.mark.parametrize("trained_blocks", [0, 1, None])
 def test_only_the_chosen_weights_are_trained(trained_blocks):
     model = classifier()
     model.freeze(trained_blocks)
-    model(*batch(), torch.tensor([0, 2, 1, 2])).backward()
+    tokens, last = batch()
+    model(tokens, places(last, 12), torch.tensor([0, 2, 1, 2])).backward()
     with_gradient = {name for name, each in model.named_parameters() if each.grad is not None}
     names = {name for name, _ in model.named_parameters()}
     starts = {0: ("score",), 1: ("score", "ln_f", "h.1."), None: ("",)}[trained_blocks]
@@ -108,7 +126,7 @@ def test_transformers_gives_the_same_logits(config, tmp_path):
         tokens[row, end + 1 :] = 89  # transformers finds the last token by the padding
     with torch.no_grad():
         found = other(tokens).logits
-    assert (found - model(tokens, last)).abs().max() < 1e-5
+    assert (found - model(tokens, places(last, 12))).abs().max() < 1e-5
 
 
 def test_a_saved_classifier_is_read_back_with_the_same_bits(tmp_path):

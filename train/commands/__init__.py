@@ -12,6 +12,7 @@ COMMANDS = {
     "data": "data",
     "sample": "sample",
     "chat": "chat",
+    "classify": "classify",
     "export": "export",
     "import": "import_model",
     "plan": "plan",

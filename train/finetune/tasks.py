@@ -70,6 +70,24 @@ class FinetuneOptions(TaskOptions):
             raise InputError(f"row_tokens: expected at least 2, got {self.row_tokens}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(FinetuneOptions):
+    """Options of the task "classify"."""
+
+    label_field: str = "label"
+    """Key of json objects, or column of csv and tsv files, that holds the label."""
+    balance: bool = False
+    """Keep equally many texts of each label, as many as the rarest label has."""
+    class_weights: bool = False
+    """Weigh losses inversely to the frequency of their label in the training part."""
+    trained_blocks: int | None = None
+    """Train only the last so many blocks, the final norm and the head. 0: the head. None: all."""
+    val_fraction: float = 0.1
+    """Fraction of the texts that is held out for validation. The seed chooses them."""
+    test_fraction: float = 0.2
+    """Fraction of the texts that is held out for the test after training."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A row of TASKS."""
@@ -90,6 +108,9 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "pretrain": Task("..pretrain", TaskOptions, "predict the next token of text"),
+    "classify": Task(
+        ".classify", ClassifyOptions, "give a text one of several labels", has_documents=True
+    ),
 }
 
 

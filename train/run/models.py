@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import InputError
-from ...model import GPT, GPTConfig
+from ...model import GPT, GPTClassifier, GPTConfig
 from ...model.cost import check_size
 from ...model.hub import is_hub_name
 from ...model.weights import open_source
@@ -39,6 +39,8 @@ class SavedModel:
     """A sentence about values that change when the weights are read."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
+    labels: tuple[str, ...] = ()
+    """What a classifier distinguishes. (): a language model."""
 
     @property
     def is_folder_of_transformers(self) -> bool:
@@ -47,11 +49,36 @@ class SavedModel:
         return self.run is None and self.path.is_dir() and not is_own
 
     def load(self, *, attention: str = "tritium", recompute: str = "none") -> GPT:
-        """Read the weights. Returns: the model, on the CPU."""
+        """Read the weights of a language model. Returns: the model, on the CPU.
+
+        Raises: InputError if the model is a classifier.
+        """
+        if self.labels:
+            raise InputError(
+                f"{self.path}: expected a language model, got a classifier of "
+                f"{', '.join(self.labels)[:100]}; `tritium classify` uses it"
+            )
+        options = {"attention": attention, "recompute": recompute}
         if self.checkpoint is None:
-            return GPT.from_pretrained(self.path, attention=attention, recompute=recompute)
+            return GPT.from_pretrained(self.path, **options)
+        return self._load_checkpoint(GPT(self.config, **options))
+
+    def load_classifier(self) -> GPTClassifier:
+        """Read the weights of a classifier. Returns: the model, on the CPU.
+
+        Raises: InputError if the model is a language model.
+        """
+        if self.checkpoint is None:
+            return GPTClassifier.from_pretrained(self.path)
+        if not self.labels:
+            raise InputError(
+                f"{self.path}: expected a classifier, got a language model; `tritium finetune "
+                "classify` makes one"
+            )
+        return self._load_checkpoint(GPTClassifier(self.config, self.labels))
+
+    def _load_checkpoint(self, model: GPT) -> GPT:
         check_size(self.checkpoint, self.config, bytes_per_parameter=4)
-        model = GPT(self.config, attention=attention, recompute=recompute)
         load_weights(self.checkpoint, model)
         return model
 
@@ -105,6 +132,7 @@ def open_model(path: Path) -> SavedModel:
             config=source.config,
             tokenizer_path=path if is_with_tokenizer else None,
             token_ids=source.token_ids,
+            labels=source.labels,
             note=source.note,
         )
     if not is_checkpoint and not _is_run(path):
@@ -117,6 +145,7 @@ def open_model(path: Path) -> SavedModel:
     return SavedModel(
         path=path,
         config=record.model,
+        labels=tuple(record.labels),
         tokenizer_sha256=record.tokenizer_sha256,
         tokenizer_path=run / "tokenizer.json",
         run=run,
