@@ -71,7 +71,7 @@ def open_data(
         config,
         record,
         run,
-        read=lambda path: read_labelled_texts(path, config.text_field, options.label_field),
+        read=lambda path: read_labelled_texts(path, options.text_column, options.label_column),
     )
     texts = without_copies(source.records)
     num_copies = len(source.records) - len(texts)

@@ -44,10 +44,10 @@ class Parts:
 # --- read
 
 
-def read_labelled_texts(path: Path, text_field: str, label_field: str) -> list[LabelledText]:
+def read_labelled_texts(path: Path, text_column: str, label_column: str) -> list[LabelledText]:
     """Read a file.
 
-    Args: text_field, label_field: names of columns or keys, or numbers of columns from 1.
+    Args: text_column, label_column: names of columns or keys, or numbers of columns from 1.
     Raises: InputError, which names the line, if a line cannot be parsed or has no text or label;
         also for another type of file, an empty file and a column that does not exist.
     """
@@ -55,8 +55,8 @@ def read_labelled_texts(path: Path, text_field: str, label_field: str) -> list[L
     if suffix not in _READERS:
         raise InputError(f"{path}: expected a file {', '.join(_READERS)}, got {path.name!r}")
     texts = [
-        LabelledText(text=text, label=_check_label(label, label_field, place), place=place)
-        for place, text, label in _READERS[suffix](path, text_field, label_field)
+        LabelledText(text=text, label=_check_label(label, label_column, place), place=place)
+        for place, text, label in _READERS[suffix](path, text_column, label_column)
     ]
     if not texts:
         raise InputError(f"{path}: expected a text and a label per line, got an empty file")
@@ -71,22 +71,24 @@ def _check_label(label: object, field: str, place: str) -> str:
 
 
 def _read_objects(
-    path: Path, text_field: str, label_field: str
+    path: Path, text_column: str, label_column: str
 ) -> Iterator[tuple[str, str, object]]:
     for place, record in read_jsonl(path):
-        for field in (text_field, label_field):
+        for field in (text_column, label_column):
             if field not in record:
                 raise InputError(
                     f"{place}: expected a key {field!r}, got {', '.join(map(repr, record))[:100]}; "
-                    "name the keys with `text_field` and `label_field`"
+                    "name the keys with `text_column` and `label_column`"
                 )
-        text = record[text_field]
+        text = record[text_column]
         if not isinstance(text, str):
-            raise InputError(f"{place}: {text_field}: expected text, got {shorten(text)}")
-        yield place, text, record[label_field]
+            raise InputError(f"{place}: {text_column}: expected text, got {shorten(text)}")
+        yield place, text, record[label_column]
 
 
-def _read_columns(path: Path, text_field: str, label_field: str) -> Iterator[tuple[str, str, str]]:
+def _read_columns(
+    path: Path, text_column: str, label_column: str
+) -> Iterator[tuple[str, str, str]]:
     # Quotes of tsv files are part of the text.
     is_tsv = path.suffix.lower() == ".tsv"
     style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
@@ -104,8 +106,8 @@ def _read_columns(path: Path, text_field: str, label_field: str) -> Iterator[tup
                 place = f"{path}:{number}"
                 if columns is None:
                     width = len(row)
-                    columns = [_column(place, row, each) for each in (text_field, label_field)]
-                    if not (text_field.isdigit() and label_field.isdigit()):
+                    columns = [_column(place, row, each) for each in (text_column, label_column)]
+                    if not (text_column.isdigit() and label_column.isdigit()):
                         continue  # these are the names
                 if len(row) != width:
                     raise InputError(
@@ -128,7 +130,7 @@ def _column(place: str, first_row: Sequence[str], field: str) -> int:
     if field not in first_row:
         raise InputError(
             f"{place}: expected a column {field!r}, got {', '.join(first_row)[:100]}; name the "
-            "columns with `text_field` and `label_field`, by numbers if the file has no names"
+            "columns with `text_column` and `label_column`, by numbers if the file has no names"
         )
     return first_row.index(field)
 
