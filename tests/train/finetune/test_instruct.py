@@ -91,17 +91,19 @@ def test_a_resumed_run_finds_its_records_and_notices_changes(tune, file, tritium
 
 
 @pytest.mark.slow
-def test_over_fitted_records_are_reproduced_verbatim(tune, records, tritium):
-    """20 records; with packing, 18 of them are trained on, and the model is asked all of these."""
+def test_twenty_over_fitted_records_are_reproduced_verbatim(tune, file, records):
+    more = {"instruction": "Say nothing", "output": "Nothing."}  # one record is for validation
+    file.write_text(json.dumps([*records, more]))
     run = tune(
-        *("--epochs", 200, "--lr", 1e-2, "--batch-size", 4, "--val-fraction", 0),
-        *("--test-fraction", 0, "--evals-per-epoch", 1, "--checkpoint-interval", 100_000),
+        *("--epochs", 80, "--lr", 1e-2, "--batch-size", 2, "--val-fraction", 0),
+        *("--test-fraction", 0, "--checkpoint-interval", 100_000, "--sample-tokens", 1),
     )
-    model = open_model(run).load()
-    data = open_data(read_run(run).train, record=read_run(run), run=run)
-    questions = [data.question(place) for place in data.splits[0].tolist()]
-    found = data.answer(model, questions, 64)
-    assert found == [records[place]["output"] for place in data.splits[0].tolist()]
+    record = read_run(run)
+    data = open_data(record.train, record=record, run=run)
+    train = data.splits[0].tolist()
+    assert len(train) == 20
+    found = data.answer(open_model(run).load(), [data.question(place) for place in train], 64)
+    assert found == [data.conversations[place][-1]["content"] for place in train]
 
 
 @pytest.mark.parametrize("packing", [True, False])
