@@ -99,6 +99,6 @@ def test_chat_uses_the_template_of_the_run(base, file, tritium, tmp_path, monkey
     monkeypatch.setattr("tritium.train.chat.stream_sample", answer)
     lines = iter(["hi"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, "/exit"))
-    assert tritium("chat", out)[1].strip() == "yes"
+    assert tritium("chat", out, "--max-new-tokens", 20)[1].strip() == "yes"
     assert prompts[0][0].endswith("### Instruction:\nhi\n\n### Response:\n")
     assert prompts[0][1] == ("\n\n### Instruction:",)
