@@ -34,7 +34,7 @@ from tritium.train.finetune.start import finetune_config
 from tritium.train.loop import start
 from tritium.train.run.models import open_model
 
-SETS = {"balanced": {"balance": True, "epochs": 3.0}, "full": {"balance": False, "epochs": 1.0}}
+SETS = {"balanced": {"balance": True, "epochs": 2.0}, "full": {"balance": False, "epochs": 1.0}}
 OPTIONS = {
     "text_column": "2",
     "label_column": "1",

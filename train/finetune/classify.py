@@ -122,9 +122,9 @@ def _describe(
         f"{len(texts):,} texts: " + ", ".join(f"{count:,} {label}" for label, count in counts[:20])
     ]
     if num_copies:
-        lines.append(f"{num_copies:,} copies of a text left out")
+        lines.append(f"copies of a text left out: {num_copies:,}")
     if num_cut:
-        lines.append(f"{num_cut:,} texts cut after {most_tokens} tokens")
+        lines.append(f"texts cut after {most_tokens} tokens: {num_cut:,}")
     return "; ".join(lines)
 
 

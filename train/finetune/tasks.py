@@ -156,6 +156,7 @@ TASKS: dict[str, Task] = {
         ClassifyOptions,
         "give a text one of several labels",
         has_documents=True,
+        next_command="classify",
         defaults=_FINETUNE,
     ),
 }
