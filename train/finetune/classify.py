@@ -1,11 +1,17 @@
 """The task "classify": give a text one of several labels. See tasks.py.
 
-texts     of one file, without copies (classify_records.py)
-parts     training, validation and test, by the seed
-batches   rows of padded texts; the head reads the last token of each (model/classifier.py)
-results   RUN/test.json           accuracy, macro F1, and precision, recall and F1 of each label
-          RUN/predictions.jsonl   the prediction for each test text
-          RUN/confusion.png       the confusion matrix of the test texts
+    texts     of one file, without copies (classify_records.py)
+    parts     training, validation and test, by the seed
+    batches   texts packed end to end (classify_batch.py); the head reads the last token of each
+              (model/classifier.py)
+
+After the last step, the test texts are classified:
+
+    RUN/test.json           accuracy, macro F1, and precision, recall and F1 of each label
+    RUN/predictions.jsonl   the prediction for each text
+    RUN/confusion.png       the confusion matrix
+
+With class weights all losses are weighted, also those of validation and test.
 """
 
 import collections
@@ -39,7 +45,7 @@ from .classify_records import (
     without_copies,
 )
 from .data import TaskData, model_options
-from .records import RecordLoader, fit_epochs, open_source, record_batches
+from .records import RecordLoader, fit_epochs, open_source, record_batches, row_tokens
 
 # Validation texts in a sample, and characters of each.
 _SAMPLE_TEXTS = 5
@@ -59,12 +65,7 @@ def open_data(
     Raises: InputError if the run cannot use the file.
     """
     options = config.task_options
-    n_layer = config.model.n_layer
-    if options.trained_blocks is not None and not 0 <= options.trained_blocks <= n_layer:
-        raise InputError(
-            f"trained_blocks: expected 0 to {n_layer}, the blocks of the model, "
-            f"got {options.trained_blocks}"
-        )
+    _check(config)
 
     # Read, choose and split.
     source = open_source(
@@ -86,9 +87,7 @@ def open_data(
         )
 
     # Encode.
-    most_tokens = min(
-        options.row_tokens or config.model.context_tokens, config.model.context_tokens
-    )
+    most_tokens = row_tokens(config)
     weights = class_weights(parts.train, parts.labels) if options.class_weights else None
     rows = {}
     num_cut = 0
@@ -112,6 +111,19 @@ def open_data(
         texts={"val": parts.val, "test": parts.test},
         note=_describe(texts, num_copies, num_cut, most_tokens),
     )
+
+
+def _check(config: TrainConfig) -> None:
+    """Raise InputError for options that a classifier cannot have."""
+    n_layer = config.model.n_layer
+    blocks = config.task_options.trained_blocks
+    if blocks is not None and not 0 <= blocks <= n_layer:
+        raise InputError(
+            f"trained_blocks: expected 0 to {n_layer}, the blocks of the model, got {blocks}"
+        )
+    for name in ("eval_text", "eval_choice"):
+        if getattr(config.report, name):
+            raise InputError(f"{name}: expected none, because a classifier predicts no tokens")
 
 
 def _describe(

@@ -187,6 +187,7 @@ def test_a_classifier_is_not_used_as_a_language_model(tune, error_of):
             "animals.tsv:21: expected a label of the training part, a, b, got 'c'",
         ),
         (None, ("--trained-blocks", 2), "--trained-blocks: expected 0 to 1, the blocks of the"),
+        (None, ("--eval-text", "a=b"), "--eval-text: expected none, because a classifier predicts"),
         (None, ("--row-tokens", 65), "--row-tokens: expected at most the context of 64 tokens"),
     ],
 )
