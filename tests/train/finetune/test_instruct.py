@@ -178,3 +178,19 @@ def test_missing_files_and_models_raise(base, file, tmp_path):
         open_data(config.with_options(init_from=None))
     with pytest.raises(InputError, match="data: expected one file of records, got a b"):
         open_data(config.with_options(data=("a", "b")))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_end_like_one_to_rounding(parallel, tune, launch):
+    options = ["--steps", 4, "--batch-size", 4, "--checkpoint-interval", 2, "--answer-tokens", 3]
+    run = tune(*options, "--lr", 1e-3)
+    broken = run.with_name("broken")
+    shutil.copytree(run, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-4")
+    status, _, errors = launch(2, "--resume", broken, "--parallel", parallel)
+    assert status == [0, 0], errors
+    losses = [read_metrics(folder)[1][-1]["val_loss"] for folder in (run, broken)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    steps = [[row["loss"] for row in read_metrics(folder)[0]] for folder in (run, broken)]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-5)
+    assert len(lines(broken / "answers.jsonl")) == 2
