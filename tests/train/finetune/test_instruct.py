@@ -62,6 +62,16 @@ def test_a_run_evaluates_each_epoch_and_answers_the_test_records(tune, records, 
     assert "tritium finetune instruct" in card
 
 
+def test_a_folder_of_transformers_is_fine_tuned_like_its_run(tune, base, file, tritium, tmp_path):
+    run = tune("--steps", 1, "--test-fraction", 0)
+    assert tritium("export", base, tmp_path / "exported")[0] == 0
+    words = ("--data", file, "--device", "cpu", "--steps", 1, "--test-fraction", 0)
+    out = tmp_path / "other"
+    assert tritium("finetune", "instruct", tmp_path / "exported", *words, "--out", out)[0] == 0
+    losses = [read_metrics(folder)[0][0]["loss"] for folder in (run, out)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("words", [[], ["--no-packing", "--dropout", 0.1]], ids=str)
 def test_a_resumed_run_ends_bitwise_like_an_unbroken_one(words, tune, tritium):
     options = ["--steps", 6, "--batch-size", 4, "--checkpoint-interval", 3, "--answer-tokens", 3]
@@ -178,3 +188,19 @@ def test_missing_files_and_models_raise(base, file, tmp_path):
         open_data(config.with_options(init_from=None))
     with pytest.raises(InputError, match="data: expected one file of records, got a b"):
         open_data(config.with_options(data=("a", "b")))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_end_like_one_to_rounding(parallel, tune, launch):
+    options = ["--steps", 4, "--batch-size", 4, "--checkpoint-interval", 2, "--answer-tokens", 3]
+    run = tune(*options, "--lr", 1e-3)
+    broken = run.with_name("broken")
+    shutil.copytree(run, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-4")
+    status, _, errors = launch(2, "--resume", broken, "--parallel", parallel)
+    assert status == [0, 0], errors
+    losses = [read_metrics(folder)[1][-1]["val_loss"] for folder in (run, broken)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    steps = [[row["loss"] for row in read_metrics(folder)[0]] for folder in (run, broken)]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-5)
+    assert len(lines(broken / "answers.jsonl")) == 2
