@@ -1,21 +1,17 @@
 """tritium classify: print the label of each line of text."""
 
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from ...errors import InputError
-from ...model import GPTClassifier
-from ..data.tokenizer import Tokenizer
 from ..device import choose_device, choose_matmul
-from ..finetune.classify_batch import encode_text, text_inputs
+from ..finetune.classify_batch import classify_texts
 from ..precision import PRECISIONS, choose_dtype, working_copy
 from ..run.models import open_model
 from .cli import parse
@@ -59,29 +55,12 @@ def main(argv: Sequence[str]) -> int:
     model = working_copy(model, choose_dtype(options.precision, device)).eval()
     describe = _as_json if options.json else _as_text
     count = 0
-    for probabilities in classify_lines(model, tokenizer, _lines(), options.batch_size):
+    for probabilities in classify_texts(model, tokenizer, _lines(), options.batch_size):
         print(describe(model.labels, probabilities), flush=True)
         count += 1
     if not count:
         raise InputError("classify: expected a text per line on the standard input, got none")
     return 0
-
-
-def classify_lines(
-    model: GPTClassifier, tokenizer: Tokenizer, lines: Iterable[str], batch_size: int
-) -> Iterator[list[float]]:
-    """Yield the probabilities of the labels for each line, in their order.
-
-    A line that is longer than the context of the model is cut after it.
-    """
-    device = model.score.weight.device
-    context = model.config.context_tokens
-    lines = iter(lines)
-    while batch := list(itertools.islice(lines, batch_size)):
-        texts = [encode_text(tokenizer, line)[:context] for line in batch]
-        with torch.no_grad():
-            logits = model(**text_inputs(texts, context, device))
-        yield from logits.softmax(1).tolist()
 
 
 def _lines() -> Iterator[str]:

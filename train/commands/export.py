@@ -70,7 +70,7 @@ def write_model(
     tokenizer = trained.tokenizer(spec) if has_tokenizer and not files else None
     if isinstance(tokenizer, PublishedTokenizer):
         files = tokenizer.files
-    model = trained.load_classifier() if trained.labels else trained.load()
+    model = trained.load_any()
     if trained.note:
         print(trained.note)
     if dtype != "auto":

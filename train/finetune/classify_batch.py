@@ -1,6 +1,7 @@
-"""Texts as tokens with their labels, and the batches of a classifier."""
+"""Texts as tokens with their labels, the batches of a classifier, and its predictions."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...model import GPTClassifier
 from ..data.loader import copy_cu_seqlens, copy_to_device, seed_input
 from ..data.tokenizer import Tokenizer
 from .classify_records import LabelledText
@@ -137,3 +139,20 @@ def encode_labelled(
         context_tokens=most_tokens,
     )
     return rows, num_cut
+
+
+@torch.no_grad()
+def classify_texts(
+    model: GPTClassifier, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 8
+) -> Iterator[list[float]]:
+    """Yield the probabilities of the labels for each text, in the order of model.labels.
+
+    A text that is longer than the context of the model is cut after it.
+    """
+    device = model.score.weight.device
+    context = model.config.context_tokens
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, batch_size)):
+        encoded = [encode_text(tokenizer, text)[:context] for text in batch]
+        logits = model(**text_inputs(encoded, context, device))
+        yield from logits.softmax(1).tolist()

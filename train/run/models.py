@@ -80,6 +80,10 @@ class SavedModel:
             )
         return self._load_checkpoint(GPTClassifier(self.config, self.labels))
 
+    def load_any(self) -> GPT:
+        """Read the weights. Returns: a GPT or a GPTClassifier, on the CPU."""
+        return self.load_classifier() if self.labels else self.load()
+
     def _load_checkpoint(self, model: GPT) -> GPT:
         check_size(self.checkpoint, self.config, bytes_per_parameter=4)
         load_weights(self.checkpoint, model)

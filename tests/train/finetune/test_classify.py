@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tritium.errors import InputError
+from tritium.train.api import load
 from tritium.train.finetune.classify import open_data
 from tritium.train.finetune.start import finetune_config
 from tritium.train.run.folder import read_run
@@ -172,6 +174,12 @@ def test_a_classifier_is_not_used_as_a_language_model(tune, error_of):
     run, _ = tune("--steps", 1)
     message = error_of("sample", run)
     assert "expected a language model, got a classifier of big, small" in message
+    opened = load(run)
+    assert opened.classify(["big dog", "small cat"])[1].keys() == {"big", "small"}
+    with pytest.raises(InputError, match="expected a language model, got a classifier"):
+        opened.sample("big")
+    with pytest.raises(InputError, match="expected a classifier, got a language model"):
+        load(run.with_name("base")).classify(["big dog"])
 
 
 @pytest.mark.parametrize(
