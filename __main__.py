@@ -20,6 +20,10 @@ HELP = """tritium: train GPTs with Triton kernels
 Each command has --help."""
 
 
+# Packages of the extra `train` in setup.py. Without it the kernels work, and no command does.
+_TRAIN_PACKAGES = ("numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib")
+
+
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command. Returns: the exit status."""
     from . import __version__
@@ -28,6 +32,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
     if argv and argv[0] == "help":  # tritium help train is tritium train --help
         argv = [*argv[1:], "--help"]
+    if argv[1:] == ["help"]:  # and so is tritium train help
+        argv = [argv[0], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
@@ -53,7 +59,21 @@ def main() -> None:
     end_at_once_on_signals()  # until the command is imported
     from .train.commands.cli import run
 
-    sys.exit(run(dispatch, sys.argv[1:]))
+    sys.exit(run(_dispatch_if_installed, sys.argv[1:]))
+
+
+def _dispatch_if_installed(argv: Sequence[str]) -> int:
+    """Run one command. Raises: InputError if a package of the extra `train` is missing."""
+    from .errors import InputError
+
+    try:
+        return dispatch(argv)
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAIN_PACKAGES:
+            raise
+        raise InputError(
+            f"expected the package {error.name}, found none; pip install 'tritium[train]'"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -393,4 +393,5 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     )
     print(f"goodput: {describe_goodput(run)}")
     print(f"next: {program()} sample {shlex.quote(str(run))} --prompt {prompt}")
-    print(f"      for a better model, a new run with --steps {4 * record.train.steps}")
+    steps = max(4 * record.train.steps, 4 * record.train.warmup_steps)
+    print(f"      for a better model, a new run with --steps {steps}")
