@@ -63,17 +63,15 @@ def main() -> None:
 
 
 def _dispatch_if_installed(argv: Sequence[str]) -> int:
-    """Run one command. Raises: InputError if a package of the extra `train` is missing."""
-    from .errors import InputError
-
+    """Run one command, or say that a package of the extra `train` is missing."""
     try:
         return dispatch(argv)
     except ModuleNotFoundError as error:
         if error.name not in _TRAIN_PACKAGES:
             raise
-        raise InputError(
-            f"expected the package {error.name}, found none; pip install 'tritium[train]'"
-        ) from None
+        line = f"expected the package {error.name}, found none; pip install 'tritium[train]'"
+        print(f"tritium: {line}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
