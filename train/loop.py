@@ -47,6 +47,7 @@ from .run.signals import Signals, set_time_limit, stop_on_signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import check_learning_rates, describe_long_warmup
 from .session import Session
+from .threads import limit_threads
 from .trainer import Trainer, quiet_collector
 
 
@@ -159,6 +160,7 @@ def _train(
     world.check_same_on_all_ranks(
         "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
     )
+    limit_threads()
     choose_matmul(execution.device)
     keep_freed_memory()
 

@@ -22,6 +22,7 @@ from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
+from ..threads import CoreTime
 from .goodput import Goodput, describe, seconds_before
 from .lines import parse_line
 from .trackers import Tracker
@@ -113,6 +114,7 @@ class Metrics:
         self._pending: list[_Pending] = []
         self._last_read = time.perf_counter()
         self._seconds_waited = 0.0
+        self._cores = CoreTime(torch.get_num_threads() if device.type == "cpu" else 1)
         self.checkpoint_stall = 0.0
 
         self._bar = _progress_bar()
@@ -136,6 +138,7 @@ class Metrics:
         with self.goodput.during(phase):
             yield
         self._last_read = time.perf_counter()
+        self._cores.start()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -178,6 +181,8 @@ class Metrics:
         now = time.perf_counter()
         seconds = now - self._last_read
         self._last_read = now
+        if warning := self._cores.end():
+            console.print(warning)
         rate = count * self._tokens_per_step / seconds
         mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
         rates = {
