@@ -18,7 +18,7 @@ average less than 4 times. No table of W entries is needed.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -65,6 +65,25 @@ def _feistel(x: np.ndarray, half_bits: np.uint64, mask: np.uint64, keys: np.ndar
     return (left << half_bits) | right
 
 
+def permuted_positions(first: int, offsets: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Return permutation_e(p mod size) of epoch e = p // size, for positions p = first + offsets.
+
+    Args:
+        first: any Python integer from 0. It can exceed 2**63.
+        offsets: int64, any shape.
+        size: number of windows or rows per epoch.
+        seed: decides the order of each epoch.
+    Returns: int64 in [0, size), shape of `offsets`.
+    """
+    first_epoch, offset = divmod(first, size)
+    epochs, indices = np.divmod(offset + offsets, size)
+    result = np.empty_like(indices)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        result[here] = permute(indices[here], size, seed, first_epoch + epoch)
+    return result
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of tokens on the CPU. `len(batch)` is the number of rows B, and a slice is a batch.
@@ -76,12 +95,15 @@ class Batch:
         orders: (B, T) int32, or None. Each group of sorted_rows rows holds the stable sort of the
             inputs of these rows, laid end to end.
         sorted_rows: rows per group.
+        separator: token that begins a document. Documents do not attend to each other. None: each
+            row is one document.
     """
 
     windows: Tensor
     num_targets: np.ndarray
     orders: Tensor | None = None
     sorted_rows: int = 1
+    separator: int | None = None
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -90,7 +112,9 @@ class Batch:
         # A slice that begins inside a group has no order.
         is_aligned = (rows.start or 0) % self.sorted_rows == 0
         orders = self.orders[rows] if self.orders is not None and is_aligned else None
-        return Batch(self.windows[rows], self.num_targets[rows], orders, self.sorted_rows)
+        return replace(
+            self, windows=self.windows[rows], num_targets=self.num_targets[rows], orders=orders
+        )
 
     @property
     def token_order(self) -> Tensor | None:
@@ -116,6 +140,19 @@ class Batch:
             targets[row, self.num_targets[row] :] = IGNORE_INDEX
         return inputs, targets
 
+    def model_inputs(
+        self, device: torch.device, dropout_seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return the arguments of GPT.forward on `device`, without waiting for the device."""
+        tokens, targets = self.on(device)
+        inputs = {"tokens": tokens, "targets": targets}
+        if self.token_order is not None:
+            inputs["token_order"] = copy_to_device(self.token_order, device)
+        if self.separator is not None:
+            cu_seqlens = document_starts(self.inputs, self.separator)
+            inputs["cu_seqlens"] = copy_cu_seqlens(cu_seqlens, device)
+        return inputs | seed_input(dropout_seed, device)
+
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to `device`, without waiting for the device.
@@ -125,6 +162,20 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def copy_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Copy the starts of documents to `device`. torch.compile compiles once for any number."""
+    copied = copy_to_device(cu_seqlens, device)
+    torch._dynamo.mark_dynamic(copied, 0)
+    return copied
+
+
+def seed_input(dropout_seed: int | None, device: torch.device) -> dict[str, Tensor]:
+    """Return the argument `dropout_seed` of GPT.forward; {} for None."""
+    if dropout_seed is None:
+        return {}
+    return {"dropout_seed": torch.full((), dropout_seed, dtype=torch.int64, device=device)}
 
 
 class Loader:
@@ -138,6 +189,7 @@ class Loader:
     def __init__(
         self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int,
         rank: int = 0, world_size: int = 1, pinned: bool = False, sorted_rows: int | None = None,
+        separator: int | None = None,
     ):  # fmt: skip
         """Check the sizes. Reads no tokens.
 
@@ -150,6 +202,7 @@ class Loader:
             pinned: whether batches are in pinned memory, from which CUDA copies without waiting.
             sorted_rows: sort the inputs of each group of so many rows, see Batch; a divisor of the
                 rows per step and rank. None: do not sort.
+            separator: see Batch.
         Raises: InputError if a size is below 1, batch_size is not divisible by world_size, or the
             data is shorter than T + 1.
         """
@@ -177,6 +230,7 @@ class Loader:
         self.windows = -(-(len(stream) - 1) // context_tokens)
         self._pinned = pinned
         self._sorted_rows = sorted_rows
+        self._separator = separator
         self._rows = batch_size // world_size
         self._first_row = rank * self._rows
         # A block covers at most 16 epochs, because each epoch needs its own permutation.
@@ -195,7 +249,7 @@ class Loader:
             block = _read(
                 self.stream, indices, self.context_tokens, self._pinned, self._sorted_rows
             )
-            self._block = number, block
+            self._block = number, replace(block, separator=self._separator)
         return self._block[1][place * self._rows : (place + 1) * self._rows]
 
     def num_targets(self, step: int) -> int:
@@ -218,20 +272,14 @@ class Loader:
         return self._windows_of(self._first_row, self._rows, first_step, steps)
 
     def _windows_of(self, first_row: int, rows: int, first_step: int, steps: int) -> np.ndarray:
-        # first_step * batch_size can exceed 2**63, so it stays a Python integer.
-        first_epoch, offset = divmod(first_step * self.batch_size + first_row, self.windows)
-        positions = offset + np.arange(steps)[:, None] * self.batch_size + np.arange(rows)
-        epochs, indices = np.divmod(positions, self.windows)
-        result = np.empty_like(indices)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            result[here] = permute(indices[here], self.windows, self.seed, first_epoch + epoch)
-        return result
+        offsets = np.arange(steps)[:, None] * self.batch_size + np.arange(rows)
+        first = first_step * self.batch_size + first_row
+        return permuted_positions(first, offsets, self.windows, self.seed)
 
 
 def evaluation_batches(
     stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None,
-    rank: int = 0, world_size: int = 1,
+    rank: int = 0, world_size: int = 1, separator: int | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Yield the windows in order. Over all ranks, every token except the first is a target once.
 
@@ -242,6 +290,7 @@ def evaluation_batches(
         max_tokens: largest number of targets. The windows are then spread evenly over the stream
             and are always the same. At least one window is read. None: all windows.
         rank, world_size: which windows are this rank's.
+        separator: see Batch.
     Yields: batches of batch_size rows; the last batch may have fewer. Every rank gets the same
         number of batches: a rank without a window gets a batch without targets.
     Raises: InputError if the stream holds fewer than two tokens.
@@ -255,11 +304,11 @@ def evaluation_batches(
     chosen = np.arange(count) * windows // count
     for start in range(0, count, batch_size * world_size):
         own = chosen[start + rank * batch_size :][:batch_size]
-        if len(own):
-            yield _read(stream, own, context_tokens)
-        else:
-            batch = _read(stream, chosen[:1], context_tokens)
-            yield Batch(batch.windows, np.zeros_like(batch.num_targets))
+        batch = _read(stream, own if len(own) else chosen[:1], context_tokens)
+        batch = replace(batch, separator=separator)
+        if not len(own):
+            batch = replace(batch, num_targets=np.zeros_like(batch.num_targets))
+        yield batch
 
 
 def _read(
@@ -304,14 +353,23 @@ def document_starts(tokens: Tensor, separator: int) -> Tensor:
     Args:
         tokens: (B, T), any integer dtype, on the CPU.
         separator: the end-of-text id.
+    Returns: as `cu_seqlens_of`.
+    """
+    is_start = tokens == separator
+    is_start[:, 0] = True
+    return cu_seqlens_of(is_start)
+
+
+def cu_seqlens_of(is_start: Tensor) -> Tensor:
+    """Return the starts of the documents in rows that are laid end to end.
+
+    Args: is_start: (B, T) bool, on the CPU. Whether a document starts here; true in column 0.
     Returns: (documents + 1,) int32; the first entry is 0 and the last is B * T. Empty documents at
         the end pad `documents` to a power of two, so that few different lengths occur, and to two
         or more: torch.compile would compile a length of one for itself.
     """
-    is_start = tokens == separator
-    is_start[:, 0] = True
     starts = is_start.flatten().nonzero()[:, 0].to(torch.int32)
     documents = max(2, 1 << (len(starts) - 1).bit_length())
-    cu_seqlens = starts.new_full((1 + documents,), tokens.numel())
+    cu_seqlens = starts.new_full((1 + documents,), is_start.numel())
     cu_seqlens[: len(starts)] = starts
     return cu_seqlens
