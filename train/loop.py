@@ -197,5 +197,6 @@ def _open_metrics(
         device=engine.execution.device,
         compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,
+        log_interval=config.report.log_interval,
         trackers=open_trackers(config, run, first) if world.is_rank0 else (),
     )

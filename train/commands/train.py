@@ -19,6 +19,7 @@ from ..distributed.launch import (
 )
 from ..finetune.tasks import TaskOptions
 from ..loop import resume
+from ..plan import count_tokens
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.checkpoint import checkpoints
 from ..run.folder import read_run
@@ -74,6 +75,8 @@ class TrainOptions:
 
     run: tyro.conf.OmitArgPrefixes[TrainFlags]
     """The experiment: data, batch, optimizer and learning rate."""
+    tokens: str | None = None
+    """Tokens to train on, instead of steps: 10B, 500M, 1.5e9, ..."""
     launch: tyro.conf.OmitArgPrefixes[Launch]
     """How the processes that torchrun starts divide the work."""
 
@@ -110,6 +113,12 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
         TrainOptions, words, prog="tritium train", description=_DESCRIPTION, default=default
     )
     config = options.run.config()
+    if options.tokens is not None:
+        if is_given("--steps", argv):
+            raise InputError("--tokens: expected --tokens or --steps, got both; leave one out")
+        tokens_per_step = config.batch_size * config.model.context_tokens
+        steps = math.ceil(count_tokens("tokens", options.tokens) / tokens_per_step)
+        config = config.with_options(steps=steps)
     if config.execution.micro_batch_size is None and micro_batch is not None:
         config = config.with_options(micro_batch_size=math.gcd(micro_batch, config.batch_size))
     is_dataset = (Path(config.data[0]) / "dataset.json").is_file()

@@ -80,6 +80,7 @@ class Metrics:
         device: the device of this rank.
         compiles: whether the first step compiles. Its time counts as compilation.
         world: all ranks. Each has its own Metrics.
+        log_interval: steps between lines with the loss, if the output is no terminal. 0: none.
         trackers: receive the lines of training and of evaluations too.
     Attributes:
         evaluated: steps with an evaluation.
@@ -93,7 +94,7 @@ class Metrics:
     def __init__(
         self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int,
         device: torch.device, compiles: bool = False, world: World = SINGLE_PROCESS,
-        trackers: Sequence[Tracker] = (),
+        log_interval: int = 0, trackers: Sequence[Tracker] = (),
     ):  # fmt: skip
         path = run / "metrics.jsonl"
         kept = world.on_rank0(lambda: _cut_back(path, start, steps))
@@ -108,6 +109,7 @@ class Metrics:
         self._flops_per_token = flops_per_token
         self._device = device
         self._compiles = compiles
+        self._log_interval = 0 if console.is_terminal else log_interval
         self._trackers = trackers
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak_flops = known.bf16_flops * world.size if known else None
@@ -209,6 +211,8 @@ class Metrics:
                 line["overflow"] = True
             self._count_skipped(line)
             self._write(line | rates)
+            if self._log_interval and (step + 1) % self._log_interval == 0:
+                console.print(f"step {step + 1}: loss {loss:.4f}, {rate:,.0f} tokens/s")
         note = f"loss {loss:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
         if self.skipped:
             note += f"  {self.skipped} skipped"
