@@ -16,6 +16,7 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium export MODEL OUT_DIR                write a folder that transformers opens
   tritium plan RECIPE --gpu NAME              what a run needs: memory, time, price
   tritium bench kernels|codegen|train|report  measure
+  tritium check                               compare every operator with float64
   tritium info                                versions, device, limits, caches
 
 Each command has --help."""
@@ -42,14 +43,17 @@ def dispatch(argv: Sequence[str]) -> int:
     if name in ("-V", "--version"):
         print(f"tritium {__version__}")
         return 0
-    if name == "bench":
-        from .bench.commands import bench
+    if name in ("bench", "check"):
         from .train.run.signals import restore_default_signals
 
         restore_default_signals()
-        return bench(words)
+        if name == "check":
+            from .bench.check import main
+        else:
+            from .bench.commands import bench as main
+        return main(words)
     if name not in COMMANDS:
-        raise InputError(unknown_name("command", name, [*COMMANDS, "bench"]))
+        raise InputError(unknown_name("command", name, [*COMMANDS, "bench", "check"]))
     return run_command(name, words)
 
 
