@@ -99,9 +99,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[str, Any], Launch]:
     """Return the options by their flat names, and the launch."""
-    kind = tyro.conf.OmitArgPrefixes[TASKS[task].options]
+    task_options = tyro.conf.OmitArgPrefixes[TASKS[task].options]
     flags = make_dataclass(
-        "TrainFlags", [("task_options", kind)], bases=(FinetuneFlags,), frozen=True, kw_only=True
+        "TrainFlags",
+        [("task_options", task_options)],
+        bases=(FinetuneFlags,),
+        frozen=True,
+        kw_only=True,
     )
     values = {name: getattr(default, name) for name in TrainConfig.__dataclass_fields__}
     values |= {
