@@ -23,7 +23,16 @@ Each command has --help."""
 
 
 # Packages of the extra `train` in setup.py. Without it the kernels work, and no command does.
-_TRAIN_PACKAGES = ("numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib")
+_TRAIN_PACKAGES = (
+    "numpy",
+    "tiktoken",
+    "rustbpe",
+    "safetensors",
+    "rich",
+    "tyro",
+    "matplotlib",
+    "tomli",
+)
 
 
 def dispatch(argv: Sequence[str]) -> int:
