@@ -11,6 +11,8 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium data build OUT_DIR INPUT ...        text to token shards
   tritium data verify DATASET                 check token shards against their checksums
   tritium eval perplexity|choice|... MODEL    perplexity, choices, lm-eval, BLEU
+  tritium runs [FOLDER]                       list runs: size, tokens, loss, speed, status
+  tritium plot RUN ...                        loss, learning rate, speed of runs in one picture
   tritium sample MODEL --prompt TEXT          write text with a trained model
   tritium chat MODEL                          talk with a trained model
   tritium export MODEL OUT_DIR                write a folder that transformers opens

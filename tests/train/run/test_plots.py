@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tritium.train.run.metrics import read_metrics
-from tritium.train.run.plots import _draw_more, _running_mean, _tokens_per_step, plot_loss
+from tritium.train.run.plots import _draw_more, _tokens_per_step, plot_loss, running_mean
 
 pytestmark = pytest.mark.plain
 
@@ -38,6 +38,6 @@ def test_other_evaluations_get_a_panel(tmp_path):
     assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_running_mean_of_a_constant_is_the_constant():
-    assert _running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert _running_mean([]) == []
+def testrunning_mean_of_a_constant_is_the_constant():
+    assert running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert running_mean([]) == []
