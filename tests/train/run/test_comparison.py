@@ -40,7 +40,7 @@ def test_a_folder_without_steps_raises(run, tmp_path):
     with pytest.raises(InputError, match="expected lines with step, loss, lr and grad_norm"):
         Curves.read(run)
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match="expected metrics.jsonl, found none"):
+    with pytest.raises(InputError, match=r"expected metrics\.jsonl, found none"):
         Curves.read(run)
     with pytest.raises(InputError, match="expected the folder of a run"):
         Curves.read(tmp_path)
