@@ -11,6 +11,8 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium data build OUT_DIR INPUT ...        text to token shards
   tritium data verify DATASET                 check token shards against their checksums
   tritium eval perplexity|choice|... MODEL    perplexity, choices, lm-eval, BLEU
+  tritium runs [FOLDER]                       list runs: size, tokens, loss, speed, status
+  tritium plot RUN ...                        loss, learning rate, speed of runs in one picture
   tritium sample MODEL --prompt TEXT          write text with a trained model
   tritium chat MODEL                          talk with a trained model
   tritium export MODEL OUT_DIR                write a folder that transformers opens
@@ -23,7 +25,16 @@ Each command has --help."""
 
 
 # Packages of the extra `train` in setup.py. Without it the kernels work, and no command does.
-_TRAIN_PACKAGES = ("numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib")
+_TRAIN_PACKAGES = (
+    "numpy",
+    "tiktoken",
+    "rustbpe",
+    "safetensors",
+    "rich",
+    "tyro",
+    "matplotlib",
+    "tomli",
+)
 
 
 def dispatch(argv: Sequence[str]) -> int:

@@ -7,7 +7,10 @@ from setuptools.command.build_py import build_py
 
 FOLDERS = ["kernels*", "model*", "train*", "bench*"]
 # The commands and the models. The kernels need torch and triton only.
-TRAIN = ["numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib"]
+TRAIN = [
+    *("numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib"),
+    "tomli; python_version < '3.11'",
+]
 
 
 class BuildPackages(build_py):
