@@ -96,6 +96,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_train_resume_sample_and_chat_run(folder, monkeypatch):
     shown = [command for command in COMMANDS if command.startswith("tritium train")]
+    shown = [command for command in shown if "config" not in command]
     assert len(shown) == 4
     for command in shown:
         words = shlex.split(command)[1:]
@@ -120,6 +121,22 @@ def test_train_resume_sample_and_chat_run(folder, monkeypatch):
     assert run(dispatch, shlex.split(export)[1:]) == 0
 
 
+def test_options_in_a_file_and_pictures_of_runs(folder, capsys):
+    printed, *shown = [each for each in COMMANDS if "config" in each or " plot " in each]
+    assert len(shown) == 3
+    words, _, file = printed.partition(" > ")
+    assert run(dispatch, shlex.split(words)[1:]) == 0
+    (folder / file).write_text(capsys.readouterr().out)
+    tiny = [word for name, value in TINY_OPTIONS.items() for word in (f"--{name}", str(value))]
+    for number, command in enumerate(shown, 1):
+        words = shlex.split(command)[1:]
+        if words[0] == "train":
+            words += [*tiny, "--out", f"runs/laptop-{number}"]
+        assert run(dispatch, words) == 0, command
+    assert (folder / "both.png").is_file()
+    assert run(dispatch, ["runs"]) == 0
+
+
 def test_data_build_and_plan_run(folder):
     build = next(command for command in COMMANDS if "data build" in command)
     words = shlex.split(build.replace(" more.jsonl.gz", "").replace("bpe:8192", "bytes"))[1:]
@@ -138,8 +155,8 @@ def parse_train(monkeypatch):
     def stop(launch):
         raise ParsedError(launch)
 
-    monkeypatch.setattr(_running, "join", stop)
-    monkeypatch.setattr(train_command, "join", stop)
+    for module in (_running, train_command):
+        monkeypatch.setattr(module, "join", stop)
 
     def call(words: list[str]) -> Launch:
         with pytest.raises(ParsedError) as parsed:

@@ -129,6 +129,21 @@ class FolderLock:
         self.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process writes the folder now. Without locks: False."""
+    path = folder / LOCK_FILE
+    if fcntl is None or path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
 def delete_abandoned(parent: Path, pattern: str) -> None:
     """Delete the temporary folders of processes that were killed.
 

@@ -24,11 +24,10 @@ def new_config(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
     """
     options = dict(options)
     micro_batch = base.execution.micro_batch_size
-    if "batch_size" in options and "micro_batch_size" not in options and micro_batch is not None:
+    batch_size = options.get("batch_size", 0)
+    if isinstance(micro_batch, int) and batch_size > 0:
         # The recipe's micro-batch may not divide the batch.
-        options["micro_batch_size"] = None
-        if options["batch_size"] > 0:
-            options["micro_batch_size"] = math.gcd(micro_batch, options["batch_size"])
+        options.setdefault("micro_batch_size", math.gcd(micro_batch, batch_size))
     config = base.with_options(**options)
     if is_dataset(config.data):
         for option in ("held_out", "text_field"):

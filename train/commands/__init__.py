@@ -11,6 +11,8 @@ COMMANDS = {
     "train": "train",
     "finetune": "finetune",
     "data": "data",
+    "runs": "runs",
+    "plot": "plot",
     "sample": "sample",
     "chat": "chat",
     "classify": "classify",

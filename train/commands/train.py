@@ -1,5 +1,6 @@
 """tritium train: train a new model, or continue a stopped run."""
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import tyro
 from ...errors import InputError
 from ...model import GPTConfig
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
+from ..config_file import read_config, to_toml
 from ..distributed.launch import (
     Launch,
     join,
@@ -19,6 +21,7 @@ from ..distributed.launch import (
 from ..finetune.tasks import TaskOptions
 from ..loop import resume
 from ..new_run import new_config
+from ..plan import count_tokens
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.checkpoint import checkpoints
 from ..run.folder import read_run
@@ -30,6 +33,10 @@ _DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for th
 
 
 tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
+
+tritium train --config FILE [--key value ...]         options in TOML, or the config.json of a run
+
+tritium train ... --print-config              print the options as TOML, and do not train
 
 tritium train --resume RUN_DIR                go on with a stopped run, exactly where it stopped
 
@@ -73,6 +80,8 @@ class TrainOptions:
 
     run: tyro.conf.OmitArgPrefixes[TrainFlags]
     """The experiment: data, batch, optimizer and learning rate."""
+    tokens: str | None = None
+    """Tokens to train on, instead of steps: 10B, 500M, 1.5e9, ..."""
     launch: tyro.conf.OmitArgPrefixes[Launch]
     """How the processes that torchrun starts divide the work."""
 
@@ -80,6 +89,8 @@ class TrainOptions:
 def main(argv: Sequence[str]) -> int:
     """Run `tritium train`."""
     argv, is_auto = _without_auto(argv)
+    is_printed = "--print-config" in argv
+    argv = [word for word in argv if word != "--print-config"]
     if argv and argv[0].split("=")[0] == "--resume":
         return _resume(argv)
     if "--resume" in argv:
@@ -89,6 +100,9 @@ def main(argv: Sequence[str]) -> int:
         )
 
     name, config, launch = _parse_new_run(argv)
+    if is_printed:
+        print(to_toml(config), end="")
+        return 0
     out = config.report.out
     if is_auto and not out:
         raise InputError("--resume auto: expected --out with the folder of the run, got none")
@@ -97,9 +111,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     """Return the name of the recipe, and the options of a run and its launch."""
+    file, argv = _without_config(argv)
     has_recipe = bool(argv) and not argv[0].startswith("-")
-    name = argv[0] if has_recipe else default_recipe()
-    base = recipe(name)
+    if file is not None and has_recipe:
+        raise InputError(
+            f"--config: expected a file or the recipe {argv[0]}, got both; write "
+            f'recipe = "{argv[0]}" into the file'
+        )
+    if file is not None:
+        base = read_config(file)
+        name = file.parent.name if file.name == "config.json" else file.stem
+    else:
+        name = argv[0] if has_recipe else default_recipe()
+        base = recipe(name)
     default = base
     is_micro_batch_given = is_given("--micro-batch-size", argv)
     if is_given("--batch-size", argv) and not is_micro_batch_given:
@@ -119,12 +143,29 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     }
     if not is_micro_batch_given:
         given.pop("micro_batch_size", None)
-    return name, new_config(base, given), options.launch
+    config = new_config(base, given)
+    if options.tokens is not None:
+        if is_given("--steps", argv):
+            raise InputError("--tokens: expected --tokens or --steps, got both; leave one out")
+        tokens_per_step = config.batch_size * config.model.context_tokens
+        steps = math.ceil(count_tokens("tokens", options.tokens) / tokens_per_step)
+        config = config.with_options(steps=steps)
+    return name, config, options.launch
 
 
 def is_given(option: str, argv: Sequence[str]) -> bool:
     """Return whether the words have an option, such as --lr."""
     return any(word.split("=")[0].replace("_", "-") == option for word in argv)
+
+
+def _without_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the file of --config, and the other words."""
+    words = "\0".join(argv).replace("--config\0", "--config=").split("\0") if argv else []
+    files = [word.partition("=")[2] for word in words if word.split("=")[0] == "--config"]
+    if len(files) > 1 or "" in files or "--config" in words:
+        raise InputError("--config: expected one file, got " + (" ".join(files) or "none"))
+    others = [word for word in words if word.split("=")[0] != "--config"]
+    return (Path(files[0]) if files else None), others
 
 
 # --- a resumed run

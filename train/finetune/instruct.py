@@ -9,7 +9,6 @@ A run has the same rows in each epoch, in another order. It prints how many reco
 left out.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,8 +67,13 @@ def open_data(
     counts = Counts()
     examples = []
     for part in splits[:2]:
-        encoded = (encode(tokenizer, conversations[i], template) for i in part.tolist())
-        examples.append(counts.cut(itertools.chain.from_iterable(encoded), T))
+        encoded = []
+        for i in part.tolist():
+            try:
+                encoded += encode(tokenizer, conversations[i], template)
+            except InputError as error:  # the tokenizer does not have a character
+                raise InputError(f"{source.records[i][0]}: {error}") from None
+        examples.append(counts.cut(encoded, T))
     if not all(examples):
         raise InputError(
             f"{source.path}: expected answers that begin within {T} tokens in the training and in "

@@ -147,7 +147,8 @@ def fit_epochs(config: TrainConfig, rows: int) -> TrainConfig:
         return config.with_options(eval_interval=interval)
     steps = max(1, round(epochs * steps_per_epoch))
     evaluations = round(steps / interval)
-    if abs(steps - evaluations * interval) <= evaluations / 2:  # the rounding of `interval`
+    # Rounding `interval` moves each evaluation by up to half a step, and so does rounding `steps`.
+    if abs(steps - evaluations * interval) <= (evaluations + 1) / 2:
         steps = evaluations * interval
     warmup_steps = min(config.warmup_steps, math.ceil(steps / 10))
     return config.with_options(steps=steps, eval_interval=interval, warmup_steps=warmup_steps)

@@ -36,7 +36,7 @@ def plot_loss(run: Path) -> Path:
     # training loss
     steps = [line["step"] + 1 for line in training]
     losses = [line["loss"] for line in training]
-    mean = _running_mean(losses)
+    mean = running_mean(losses)
     axes.plot(steps, losses, color="#b0c4de", linewidth=0.8, label="training, each step")
     axes.plot(steps, mean, color="#1f4e79", linewidth=1.6, label="training, running mean")
 
@@ -111,7 +111,7 @@ def _tokens_per_step(training: list[dict]) -> float:
     return found[-1] if found else 1.0
 
 
-def _running_mean(values: list[float], fraction: float = 0.05) -> list[float]:
+def running_mean(values: list[float], fraction: float = 0.05) -> list[float]:
     """Exponential mean over about `fraction` of the values, without bias at the start."""
     decay = 1 - 1 / max(1.0, fraction * len(values))
     means = []

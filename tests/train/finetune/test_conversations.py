@@ -133,8 +133,8 @@ def test_an_input_follows_its_instruction():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"output": "3"}, "f:7: instruction: expected text, got None"),
-        ({"instruction": "a"}, "f:7: output: expected text, got None"),
+        ({"output": "3"}, "f:7: expected the key 'instruction'"),
+        ({"instruction": "a"}, "f:7: expected the key 'output'"),
         ({"instruction": "a", "output": " "}, "f:7: output: expected text, got ' '"),
         ({"instruction": "a", "output": "b", "input": 3}, "f:7: input: expected text, got 3"),
         ({"messages": []}, "f:7: messages: expected a list of messages"),

@@ -167,7 +167,10 @@ def test_answers_that_are_too_long_are_cut_and_counted(tune, file, records, trit
     ("content", "message"),
     [
         ('[{"instruction": "a", "output": "b"},\n{]', ":2: expected JSON, got"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', ":2: output: expected text"),
+        (
+            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
+            ":2: expected the key 'output'",
+        ),
         ("", ": expected a JSON object per line, got an empty file"),
         ('[{"instruction": "a", "output": "b"}]', "data: expected at least 2 records, got 1"),
         (json.dumps([{"instruction": "a" * 99, "output": "b"}] * 4), "expected answers that begin"),
@@ -178,6 +181,14 @@ def test_bad_records_are_one_line(content, message, base, file, error_of, tmp_pa
     command = ("finetune", "instruct", base, "--data", file, "--out", tmp_path / "out")
     assert message in error_of(*command)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_character_without_a_token_raises_with_its_record(tiny, file, tritium, tmp_path):
+    words = ["--context-tokens", 64, "--tokenizer", "chars", "--steps", 1]
+    assert tritium(*tiny, *words, "--out", tmp_path / "chars")[0] == 0
+    file.write_text('{"instruction": "\u20ac", "output": "b"}\n' * 3)
+    with pytest.raises(InputError, match=r"records.json:\d: tokenizer chars: expected one of"):
+        open_data(finetune_config("instruct", tmp_path / "chars", file))
 
 
 def test_missing_files_and_models_raise(base, file, tmp_path):

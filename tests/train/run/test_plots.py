@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tritium.train.run.metrics import read_metrics
-from tritium.train.run.plots import _draw_more, _running_mean, _tokens_per_step, plot_loss
+from tritium.train.run.plots import _draw_more, _tokens_per_step, plot_loss, running_mean
 
 pytestmark = pytest.mark.plain
 
@@ -49,5 +49,5 @@ def test_the_measures_of_a_task_are_drawn():
 
 
 def test_running_mean_of_a_constant_is_the_constant():
-    assert _running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert _running_mean([]) == []
+    assert running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert running_mean([]) == []

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from tritium.errors import InputError
+from tritium.train.run.comparison import Curves, plot_runs
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.fixture
+def run(tritium, tiny, tmp_path):
+    assert tritium(*tiny, "--steps", 3)[0] == 0
+    return tmp_path / "run"
+
+
+def test_axes_grow_with_the_steps(run):
+    curves = Curves.read(run)
+    assert curves.tokens_per_step == 4 * 16
+    steps, tokens, seconds, flops = (
+        curves.x_of_steps(axis) for axis in ("steps", "tokens", "seconds", "flops")
+    )
+    assert steps == {0: 0.0, 1: 1, 2: 2, 3: 3}
+    assert tokens[3] == 192
+    assert flops[2] == 128 * curves.flops_per_token
+    rates = [line["tokens_per_second"] for line in curves.training]
+    assert seconds[3] == pytest.approx(sum(64 / rate for rate in rates))
+
+
+def test_runs_are_drawn_into_one_file(run, tmp_path):
+    file = tmp_path / "all.svg"
+    plot_runs([run, run], file, "tokens")
+    assert file.read_text().startswith("<?xml")
+    with pytest.raises(InputError, match=r"out: expected a file that ends in \.png"):
+        plot_runs([run], tmp_path / "all.txt", "steps")
+
+
+def test_a_folder_without_steps_raises(run, tmp_path):
+    (run / "metrics.jsonl").write_text(json.dumps({"iter": 1, "loss": 2.0}) + "\n")
+    with pytest.raises(InputError, match="expected lines with step, loss, lr and grad_norm"):
+        Curves.read(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"expected metrics\.jsonl, found none"):
+        Curves.read(run)
+    with pytest.raises(InputError, match="expected the folder of a run"):
+        Curves.read(tmp_path)
