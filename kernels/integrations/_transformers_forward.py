@@ -24,6 +24,7 @@ from ..mlp.mlp import gelu_mlp
 from ..mlp.swiglu_mlp import swiglu_mlp
 from ..modules import LayerNorm
 from ..norm.rms_norm import add_rms_norm, rms_norm
+from ._transformers_attention import NAME
 
 # GELU by the class of the activation in transformers: the argument `approximate` of gelu_mlp.
 GELUS = {
@@ -44,7 +45,7 @@ def patched_class(original: type, forward: Callable) -> type:
     @functools.wraps(original.forward)  # Trainer reads the names of the arguments
     def run(self, *args, **kwargs):
         # accelerate keeps a bound copy of the forward, which may outlive unpatch.
-        if type(self) is not patched:
+        if not isinstance(self, patched):
             return original.forward(self, *args, **kwargs)
         return forward(self, original, *args, **kwargs)
 
@@ -69,6 +70,11 @@ def original_class(module: nn.Module) -> type | None:
     if type(module) is LayerNorm:
         return nn.LayerNorm
     return vars(type(module)).get("_tritium_original")
+
+
+def is_subclass_of_patched(module: nn.Module) -> bool:
+    """Whether another library has derived the class of a module from a patched class."""
+    return hasattr(type(module), "_tritium_original") and original_class(module) is None
 
 
 def _empty(original: type, forward: Callable) -> nn.Module:
@@ -174,6 +180,8 @@ def llama_block_forward(self, original: type, *args, **kwargs) -> Tensor:
 
 def model_forward(self, original: type, *args, **kwargs):
     """Check the arguments that attention cannot honour, then run the original forward."""
+    if self.config._attn_implementation != NAME:  # the user has chosen another one since
+        return original.forward(self, *args, **kwargs)
     named = _named(original, args, kwargs)
     attentions = named.get("output_attentions")
     if attentions is None:
@@ -188,8 +196,8 @@ def model_forward(self, original: type, *args, **kwargs):
 
 def _raise_unsupported(original: type, argument: str, reason: str) -> None:
     raise NotImplementedError(
-        f"patch: {original.__name__}: {argument} is not supported, because {reason}; call unpatch, "
-        "or patch without 'attention'"
+        f"patch: {original.__name__}: {argument} is not supported, because {reason}; "
+        "call model.set_attn_implementation('eager')"
     )
 
 

@@ -133,7 +133,7 @@ _LLAMA_BLOCK = (
 ATTRIBUTES = {
     "attention": {*_GPT2_ATTENTION, *_LLAMA_ATTENTION},
     "mlp": {"c_fc", "c_proj", "act", "dropout", *_LLAMA_MLP},
-    "block": {"ln_1", "attn", "ln_2", *_LLAMA_BLOCK},
+    "block": {"ln_1", "attn", "ln_2", "gradient_checkpointing", *_LLAMA_BLOCK},
     "norm": {"weight", "bias", "eps", "normalized_shape", "elementwise_affine", "variance_epsilon"},
 }
 # Attributes of attention, and the only value with which the kernels compute the same.
@@ -190,6 +190,12 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """
     if "_tritium_patch" not in vars(model):
         raise ValueError(f"unpatch: expected a patched model, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if forwards.is_subclass_of_patched(module):
+            raise ValueError(
+                f"unpatch: {name}: expected a patched module, got the subclass "
+                f"{type(module).__name__}; unpatch before fully_shard or parametrizations"
+            )
     for module in model.modules():
         original = forwards.original_class(module)
         if original is not None:
@@ -203,7 +209,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 def patch_classes(families: Iterable[str] = tuple(FAMILIES), parts: Iterable[str] = PARTS) -> None:
     """Patch all models of these families that are built from now on, also by from_pretrained.
 
-    `attn_implementation` is overridden. unpatch_classes() ends it; models that exist stay patched.
+    A model that is built with another attn_implementation than "sdpa", the default, keeps it.
+    unpatch_classes() ends it; models that exist stay patched.
 
     Args:
         families: names in FAMILIES. Default: all.
@@ -238,8 +245,12 @@ def _patching_init(cls: type, init: Callable, parts: tuple[str, ...]) -> Callabl
     @functools.wraps(init)
     def init_and_patch(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        if type(self) is cls:  # not inside the constructor of a subclass
+        if type(self) is not cls:  # inside the constructor of a subclass
+            return
+        if self.config._attn_implementation in ("sdpa", attention.NAME):
             patch(self, parts)
+        else:
+            patch(self, [part for part in parts if part != "attention"])
 
     return init_and_patch
 
