@@ -85,7 +85,9 @@ def key_mask(
     q_length: int | None = None,
     q_offset: int | Tensor = 0,
     cache_position: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    device: torch.device | None = None,
     **_,
 ) -> KeyMask | None:
     """Return which keys exist: the mask function for AttentionMaskInterface.
@@ -96,16 +98,23 @@ def key_mask(
         mask_function: of transformers.masking_utils.
         attention_mask: (B, tokens so far) bool, False for padding. A KeyMask is returned as it is.
         q_length, q_offset: T, and the position of the first query.
-        cache_position: (T,) positions of the queries, of old versions, in place of q_offset.
+        cache_position: (T,) positions of the queries. Old versions pass it in place of q_offset.
+        allow_is_causal_skip: False for packed documents.
+        use_vmap: True for masks that the caller of transformers has written.
     Raises: NotImplementedError for a mask that is not causal, a sliding window or packed documents.
     """
     if isinstance(attention_mask, KeyMask):
         return attention_mask
-    is_packed = _check_mask_function(mask_function, use_vmap)
     is_traced = torch.compiler.is_compiling()
     if cache_position is not None:
         q_length = cache_position.shape[0]
         q_offset = cache_position[0]
+        device = cache_position.device
+    if is_traced and not use_vmap:
+        # torch.compile cannot look into the mask function. These masks are all that models have.
+        is_packed = attention_mask is None and not allow_is_causal_skip and q_length > 1
+    else:
+        is_packed = _check_mask_function(mask_function, use_vmap)
     if isinstance(q_offset, Tensor) and not is_traced:
         q_offset = int(q_offset)
     if isinstance(q_offset, Tensor):
@@ -117,7 +126,7 @@ def key_mask(
         keys = q_offset + q_length - kv_offset
 
     if is_packed:
-        cu_seqlens = _documents(mask_function, batch_size, keys, is_traced)
+        cu_seqlens = _documents(mask_function, batch_size, keys, device, is_traced)
         return KeyMask(keys=keys, cu_seqlens=cu_seqlens)
     if attention_mask is None:
         return None if keys == kv_length else KeyMask(keys=keys)
@@ -144,9 +153,10 @@ def _check_mask_function(function: Callable, use_vmap: bool) -> bool:
     return PACKED in names
 
 
-def _documents(mask_function: Callable, B: int, T: int, is_traced: bool) -> Tensor:
+def _documents(
+    mask_function: Callable, B: int, T: int, device: torch.device, is_traced: bool
+) -> Tensor:
     """Return cu_seqlens. A token begins a document if it does not see the token before it."""
-    device = next(_tensors_in(mask_function)).device
     row = torch.arange(B, device=device)[:, None]
     token = torch.arange(1, T, device=device)[None]
     head = torch.zeros((), dtype=torch.int64, device=device)
@@ -159,17 +169,6 @@ def _documents(mask_function: Callable, B: int, T: int, is_traced: bool) -> Tens
     else:
         first = starts.nonzero().flatten()
     return F.pad(first, (0, 1), value=B * T).to(torch.int32)
-
-
-def _tensors_in(function: Callable):
-    """Yield the tensors in the closure of a mask function."""
-    for cell in function.__closure__ or ():
-        inner = cell.cell_contents
-        for part in inner if isinstance(inner, tuple) else (inner,):
-            if isinstance(part, Tensor):
-                yield part
-            elif callable(part):
-                yield from _tensors_in(part)
 
 
 def _padded(

@@ -55,7 +55,8 @@ def patched_class(original: type, forward: Callable) -> type:
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(original, name) for name in names}
-    namespace |= {"forward": run, "__reduce_ex__": __reduce_ex__, "_tritium_original": original}
+    namespace |= {"forward": run, "__reduce_ex__": __reduce_ex__}
+    namespace |= {"_tritium_original": original, "_tritium_arguments": _argument_names(original)}
     patched = type(original.__name__, (original,), namespace)
     _CLASSES[original] = patched
     return patched
@@ -130,22 +131,20 @@ def llama_mlp_forward(self, original: type, x: Tensor) -> Tensor:
 # --- blocks
 
 
-@functools.cache
 def _argument_names(original: type) -> tuple[str, ...]:
-    """Names of the arguments of a forward, without self and the keyword dictionary."""
+    """Return the names of a forward's arguments, without self and the keyword dictionary."""
     parameters = inspect.signature(original.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
 
 
-def _named(original: type, args: tuple, kwargs: dict) -> dict:
+def _named(self, args: tuple, kwargs: dict) -> dict:
     """Return all arguments of a forward by name."""
-    names = _argument_names(original)
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(self._tritium_arguments, args, strict=False)) | kwargs
 
 
 def gpt2_block_forward(self, original: type, *args, **kwargs) -> Tensor | tuple[Tensor]:
     """Run a block, with the first residual addition inside of the second norm."""
-    named = _named(original, args, kwargs)
+    named = _named(self, args, kwargs)
     if named.get("encoder_hidden_states") is not None:
         raise NotImplementedError(
             "patch: GPT2Block: cross attention is not supported, got encoder_hidden_states; "
@@ -160,12 +159,12 @@ def gpt2_block_forward(self, original: type, *args, **kwargs) -> Tensor | tuple[
     y, stream = self.ln_2(branch, stream)
     stream = stream + self.mlp(y)
     # Blocks that have the argument output_attentions return a tuple: transformers before 5.4.
-    return (stream,) if "output_attentions" in _argument_names(original) else stream
+    return (stream,) if "output_attentions" in self._tritium_arguments else stream
 
 
 def llama_block_forward(self, original: type, *args, **kwargs) -> Tensor:
     """Run a block, with the first residual addition inside of the second norm."""
-    named = _named(original, args, kwargs)
+    named = _named(self, args, kwargs)
     norm = self.post_attention_layernorm
     if original_class(norm) is None or not is_plain(norm, type(norm)):
         return original.forward(self, **named)
@@ -182,7 +181,7 @@ def model_forward(self, original: type, *args, **kwargs):
     """Check the arguments that attention cannot honour, then run the original forward."""
     if self.config._attn_implementation != NAME:  # the user has chosen another one since
         return original.forward(self, *args, **kwargs)
-    named = _named(original, args, kwargs)
+    named = _named(self, args, kwargs)
     attentions = named.get("output_attentions")
     if attentions is None:
         attentions = getattr(self.config, "output_attentions", False)
@@ -255,17 +254,21 @@ def _head_forward(self, original: type, output: type, args: tuple, kwargs: dict)
 
     skip_logits=False in kwargs asks for logits, and True for a loss without logits in evaluation.
     """
-    named = _named(original, args, kwargs)
+    named = _named(self, args, kwargs)
     labels = named.pop("labels", None)
     skip_logits = named.pop("skip_logits", None)
+    skips = self.training if skip_logits is None else skip_logits
+    if labels is None or not skips or not _computes_usual_loss(self, named):
+        return original.forward(self, **named, labels=labels)
+    return_dict = named.pop("return_dict", None)
+    return _loss_forward(self, original, output, labels, named, return_dict=return_dict)
+
+
+def _computes_usual_loss(self, named: dict) -> bool:
+    """Whether nobody has replaced the loss or the head, and logits_to_keep is the usual one."""
     keeps = named.get("logits_to_keep", 0)
-    is_usual = (
+    return (
         self.loss_function is ForCausalLMLoss
         and is_plain(self.lm_head, nn.Linear)
         and (isinstance(keeps, int) or keeps.ndim == 1)
     )
-    skips = self.training if skip_logits is None else skip_logits
-    if labels is None or not skips or not is_usual:
-        return original.forward(self, **named, labels=labels)
-    return_dict = named.pop("return_dict", None)
-    return _loss_forward(self, original, output, labels, named, return_dict=return_dict)
