@@ -246,7 +246,10 @@ class CausalSelfAttention(nn.Module):
     ):
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
-        self._check(d_model, n_head, n_kv_head, head_size, qk_norm, layout)
+        _check_layout("CausalSelfAttention", layout, self.LAYOUTS)
+        _check_heads(d_model, n_head, n_kv_head, head_size)
+        if qk_norm and layout != "llama":
+            raise ValueError(f"CausalSelfAttention: qk_norm needs layout 'llama', got {layout!r}")
         self.n_head = n_head
         self.n_kv_head = n_kv_head
         self.head_size = d_model // n_head if head_size is None else head_size
@@ -272,26 +275,6 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = RMSNorm(self.head_size, eps=eps, **options)
             self.k_norm = RMSNorm(self.head_size, eps=eps, **options)
         self.has_qk_norm = qk_norm
-
-    def _check(
-        self,
-        d_model: int,
-        n_head: int,
-        n_kv_head: int,
-        head_size: int | None,
-        qk_norm: bool,
-        layout: str,
-    ) -> None:
-        name = "CausalSelfAttention"
-        _check_layout(name, layout, self.LAYOUTS)
-        if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
-            raise ValueError(f"{name}: n_kv_head must divide n_head {n_head}, got {n_kv_head}")
-        if head_size is None and d_model % n_head:
-            raise ValueError(
-                f"{name}: n_head must divide d_model {d_model}, got {n_head}; or give head_size"
-            )
-        if qk_norm and layout != "llama":
-            raise ValueError(f"{name}: qk_norm needs layout 'llama', got {layout!r}")
 
     def reset_parameters(self) -> None:
         """Initialize all layers again."""
@@ -355,6 +338,16 @@ class CausalSelfAttention(nn.Module):
         return (
             f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, head_size={self.head_size}, "
             f"layout={self.layout!r}"
+        )
+
+
+def _check_heads(d_model: int, n_head: int, n_kv_head: int, head_size: int | None) -> None:
+    name = "CausalSelfAttention"
+    if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
+        raise ValueError(f"{name}: n_kv_head must divide n_head {n_head}, got {n_kv_head}")
+    if head_size is None and d_model % n_head:
+        raise ValueError(
+            f"{name}: n_head must divide d_model {d_model}, got {n_head}; or give head_size"
         )
 
 

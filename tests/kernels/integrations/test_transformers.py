@@ -95,6 +95,18 @@ def test_logits_match(name, layout, tokens, left_padding):
 
 
 @torch.no_grad()
+def test_cu_seqlens_of_flash_attention_separate_documents(tokens):
+    model = patch(build("gpt2"))
+    row = tokens.view(1, 36)
+    position = torch.arange(36)[None] % 12
+    expected = model(row, position_ids=position, use_cache=False).logits
+    cu_seqlens = torch.tensor([0, 12, 24, 36])
+    # With a cache transformers does not detect documents.
+    got = model(row, position_ids=position, use_cache=True, cu_seq_lens_q=cu_seqlens).logits
+    torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
 def test_the_kernels_are_called(tokens, monkeypatch):
     called = []
 
