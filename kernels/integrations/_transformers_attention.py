@@ -49,10 +49,12 @@ class KeyMask:
 
     Fields:
         keys: number of leading keys that have been written. None: all.
-        lengths: (B,) number of keys that each sequence has, if `keys` is not known on the host.
+        lengths: (B,) number of keys that each sequence has, in compiled code with a cache. `keys`
+            is then not known.
         cu_seqlens: (documents + 1,) int32, documents among the B T tokens in `order`.
         order: (B T,) puts padding after all other tokens. None: there is no padding.
         real: (B, keys) True for tokens that are not padding. None: there is no padding.
+        new: (B, T) the part of `real` for the queries, if there are earlier keys.
         has_gaps: whether padding may lie between the tokens of a sequence.
     """
 
@@ -61,6 +63,7 @@ class KeyMask:
     cu_seqlens: Tensor | None = None
     order: Tensor | None = None
     real: Tensor | None = None
+    new: Tensor | None = None
     has_gaps: bool = False
     # generate() makes the masks of a static cache before it calls the model. The model then asks
     # for a mask again, unless the one that it gets has 2 axes.
@@ -85,7 +88,6 @@ def key_mask(
     q_length: int | None = None,
     q_offset: int | Tensor = 0,
     cache_position: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | None = None,
     **_,
@@ -99,8 +101,8 @@ def key_mask(
         attention_mask: (B, tokens so far) bool, False for padding. A KeyMask is returned as it is.
         q_length, q_offset: T, and the position of the first query.
         cache_position: (T,) positions of the queries. Old versions pass it in place of q_offset.
-        allow_is_causal_skip: False for packed documents.
         use_vmap: True for masks that the caller of transformers has written.
+        device: of the queries, unless cache_position is given.
     Raises: NotImplementedError for a mask that is not causal, a sliding window or packed documents.
     """
     if isinstance(attention_mask, KeyMask):
@@ -111,26 +113,22 @@ def key_mask(
         q_offset = cache_position[0]
         device = cache_position.device
     if is_traced and not use_vmap:
-        # torch.compile cannot look into the mask function. These masks are all that models have.
-        is_packed = attention_mask is None and not allow_is_causal_skip and q_length > 1
+        # torch.compile cannot look into the mask function. Without earlier keys it may be packed.
+        is_packed = attention_mask is None and q_length == kv_length > 1
     else:
         is_packed = _check_mask_function(mask_function, use_vmap)
+    if is_packed:
+        cu_seqlens = _documents(mask_function, batch_size, kv_length, device, is_traced)
+        return KeyMask(cu_seqlens=cu_seqlens)
+
     if isinstance(q_offset, Tensor) and not is_traced:
         q_offset = int(q_offset)
-    if isinstance(q_offset, Tensor):
-        if attention_mask is None:
-            lengths = (q_offset + q_length - kv_offset).expand(batch_size)
-            return KeyMask(lengths=lengths)
-        keys = kv_length  # the mask has no token after the last query
-    else:
-        keys = q_offset + q_length - kv_offset
-
-    if is_packed:
-        cu_seqlens = _documents(mask_function, batch_size, keys, device, is_traced)
-        return KeyMask(keys=keys, cu_seqlens=cu_seqlens)
-    if attention_mask is None:
-        return None if keys == kv_length else KeyMask(keys=keys)
-    return _padded(attention_mask, kv_offset, keys, kv_length, q_length, is_traced)
+    end = q_offset + q_length - kv_offset
+    if attention_mask is not None:
+        return _padded(attention_mask, kv_offset, kv_length, q_length, end)
+    if isinstance(end, Tensor):
+        return KeyMask(lengths=end.expand(batch_size))
+    return None if end == kv_length else KeyMask(keys=end)
 
 
 def _check_mask_function(function: Callable, use_vmap: bool) -> bool:
@@ -172,28 +170,35 @@ def _documents(
 
 
 def _padded(
-    attention_mask: Tensor, kv_offset: int, keys: int, S: int, T: int, is_traced: bool
+    attention_mask: Tensor, kv_offset: int, S: int, T: int, end: int | Tensor
 ) -> KeyMask | None:
-    """Return the KeyMask of padded sequences, or None if the padding has no influence."""
+    """Return the KeyMask of padded sequences, or None if the padding has no influence.
+
+    Args:
+        end: number of keys that have been written. A tensor in compiled code.
+    """
+    is_known = isinstance(end, int)
+    keys = end if is_known else S
     missing = max(0, kv_offset + keys - attention_mask.shape[-1])
     real = F.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + keys]
     has_gaps = True
-    if not is_traced:
+    if not torch.compiler.is_compiling():
         # One read from the device per forward. A rise is a token after padding.
         rises = (real[:, 1:] & ~real[:, :-1]).sum(1)
-        only_tail = rises.amax() == 0 if keys > 1 else rises.new_ones((), dtype=torch.bool)
-        only_tail = only_tail & real[:, 0].all()
-        runs = rises + real[:, 0]
-        all_real, only_tail, has_gaps = torch.stack(
-            (real.all(), only_tail, (runs > 1).any())
-        ).tolist()
+        is_tail = (rises == 0).all() & real[:, 0].all()
+        has_gap = (rises + real[:, 0] > 1).any()
+        all_real, is_tail, has_gaps = torch.stack((real.all(), is_tail, has_gap)).tolist()
         # Causal queries do not see padding that comes after them.
-        if all_real or (only_tail and keys == T):
+        if all_real or (is_tail and keys == T):
             return None if keys == S else KeyMask(keys=keys)
-    order = cu_seqlens = None
+    mask = KeyMask(keys=keys, real=real, has_gaps=has_gaps)
     if keys == T:
         order, cu_seqlens = _compaction(real)
-    return KeyMask(keys=keys, real=real, order=order, cu_seqlens=cu_seqlens, has_gaps=has_gaps)
+        return replace(mask, order=order, cu_seqlens=cu_seqlens)
+    if is_known:
+        return replace(mask, new=real[:, keys - T :])
+    columns = torch.arange(T, device=real.device) + end - T
+    return replace(mask, new=real[:, columns], lengths=real.sum(1))
 
 
 def _compaction(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,15 +253,15 @@ def attention(
     can_decode = not needs_grad and dropout == 0
     if mask.lengths is not None and not can_decode:
         raise NotImplementedError(
-            "patch: a static cache in a compiled forward has no gradient and no dropout, "
+            "patch: attention to a cache in a compiled forward has no gradient and no dropout, "
             "got a forward in training; use torch.no_grad() and model.eval()"
         )
-    if mask.lengths is not None:
-        return attention_decode(q, k, v, mask.lengths, **options), None
     if mask.cu_seqlens is not None:
         return _attend_documents(q, k, v, mask.cu_seqlens, mask.order, dropout, options), None
     if mask.real is not None and can_decode:
-        return _decode_padded(q, k, v, mask.real, options), None
+        return _decode_padded(q, k, v, mask.real, mask.new, options), None
+    if mask.lengths is not None:
+        return attention_decode(q, k, v, mask.lengths, **options), None
     if mask.real is not None:
         order, cu_seqlens = _compaction(mask.real)
         q = F.pad(q, (0, 0, 0, 0, S - T, 0))
@@ -308,16 +313,17 @@ def _attend_documents(
     return o.unflatten(0, (B, T))
 
 
-def _decode_padded(q: Tensor, k: Tensor, v: Tensor, real: Tensor, options: dict) -> Tensor:
+def _decode_padded(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor, new: Tensor, options: dict
+) -> Tensor:
     """Attend from T new tokens to a cache of S keys, without the keys of padding."""
-    T, S = q.shape[1], k.shape[1]
     row = torch.arange(q.shape[0], device=q.device)[:, None]
     key_order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
     lengths = real.sum(1)
     k, v = k[row, key_order], v[row, key_order]
-    if T == 1:
+    if q.shape[1] == 1:
         return attention_decode(q, k, v, lengths, **options)
     # The last new token must be the last key. Padding among the new tokens therefore comes first.
-    query_order = torch.argsort(real[:, S - T :].to(torch.uint8), dim=1, stable=True)
+    query_order = torch.argsort(new.to(torch.uint8), dim=1, stable=True)
     o = attention_decode(q[row, query_order], k, v, lengths, **options)
     return o[row, torch.argsort(query_order, dim=1)]

@@ -96,7 +96,7 @@ def test_logits_match(name, layout, tokens, left_padding):
 
 @torch.no_grad()
 def test_cu_seqlens_of_flash_attention_separate_documents(tokens):
-    model = patch(build("gpt2"))
+    model = patch(build("llama"))
     row = tokens.view(1, 36)
     position = torch.arange(36)[None] % 12
     expected = model(row, position_ids=position, use_cache=False).logits
@@ -245,6 +245,28 @@ def test_autocast_matches_in_bfloat16(name, tokens):
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_compiled_decoding_with_a_static_cache_matches(tokens, left_padding):
+    """Chunks of 7 and 5 tokens, with padding in the first."""
+    model = patch(build("llama"))
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    expected = model(tokens, attention_mask=left_padding).logits
+    cache = transformers.StaticCache(config=model.config, max_batch_size=3, max_cache_len=20)
+    names = inspect.signature(model.forward).parameters
+    options = {"cache" if "cache" in names else "past_key_values": cache}
+    for start, end in ((0, 7), (7, 12)):
+        if "cache_position" in names:
+            options["cache_position"] = torch.arange(start, end)
+        mask = left_padding[:, :end]
+        position = torch.arange(start, end)[None]
+        got = compiled(
+            tokens[:, start:end], attention_mask=mask, position_ids=position, **options
+        ).logits
+        real = mask[:, start:].bool()
+        torch.testing.assert_close(got[real], expected[:, start:end][real])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "packed", "left"])
 @torch.no_grad()
 def test_one_graph_under_compile(layout, tokens, left_padding):
@@ -294,19 +316,25 @@ def test_trainer_gives_the_same_losses(name, data, tmp_path):
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        trainer = transformers.Trainer(
+        losses = []
+
+        class Recorder(transformers.Trainer):  # the log rounds losses to 4 digits in 4.56
+            def training_step(self, *args, **kwargs):
+                losses.append(super().training_step(*args, **kwargs).item())
+                return torch.tensor(losses[-1])
+
+        trainer = Recorder(
             model=patch(model) if is_patched else model,
             args=arguments,
             train_dataset=rows,
             data_collator=pad if data == "padded" else transformers.DataCollatorWithFlattening(),
         )
         trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor(losses, dtype=torch.float64).view(50, 2).sum(1)
 
-    losses = train(True)
-    assert len(losses) == 50
-    torch.testing.assert_close(losses, train(False), rtol=0, atol=1e-5)
+    difference = (train(True) - train(False)).abs().max().item()
+    print(f"{name}, {data}: largest difference of a loss {difference:.1e} nats")
+    assert difference <= 1e-5
 
 
 # --- leaving
