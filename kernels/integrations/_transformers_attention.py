@@ -52,7 +52,8 @@ class KeyMask:
         lengths: (B,) number of keys that each sequence has, in compiled code with a cache. `keys`
             is then not known.
         cu_seqlens: (documents + 1,) int32, documents among the B T tokens in `order`.
-        order: (B T,) puts padding after all other tokens. None: there is no padding.
+        order: (B T,) indices that put padding after all other tokens. None: there is no padding.
+        inverse: (B T,) indices that undo `order`.
         real: (B, keys) True for tokens that are not padding. None: there is no padding.
         new: (B, T) the part of `real` for the queries, if there are earlier keys.
         has_gaps: whether padding may lie between the tokens of a sequence.
@@ -62,6 +63,7 @@ class KeyMask:
     lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
     order: Tensor | None = None
+    inverse: Tensor | None = None
     real: Tensor | None = None
     new: Tensor | None = None
     has_gaps: bool = False
@@ -144,7 +146,7 @@ def _check_mask_function(function: Callable, use_vmap: bool) -> bool:
     unknown = sorted(names - MASK_FUNCTIONS)
     if unknown or use_vmap or "causal_mask_function" not in names:
         raise NotImplementedError(
-            f"patch: attention must be causal, with an optional sliding window or packed "
+            "patch: attention must be causal, with an optional sliding window or packed "
             f"documents, got the mask function {', '.join(unknown) or sorted(names)}; "
             "call unpatch, or use another attn_implementation"
         )
@@ -193,18 +195,18 @@ def _padded(
             return None if keys == S else KeyMask(keys=keys)
     mask = KeyMask(keys=keys, real=real, has_gaps=has_gaps)
     if keys == T:
-        order, cu_seqlens = _compaction(real)
-        return replace(mask, order=order, cu_seqlens=cu_seqlens)
+        return replace(mask, **_compaction(real))
     if is_known:
         return replace(mask, new=real[:, keys - T :])
     columns = torch.arange(T, device=real.device) + end - T
     return replace(mask, new=real[:, columns], lengths=real.sum(1))
 
 
-def _compaction(real: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order that puts padding of `real` (B, T) last, and cu_seqlens of the others."""
+def _compaction(real: Tensor) -> dict[str, Tensor]:
+    """Return the fields of KeyMask that gather the tokens in `real` (B, T)."""
     order = torch.argsort((~real).flatten().to(torch.uint8), stable=True)
-    return order, F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return {"order": order, "inverse": torch.argsort(order), "cu_seqlens": cu_seqlens}
 
 
 # --- the attention function
@@ -257,15 +259,15 @@ def attention(
             "got a forward in training; use torch.no_grad() and model.eval()"
         )
     if mask.cu_seqlens is not None:
-        return _attend_documents(q, k, v, mask.cu_seqlens, mask.order, dropout, options), None
+        return _attend_documents(q, k, v, mask, dropout, options), None
     if mask.real is not None and can_decode:
         return _decode_padded(q, k, v, mask.real, mask.new, options), None
     if mask.lengths is not None:
         return attention_decode(q, k, v, mask.lengths, **options), None
     if mask.real is not None:
-        order, cu_seqlens = _compaction(mask.real)
+        mask = KeyMask(**_compaction(mask.real))
         q = F.pad(q, (0, 0, 0, 0, S - T, 0))
-        return _attend_documents(q, k, v, cu_seqlens, order, dropout, options)[:, S - T :], None
+        return _attend_documents(q, k, v, mask, dropout, options)[:, S - T :], None
     if can_decode and T < S and T <= MAX_DECODE_TOKENS:
         lengths = torch.full((q.shape[0],), S, dtype=torch.int32, device=q.device)
         return attention_decode(q, k, v, lengths, **options), None
@@ -294,22 +296,16 @@ def _check(module: nn.Module, mask: object, kwargs: dict) -> None:
 
 
 def _attend_documents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    order: Tensor | None,
-    dropout: float,
-    options: dict,
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, dropout: float, options: dict
 ) -> Tensor:
-    """Attend within documents of the B T tokens, taken in `order`."""
+    """Attend within the documents of the B T tokens, without padding."""
     B, T = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    if order is not None:
-        q, k, v = (x[order] for x in (q, k, v))
-    o = causal_attention_varlen(q, k, v, cu_seqlens, B * T, dropout_p=dropout, **options)
-    if order is not None:
-        o = o[torch.argsort(order)]
+    if mask.order is not None:
+        q, k, v = (x.index_select(0, mask.order) for x in (q, k, v))
+    o = causal_attention_varlen(q, k, v, mask.cu_seqlens, B * T, dropout_p=dropout, **options)
+    if mask.order is not None:
+        o = o.index_select(0, mask.inverse)
     return o.unflatten(0, (B, T))
 
 

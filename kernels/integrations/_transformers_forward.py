@@ -75,7 +75,8 @@ def original_class(module: nn.Module) -> type | None:
 
 def is_subclass_of_patched(module: nn.Module) -> bool:
     """Whether another library has derived the class of a module from a patched class."""
-    return hasattr(type(module), "_tritium_original") and original_class(module) is None
+    is_patched = isinstance(module, LayerNorm) or hasattr(type(module), "_tritium_original")
+    return is_patched and original_class(module) is None
 
 
 def _empty(original: type, forward: Callable) -> nn.Module:
@@ -84,11 +85,11 @@ def _empty(original: type, forward: Callable) -> nn.Module:
     return patched.__new__(patched)
 
 
-def is_plain(layer: nn.Module, *classes: type) -> bool:
-    """Whether a layer is exactly of one of these classes, without hooks."""
-    return type(layer) in classes and not (
-        "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-    )
+def is_plain(layer: nn.Module, cls: type) -> bool:
+    """Whether a layer is exactly of this class, without hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    is_hooked = "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
+    return type(layer) is cls and not is_hooked
 
 
 # --- norms and MLPs
@@ -143,7 +144,7 @@ def _named(self, args: tuple, kwargs: dict) -> dict:
 
 
 def gpt2_block_forward(self, original: type, *args, **kwargs) -> Tensor | tuple[Tensor]:
-    """Run a block, with the first residual addition inside of the second norm."""
+    """Run a block. The second norm also does the residual addition before it."""
     named = _named(self, args, kwargs)
     if named.get("encoder_hidden_states") is not None:
         raise NotImplementedError(
@@ -163,7 +164,7 @@ def gpt2_block_forward(self, original: type, *args, **kwargs) -> Tensor | tuple[
 
 
 def llama_block_forward(self, original: type, *args, **kwargs) -> Tensor:
-    """Run a block, with the first residual addition inside of the second norm."""
+    """Run a block. The second norm also does the residual addition before it."""
     named = _named(self, args, kwargs)
     norm = self.post_attention_layernorm
     if original_class(norm) is None or not is_plain(norm, type(norm)):

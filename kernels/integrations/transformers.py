@@ -162,15 +162,15 @@ def patch(model: PreTrainedModel, parts: Iterable[str] = PARTS) -> PreTrainedMod
         attribute or an option that the kernels do not honour.
     """
     parts = _checked_parts(parts)
+    # Check everything before the first change.
     family = _family_of(model)
-    for part in model.modules():
-        if "_tritium_patch" in vars(part):
-            unpatch(part)
-    classes = _classes_of(family)
-    modules = list(_modules_of(model, classes))
+    modules = list(_modules_of(model, _classes_of(family)))
     for name, role, module in modules:
         _check_module(name, role, module)
 
+    for part in model.modules():
+        if "_tritium_previous_attention" in vars(part):
+            unpatch(part)
     for part in parts:
         for _, role, module in modules:
             if role == ROLES[part]:
@@ -178,7 +178,7 @@ def patch(model: PreTrainedModel, parts: Iterable[str] = PARTS) -> PreTrainedMod
     previous = model.config._attn_implementation
     if "attention" in parts:
         _set_attention(model, attention.NAME)
-    model._tritium_patch = previous
+    model._tritium_previous_attention = previous
     return model
 
 
@@ -188,12 +188,12 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     Returns: the same model.
     Raises: ValueError if the model is not patched.
     """
-    if "_tritium_patch" not in vars(model):
+    if "_tritium_previous_attention" not in vars(model):
         raise ValueError(f"unpatch: expected a patched model, got {type(model).__name__}")
-    for name, module in model.named_modules():
+    for module in model.modules():
         if forwards.is_subclass_of_patched(module):
             raise ValueError(
-                f"unpatch: {name}: expected a patched module, got the subclass "
+                f"unpatch: expected the class that patch gave a module, got its subclass "
                 f"{type(module).__name__}; unpatch before fully_shard or parametrizations"
             )
     for module in model.modules():
@@ -201,8 +201,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         if original is not None:
             module.__class__ = original
     if model.config._attn_implementation == attention.NAME:
-        _set_attention(model, model._tritium_patch)
-    del model._tritium_patch
+        _set_attention(model, model._tritium_previous_attention)
+    del model._tritium_previous_attention
     return model
 
 
@@ -306,7 +306,7 @@ def _classes_of(family: Family) -> dict[type, str]:
 def _modules_of(model: nn.Module, classes: dict[type, str]):
     """Yield name, role and module. Raise for a subclass, which may have another forward."""
     for name, module in model.named_modules():
-        role = classes.get(type(module))
+        role = classes.get(forwards.original_class(module) or type(module))
         if role is not None:
             yield name, role, module
             continue

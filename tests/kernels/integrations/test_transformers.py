@@ -244,6 +244,16 @@ def test_autocast_matches_in_bfloat16(name, tokens):
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
+@pytest.mark.parametrize("layout", ["plain", "left"])
+@torch.no_grad()
+def test_attention_dropout_applies_in_training_only(layout, tokens, left_padding):
+    model = patch(build("llama", attention_dropout=0.5))
+    inputs = inputs_of(layout, tokens, left_padding)
+    assert torch.equal(model(tokens, **inputs).logits, model(tokens, **inputs).logits)
+    model.train()
+    assert not torch.equal(model(tokens, **inputs).logits, model(tokens, **inputs).logits)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_decoding_with_a_static_cache_matches(tokens, left_padding):
@@ -521,6 +531,23 @@ def test_an_unsupported_model_raises_and_stays_as_it_was(make, message):
     with pytest.raises(ValueError, match=message):
         patch(model)
     assert layout_of(model) == before
+
+
+def test_a_patched_model_stays_patched_if_patching_again_raises():
+    model = patch(build("gpt2"))
+    model.transformer.h[0].mlp.scale = 2
+    before = layout_of(model)
+    with pytest.raises(ValueError, match="unknown attribute 'scale'"):
+        patch(model)
+    assert layout_of(model) == before
+
+
+def test_unpatch_of_a_derived_class_raises():
+    model = patch(build("gpt2"))
+    block = model.transformer.h[0]
+    block.__class__ = type("FSDPBlock", (type(block),), {})
+    with pytest.raises(ValueError, match="got its subclass FSDPBlock; unpatch before fully_shard"):
+        unpatch(model)
 
 
 def test_unknown_parts_and_families_raise():
