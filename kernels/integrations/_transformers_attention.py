@@ -10,7 +10,7 @@ keys exist, or None if every query sees all keys up to its own token. No (T, S) 
     padding, cache             attention_decode over keys sorted so that padding comes last
     padding, cache, gradient   causal_attention_varlen with queries for all keys
 
-Padded tokens get zeros, or values that depend on padding. transformers ignores both.
+Outputs at padded tokens are zeros or depend on padding. No other token depends on them.
 
 Shapes     query (B, H, T, K)   key, value (B, G, S, K)   output (B, T, H, K)
 """
@@ -45,7 +45,7 @@ UNSUPPORTED = ("head_mask", "output_attentions", "s_aux", "position_bias", "soft
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMask:
-    """Which of the S keys each query sees. Every query also sees no key after its own token.
+    """Which of the S keys exist. A query sees those of its document, up to its own token.
 
     Fields:
         keys: number of leading keys that have been written. None: all.

@@ -4,8 +4,9 @@ A patched module keeps its parameters and gets another class: a subclass of its 
 same name and another forward. isinstance, state dicts, hooks, and checks by class name therefore
 work as before. Copying and pickling keep the subclass.
 
-Each forward runs the original one if a layer that it would read directly is not a plain layer:
-LoRA adapters, quantized weights, hooks and parametrizations then work, without the fusion.
+A fused forward reads the weights of its layers directly. If one of these layers is not a plain one
+(a LoRA adapter, quantized weights, hooks, parametrizations), the original forward runs, which calls
+the layers.
 """
 
 import functools

@@ -6,12 +6,12 @@
     patch(model)      # then Trainer, accelerate, generate() as before
     unpatch(model)    # the model is what it was
 
-What `patch` replaces: attention, norms, MLPs, the first residual addition of each block, and the
-loss of the language model in training. Parameters, their names and the configuration's file stay.
+`patch` replaces attention, norms, MLPs, the first residual addition of each block, and the loss of
+the language model in training. It changes no parameter, and nothing in a saved config.json.
 
-Logits in training: with labels, in training mode, the head computes the loss without logits, and
-outputs.logits is None. Pass skip_logits=False to the forward to get logits. In evaluation mode the
-forward returns logits as before.
+In training mode, with labels, the head computes the loss without logits, and outputs.logits is
+None. Pass skip_logits=False to the forward to get logits. In evaluation mode the forward returns
+logits as before.
 
 docs/kernels.md has the differences in numerics, and the tested versions.
 """
@@ -32,7 +32,7 @@ from ..modules import LayerNorm
 from . import _transformers_attention as attention
 from . import _transformers_forward as forwards
 
-# GPT-2 of older versions builds masks without AttentionMaskInterface: padding would be ignored.
+# GPT-2 of 4.54 and older builds masks without AttentionMaskInterface: padding would be ignored.
 OLDEST = (4, 56)
 if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
     raise ImportError(
@@ -149,13 +149,13 @@ ROLES = {"norm": "norm", "mlp": "mlp", "residual": "block", "loss": "head", "att
 
 
 def patch(model: PreTrainedModel, parts: Iterable[str] = PARTS) -> PreTrainedModel:
-    """Make a model of transformers use the kernels. Nothing changes if the model is unsupported.
+    """Make a model of transformers use the kernels. A call that raises changes nothing.
 
     Patch before accelerate prepares the model, and before get_peft_model.
 
     Args:
-        model: of a family in FAMILIES, with any head; the loss is replaced for the causal language
-            model. A patched model is patched again.
+        model: a model of a family in FAMILIES, with any head. The part "loss" applies to the head
+            of the causal language model only. A patched model is patched again.
         parts: what to replace, names in PARTS. Default: all.
     Returns: the same model.
     Raises: ValueError for an unknown part, an unsupported class of model, or a module with an
