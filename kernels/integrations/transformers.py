@@ -119,7 +119,7 @@ _GPT2_ATTENTION = (
 )
 _LLAMA_ATTENTION = (
     *("config", "layer_idx", "layer_type", "head_dim", "num_key_value_groups", "scaling"),
-    *("attention_dropout", "is_causal", "sliding_window"),
+    *("attention_dropout", "is_causal", "sliding_window", "rotary_fn"),
     *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
 )
 _LLAMA_MLP = (
