@@ -244,6 +244,8 @@ class TrainConfig:
             for name, part in parts.items():
                 inside = {key: changes.pop(key) for key in _names(type(part)) if key in changes}
                 parts[name] = replace(part, **inside)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"model: {str(error).removeprefix('GPTConfig: ')}") from None
         return replace(self, **parts, **changes)

@@ -2,19 +2,21 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
+from ...model.config import DROPOUTS
 from ...model.cost import parameters
 from ...model.weights import check_new_folder, write_folder
 from ..config import TrainConfig
 from ..data.published_tokenizer import PublishedTokenizer, files_in
 from ..data.tokenizer import EXPORTED_TOKENIZER
 from ..data.transformers_tokenizer import save_for_transformers
+from ..finetune.start import default_config
 from ..recipes import recipe
 from ..run.folder import read_run
 from ..run.metrics import read_metrics
@@ -130,10 +132,19 @@ def model_card(trained: SavedModel) -> str:
 
 def _command(config: TrainConfig) -> str:
     """Return a command that trains with the same options, whatever the recipe was."""
-    default = recipe("laptop").options()
-    words = ["tritium", "train", "laptop"]
+    if config.task == "pretrain":
+        default = recipe("laptop").options()
+        words = ["tritium", "train", "laptop"]
+        hidden = ("out",)
+    else:
+        default = default_config(config.task).options()
+        words = ["tritium", "finetune", config.task, config.init_from]
+        # These follow from the model and from `epochs`, or from `steps`.
+        length = "epochs" if config.task_options.epochs is None else "steps"
+        shape = [name for name in asdict(config.model) if name not in DROPOUTS]
+        hidden = ("out", "task", "init_from", "eval_interval", length, *shape)
     for name, value in config.options().items():
-        if value == default[name] or name == "out":
+        if value == default[name] or name in hidden:
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):

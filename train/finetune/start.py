@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import InputError, unknown_name
 from ..config import TrainConfig
+from ..records import check_types
 from ..run.models import open_model
 from .tasks import TASKS
 
@@ -40,7 +41,9 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
         raise InputError("steps: expected none with epochs, got both; leave one out")
     if "steps" in options:
         options["epochs"] = None
-    config = default_config(task).with_options(init_from=str(model), data=(str(data),), **options)
+    default = default_config(task)
+    check_types(options, TASKS[task].options)
+    config = default.with_options(init_from=str(model), data=(str(data),), **options)
     # The run has the shape of the model. Dropout is an option of the run.
     shape = open_model(Path(model)).config.with_dropout_of(config.model)
     return replace(config, model=shape)

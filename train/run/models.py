@@ -17,6 +17,7 @@ from ...model.hub import is_hub_name
 from ...model.weights import open_source
 from ..data.published_tokenizer import has_tokenizer
 from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
+from ..templates import TEMPLATES
 from .checkpoint import load_weights, newest_checkpoint
 from .folder import read_run
 
@@ -37,6 +38,8 @@ class SavedModel:
     """Folder of the run's checkpoint."""
     note: str | None = None
     """A sentence about values that change when the weights are read."""
+    template: str | None = None
+    """Row of TEMPLATES with which a run was fine-tuned. None: the tokenizer's, or no template."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
 
@@ -114,7 +117,9 @@ def open_model(path: Path) -> SavedModel:
             f"checkpoint of nanoGPT, found none{hint}"
         )
     record = read_run(run)
+    template = getattr(record.train.task_options, "template", None)
     return SavedModel(
+        template=template if template in TEMPLATES else None,
         path=path,
         config=record.model,
         tokenizer_sha256=record.tokenizer_sha256,
