@@ -16,6 +16,7 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import check_attention_options, choose_attention
 from .config import DROPOUTS, GPTConfig
-from .context import Branch, ForwardContext, dropout_seeds
+from .context import Branch, ForwardContext, adapter_seeds, dropout_seeds
 from .generation import KVCache, Prefill, generate
 from .hub import download, is_hub_name
 from .init import init_weights
@@ -31,6 +32,9 @@ from .layers import MLPS, NORMS, Attention
 from .positions import POSITIONS, rope_tables, sinusoidal_table
 from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
+
+if TYPE_CHECKING:
+    from .lora import AdapterOptions
 
 
 class Block(nn.Module):
@@ -52,7 +56,7 @@ class Block(nn.Module):
         y, stream = self.ln_1(branch, stream, context.branch_dropout(3 * self.layer))
         branch = self.attn(y, context, self.layer)
         y, stream = self.ln_2(branch, stream, context.branch_dropout(3 * self.layer + 2))
-        return self.mlp(y), stream
+        return self.mlp(y, context.adapter_seeds_of(self.layer)[2:]), stream
 
 
 class GPT(nn.Module):
@@ -64,6 +68,7 @@ class GPT(nn.Module):
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
         compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
+        adapter: the options of LoRA if add_lora changed the model, or None.
     Raises: ValueError if the attention is unknown, not installed or does not support an option of
         the model, or if the mode of activation checkpointing is unknown or does not fit the MLP.
     """
@@ -76,6 +81,7 @@ class GPT(nn.Module):
         self.attention = choose_attention(attention)
         self._attention_name = attention
         self.compute_dtype: torch.dtype | None = None
+        self.adapter: AdapterOptions | None = None
         self._run_block = RECOMPUTATIONS[recompute].run_block
         self._position = POSITIONS[config.position]
 
@@ -155,7 +161,9 @@ class GPT(nn.Module):
         # embedding, and the weight of the head
         position = _positions(tokens, cu_seqlens, cache)
         is_plain = position.ndim == 1  # positions 0 ... T - 1 in each sequence
-        seeds = self._seeds(dropout_seed, tokens.device) if cache is None else None
+        seeds, of_adapters = None, None
+        if cache is None and self.training and self.has_dropout:
+            seeds, of_adapters = self._seeds(dropout_seed, tokens.device)
         stream, head = self._embed(tokens, None if is_plain else position, token_order, seeds)
         rope = None
         if self._position.rotates:
@@ -164,7 +172,9 @@ class GPT(nn.Module):
         # blocks
         branch = None
         dropout = (config.dropout, config.attention_dropout, seeds)
-        context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention, *dropout)
+        context = ForwardContext(
+            (B, T), cu_seqlens, rope, cache, self.attention, *dropout, adapter_seeds=of_adapters
+        )
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
@@ -197,14 +207,29 @@ class GPT(nn.Module):
         softcap = self.config.head_softcap
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
-    def _seeds(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
-        """Return the seeds of all dropout masks, or None if nothing is dropped."""
-        if not self.training or not any(getattr(self.config, name) for name in DROPOUTS):
-            return None
+    @property
+    def has_dropout(self) -> bool:
+        """Whether elements are dropped in training."""
+        return self._has_own_dropout or self._has_adapter_dropout
+
+    @property
+    def _has_own_dropout(self) -> bool:
+        return any(getattr(self.config, name) for name in DROPOUTS)
+
+    @property
+    def _has_adapter_dropout(self) -> bool:
+        return self.adapter is not None and self.adapter.lora_dropout > 0
+
+    def _seeds(
+        self, seed: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the seeds of all dropout masks: the model's own, and LoRA's. None: no dropout."""
         check_attention_options(self._attention_name, self.config)
         if seed is None:
             seed = torch.randint(2**62, (), device=device)
-        return dropout_seeds(seed, self.config.n_layer)
+        n_layer = self.config.n_layer
+        own = dropout_seeds(seed, n_layer) if self._has_own_dropout else None
+        return own, adapter_seeds(seed, n_layer) if self._has_adapter_dropout else None
 
     def _embed(
         self,
