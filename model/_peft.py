@@ -150,6 +150,24 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def adapter_base(folder: Path) -> Path:
+    """Return the folder of the model that an adapter belongs to.
+
+    A relative path starts at the current folder, or next to the adapter.
+
+    Raises: InputError if the adapter names no folder that exists.
+    """
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if isinstance(name, str) and name:
+        for path in (Path(name), folder.parent / name):
+            if path.exists():
+                return path
+    raise InputError(
+        f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: expected the folder of a model, got "
+        f"{name!r}; write the path of the model there"
+    )
+
+
 def read_adapter(
     folder: Path, shapes: dict[str, tuple[int, ...]], config: GPTConfig
 ) -> tuple[list[tuple[str, slice, LowRank]], str | None]:

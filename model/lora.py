@@ -29,13 +29,29 @@ from torch import Tensor, nn
 from ..errors import InputError, unknown_name
 from ..kernels import linear
 from ..kernels.core.dropout import Dropout, kept_elements
-from ._peft import LowRank, read_adapter, write_adapter
+from ._peft import LowRank, adapter_base, is_adapter, read_adapter, write_adapter
+from .config import GPTConfig
 from .context import Branch
-from .layers import Linear
+from .layers import MLPS, Attention, Linear
 from .safetensors_file import flat_bytes
 
 if TYPE_CHECKING:
     from .gpt import GPT
+
+__all__ = [
+    "AdapterOptions",
+    "LoraLinear",
+    "adapter_base",
+    "add_lora",
+    "base_sha256",
+    "is_adapter",
+    "is_lora",
+    "lora_layers",
+    "lora_parameters",
+    "merge_adapter",
+    "merge_lora",
+    "save_adapter",
+]
 
 # The modules of a GPT. A subclass can have more, such as a classification head: they are trained.
 _FROZEN = ("wte", "wpe", "h", "ln_f", "lm_head")
@@ -149,7 +165,7 @@ def add_lora(model: "GPT", options: AdapterOptions) -> None:
 
     Raises: InputError for a target that the model does not have.
     """
-    names = lora_layers(model, options.lora_targets)
+    names = lora_layers(model.config, options.lora_targets)
     for child in _FROZEN:
         if hasattr(model, child):
             getattr(model, child).requires_grad_(False)
@@ -172,16 +188,29 @@ def merge_lora(model: "GPT") -> None:
     model.requires_grad_(True)
 
 
-def lora_layers(model: "GPT", targets: tuple[str, ...] = ()) -> list[str]:
-    """Return the names of the linear layers that targets name, in the order of the model.
+def lora_layers(config: GPTConfig, targets: tuple[str, ...] = ()) -> dict[str, tuple[int, int]]:
+    """Return the linear layers that targets name, and the shapes of their weights.
 
     Args:
+        config: of the model.
         targets: names of layers, or how their names end: "c_proj" names the last layers of
             attention and of the MLP, "attn.c_proj" one of them. Models of the Llama family also
             have the names of transformers. Empty: all linear layers of blocks.
+    Returns: (n_out, n_in) by name, in the order of the model.
     Raises: InputError for a target that names no layer.
     """
-    layers = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    with torch.device("meta"):
+        block = nn.ModuleDict({"attn": Attention(config), "mlp": MLPS[config.mlp].module(config)})
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in block.named_modules()
+        if isinstance(module, Linear)
+    }
+    layers = {
+        f"h.{layer}.{name}": shape
+        for layer in range(config.n_layer)
+        for name, shape in shapes.items()
+    }
     if not targets:
         return layers
     has_llama_names = any(name.endswith("mlp.c_gate") for name in layers)
@@ -203,7 +232,15 @@ def lora_layers(model: "GPT", targets: tuple[str, ...] = ()) -> list[str]:
             known |= dict.fromkeys(_LLAMA_NAMES if has_llama_names else ())
             raise InputError(f"lora_targets: {unknown_name('layer', target, known)}")
         chosen.update(found)
-    return [name for name in layers if name in chosen]
+    return {name: shape for name, shape in layers.items() if name in chosen}
+
+
+def lora_parameters(config: GPTConfig, options: AdapterOptions | None) -> int:
+    """Return the number of elements of LoRA. 0 without LoRA."""
+    if options is None or not options.lora:
+        return 0
+    shapes = lora_layers(config, options.lora_targets).values()
+    return options.lora * sum(n_out + n_in for n_out, n_in in shapes)
 
 
 def is_lora(name: str) -> bool:
@@ -261,9 +298,7 @@ def merge_adapter(model: "GPT", folder: Path) -> None:
     Raises: InputError if the files are damaged, hold something else than LoRA of linear layers, or
         belong to another model.
     """
-    layers = {name: model.get_submodule(name).weight for name in lora_layers(model)}
-    shapes = {name: tuple(weight.shape) for name, weight in layers.items()}
-    parts, recorded = read_adapter(folder, shapes, model.config)
+    parts, recorded = read_adapter(folder, lora_layers(model.config), model.config)
     if recorded is not None:
         found = base_sha256(model)
         if recorded != found:
@@ -272,7 +307,7 @@ def merge_adapter(model: "GPT", folder: Path) -> None:
                 f"got {found[:12]}; the adapter belongs to another model of the same shape"
             )
     for name, rows, matrix in parts:
-        weight = layers[name][rows]
+        weight = model.get_submodule(name).weight[rows]
         delta = (matrix.B.double() @ matrix.A.double()).mul_(matrix.scale)
         weight.copy_(weight.double() + delta)
 

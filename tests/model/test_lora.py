@@ -16,6 +16,7 @@ from tritium.model.lora import (
     base_sha256,
     is_lora,
     lora_layers,
+    lora_parameters,
     merge_adapter,
     merge_lora,
     save_adapter,
@@ -141,13 +142,13 @@ def test_dropout_keeps_the_mean_of_the_input():
     ],
 )
 def test_targets_name_layers_by_their_end(config, targets, ends):
-    found = lora_layers(GPT(config), targets)
-    assert found == [name for name in lora_layers(GPT(config)) if name.split(".", 2)[2] in ends]
+    found = list(lora_layers(config, targets))
+    assert found == [name for name in lora_layers(config) if name.split(".", 2)[2] in ends]
     assert len(found) == config.n_layer * len(ends)
 
 
 def test_a_target_can_name_one_layer():
-    assert lora_layers(GPT(SMALL), ("h.1.mlp.c_fc",)) == ["h.1.mlp.c_fc"]
+    assert lora_layers(SMALL, ("h.1.mlp.c_fc",)) == {"h.1.mlp.c_fc": (128, 32)}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,14 @@ def test_unknown_targets_raise(config, targets, message):
 def test_options_out_of_range_raise(options, message):
     with pytest.raises(InputError, match=message):
         AdapterOptions(**options)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_lora_parameters_counts_the_trained_elements(config):
+    model = adapted(config)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    assert lora_parameters(config, OPTIONS) == sum(each.numel() for each in trained)
+    assert lora_parameters(config, None) == 0
 
 
 # --- the files of PEFT

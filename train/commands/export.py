@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from ...errors import InputError
 from ...model.cost import parameters
+from ...model.lora import save_adapter
 from ...model.weights import check_new_folder, write_folder
 from ..config import TrainConfig
 from ..data.published_tokenizer import PublishedTokenizer, files_in
@@ -32,6 +34,8 @@ class ExportOptions:
     """New folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in the folder. auto: as they are, so that no bit changes."""
+    adapter: bool = False
+    """Write only the LoRA of a run, as a folder that PEFT opens. Default: add it to the weights."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,6 +47,10 @@ def main(argv: Sequence[str]) -> int:
         description="Write a trained model as a folder that transformers opens.",
     )
     trained = open_model(Path(options.model))
+    if options.adapter:
+        write_adapter(trained, Path(options.out), dtype=options.dtype)
+        print(f"{options.out}: open it with PeftModel.from_pretrained(model, {options.out!r})")
+        return 0
     write_model(trained, Path(options.out), model_card(trained), dtype=options.dtype)
     print(f"{options.out}: open it with AutoModelForCausalLM.from_pretrained({options.out!r})")
     return 0
@@ -88,6 +96,21 @@ def write_model(
         token_ids=(tokenizer.token_ids if tokenizer else {}) | trained.token_ids,
         add_files=add_files,
     )
+
+
+def write_adapter(trained: SavedModel, out: Path, *, dtype: str = "auto") -> None:
+    """Write the LoRA of a run as a folder of PEFT, or nothing.
+
+    The folder names the model that the run started from. That model must stay where it is.
+
+    Raises: InputError if the folder is in use, if the model has no LoRA, or if transformers has no
+        such model.
+    """
+    if dtype not in ("auto", "float32"):
+        raise InputError(f"dtype: expected auto or float32 with `adapter`, got {dtype}")
+    model = trained.load_lora()
+    base = Path(read_run(trained.run).train.init_from).resolve()
+    save_adapter(model, out, base=str(base))
 
 
 def model_card(trained: SavedModel) -> str:
