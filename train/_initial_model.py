@@ -7,7 +7,7 @@ import torch
 from ..errors import InputError
 from ..model import GPT, GPTConfig
 from .config import TrainConfig
-from .data.dataset import Dataset
+from .finetune.data import TaskData, model_options
 from .run.models import open_model
 
 # A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
@@ -15,31 +15,24 @@ from .run.models import open_model
 _PADDING_TOKENS = 128
 
 
-def initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
+def initial_model(config: TrainConfig, data: TaskData) -> GPT:
     """Return a model with new weights, or the model to start from, in float32."""
     if config.init_from is None:
-        return new_model(config, config.gpt(dataset.tokenizer.vocab_size))
-    _check(config, dataset)
+        return new_model(config, data, config.gpt(data.tokenizer.vocab_size))
+    _check(config, data)
     torch.manual_seed(config.seed)
-    model = open_model(Path(config.init_from)).load(**_model_options(config)).float()
+    model = open_model(Path(config.init_from)).load(**model_options(config)).float()
     model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
-    return model.train()
+    return data.adapt(model, config).train()
 
 
-def new_model(config: TrainConfig, shape: GPTConfig) -> GPT:
-    """Return a model with new weights."""
+def new_model(config: TrainConfig, data: TaskData, shape: GPTConfig) -> GPT:
+    """Return a model of the run's task with new weights."""
     torch.manual_seed(config.seed)
-    return GPT(shape, **_model_options(config))
+    return data.new_model(config, shape)
 
 
-def _model_options(config: TrainConfig) -> dict[str, str]:
-    return {
-        "attention": config.execution.attention,
-        "recompute": config.execution.recompute,
-    }
-
-
-def _check(config: TrainConfig, dataset: Dataset) -> None:
+def _check(config: TrainConfig, data: TaskData) -> None:
     """Raise InputError if the model to start from has another shape or another tokenizer."""
     trained = open_model(Path(config.init_from))
     # Dropout is an option of the run, not of the model.
@@ -47,7 +40,7 @@ def _check(config: TrainConfig, dataset: Dataset) -> None:
     expected = trained.config.with_dropout_of(found)
     if expected != found:
         raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
-    tokenizer = dataset.tokenizer
+    tokenizer = data.tokenizer
     if trained.tokenizer_path is not None:
         own = trained.tokenizer()
         if own.sha256 != tokenizer.sha256:

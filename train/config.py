@@ -4,6 +4,7 @@
       .model            GPTConfig, the shape of the model; vocab_size follows from the tokenizer
       .execution        ExecutionOptions: device, precision, ...; results agree to rounding
       .report           ReportOptions: what the run writes, and when
+      .task_options     the options of the task: finetune/tasks.py
 
 Options have flat names on the command line and in config.json: `n_layer`, not `model.n_layer`.
 `from_options` and `options` convert between flat names and the nested dataclasses.
@@ -21,6 +22,7 @@ from ..errors import InputError, unknown_name
 from ..model import GPTConfig
 from ..model.attention import ATTENTIONS, check_attention_options
 from ..model.recompute import RECOMPUTATIONS, check_recompute
+from .finetune.tasks import TASKS, TaskOptions, option_names, task_named
 from .optim import OPTIMIZERS
 from .precision import PRECISIONS
 from .schedule import SCHEDULES
@@ -99,6 +101,8 @@ class TrainConfig:
     Raises: InputError, naming the option, for values out of range.
     """
 
+    task: Literal[tuple(TASKS)] = "pretrain"
+    """What the model learns: a row of the table of tasks."""
     data: tuple[str, ...] = ("stdlib",)
     """Text to train on: a dataset of `tritium data build`, files, folders, stdlib or python."""
     tokenizer: str | None = None
@@ -144,12 +148,18 @@ class TrainConfig:
 
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
+    task_options: TaskOptions = field(default_factory=TaskOptions)
 
     def __post_init__(self):
         if not self.data or not all(self.data):
             raise InputError(
                 "`data`: expected files, folders, a dataset, stdlib or python, got none; "
                 "write . for the current folder"
+            )
+        if type(self.task_options) is not task_named(self.task).options:
+            raise ValueError(
+                f"TrainConfig: task_options must be {TASKS[self.task].options.__name__} for the "
+                f"task {self.task}, got {type(self.task_options).__name__}"
             )
         for name, bound in LEAST.items():
             value = getattr(PART_OF[name](self), name)
@@ -202,19 +212,32 @@ class TrainConfig:
 
     def options(self) -> dict[str, Any]:
         """Return all options by their flat names."""
-        return {name: getattr(part(self), name) for name, part in PART_OF.items()}
+        others = _task_option_names() - set(_names(type(self.task_options)))
+        return {
+            name: getattr(part(self), name) for name, part in PART_OF.items() if name not in others
+        }
 
     def with_options(self, **changes: Any) -> "TrainConfig":
         """Return a copy with changed options, given by their flat names.
 
         Raises: InputError for an unknown name, or values that do not fit.
         """
+        task = task_named(changes.get("task", self.task))
+        others = _task_option_names() - set(_names(task.options))
         for name in changes:
-            if name not in PART_OF:
-                raise InputError(unknown_name("option", name, PART_OF))
+            if name not in PART_OF or name in others:
+                known = [each for each in PART_OF if each not in others]
+                raise InputError(unknown_name("option", name, known))
 
         # Replace the nested parts first, then the options of the TrainConfig itself.
-        parts = {"model": self.model, "execution": self.execution, "report": self.report}
+        parts = {
+            "model": self.model,
+            "execution": self.execution,
+            "report": self.report,
+            "task_options": self.task_options,
+        }
+        if type(self.task_options) is not task.options:
+            parts["task_options"] = task.options()
         try:
             for name, part in parts.items():
                 inside = {key: changes.pop(key) for key in _names(type(part)) if key in changes}
@@ -252,8 +275,13 @@ def named_files(report: ReportOptions) -> dict[str, dict[str, str]]:
 
 def _names(part: type) -> list[str]:
     """Return the options that are fields of `part` itself. vocab_size is not an option."""
-    nested = ("model", "execution", "report", "vocab_size")
+    nested = ("model", "execution", "report", "task_options", "vocab_size")
     return [each.name for each in fields(part) if each.name not in nested]
+
+
+def _task_option_names() -> set[str]:
+    """Return the names of the options of all tasks."""
+    return {name for task in TASKS.values() for name in option_names(task)}
 
 
 # Flat name -> function that returns the part of a TrainConfig with this option.
@@ -262,6 +290,7 @@ PART_OF = {
     **dict.fromkeys(_names(GPTConfig), lambda config: config.model),
     **dict.fromkeys(_names(ExecutionOptions), lambda config: config.execution),
     **dict.fromkeys(_names(ReportOptions), lambda config: config.report),
+    **dict.fromkeys(sorted(_task_option_names()), lambda config: config.task_options),
 }
 
 # Flat name -> smallest allowed value.

@@ -1,8 +1,8 @@
-"""Compute the loss of a batch, and evaluate: nats per token, perplexity and bits per byte."""
+"""Compute the loss of a batch, and evaluate: mean loss, perplexity and bits per byte."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import DivergedError
 from ..model import GPT
 from .config import DIVERGED
-from .data.loader import Batch, copy_to_device, document_starts
+from .data.loader import Batch
 from .distributed.world import SINGLE_PROCESS, World
 
 # exp() of a larger number is infinite in float64.
@@ -19,53 +19,57 @@ _MAX_EXPONENT = 709
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The mean loss over some text."""
+    """The mean loss over held-out data, and other measures of it."""
 
     loss: float
-    """Nats per token."""
-    bits_per_byte: float
-    """Bits per byte of UTF-8 text: comparable across tokenizers."""
+    """Mean over the targets. Nats per token, if the targets are tokens."""
+    bits_per_byte: float | None = None
+    """Bits per byte of UTF-8 text: comparable across tokenizers. None: not known."""
     tokens: int
     """Number of targets."""
+    unit: str = "token"
+    """What a target is: token, record, pair."""
+    more: dict[str, float] = field(default_factory=dict)
+    """Other measures by their names, such as accuracy."""
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss), or infinity."""
+    def perplexity(self) -> float | None:
+        """exp(loss), or infinity. None if the targets are not tokens."""
+        if self.unit != "token":
+            return None
         return math.exp(self.loss) if self.loss < _MAX_EXPONENT else math.inf
 
+    def values(self) -> dict[str, float]:
+        """Return the values by their keys in metrics.jsonl."""
+        values = {
+            "val_loss": self.loss,
+            "val_perplexity": self.perplexity,
+            "val_bits_per_byte": self.bits_per_byte,
+            **{f"val_{name}": value for name, value in self.more.items()},
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
-def batch_loss(
-    model: nn.Module, batch: Batch, separator: int | None, dropout_seed: int | None = None
-) -> Tensor:
-    """Return the mean cross-entropy over the targets of a batch.
+    def describe(self) -> str:
+        """Return the loss and the other measures in one line."""
+        line = f"validation loss {self.loss:.4f}"
+        if self.perplexity is not None:
+            line += f", perplexity {self.perplexity:.2f}"
+        if self.bits_per_byte is not None:
+            line += f", {self.bits_per_byte:.3f} bits per byte"
+        return line + "".join(f", {name} {value:.4f}" for name, value in self.more.items())
+
+
+def batch_loss(model: nn.Module, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+    """Return the mean loss over the targets of a batch.
 
     Args:
-        model: a GPT, compiled or not.
-        separator: token that begins a document. Documents do not attend to each other. None: each
-            row is one document.
+        model: the model of a task, compiled or not.
+        batch: a batch of this task.
         dropout_seed: as for GPT.
-    Returns: () float32 on the model's device, nats per token; 0 without targets.
+    Returns: () float32 on the model's device; 0 without targets.
     """
     device = next(model.parameters()).device
-    return model(**model_inputs(batch, device, separator, dropout_seed))
-
-
-def model_inputs(
-    batch: Batch, device: torch.device, separator: int | None, dropout_seed: int | None
-) -> dict[str, Tensor]:
-    """Return the arguments of GPT.forward for a batch, on `device`; arguments: see batch_loss."""
-    tokens, targets = batch.on(device)
-    inputs = {"tokens": tokens, "targets": targets}
-    if batch.token_order is not None:
-        inputs["token_order"] = copy_to_device(batch.token_order, device)
-    if dropout_seed is not None:
-        inputs["dropout_seed"] = torch.full((), dropout_seed, dtype=torch.int64, device=device)
-    if separator is not None:
-        cu_seqlens = copy_to_device(document_starts(batch.inputs, separator), device)
-        # Its length differs between batches: compile once for any length.
-        torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        inputs["cu_seqlens"] = cu_seqlens
-    return inputs
+    return model(**batch.model_inputs(device, dropout_seed))
 
 
 @torch.no_grad()
@@ -73,18 +77,16 @@ def evaluate(
     model: GPT,
     batches: Iterable[Batch],
     *,
-    bytes_per_token: float,
-    separator: int | None = None,
+    bytes_per_token: float | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation | None:
-    """Return the mean cross-entropy over all targets of all batches, on all ranks.
+    """Return the mean loss over all targets of all batches, on all ranks.
 
     Nothing is dropped.
 
     Args:
         batches: the batches of this rank. All ranks have the same number of batches.
-        bytes_per_token: mean length of a token in the text.
-        separator: as in batch_loss.
+        bytes_per_token: mean length of a token in the text. None: bits per byte are not known.
         world: ranks that evaluate together.
     Returns: the evaluation; None without targets.
     Raises: DivergedError if the loss is not finite.
@@ -94,7 +96,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch in batches:
-        losses.append(batch_loss(model, batch, separator))
+        losses.append(batch_loss(model, batch))
         counts.append(int(batch.num_targets.sum()))
     model.train(was_training)
     # Read all losses at the end, so that nothing waits for the device between batches.
@@ -109,6 +111,6 @@ def evaluate(
         raise DivergedError(f"{DIVERGED} (validation loss is {loss})")
     return Evaluation(
         loss=loss,
-        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        bits_per_byte=loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         tokens=round(count * world.data_ranks),
     )

@@ -15,6 +15,7 @@ from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
 from .distributed.engines import ENGINES, SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
+from .finetune.tasks import TASKS
 from .memory import device_bytes, largest_micro_batch
 from .optim import check_optimizer
 from .precision import choose_dtype
@@ -87,9 +88,11 @@ def _uses_cuda_graph(
     config: TrainConfig, device: torch.device, engine: type[SingleProcess]
 ) -> bool:
     """Return whether the steps are recorded as CUDA graphs."""
+    task = TASKS[config.task]
     obstacles = {
         "the device is no GPU of NVIDIA": device.type != "cuda" or torch.version.cuda is None,
         "the number of documents varies with document_mask": config.document_mask,
+        f"the number of packed records varies in the task {config.task}": task.has_documents,
         "fsdp communicates in each micro-batch": not engine.can_use_cuda_graph,
     }
     found = [reason for reason, applies in obstacles.items() if applies]

@@ -14,28 +14,23 @@ from ..model import GPT
 from ..model.cost import check_size, flops_per_token
 from ._initial_model import initial_model, new_model
 from .config import TrainConfig
-from .data.cache import cache_dir
-from .data.dataset import Dataset, open_dataset
-from .data.loader import Loader, evaluation_batches
 from .data.prefetch import Prefetch
-from .data.prepare import prepare
 from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
-from .epochs import describe_epochs
 from .eval.in_training import open_evaluations
 from .evaluate import Evaluation
 from .execution import Execution, resolve
+from .finetune.data import TaskData
+from .finetune.tasks import TASKS
 from .optim import Optimizer
 from .run.checkpoint import newest_checkpoint
 from .run.folder import (
     RunRecord,
     check_folder_unused,
-    check_tokenizer,
     claim_folder,
     is_unstarted,
     only_writer,
-    open_recorded_dataset,
     read_run,
 )
 from .run.goodput import process_age
@@ -62,17 +57,18 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     check_learning_rates(config)
     execution = _resolve_on_all_ranks(config, world)
     check_profile_steps(config)
-    dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
-    tokens = config.steps * config.batch_size * config.model.context_tokens
-    console.print(describe_epochs(tokens, len(dataset.train), config.model.dropout), soft_wrap=True)
+    open_data = TASKS[config.task].code.open_data
+    data = world.on_each_node(lambda: open_data(config, progress=world.is_rank0))
+    config = data.fit(config)
+    console.print(data.describe(config), soft_wrap=True)
     if warning := describe_long_warmup(config):
         console.print(warning, soft_wrap=True)
     # Read the model to start from before anything is written: it may be damaged.
-    model = world.run_on_all_ranks(lambda: initial_model(config, dataset))
+    model = world.run_on_all_ranks(lambda: initial_model(config, data))
     with only_writer(run, world) as check_folder:
         summary = execution.summary()
-        world.on_rank0(lambda: claim_folder(run, config, model.config, dataset, summary))
-        return _train(config, run, model, dataset, execution, check_folder, None)
+        world.on_rank0(lambda: claim_folder(run, config, model.config, data, summary))
+        return _train(config, run, model, data, execution, check_folder, None)
 
 
 @stop_on_signals()
@@ -95,18 +91,14 @@ def resume(
         world.on_rank0(lambda: check_size(files, record.model, bytes_per_parameter=4))
         execution = _resolve_on_all_ranks(config, world)
         check_profile_steps(config)
-        if config.data != record.train.data:
-            dataset = world.on_each_node(lambda: _prepare_dataset(config, progress=world.is_rank0))
-            check_tokenizer(dataset, record, run)
-        else:
-            dataset = world.on_each_node(
-                lambda: open_recorded_dataset(record, run, progress=world.is_rank0)
-            )
-        # tokenizer.json may be missing or changed. The dataset has the tokenizer of the run.
-        world.on_rank0(lambda: dataset.tokenizer.save(run / "tokenizer.json"))
+        options = {"record": record, "run": run, "progress": world.is_rank0}
+        open_data = TASKS[config.task].code.open_data
+        data = world.on_each_node(lambda: open_data(config, **options))
+        # tokenizer.json may be missing or changed. The data has the tokenizer of the run.
+        world.on_rank0(lambda: data.tokenizer.save(run / "tokenizer.json"))
         # The model it started from may be gone. The checkpoint has all weights.
-        model = new_model(config, record.model)
-        return _train(config, run, model, dataset, execution, check_folder, record)
+        model = new_model(config, data, record.model)
+        return _train(config, run, model, data, execution, check_folder, record)
 
 
 # --- before the first step
@@ -125,31 +117,11 @@ def _resolve_on_all_ranks(config: TrainConfig, world: World) -> Execution:
     return execution
 
 
-def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
-    """Build or find the dataset, and check that the run can use it."""
-    path = prepare(
-        config.data,
-        config.tokenizer,
-        cache_dir() / "datasets",
-        held_out=config.held_out,
-        text_field=config.text_field,
-        progress=progress,
-    )
-    dataset = open_dataset(path)
-    # Raise now if the prompt, an evaluation or a batch would raise later in the run.
-    T = config.model.context_tokens
-    dataset.tokenizer.encode(config.prompt)
-    open_evaluations(config, dataset.tokenizer)
-    next(evaluation_batches(dataset.val, context_tokens=T, batch_size=1, max_tokens=1))
-    Loader(dataset.train, context_tokens=T, batch_size=config.batch_size, seed=config.seed)
-    return dataset
-
-
 def _train(
     config: TrainConfig,
     run: Path,
     model: GPT,
-    dataset: Dataset,
+    data: TaskData,
     execution: Execution,
     check_folder: Callable[[], None],
     record: RunRecord | None,
@@ -157,7 +129,7 @@ def _train(
     """Train a new run (`record` is None), or from the newest checkpoint of a recorded one."""
     world = execution.world
     world.check_same_on_all_ranks(
-        "data", (dataset.tokenizer.sha256[:12], len(dataset.train), len(dataset.val))
+        "data", (data.tokenizer.sha256[:12], len(data.train), len(data.val))
     )
     choose_matmul(execution.device)
     keep_freed_memory()
@@ -172,29 +144,17 @@ def _train(
     else:
         first = saver.load()
         world.on_rank0(lambda: check_space_for_run(run, config, engine))
-        world.on_rank0(lambda: note_resume(run, record, config, dataset, execution, first))
+        world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
 
     # The data, and the metrics of its steps.
-    on_cuda = execution.device.type == "cuda"
-    loader = Loader(
-        dataset.train,
-        context_tokens=config.model.context_tokens,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=world.data_rank,
-        world_size=world.data_ranks,
-        pinned=on_cuda,
-        # The embedding's kernels use the order of each micro-batch. A CPU needs none.
-        sorted_rows=execution.micro_batch if on_cuda else None,
-    )
-    metrics = _open_metrics(config, run, engine, optimizer, first)
+    loader = data.loader(config, execution)
+    metrics = _open_metrics(config, run, engine, loader.context_tokens, first)
     if execution.is_compiled:
         console.print("compiling the model: the first step takes longer if it is not in the cache")
 
     # The steps.
-    separator = dataset.tokenizer.end_of_text if config.document_mask else None
-    evaluations = world.on_each_node(lambda: open_evaluations(config, dataset.tokenizer))
-    trainer = Trainer(engine, optimizer, separator=separator, seed=config.seed)
+    evaluations = world.on_each_node(lambda: open_evaluations(config, data.tokenizer))
+    trainer = Trainer(engine, optimizer, seed=config.seed)
     with (
         metrics,
         Signals(world) as signals,
@@ -203,7 +163,7 @@ def _train(
         saver,
     ):
         state = (trainer, saver, metrics, signals, check_folder, evaluations)
-        return Session(config, run, dataset, *state).run_steps(first, loader, batches)
+        return Session(config, run, data, *state).run_steps(first, loader, batches)
 
 
 def _save_first(
@@ -223,16 +183,15 @@ def _save_first(
 
 
 def _open_metrics(
-    config: TrainConfig, run: Path, engine: SingleProcess, optimizer: Optimizer, first: int
+    config: TrainConfig, run: Path, engine: SingleProcess, row_tokens: int, first: int
 ) -> Metrics:
-    T = config.model.context_tokens
     world = engine.world
     return Metrics(
         run,
         start=first,
         steps=config.steps,
-        tokens_per_step=config.batch_size * T,
-        flops_per_token=flops_per_token(engine.model.config, T),
+        tokens_per_step=config.batch_size * row_tokens,
+        flops_per_token=flops_per_token(engine.model.config, row_tokens),
         device=engine.execution.device,
         compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,

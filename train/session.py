@@ -10,13 +10,11 @@ from typing import NoReturn
 
 from ..errors import DivergedError, InputError
 from ..model import GPT
-from ..model.generation import Sampling
 from .config import DIVERGED, TrainConfig
-from .data.dataset import Dataset
-from .data.loader import Batch, Loader, evaluation_batches
 from .data.prefetch import Prefetch
 from .eval.in_training import TrainingEvaluations
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
+from .finetune.data import TaskBatch, TaskData, TaskLoader
 from .run.checkpoint import checkpoints, delete_newer
 from .run.metrics import Metrics, console
 from .run.plots import plot_loss
@@ -25,7 +23,6 @@ from .run.samples import add_sample
 from .run.saver import CheckpointSaver
 from .run.signals import Signals
 from .schedule import learning_rate
-from .text import sample_text
 from .trainer import Trainer
 
 
@@ -35,7 +32,7 @@ class Session:
 
     config: TrainConfig
     run: Path
-    dataset: Dataset
+    data: TaskData
     trainer: Trainer
     saver: CheckpointSaver
     metrics: Metrics
@@ -45,7 +42,7 @@ class Session:
     evaluations: TrainingEvaluations | None = None
     """Other texts and files to evaluate on."""
 
-    def run_steps(self, first: int, loader: Loader, batches: Prefetch) -> Evaluation:
+    def run_steps(self, first: int, loader: TaskLoader, batches: Prefetch) -> Evaluation:
         """Run the steps from `first` to the last. Returns: the last evaluation."""
         config = self.config
         trainer = self.trainer
@@ -84,9 +81,28 @@ class Session:
             if done == config.steps or done % config.report.checkpoint_interval == 0:
                 self.save(done)
         result = self.evaluate(config.steps)
+        if self.data.has_test:
+            self.finish()
         if first < config.steps:
             self.metrics.write_goodput(config.steps)
         return result
+
+    def finish(self) -> None:
+        """Let the task write its results of the test records, on rank 0.
+
+        Raises: InterruptedRun if a signal was received. A resumed run writes them again.
+        """
+        engine = self.trainer.engine
+        model = engine.complete_model()
+        finish = functools.partial(
+            _finish, self.data, self.run, model, self.config, engine.world.mark
+        )
+        with self.metrics.paused("evaluation"):
+            is_done = engine.world.on_rank0(
+                lambda: self.signals.interruptible(finish, is_local=True)
+            )
+        if not is_done:
+            self.stop(self.config.steps)
 
     def save_once(self, done: int) -> None:
         """Write a checkpoint after `done` steps, unless there is one, and wait for it."""
@@ -126,7 +142,7 @@ class Session:
             diverged = None
             batches = self.evaluation_batches(done)
             evaluation = functools.partial(
-                _evaluate, self.trainer, self.dataset, self.signals, batches
+                _evaluate, self.trainer, self.data, self.signals, batches
             )
             try:
                 result = self.signals.interruptible(evaluation)
@@ -170,20 +186,13 @@ class Session:
         world = self.trainer.engine.world
         return bool(world.on_rank0(lambda: self.signals.interruptible(draw, is_local=True)))
 
-    def evaluation_batches(self, done: int) -> Iterable[Batch]:
-        """Return held-out text. Raises: InputError if it cannot be read, after a checkpoint."""
+    def evaluation_batches(self, done: int) -> Iterable[TaskBatch]:
+        """Return held-out data. Raises: InputError if it cannot be read, after a checkpoint."""
         is_last = done == self.config.steps
         execution = self.trainer.engine.execution
-        batches = evaluation_batches(
-            self.dataset.val,
-            context_tokens=self.config.model.context_tokens,
-            batch_size=execution.micro_batch,
-            max_tokens=None if is_last else self.config.report.eval_tokens,
-            rank=execution.world.data_rank,
-            world_size=execution.world.data_ranks,
-        )
+        batches = self.data.evaluation_batches(self.config, execution, is_last=is_last)
         if is_last:
-            return batches  # the complete text; the run has written its last checkpoint
+            return batches  # the complete data; the run has written its last checkpoint
         try:
             return execution.world.run_on_all_ranks(lambda: list(batches))
         except (InputError, OSError):
@@ -194,7 +203,7 @@ class Session:
         """Append a sample to samples.txt. Returns: False if a signal came."""
         engine = self.trainer.engine
         model = engine.complete_model()
-        write = functools.partial(_write_sample, self.config, self.run, model, self.dataset, done)
+        write = functools.partial(_write_sample, self.config, self.run, model, self.data, done)
         return bool(engine.world.on_rank0(lambda: self.signals.interruptible(write, is_local=True)))
 
     def stop(self, done: int) -> NoReturn:
@@ -263,32 +272,26 @@ def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: 
 
 
 def _evaluate(
-    trainer: Trainer, dataset: Dataset, signals: Signals, batches: Iterable[Batch]
+    trainer: Trainer, data: TaskData, signals: Signals, batches: Iterable[TaskBatch]
 ) -> Evaluation | None:
-    """Evaluate on held-out text. A signal ends it early. Returns: None without any batch."""
-    return evaluate(
-        trainer.working,
-        itertools.takewhile(lambda _: not signals.received, batches),
-        bytes_per_token=dataset.info.val.bytes / dataset.info.val.tokens,
-        separator=trainer.separator,
-        world=trainer.engine.world,
-    )
+    """Evaluate on held-out data. A signal ends it early. Returns: None without any batch."""
+    batches = itertools.takewhile(lambda _: not signals.received, batches)
+    return data.evaluate(trainer.working, batches, trainer.engine.world)
 
 
-def _write_sample(config: TrainConfig, run: Path, model: GPT, dataset: Dataset, step: int) -> bool:
+def _write_sample(config: TrainConfig, run: Path, model: GPT, data: TaskData, step: int) -> bool:
     """Add a sample to samples.txt. Returns: True."""
-    text = sample_text(
-        model,
-        dataset.tokenizer,
-        config.prompt,
-        Sampling(
-            max_new_tokens=config.report.sample_tokens,
-            temperature=0.8,
-            top_p=0.95,
-            seed=config.seed,
-        ),
-    )
-    add_sample(run, step, text)
+    text = data.sample(model, config)
+    if text is not None:
+        add_sample(run, step, text)
+    return True
+
+
+def _finish(
+    data: TaskData, run: Path, model: GPT, config: TrainConfig, report: Callable[[], None]
+) -> bool:
+    """Write the task's results of the test records. Returns: True."""
+    data.finish(run, model, config, report)
     return True
 
 

@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .cuda_graph import Recorded
 from .data.loader import Batch
 from .distributed.engines import SingleProcess
-from .evaluate import batch_loss, model_inputs
+from .evaluate import batch_loss
 from .execution import resolve
 from .optim import Optimizer
 
@@ -48,8 +48,6 @@ class Trainer:
     Args:
         engine: the model, and how ranks share it.
         optimizer: the optimizer of the engine's model.
-        separator: token that begins a document. Documents do not attend to each other. None: each
-            row is one document.
         seed: seed of dropout.
     Attributes:
         model, working: the engine's float32 masters, and the model that computes.
@@ -60,12 +58,10 @@ class Trainer:
         engine: SingleProcess,
         optimizer: Optimizer,
         *,
-        separator: int | None = None,
         seed: int = 0,
     ):
         self.engine = engine
         self.optimizer = optimizer
-        self.separator = separator
         self.seed = seed
         self.model = engine.model
         self.working = engine.working
@@ -108,9 +104,9 @@ class Trainer:
         execution = self.engine.execution
         is_recorded = self._recorded is not None and self.engine.can_record
         if is_recorded and len(part) == execution.micro_batch:
-            inputs = model_inputs(part, execution.device, self.separator, seed)
+            inputs = part.model_inputs(execution.device, seed)
             return self._recorded(is_first, loss_weight=loss_weight, **inputs)
-        loss = batch_loss(self.engine.network, part, self.separator, seed) * loss_weight
+        loss = batch_loss(self.engine.network, part, seed) * loss_weight
         self.optimizer.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -182,10 +178,8 @@ class _RecordedMicroSteps:
         return loss.detach()
 
 
-def single_trainer(
-    model: nn.Module, config: TrainConfig, *, separator: int | None = None
-) -> Trainer:
+def single_trainer(model: nn.Module, config: TrainConfig) -> Trainer:
     """Return a trainer of `model` in this process, on the device that the model is on."""
     device = next(model.parameters()).device
     engine = SingleProcess(model, resolve(config.with_options(device=str(device))))
-    return Trainer(engine, Optimizer(engine, config), separator=separator, seed=config.seed)
+    return Trainer(engine, Optimizer(engine, config), seed=config.seed)

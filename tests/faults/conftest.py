@@ -7,7 +7,7 @@ import pytest
 from tests.faults.processes import Processes
 from tests.faults.table import FaultTable
 
-IMPORTS = "from tritium.train import evaluate, loop, session, trainer\nimport os, torch\n"
+IMPORTS = "from tritium.train import evaluate, loop, pretrain, session, trainer\nimport os, torch\n"
 
 
 def pytest_addoption(parser):

@@ -16,7 +16,7 @@ INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGU
 # Phase -> hook. A blocked function sleeps for a minute unless a signal ends it.
 BEFORE_THE_FIRST_STEP = {
     "import": "import json\nblock(json, 'dumps')\njson.dumps(0)",
-    "dataset": "block(loop, '_prepare_dataset')",
+    "dataset": "block(pretrain, '_prepare_dataset')",
     "model": "block(loop, 'initial_model')",
 }
 DURING_STEPS = {
@@ -24,9 +24,9 @@ DURING_STEPS = {
     "step": "block(trainer, 'batch_loss', calls=8)",
     "update": "block(trainer.Trainer, 'update', seconds=0.5, calls=8)",
     "evaluation": "block(evaluate, 'batch_loss')",
-    "sample": "block(session, 'sample_text')",
+    "sample": "block(pretrain, 'sample_text')",
     "checkpoint": "block(torch, 'get_rng_state', seconds=0.5, calls=2)",
-    "last sample": "block(session, 'sample_text', calls=2)",
+    "last sample": "block(pretrain, 'sample_text', calls=2)",
 }
 QUICK = ("step", "sample", "checkpoint")
 SIGNALS = (TERM, HUP, TERM, INT, USR1, INT, TERM)

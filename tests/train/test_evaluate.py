@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def test_with_a_separator_documents_do_not_attend_to_each_other():
     flat, flat_targets = tokens.flatten(), targets.flatten()
     logits = torch.cat([model(flat[None, span])[0] for span in documents])
     expected = F.cross_entropy(logits, flat_targets).item()
-    assert batch_loss(model, batch, 29).item() == pytest.approx(expected, rel=1e-5)
-    assert evaluate(model, [batch], bytes_per_token=1, separator=29).loss == pytest.approx(
-        expected, rel=1e-5
-    )
-    assert batch_loss(model, batch, None).item() != pytest.approx(expected, rel=1e-3)
+    apart = replace(batch, separator=29)
+    assert batch_loss(model, apart).item() == pytest.approx(expected, rel=1e-5)
+    found = evaluate(model, [apart], bytes_per_token=1).loss
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert batch_loss(model, batch).item() != pytest.approx(expected, rel=1e-3)
 
 
 def test_loss_passes_the_order_of_a_sorted_batch():
@@ -62,7 +63,8 @@ def test_loss_passes_the_order_of_a_sorted_batch():
     plain = Batch(windows, np.full(4, 8))
     ordered = Batch(windows, np.full(4, 8), token_orders(windows, 2), 2)
     for separator in (None, 7):
-        losses = [batch_loss(model, batch[:2], separator) for batch in (plain, ordered)]
+        batches = [replace(batch, separator=separator)[:2] for batch in (plain, ordered)]
+        losses = [batch_loss(model, batch) for batch in batches]
         assert torch.equal(*losses)
         without, given = seen[-2:]
         assert "token_order" not in without

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tritium.model.attention import ATTENTIONS
-from tritium.train import loop, session
+from tritium.train import loop, pretrain, session
 from tritium.train.lock import FolderLock
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.plots import plot_loss
@@ -218,7 +218,7 @@ def test_divergence_is_reported_in_one_line(tiny, error_of):
 
 def test_two_runs_do_not_share_a_folder(tiny, error_of, tmp_path, monkeypatch):
     """The other run takes it while this run prepares its data."""
-    original = loop._prepare_dataset
+    original = pretrain._prepare_dataset
 
     def late(*arguments, **options):
         (tmp_path / "run").mkdir()
@@ -226,7 +226,7 @@ def test_two_runs_do_not_share_a_folder(tiny, error_of, tmp_path, monkeypatch):
         return original(*arguments, **options)
 
     locks = []
-    monkeypatch.setattr(loop, "_prepare_dataset", late)
+    monkeypatch.setattr(pretrain, "_prepare_dataset", late)
     assert "expected a folder that no other process writes, but process" in error_of(*tiny)
     locks[0].release()
     assert not (tmp_path / "run").exists()

@@ -66,10 +66,10 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_dropout_differs_between_micro_batches_ranks_and_steps(monkeypatch):
     seeds = []
-    trainer = single_trainer(GPT(replace(SHAPE, dropout=0.1)), TrainConfig(), separator=None)
+    trainer = single_trainer(GPT(replace(SHAPE, dropout=0.1)), TrainConfig())
     monkeypatch.setattr(
         "tritium.train.trainer.batch_loss",
-        lambda model, part, separator, seed: seeds.append(seed) or model.wte.weight.sum(),
+        lambda model, part, seed: seeds.append(seed) or model.wte.weight.sum(),
     )
     for rank in (0, 1):
         world = World(rank=rank, size=2)
@@ -201,11 +201,10 @@ def test_a_second_batch_size_is_compiled_once_for_all_sizes(graphs):
 
 def test_any_number_of_documents_uses_one_graph(graphs):
     trainer = make(compile="on")
-    trainer.separator = 0
     for documents in (1, 2, 5, 9, 17, 30):
         windows = torch.ones(6, 9, dtype=torch.int64)
         windows.view(-1)[torch.randperm(54)[:documents]] = 0
-        trainer.backward(Batch(windows, np.full(6, 8)))
+        trainer.backward(Batch(windows, np.full(6, 8), separator=0))
     assert graphs.frame_count == 1
 
 
@@ -213,11 +212,10 @@ def test_any_number_of_documents_uses_one_graph(graphs):
 def test_one_document_per_micro_batch_and_many_use_one_graph(rows, graphs):
     """One row with one document: the shortest cu_seqlens."""
     trainer = make(compile="on", batch_size=rows)
-    trainer.separator = 0
     for documents in (0, 1, 3, 7):
         windows = torch.ones(rows, 9, dtype=torch.int64)
         windows[0, 1 : 1 + documents] = 0
-        trainer.backward(Batch(windows, np.full(rows, 8)))
+        trainer.backward(Batch(windows, np.full(rows, 8), separator=0))
     assert graphs.frame_count == 1
 
 
@@ -242,9 +240,9 @@ def test_a_step_reads_nothing_from_its_device(separator, optimizer, monkeypatch)
     config = TrainConfig.from_options(batch_size=6, micro_batch_size=2, optimizer=optimizer)
     execution = replace(resolve(config), device=torch.device("meta"), cuda_graph=False)
     engine = SingleProcess(GPT(SHAPE).to("meta"), execution)
-    trainer = Trainer(engine, Optimizer(engine, config), separator=separator)
+    trainer = Trainer(engine, Optimizer(engine, config))
     for _ in range(2):
-        loss = trainer.backward(batch())
+        loss = trainer.backward(replace(batch(), separator=separator))
         norm = trainer.update(1e-3)
     assert loss.device == norm.device == torch.device("meta")
     for read in (float, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero):
@@ -288,9 +286,9 @@ def test_a_step_never_waits_for_the_gpu(precision):
     )
     # So many tokens that PyTorch sorts them for the embedding's gradient.
     model = GPT(replace(SHAPE, context_tokens=1024)).cuda()
-    trainer = single_trainer(model, config, separator=0)
+    trainer = single_trainer(model, config)
     # The last window of the data is padded.
-    padded = Batch(torch.randint(20, (8, 1025)), np.array([1024] * 7 + [5]))
+    padded = Batch(torch.randint(20, (8, 1025)), np.array([1024] * 7 + [5]), separator=0)
     step_losses(trainer, [padded] * 2)  # compiles kernels, allocates the optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -29,6 +29,7 @@ from ..distributed.launch import (
 )
 from ..distributed.world import World
 from ..evaluate import Evaluation
+from ..finetune.tasks import TaskOptions
 from ..loop import resume, start
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.checkpoint import checkpoints
@@ -64,9 +65,11 @@ class ModelFlags(GPTConfig):
 class TrainFlags(TrainConfig):
     """TrainConfig as flat flags: --n-layer, not --model.n-layer."""
 
+    task: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "pretrain"
     model: tyro.conf.OmitArgPrefixes[ModelFlags]
     execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
     report: tyro.conf.OmitArgPrefixes[ReportOptions]
+    task_options: tyro.conf.Suppress[TaskOptions]
 
     @classmethod
     def of(cls, config: TrainConfig) -> "TrainFlags":
@@ -384,10 +387,7 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     record = read_run(run)
     prompt = shlex.quote(record.train.prompt or "Once")
     print(f"\n{last_sample(run)}")
-    print(
-        f"validation loss {result.loss:.4f} nats per token over all {result.tokens:,} held-out "
-        f"tokens: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits per byte"
-    )
+    print(f"{result.describe()}, over all {result.tokens:,} held-out {result.unit}s")
     print(
         f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
     )

@@ -18,7 +18,7 @@ average less than 4 times. No table of W entries is needed.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,12 +76,15 @@ class Batch:
         orders: (B, T) int32, or None. Each group of sorted_rows rows holds the stable sort of the
             inputs of these rows, laid end to end.
         sorted_rows: rows per group.
+        separator: token that begins a document. Documents do not attend to each other. None: each
+            row is one document.
     """
 
     windows: Tensor
     num_targets: np.ndarray
     orders: Tensor | None = None
     sorted_rows: int = 1
+    separator: int | None = None
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -90,7 +93,9 @@ class Batch:
         # A slice that begins inside a group has no order.
         is_aligned = (rows.start or 0) % self.sorted_rows == 0
         orders = self.orders[rows] if self.orders is not None and is_aligned else None
-        return Batch(self.windows[rows], self.num_targets[rows], orders, self.sorted_rows)
+        return replace(
+            self, windows=self.windows[rows], num_targets=self.num_targets[rows], orders=orders
+        )
 
     @property
     def token_order(self) -> Tensor | None:
@@ -116,6 +121,19 @@ class Batch:
             targets[row, self.num_targets[row] :] = IGNORE_INDEX
         return inputs, targets
 
+    def model_inputs(
+        self, device: torch.device, dropout_seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return the arguments of GPT.forward on `device`, without waiting for the device."""
+        tokens, targets = self.on(device)
+        inputs = {"tokens": tokens, "targets": targets}
+        if self.token_order is not None:
+            inputs["token_order"] = copy_to_device(self.token_order, device)
+        if self.separator is not None:
+            cu_seqlens = document_starts(self.inputs, self.separator)
+            inputs["cu_seqlens"] = copy_cu_seqlens(cu_seqlens, device)
+        return inputs | seed_input(dropout_seed, device)
+
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to `device`, without waiting for the device.
@@ -125,6 +143,20 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def copy_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Copy the starts of documents to `device`. torch.compile compiles once for any number."""
+    copied = copy_to_device(cu_seqlens, device)
+    torch._dynamo.mark_dynamic(copied, 0)
+    return copied
+
+
+def seed_input(dropout_seed: int | None, device: torch.device) -> dict[str, Tensor]:
+    """Return the argument `dropout_seed` of GPT.forward; {} for None."""
+    if dropout_seed is None:
+        return {}
+    return {"dropout_seed": torch.full((), dropout_seed, dtype=torch.int64, device=device)}
 
 
 class Loader:
@@ -138,6 +170,7 @@ class Loader:
     def __init__(
         self, stream: TokenStream, *, context_tokens: int, batch_size: int, seed: int,
         rank: int = 0, world_size: int = 1, pinned: bool = False, sorted_rows: int | None = None,
+        separator: int | None = None,
     ):  # fmt: skip
         """Check the sizes. Reads no tokens.
 
@@ -150,6 +183,7 @@ class Loader:
             pinned: whether batches are in pinned memory, from which CUDA copies without waiting.
             sorted_rows: sort the inputs of each group of so many rows, see Batch; a divisor of the
                 rows per step and rank. None: do not sort.
+            separator: see Batch.
         Raises: InputError if a size is below 1, batch_size is not divisible by world_size, or the
             data is shorter than T + 1.
         """
@@ -177,6 +211,7 @@ class Loader:
         self.windows = -(-(len(stream) - 1) // context_tokens)
         self._pinned = pinned
         self._sorted_rows = sorted_rows
+        self._separator = separator
         self._rows = batch_size // world_size
         self._first_row = rank * self._rows
         # A block covers at most 16 epochs, because each epoch needs its own permutation.
@@ -195,7 +230,7 @@ class Loader:
             block = _read(
                 self.stream, indices, self.context_tokens, self._pinned, self._sorted_rows
             )
-            self._block = number, block
+            self._block = number, replace(block, separator=self._separator)
         return self._block[1][place * self._rows : (place + 1) * self._rows]
 
     def num_targets(self, step: int) -> int:
@@ -231,7 +266,7 @@ class Loader:
 
 def evaluation_batches(
     stream: TokenStream, *, context_tokens: int, batch_size: int, max_tokens: int | None = None,
-    rank: int = 0, world_size: int = 1,
+    rank: int = 0, world_size: int = 1, separator: int | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Yield the windows in order. Over all ranks, every token except the first is a target once.
 
@@ -242,6 +277,7 @@ def evaluation_batches(
         max_tokens: largest number of targets. The windows are then spread evenly over the stream
             and are always the same. At least one window is read. None: all windows.
         rank, world_size: which windows are this rank's.
+        separator: see Batch.
     Yields: batches of batch_size rows; the last batch may have fewer. Every rank gets the same
         number of batches: a rank without a window gets a batch without targets.
     Raises: InputError if the stream holds fewer than two tokens.
@@ -255,11 +291,11 @@ def evaluation_batches(
     chosen = np.arange(count) * windows // count
     for start in range(0, count, batch_size * world_size):
         own = chosen[start + rank * batch_size :][:batch_size]
-        if len(own):
-            yield _read(stream, own, context_tokens)
-        else:
-            batch = _read(stream, chosen[:1], context_tokens)
-            yield Batch(batch.windows, np.zeros_like(batch.num_targets))
+        batch = _read(stream, own if len(own) else chosen[:1], context_tokens)
+        batch = replace(batch, separator=separator)
+        if not len(own):
+            batch = replace(batch, num_targets=np.zeros_like(batch.num_targets))
+        yield batch
 
 
 def _read(

@@ -37,6 +37,7 @@ from ..data.dataset import SPLITS, Dataset, open_dataset
 from ..data.prepare import prepare
 from ..distributed.world import World
 from ..files import seal, unseal, write_whole
+from ..finetune.tasks import task_named
 from ..lock import LOCK_FILE, FolderLock
 from ..records import check_names, check_types, parse_object
 from .checkpoint import checkpoints
@@ -259,7 +260,8 @@ def _parse_record(content: bytes) -> RunRecord:
     check_names("field", record, [*_OTHER_KEYS, *_field_names(RunRecord)])
     check_names("model option", record["model"], _field_names(GPTConfig))
     options = record["train"]
-    for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions):
+    task = task_named(options.get("task", "pretrain"))
+    for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions, task.options):
         check_types(options, part)
     check_types(record["model"], GPTConfig)
     found = {name: record[name] for name in _field_names(RunRecord) if name in record}

@@ -64,10 +64,11 @@ class Metrics:
         memory: peak bytes in use so far, on rank 0.
         data_wait: fraction of the time that rank 0 waited for batches.
         checkpoint_stall: seconds that steps have waited for checkpoints, since this process began.
-    An evaluation writes a line with step, val_loss, val_perplexity and val_bits_per_byte, and the
-    keys of eval/in_training.py. A checkpoint writes a line with step, time (Unix seconds),
-    wall_seconds and goodput: fractions of the wall time, see goodput.py. A run that went back to a
-    checkpoint writes a line with step, the next step, and restored, the steps of the checkpoint.
+    An evaluation writes a line with step and the keys of Evaluation.values(): val_loss,
+    val_perplexity, val_bits_per_byte and those of the task. It also has the keys of
+    eval/in_training.py. A checkpoint writes a line with step, time (Unix seconds), wall_seconds and
+    goodput: fractions of the wall time, see goodput.py. A run that went back to a checkpoint writes
+    a line with step, the next step, and restored, the steps of the checkpoint.
 
     Args:
         run: the folder of the run. Lines of metrics.jsonl from `start` on are deleted.
@@ -236,19 +237,9 @@ class Metrics:
     ) -> None:
         """Write and show an evaluation after `step` steps. `more`: other values of the line."""
         more = more or {}
-        line = {
-            "step": step,
-            "val_loss": result.loss,
-            "val_perplexity": result.perplexity,
-            "val_bits_per_byte": result.bits_per_byte,
-            **more,
-        }
-        self._write(line)
+        self._write({"step": step, **result.values(), **more})
         self.evaluated.add(step)
-        console.print(
-            f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
-            f"{result.bits_per_byte:.3f} bits per byte"
-        )
+        console.print(f"step {step}: {result.describe()}", soft_wrap=True)
         for name, value in more.items():
             console.print(f"  {name} {value:.4f}")
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from ..files import write_whole
 from .metrics import read_metrics
 
+# Keys of an evaluation that the first panel draws or that follow from the loss.
+_KEYS = ("step", "val_loss", "val_perplexity", "val_bits_per_byte")
+
 
 def plot_loss(run: Path) -> Path:
     """Draw the training loss, its running mean and the validation loss. Return RUN/loss.png.
 
-    A run with eval_text or eval_choice gets a second panel: bits per byte and accuracies against
-    tokens.
+    A run with eval_text or eval_choice, or with a task that has other measures than the loss, gets
+    a second panel: these measures against tokens, with accuracies and F1 on the right axis.
     """
     from matplotlib.figure import Figure
 
@@ -19,7 +22,7 @@ def plot_loss(run: Path) -> Path:
     training = [line for line in training if line["loss"] is not None]
     # Training waits for the plot. pyplot and a computed layout would take longer: 0.27 s, not
     # 0.18 s (AMD EPYC, 2026-11-26).
-    has_more = any("/" in name for line in evaluations for name in line)
+    has_more = any(name not in _KEYS for line in evaluations for name in line)
     if has_more:
         figure = Figure(figsize=(8, 9))
         figure.subplots_adjust(left=0.08, right=0.92, bottom=0.06, top=0.96, hspace=0.2)
@@ -62,13 +65,19 @@ def plot_loss(run: Path) -> Path:
 
 
 def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
-    """Draw bits per byte of all texts, and accuracies on a second axis, against tokens."""
+    """Draw bits per byte of all texts and measures of the task against tokens.
+
+    Accuracies and F1 have a second axis.
+    """
     right = axes.twinx()
     names = dict.fromkeys(name for line in evaluations for name in line)
+    has_bits = False
     for name in names:
-        is_accuracy = "accuracy" in name
-        if not is_accuracy and not name.endswith("bits_per_byte"):
+        is_accuracy = "accuracy" in name or "f1" in name
+        is_of_task = name.startswith("val_") and name not in _KEYS
+        if not is_accuracy and not is_of_task and not name.endswith("bits_per_byte"):
             continue
+        has_bits |= name.endswith("bits_per_byte")
         lines = [line for line in evaluations if name in line]
         label = name.removeprefix("text/").removeprefix("choice/").removesuffix("/bits_per_byte")
         (right if is_accuracy else axes).plot(
@@ -79,11 +88,11 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
             markersize=4,
             color=f"C{list(names).index(name)}",
         )
-    axes.set(xlabel="tokens", ylabel="bits per byte")
+    axes.set(xlabel="tokens", ylabel="bits per byte" if has_bits else "")
     axes.spines[["top"]].set_visible(False)
     axes.grid(alpha=0.3)
     if right.lines:
-        right.set(ylabel="accuracy (dashed)", ylim=(0, 1))
+        right.set(ylabel="accuracy, F1 (dashed)", ylim=(0, 1))
     else:
         right.set_visible(False)
         axes.spines[["right"]].set_visible(False)

@@ -1,0 +1,105 @@
+"""The tasks that a run can train for, as rows of the table TASKS.
+
+A task is a module with a function
+
+    open_data(config, *, record=None, run=None, progress=False) -> TaskData
+
+TaskData (data.py) is a base class. A task overrides what differs from pretraining: how records
+become batches, which model is built, how held-out data is evaluated, what a sample is, and what is
+written after the last step. train/loop.py is the only loop.
+
+To add a task:
+
+    1. Write a module, such as instruct.py, with `open_data` and a subclass of TaskData.
+    2. Add a dataclass of its options here. The docstring of a field is its help text, in one line.
+    3. Add the row:
+
+        TASKS = {
+            ...
+            "instruct": Task(".instruct", InstructOptions, "answer instructions"),
+        }
+
+The row gives the option `task` its new value, `tritium finetune` a new subcommand with its options,
+and config.json the options by their flat names. The names of options must differ from all others.
+
+This file imports no other part of training, because config.py reads the table.
+"""
+
+import importlib
+import math
+from dataclasses import dataclass, fields
+from types import ModuleType
+
+from ...errors import InputError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of one task. Pretraining has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TaskOptions):
+    """Options of all tasks that train on records."""
+
+    epochs: float | None = 3.0
+    """Passes over the training records. None: `steps` counts."""
+    evals_per_epoch: int = 1
+    """Evaluations per epoch on the validation records. There is always one after the last step."""
+    val_fraction: float = 0.05
+    """Fraction of the records that is held out for validation. The seed chooses them."""
+    test_fraction: float = 0.1
+    """Fraction of the records that is held out for the test after training."""
+    row_tokens: int | None = None
+    """Largest number of tokens per sequence. None: the context of the model."""
+
+    def __post_init__(self):
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise InputError(f"epochs: expected more than 0, and finite, got {self.epochs}")
+        if self.evals_per_epoch < 1:
+            raise InputError(f"evals_per_epoch: expected at least 1, got {self.evals_per_epoch}")
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise InputError(
+                "val_fraction: expected less than 1 together with test_fraction "
+                f"{self.test_fraction}, got {self.val_fraction}"
+            )
+        if self.row_tokens is not None and self.row_tokens < 2:
+            raise InputError(f"row_tokens: expected at least 2, got {self.row_tokens}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of TASKS."""
+
+    module: str
+    """Module with `open_data`, relative to this folder. It is imported when a run needs it."""
+    options: type[TaskOptions]
+    summary: str
+    """What the model learns, for --help."""
+    has_documents: bool = False
+    """Whether batches can have a varying number of packed documents. CUDA graphs need one shape."""
+
+    @property
+    def code(self) -> ModuleType:
+        """The module of the task."""
+        return importlib.import_module(self.module, __package__)
+
+
+TASKS: dict[str, Task] = {
+    "pretrain": Task("..pretrain", TaskOptions, "predict the next token of text"),
+}
+
+
+def task_named(name: str) -> Task:
+    """Return a row. Raises: InputError that suggests the nearest names."""
+    if name not in TASKS:
+        raise InputError(unknown_name("task", name, TASKS))
+    return TASKS[name]
+
+
+def option_names(task: Task) -> list[str]:
+    """Return the names of the options of a task."""
+    return [each.name for each in fields(task.options)]
