@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._families import FAMILIES, Family, family_of
-from ._folder import new_folder, write_json
 from .config import GPTConfig
+from .folder import new_folder, write_json
 from .safetensors_file import DTYPES, write_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -44,6 +44,7 @@ __all__ = [
     "adapter_base",
     "add_lora",
     "base_sha256",
+    "check_adapter",
     "is_adapter",
     "is_lora",
     "lora_layers",
@@ -233,6 +234,16 @@ def lora_layers(config: GPTConfig, targets: tuple[str, ...] = ()) -> dict[str, t
             raise InputError(f"lora_targets: {unknown_name('layer', target, known)}")
         chosen.update(found)
     return {name: shape for name, shape in layers.items() if name in chosen}
+
+
+def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) -> None:
+    """Raise InputError if LoRA does not fit the model or its mode of activation checkpointing."""
+    layers = lora_layers(config, options.lora_targets)
+    if options.lora and recompute == "gelu" and any(".mlp." in name for name in layers):
+        raise InputError(
+            "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "
+            "needs the fused MLP; or set lora_targets to c_attn and attn.c_proj"
+        )
 
 
 def lora_parameters(config: GPTConfig, options: AdapterOptions | None) -> int:

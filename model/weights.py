@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
-from ._folder import new_folder, write_json
 from ._gguf import read_gguf
 from .config import GPTConfig
 from .cost import check_size
+from .folder import new_folder, write_json
 from .safetensors_file import DTYPES, write_safetensors
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import InputError
 from ..model import GPT, GPTConfig
+from ..model.lora import add_lora
 from .config import TrainConfig
 from .finetune.data import TaskData, model_options
 from .run.models import open_model
@@ -23,13 +24,21 @@ def initial_model(config: TrainConfig, data: TaskData) -> GPT:
     torch.manual_seed(config.seed)
     model = open_model(Path(config.init_from)).load(**model_options(config)).float()
     model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
-    return data.adapt(model, config).train()
+    return _with_lora(data.adapt(model, config), config).train()
 
 
 def new_model(config: TrainConfig, data: TaskData, shape: GPTConfig) -> GPT:
     """Return a model of the run's task with new weights."""
     torch.manual_seed(config.seed)
-    return data.new_model(config, shape)
+    return _with_lora(data.new_model(config, shape), config)
+
+
+def _with_lora(model: GPT, config: TrainConfig) -> GPT:
+    """Give the model the LoRA of the run, if there is any."""
+    if config.adapter.lora:
+        torch.manual_seed(config.seed)
+        add_lora(model, config.adapter)
+    return model
 
 
 def _check(config: TrainConfig, data: TaskData) -> None:

@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON
 from ..model.attention import choose_attention
+from ..model.lora import check_adapter
 from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
 from .distributed.engines import ENGINES, SingleProcess
@@ -75,6 +76,11 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
     )
     check_attention(config.execution.attention, device, dtype)
     check_optimizer(config.optimizer, world.tensor_ranks)
+    check_adapter(config.adapter, config.model, config.execution.recompute)
+    if config.adapter.lora and world.tensor_ranks > 1:
+        raise InputError(
+            f"lora: expected 1 tensor rank, got {world.tensor_ranks}; use --tensor-parallel 1"
+        )
     execution.engine.check(config.gpt(vocab_size=1), execution)
     return execution
 
@@ -129,6 +135,7 @@ def _micro_batch(
             itemsize=dtype.itemsize,
             recompute=config.execution.recompute,
             optimizer=config.optimizer,
+            adapter=config.adapter,
         )
     if micro_batch in (None, "auto"):
         micro_batch = per_rank

@@ -191,7 +191,7 @@ def _open_metrics(
         start=first,
         steps=config.steps,
         tokens_per_step=config.batch_size * row_tokens,
-        flops_per_token=flops_per_token(engine.model.config, row_tokens),
+        flops_per_token=flops_per_token(engine.model.config, row_tokens, config.adapter),
         device=engine.execution.device,
         compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,

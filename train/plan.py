@@ -31,7 +31,7 @@ Source     rates: public measurements, next to each constant. Tests compare the 
 import math
 import platform
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -45,9 +45,8 @@ from ..model.cost import (
     matrices,
     parameters,
 )
-from ..model.lora import AdapterOptions, lora_layers, lora_parameters
+from ..model.lora import AdapterOptions, check_adapter, lora_parameters
 from ..model.recompute import RECOMPUTATIONS
-from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
@@ -151,8 +150,8 @@ class Plan:
     """Tokens to train on."""
     recompute: str = "none"
     optimizer: str = "adamw"
-    adapter: AdapterOptions | None = None
-    """LoRA. None: all weights are trained."""
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    """LoRA. Rank 0: all weights are trained."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -265,6 +264,8 @@ def make_plan(options: PlanOptions) -> Plan:
     T = options.context_tokens or config.model.context_tokens
     recompute = options.recompute or config.execution.recompute
     config = config.with_options(context_tokens=T, recompute=recompute)
+    adapter = AdapterOptions(lora=options.lora, lora_targets=options.lora_targets)
+    check_adapter(adapter, config.model, recompute)
     machine = _machine(options.gpu, options.gpus)
 
     step = _count("tokens_per_step", options.tokens_per_step) or config.batch_size * T
@@ -289,15 +290,8 @@ def make_plan(options: PlanOptions) -> Plan:
         tokens=_count("tokens", options.tokens) or config.steps * step,
         recompute=recompute,
         optimizer=config.optimizer,
-        adapter=_adapter(config, options),
+        adapter=adapter,
     )
-
-
-def _adapter(config: TrainConfig, options: PlanOptions) -> AdapterOptions | None:
-    """Return LoRA's options, or None. Raises: InputError for a target that does not exist."""
-    adapter = AdapterOptions(lora=options.lora, lora_targets=options.lora_targets)
-    lora_layers(config.model, adapter.lora_targets)
-    return adapter if adapter.lora else None
 
 
 def plan_of_run(record: RunRecord, world: World) -> Plan:
@@ -315,6 +309,7 @@ def plan_of_run(record: RunRecord, world: World) -> Plan:
         tokens=config.steps,
         recompute=config.execution.recompute,
         optimizer=config.optimizer,
+        adapter=config.adapter,
     )
 
 

@@ -11,8 +11,9 @@ import tyro
 
 from ...errors import InputError
 from ...model.cost import parameters
+from ...model.folder import check_new_folder
 from ...model.lora import save_adapter
-from ...model.weights import check_new_folder, write_folder
+from ...model.weights import write_folder
 from ..config import TrainConfig
 from ..data.published_tokenizer import PublishedTokenizer, files_in
 from ..data.tokenizer import EXPORTED_TOKENIZER

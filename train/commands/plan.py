@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     corpus_tokens = estimate_corpus_tokens(config)
     if corpus_tokens:
         epochs = describe_epochs(plan.tokens, corpus_tokens, config.model.dropout)
-        lines.insert(_EPOCHS_LINE + (plan.adapter is not None), f"data       about {epochs}")
+        lines.insert(_EPOCHS_LINE + (plan.adapter.lora > 0), f"data       about {epochs}")
     print("\n".join(lines))
     return 0
 

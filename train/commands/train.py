@@ -18,6 +18,7 @@ import tyro
 from ...errors import DivergedError, InputError, InterruptedRun, NoMemoryError
 from ...model import GPTConfig
 from ...model.cost import parameters
+from ...model.lora import AdapterOptions
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from ..distributed.launch import (
     Launch,
@@ -67,6 +68,7 @@ class TrainFlags(TrainConfig):
 
     task: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "pretrain"
     model: tyro.conf.OmitArgPrefixes[ModelFlags]
+    adapter: tyro.conf.OmitArgPrefixes[AdapterOptions]
     execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
     report: tyro.conf.OmitArgPrefixes[ReportOptions]
     task_options: tyro.conf.Suppress[TaskOptions]
