@@ -128,7 +128,7 @@ class Trainer:
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step. Returns: the gradient norm, as Optimizer.update does."""
         grad_norm = self.optimizer.update(lr, self._loss)
-        self.engine.refresh_working()
+        self.engine.refresh_working(trained_only=True)
         return grad_norm
 
     def is_finite(self) -> bool:

@@ -97,9 +97,9 @@ class SingleProcess:
     def finish_gradients(self) -> None:
         """Wait until the gradients of the masters are averages over ranks."""
 
-    def refresh_working(self) -> None:
-        """Copy the masters into `working` again, after they changed."""
-        refresh(self.working, self.model)
+    def refresh_working(self, *, trained_only: bool = False) -> None:
+        """Copy the masters into `working` again, after they changed; see `refresh`."""
+        refresh(self.working, self.model, trained_only=trained_only)
 
     def make_optimizer(
         self, optimizer: type[torch.optim.Optimizer], groups: list[dict], **options: Any
