@@ -7,6 +7,7 @@ HELP = """tritium: train GPTs with Triton kernels
 
   tritium train [RECIPE] [--key value ...]    train; without a recipe, the best one for this machine
   tritium train --resume RUN_DIR              go on with a stopped run
+  tritium finetune TASK MODEL --data FILE     train a model further: answer instructions, ...
   tritium data build OUT_DIR INPUT ...        text to token shards
   tritium data verify DATASET                 check token shards against their checksums
   tritium eval perplexity|choice|... MODEL    perplexity, choices, lm-eval, BLEU

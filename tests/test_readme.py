@@ -11,6 +11,7 @@ import torch
 
 from tritium import kernels
 from tritium.__main__ import dispatch
+from tritium.train.commands import _running
 from tritium.train.commands import train as train_command
 from tritium.train.commands.chat import ChatOptions
 from tritium.train.commands.cli import run
@@ -137,7 +138,7 @@ def parse_train(monkeypatch):
     def stop(launch):
         raise ParsedError(launch)
 
-    monkeypatch.setattr(train_command, "join", stop)
+    monkeypatch.setattr(_running, "join", stop)
 
     def call(words: list[str]) -> Launch:
         with pytest.raises(ParsedError) as parsed:

@@ -1,16 +1,8 @@
 """A conversation with a model.
 
-Messages become text by the chat template of the tokenizer. A tokenizer without a template gets the
-plain form, one message per paragraph:
-
-    SYSTEM
-
-    User: QUESTION
-    Assistant: ANSWER
-    User: QUESTION
-    Assistant:
-
-In this form, an answer ends before a line that begins with "User:".
+Messages become text by the chat template of the tokenizer, or by a row of templates.py: the row
+with which the model was fine-tuned, else `plain`. With such a row, an answer ends before the text
+that begins a next question.
 
 A turn is a question and its answer. If the messages do not fit into the context, the oldest turns
 are left out, whole turns at a time. The system message stays. A part of the context is reserved for
@@ -27,9 +19,8 @@ from ..model import GPT
 from ..model.generation import Decoder, Sampling
 from .data.tokenizer import Tokenizer
 from .files import write_whole
+from .templates import TEMPLATES
 from .text import for_tokenizer, stream_sample
-
-_PLAIN_STOP = "\nUser:"
 
 
 @dataclass
@@ -41,6 +32,7 @@ class Conversation:
         tokenizer: its tokenizer.
         sampling: the options. Answer i has the seed `seed` + i.
         system: the system message. None: there is none.
+        template: a row of TEMPLATES. None: the tokenizer's chat template, else plain.
     Attributes:
         messages: {"role": "user" or "assistant", "content": text} each, without the system message.
         dropped: number of messages that the last prompt left out.
@@ -51,14 +43,18 @@ class Conversation:
     tokenizer: Tokenizer
     sampling: Sampling
     system: str | None = None
+    template: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     dropped: int = 0
 
     def __post_init__(self):
         if self.sampling.max_new_tokens < 1:
             raise InputError("max_new_tokens: expected at least 1 for a chat, got 0")
-        if self.tokenizer.chat_template is None:
-            self.sampling = replace(self.sampling, stop=(*self.sampling.stop, _PLAIN_STOP))
+        if self.template is None and self.tokenizer.chat_template is None:
+            self.template = "plain"
+        if self.template is not None:
+            stop = TEMPLATES[self.template].stop
+            self.sampling = replace(self.sampling, stop=(*self.sampling.stop, stop))
         # One decoder for all answers, so that a CUDA graph is captured once.
         filters = for_tokenizer(self.sampling, self.tokenizer)
         self._decoder = Decoder(self.model, 1, filters)
@@ -134,18 +130,7 @@ class Conversation:
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer = self.tokenizer
-        if tokenizer.chat_template is not None:
+        if self.template is None:
             return tokenizer.encode_rendered(tokenizer.render_chat(messages)).tolist()
-        return [*tokenizer.start_tokens, *tokenizer.encode(plain_prompt(messages)).tolist()]
-
-
-def plain_prompt(messages: Sequence[dict[str, str]]) -> str:
-    """Return the text of messages for a tokenizer without a chat template."""
-    names = {"user": "User: ", "assistant": "Assistant: "}
-    parts = [
-        f"{message['content']}\n\n"
-        if message["role"] == "system"
-        else f"{names[message['role']]}{message['content']}\n"
-        for message in messages
-    ]
-    return "".join(parts) + "Assistant:"
+        prompt = TEMPLATES[self.template].prompt(messages)
+        return [*tokenizer.start_tokens, *tokenizer.encode(prompt).tolist()]

@@ -190,10 +190,6 @@ class TrainConfig:
                 f"micro_batch_size: expected a divisor of the batch size {self.batch_size}, "
                 f"got {self.micro_batch}"
             )
-        if self.adapter.lora and self.init_from is None:
-            raise InputError(
-                "lora: expected a trained model to start from, got none; name it with `init_from`"
-            )
         try:
             check_recompute(self.execution.recompute, self.model)
             check_attention_options(self.execution.attention, self.model)

@@ -76,6 +76,10 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
     )
     check_attention(config.execution.attention, device, dtype)
     check_optimizer(config.optimizer, world.tensor_ranks)
+    if config.adapter.lora and config.init_from is None:
+        raise InputError(
+            "lora: expected a trained model to start from, got none; name it with `init_from`"
+        )
     check_adapter(config.adapter, config.model, config.execution.recompute)
     if config.adapter.lora and world.tensor_ranks > 1:
         raise InputError(

@@ -6,7 +6,7 @@ from tests.model.models import random_model
 from tritium.errors import InputError
 from tritium.model import GPTConfig
 from tritium.model.generation import Sampling
-from tritium.train.chat import Conversation, plain_prompt
+from tritium.train.chat import Conversation
 from tritium.train.data.tokenizer import Tokenizer, from_spec
 
 pytestmark = pytest.mark.plain
@@ -73,7 +73,6 @@ def test_plain_form_stops_before_the_next_user_line(model, bytes_tokenizer, prom
     prompt, sampling = prompts[-1]
     assert prompt == "S\n\nUser: one\nAssistant: yes\nUser: two\nAssistant:"
     assert sampling.stop == ("\nUser:",)
-    assert plain_prompt([]) == "Assistant:"
 
 
 def test_oldest_turns_are_left_out_whole_and_the_system_message_stays(model, templated, prompts):

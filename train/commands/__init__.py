@@ -9,6 +9,7 @@ from ..run.signals import restore_default_signals
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 COMMANDS = {
     "train": "train",
+    "finetune": "finetune",
     "data": "data",
     "sample": "sample",
     "chat": "chat",
@@ -23,7 +24,7 @@ COMMANDS = {
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Import and run the command `name`. Returns: the exit status."""
     module = importlib.import_module(f".{COMMANDS[name]}", __package__)
-    if name == "train":  # it has handlers of its own, and outlives its readers
+    if name in ("train", "finetune"):  # they have handlers of their own, and outlive their readers
         with lossy_output():
             return module.main(argv)
     restore_default_signals()

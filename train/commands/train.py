@@ -1,46 +1,32 @@
 """tritium train: train a new model, or continue a stopped run."""
 
-import contextlib
-import itertools
 import math
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
-from ...errors import DivergedError, InputError, InterruptedRun, NoMemoryError
+from ...errors import InputError
 from ...model import GPTConfig
-from ...model.cost import parameters
 from ...model.lora import AdapterOptions
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from ..distributed.launch import (
     Launch,
-    is_restarted,
     join,
-    remember_folder,
-    remembered_folder,
-    stop_status,
 )
-from ..distributed.world import World
-from ..evaluate import Evaluation
 from ..finetune.tasks import TaskOptions
-from ..loop import resume, start
+from ..loop import resume
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.checkpoint import checkpoints
-from ..run.folder import is_unstarted, read_run
-from ..run.history import CHANGEABLE, FREE, changes_between, check_changeable
-from ..run.metrics import console, describe_goodput
+from ..run.folder import read_run
+from ..run.history import CHANGEABLE, FREE, check_changeable
 from ..run.models import open_model
-from ..run.samples import last_sample
-from .cli import is_out_of_memory, parse, program
-from .plan import what_fits
+from ._running import run_and_report, run_new
+from .cli import parse
 
 _DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine.
 
@@ -109,25 +95,7 @@ def main(argv: Sequence[str]) -> int:
     out = config.report.out
     if is_auto and not out:
         raise InputError("--resume auto: expected --out with the folder of the run, got none")
-    with join(launch) as world:
-        run = world.on_rank0(
-            lambda: Path(out) if out else remembered_folder() or _create_free_folder(name)
-        )
-        remember_folder(run)
-        if (is_auto or is_restarted()) and world.on_rank0(lambda: _has_checkpoint(run)):
-            record = world.on_rank0(lambda: read_run(run))
-            changes = changes_between(run, record.train, config)
-            return _run_and_report(run, world, lambda: resume(run, world, changes))
-        if world.is_rank0:
-            # Flushed, because a log file would otherwise show it after the messages of the run.
-            print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}", flush=True)
-            _print_unused_gpus(world, config)
-        try:
-            return _run_and_report(run, world, lambda: start(config, run, world))
-        finally:
-            if not out and world.is_rank0:
-                with contextlib.suppress(OSError):
-                    run.rmdir()  # only if the run did not start: then it is empty
+    return run_new(name, config, launch, is_auto=is_auto)
 
 
 def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
@@ -136,7 +104,7 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     name = argv[0] if has_recipe else default_recipe()
     base = recipe(name)
     micro_batch = base.execution.micro_batch_size
-    if _is_given("--batch-size", argv) and not _is_given("--micro-batch-size", argv):
+    if is_given("--batch-size", argv) and not is_given("--micro-batch-size", argv):
         base = base.with_options(micro_batch_size=None)  # it may not divide the batch
     default = TrainOptions(run=TrainFlags.of(base), launch=Launch())
     words = argv[1:] if has_recipe else argv
@@ -147,12 +115,12 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     if config.execution.micro_batch_size is None and micro_batch is not None:
         config = config.with_options(micro_batch_size=math.gcd(micro_batch, config.batch_size))
     is_dataset = (Path(config.data[0]) / "dataset.json").is_file()
-    if is_dataset and not _is_given("--tokenizer", argv):
+    if is_dataset and not is_given("--tokenizer", argv):
         # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
         config = replace(config, tokenizer=None)
     if is_dataset:
         for option in ("--held-out", "--text-field"):
-            if _is_given(option, argv):
+            if is_given(option, argv):
                 raise InputError(
                     f"{option}: expected none with {config.data[0]}, a dataset that is built; "
                     "leave it out, or build another dataset"
@@ -162,7 +130,7 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     return name, config, options.launch
 
 
-def _is_given(option: str, argv: Sequence[str]) -> bool:
+def is_given(option: str, argv: Sequence[str]) -> bool:
     return any(word.split("=")[0].replace("_", "-") == option for word in argv)
 
 
@@ -174,10 +142,6 @@ def _without_auto(argv: Sequence[str]) -> tuple[list[str], bool]:
     text = "\0".join(argv).replace("--resume\0auto", "--resume=auto")
     words = text.split("\0") if argv else []
     return [word for word in words if word != "--resume=auto"], "--resume=auto" in words
-
-
-def _has_checkpoint(run: Path) -> bool:
-    return (run / "config.json").is_file() and not is_unstarted(run)
 
 
 _RESUME = f"""Go on with a stopped run. Options that are not given keep their values.
@@ -236,7 +200,7 @@ def _resume(argv: Sequence[str]) -> int:
     changes |= _parse_changes(options.change, prog)
     finished = _finished_at(run, recorded.steps)
     with join(options.launch) as world:
-        status = _run_and_report(run, world, lambda: resume(run, world, changes))
+        status = run_and_report(run, world, lambda: resume(run, world, changes))
         has_trained = finished is None or _finished_at(run, recorded.steps) != finished
         if world.is_rank0 and not has_trained and "steps" not in changes:
             print(
@@ -313,7 +277,7 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
                 f"{each.name}: expected {expected}, as in {config.init_from}, got {given}; "
                 "leave it out"
             )
-    has_tokenizer = _is_given("--tokenizer", argv)
+    has_tokenizer = is_given("--tokenizer", argv)
     if trained.tokenizer_path is None and config.tokenizer is not None and not has_tokenizer:
         raise InputError(
             f"--tokenizer: expected the tokenizer of {config.init_from}, which has "
@@ -322,77 +286,3 @@ def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) ->
     if trained.tokenizer_path is not None and config.tokenizer is not None and not has_tokenizer:
         config = replace(config, tokenizer=str(trained.tokenizer_path))
     return replace(config, model=shape)
-
-
-def _create_free_folder(name: str) -> Path:
-    """Create runs/NAME-1, or the next that is free. Two processes never get the same folder."""
-    for number in itertools.count(1):
-        path = Path("runs") / f"{name}-{number}"
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-
-
-def _print_unused_gpus(world: World, config: TrainConfig) -> None:
-    count = torch.cuda.device_count()
-    if not world.is_distributed and count > 1 and config.execution.device in ("auto", "cuda"):
-        print(
-            f"training on 1 of {count} GPUs; to use all: torchrun --nproc-per-node {count} "
-            "-m tritium.train with the same options"
-        )
-
-
-def _run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> int:
-    """Train, then print a sample, the evaluation and what to do next. Returns: the exit status."""
-    began = time.perf_counter()
-    console.quiet = not world.is_rank0
-    try:
-        result = work()
-    except InterruptedRun as stop:
-        if world.is_rank0:
-            print(_describe_stop(run, world))
-        return stop_status(_stop_status(run, stop))
-    except DivergedError as error:
-        lower = f"--change lr={min(read_run(run).train.lr / 2, 0.01):g}"
-        raise InputError(f"{error}; go on with: {_resume_command(run, world)} {lower}") from error
-    except Exception as error:
-        # If only one rank runs out of memory, the others wait for it until torchrun ends them.
-        if is_out_of_memory(error) and (run / "config.json").exists():
-            raise NoMemoryError(what_fits(read_run(run), world)) from error
-        raise
-    if world.is_rank0:
-        _print_result(run, result, time.perf_counter() - began)
-    return 0
-
-
-def _resume_command(run: Path, world: World) -> str:
-    command = "torchrun ... -m tritium.train" if world.is_distributed else f"{program()} train"
-    return f"{command} --resume {shlex.quote(str(run))}"
-
-
-def _describe_stop(run: Path, world: World) -> str:
-    if checkpoints(run):
-        return f"stopped; go on with: {_resume_command(run, world)}"
-    return "stopped before the first step; nothing is saved"
-
-
-def _stop_status(run: Path, stop: InterruptedRun) -> int:
-    """Return the exit status of a stopped run."""
-    if (run / "config.json").exists():
-        status = read_run(run).train.execution.stop_status
-        if status is not None:
-            return status
-    return 0 if stop.number == getattr(signal, "SIGALRM", None) else 128 + stop.number
-
-
-def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
-    record = read_run(run)
-    prompt = shlex.quote(record.train.prompt or "Once")
-    print(f"\n{last_sample(run)}")
-    print(f"{result.describe()}, over all {result.tokens:,} held-out {result.unit}s")
-    print(
-        f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
-    )
-    print(f"goodput: {describe_goodput(run)}")
-    print(f"next: {program()} sample {shlex.quote(str(run))} --prompt {prompt}")
-    print(f"      for a better model, a new run with --steps {4 * record.train.steps}")

@@ -65,6 +65,25 @@ def _feistel(x: np.ndarray, half_bits: np.uint64, mask: np.uint64, keys: np.ndar
     return (left << half_bits) | right
 
 
+def permuted_positions(first: int, offsets: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Return permutation_e(p mod size) of epoch e = p // size, for positions p = first + offsets.
+
+    Args:
+        first: any Python integer from 0. It can exceed 2**63.
+        offsets: int64, any shape.
+        size: number of windows or rows per epoch.
+        seed: decides the order of each epoch.
+    Returns: int64 in [0, size), shape of `offsets`.
+    """
+    first_epoch, offset = divmod(first, size)
+    epochs, indices = np.divmod(offset + offsets, size)
+    result = np.empty_like(indices)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        result[here] = permute(indices[here], size, seed, first_epoch + epoch)
+    return result
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of tokens on the CPU. `len(batch)` is the number of rows B, and a slice is a batch.
@@ -253,15 +272,9 @@ class Loader:
         return self._windows_of(self._first_row, self._rows, first_step, steps)
 
     def _windows_of(self, first_row: int, rows: int, first_step: int, steps: int) -> np.ndarray:
-        # first_step * batch_size can exceed 2**63, so it stays a Python integer.
-        first_epoch, offset = divmod(first_step * self.batch_size + first_row, self.windows)
-        positions = offset + np.arange(steps)[:, None] * self.batch_size + np.arange(rows)
-        epochs, indices = np.divmod(positions, self.windows)
-        result = np.empty_like(indices)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            result[here] = permute(indices[here], self.windows, self.seed, first_epoch + epoch)
-        return result
+        offsets = np.arange(steps)[:, None] * self.batch_size + np.arange(rows)
+        first = first_step * self.batch_size + first_row
+        return permuted_positions(first, offsets, self.windows, self.seed)
 
 
 def evaluation_batches(
@@ -340,14 +353,23 @@ def document_starts(tokens: Tensor, separator: int) -> Tensor:
     Args:
         tokens: (B, T), any integer dtype, on the CPU.
         separator: the end-of-text id.
+    Returns: as `cu_seqlens_of`.
+    """
+    is_start = tokens == separator
+    is_start[:, 0] = True
+    return cu_seqlens_of(is_start)
+
+
+def cu_seqlens_of(is_start: Tensor) -> Tensor:
+    """Return the starts of the documents in rows that are laid end to end.
+
+    Args: is_start: (B, T) bool, on the CPU. Whether a document starts here; true in column 0.
     Returns: (documents + 1,) int32; the first entry is 0 and the last is B * T. Empty documents at
         the end pad `documents` to a power of two, so that few different lengths occur, and to two
         or more: torch.compile would compile a length of one for itself.
     """
-    is_start = tokens == separator
-    is_start[:, 0] = True
     starts = is_start.flatten().nonzero()[:, 0].to(torch.int32)
     documents = max(2, 1 << (len(starts) - 1).bit_length())
-    cu_seqlens = starts.new_full((1 + documents,), tokens.numel())
+    cu_seqlens = starts.new_full((1 + documents,), is_start.numel())
     cu_seqlens[: len(starts)] = starts
     return cu_seqlens

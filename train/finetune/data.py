@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,9 +66,11 @@ class TaskData:
     """The dataset or file. config.json records it."""
     tokenizer: Tokenizer
     train: Sized
-    """len() is the number of training tokens."""
+    """len() is the number of training tokens, or of rows of records."""
     val: Sized
-    """len() is the number of validation tokens."""
+    """len() is the number of validation tokens, or of rows of records."""
+    sha256: str | None = None
+    """Hash of the file. config.json records it. None: a dataset, which has its own checksums."""
 
     @property
     def has_test(self) -> bool:
@@ -82,10 +84,6 @@ class TaskData:
     def describe(self, config: TrainConfig) -> str:
         """Return one line about the data of a new run."""
         raise NotImplementedError
-
-    def record(self) -> dict[str, Any]:
-        """Return fields of config.json that only this task has."""
-        return {}
 
     def new_model(self, config: TrainConfig, shape: GPTConfig) -> GPT:
         """Return a model with new weights: a GPT or a subclass. A resume loads a checkpoint."""

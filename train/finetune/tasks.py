@@ -22,15 +22,17 @@ To add a task:
 The row gives the option `task` its new value, `tritium finetune` a new subcommand with its options,
 and config.json the options by their flat names. The names of options must differ from all others.
 
-This file imports no other part of training, because config.py reads the table.
+config.py reads the table, so this file does not import it.
 """
 
 import importlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import ModuleType
+from typing import Any, Literal
 
 from ...errors import InputError, unknown_name
+from ..templates import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,34 @@ class FinetuneOptions(TaskOptions):
             raise InputError(f"row_tokens: expected at least 2, got {self.row_tokens}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InstructOptions(FinetuneOptions):
+    """Options of the task instruct."""
+
+    template: Literal[("auto", "model", *TEMPLATES)] = "auto"
+    """Text around messages. model: its chat template. auto: this template, else plain."""
+    packing: bool = True
+    """Put several records into a row. They do not attend to each other."""
+    answer_tokens: int = 256
+    """Largest number of tokens of an answer to a test record."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.answer_tokens < 1:
+            raise InputError(f"answer_tokens: expected at least 1, got {self.answer_tokens}")
+
+
+# Defaults of tasks that start from a trained model.
+_FINETUNE = {
+    "batch_size": 8,
+    "lr": 5e-5,
+    "min_lr": 0.0,
+    "warmup_steps": 100,
+    "weight_decay": 0.01,
+    "beta2": 0.999,
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """A row of TASKS."""
@@ -81,6 +111,10 @@ class Task:
     """What the model learns, for --help."""
     has_documents: bool = False
     """Whether batches can have a varying number of packed documents. CUDA graphs need one shape."""
+    next_command: str = "chat"
+    """Command of tritium that uses the trained model, for a hint after training."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Options whose defaults differ from those of TrainConfig."""
 
     @property
     def code(self) -> ModuleType:
@@ -90,6 +124,13 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "pretrain": Task("..pretrain", TaskOptions, "predict the next token of text"),
+    "instruct": Task(
+        ".instruct",
+        InstructOptions,
+        "answer instructions and questions",
+        has_documents=True,
+        defaults=_FINETUNE,
+    ),
 }
 
 

@@ -3,9 +3,10 @@
     format_version      of config.json
     train               the options, by their flat names
     model               the shape of the model
-    dataset             absolute path of the dataset folder
+    dataset             absolute path of the dataset folder, or of the file of records
     dataset_relative    the same path relative to the run folder
-    tokens              training and validation tokens of the dataset
+    tokens              training and validation tokens of the dataset, or rows of records
+    data_sha256         hash of the file of records; null for a dataset
     tokenizer_sha256    hash of the dataset's tokenizer
     execution           device, precision, ranks, ... that the run uses: Execution.summary()
     history             what changed when the run was resumed: see history.py
@@ -59,6 +60,8 @@ class RunRecord:
     execution: dict | None = None
     """None: an older run did not record it."""
     history: list = field(default_factory=list)
+    data_sha256: str | None = None
+    """Hash of the file of records. None: a dataset, which has checksums of its own."""
 
 
 FORMAT_VERSION = 1
@@ -71,7 +74,16 @@ _NEEDED = ("config.json", "metrics.jsonl")
 # All that a run writes. A link would lead the writes out of the folder.
 _WRITTEN = (
     *_FIRST_FILES,
-    *("metrics.jsonl", "samples.txt", "loss.png", "profile", "tensorboard", "wandb", "wandb-id"),
+    *(
+        "metrics.jsonl",
+        "samples.txt",
+        "answers.jsonl",
+        "loss.png",
+        "profile",
+        "tensorboard",
+        "wandb",
+        "wandb-id",
+    ),
 )
 
 
@@ -198,6 +210,7 @@ def record_dataset(run: Path, dataset: Dataset) -> dict[str, Any]:
         "dataset": str(folder),
         "dataset_relative": _relative(folder, run.resolve()),
         "tokens": _tokens(dataset),
+        "data_sha256": getattr(dataset, "sha256", None),
     }
 
 
@@ -298,12 +311,7 @@ def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True
 
     Raises: InputError if it is not found and cannot be built, or if it is another dataset.
     """
-    folder = run.resolve()
-    candidates = [record.dataset]
-    if record.dataset_relative is not None:
-        candidates.append(folder / record.dataset_relative)
-    candidates.append(folder.parent / record.dataset.name)
-    found = [path for path in candidates if (path / "dataset.json").is_file()]
+    found = [path for path in recorded_paths(record, run) if (path / "dataset.json").is_file()]
     path = found[0] if found else _build_again(record, run, progress)
     dataset = open_dataset(path)
     check_tokenizer(dataset, record, run)
@@ -313,6 +321,15 @@ def open_recorded_dataset(record: RunRecord, run: Path, *, progress: bool = True
             f"{_describe(_tokens(dataset))}; build the dataset as it was, or start a new run"
         )
     return dataset
+
+
+def recorded_paths(record: RunRecord, run: Path) -> list[Path]:
+    """Return where the data of a run can be, even if the run or the data was moved."""
+    folder = run.resolve()
+    paths = [record.dataset]
+    if record.dataset_relative is not None:
+        paths.append(folder / record.dataset_relative)
+    return [*paths, folder.parent / record.dataset.name]
 
 
 def check_tokenizer(dataset: Dataset, record: RunRecord, run: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tritium.errors import InputError
-from tritium.train.commands import train
+from tritium.train.commands import _running
 from tritium.train.config import TrainConfig
 from tritium.train.distributed.world import World
 
@@ -40,5 +40,5 @@ def test_neighbouring_ranks_share_layers_and_read_the_same_rows():
 )
 def test_the_use_of_several_gpus_is_explained(is_distributed, count, says, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    train._print_unused_gpus(World(is_distributed=is_distributed), TrainConfig.from_options())
+    _running._print_unused_gpus(World(is_distributed=is_distributed), TrainConfig.from_options())
     assert ("torchrun --nproc-per-node 8 -m tritium.train" in capsys.readouterr().out) is says

@@ -20,5 +20,4 @@ def test_by_default_a_task_trains_a_gpt_and_has_no_results():
     assert data.adapt(model, config) is model
     assert data.fit(config) is config
     assert data.sample(model, config) is None
-    assert data.record() == {}
     assert not data.has_test

@@ -1,0 +1,127 @@
+"""tritium finetune: train a model further, on records for a task."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import Any
+
+import tyro
+
+from ...errors import InputError
+from ...model.config import DROPOUTS
+from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..distributed.launch import Launch
+from ..finetune.start import default_config, finetune_config, finetune_tasks
+from ..finetune.tasks import TASKS
+from ._running import run_new
+from .cli import parse
+from .train import ModelFlags, TrainFlags, is_given
+from .train import main as train
+
+_HELP = """Train a model further, on records for a task.
+
+
+tritium finetune TASK MODEL --data FILE [--key value ...]
+
+tritium finetune TASK --help                                  the options of a task
+
+tritium finetune --resume RUN_DIR                             go on with a stopped run
+
+
+MODEL is a run, a checkpoint or a folder of transformers. Tasks:
+
+"""
+_DESCRIPTION = """{summary}.
+
+
+tritium finetune {task} MODEL --data FILE [--key value ...]
+
+
+MODEL is a run, a checkpoint or a folder of transformers. Its shape and tokenizer are those of the
+new run. FILE has the records. By default a run takes 3 epochs and evaluates after each. The warm-up
+is at most a tenth of the steps. The new run is a run like others: sample, chat, export, resume."""
+# Options that follow from the model, the records and the epochs.
+_HIDDEN = ("task", "held_out", "text_field", "init_from", "document_mask")
+_HIDDEN_REPORT = ("eval_interval", "eval_tokens", "prompt")
+
+
+def _hide(options: type, hidden: Sequence[str]) -> type:
+    """Return a subclass of a dataclass with fields that are no flags."""
+    types = {each.name: each.type for each in fields(options)}
+    found = [(name, tyro.conf.Suppress[tyro.conf.Fixed[types[name]]], field()) for name in hidden]
+    return make_dataclass(options.__name__, found, bases=(options,), frozen=True, kw_only=True)
+
+
+_ModelFlags = _hide(
+    ModelFlags, [each.name for each in fields(ModelFlags) if each.name not in DROPOUTS]
+)
+_ReportFlags = _hide(ReportOptions, _HIDDEN_REPORT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneFlags(_hide(TrainFlags, _HIDDEN)):
+    """TrainConfig as flat flags, without those that follow from the model."""
+
+    model: tyro.conf.OmitArgPrefixes[_ModelFlags]
+    execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
+    report: tyro.conf.OmitArgPrefixes[_ReportFlags]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium finetune`."""
+    if argv and argv[0].split("=")[0] == "--resume":
+        return train(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP + "\n\n".join(f"{name}: {TASKS[name].summary}" for name in finetune_tasks()))
+        return 0
+    task, *words = argv
+    default = default_config(task)
+    model = words.pop(0) if words and not words[0].startswith("-") else None
+    options, launch = _parse(task, default, words)
+    if model is None:
+        raise InputError(
+            f"finetune {task}: expected MODEL, a run, a checkpoint or a folder of transformers, "
+            "got none"
+        )
+    if not is_given("--data", words):
+        raise InputError("--data: expected a file of records, got none")
+    data = options.pop("data")
+    if len(data) != 1:
+        raise InputError(f"--data: expected one file of records, got {' '.join(data)}")
+    for name in ("steps", "epochs"):  # only the one that was given counts
+        if not is_given(f"--{name}", words):
+            options.pop(name)
+    return run_new(task, finetune_config(task, model, data[0], **options), launch)
+
+
+def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[str, Any], Launch]:
+    """Return the options by their flat names, and the launch."""
+    kind = tyro.conf.OmitArgPrefixes[TASKS[task].options]
+    flags = make_dataclass(
+        "TrainFlags", [("task_options", kind)], bases=(FinetuneFlags,), frozen=True, kw_only=True
+    )
+    values = {name: getattr(default, name) for name in TrainConfig.__dataclass_fields__}
+    values |= {
+        "model": _ModelFlags(**asdict(default.model)),
+        "report": _ReportFlags(**asdict(default.report)),
+    }
+    command = make_dataclass(
+        "FinetuneOptions",
+        [
+            ("run", tyro.conf.OmitArgPrefixes[flags]),
+            ("launch", tyro.conf.OmitArgPrefixes[Launch]),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    description = _DESCRIPTION.format(task=task, summary=TASKS[task].summary.capitalize())
+    found = parse(
+        command,
+        words,
+        prog=f"tritium finetune {task}",
+        description=description,
+        default=command(run=flags(**values), launch=Launch()),
+    )
+    hidden = (*_HIDDEN, *_HIDDEN_REPORT)
+    hidden += tuple(name for name in asdict(default.model) if name not in DROPOUTS)
+    options = found.run.options()
+    return {name: value for name, value in options.items() if name not in hidden}, found.launch

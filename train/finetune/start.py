@@ -1,0 +1,46 @@
+"""The configuration of a new run that fine-tunes a model: `tritium finetune` and api.py use it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, unknown_name
+from ..config import TrainConfig
+from ..run.models import open_model
+from .tasks import TASKS
+
+
+def finetune_tasks() -> list[str]:
+    """Return the names of the tasks that start from a trained model."""
+    return [name for name in TASKS if name != "pretrain"]
+
+
+def default_config(task: str) -> TrainConfig:
+    """Return the default options of a task.
+
+    Raises: InputError for an unknown task.
+    """
+    if task not in finetune_tasks():
+        raise InputError(unknown_name("task", task, finetune_tasks()))
+    return TrainConfig.from_options(task=task, **TASKS[task].defaults)
+
+
+def finetune_config(task: str, model: str | Path, data: str | Path, **options: Any) -> TrainConfig:
+    """Return the options of a run that fine-tunes a model.
+
+    Args:
+        task: a row of TASKS.
+        model: a run, a checkpoint or a folder of transformers.
+        data: file of records.
+        options: of TrainConfig and of the task, by their flat names. With `steps` and without
+            `epochs`, the steps count.
+    Raises: InputError if the model or an option is wrong.
+    """
+    if "steps" in options and "epochs" in options and options["epochs"] is not None:
+        raise InputError("steps: expected none with epochs, got both; leave one out")
+    if "steps" in options:
+        options["epochs"] = None
+    config = default_config(task).with_options(init_from=str(model), data=(str(data),), **options)
+    # The run has the shape of the model. Dropout is an option of the run.
+    shape = open_model(Path(model)).config.with_dropout_of(config.model)
+    return replace(config, model=shape)
