@@ -147,6 +147,7 @@ def _train(
         world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
 
     # The data, and the metrics of its steps.
+    data.begin(run, engine, config, first)
     loader = data.loader(config, execution)
     metrics = _open_metrics(config, run, engine, loader.context_tokens, first)
     if execution.is_compiled:

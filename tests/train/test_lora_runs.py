@@ -83,8 +83,9 @@ def test_bad_options_are_one_line(words, tiny, error_of, tritium, tmp_path):
     assert "--lora-targets: unknown layer 'c_atn'; did you mean 'c_attn'?" in line
     line = error_of(*words, "--recompute", "gelu")
     assert "--recompute: expected none, selective or block with LoRA" in line
-    assert "--lora: expected a trained model to start from" in error_of(*tiny, "--lora", 2)
-    line = error_of(*tiny, "--lora-alpha", 2)
+    other = ("--out", tmp_path / "lora")
+    assert "--lora: expected a trained model to start from" in error_of(*tiny, *other, "--lora", 2)
+    line = error_of(*tiny, *other, "--lora-alpha", 2)
     assert "--lora-alpha: expected a rank with --lora" in line
     assert not (tmp_path / "lora").exists()
     line = error_of("export", tmp_path / "run", tmp_path / "out", "--adapter")

@@ -78,6 +78,8 @@ _WRITTEN = (
         "metrics.jsonl",
         "samples.txt",
         "answers.jsonl",
+        "reference.json",
+        "margins.jsonl",
         "loss.png",
         "profile",
         "tensorboard",
