@@ -1,4 +1,4 @@
-"""LoRA in the files of the package PEFT.
+"""LoRA and prefixes in the files of the package PEFT.
 
     adapter_config.json          which model and which layers it belongs to, rank, alpha
     adapter_model.safetensors    base_model.model.LAYER.lora_A.weight (r, n_in) and
@@ -7,6 +7,8 @@
 LAYER is the name of transformers. A layer of ours can be several layers there, such as q_proj,
 k_proj and v_proj: its B is divided by rows, and each part gets the same A. `fan_in_fan_out` says
 that the model stores its weights as (in, out), as GPT-2 does. A and B do not depend on it.
+
+A prefix is one tensor, prompt_embeddings (P, L 2 G K): see prefix.py.
 
 The header of adapter_model.safetensors also has the hash of the model's weights. PEFT ignores it.
 """
@@ -29,6 +31,7 @@ from .safetensors_file import DTYPES, write_safetensors
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_PREFIX_KEY = "prompt_embeddings"
 _HASH_KEY = "tritium_base_sha256"
 # Options of PEFT that change what LoRA computes. tritium does not have them.
 _UNSUPPORTED = (
@@ -129,6 +132,29 @@ def write_adapter(
         write_json(temporary / ADAPTER_CONFIG, fields)
 
 
+def write_prefix(
+    folder: Path, prefix: Tensor, config: GPTConfig, *, base: str, base_sha256: str
+) -> None:
+    """Write a prefix (P, L 2 G K) as a folder that PEFT opens. Arguments: see write_adapter."""
+    family_of(config.with_prefix(0))
+    fields = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "num_virtual_tokens": config.prefix_tokens,
+        "num_layers": config.n_layer,
+        "num_attention_heads": config.kv_heads,
+        "token_dim": config.kv_heads * config.head_size,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+        "encoder_hidden_size": config.d_model,
+        "inference_mode": True,
+    }
+    with new_folder(folder) as temporary:
+        write_safetensors(temporary / ADAPTER_FILE, {_PREFIX_KEY: prefix}, {_HASH_KEY: base_sha256})
+        write_json(temporary / ADAPTER_CONFIG, fields)
+
+
 # --- into a model
 
 
@@ -145,9 +171,34 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         kind = fields["peft_type"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: expected the configuration of an adapter of PEFT") from None
-    if kind != "LORA":
-        raise InputError(f"{file}: expected peft_type LORA, got {kind!r}")
+    if kind not in ("LORA", "PREFIX_TUNING"):
+        raise InputError(f"{file}: expected peft_type LORA or PREFIX_TUNING, got {kind!r}")
     return fields
+
+
+def is_prefix(folder: Path) -> bool:
+    """Return whether an adapter is a prefix, and not LoRA."""
+    return read_adapter_config(folder)["peft_type"] == "PREFIX_TUNING"
+
+
+def read_prefix(folder: Path) -> tuple[Tensor, str | None]:
+    """Read a prefix. Returns: prompt_embeddings, and the hash of the model's weights or None.
+
+    Raises: InputError if a file is damaged, or if it is not a prefix without a projection.
+    """
+    fields = read_adapter_config(folder)
+    if fields.get("prefix_projection"):
+        raise InputError(
+            f"{folder / ADAPTER_CONFIG}: prefix_projection: expected false, got true; save the "
+            "adapter after training, without its projection"
+        )
+    tensors, recorded = _read_tensors(folder / ADAPTER_FILE)
+    if list(tensors) != [_PREFIX_KEY]:
+        raise InputError(
+            f"{folder / ADAPTER_FILE}: expected the tensor {_PREFIX_KEY}, got "
+            f"{', '.join(list(tensors)[:2]) or 'none'}"
+        )
+    return tensors[_PREFIX_KEY], recorded
 
 
 def adapter_base(folder: Path) -> Path:

@@ -28,6 +28,7 @@ class ForwardContext(NamedTuple):
         attention_dropout: probability of dropping an attention weight.
         seeds: of the dropout masks, as dropout_seeds returns them. None: nothing is dropped.
         adapter_seeds: of the dropout of LoRA, as adapter_seeds returns them, or None.
+        prefix: the parameter of prefix.py if keys and values of the prefix are not in the cache.
     """
 
     sizes: tuple[int, int]
@@ -39,6 +40,7 @@ class ForwardContext(NamedTuple):
     attention_dropout: float = 0.0
     seeds: Tensor | None = None
     adapter_seeds: Tensor | None = None
+    prefix: Tensor | None = None
 
     def branch_dropout(self, site: int) -> tuple[float, Tensor | None]:
         """Return probability and seed of the mask of a branch. See dropout_seeds for `site`."""

@@ -49,7 +49,16 @@ def parameters(config: GPTConfig) -> int:
     if config.qk_norm:
         gains += config.n_layer * 2 * config.head_size
     tables = (1 if config.tied_head else 2) * config.vocab_size * D + positions(config)
-    return tables + matrices(config) + gains + biases
+    return tables + matrices(config) + gains + biases + _prefix_elements(config)
+
+
+def _prefix_elements(config: GPTConfig) -> int:
+    return config.prefix_tokens * config.n_layer * 2 * _kv_width(config)
+
+
+def _adapter_elements(config: GPTConfig, adapter: AdapterOptions | None) -> int:
+    """Return the number of trained elements if the model's own weights are frozen, else 0."""
+    return lora_parameters(config, adapter) + _prefix_elements(config)
 
 
 def check_size(path: Path, config: GPTConfig, *, bytes_per_parameter: float = 1 / 8) -> None:
@@ -78,7 +87,7 @@ def matrices(config: GPTConfig) -> int:
 
 def positions(config: GPTConfig) -> int:
     """Return the number of elements of the learned positions."""
-    return config.context_tokens * config.d_model if POSITIONS[config.position].has_table else 0
+    return config.position_rows * config.d_model if POSITIONS[config.position].has_table else 0
 
 
 def _kv_width(config: GPTConfig) -> int:
@@ -106,7 +115,7 @@ def flops_per_token(config: GPTConfig, tokens: int, adapter: AdapterOptions | No
     With LoRA, frozen weights cost 4 and not 6 per element: they have no gradient.
     """
     attention = 12 * config.n_layer * config.d_model * attended_keys(config, tokens)
-    trained = lora_parameters(config, adapter)
+    trained = _adapter_elements(config, adapter)
     per_weight = 4 if trained else 6
     return per_weight * matmul_parameters(config) + 6 * trained + attention
 
@@ -225,16 +234,21 @@ def step_bytes(
     Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
     """
     weights = _weight_bytes(config)
-    lora = lora_parameters(config, adapter)
-    if lora:
-        optimizer = block_matrix_state_bytes * lora
+    trained = _adapter_elements(config, adapter)
+    if trained:
+        of_prefix = _ADAMW_STATE_BYTES * _prefix_elements(config)
+        optimizer = block_matrix_state_bytes * lora_parameters(config, adapter) + of_prefix
     else:
         saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
         optimizer = 2 * weights - saved_state
     moments = _moments(config, batch, tokens, itemsize, accumulates, recompute, adapter)
     names = ("copies", "gradients", "activations", "head", "temporaries")
     parts = dict(zip(names, max(moments, key=sum), strict=True))
-    return {"weights": weights + 4 * lora, "optimizer": optimizer, **parts}
+    return {
+        "weights": weights + 4 * lora_parameters(config, adapter),
+        "optimizer": optimizer,
+        **parts,
+    }
 
 
 def _weight_bytes(config: GPTConfig) -> int:
@@ -261,14 +275,15 @@ def _moments(
     tables = embedding * (1 if config.tied_head else 2) + 4 * positions(config)
     kept_head = _head_bytes(config, N, itemsize)
     activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept_head
-    lora = lora_parameters(config, adapter)
-    copies = itemsize * (matrices(config) + lora) if itemsize < 4 else 0
-    if lora:
-        # Only LoRA has gradients. The head keeps the gradient of its input alone.
-        weights = 4 * lora
+    in_layers = matrices(config) + lora_parameters(config, adapter)
+    copies = itemsize * in_layers if itemsize < 4 else 0
+    trained = _adapter_elements(config, adapter)
+    if trained:
+        # Only the adapter has gradients. The head keeps the gradient of its input alone.
+        weights = 4 * trained
         embedding = tables = 0
         kept_head = itemsize * N * D
-        activations += N * _lora_bytes(config, itemsize, adapter)
+        activations += N * _lora_bytes(config, itemsize, adapter or AdapterOptions())
     before = weights if accumulates else 0
 
     # 1. the head. Its forward also holds the output of the final norm and the last branch. Its
@@ -308,7 +323,7 @@ def _lora_bytes(config: GPTConfig, itemsize: int, adapter: AdapterOptions) -> in
     element. The MLP of a layer with LoRA keeps its hidden tensors without fusion: SwiGLU has two
     more.
     """
-    layers = lora_layers(config, adapter.lora_targets)
+    layers = lora_layers(config, adapter.lora_targets) if adapter.lora else {}
     total = len(layers) * adapter.lora * itemsize
     if adapter.lora_dropout:
         total += sum(n_in for _, n_in in layers.values()) * (itemsize + 1)

@@ -30,6 +30,7 @@ from .hub import download, is_hub_name
 from .init import init_weights
 from .layers import MLPS, NORMS, Attention
 from .positions import POSITIONS, rope_tables, sinusoidal_table
+from .prefix import prefix_shape
 from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
@@ -87,7 +88,7 @@ class GPT(nn.Module):
 
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
         if self._position.has_table:
-            self.wpe = _embedding(config.context_tokens, config.d_model)
+            self.wpe = _embedding(config.position_rows, config.d_model)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         if RECOMPUTATIONS[recompute].in_mlp:
             for block in self.h:
@@ -96,6 +97,10 @@ class GPT(nn.Module):
         if not config.tied_head:
             # An embedding and not a Linear: its weight stays float32, and Muon does not train it.
             self.lm_head = _embedding(config.padded_vocab_size, config.d_model)
+        # Trained keys and values before each sequence: see prefix.py.
+        self.prefix: nn.Parameter | None = None
+        if config.prefix_tokens:
+            self.prefix = nn.Parameter(torch.empty(prefix_shape(config)))
         init_weights(self, config.n_layer)
 
     def forward(
@@ -159,7 +164,7 @@ class GPT(nn.Module):
         self._check(T, cu_seqlens, cache)
 
         # embedding, and the weight of the head
-        position = _positions(tokens, cu_seqlens, cache)
+        position = _positions(tokens, cu_seqlens, cache, config.prefix_tokens)
         is_plain = position.ndim == 1  # positions 0 ... T - 1 in each sequence
         seeds, of_adapters = None, None
         if cache is None and self.training and self.has_dropout:
@@ -175,6 +180,9 @@ class GPT(nn.Module):
         context = ForwardContext(
             (B, T), cu_seqlens, rope, cache, self.attention, *dropout, adapter_seeds=of_adapters
         )
+        if self.prefix is not None and (cache is None or cache.is_prefill):
+            context = context._replace(prefix=self.prefix)
+
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
@@ -246,7 +254,7 @@ class GPT(nn.Module):
         if self._position.has_table:
             table = self.wpe.weight
         elif self._position.is_sinusoidal:
-            rows = tokens.shape[1] if position is None else self.config.context_tokens
+            rows = tokens.shape[1] if position is None else self.config.position_rows
             table = sinusoidal_table(rows, self.config.d_model, tokens.device)
             table = table.to(self.wte.weight.dtype)
         options = {
@@ -269,6 +277,10 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: context_tokens is {self.config.context_tokens}, got {length} tokens; "
                 "shorten the input"
+            )
+        if cu_seqlens is not None and self.prefix is not None:
+            raise ValueError(
+                "GPT: expected no cu_seqlens in a model with a prefix, got packed documents"
             )
         if cu_seqlens is not None and cache is not None:
             raise ValueError(
@@ -331,10 +343,12 @@ class GPT(nn.Module):
 
 
 def _positions(
-    tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None
+    tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None, prefix_tokens: int
 ) -> Tensor:
     """Return 0 ... T - 1, or (B, T), the position of each token in its document or sequence."""
     B, T = tokens.shape
+    if prefix_tokens and (cache is None or cache.is_prefill):
+        return torch.arange(prefix_tokens, prefix_tokens + T, device=tokens.device).repeat(B, 1)
     if cache is not None:
         return cache.positions(T)
     if cu_seqlens is None:

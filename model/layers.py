@@ -207,6 +207,7 @@ class Attention(nn.Module):
         qkv_seed, projection_seed = context.adapter_seeds_of(layer)[:2]
         attend_packed = context.attention.attend_packed
         keeps_qkv = context.rope is None and context.cache is None and self.q_norm is None
+        keeps_qkv = keeps_qkv and context.prefix is None
         if keeps_qkv and attend_packed is not None:
             # The backward of attention also computes the gradient of the bias of c_attn.
             qkv, added_bias = self.c_attn.branch(x, qkv_seed)
@@ -218,6 +219,8 @@ class Attention(nn.Module):
 
         qkv = self.c_attn(x, qkv_seed).unflatten(0, context.sizes)
         q, k, v = self._split(qkv, context.rope)
+        if context.prefix is not None:
+            k, v = self._after_prefix(k, v, context.prefix, layer)
         lengths = None
         if context.cache is not None:
             k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
@@ -226,6 +229,15 @@ class Attention(nn.Module):
         else:
             o = attention_decode(q, k, v, lengths, window=self.window, softcap=self.softcap)
         return self.c_proj.branch(o.reshape(len(x), -1), projection_seed)
+
+    def _after_prefix(
+        self, k: Tensor, v: Tensor, prefix: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, P + T, G, K): those of the prefix, then k and v."""
+        B, _, G, K = k.shape
+        both = prefix.unflatten(1, (-1, 2, G, K))[:, layer].to(k.dtype)  # (P, 2, G, K)
+        first = both.expand(B, *both.shape).unbind(2)
+        return torch.cat((first[0], k), dim=1), torch.cat((first[1], v), dim=1)
 
     def _options(self, context: ForwardContext, layer: int) -> AttentionOptions:
         options = AttentionOptions(window=self.window, softcap=self.softcap)
