@@ -37,11 +37,17 @@ class InterruptedRun(Exception):  # noqa: N818 - a requested stop is not an erro
 
     Args:
         number: the signal; SIGALRM for the time limit.
+        folder: of the run. None: not known here.
     """
 
-    def __init__(self, number: int):
-        super().__init__(number)
+    def __init__(self, number: int, folder: object = None):
+        super().__init__(number, folder)
         self.number = number
+        self.folder = folder
+
+    def __str__(self) -> str:
+        hint = f"; go on with tritium.load({str(self.folder)!r}).resume()" if self.folder else ""
+        return f"the run was stopped by signal {self.number}{hint}"
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ from .positions import POSITIONS
 VOCABULARY_MULTIPLE = 64
 # Options that have an effect in training only. Models of equal shape may differ in them.
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
+# Options of a run that starts from a trained model. It has all others from that model.
+OPTIONS_OF_RUN = (*DROPOUTS, "prefix_tokens")
 _OPTIONAL_SIZES = ("n_kv_head", "d_hidden", "window")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
@@ -136,8 +138,8 @@ class GPTConfig:
         context = self.position_rows - tokens
         if context < 1:
             raise ValueError(
-                f"GPTConfig: prefix_tokens must be less than the context of the model, "
-                f"{self.position_rows}, got {tokens}"
+                f"GPTConfig: prefix_tokens: expected less than the context of {self.position_rows} "
+                f"tokens, got {tokens}"
             )
         return replace(self, prefix_tokens=tokens, context_tokens=context)
 

@@ -45,6 +45,7 @@ __all__ = [
     "add_lora",
     "base_sha256",
     "check_adapter",
+    "freeze",
     "is_adapter",
     "is_lora",
     "lora_layers",
@@ -167,9 +168,7 @@ def add_lora(model: "GPT", options: AdapterOptions) -> None:
     Raises: InputError for a target that the model does not have.
     """
     names = lora_layers(model.config, options.lora_targets)
-    for child in _FROZEN:
-        if hasattr(model, child):
-            getattr(model, child).requires_grad_(False)
+    freeze(model)
     for name in names:
         layer = LoraLinear(
             model.get_submodule(name),
@@ -179,6 +178,13 @@ def add_lora(model: "GPT", options: AdapterOptions) -> None:
         )
         _replace(model, name, layer)
     model.adapter = options
+
+
+def freeze(model: "GPT") -> None:
+    """Freeze all weights of a GPT except its prefix and what a subclass adds, in place."""
+    for child in _FROZEN:
+        if hasattr(model, child):
+            getattr(model, child).requires_grad_(False)
 
 
 def merge_lora(model: "GPT") -> None:

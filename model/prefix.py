@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._peft import read_prefix, write_prefix
+from ._peft import is_prefix, read_prefix, write_prefix
 from .config import GPTConfig
 from .init import STANDARD_DEVIATION
 
 if TYPE_CHECKING:
     from .gpt import GPT
+
+__all__ = ["add_prefix", "is_prefix", "load_prefix", "prefix_shape", "read_prefix", "save_prefix"]
 
 
 def prefix_shape(config: GPTConfig) -> tuple[int, int]:

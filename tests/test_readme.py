@@ -139,6 +139,7 @@ def parse_train(monkeypatch):
         raise ParsedError(launch)
 
     monkeypatch.setattr(_running, "join", stop)
+    monkeypatch.setattr(train_command, "join", stop)
 
     def call(words: list[str]) -> Launch:
         with pytest.raises(ParsedError) as parsed:

@@ -35,8 +35,8 @@ class Template:
     question: str
     """The rest of a question, and the words that begin its answer."""
     answer: str
-    with_input: str
-    """Content of a question with an input: {instruction} and {input}."""
+    input: str
+    """Text after an instruction that has an input."""
 
     @property
     def stop(self) -> str:
@@ -71,7 +71,7 @@ TEMPLATES = {
         question_start="User:",
         question=" {}\nAssistant:",
         answer=" {}",
-        with_input="{instruction}\n{input}",
+        input="\n{}",
     ),
     "alpaca": Template(
         start=(
@@ -82,7 +82,7 @@ TEMPLATES = {
         question_start="### Instruction:",
         question="\n{}\n\n### Response:\n",
         answer="{}",
-        with_input="{instruction}\n\n### Input:\n{input}",
+        input="\n\n### Input:\n{}",
     ),
 }
 

@@ -9,6 +9,7 @@ from tests.model.models import LLAMA, SMALL, random_model
 from tritium.errors import InputError
 from tritium.model import GPT
 from tritium.model.cost import parameters
+from tritium.model.generation.cache import KVCache
 from tritium.model.lora import base_sha256
 from tritium.model.prefix import add_prefix, load_prefix, save_prefix
 
@@ -39,8 +40,6 @@ def test_a_prefix_made_from_tokens_gives_the_logits_after_these_tokens(config):
     model = random_model(config).eval()
     before = torch.arange(P)[None] + 40
     expected = model(torch.cat((before, TOKENS[:1]), dim=1))[:, P:]
-    from tritium.model.generation.cache import KVCache
-
     cache = KVCache(config, 1)
     model(before, cache=cache)
     both = torch.stack((cache.keys[:, 0, :P], cache.values[:, 0, :P]), dim=1)  # (L, 2, P, G, K)
@@ -70,7 +69,9 @@ def test_the_context_is_shorter_and_generation_goes_on_after_it():
     assert len(model.generate([[1, 2]], 40, temperature=0.0)[0]) == 42
     with pytest.raises(ValueError, match="expected no cu_seqlens in a model with a prefix"):
         model(TOKENS, cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
-    with pytest.raises(ValueError, match="prefix_tokens must be less than the context"):
+    with pytest.raises(
+        ValueError, match="prefix_tokens: expected less than the context of 24 tokens"
+    ):
         SMALL.with_prefix(24)
 
 

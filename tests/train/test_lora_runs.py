@@ -78,6 +78,51 @@ def test_peft_opens_the_adapter_of_a_run(words, tritium, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_a_prefix_is_trained_resumed_exported_and_loaded(tiny, tritium, error_of, tmp_path):
+    assert tritium(*tiny)[0] == 0
+    run = tmp_path / "prefix"
+    words = [
+        *tiny,
+        "--prefix-tokens",
+        3,
+        "--lr",
+        0.1,
+        "--init-from",
+        tmp_path / "run",
+        "--out",
+        run,
+    ]
+    status, _, err = tritium(*words)
+    assert status == 0, err
+    before, after = tensors(run, 0), tensors(run)
+    assert [name for name in after if not torch.equal(before[name], after[name])] == ["prefix"]
+    assert set(tensors(run, file="optimizer")) == {
+        "prefix.exp_avg",
+        "prefix.exp_avg_sq",
+        "prefix.step",
+    }
+    shutil.rmtree(run / "checkpoints" / "step-20")
+    assert tritium("train", "--resume", run)[0] == 0
+    assert torch.equal(tensors(run)["prefix"], after["prefix"])
+
+    status, _, err = tritium("export", run, tmp_path / "adapter", "--adapter")
+    assert status == 0, err
+    tokens = torch.arange(13)[None] + 97
+    expected = open_model(run).load()(tokens)
+    assert torch.equal(open_model(tmp_path / "adapter").load()(tokens), expected)
+    options = ("--prompt", "t", "--seed", 1, "--max-new-tokens", 30)
+    texts = {tritium("sample", path, *options)[1] for path in (run, tmp_path / "adapter")}
+    assert len(texts) == 1
+    assert "prefix: expected no, got yes" in error_of("export", run, tmp_path / "merged")
+    assert "--prefix-tokens: expected no LoRA with a prefix" in error_of(
+        *words, "--lora", 2, "--out", tmp_path / "both"
+    )
+    line = error_of(*words, "--document-mask", "--out", tmp_path / "packed")
+    assert "--prefix-tokens: expected --document-mask off" in line
+    line = error_of(*words, "--prefix-tokens", 16, "--out", tmp_path / "long")
+    assert "--prefix-tokens: expected less than the context of 16 tokens, got 16" in line
+
+
 def test_bad_options_are_one_line(words, tiny, error_of, tritium, tmp_path):
     line = error_of(*words, "--lora-targets", "c_atn")
     assert "--lora-targets: unknown layer 'c_atn'; did you mean 'c_attn'?" in line
@@ -89,7 +134,7 @@ def test_bad_options_are_one_line(words, tiny, error_of, tritium, tmp_path):
     assert "--lora-alpha: expected a rank with --lora" in line
     assert not (tmp_path / "lora").exists()
     line = error_of("export", tmp_path / "run", tmp_path / "out", "--adapter")
-    assert "expected a run that trained LoRA" in line
+    assert "expected a run that trained LoRA or a prefix" in line
     assert not (tmp_path / "out").exists()
 
 

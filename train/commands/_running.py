@@ -1,7 +1,6 @@
 """Run a training and report its result: what `tritium train` and `tritium finetune` share."""
 
 import contextlib
-import itertools
 import shlex
 import signal
 import time
@@ -26,7 +25,7 @@ from ..evaluate import Evaluation
 from ..finetune.tasks import TASKS
 from ..loop import resume, start
 from ..run.checkpoint import checkpoints
-from ..run.folder import is_unstarted, read_run
+from ..run.folder import create_free_folder, is_unstarted, read_run
 from ..run.history import changes_between
 from ..run.metrics import console, describe_goodput
 from ..run.samples import last_sample
@@ -44,7 +43,7 @@ def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = F
     out = config.report.out
     with join(launch) as world:
         run = world.on_rank0(
-            lambda: Path(out) if out else remembered_folder() or _create_free_folder(name)
+            lambda: Path(out) if out else remembered_folder() or create_free_folder(name)
         )
         remember_folder(run)
         if (is_auto or is_restarted()) and world.on_rank0(lambda: _has_checkpoint(run)):
@@ -67,15 +66,6 @@ def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = F
 
 def _has_checkpoint(run: Path) -> bool:
     return (run / "config.json").is_file() and not is_unstarted(run)
-
-
-def _create_free_folder(name: str) -> Path:
-    """Create runs/NAME-1, or the next that is free. Two processes never get the same folder."""
-    for number in itertools.count(1):
-        path = Path("runs") / f"{name}-{number}"
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
 
 
 def _print_unused_gpus(world: World, config: TrainConfig) -> None:

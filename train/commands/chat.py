@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import InputError, describe_os_error, unknown_name
 from ..chat import Conversation
+from ..run.models import open_model
 from ._generation import GenerationOptions
 from .cli import parse
 
@@ -36,12 +37,14 @@ def main(argv: Sequence[str]) -> int:
     )
     sampling = options.sampling()
     model, tokenizer = options.load()
-    conversation = Conversation(model, tokenizer, sampling, options.system)
+    template = open_model(Path(options.model)).template
+    conversation = Conversation(model, tokenizer, sampling, options.system, template)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - makes input() edit lines
-        template = "no chat template" if tokenizer.chat_template is None else "its chat template"
+        name = conversation.template
+        template = "its chat template" if name is None else f"the template {name}"
         print(f"{options.model}, with {template}. /help lists the commands.")
     while (line := _read_line(is_terminal)) is not None:
         if line == "/exit":

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,14 +10,17 @@ import torch
 import tyro
 
 from ...errors import InputError
+from ...model.config import OPTIONS_OF_RUN
 from ...model.cost import parameters
 from ...model.folder import check_new_folder
-from ...model.lora import save_adapter
+from ...model.lora import base_sha256, save_adapter
+from ...model.prefix import save_prefix
 from ...model.weights import write_folder
 from ..config import TrainConfig
 from ..data.published_tokenizer import PublishedTokenizer, files_in
 from ..data.tokenizer import EXPORTED_TOKENIZER
 from ..data.transformers_tokenizer import save_for_transformers
+from ..finetune.start import default_config
 from ..recipes import recipe
 from ..run.folder import read_run
 from ..run.metrics import read_metrics
@@ -36,7 +39,7 @@ class ExportOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in the folder. auto: as they are, so that no bit changes."""
     adapter: bool = False
-    """Write only the LoRA of a run, as a folder that PEFT opens. Default: add it to the weights."""
+    """Write only the LoRA or the prefix of a run, as a folder that PEFT opens."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,18 +103,21 @@ def write_model(
 
 
 def write_adapter(trained: SavedModel, out: Path, *, dtype: str = "auto") -> None:
-    """Write the LoRA of a run as a folder of PEFT, or nothing.
+    """Write the LoRA or the prefix of a run as a folder of PEFT, or nothing.
 
     The folder names the model that the run started from. That model must stay where it is.
 
-    Raises: InputError if the folder is in use, if the model has no LoRA, or if transformers has no
+    Raises: InputError if the folder is in use, if the model has neither, or if transformers has no
         such model.
     """
     if dtype not in ("auto", "float32"):
         raise InputError(f"dtype: expected auto or float32 with `adapter`, got {dtype}")
-    model = trained.load_lora()
-    base = Path(read_run(trained.run).train.init_from).resolve()
-    save_adapter(model, out, base=str(base))
+    model = trained.load_with_adapter()
+    base = str(Path(read_run(trained.run).train.init_from).resolve())
+    if model.prefix is None:
+        save_adapter(model, out, base=base)
+    else:
+        save_prefix(model, out, base=base, base_sha256=base_sha256(model))
 
 
 def model_card(trained: SavedModel) -> str:
@@ -154,10 +160,19 @@ def model_card(trained: SavedModel) -> str:
 
 def _command(config: TrainConfig) -> str:
     """Return a command that trains with the same options, whatever the recipe was."""
-    default = recipe("laptop").options()
-    words = ["tritium", "train", "laptop"]
+    if config.task == "pretrain":
+        default = recipe("laptop").options()
+        words = ["tritium", "train", "laptop"]
+        hidden = ("out",)
+    else:
+        default = default_config(config.task).options()
+        words = ["tritium", "finetune", config.task, config.init_from]
+        # These follow from the model and from `epochs`, or from `steps`.
+        length = "epochs" if config.task_options.epochs is None else "steps"
+        shape = [name for name in asdict(config.model) if name not in OPTIONS_OF_RUN]
+        hidden = ("out", "task", "init_from", "eval_interval", length, *shape)
     for name, value in config.options().items():
-        if value == default[name] or name == "out":
+        if value == default[name] or name in hidden:
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):

@@ -1,10 +1,9 @@
 """tritium train: train a new model, or continue a stopped run."""
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +19,11 @@ from ..distributed.launch import (
 )
 from ..finetune.tasks import TaskOptions
 from ..loop import resume
+from ..new_run import new_config
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.checkpoint import checkpoints
 from ..run.folder import read_run
 from ..run.history import CHANGEABLE, FREE, check_changeable
-from ..run.models import open_model
 from ._running import run_and_report, run_new
 from .cli import parse
 
@@ -103,34 +102,30 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     has_recipe = bool(argv) and not argv[0].startswith("-")
     name = argv[0] if has_recipe else default_recipe()
     base = recipe(name)
-    micro_batch = base.execution.micro_batch_size
-    if is_given("--batch-size", argv) and not is_given("--micro-batch-size", argv):
-        base = base.with_options(micro_batch_size=None)  # it may not divide the batch
-    default = TrainOptions(run=TrainFlags.of(base), launch=Launch())
-    words = argv[1:] if has_recipe else argv
+    default = base
+    is_micro_batch_given = is_given("--micro-batch-size", argv)
+    if is_given("--batch-size", argv) and not is_micro_batch_given:
+        default = base.with_options(micro_batch_size=None)  # it may not divide the batch
     options = parse(
-        TrainOptions, words, prog="tritium train", description=_DESCRIPTION, default=default
+        TrainOptions,
+        argv[1:] if has_recipe else argv,
+        prog="tritium train",
+        description=_DESCRIPTION,
+        default=TrainOptions(run=TrainFlags.of(default), launch=Launch()),
     )
-    config = options.run.config()
-    if config.execution.micro_batch_size is None and micro_batch is not None:
-        config = config.with_options(micro_batch_size=math.gcd(micro_batch, config.batch_size))
-    is_dataset = (Path(config.data[0]) / "dataset.json").is_file()
-    if is_dataset and not is_given("--tokenizer", argv):
-        # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
-        config = replace(config, tokenizer=None)
-    if is_dataset:
-        for option in ("--held-out", "--text-field"):
-            if is_given(option, argv):
-                raise InputError(
-                    f"{option}: expected none with {config.data[0]}, a dataset that is built; "
-                    "leave it out, or build another dataset"
-                )
-    if config.init_from is not None:
-        config = _start_from(config, default.run.model, argv)
-    return name, config, options.launch
+    before = base.options()
+    given = {
+        option: value
+        for option, value in options.run.options().items()
+        if value != before[option] or is_given(f"--{option.replace('_', '-')}", argv)
+    }
+    if not is_micro_batch_given:
+        given.pop("micro_batch_size", None)
+    return name, new_config(base, given), options.launch
 
 
 def is_given(option: str, argv: Sequence[str]) -> bool:
+    """Return whether the words have an option, such as --lr."""
     return any(word.split("=")[0].replace("_", "-") == option for word in argv)
 
 
@@ -264,25 +259,3 @@ def _split_paths(text: str) -> list[str]:
     if not all(paths):
         raise InputError(f"--change data: expected paths, got {text!r}")
     return paths
-
-
-def _start_from(config: TrainConfig, default: GPTConfig, argv: Sequence[str]) -> TrainConfig:
-    """Give the run the shape and the tokenizer of the model that it starts from."""
-    trained = open_model(Path(config.init_from))
-    shape = trained.config.with_dropout_of(config.model)
-    for each in fields(shape):
-        given, expected = getattr(config.model, each.name), getattr(shape, each.name)
-        if given not in (expected, getattr(default, each.name)):
-            raise InputError(
-                f"{each.name}: expected {expected}, as in {config.init_from}, got {given}; "
-                "leave it out"
-            )
-    has_tokenizer = is_given("--tokenizer", argv)
-    if trained.tokenizer_path is None and config.tokenizer is not None and not has_tokenizer:
-        raise InputError(
-            f"--tokenizer: expected the tokenizer of {config.init_from}, which has "
-            f"{trained.config.vocab_size} tokens, got none; the model came without one"
-        )
-    if trained.tokenizer_path is not None and config.tokenizer is not None and not has_tokenizer:
-        config = replace(config, tokenizer=str(trained.tokenizer_path))
-    return replace(config, model=shape)

@@ -44,8 +44,8 @@ def read_messages(record: Record, template: str) -> list[Message]:
     if not isinstance(more, str):
         raise InputError(f"{place}: input: expected text, got {shorten(more)}")
     if more.strip():
-        form = TEMPLATES[template if template in TEMPLATES else "plain"].with_input
-        question = form.replace("{instruction}", question, 1).replace("{input}", more, 1)
+        form = TEMPLATES[template if template in TEMPLATES else "plain"]
+        question += form.input.replace("{}", more)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

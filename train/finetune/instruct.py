@@ -37,7 +37,7 @@ from .records import (
     row_tokens,
     split,
 )
-from .rows import Counts, Rows, make_rows
+from .rows import Counts, Example, Rows, make_rows
 
 ANSWERS = "answers.jsonl"
 # Test records that are answered at once.
@@ -134,6 +134,14 @@ class InstructData(TaskData):
     def _width(self) -> int:
         return self.train.tokens.shape[1]
 
+    def encode(self, place: int) -> list[Example]:
+        """Return the examples of a record."""
+        return encode(self.tokenizer, self.conversations[place], self.template)
+
+    def question(self, place: int) -> list[int]:
+        """Return the ids of a record up to its last answer."""
+        return encode_question(self.tokenizer, self.conversations[place][:-1], self.template)
+
     def loader(self, config: TrainConfig, execution: Execution) -> RecordLoader:
         """Return the training batches of this rank."""
         return RecordLoader(self.train, config, execution, self._width)
@@ -146,9 +154,8 @@ class InstructData(TaskData):
 
     def sample(self, model: GPT, config: TrainConfig) -> str:
         """Return the question of the first validation record and an answer to it."""
-        question = self.conversations[self.splits[1][0]][:-1]
-        prompt = encode_question(self.tokenizer, question, self.template)
-        (found,) = self._answer(model, [prompt], config.report.sample_tokens)
+        prompt = self.question(self.splits[1][0])
+        (found,) = self.answer(model, [prompt], config.report.sample_tokens)
         return self.tokenizer.decode(prompt) + ("" if found is None else found)
 
     def finish(
@@ -156,17 +163,14 @@ class InstructData(TaskData):
     ) -> None:
         """Write the answers to the test records to RUN/answers.jsonl."""
         test = self.splits[2].tolist()
-        prompts = [
-            encode_question(self.tokenizer, self.conversations[place][:-1], self.template)
-            for place in test
-        ]
+        prompts = [self.question(place) for place in test]
         # Similar lengths together, so that a batch has room for long answers.
         order = sorted(range(len(test)), key=lambda i: len(prompts[i]))
         answers: dict[int, str | None] = {}
         for start in range(0, len(order), _ANSWER_BATCH):
             group = order[start : start + _ANSWER_BATCH]
             batch = [prompts[i] for i in group]
-            found = self._answer(model, batch, config.task_options.answer_tokens)
+            found = self.answer(model, batch, config.task_options.answer_tokens)
             answers |= dict(zip(group, found, strict=True))
             report()
         lines = [
@@ -175,8 +179,14 @@ class InstructData(TaskData):
         ]
         write_whole(run / ANSWERS, ["".join(lines).encode()])
 
-    def _answer(self, model: GPT, prompts: list[list[int]], most: int) -> list[str | None]:
-        """Return the most likely answer to each prompt; None if its prompt fills the context."""
+    def answer(self, model: GPT, prompts: list[list[int]], most: int) -> list[str | None]:
+        """Return the answer to each prompt, by greedy decoding.
+
+        Args:
+            prompts: ids, as `question` returns them.
+            most: largest number of tokens of an answer. Answers also end at the end of the context.
+        Returns: None for a prompt that fills the context.
+        """
         context = model.config.context_tokens
         fitting = [prompt for prompt in prompts if len(prompt) < context]
         if not fitting:

@@ -127,7 +127,8 @@ def fit_epochs(config: TrainConfig, rows: int) -> TrainConfig:
     """Return the configuration with the steps that `epochs` passes over `rows` rows take.
 
     The warm-up is then at most a tenth of the steps. There are `evals_per_epoch` evaluations in
-    each epoch, rounded to steps.
+    each epoch, rounded to steps. The number of steps is rounded likewise, so that the last epoch
+    ends with an evaluation.
     """
     options = config.task_options
     epochs = options.epochs
@@ -136,6 +137,9 @@ def fit_epochs(config: TrainConfig, rows: int) -> TrainConfig:
     if epochs is None:
         return config.with_options(eval_interval=interval)
     steps = max(1, round(epochs * steps_per_epoch))
+    evaluations = round(steps / interval)
+    if abs(steps - evaluations * interval) <= evaluations / 2:  # the rounding of `interval`
+        steps = evaluations * interval
     warmup_steps = min(config.warmup_steps, math.ceil(steps / 10))
     return config.with_options(steps=steps, eval_interval=interval, warmup_steps=warmup_steps)
 

@@ -19,6 +19,7 @@ checkpoint leaves a folder without results. The next process takes it over.
 """
 
 import contextlib
+import itertools
 import os
 import platform
 import sys
@@ -173,6 +174,15 @@ def check_folder_unused(run: Path) -> None:
             what = "has the checkpoints of a run without config.json"
             hint = "put config.json back, or choose another `out`"
         raise InputError(f"{run}: expected a new or empty folder, this one {what}; {hint}")
+
+
+def create_free_folder(name: str) -> Path:
+    """Create runs/NAME-1, or the next that is free. Two processes never get the same folder."""
+    for number in itertools.count(1):
+        path = Path("runs") / f"{name}-{number}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 def claim_folder(

@@ -258,10 +258,15 @@ def _is_bad(line: dict) -> bool:
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
     """Return the training lines and the evaluation lines of a run. Damaged lines are left out."""
-    lines = list(_rows(run / "metrics.jsonl"))
+    lines = read_lines(run)
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
     return training, evaluations
+
+
+def read_lines(run: Path) -> list[dict]:
+    """Return all lines of a run. Damaged lines are left out."""
+    return list(_rows(run / "metrics.jsonl"))
 
 
 def describe_goodput(run: Path) -> str:

@@ -21,13 +21,16 @@ from ...model.lora import (
     AdapterOptions,
     adapter_base,
     add_lora,
+    base_sha256,
     is_adapter,
     merge_adapter,
     merge_lora,
 )
+from ...model.prefix import is_prefix, load_prefix, read_prefix
 from ...model.weights import open_source
 from ..data.published_tokenizer import has_tokenizer
 from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
+from ..templates import TEMPLATES
 from .checkpoint import load_weights, newest_checkpoint
 from .folder import read_run
 
@@ -48,6 +51,8 @@ class SavedModel:
     """Folder of the run's checkpoint."""
     note: str | None = None
     """A sentence about values that change when the weights are read."""
+    template: str | None = None
+    """Row of TEMPLATES with which a run was fine-tuned. None: the tokenizer's, or no template."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
     lora: AdapterOptions | None = None
@@ -68,17 +73,21 @@ class SavedModel:
             merge_lora(model)
         if self.adapter is not None:
             model.float()
-            merge_adapter(model, self.adapter)
+            if is_prefix(self.adapter):
+                load_prefix(model, self.adapter, base_sha256(model))
+            else:
+                merge_adapter(model, self.adapter)
         return model
 
-    def load_lora(self) -> GPT:
-        """Read the weights of a run, with LoRA apart from them.
+    def load_with_adapter(self) -> GPT:
+        """Read the weights of a run, with LoRA or a prefix apart from them.
 
-        Raises: InputError if the run trained without LoRA.
+        Raises: InputError if the run trained neither.
         """
-        if self.lora is None:
+        has_prefix = self.run is not None and self.config.prefix_tokens > 0
+        if self.lora is None and not has_prefix:
             raise InputError(
-                f"{self.path}: expected a run that trained LoRA, got a model without; "
+                f"{self.path}: expected a run that trained LoRA or a prefix, got another model; "
                 "export the model itself"
             )
         return self._load()
@@ -87,7 +96,9 @@ class SavedModel:
         if self.checkpoint is None:
             return GPT.from_pretrained(self.path, **options)
         check_size(self.checkpoint, self.config, bytes_per_parameter=4)
-        model = GPT(self.config, **options)
+        # The prefix of an adapter is not in the checkpoint of its model.
+        config = self.config if self.adapter is None else self.config.with_prefix(0)
+        model = GPT(config, **options)
         if self.lora is not None:
             add_lora(model, self.lora)
         load_weights(self.checkpoint, model)
@@ -130,7 +141,7 @@ def open_model(path: Path) -> SavedModel:
     Raises: InputError if there is no model at `path`.
     """
     if is_adapter(path):
-        return replace(open_model(adapter_base(path)), adapter=path)
+        return _with_adapter(open_model(adapter_base(path)), path)
     is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").exists()
     run = path.parent.parent if is_checkpoint else path
     if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
@@ -154,7 +165,9 @@ def open_model(path: Path) -> SavedModel:
             f"checkpoint of nanoGPT or an adapter of PEFT, found none{hint}"
         )
     record = read_run(run)
+    template = getattr(record.train.task_options, "template", None)
     return SavedModel(
+        template=template if template in TEMPLATES else None,
         path=path,
         config=record.model,
         tokenizer_sha256=record.tokenizer_sha256,
@@ -163,6 +176,14 @@ def open_model(path: Path) -> SavedModel:
         checkpoint=path if is_checkpoint else newest_checkpoint(run),
         lora=record.train.adapter if record.train.adapter.lora else None,
     )
+
+
+def _with_adapter(base: SavedModel, folder: Path) -> SavedModel:
+    config = base.config
+    if is_prefix(folder):
+        values, _ = read_prefix(folder)
+        config = config.with_prefix(min(len(values), config.context_tokens - 1))
+    return replace(base, adapter=folder, config=config)
 
 
 def _is_published(path: Path) -> bool:

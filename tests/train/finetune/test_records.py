@@ -88,9 +88,10 @@ def test_splits_have_no_record_in_common_and_depend_on_the_seed():
 
 def test_epochs_become_steps_and_one_evaluation_each():
     fitted = fit_epochs(config(epochs=3.0, warmup_steps=50), rows=41)
-    assert (fitted.steps, fitted.report.eval_interval, fitted.warmup_steps) == (31, 10, 4)
+    assert (fitted.steps, fitted.report.eval_interval, fitted.warmup_steps) == (30, 10, 3)
     fitted = fit_epochs(config(epochs=None, steps=7, evals_per_epoch=2), rows=41)
     assert (fitted.steps, fitted.report.eval_interval) == (7, 5)
+    assert fit_epochs(config(epochs=1.5), rows=41).steps == 15
     assert fit_epochs(config(epochs=0.01), rows=1).steps == 1
 
 

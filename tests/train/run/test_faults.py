@@ -13,9 +13,9 @@ import pytest
 
 from tritium.__main__ import dispatch
 from tritium.train import loop, session
-from tritium.train.commands import _running
 from tritium.train.data import loader, shards
 from tritium.train.files import seal, unseal
+from tritium.train.run.folder import create_free_folder
 from tritium.train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.plain
@@ -221,7 +221,7 @@ def test_a_hostile_run_folder_is_one_line(tiny, tritium, error_of, monkeypatch, 
 
 def test_default_folders_are_claimed_at_once(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    found = [_running._create_free_folder("gpt2") for _ in range(3)]
+    found = [create_free_folder("gpt2") for _ in range(3)]
     assert [str(path) for path in found] == ["runs/gpt2-1", "runs/gpt2-2", "runs/gpt2-3"]
     assert all(path.is_dir() for path in found)
 

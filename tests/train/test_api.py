@@ -1,0 +1,116 @@
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import tritium
+from tritium.train import api, session
+
+pytestmark = pytest.mark.plain
+
+
+@pytest.fixture
+def options(tiny, corpus, tmp_path) -> dict:
+    """Options of a run that takes about a second."""
+    return {
+        **{"data": corpus, "tokenizer": "bytes", "out": tmp_path / "run", "device": "cpu"},
+        **{"n_layer": 1, "n_head": 2, "d_model": 16, "context_tokens": 64, "steps": 6},
+        **{"batch_size": 4, "eval_interval": 3, "eval_tokens": 64, "sample_tokens": 3},
+        "warmup_steps": 2,
+    }
+
+
+def weights(run, step=6) -> bytes:
+    return (run / "checkpoints" / f"step-{step}" / "model.safetensors").read_bytes()
+
+
+def test_a_run_from_python_is_that_of_the_command_line(options, tiny, tritium, tmp_path):
+    run = api.train("laptop", **options)
+    assert run.folder == tmp_path / "run"
+    lines = run.metrics()
+    assert [line["step"] for line in lines if "loss" in line] == list(range(6))
+    assert [line["val_loss"] for line in lines if "val_loss" in line][-1] == run.evaluation.loss
+    words = [
+        word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    assert tritium("train", "laptop", *words, "--out", tmp_path / "other")[0] == 0
+    assert weights(run.folder) == weights(tmp_path / "other")
+
+
+def test_a_run_samples_plots_and_is_fine_tuned(options, tmp_path):
+    run = tritium.train("laptop", **options)
+    text = run.sample("the qu", max_new_tokens=4, seed=1)
+    assert text.startswith("the qu")
+    assert text == run.sample("the qu", max_new_tokens=4, seed=1)
+    assert not run.model.training
+    assert run.plot().read_bytes().startswith(b"\x89PNG")
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"instruction": "a", "output": f"b{i}"} for i in range(10)]))
+    tuned = tritium.finetune("instruct", run, records, epochs=1, out=tmp_path / "tuned")
+    assert tuned.evaluation.bits_per_byte is None
+    assert (tuned.folder / "answers.jsonl").exists()
+    opened = tritium.load(tmp_path / "tuned")
+    assert opened.tokenizer.sha256 == run.tokenizer.sha256
+    assert opened.evaluation is None
+    assert opened.metrics() == tuned.metrics()
+
+
+def test_runs_without_out_get_the_next_free_folder(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    del options["out"]
+    assert str(api.train("laptop", **options | {"steps": 1}).folder) == "runs/laptop-1"
+    with pytest.raises(tritium.InputError, match="`data`: expected files"):
+        api.train("laptop", **options | {"data": [], "steps": 1})
+    with pytest.raises(tritium.InputError):
+        api.train("laptop", **options | {"data": tmp_path / "none"})
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["laptop-1"]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(options, tmp_path, monkeypatch):
+    unbroken = api.train("laptop", **options | {"out": tmp_path / "unbroken"})
+    original = session.learning_rate
+
+    def interrupted(config, step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "learning_rate", interrupted)
+        with pytest.raises(tritium.InterruptedRun, match=r"go on with tritium.load\(.*\).resume"):
+            api.train("laptop", **options)
+    assert (tmp_path / "run" / "checkpoints" / "step-4").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = tritium.load(tmp_path / "run").resume()
+    assert weights(run.folder) == weights(unbroken.folder)
+    assert run.evaluation.loss == unbroken.evaluation.loss
+
+
+def test_bad_input_raises_what_the_command_line_prints(options, tmp_path):
+    with pytest.raises(tritium.InputError, match="unknown recipe 'labtop'; did you mean 'laptop'"):
+        api.train("labtop")
+    with pytest.raises(tritium.InputError, match="unknown option 'step'; did you mean 'steps'"):
+        api.train("laptop", step=1)
+    with pytest.raises(tritium.InputError, match="none: expected a run"):
+        tritium.load(tmp_path / "none")
+    with pytest.raises(tritium.InputError, match="unknown task 'instrct'"):
+        tritium.finetune("instrct", tmp_path, "f")
+    run = api.train("laptop", **options)
+    run.model.save_pretrained(tmp_path / "exported")
+    with pytest.raises(tritium.InputError, match="expected the folder of a run, got a published"):
+        tritium.load(tmp_path / "exported").metrics()
+
+
+def test_the_public_names_are_listed_and_import_nothing():
+    code = (
+        "import sys, tritium; assert set(tritium.__all__) <= set(dir(tritium)); "
+        "assert not {'torch', 'numpy'} & set(sys.modules); "
+        "assert callable(tritium.train); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert tritium.Run is api.Run
+    with pytest.raises(AttributeError, match="module 'tritium' has no attribute 'trian'"):
+        _ = tritium.trian

@@ -1,0 +1,180 @@
+"""Train, fine-tune and use models from Python, with the engine of the command line.
+
+    import tritium
+
+    run = tritium.train("laptop", data="my.txt", steps=200)
+    run.sample("Once upon a time")
+    tuned = tritium.finetune("instruct", run, "records.jsonl", epochs=2)
+    tuned.metrics()[-1]["val_loss"]
+    tritium.load("runs/laptop-1").plot()
+
+Bad input raises tritium.InputError. Ctrl-C writes a checkpoint and raises tritium.InterruptedRun;
+tritium.load(folder).resume() goes on.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, InterruptedRun
+from ..model import GPT
+from ..model.generation import Sampling
+from .config import TrainConfig
+from .data.tokenizer import Tokenizer
+from .device import choose_device, choose_matmul
+from .evaluate import Evaluation
+from .finetune.start import finetune_config
+from .loop import resume, start
+from .new_run import new_config
+from .recipes import default_recipe, recipe
+from .run.folder import create_free_folder
+from .run.metrics import read_lines
+from .run.models import SavedModel, open_model
+from .run.plots import plot_loss
+from .text import encode_prompt, stream_sample
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained model and the files of its training.
+
+    Attributes:
+        folder: the folder of the run, a checkpoint, or a folder of transformers.
+        evaluation: of the finished model on all held-out data. None: `load` opened the run.
+    """
+
+    folder: Path
+    evaluation: Evaluation | None = None
+
+    @property
+    def _saved(self) -> SavedModel:
+        return open_model(self.folder)
+
+    @functools.cached_property
+    def model(self) -> GPT:
+        """The model of the newest checkpoint, in float32, on the GPU if there is one."""
+        device = choose_device("auto")
+        choose_matmul(device)
+        return self._saved.load().float().to(device).eval()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model."""
+        return self._saved.tokenizer()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl, oldest first. train/run/metrics.py lists the keys."""
+        return read_lines(self._folder_of_run())
+
+    def plot(self) -> Path:
+        """Draw the loss curve. Returns: the path of loss.png."""
+        return plot_loss(self._folder_of_run())
+
+    def sample(
+        self,
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_p: float | None = 0.95,
+        **options: Any,
+    ) -> str:
+        """Return a prompt and text that continues it.
+
+        Args:
+            prompt: text to continue, at most as long as the context. None: the start of a document.
+            max_new_tokens, temperature, top_p, options: fields of model.generation.Sampling.
+        """
+        values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        sampling = Sampling(**values | options)
+        ids = encode_prompt(self.tokenizer, prompt)
+        return (prompt or "") + "".join(stream_sample(self.model, self.tokenizer, ids, sampling))
+
+    def resume(self, **changes: Any) -> "Run":
+        """Continue a stopped run from its newest checkpoint, in this process.
+
+        Args: changes: new values of options, such as steps. train/run/history.py has the names.
+        Returns: a new Run, whose model is the finished one.
+        """
+        folder = self._folder_of_run()
+        return _finish(folder, lambda: resume(folder, changes=_as_options(changes)))
+
+    def _folder_of_run(self) -> Path:
+        run = self._saved.run
+        if run is None:
+            raise InputError(f"{self.folder}: expected the folder of a run, got a published model")
+        return run
+
+
+def train(recipe_or_config: str | TrainConfig | None = None, **options: Any) -> Run:
+    """Train a new model in this process, as `tritium train` does.
+
+    Args:
+        recipe_or_config: name of a recipe, or a configuration. None: the recipe for this machine.
+        options: of TrainConfig, by their flat names: data, steps, n_layer, device, out, ...
+    Raises: InputError for bad input; DivergedError; InterruptedRun after Ctrl-C, when a checkpoint
+        is written.
+    """
+    if isinstance(recipe_or_config, TrainConfig):
+        name, base = "run", recipe_or_config
+    else:
+        name = recipe_or_config or default_recipe()
+        base = recipe(name)
+    return _start(name, new_config(base, _as_options(options)))
+
+
+def finetune(task: str, model: Run | str | Path, data: str | Path, **options: Any) -> Run:
+    """Train a model further on records, in this process, as `tritium finetune` does.
+
+    Args:
+        task: a row of train/finetune/tasks.py, such as "instruct".
+        model: a Run, or the path of a run, a checkpoint or a folder of transformers.
+        data: file of records.
+        options: of TrainConfig and of the task, by their flat names: epochs, lr, out, ...
+    Raises: as `train`.
+    """
+    path = model.folder if isinstance(model, Run) else Path(model)
+    return _start(task, finetune_config(task, path, data, **_as_options(options)))
+
+
+def load(run_or_folder: str | Path) -> Run:
+    """Open a run, a checkpoint or a folder of transformers.
+
+    Raises: InputError if there is no model.
+    """
+    folder = Path(run_or_folder)
+    open_model(folder)
+    return Run(folder)
+
+
+def _as_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn lists into tuples, paths into texts, and one path of `data` into a tuple."""
+    found = {}
+    for name, value in options.items():
+        if name == "data" and isinstance(value, str | Path):
+            value = (value,)
+        if isinstance(value, list | tuple):
+            value = tuple(str(each) if isinstance(each, Path) else each for each in value)
+        found[name] = str(value) if isinstance(value, Path) else value
+    return found
+
+
+def _start(name: str, config: TrainConfig) -> Run:
+    """Train a new run in its folder, or in the next free folder runs/NAME-N."""
+    folder = Path(config.report.out) if config.report.out else create_free_folder(name)
+    try:
+        return _finish(folder, lambda: start(config, folder))
+    finally:
+        if config.report.out is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if the run did not start: then it is empty
+
+
+def _finish(folder: Path, work) -> Run:
+    """Run `work` to the end. An interrupted run says how to go on."""
+    try:
+        return Run(folder, work())
+    except InterruptedRun as stop:
+        raise InterruptedRun(stop.number, folder) from None
