@@ -3,7 +3,8 @@
     records      pairs of answers: prefer_pairs.py
     reference    log-probabilities of all answers before the first step, in RUN/reference.json
     validation   loss, margin, and accuracy: the fraction of pairs with a margin above 0
-    test         the margin of each test pair in RUN/margins.jsonl, and the mean with an interval
+    margins      of each validation and test pair after the last step, in RUN/margins.jsonl; prints
+                 the means with 95% intervals, by the bootstrap over pairs
 
 reference.json has a checksum, and a hash of the pairs. A resumed run reads it.
 """
@@ -80,7 +81,10 @@ def open_data(
         train=train,
         val=val,
         test=test,
-        test_records=splits[2][found[2][1]],
+        places={
+            name: part[kept_places]
+            for name, part, (_, kept_places) in zip(_SPLITS, splits, found, strict=True)
+        },
         template=template,
         counts=counts,
     )
@@ -93,16 +97,16 @@ class PreferData(TaskData):
     train: PairRows
     val: PairRows
     test: PairRows
-    test_records: np.ndarray
-    """Number of the record of each test pair, from 0."""
+    places: dict[str, np.ndarray]
+    """Number of the record of each pair, from 0, by split."""
     template: str
     """"model", or a row of TEMPLATES."""
     counts: Counts
 
     @property
     def has_test(self) -> bool:
-        """Whether there are test pairs."""
-        return len(self.test) > 0
+        """Whether `finish` writes margins: always, because there are validation pairs."""
+        return True
 
     def fit(self, config: TrainConfig) -> TrainConfig:
         """Record the template, and the steps that the epochs take."""
@@ -221,23 +225,29 @@ class PreferData(TaskData):
     def finish(
         self, run: Path, model: GPT, config: TrainConfig, report: Callable[[], None]
     ) -> None:
-        """Write the margins of the test pairs to RUN/margins.jsonl, and print their mean."""
-        size = config.micro_batch
-
-        def batches() -> Iterator[PairRows]:
-            for start in range(0, len(self.test), size):
-                yield self.test[start : start + size]
-                report()
-
-        margins = margins_of(model, batches())
-        rows = zip(self.test_records.tolist(), margins.tolist(), strict=True)
-        lines = [json.dumps({"record": place, "margin": margin}) + "\n" for place, margin in rows]
+        """Write margins of validation and test pairs to RUN/margins.jsonl; print their means."""
+        lines = []
+        for name in _SPLITS[1:]:
+            rows = self._rows()[name]
+            if not len(rows):
+                continue
+            margins = margins_of(model, _batches(rows, config.micro_batch, report))
+            for place, margin in zip(self.places[name].tolist(), margins.tolist(), strict=True):
+                record = {"split": name, "record": place, "margin": margin}
+                lines.append(json.dumps(record) + "\n")
+            low, high = bootstrap_interval(margins.numpy(), config.seed)
+            console.print(
+                f"{name} margin {margins.mean():.4f} (95% interval {low:.4f} to {high:.4f}), "
+                f"accuracy {(margins > 0).double().mean():.4f}, over {len(margins)} pairs",
+                soft_wrap=True,
+            )
         write_whole(run / MARGINS, ["".join(lines).encode()])
-        low, high = bootstrap_interval(margins.numpy(), config.seed)
-        console.print(
-            f"test margin {margins.mean():.4f} (95% interval {low:.4f} to {high:.4f}), accuracy "
-            f"{(margins > 0).double().mean():.4f}, over {len(margins)} pairs"
-        )
+
+
+def _batches(rows: PairRows, size: int, report: Callable[[], None]) -> Iterator[PairRows]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+        report()
 
 
 @torch.no_grad()

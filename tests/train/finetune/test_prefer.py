@@ -61,7 +61,8 @@ def test_a_run_starts_at_log_2_prefers_chosen_answers_and_resumes(more, words, t
     assert "margin" in out
     assert "test margin" in err
     margins = [json.loads(line) for line in (run / "margins.jsonl").read_text().splitlines()]
-    assert len(margins) == 4
+    assert [row["split"] for row in margins] == ["validation"] * 2 + ["test"] * 4
+    assert last["val_margin"] == pytest.approx(sum(row["margin"] for row in margins[:2]) / 2)
     assert all(0 <= row["record"] < 40 for row in margins)
 
     before = weights(run, len(training))
