@@ -16,9 +16,14 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium export MODEL OUT_DIR                write a folder that transformers opens
   tritium plan RECIPE --gpu NAME              what a run needs: memory, time, price
   tritium bench kernels|codegen|train|report  measure
+  tritium check                               compare every operator with float64
   tritium info                                versions, device, limits, caches
 
 Each command has --help."""
+
+
+# Packages of the extra `train` in setup.py. Without it the kernels work, and no command does.
+_TRAIN_PACKAGES = ("numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib")
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -29,6 +34,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
     if argv and argv[0] == "help":  # tritium help train is tritium train --help
         argv = [*argv[1:], "--help"]
+    if argv[1:] == ["help"]:  # and so is tritium train help
+        argv = [argv[0], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
@@ -36,14 +43,17 @@ def dispatch(argv: Sequence[str]) -> int:
     if name in ("-V", "--version"):
         print(f"tritium {__version__}")
         return 0
-    if name == "bench":
-        from .bench.commands import bench
+    if name in ("bench", "check"):
         from .train.run.signals import restore_default_signals
 
         restore_default_signals()
-        return bench(words)
+        if name == "check":
+            from .bench.check import main
+        else:
+            from .bench.commands import bench as main
+        return main(words)
     if name not in COMMANDS:
-        raise InputError(unknown_name("command", name, [*COMMANDS, "bench"]))
+        raise InputError(unknown_name("command", name, [*COMMANDS, "bench", "check"]))
     return run_command(name, words)
 
 
@@ -54,7 +64,19 @@ def main() -> None:
     end_at_once_on_signals()  # until the command is imported
     from .train.commands.cli import run
 
-    sys.exit(run(dispatch, sys.argv[1:]))
+    sys.exit(run(_dispatch_if_installed, sys.argv[1:]))
+
+
+def _dispatch_if_installed(argv: Sequence[str]) -> int:
+    """Run one command, or say that a package of the extra `train` is missing."""
+    try:
+        return dispatch(argv)
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAIN_PACKAGES:
+            raise
+        line = f"expected the package {error.name}, found none; pip install 'tritium[train]'"
+        print(f"tritium: {line}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 FOLDERS = ["kernels*", "model*", "train*", "bench*"]
+# The commands and the models. The kernels need torch and triton only.
+TRAIN = ["numpy", "tiktoken", "rustbpe", "safetensors", "rich", "tyro", "matplotlib"]
 
 
 class BuildPackages(build_py):
@@ -31,19 +33,11 @@ setup(
     package_dir={"tritium": "."},
     cmdclass={"build_py": BuildPackages},
     entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},
-    install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
-        "numpy",
-        "tiktoken",
-        "rustbpe",
-        "safetensors",
-        "rich",
-        "tyro",
-        "matplotlib",
-    ],
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
+        "train": TRAIN,
         "test": [
+            *TRAIN,
             "pytest",
             "pytest-xdist",
             "pytest-benchmark",

@@ -203,7 +203,30 @@ def traffic_table(record: Record) -> str:
             for name in names
         ]
         lines.append(f"| {row['preset']} | {' | '.join(cells)} | {' / '.join(steps)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_option_lines(record)])
+
+
+def _option_lines(record: Record) -> list[str]:
+    """Return the bytes per token of gpt2's block with each option, and what the option adds."""
+    directions = ("forward", "backward")
+    first = record["blocks"][0]
+    plain = [first["tritium"][direction]["token_bytes"] for direction in directions]
+    lines = [
+        f"The block of {first['preset']} with one option, in bytes per token, and in brackets what",
+        "the option adds, as multiples of D elements:",
+        "",
+        "| option | forward | backward |",
+        "|---|--:|--:|",
+    ]
+    for name, row in record["options"].items():
+        counts = [row[direction]["token_bytes"] for direction in directions]
+        width_bytes = first["d_model"] * record["itemsize"]
+        cells = [
+            f"{count:,} ({(count - base) / width_bytes:+.1f})"
+            for count, base in zip(counts, plain, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _device_table(record: Record) -> str:

@@ -15,6 +15,7 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
            Touvron et al. 2023, arXiv:2302.13971
 """
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,8 @@ class GPT(nn.Module):
                 mode and without a cache. Default: drawn from PyTorch's generator.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats; with a
             Prefill None.
-        Raises: ValueError for more tokens than the context holds, or for documents and a cache.
+        Raises: ValueError for more tokens than the context holds, or for documents and a cache;
+            IndexError on the CPU for a token outside the vocabulary.
         """
         y, head = self.hidden(
             tokens,
@@ -162,6 +164,7 @@ class GPT(nn.Module):
         config = self.config
         B, T = tokens.shape
         self._check(T, cu_seqlens, cache)
+        _check_tokens(tokens, config.vocab_size)
 
         # embedding, and the weight of the head
         position = _positions(tokens, cu_seqlens, cache, config.prefix_tokens)
@@ -340,6 +343,20 @@ class GPT(nn.Module):
             token_ids={"bos_token_id": end_of_text, "eos_token_id": end_of_text},
             max_shard_bytes=max_shard_bytes,
         )
+
+
+def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise IndexError for a token in the padding rows of the vocabulary, if reading it is free.
+
+    The embedding itself checks that tokens are inside its table, padding rows included.
+    """
+    if tokens.device.type != "cpu" or not tokens.numel() or torch.compiler.is_compiling():
+        return
+    largest = 0
+    with contextlib.suppress(RuntimeError):  # a fake tensor, or one inside vmap, has no value
+        largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise IndexError(f"GPT: tokens must be below the vocabulary {vocab_size}, got {largest}")
 
 
 def _positions(

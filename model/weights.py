@@ -228,7 +228,7 @@ def _open_bin(file: Path) -> dict[str, Callable[[], Tensor]]:
     return {name: lambda value=value: value for name, value in tensors.items()}
 
 
-def _load_pickle(file: Path) -> dict:
+def _load_pickle(file: Path, expected: str = "a file of torch.save") -> dict:
     """Read what torch.save wrote. It may hold tensors and plain values, and no code."""
     try:
         with warnings.catch_warnings():
@@ -239,8 +239,8 @@ def _load_pickle(file: Path) -> dict:
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for damaged files
         raise InputError(
-            f"{file}: expected a file of torch.save with tensors only, whole and undamaged "
-            f"({type(error).__name__})"
+            f"{file}: expected {expected} with tensors only, whole and undamaged, got a file that "
+            f"torch.load cannot read ({type(error).__name__})"
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected tensors by name, got {type(content).__name__}")
@@ -248,7 +248,7 @@ def _load_pickle(file: Path) -> dict:
 
 
 def _open_nanogpt(file: Path) -> Source:
-    content = _load_pickle(file)
+    content = _load_pickle(file, "a GGUF file, or a checkpoint of nanoGPT")
     try:
         fields, tensors = content["model_args"], content["model"]
         read = {

@@ -44,8 +44,9 @@ def test_help_lists_every_command(capsys):
 
 
 def test_help_of_a_command(capsys):
-    assert dispatch(["help", "info"]) == 0
-    assert capsys.readouterr().out.startswith("usage: tritium info")
+    for words in (["help", "info"], ["info", "help"]):
+        assert dispatch(words) == 0
+        assert capsys.readouterr().out.startswith("usage: tritium info")
 
 
 def test_a_closed_pipe_and_an_ascii_terminal_are_no_errors(tmp_path):
@@ -62,6 +63,28 @@ def test_a_closed_pipe_and_an_ascii_terminal_are_no_errors(tmp_path):
         [sys.executable, "-c", code], capture_output=True, env=os.environ | ascii_only, cwd=tmp_path
     )
     assert done.stdout == b"??\n", done.stderr
+
+
+def test_without_the_extra_train_kernels_work_and_commands_say_what_to_install(tmp_path):
+    code = (
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('rich', 'tyro', 'tiktoken', 'rustbpe', 'safetensors'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name}', name=name)\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+        "import torch\n"
+        "from tritium.kernels import rms_norm\n"
+        "print(rms_norm(torch.ones(2, 4), torch.ones(4)).shape)\n"
+        "from tritium.__main__ import main\n"
+        "sys.argv = ['tritium', 'plan', 'laptop']\n"
+        "main()\n"
+    )
+    done = run_python("-c", code, folder=tmp_path)
+    assert done.stdout.startswith("torch.Size([2, 4])"), done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith("tritium: expected the package ")
+    assert done.stderr.endswith("found none; pip install 'tritium[train]'\n")
 
 
 def test_unknown_command_suggests_the_nearest():

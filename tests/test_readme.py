@@ -138,8 +138,8 @@ def parse_train(monkeypatch):
     def stop(launch):
         raise ParsedError(launch)
 
-    monkeypatch.setattr(_running, "join", stop)
-    monkeypatch.setattr(train_command, "join", stop)
+    for module in (_running, train_command):
+        monkeypatch.setattr(module, "join", stop)
 
     def call(words: list[str]) -> Launch:
         with pytest.raises(ParsedError) as parsed:

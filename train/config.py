@@ -88,6 +88,8 @@ class ReportOptions:
     """Text that samples continue. None: a line of Python if the data is Python's, else none."""
     sample_tokens: int = 200
     """Tokens per sample."""
+    log_interval: int = 100
+    """Steps between lines with the loss, if the output is no terminal. 0: no lines."""
     profile: int = 0
     """Number of steps to profile, after the first 10, into RUN/profile. 0: none."""
     wandb: str | None = None
@@ -304,7 +306,7 @@ PART_OF = {
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_interval", "eval_tokens"), 1),
     **dict.fromkeys(("checkpoint_interval", "keep_checkpoints"), 1),
-    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile", "keep_every"), 0),
+    **dict.fromkeys(("warmup_steps", "sample_tokens", "profile", "keep_every", "log_interval"), 0),
     **dict.fromkeys(("lr", "min_lr", "weight_decay", "grad_clip"), 0),
     **dict.fromkeys(("skip_threshold", "max_bad_steps"), 0),
 }

@@ -42,6 +42,7 @@ from .run.signals import Signals, set_time_limit, stop_on_signals
 from .run.trackers import check_trackers, open_trackers
 from .schedule import check_learning_rates, describe_long_warmup
 from .session import Session
+from .threads import limit_threads
 from .trainer import Trainer, quiet_collector
 
 
@@ -131,6 +132,7 @@ def _train(
     world.check_same_on_all_ranks(
         "data", (data.tokenizer.sha256[:12], len(data.train), len(data.val))
     )
+    limit_threads()
     choose_matmul(execution.device)
     keep_freed_memory()
 
@@ -196,5 +198,6 @@ def _open_metrics(
         device=engine.execution.device,
         compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,
+        log_interval=config.report.log_interval,
         trackers=open_trackers(config, run, first) if world.is_rank0 else (),
     )

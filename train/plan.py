@@ -268,7 +268,7 @@ def make_plan(options: PlanOptions) -> Plan:
     check_adapter(adapter, config.model, recompute)
     machine = _machine(options.gpu, options.gpus)
 
-    step = _count("tokens_per_step", options.tokens_per_step) or config.batch_size * T
+    step = count_tokens("tokens_per_step", options.tokens_per_step) or config.batch_size * T
     sequences, rest = divmod(step, T * machine.gpus)
     if rest:
         raise InputError(
@@ -287,7 +287,7 @@ def make_plan(options: PlanOptions) -> Plan:
         sequences=sequences,
         micro_batch=micro_batch,
         context_tokens=T,
-        tokens=_count("tokens", options.tokens) or config.steps * step,
+        tokens=count_tokens("tokens", options.tokens) or config.steps * step,
         recompute=recompute,
         optimizer=config.optimizer,
         adapter=adapter,
@@ -344,7 +344,7 @@ def _cpu_machine(processes: int = 1) -> Machine:
     return Machine(name=name, gpus=1, memory_bytes=total // processes, itemsize=4, ceiling=None)
 
 
-def _count(option: str, text: str | None) -> int | None:
+def count_tokens(option: str, text: str | None) -> int | None:
     """Parse a number of tokens such as 10B."""
     if text is None:
         return None

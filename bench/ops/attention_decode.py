@@ -47,6 +47,7 @@ ATTENTION_DECODE = Operator(
     check_shape=lambda B, *sizes: (1, *sizes),
     shapes=SHAPES,
     small_shapes=((2, 1, 300, 4, 2, 64),),
+    tiny_shape=(2, 1, 40, 2, 1, 32),
     launch_shapes=SHAPES[2:],
     bound="bytes",
     others=(Implementation(name="sdpa", call=_sdpa),),

@@ -72,6 +72,7 @@ ATTENTION_VARLEN = Operator(
     check_shape=lambda N, documents, H, K: (min(N, 4096), min(documents, 32), min(H, 2), K),
     shapes=SHAPES,
     small_shapes=((512, 7, 2, 64),),
+    tiny_shape=(70, 3, 1, 32),
     launch_shapes=SHAPES[:1],
     bound="flops",
     others=(

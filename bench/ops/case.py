@@ -60,6 +60,7 @@ class Operator:
         check_shape: (*sizes) -> a smaller shape, whose float64 results are cheap.
         shapes: shapes to time on a GPU.
         small_shapes: shapes to time on a CPU.
+        tiny_shape: a shape for Triton's interpreter, which takes a second per 10,000 elements.
         launch_shapes: shapes to compile ahead of time. Together they reach every kernel and tile.
         launch_variants: more shapes to compile ahead of time. Each has a context manager in which
             launchers choose kernels that are not the default.
@@ -77,6 +78,7 @@ class Operator:
     check_shape: Callable[..., tuple[int, ...]]
     shapes: tuple[tuple[int, ...], ...]
     small_shapes: tuple[tuple[int, ...], ...]
+    tiny_shape: tuple[int, ...]
     launch_shapes: tuple[tuple[int, ...], ...]
     bound: str
     launch_variants: tuple[tuple[tuple[int, ...], Callable[[], AbstractContextManager]], ...] = ()

@@ -50,6 +50,7 @@ EMBEDDING = Operator(
     check_shape=lambda B, T, D, V: (min(B, 2), min(T, 257), D, min(V, 997)),
     shapes=SHAPES,
     small_shapes=((2, 64, 64, 4096), (1, 33, 48, 257)),
+    tiny_shape=(1, 33, 48, 57),
     launch_shapes=SHAPES[:1],
     bound="bytes",
 )

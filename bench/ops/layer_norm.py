@@ -73,6 +73,7 @@ _COMMON = {
     # GPT-2's four widths at 32 sequences of 1,024 tokens, and the shape other libraries publish.
     "shapes": ((32768, 768), (32768, 1024), (32768, 1280), (32768, 1600), (8192, 4096)),
     "small_shapes": ((256, 768), (256, 1600)),
+    "tiny_shape": (33, 100),
     # One width per tile (1,024 has the tile of 768, 1,280 that of 1,600), and rows too wide for
     # registers, which have their own kernels.
     "launch_shapes": ((32768, 768), (32768, 1600), (8192, 16384)),

@@ -55,6 +55,7 @@ LINEAR_CROSS_ENTROPY = Operator(
     check_shape=lambda N, D, V: (min(N, 613), D, V),
     shapes=SHAPES,
     small_shapes=((128, 64, 4096), (64, 64, 8191)),
+    tiny_shape=(33, 40, 500),
     launch_shapes=SHAPES[:1],
     bound="flops",
     others=(

@@ -48,6 +48,7 @@ _COMMON: dict[str, Any] = {
     "check_shape": lambda N, D: (min(N, 4097), D),
     "shapes": SHAPES,
     "small_shapes": ((128, 128), (256, 256)),
+    "tiny_shape": (33, 40),
     "launch_shapes": SHAPES[:1],
     "bound": "flops",
 }

@@ -57,6 +57,7 @@ ROTARY = Operator(
     check_shape=lambda B, T, H, K: (1, min(T, 257), H, K),
     shapes=SHAPES,
     small_shapes=((2, 256, 12, 64),),
+    tiny_shape=(1, 33, 2, 32),
     launch_shapes=SHAPES[:1],
     bound="bytes",
     others=(Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),),

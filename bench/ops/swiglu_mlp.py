@@ -42,6 +42,7 @@ SWIGLU_MLP = Operator(
     check_shape=lambda N, D, width: (min(N, 4097), D, width),
     shapes=SHAPES,
     small_shapes=((128, 128, 344),),
+    tiny_shape=(33, 40, 56),
     launch_shapes=SHAPES[:1],
     bound="flops",
     others=(

@@ -40,13 +40,16 @@ are computed again. In elements per token, reads + writes:
 
 If the matmul before the norm did the addition, the forward would move 2 D less.
 
+The block of gpt2 is counted again with each option that changes what it computes. Window, softcap
+and dropout are part of the kernels that move the tensors anyway.
+
 Shapes     D model width, F = 4 D, H heads, lse (B, H, T) float32
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,9 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...model import PRESETS, GPTConfig, gpt
+from ...model.context import dropout_seeds
 from ...model.layers import Branch
+from ...model.positions import POSITIONS, rope_tables
 from ...train.commands.cli import parse
 from ..codegen.launches import Launch, RunLaunchers, record_launches
 from ..ops.attention import backward_in
@@ -68,6 +73,15 @@ from . import baseline
 
 PRESET_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DTYPE = torch.bfloat16
+# Options of the model that change what a block computes.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window 256": {"window": 256},
+    "softcap 50": {"softcap": 50.0},
+    "dropout 0.1": {"dropout": 0.1, "attention_dropout": 0.1},
+    "rotary": {"position": "rotary"},
+    "QK-norm": {"qk_norm": True},
+    "rotary, QK-norm": {"position": "rotary", "qk_norm": True},
+}
 # Sequences per step in the two counts. Launches are planned by size, so these are realistic.
 SEQUENCES = (32, 64)
 
@@ -204,7 +218,7 @@ def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
     # The first norm returns the gradient of the bias of the MLP before it. The bias of this block's
     # MLP gets its gradient from the norm after the block, which is not part of the count.
     branch = Branch(y, _tensor(config.d_model, device="meta"))
-    context = gpt.ForwardContext((sequences, config.context_tokens))
+    context = _context(config, sequences)
     parameters = [each for each in block.parameters() if each is not block.mlp.c_proj.bias]
 
     def forward() -> tuple[Tensor, Tensor]:
@@ -212,6 +226,23 @@ def tritium_passes(config: GPTConfig, sequences: int) -> Passes:
         return branch_after.y, stream_after
 
     return _passes(forward, (*branch, stream, *parameters), dy)
+
+
+def _context(config: GPTConfig, sequences: int) -> gpt.ForwardContext:
+    """Return the context of a forward in training, on the meta device."""
+    rope = seeds = None
+    if POSITIONS[config.position].rotates:
+        position = torch.empty(config.context_tokens, dtype=torch.int64, device="meta")
+        rope = rope_tables(position, config.head_size, config.rope_base)
+    if config.dropout or config.attention_dropout:
+        seeds = dropout_seeds(torch.empty((), dtype=torch.int64, device="meta"), n_layer=1)
+    return gpt.ForwardContext(
+        (sequences, config.context_tokens),
+        rope=rope,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        seeds=seeds,
+    )
 
 
 def eager_passes(config: GPTConfig, sequences: int) -> Passes:
@@ -267,6 +298,14 @@ def block_row(preset: str) -> dict[str, Any]:
     return row
 
 
+def option_row(options: dict[str, Any]) -> dict[str, Any]:
+    """Count the bytes of gpt2's block with other options."""
+    config = replace(PRESETS["gpt2"], **options)
+    tokens = [sequences * config.context_tokens for sequences in SEQUENCES]
+    small, large = (tritium_passes(config, sequences) for sequences in SEQUENCES)
+    return {direction: per_token(small[direction], large[direction], tokens) for direction in small}
+
+
 def figures() -> dict[str, Any]:
     """Return the figures of the record."""
     return {
@@ -274,6 +313,7 @@ def figures() -> dict[str, Any]:
         "itemsize": DTYPE.itemsize,
         "sequences": SEQUENCES,
         "blocks": [block_row(preset) for preset in PRESET_NAMES],
+        "options": {name: option_row(options) for name, options in OPTIONS.items()},
     }
 
 

@@ -443,3 +443,13 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+
+
+def test_tokens_in_the_padding_rows_raise_on_the_cpu():
+    config = GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=50, context_tokens=4)
+    model = GPT(config)
+    assert config.padded_vocab_size > 50
+    model(torch.tensor([[49, 0]]))
+    for tokens in ([[50, 0]], [[0, config.padded_vocab_size - 1]]):
+        with pytest.raises(IndexError, match="tokens must be below the vocabulary 50, got"):
+            model(torch.tensor(tokens))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tritium.kernels.embedding import order_of
 from tritium.model import GPT, GPTConfig
 from tritium.train.data.loader import Batch, token_orders
-from tritium.train.evaluate import batch_loss, evaluate
+from tritium.train.evaluate import Evaluation, batch_loss, evaluate
 
 pytestmark = pytest.mark.plain
 
@@ -31,6 +31,20 @@ def test_the_loss_is_the_mean_over_all_targets():
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(expected / math.log(2) / 2.5, rel=1e-5)
+
+
+def test_an_evaluation_has_the_measures_of_its_task():
+    text = Evaluation(loss=2.0, bits_per_byte=1.0, tokens=9)
+    assert text.values() == {
+        "val_loss": 2.0,
+        "val_perplexity": math.exp(2),
+        "val_bits_per_byte": 1.0,
+    }
+    assert text.describe() == "validation loss 2.0000, perplexity 7.39, 1.000 bits per byte"
+    pairs = Evaluation(loss=0.5, tokens=9, unit="pair", more={"accuracy": 0.75})
+    assert pairs.values() == {"val_loss": 0.5, "val_accuracy": 0.75}
+    assert pairs.describe() == "validation loss 0.5000, accuracy 0.7500"
+    assert Evaluation(loss=1e4, tokens=1).perplexity == math.inf
 
 
 def test_with_a_separator_documents_do_not_attend_to_each_other():

@@ -27,7 +27,9 @@ class PerplexityOptions(EvaluationOptions):
     texts: tyro.conf.Positional[
         Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
     ]
-    """Files of text, jsonl files with a field `text`, datasets (their validation split), shards."""
+    """Files of text, jsonl files, datasets (their validation split), token shards."""
+    text_field: str = "text"
+    """Key of the objects in jsonl files that holds the text."""
     context_tokens: int | None = None
     """Tokens per window. None: the context of the model."""
     stride: int | None = None
@@ -53,7 +55,13 @@ def main(argv: Sequence[str]) -> int:
     check_sizes(context, stride, longest)
     vocab_size = model.gpt.config.vocab_size
     texts = [
-        read_text(Path(path), model.tokenizer, vocab_size, counting=options.counting)
+        read_text(
+            Path(path),
+            model.tokenizer,
+            vocab_size,
+            counting=options.counting,
+            text_field=options.text_field,
+        )
         for path in options.texts
     ]
     sizes = {"context": context, "stride": stride, "counting": options.counting}
@@ -72,13 +80,17 @@ def main(argv: Sequence[str]) -> int:
 def _describe(text: Text, found: Perplexity) -> str:
     line = (
         f"{text.path}: {found.loss:.4f} nats per token over {found.targets:,} tokens, "
-        f"perplexity {found.perplexity:.2f}"
+        f"perplexity {_rounded(found.perplexity)}"
     )
     if found.word_perplexity is not None:
-        line += f" per token, {found.word_perplexity:.2f} per word"
+        line += f" per token, {_rounded(found.word_perplexity)} per word"
     if found.bits_per_byte is not None:
         line += f", {found.bits_per_byte:.4f} bits per byte"
     return line
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _record(text: Text, found: Perplexity) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ class EvaluationOptions:
     def __post_init__(self):
         if self.batch_size < 1:
             raise InputError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        if self.json is not None:
+            _check_writable(Path(self.json))
 
     def open(self) -> EvaluatedModel:
         """Read the model."""
@@ -60,6 +63,15 @@ class EvaluationOptions:
             "results": results,
         }
         write_whole(self.json, [json.dumps(record, indent=2).encode(), b"\n"])
+
+
+def _check_writable(path: Path) -> None:
+    """Raise InputError if the file cannot be written. An evaluation can take hours."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise InputError(f"json: expected a file in a folder that exists, got {path}: {found}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"json: expected a folder that can be written, got {path.parent}")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from ..data.tokenizer import Tokenizer
 from ..device import choose_device, choose_matmul
 from ..precision import PRECISIONS, choose_dtype, working_copy
 from ..run.models import open_model
+from ..threads import limit_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class GenerationOptions:
     def load(self) -> tuple[GPT, Tokenizer]:
         """Read the model, on its device and in its precision, and its tokenizer."""
         device = choose_device(self.device)
+        limit_threads()
         choose_matmul(device)
         trained = open_model(Path(self.model))
         tokenizer = trained.tokenizer(self.tokenizer)

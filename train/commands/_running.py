@@ -134,4 +134,5 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
         return
     prompt = shlex.quote(record.train.prompt or "Once")
     print(f"next: {command.format('sample')} --prompt {prompt}")
-    print(f"      for a better model, a new run with --steps {4 * record.train.steps}")
+    steps = 4 * max(record.train.steps, record.train.warmup_steps)
+    print(f"      for a better model, a new run with --steps {steps}")

@@ -33,6 +33,7 @@ _OTHER_NAMES = {
     "block-size": "context-tokens",
     "learning-rate": "lr",
     "log-every": "log-interval",
+    "logging-steps": "log-interval",
     "max-iters": "steps",
     "max-steps": "steps",
     "n-embd": "d-model",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,13 +19,9 @@ from .train import main as train
 
 _HELP = """Train a model further, on records for a task.
 
-
-tritium finetune TASK MODEL --data FILE [--key value ...]
-
-tritium finetune TASK --help                                  the options of a task
-
-tritium finetune --resume RUN_DIR                             go on with a stopped run
-
+  tritium finetune TASK MODEL --data FILE [--key value ...]
+  tritium finetune TASK --help                    the options of a task
+  tritium finetune --resume RUN_DIR               go on with a stopped run
 
 MODEL is a run, a checkpoint or a folder of transformers. Tasks:
 
@@ -61,6 +57,14 @@ _ReportFlags = _hide(ReportOptions, _HIDDEN_REPORT)
 class FinetuneFlags(_hide(TrainFlags, _HIDDEN)):
     """TrainConfig as flat flags, without those that follow from the model."""
 
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
+    """File of records, such as jsonl. docs/finetuning.md describes them."""
+    tokenizer: str | None = None
+    """For a model that came without one: gpt2, FILE.tiktoken, FILE.json, FOLDER or bytes."""
+    seed: int = TrainConfig.seed
+    """Seed of the splits, the order of the records and dropout."""
+    steps: int = TrainConfig.steps
+    """Optimizer steps, instead of `epochs`."""
     model: tyro.conf.OmitArgPrefixes[_ModelFlags]
     execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
     report: tyro.conf.OmitArgPrefixes[_ReportFlags]
@@ -71,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0].split("=")[0] == "--resume":
         return train(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP + "\n\n".join(f"{name}: {TASKS[name].summary}" for name in finetune_tasks()))
+        print(_HELP + "\n".join(f"  {name}: {TASKS[name].summary}" for name in finetune_tasks()))
         return 0
     task, *words = argv
     default = default_config(task)
@@ -101,6 +105,7 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
     )
     values = {name: getattr(default, name) for name in TrainConfig.__dataclass_fields__}
     values |= {
+        "data": ("FILE",),
         "model": _ModelFlags(**asdict(default.model)),
         "report": _ReportFlags(**asdict(default.report)),
     }

@@ -1,5 +1,6 @@
 """tritium train: train a new model, or continue a stopped run."""
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ..distributed.launch import (
 from ..finetune.tasks import TaskOptions
 from ..loop import resume
 from ..new_run import new_config
+from ..plan import count_tokens
 from ..recipes import RECIPES, default_recipe, recipe
 from ..run.checkpoint import checkpoints
 from ..run.folder import read_run
@@ -75,6 +77,8 @@ class TrainOptions:
 
     run: tyro.conf.OmitArgPrefixes[TrainFlags]
     """The experiment: data, batch, optimizer and learning rate."""
+    tokens: str | None = None
+    """Tokens to train on, instead of steps: 10B, 500M, 1.5e9, ..."""
     launch: tyro.conf.OmitArgPrefixes[Launch]
     """How the processes that torchrun starts divide the work."""
 
@@ -121,7 +125,14 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
     }
     if not is_micro_batch_given:
         given.pop("micro_batch_size", None)
-    return name, new_config(base, given), options.launch
+    config = new_config(base, given)
+    if options.tokens is not None:
+        if is_given("--steps", argv):
+            raise InputError("--tokens: expected --tokens or --steps, got both; leave one out")
+        tokens_per_step = config.batch_size * config.model.context_tokens
+        steps = math.ceil(count_tokens("tokens", options.tokens) / tokens_per_step)
+        config = config.with_options(steps=steps)
+    return name, config, options.launch
 
 
 def is_given(option: str, argv: Sequence[str]) -> bool:

@@ -49,13 +49,14 @@ def find_bins(inputs: Sequence[str | Path]) -> list[Path]:
         paths = [given]
         if given.is_dir():
             paths = sorted(path for path in given.glob("*.bin") if not path.name.startswith("."))
-        if not paths or not all(_is_bin(path) for path in paths):
+        if not paths or not all(is_bin(path) for path in paths):
             return []
         found += paths
     return found
 
 
-def _is_bin(path: Path) -> bool:
+def is_bin(path: Path) -> bool:
+    """Return whether a file begins as the shards of llm.c and modded-nanogpt do."""
     if path.suffix != ".bin" or not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -146,6 +147,14 @@ def _read(path: Path, count: int, vocab_size: int) -> Iterator[np.ndarray]:
                     f"{tokens.max()}; give the tokenizer that wrote the file"
                 )
             yield tokens
+
+
+def read_bin(path: Path, vocab_size: int) -> np.ndarray:
+    """Return the tokens of a .bin file, (n,) uint16.
+
+    Raises: InputError if the file is damaged or has a token that is not below `vocab_size`.
+    """
+    return np.concatenate([*_read(path, _count_tokens(path), vocab_size)])
 
 
 # --- export

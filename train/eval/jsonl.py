@@ -40,7 +40,9 @@ def read_utf8(path: Path) -> str:
 
 def text_of(record: dict[str, Any], key: str, place: str) -> str:
     """Return the text under a key. Raises: InputError if it is missing, empty or no text."""
-    value = record.get(key)
+    if key not in record:
+        raise InputError(f"{place}: expected the key {key!r}, got the keys {shorten(list(record))}")
+    value = record[key]
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{place}: {key}: expected text, got {shorten(value)}")
     return value

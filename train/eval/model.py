@@ -15,6 +15,7 @@ from ..device import choose_device, choose_matmul
 from ..files import hash_file
 from ..precision import choose_dtype, working_copy
 from ..run.models import SavedModel, open_model
+from ..threads import limit_threads
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
@@ -44,6 +45,7 @@ class EvaluatedModel:
         Raises: InputError if the path is no model, or the tokenizer or the device does not fit.
         """
         chosen = choose_device(device)
+        limit_threads()
         choose_matmul(chosen)
         saved = open_model(path)
         has_tokenizer = tokenizer is not None or saved.tokenizer_path is not None

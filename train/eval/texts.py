@@ -1,9 +1,9 @@
 """Texts to evaluate on: files, jsonl files, datasets and token shards.
 
     FILE               one document: UTF-8 text
-    FILE.jsonl         a document per line, in the field `text`
+    FILE.jsonl         a document per line, in one field of its object
     DATASET            the validation split of a folder that `tritium data build` wrote
-    FILE.bin           a token shard
+    FILE.bin           a token shard, also one of llm.c or modded-nanogpt
 
 A document begins with the token that starts documents, so that its first token is predicted too. A
 split or a shard is one sequence of tokens. It has end-of-text tokens between its documents, and its
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
+from ..data.bin_shards import is_bin, read_bin
 from ..data.dataset import open_dataset
 from ..data.shards import Shard, TokenStream
 from ..data.tokenizer import Tokenizer
@@ -49,7 +50,12 @@ class Text:
 
 
 def read_text(
-    path: Path, tokenizer: Tokenizer | None, vocab_size: int, *, counting: str = "exact"
+    path: Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    *,
+    counting: str = "exact",
+    text_field: str = "text",
 ) -> Text:
     """Read a text.
 
@@ -59,6 +65,7 @@ def read_text(
         vocab_size: of the model.
         counting: huggingface: documents begin with the tokens that the tokenizer adds to a text,
             which are none for GPT-2.
+        text_field: key of the objects in a jsonl file that holds the text.
     Raises: InputError if it is not a text, or has tokens of another tokenizer; OSError.
     """
     if (path / "dataset.json").is_file():
@@ -68,15 +75,17 @@ def read_text(
             f"{path}: expected a file of text, a jsonl file, a token shard or a dataset, got a "
             "folder without dataset.json"
         )
+    if is_bin(path):
+        return _stream_text(path, TokenStream([read_bin(path, vocab_size)]), tokenizer)
     if path.suffix == ".bin":
         return _read_shard(path, tokenizer, vocab_size)
     if tokenizer is None:
         raise InputError(
-            f"{path}: expected a model with a tokenizer, got none; name it with `tokenizer`, or "
-            "give token shards"
+            "eval perplexity: expected a model with a tokenizer, got one without; name it with "
+            f"`tokenizer`, or give token shards instead of {path}"
         )
     if path.suffix == ".jsonl":
-        documents = [text_of(record, "text", place) for place, record in read_jsonl(path)]
+        documents = [text_of(record, text_field, place) for place, record in read_jsonl(path)]
     else:
         documents = [read_utf8(path)]
     start = list(tokenizer.start_tokens)
@@ -110,7 +119,11 @@ def _read_dataset(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> T
 def _read_shard(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Text:
     shard = Shard(path)
     _check_tokens(path, shard.tokenizer_sha256, shard.vocab_size, tokenizer, vocab_size)
-    stream = TokenStream([shard])
+    return _stream_text(path, TokenStream([shard]), tokenizer)
+
+
+def _stream_text(path: Path, stream: TokenStream, tokenizer: Tokenizer | None) -> Text:
+    """Return a token shard as a text. Without a tokenizer its bytes and words are not known."""
     num_bytes, words = (None, None) if tokenizer is None else _count(stream, tokenizer)
     return Text(
         path=path,

@@ -7,7 +7,7 @@
 An answer is a target up to its first stop token. The last answer gets one if the template has none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -56,9 +56,9 @@ def encode(tokenizer: Tokenizer, messages: list[Message], template: str) -> list
     """
     if template == "model":
         found = _rendered_pieces(tokenizer, messages)
-        return [_example(tokenizer, pieces, []) for pieces in found]
+        return [_example(tokenizer, pieces, [], tokenizer.encode_rendered) for pieces in found]
     pieces = TEMPLATES[template].pieces(messages)
-    return [_example(tokenizer, pieces, list(tokenizer.start_tokens))]
+    return [_example(tokenizer, pieces, list(tokenizer.start_tokens), tokenizer.encode)]
 
 
 def encode_question(tokenizer: Tokenizer, messages: list[Message], template: str) -> list[int]:
@@ -95,13 +95,20 @@ def _rendered_pieces(
     yield pieces
 
 
-def _example(tokenizer: Tokenizer, pieces: list[tuple[str, bool]], start: list[int]) -> Example:
-    """Encode pieces of text. An answer ends with its first stop token."""
+def _example(
+    tokenizer: Tokenizer,
+    pieces: list[tuple[str, bool]],
+    start: list[int],
+    encode: Callable[[str], np.ndarray],
+) -> Example:
+    """Encode pieces of text after the ids `start`. An answer ends with its first stop token."""
     tokens = list(start)
     is_answer = [False] * len(tokens)
     text = ""
     for place, (piece, is_target) in enumerate(pieces, 1):
-        new = _continuation(tokenizer, text, piece, tokens[len(start) :])
+        # Some tokenizers put a space before a text. A piece alone would begin with it.
+        is_joined = bool(text) and not tokenizer.can_cut
+        new = _continuation(encode, text if is_joined else "", piece, tokens[len(start) :])
         text += piece
         flags = [is_target] * len(new)
         stops = [i for i, token in enumerate(new) if token in tokenizer.stop_tokens]
@@ -115,11 +122,12 @@ def _example(tokenizer: Tokenizer, pieces: list[tuple[str, bool]], start: list[i
     return Example(np.array(tokens, dtype=np.int32), np.array(is_answer, dtype=bool))
 
 
-def _continuation(tokenizer: Tokenizer, text: str, piece: str, before: list[int]) -> list[int]:
+def _continuation(
+    encode: Callable[[str], np.ndarray], text: str, piece: str, before: list[int]
+) -> list[int]:
     """Return the ids of a piece that follows a text with the ids `before`."""
-    if text and not tokenizer.can_cut:
-        # A piece alone would begin with a space.
-        joined = tokenizer.encode_rendered(text + piece).tolist()
+    if text:
+        joined = encode(text + piece).tolist()
         if joined[: len(before)] == before:
             return joined[len(before) :]
-    return tokenizer.encode_rendered(piece).tolist()
+    return encode(piece).tolist()

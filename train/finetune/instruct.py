@@ -177,7 +177,7 @@ class InstructData(TaskData):
             json.dumps(self.records[place] | {"answer": answers[i]}, ensure_ascii=False) + "\n"
             for i, place in enumerate(test)
         ]
-        write_whole(run / ANSWERS, ["".join(lines).encode()])
+        write_whole(run / ANSWERS, ["".join(lines).encode("utf-8", "replace")])
 
     def answer(self, model: GPT, prompts: list[list[int]], most: int) -> list[str | None]:
         """Return the answer to each prompt, by greedy decoding.

@@ -22,6 +22,7 @@ from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
+from ..threads import CoreTime
 from .goodput import Goodput, describe, seconds_before
 from .lines import parse_line
 from .trackers import Tracker
@@ -79,6 +80,7 @@ class Metrics:
         device: the device of this rank.
         compiles: whether the first step compiles. Its time counts as compilation.
         world: all ranks. Each has its own Metrics.
+        log_interval: steps between lines with the loss, if the output is no terminal. 0: none.
         trackers: receive the lines of training and of evaluations too.
     Attributes:
         evaluated: steps with an evaluation.
@@ -92,7 +94,7 @@ class Metrics:
     def __init__(
         self, run: Path, *, start: int, steps: int, tokens_per_step: int, flops_per_token: int,
         device: torch.device, compiles: bool = False, world: World = SINGLE_PROCESS,
-        trackers: Sequence[Tracker] = (),
+        log_interval: int = 0, trackers: Sequence[Tracker] = (),
     ):  # fmt: skip
         path = run / "metrics.jsonl"
         kept = world.on_rank0(lambda: _cut_back(path, start, steps))
@@ -107,6 +109,7 @@ class Metrics:
         self._flops_per_token = flops_per_token
         self._device = device
         self._compiles = compiles
+        self._log_interval = 0 if console.is_terminal else log_interval
         self._trackers = trackers
         known = ceiling(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak_flops = known.bf16_flops * world.size if known else None
@@ -114,6 +117,7 @@ class Metrics:
         self._pending: list[_Pending] = []
         self._last_read = time.perf_counter()
         self._seconds_waited = 0.0
+        self._cores = CoreTime(torch.get_num_threads() if device.type == "cpu" else 1)
         self.checkpoint_stall = 0.0
 
         self._bar = _progress_bar()
@@ -137,6 +141,7 @@ class Metrics:
         with self.goodput.during(phase):
             yield
         self._last_read = time.perf_counter()
+        self._cores.start()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -179,6 +184,8 @@ class Metrics:
         now = time.perf_counter()
         seconds = now - self._last_read
         self._last_read = now
+        if warning := self._cores.end():
+            console.print(warning)
         rate = count * self._tokens_per_step / seconds
         mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
         rates = {
@@ -204,6 +211,8 @@ class Metrics:
                 line["overflow"] = True
             self._count_skipped(line)
             self._write(line | rates)
+            if self._log_interval and (step + 1) % self._log_interval == 0:
+                console.print(f"step {step + 1}: loss {loss:.4f}, {rate:,.0f} tokens/s")
         note = f"loss {loss:.3f}  {rate:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
         if self.skipped:
             note += f"  {self.skipped} skipped"

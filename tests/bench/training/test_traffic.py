@@ -59,6 +59,17 @@ def test_a_backward_in_one_pass_moves_three_widths_less(found):
         assert one_pass < 86 * width_bytes
 
 
+def test_window_softcap_and_dropout_need_no_extra_pass(found):
+    """Dropout makes the gradients of a branch and of the stream differ: each norm writes both."""
+    plain = found["blocks"][0]["tritium"]
+    width_bytes = 2 * found["blocks"][0]["d_model"]
+    for name, extra in (("window 256", 0), ("softcap 50", 0), ("dropout 0.1", 2)):
+        row = found["options"][name]
+        assert row["forward"]["token_bytes"] == plain["forward"]["token_bytes"]
+        added = row["backward"]["token_bytes"] - plain["backward"]["token_bytes"]
+        assert added == extra * width_bytes
+
+
 def test_the_committed_record_has_the_present_figures(found):
     """After a change: `tritium bench traffic --out bench/results/traffic.json`, then report."""
     record = read_record(RESULTS / "traffic.json", "traffic")

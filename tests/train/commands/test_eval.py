@@ -53,6 +53,14 @@ def test_several_texts_and_the_counting_of_transformers(tritium, run, corpus, tm
     assert "over 31 tokens" in out
 
 
+def test_a_json_file_that_cannot_be_written_is_found_before_the_work(tritium, tmp_path):
+    for file, found in ((tmp_path / "no" / "a.json", "no folder"), (tmp_path, "a folder")):
+        status, out, err = tritium("eval", "perplexity", tmp_path / "model", "a", "--json", file)
+        assert (status, out) == (2, "")
+        assert err.startswith("tritium: --json: expected a file in a folder that exists")
+        assert found in err
+
+
 def test_choice_prints_and_writes_metrics(tritium, run, tmp_path):
     lines = [
         {"context": "the quick", "choices": [" fox", " brown"], "label": 1},

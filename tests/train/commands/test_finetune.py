@@ -51,7 +51,7 @@ def test_options_reach_the_run(base, file, configs, tritium):
 def test_help_lists_the_tasks_and_the_options_of_a_task(tritium):
     status, out, _ = tritium("finetune", "--help")
     assert status == 0
-    assert all(f"\n{task}: " in out for task in finetune_tasks())
+    assert all(f"\n  {task}: " in out for task in finetune_tasks())
     status, out, _ = tritium("finetune", "instruct", "--help")
     assert status == 0
     for option in ("--epochs", "--template", "--lr", "--dropout", "--device", "--out"):

@@ -28,6 +28,8 @@ def test_help_lists_recipes_and_options(tritium):
 def test_unknown_recipe_and_option_suggest_near_names(error_of):
     assert "unknown recipe 'gpt-2'; did you mean 'gpt2'" in error_of("train", "gpt-2")
     assert "did you mean --lr" in error_of("train", "laptop", "--lrr", "1")
+    # Names of other trainers.
+    assert "did you mean --steps?" in error_of("train", "laptop", "--max-iters", "1")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_unknown_recipe_and_option_suggest_near_names(error_of):
         (["--precision", "float8"], "invalid choice 'float8'"),
         (["--optimizer", "sgd"], "invalid choice 'sgd'"),
         (["--resume", "x"], "--resume RUN_DIR comes first"),
+        (["--tokens", "10B", "--steps", "5"], "--tokens: expected --tokens or --steps, got both"),
     ],
 )
 def test_bad_option_is_one_line_and_makes_no_run(words, message, error_of, tiny, tmp_path):
@@ -56,6 +59,16 @@ def test_bad_option_is_one_line_and_makes_no_run(words, message, error_of, tiny,
 def test_a_small_batch_takes_a_micro_batch_that_divides_it(tiny, tritium, tmp_path):
     assert tritium("train", "gpt2", *tiny[2:], "--batch-size", 6, "--steps", 1)[0] == 0
     assert read_run(tmp_path / "run").train.micro_batch == 2  # 32 in the recipe
+
+
+def test_tokens_set_the_steps(tiny, tritium, error_of, tmp_path):
+    i = tiny.index("--steps")
+    words = tiny[:i] + tiny[i + 2 :]
+    assert "--tokens: expected a number of tokens such as 10B" in error_of(*words, "--tokens", "x")
+    status, _, err = tritium(*words, "--tokens", "0.1k", "--batch-size", 3, "--log-interval", 2)
+    assert status == 0, err
+    assert read_run(tmp_path / "run").train.steps == 3  # 48 tokens per step
+    assert "step 2: loss " in err
 
 
 def test_missing_compiler_is_one_line(error_of, tiny, tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ def test_pairs_have_one_or_more_references(tmp_path):
     records = [{"prompt": "a", "reference": "b"}, {"prompt": "c", "references": ["d"]}]
     assert read(tmp_path, *records) == [Pair("a", ["b"]), Pair("c", ["d"])]
     for bad, message in (
-        ({"prompt": "a"}, "f.jsonl:2: reference: expected text, got None"),
-        ({"reference": "a"}, "f.jsonl:2: prompt: expected text, got None"),
+        ({"prompt": "a"}, "f.jsonl:2: expected the key 'reference', got"),
+        ({"reference": "a"}, "f.jsonl:2: expected the key 'prompt', got"),
         ({"prompt": "a", "references": []}, "f.jsonl:2: references: expected a list of texts"),
         ({"prompt": "a", "references": ["b", "c"]}, "f.jsonl:2: expected 1 references, as in"),
     ):

@@ -15,7 +15,9 @@ def test_each_object_comes_with_its_file_and_line(tmp_path):
 
 def test_a_text_that_is_missing_or_empty_raises():
     assert text_of({"a": " b "}, "a", "f:1") == " b "
-    for record in ({}, {"a": 1}, {"a": " "}):
+    with pytest.raises(InputError, match=r"f:1: expected the key 'a', got the keys \['b'\]"):
+        text_of({"b": "c"}, "a", "f:1")
+    for record in ({"a": 1}, {"a": " "}):
         with pytest.raises(InputError, match="f:1: a: expected text, got"):
             text_of(record, "a", "f:1")
     assert len(shorten("x" * 100)) == 60

@@ -51,6 +51,19 @@ def test_a_dataset_and_its_shard_have_the_same_sizes(tmp_path, corpus, monkeypat
     assert (without.bytes, without.words) == (None, None)
 
 
+def test_shards_of_llm_c_are_read_with_and_without_a_tokenizer(tmp_path):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, 4
+    file = tmp_path / "a.bin"
+    file.write_bytes(header.tobytes() + np.array([256, *b"a b"], np.uint16).tobytes())
+    text = read_text(file, BYTES, 257)
+    assert text.sequences[0].read(0, 4).tolist() == [256, *b"a b"]
+    assert (text.tokens, text.bytes, text.words) == (4, 3, 2)
+    assert read_text(file, None, 257).bytes is None
+    with pytest.raises(InputError, match=r"a\.bin: expected tokens below 200"):
+        read_text(file, None, 200)
+
+
 def test_bad_texts_raise(tmp_path):
     def error(name: str, content: bytes, tokenizer=BYTES, vocab_size=257) -> str:
         (tmp_path / name).write_bytes(content)
@@ -59,9 +72,11 @@ def test_bad_texts_raise(tmp_path):
         return str(caught.value)
 
     assert "a.txt: expected UTF-8 text" in error("a.txt", b"\xff")
-    assert "a.txt: expected a model with a tokenizer" in error("a.txt", b"a", None)
+    assert "shards instead of" in error("a.txt", b"a", None)
     assert "a.jsonl:2: expected a JSON object" in error("a.jsonl", b'{"text": "a"}\n{"text"')
-    assert "a.jsonl:1: text: expected text, got None" in error("a.jsonl", b'{"t": "a"}')
+    missing = "a.jsonl:1: expected the key 'text', got the keys ['t']"
+    assert missing in error("a.jsonl", b'{"t": "a"}')
+    assert "a.jsonl:1: text: expected text, got 1" in error("a.jsonl", b'{"text": 1}')
     assert "a.jsonl: expected a JSON object per line" in error("a.jsonl", b"\n")
     assert "expected a token shard" in error("a.bin", b"something")
     with pytest.raises(InputError, match="got a folder without"):

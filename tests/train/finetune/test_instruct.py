@@ -62,6 +62,16 @@ def test_a_run_evaluates_each_epoch_and_answers_the_test_records(tune, records, 
     assert "tritium finetune instruct" in card
 
 
+def test_a_folder_of_transformers_is_fine_tuned_like_its_run(tune, base, file, tritium, tmp_path):
+    run = tune("--steps", 1, "--test-fraction", 0)
+    assert tritium("export", base, tmp_path / "exported")[0] == 0
+    words = ("--data", file, "--device", "cpu", "--steps", 1, "--test-fraction", 0)
+    out = tmp_path / "other"
+    assert tritium("finetune", "instruct", tmp_path / "exported", *words, "--out", out)[0] == 0
+    losses = [read_metrics(folder)[0][0]["loss"] for folder in (run, out)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("words", [[], ["--no-packing", "--dropout", 0.1]], ids=str)
 def test_a_resumed_run_ends_bitwise_like_an_unbroken_one(words, tune, tritium):
     options = ["--steps", 6, "--batch-size", 4, "--checkpoint-interval", 3, "--answer-tokens", 3]

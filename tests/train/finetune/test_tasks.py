@@ -70,8 +70,10 @@ def test_the_options_of_a_task_are_options_of_its_runs_only(count):
     ],
 )
 def test_values_out_of_range_raise(options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"^{message}"):
         FinetuneOptions(**options)
+    with pytest.raises(InputError, match=f"^{message}"):
+        TrainConfig.from_options(task="instruct", **options)
 
 
 def test_unknown_tasks_suggest_the_nearest():

@@ -57,6 +57,16 @@ def test_each_step_has_a_line(tmp_path):
     ]
 
 
+def test_lines_with_the_loss_are_printed_at_the_interval(tmp_path, capsys):
+    with metrics(tmp_path, log_interval=4) as m:
+        record(m, range(10))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    assert [line.split(",")[0] for line in lines] == [
+        "step 4: loss 4.7000",
+        "step 8: loss 4.3000",
+    ]
+
+
 def test_data_wait_is_the_fraction_of_step_time_spent_waiting(tmp_path, monkeypatch):
     """With a fake clock: 1 s of 4 s is waiting. Paused time does not count."""
     now = [0.0]

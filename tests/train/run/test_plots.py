@@ -38,6 +38,16 @@ def test_other_evaluations_get_a_panel(tmp_path):
     assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_measures_of_a_task_are_drawn():
+    evaluation = {"step": 2, "val_loss": 0.5, "val_accuracy": 0.75, "val_margin": -0.25}
+    figure = Figure()
+    _draw_more(figure.subplots(), [evaluation], 1.0)
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[-0.25]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[0.75]]
+    assert left.get_ylabel() == ""
+
+
 def test_running_mean_of_a_constant_is_the_constant():
     assert _running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
     assert _running_mean([]) == []
