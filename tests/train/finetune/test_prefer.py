@@ -101,7 +101,7 @@ def test_bad_pairs_and_options_are_one_line(words, pairs, error_of):
     records = json.loads(pairs.read_text())
     del records[6]["rejected"]
     pairs.write_text(json.dumps(records))
-    assert "pairs.json: record 7: rejected: expected text, got None" in error_of(*words)
+    assert "pairs.json: record 7: expected the key 'rejected'" in error_of(*words)
     pairs.write_text("[]")
     assert "expected a list of records, got an empty list" in error_of(*words)
 

@@ -46,7 +46,7 @@ def test_prompt_is_an_instruction_without_input(tokenizer):
 @pytest.mark.parametrize("field", ["instruction", "chosen", "rejected"])
 def test_a_missing_field_names_line_and_field(field, tokenizer):
     record = {name: value for name, value in RECORD.items() if name != field}
-    with pytest.raises(InputError, match=f"pairs.jsonl:3: {field}: expected text, got None"):
+    with pytest.raises(InputError, match=f"pairs.jsonl:3: expected the key '{field}'"):
         read_pair((PLACE, record), tokenizer, "plain")
 
 
