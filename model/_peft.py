@@ -30,7 +30,7 @@ from .safetensors_file import DTYPES, write_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_NAME_START = "base_model.model."
 _PREFIX_KEY = "prompt_embeddings"
 _HASH_KEY = "tritium_base_sha256"
 # Options of PEFT that change what LoRA computes. tritium does not have them.
@@ -61,7 +61,7 @@ class LowRank(NamedTuple):
 def _parts(name: str, rows: int, config: GPTConfig, family: Family) -> list[tuple[str, slice]]:
     """Return PEFT's names of a layer of ours, each with its rows of the weight."""
     theirs = [
-        _PREFIX + family.prefix + each.removesuffix(".weight")
+        _NAME_START + family.prefix + each.removesuffix(".weight")
         for each in family.names(f"{name}.weight")
     ]
     if len(theirs) == 1:
@@ -77,7 +77,8 @@ def _targets(names: list[str], n_layer: int) -> list[str]:
     ends = {name: ".".join(name.split(".")[-2:]) for name in names}
     count = collections.Counter(ends.values())
     targets = [
-        end if count[end] == n_layer else name.removeprefix(_PREFIX) for name, end in ends.items()
+        end if count[end] == n_layer else name.removeprefix(_NAME_START)
+        for name, end in ends.items()
     ]
     return list(dict.fromkeys(targets))
 
@@ -168,11 +169,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     file = folder / ADAPTER_CONFIG
     try:
         fields = json.loads(file.read_bytes())
-        kind = fields["peft_type"]
+        peft_type = fields["peft_type"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: expected the configuration of an adapter of PEFT") from None
-    if kind not in ("LORA", "PREFIX_TUNING"):
-        raise InputError(f"{file}: expected peft_type LORA or PREFIX_TUNING, got {kind!r}")
+    if peft_type not in ("LORA", "PREFIX_TUNING"):
+        raise InputError(f"{file}: expected peft_type LORA or PREFIX_TUNING, got {peft_type!r}")
     return fields
 
 

@@ -57,7 +57,7 @@ __all__ = [
 
 # The modules of a GPT. A subclass can have more, such as a classification head: they are trained.
 _FROZEN = ("wte", "wpe", "h", "ln_f", "lm_head")
-# Names in models of the Llama family of one of our layers.
+# Names that Llama models of transformers have for one of our layers.
 _LLAMA_NAMES = {
     "o_proj": "attn.c_proj",
     "gate_proj": "mlp.c_gate",
@@ -105,7 +105,7 @@ class AdapterOptions:
 
 
 class LoraLinear(Linear):
-    """A frozen linear layer plus a product of two trained matrices.
+    """A frozen linear layer with two trained matrices: see the top of this file.
 
     Args:
         base: the layer. Its parameters are shared, and frozen.
@@ -143,8 +143,8 @@ class LoraLinear(Linear):
         n_out, n_in = self.weight.shape
         with torch.device("meta"):
             plain = Linear(n_in, n_out, bias=self.bias is not None)
-        product = self.lora_B.double() @ self.lora_A.double()
-        weight = self.weight.double().add_(product, alpha=self.scale)
+        change = self.lora_B.double() @ self.lora_A.double()
+        weight = self.weight.double().add_(change, alpha=self.scale)
         plain.weight = nn.Parameter(weight.to(self.weight.dtype))
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone())
