@@ -302,7 +302,7 @@ def attention_decode(
     *,
     scale: float | None = None,
     window: int | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
 ) -> Tensor:
     """Attend from each sequence's newest tokens to its cached keys and values, their own included.
 
@@ -317,8 +317,9 @@ def attention_decode(
             it is clamped.
         scale: multiplies the scores before the softmax, positive. Default: 1 / sqrt(K).
         window: how many keys a token sees, itself included. Default: all.
-        softcap: c > 0 replaces a score s by c tanh(s / c). Default: 0, scores stay as they are.
-    Returns: o (B, T, H, K), dtype of q; zero for a token that sees no key. It has no gradient.
+        softcap: c > 0 replaces a score s by c tanh(s / c). 0 or None: scores stay as they are.
+    Returns: o (B, T, H, K), dtype of q; zero for a token that sees no key. It does not require a
+        gradient, also if an input does.
     Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
         on a GPU.
     """
@@ -329,7 +330,10 @@ def attention_decode(
     S = k_cache.shape[1]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     window = S if window is None else min(window, S)
-    return _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, float(softcap))
+    softcap = float(softcap or 0.0)
+    o = _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, softcap)
+    # For inference only: q may come from a model whose parameters require gradients.
+    return o.detach() if o.requires_grad else o
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:

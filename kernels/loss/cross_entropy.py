@@ -186,7 +186,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Compute the cross-entropy, in nats, between the softmax of the logits and the targets.
@@ -200,9 +200,9 @@ def cross_entropy(
         ignore_index: rows with this target have no loss and no gradient, and do not count for the
             mean.
         label_smoothing: fraction of each target's weight that is spread evenly over all columns, in
-            [0, 1).
+            [0, 1].
         z_loss: weight of the squared log-sum-exp, which keeps it close to 0.
-        softcap: bound c: logits are replaced by c tanh(logits / c). 0 for no bound.
+        softcap: bound c: logits are replaced by c tanh(logits / c). 0 or None: no bound.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
     Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64
         logits). If there are no rows, or all are ignored, the mean and its gradients are 0, while
@@ -215,7 +215,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        softcap=softcap,
+        softcap=softcap or 0.0,
         reduction=reduction,
     )
     if logits.ndim == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():

@@ -226,7 +226,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
@@ -255,7 +255,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        softcap=softcap,
+        softcap=softcap or 0.0,
         reduction=reduction,
     )
     (x,) = autocast(x)

@@ -113,10 +113,12 @@ def test_result_without_lse_matches_definition(shape, options):
         (8, {"softcap": 2.0}, False),
         (8, {"dropout_p": 0.1}, False),
         (8, {"return_lse": True}, False),
+        (8, {"dtype": torch.bfloat16}, False),
     ],
 )
-def test_plain_attention_on_a_cpu_uses_sdpa(T, options, uses_sdpa):
-    q, k, v, *_ = make_inputs(1, T, 8, 2, 1, 4, torch.float32, "cpu")
+def test_plain_attention_on_a_cpu_in_32_bits_uses_sdpa(T, options, uses_sdpa):
+    options = {"dtype": torch.float32} | options
+    q, k, v, *_ = make_inputs(1, T, 8, 2, 1, 4, options.pop("dtype"), "cpu")
     with torch.profiler.profile() as profile:
         causal_attention(q, k, v, **options)
     names = {event.name for event in profile.events()}
