@@ -40,9 +40,7 @@ def check(
                 f"{name}: {label} must be on {x.device} like x, got {vector.device}; move it"
             )
         if not vector.is_floating_point():
-            raise ValueError(
-                f"{name}: {label} must be floating point, got {vector.dtype}; cast it"
-            )
+            raise ValueError(f"{name}: {label} must be floating point, got {vector.dtype}; cast it")
 
 
 def check_residual(name: str, x: Tensor, residual: Tensor) -> None:

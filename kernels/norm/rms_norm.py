@@ -88,10 +88,7 @@ def reference_bwd(
     if dropout.dropout_p > 0:
         dresidual = dx.to(h.dtype)
         dx = drop(dx, dropout)
-    if weight is None:
-        dw = h.new_empty(0)
-    else:
-        dw = (wide_dy * xhat).sum(0).to(weight.dtype)
+    dw = h.new_empty(0) if weight is None else (wide_dy * xhat).sum(0).to(weight.dtype)
     return dx.to(h.dtype), dresidual, dw, column_sums(dx, added_dtype)
 
 

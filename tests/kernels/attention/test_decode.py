@@ -195,7 +195,10 @@ def ones(*shape, **kwargs):
         ({"window": 2.5}, r"window must be int \| None, got 2.5"),
         ({"scale": -1.0}, r"scale must be None \(1 / sqrt\(K\)\) or positive and finite, got -1.0"),
         ({"window": 0}, r"window must be None or at least 1 key \(a query sees itself\), got 0"),
-        ({"softcap": float("inf")}, r"softcap must be None, 0 \(none\) or positive and finite, got inf"),
+        (
+            {"softcap": float("inf")},
+            r"softcap must be None, 0 \(none\) or positive and finite, got inf",
+        ),
     ],
 )
 def test_bad_input_raises(change, message):
