@@ -60,3 +60,14 @@ def given_reduction(options, reduction, incoming):
     """Arguments of run(): the options with a reduction, and an incoming gradient for "none"."""
     incoming = incoming if reduction == "none" else None
     return {**options, "reduction": reduction, "incoming": incoming}
+
+
+def torch_rows(logits, target, softcap=0.0):
+    """Return lse of each row, 0 if it is ignored, and the number of right predictions."""
+    s = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    has_loss = target != -100
+    at_target = s.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    correct = (at_target == s.amax(-1)) & has_loss
+    return torch.where(has_loss, s.logsumexp(-1), 0.0), correct.sum()
