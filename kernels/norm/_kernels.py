@@ -53,10 +53,12 @@ def _layer_norm_fwd_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / N + eps)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
-    # Scale and shift.
-    y = centered * rstd[:, None]
+    # Scale and shift. A load after the multiplication takes two more registers on sm_100.
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y = centered * rstd[:, None] * weight[None, :]
+    else:
+        y = centered * rstd[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
