@@ -198,10 +198,16 @@ class Op:
 class _WithoutGradient(torch.autograd.Function):
     """Call an operator without a gradient. A backward through it raises."""
 
+    # torch.func.vmap calls the operator once for each example.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, overload, *args):
-        ctx.name = str(overload)
+    def forward(overload, *args):
         return overload(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = str(inputs[0])
 
     @staticmethod
     def backward(ctx, *grads):
