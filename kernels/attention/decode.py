@@ -27,7 +27,7 @@ from ..core.device import DEFAULT_SM_COUNT, sm_count
 from ..core.launch import launch_kernel
 from ..core.layout import strides_bth, wide
 from ..core.matmul import autocast
-from ..core.op import can_read_values, define_op, public
+from ..core.op import can_read_values, define_op, is_eager, public
 from ..core.triton import cdiv, next_power_of_2, tl, triton
 from ._inputs import check_head_counts, unit_stride
 from ._tiles import LOWEST, _capped_scores, _exp2_scale, _is_visible, _load_rows, _softmax_step
@@ -278,9 +278,9 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[
 # --- operator
 
 
-def _needs_no_operator(*_) -> bool:
-    """Without gradients, eager code may call the reference directly. That takes less time."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _needs_no_operator(q: Tensor, *_) -> bool:
+    """There are no gradients, so eager code may call the reference directly."""
+    return is_eager(q)
 
 
 _decode = define_op(
@@ -331,9 +331,9 @@ def attention_decode(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     window = S if window is None else min(window, S)
     softcap = float(softcap or 0.0)
-    o = _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, softcap)
-    # For inference only: q may come from a model whose parameters require gradients.
-    return o.detach() if o.requires_grad else o
+    # For inference only. q may come from a model whose parameters require gradients.
+    with torch.no_grad():
+        return _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, softcap)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:

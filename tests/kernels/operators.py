@@ -1,10 +1,9 @@
 """A small call of each public operator, for tests that hold for all operators.
 
-`CASES[name](n, device)` returns a function and its float inputs. n is the number of tokens.
-The function returns one tensor or a tuple. It holds all arguments that are not floats.
+`CASES[name]` is a pair of functions. The first one calls the operator and returns a tensor or a
+tuple. The second one, `make(n, device)`, returns its float arguments and its other arguments, for n
+tokens.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,120 +11,90 @@ from torch import Tensor
 from tritium import kernels
 
 D, F, H, K, V = 8, 12, 2, 4, 11
-Case = tuple[Callable, list[Tensor]]
 
 
-def _randn(n: int, *shapes: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+def floats(*shapes):
+    """Return a `make` of float arguments only. "n" in a shape stands for the number of tokens."""
+    return with_others(lambda n: (), *shapes)
 
 
-def _target(n: int, device: torch.device) -> Tensor:
-    """Targets (n,). Every third row is ignored."""
-    target = torch.arange(n) % V
-    target[::3] = -100
-    return target.to(device)
+def with_others(others, *shapes):
+    """Return a `make`, with the other arguments from `others(n)`."""
+
+    def make(n: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(n)
+        sizes = [[n if size == "n" else size for size in shape] for shape in shapes]
+        values = [torch.randn(size, generator=generator).to(device) for size in sizes]
+        return values, [value.to(device) for value in others(n)]
+
+    return make
 
 
-def _layer_norm(n, device):
-    return kernels.layer_norm, _randn(n, (n, D), (D,), (D,), device=device)
+def target(n):
+    """Return targets. Every third row is ignored."""
+    classes = torch.arange(n) % V
+    classes[::3] = -100
+    return (classes,)
 
 
-def _add_layer_norm(n, device):
-    return kernels.add_layer_norm, _randn(n, (n, D), (n, D), (D,), (D,), device=device)
-
-
-def _rms_norm(n, device):
-    return kernels.rms_norm, _randn(n, (n, D), (D,), device=device)
-
-
-def _add_rms_norm(n, device):
-    return kernels.add_rms_norm, _randn(n, (n, D), (n, D), (D,), device=device)
-
-
-def _causal_attention(n, device):
-    # With return_lse a CPU runs the operator, not SDPA.
-    def function(q, k, v):
-        return kernels.causal_attention(q, k, v, return_lse=True)
-
-    return function, _randn(n, *[(1, n, H, K)] * 3, device=device)
-
-
-def _causal_attention_qkvpacked(n, device):
-    def function(qkv):
-        return kernels.causal_attention_qkvpacked(qkv, H, softcap=5.0)
-
-    return function, _randn(n, (1, n, 3 * H * K), device=device)
-
-
-def _causal_attention_varlen(n, device):
-    lengths = torch.tensor([0, n // 2, n], dtype=torch.int32, device=device)
-
-    def function(q, k, v):
-        return kernels.causal_attention_varlen(q, k, v, lengths, n)
-
-    return function, _randn(n, *[(n, H, K)] * 3, device=device)
-
-
-def _attention_decode(n, device):
-    lengths = torch.tensor([n], device=device)
-
-    def function(q, k_cache, v_cache):
-        return kernels.attention_decode(q, k_cache, v_cache, lengths)
-
-    return function, _randn(n, (1, 1, H, K), (1, n, H, K), (1, n, H, K), device=device)
-
-
-def _rotary(n, device):
+def tables(n):
+    """Return cos and sin of a rotation."""
     angle = torch.outer(torch.arange(n), torch.tensor([1.0, 0.1]))
-    cos, sin = angle.cos().to(device), angle.sin().to(device)
-    return lambda x: kernels.rotary(x, cos, sin), _randn(n, (1, n, H, K), device=device)
+    return angle.cos(), angle.sin()
 
 
-def _embedding(n, device):
-    tokens = (torch.arange(n) % V)[None].to(device)
-    return lambda weight: kernels.embedding(tokens, weight), _randn(n, (V, D), device=device)
+def attention_with_lse(q, k, v):
+    """Attend. With return_lse a CPU runs the operator, not SDPA."""
+    return kernels.causal_attention(q, k, v, return_lse=True)
 
 
-def _linear(n, device):
-    def function(x, weight, bias):
-        return kernels.linear(x, weight, bias, activation="gelu")
-
-    return function, _randn(n, (n, D), (F, D), (F,), device=device)
-
-
-def _gelu_mlp(n, device):
-    shapes = (n, D), (F, D), (F,), (D, F), (D,)
-    return kernels.gelu_mlp, _randn(n, *shapes, device=device)
-
-
-def _relu2_mlp(n, device):
-    shapes = (n, D), (F, D), (F,), (D, F), (D,)
-    return kernels.relu2_mlp, _randn(n, *shapes, device=device)
-
-
-def _swiglu(n, device):
-    return kernels.swiglu, _randn(n, (n, F), (n, F), device=device)
-
-
-def _swiglu_mlp(n, device):
-    return kernels.swiglu_mlp, _randn(n, (n, D), (F, D), (F, D), (D, F), device=device)
-
-
-def _cross_entropy(n, device):
-    target = _target(n, device)
-    return lambda logits: kernels.cross_entropy(logits, target), _randn(n, (n, V), device=device)
-
-
-def _linear_cross_entropy(n, device):
-    target = _target(n, device)
-
-    def function(x, weight, bias):
-        return kernels.linear_cross_entropy(x, weight, target, bias)
-
-    return function, _randn(n, (n, D), (V, D), (V,), device=device)
-
-
-CASES: dict[str, Callable[[int, torch.device], Case]] = {
-    name: globals()[f"_{name}"] for name in kernels.__all__
+MLP = [("n", D), (F, D), (F,), (D, F), (D,)]
+HEADS = [(1, "n", H, K)] * 3
+CASES = {
+    "add_layer_norm": (kernels.add_layer_norm, floats(("n", D), ("n", D), (D,), (D,))),
+    "add_rms_norm": (kernels.add_rms_norm, floats(("n", D), ("n", D), (D,))),
+    "attention_decode": (
+        kernels.attention_decode,
+        with_others(lambda n: (torch.tensor([n]),), (1, 1, H, K), *HEADS[1:]),
+    ),
+    "causal_attention": (attention_with_lse, floats(*HEADS)),
+    "causal_attention_qkvpacked": (
+        lambda qkv: kernels.causal_attention_qkvpacked(qkv, H, softcap=5.0),
+        floats((1, "n", 3 * H * K)),
+    ),
+    "causal_attention_varlen": (
+        lambda q, k, v, lengths: kernels.causal_attention_varlen(q, k, v, lengths, len(q)),
+        with_others(lambda n: (torch.tensor([0, n // 2, n]).int(),), *[("n", H, K)] * 3),
+    ),
+    "cross_entropy": (kernels.cross_entropy, with_others(target, ("n", V))),
+    "embedding": (
+        lambda weight, tokens: kernels.embedding(tokens, weight),
+        with_others(lambda n: (torch.arange(n)[None] % V,), (V, D)),
+    ),
+    "gelu_mlp": (kernels.gelu_mlp, floats(*MLP)),
+    "layer_norm": (kernels.layer_norm, floats(("n", D), (D,), (D,))),
+    "linear": (
+        lambda x, weight, bias: kernels.linear(x, weight, bias, activation="gelu"),
+        floats(*MLP[:3]),
+    ),
+    "linear_cross_entropy": (
+        lambda x, weight, bias, target: kernels.linear_cross_entropy(x, weight, target, bias),
+        with_others(target, ("n", D), (V, D), (V,)),
+    ),
+    "relu2_mlp": (kernels.relu2_mlp, floats(*MLP)),
+    "rms_norm": (kernels.rms_norm, floats(("n", D), (D,))),
+    "rotary": (kernels.rotary, with_others(tables, HEADS[0])),
+    "swiglu": (kernels.swiglu, floats(("n", F), ("n", F))),
+    "swiglu_mlp": (kernels.swiglu_mlp, floats(("n", D), (F, D), (F, D), (D, F))),
 }
+
+
+def run(function, values, others):
+    """Return the outputs and the gradients of the float arguments. Decoding has no gradients."""
+    leaves = [value.detach().requires_grad_() for value in values]
+    outputs = function(*leaves, *others)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not outputs[0].requires_grad:
+        return list(outputs)
+    grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+    return [*(output.detach() for output in outputs), *grads]
