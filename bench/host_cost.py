@@ -12,9 +12,9 @@ row has no such part: an operator that only allocates its result.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..errors import InputError, unknown_name
 from ..kernels.core import op
 from .ops import OPERATORS
 from .ops.case import Operator, outputs_and_leaves
@@ -53,6 +54,7 @@ class _Native(torch.autograd.Function):
         return empty_like(ctx.saved_tensors[0])
 
 
+@functools.cache  # an operator can be registered once
 def bare() -> Operator:
     """Return an operator without arithmetic."""
     fwd = op.define_op("bare_fwd", launch=None, reference=empty_like)
@@ -142,18 +144,20 @@ def measure(operator: Operator, *, rounds: int, compiled: bool) -> dict[str, Any
 
     run = forward_backward(ours, inputs)
     clocks = {
-        "eager": partial(_seconds, run),
-        "eager, dispatcher": partial(_through_dispatcher, run),
-        "eager, PyTorch": partial(_seconds, forward_backward(native, inputs)),
+        "eager": functools.partial(_seconds, run),
+        "eager, dispatcher": functools.partial(_through_dispatcher, run),
+        "eager, PyTorch": functools.partial(_seconds, forward_backward(native, inputs)),
     }
     if compiled:
         torch._dynamo.reset()
         # aot_eager has Inductor's wrappers around the same operators, without its compiler.
-        compile_ = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
-        clocks["compiled"] = partial(_seconds, forward_backward(compile_(ours), inputs))
+        compile_ = functools.partial(
+            torch.compile, fullgraph=True, dynamic=False, backend="aot_eager"
+        )
+        clocks["compiled"] = functools.partial(_seconds, forward_backward(compile_(ours), inputs))
         if operator.compiles:
             run = forward_backward(compile_(native), inputs)
-            clocks["compiled, PyTorch"] = partial(_seconds, run)
+            clocks["compiled, PyTorch"] = functools.partial(_seconds, run)
     times = microseconds(clocks, rounds)
     return {"operator": operator.name, "label": operator.label(shape), "microseconds": times}
 
@@ -176,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write a JSON record to this file")
     options = parser.parse_args(argv)
     out = options.out and check_writable(options.out)
+    for name in options.ops:
+        if name not in OPERATORS:
+            raise InputError(unknown_name("operator", name, OPERATORS))
     torch.set_num_threads(1)
     operators = [bare(), *(OPERATORS[name] for name in options.ops or OPERATORS)]
     rows = [

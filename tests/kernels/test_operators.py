@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.compare import assert_close, assert_equal
 from tests.kernels.operators import CASES, run
 from tritium import kernels
+from tritium.kernels.core import op
 from tritium.kernels.core.op import INTERPRET
 
 CPU = torch.device("cpu")
@@ -87,6 +89,50 @@ def test_operators_export(name, device):
     if isinstance(got, torch.Tensor):
         got, expected = [got], [expected]
     assert_close(got, expected)
+
+
+# --- direct calls, which skip PyTorch's dispatcher
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_direct_calls_match_calls_through_the_dispatcher(name, device, monkeypatch):
+    function, make = CASES[name]
+    expected = run(function, *make(5, device))
+    monkeypatch.setattr(op, "device_of", lambda args: None)
+    assert_equal(run(function, *make(5, device)), expected)
+
+
+class Record(TorchDispatchMode):
+    """Record the names of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_dispatch_modes_and_profilers_see_operators(device):
+    function, make = CASES["rms_norm"]
+    with Record() as record:
+        run(function, *make(5, device))
+    for name in ("fwd", "bwd"):
+        assert record.names.count(f"tritium.rms_norm_{name}.default") == 1
+    with torch.profiler.profile() as profile:
+        run(function, *make(5, device))
+    names = [event.name for event in profile.events()]
+    assert {"tritium::rms_norm_fwd", "tritium::rms_norm_bwd"} <= set(names)
+
+
+def test_calls_of_subclasses_of_tensors_go_through_the_dispatcher(device):
+    class Subclass(torch.Tensor):
+        pass
+
+    x = torch.ones(2, device=device)
+    assert op.device_of((x, nn.Parameter(x), 1.0, None)) == device.type
+    assert op.device_of((x, x.as_subclass(Subclass))) is None
 
 
 # --- fake tensors, meta tensors, autocast

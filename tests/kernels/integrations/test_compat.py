@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.attention.cases import needs_kernels
 from tests.kernels.compare import assert_close
 from tritium.kernels import attention_decode, causal_attention, cross_entropy, rotary
 from tritium.kernels.integrations import compat
@@ -322,6 +323,21 @@ def test_liger_rms_norm_matches_torch(offset, elementwise_affine, device):
     x = randn(3, 8, device=device)
     weight = 1 + offset if elementwise_affine else 1
     torch.testing.assert_close(norm(x), weight * F.rms_norm(x, (8,), None, 1e-6))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss"])
+def test_losses_match_liger(name, device):
+    """Triton's interpreter runs Liger's kernels of the losses too, without options."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    logits, target = logits_and_target(device)
+    fused = "Fused" in name
+    inputs = [torch.eye(11, device=device), logits] if fused else [logits]
+    found, expected = (
+        run(lambda *x, loss=loss: loss(*x, target), [x.clone() for x in inputs])
+        for loss in (getattr(compat, name)(), getattr(liger, name)())
+    )
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.plain
