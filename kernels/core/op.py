@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ._compile import opaque, with_short_messages
 from ._direct import (
@@ -102,13 +103,7 @@ def define_op(
     Raises: TypeError if the signature of `launch`, `shapes` or `composite` is not that of
         `reference`.
     """
-    roles = {"launch": launch, "shapes": shapes, "composite": composite}
-    for role, function in roles.items():
-        if function and inspect.signature(function) != inspect.signature(reference):
-            raise TypeError(
-                f"define_op: {name}: {role} must have the signature of reference, "
-                f"{inspect.signature(reference)}, got {inspect.signature(function)}"
-            )
+    _check_signatures(name, reference, launch=launch, shapes=shapes, composite=composite)
     # The schema, and the reference for fake tensors.
     schema = _Schema(reference)
     implementations = {"cpu": without_autocast(reference)}
@@ -136,6 +131,17 @@ def define_op(
     composite = composite and without_autocast(composite)
     # The dispatcher counts writes in place for autograd: such a call is never direct.
     return Op(name, schema, composite, composite_if, {} if mutates else implementations)
+
+
+def _check_signatures(name: str, reference: Callable, **roles: Callable | None) -> None:
+    """Raise a TypeError unless the functions in `roles` have the signature of `reference`."""
+    expected = inspect.signature(reference)
+    for role, function in roles.items():
+        if function and inspect.signature(function) != expected:
+            raise TypeError(
+                f"define_op: {name}: {role} must have the signature of reference, "
+                f"{expected}, got {inspect.signature(function)}"
+            )
 
 
 class Op:
@@ -344,15 +350,16 @@ def public(function: Callable) -> Callable:
     @functools.wraps(function)
     def checked(*args, **options):
         for name, value in (*zip(positional, args, strict=False), *options.items()):
-            # An unknown name is an error of the call below. The first type of an annotation is
-            # accepted without a further check, unless it is a tensor of an unusual dtype.
-            accepted = accepted_types.get(name)
-            if accepted is None:
-                continue
-            type_ = type(value)
-            if type_ is accepted[0] and (type_ is not Tensor or value.dtype in FLOATS):
-                continue
-            check_argument(name, value)
+            if name not in accepted_types:
+                continue  # the call below raises
+            # Most values have the first type of their annotation. This check is faster.
+            first, type_ = accepted_types[name][0], type(value)
+            if type_ is Tensor or type_ is Parameter:
+                is_usual = first is Tensor and value.dtype in FLOATS
+            else:
+                is_usual = type_ is first
+            if not is_usual:
+                check_argument(name, value)
         return function(*args, **options)
 
     return checked

@@ -261,13 +261,10 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (B, S, G, K).
         k, v: (B, T, G, K), written to the caches after the first cache_seqlens tokens, or None.
         rotary_cos, rotary_sin: (positions, R / 2), to rotate q and k, or None. They need k and v.
-        cache_seqlens: tokens in the caches, without those of k: an int, or (B,) int32 or int64.
-            None: the caches are full.
-        causal: must be True, except for a single query or window_size[1] = 0.
-        window_size, softcap, softmax_scale: as for flash_attn_func.
+        cache_seqlens: tokens in the caches without k, an int or (B,) int32 or int64. None: S.
+        causal, window_size, softcap, softmax_scale: as for flash_attn_func.
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes: must be None.
-        num_splits: must be 0.
-        return_softmax_lse: must be False.
+        num_splits, return_softmax_lse: must be 0 and False.
     Returns: o (B, T, H, K), without a gradient.
     Raises: ValueError for an option that is not supported.
     """
@@ -282,27 +279,37 @@ def flash_attn_with_kvcache(
         return_softmax_lse=(return_softmax_lse, False),
     )
     window = _window(name, causal, window_size, q.shape[1])
-    if (k is None) != (v is None) or (rotary_cos is None) != (rotary_sin is None):
-        raise ValueError(f"{name}: k needs v, and rotary_cos needs rotary_sin")
-    if k is None and rotary_cos is not None:
-        raise ValueError(f"{name}: rotary_cos needs k and v, got None")
-    if k is not None and cache_seqlens is None:
-        raise ValueError(f"{name}: k and v need cache_seqlens, got None")
+    _check_new_tokens(name, k, v, rotary_cos, rotary_sin, cache_seqlens)
     B, S = k_cache.shape[:2]
     lengths = S if cache_seqlens is None else cache_seqlens
     if not isinstance(lengths, Tensor):
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
     if k is not None:
         if rotary_cos is not None:
-            tables = rotary_cos, rotary_sin
-            q = _rotate(q, *tables, lengths, rotary_interleaved)
-            k = _rotate(k, *tables, lengths, rotary_interleaved)
+            q, k = (_rotate(x, rotary_cos, rotary_sin, lengths, rotary_interleaved) for x in (q, k))
         _append(k_cache, k, lengths)
         _append(v_cache, v, lengths)
         lengths = lengths + k.shape[1]
     return attention_decode(
         q, k_cache, v_cache, lengths, scale=softmax_scale, window=window, softcap=softcap
     )
+
+
+def _check_new_tokens(
+    name: str,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+) -> None:
+    """Raise a ValueError if an argument is missing that another one needs."""
+    if (k is None) != (v is None) or (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError(f"{name}: k needs v, and rotary_cos needs rotary_sin")
+    if k is None and rotary_cos is not None:
+        raise ValueError(f"{name}: rotary_cos needs k and v, got None")
+    if k is not None and cache_seqlens is None:
+        raise ValueError(f"{name}: k and v need cache_seqlens, got None")
 
 
 def _positions(x: Tensor, lengths: Tensor) -> Tensor:
