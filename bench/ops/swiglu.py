@@ -35,6 +35,7 @@ SWIGLU = Operator(
     check_shape=lambda N, width: (min(N, 257), width),
     shapes=SHAPES,
     small_shapes=((256, 344),),
+    tiny_shape=(33, 40),
     launch_shapes=SHAPES[:1],
     bound="bytes",
     others=(Implementation(name="liger", call=_liger, needs="liger_kernel", cuda_only=True),),
