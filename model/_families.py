@@ -261,10 +261,11 @@ def _traits(config: GPTConfig) -> dict[str, Any]:
         "qk_norm": config.qk_norm,
         "softcap": config.softcap > 0,
         "head_softcap": config.head_softcap > 0,
+        "prefix": config.prefix_tokens > 0,
     }
 
 
-_NO_OPTIONS = dict.fromkeys(("window", "qk_norm", "softcap", "head_softcap"), (False,))
+_NO_OPTIONS = dict.fromkeys(("window", "qk_norm", "softcap", "head_softcap", "prefix"), (False,))
 _GPT2_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
 
 FAMILIES = {

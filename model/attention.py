@@ -163,8 +163,9 @@ ATTENTIONS = {
             "aten::_scaled_dot_product_efficient",
             "aten::_scaled_dot_product_cudnn",
         ),
-        # Its dropout has no seed, so activation checkpointing could not repeat it.
-        unsupported=("softcap", "attention_dropout"),
+        # Its dropout has no seed, so activation checkpointing could not repeat it. With more keys
+        # than queries, is_causal aligns the first of both, not the last.
+        unsupported=("softcap", "attention_dropout", "prefix_tokens"),
     ),
     "flash-attn": AttentionRow(
         attend=_flash,

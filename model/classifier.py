@@ -108,11 +108,6 @@ class GPTClassifier(GPT):
             for block in self.h[n_layer - trained_blocks :]:
                 block.requires_grad_(True)
 
-    def empty_copy(self) -> "GPTClassifier":
-        """Return a model of the same shape and labels. Its weights are on the meta device."""
-        with torch.device("meta"):
-            return type(self)(self.config, self.labels)
-
     @classmethod
     def from_gpt(
         cls,

@@ -12,6 +12,8 @@ from .positions import POSITIONS
 VOCABULARY_MULTIPLE = 64
 # Options that have an effect in training only. Models of equal shape may differ in them.
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
+# Options of a run that starts from a trained model. It has all others from that model.
+OPTIONS_OF_RUN = (*DROPOUTS, "prefix_tokens")
 _OPTIONAL_SIZES = ("n_kv_head", "d_hidden", "window")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
 
@@ -69,6 +71,8 @@ class GPTConfig:
     """Probability of dropping an element of the embedding, after positions are added."""
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight."""
+    prefix_tokens: int = 0
+    """Prefix tuning: train this many keys and values before each sequence, and no other weight."""
 
     def __post_init__(self):
         for name in (
@@ -86,6 +90,11 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
+        if not isinstance(self.prefix_tokens, Integral) or self.prefix_tokens < 0:
+            raise ValueError(
+                f"GPTConfig: prefix_tokens must be an integer of at least 0, "
+                f"got {self.prefix_tokens!r}"
+            )
         if self.d_model % self.n_head:
             raise ValueError(
                 f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), "
@@ -120,6 +129,24 @@ class GPTConfig:
     def with_dropout_of(self, other: "GPTConfig") -> "GPTConfig":
         """Return a copy with the probabilities of dropout of another configuration."""
         return replace(self, **{name: getattr(other, name) for name in DROPOUTS})
+
+    def with_prefix(self, tokens: int) -> "GPTConfig":
+        """Return a copy with another prefix. Prefix and context together keep their length.
+
+        Raises: ValueError if the context has no room for the prefix.
+        """
+        context = self.position_rows - tokens
+        if context < 1:
+            raise ValueError(
+                f"GPTConfig: prefix_tokens: expected less than the context of {self.position_rows} "
+                f"tokens, got {tokens}"
+            )
+        return replace(self, prefix_tokens=tokens, context_tokens=context)
+
+    @property
+    def position_rows(self) -> int:
+        """Number of positions: of the prefix, and of the context."""
+        return self.context_tokens + self.prefix_tokens
 
     @property
     def kv_heads(self) -> int:

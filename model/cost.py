@@ -28,6 +28,7 @@ from ..kernels.loss.chunks import block_rows
 from ..kernels.loss.linear_cross_entropy import cost
 from .config import DROPOUTS, GPTConfig
 from .layers import MLPS, NORMS
+from .lora import AdapterOptions, lora_layers, lora_parameters
 from .positions import POSITIONS
 from .recompute import RECOMPUTATIONS
 
@@ -48,7 +49,16 @@ def parameters(config: GPTConfig) -> int:
     if config.qk_norm:
         gains += config.n_layer * 2 * config.head_size
     tables = (1 if config.tied_head else 2) * config.vocab_size * D + positions(config)
-    return tables + matrices(config) + gains + biases
+    return tables + matrices(config) + gains + biases + _prefix_elements(config)
+
+
+def _prefix_elements(config: GPTConfig) -> int:
+    return config.prefix_tokens * config.n_layer * 2 * _kv_width(config)
+
+
+def _adapter_elements(config: GPTConfig, adapter: AdapterOptions | None) -> int:
+    """Return the number of trained elements if the model's own weights are frozen, else 0."""
+    return lora_parameters(config, adapter) + _prefix_elements(config)
 
 
 def check_size(path: Path, config: GPTConfig, *, bytes_per_parameter: float = 1 / 8) -> None:
@@ -77,7 +87,7 @@ def matrices(config: GPTConfig) -> int:
 
 def positions(config: GPTConfig) -> int:
     """Return the number of elements of the learned positions."""
-    return config.context_tokens * config.d_model if POSITIONS[config.position].has_table else 0
+    return config.position_rows * config.d_model if POSITIONS[config.position].has_table else 0
 
 
 def _kv_width(config: GPTConfig) -> int:
@@ -99,10 +109,15 @@ def attended_keys(config: GPTConfig, tokens: int) -> int:
     return window * (2 * tokens - window) // tokens
 
 
-def flops_per_token(config: GPTConfig, tokens: int) -> int:
-    """Return the FLOPs of forward and backward per token, in sequences of `tokens`."""
+def flops_per_token(config: GPTConfig, tokens: int, adapter: AdapterOptions | None = None) -> int:
+    """Return the FLOPs of forward and backward per token, in sequences of `tokens`.
+
+    With LoRA, frozen weights cost 4 and not 6 per element: they have no gradient.
+    """
     attention = 12 * config.n_layer * config.d_model * attended_keys(config, tokens)
-    return 6 * matmul_parameters(config) + attention
+    trained = _adapter_elements(config, adapter)
+    per_weight = 4 if trained else 6
+    return per_weight * matmul_parameters(config) + 6 * trained + attention
 
 
 def activation_bytes(
@@ -192,6 +207,7 @@ def step_bytes(
     accumulates: bool,
     recompute: str = "none",
     block_matrix_state_bytes: int = _ADAMW_STATE_BYTES,
+    adapter: AdapterOptions | None = None,
 ) -> dict[str, int]:
     """Return the bytes allocated at the fullest moment of a training step, by part.
 
@@ -214,14 +230,25 @@ def step_bytes(
         recompute: mode of activation checkpointing.
         block_matrix_state_bytes: bytes of optimizer state per element of the blocks' matrices. All
             other parameters have the state of AdamW.
+        adapter: LoRA. Then only its matrices have gradients and optimizer state.
     Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
     """
     weights = _weight_bytes(config)
-    saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
-    moments = _moments(config, batch, tokens, itemsize, accumulates, recompute)
+    trained = _adapter_elements(config, adapter)
+    if trained:
+        of_prefix = _ADAMW_STATE_BYTES * _prefix_elements(config)
+        optimizer = block_matrix_state_bytes * lora_parameters(config, adapter) + of_prefix
+    else:
+        saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
+        optimizer = 2 * weights - saved_state
+    moments = _moments(config, batch, tokens, itemsize, accumulates, recompute, adapter)
     names = ("copies", "gradients", "activations", "head", "temporaries")
     parts = dict(zip(names, max(moments, key=sum), strict=True))
-    return {"weights": weights, "optimizer": 2 * weights - saved_state, **parts}
+    return {
+        "weights": weights + 4 * lora_parameters(config, adapter),
+        "optimizer": optimizer,
+        **parts,
+    }
 
 
 def _weight_bytes(config: GPTConfig) -> int:
@@ -232,16 +259,31 @@ def _weight_bytes(config: GPTConfig) -> int:
 
 
 def _moments(
-    config: GPTConfig, batch: int, tokens: int, itemsize: int, accumulates: bool, recompute: str
+    config: GPTConfig,
+    batch: int,
+    tokens: int,
+    itemsize: int,
+    accumulates: bool,
+    recompute: str,
+    adapter: AdapterOptions | None,
 ) -> list[tuple[int, ...]]:
     """Return (copies, gradients, activations, head, temporaries) at the four moments of a step."""
     N = batch * tokens
     D = config.d_model
     weights = _weight_bytes(config)
     embedding = 4 * config.padded_vocab_size * D
+    tables = embedding * (1 if config.tied_head else 2) + 4 * positions(config)
     kept_head = _head_bytes(config, N, itemsize)
     activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept_head
-    copies = itemsize * matrices(config) if itemsize < 4 else 0
+    in_layers = matrices(config) + lora_parameters(config, adapter)
+    copies = itemsize * in_layers if itemsize < 4 else 0
+    trained = _adapter_elements(config, adapter)
+    if trained:
+        # Only the adapter has gradients. The head keeps the gradient of its input alone.
+        weights = 4 * trained
+        embedding = tables = 0
+        kept_head = itemsize * N * D
+        activations += N * _lora_bytes(config, itemsize, adapter or AdapterOptions())
     before = weights if accumulates else 0
 
     # 1. the head. Its forward also holds the output of the final norm and the last branch. Its
@@ -263,7 +305,6 @@ def _moments(
 
     # 3. the backward of the first block
     others = (config.n_layer - 1) / config.n_layer
-    tables = embedding * (1 if is_tied else 2) + 4 * positions(config)
     gradients = before or int(others * (weights - tables))
     first_block = (copies, gradients, int((1 - others) * activations), scaled, recomputed + mlp)
 
@@ -273,6 +314,22 @@ def _moments(
     extra_embeddings = (2 if accumulates else 1) - (0 if is_tied else 1)
     end = (copies, weights, 0, embedding * extra_embeddings, 4 * N * D)
     return [head, last_block, first_block, end]
+
+
+def _lora_bytes(config: GPTConfig, itemsize: int, adapter: AdapterOptions) -> int:
+    """Return the bytes per token that LoRA keeps for its backward: an upper bound.
+
+    Each layer keeps its input times A, and with dropout its dropped input and a mask of 1 byte per
+    element. The MLP of a layer with LoRA keeps its hidden tensors without fusion: SwiGLU has two
+    more.
+    """
+    layers = lora_layers(config, adapter.lora_targets) if adapter.lora else {}
+    total = len(layers) * adapter.lora * itemsize
+    if adapter.lora_dropout:
+        total += sum(n_in for _, n_in in layers.values()) * (itemsize + 1)
+    if config.mlp == "swiglu" and any(".mlp." in name for name in layers):
+        total += 2 * config.n_layer * config.d_feedforward * itemsize
+    return total
 
 
 def _logits_bytes(config: GPTConfig, N: int, itemsize: int) -> int:

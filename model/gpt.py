@@ -17,6 +17,7 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,18 @@ from torch import Tensor, nn
 from ..kernels import embedding, linear, linear_cross_entropy
 from .attention import check_attention_options, choose_attention
 from .config import DROPOUTS, GPTConfig
-from .context import Branch, ForwardContext, dropout_seeds
+from .context import Branch, ForwardContext, adapter_seeds, dropout_seeds
 from .generation import KVCache, Prefill, generate
 from .hub import download, is_hub_name
 from .init import init_weights
 from .layers import MLPS, NORMS, Attention
 from .positions import POSITIONS, rope_tables, sinusoidal_table
+from .prefix import prefix_shape
 from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
+
+if TYPE_CHECKING:
+    from .lora import AdapterOptions
 
 
 class Block(nn.Module):
@@ -53,7 +58,7 @@ class Block(nn.Module):
         y, stream = self.ln_1(branch, stream, context.branch_dropout(3 * self.layer))
         branch = self.attn(y, context, self.layer)
         y, stream = self.ln_2(branch, stream, context.branch_dropout(3 * self.layer + 2))
-        return self.mlp(y), stream
+        return self.mlp(y, context.adapter_seeds_of(self.layer)[2:]), stream
 
 
 class GPT(nn.Module):
@@ -65,6 +70,7 @@ class GPT(nn.Module):
         recompute: a row of RECOMPUTATIONS, the mode of activation checkpointing.
     Attributes:
         compute_dtype: dtype of the residual stream in the blocks. None: dtype of the embedding.
+        adapter: the options of LoRA if add_lora changed the model, or None.
     Raises: ValueError if the attention is unknown, not installed or does not support an option of
         the model, or if the mode of activation checkpointing is unknown or does not fit the MLP.
     """
@@ -77,12 +83,13 @@ class GPT(nn.Module):
         self.attention = choose_attention(attention)
         self._attention_name = attention
         self.compute_dtype: torch.dtype | None = None
+        self.adapter: AdapterOptions | None = None
         self._run_block = RECOMPUTATIONS[recompute].run_block
         self._position = POSITIONS[config.position]
 
         self.wte = _embedding(config.padded_vocab_size, config.d_model)
         if self._position.has_table:
-            self.wpe = _embedding(config.context_tokens, config.d_model)
+            self.wpe = _embedding(config.position_rows, config.d_model)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         if RECOMPUTATIONS[recompute].in_mlp:
             for block in self.h:
@@ -92,6 +99,10 @@ class GPT(nn.Module):
         if self._has_own_head:
             # An embedding and not a Linear: its weight stays float32, and Muon does not train it.
             self.lm_head = _embedding(config.padded_vocab_size, config.d_model)
+        # Trained keys and values before each sequence: see prefix.py.
+        self.prefix: nn.Parameter | None = None
+        if config.prefix_tokens:
+            self.prefix = nn.Parameter(torch.empty(prefix_shape(config)))
         init_weights(self, config.n_layer)
 
     def forward(
@@ -157,9 +168,11 @@ class GPT(nn.Module):
         _check_tokens(tokens, config.vocab_size)
 
         # embedding, and the weight of the head
-        position = _positions(tokens, cu_seqlens, cache)
+        position = _positions(tokens, cu_seqlens, cache, config.prefix_tokens)
         is_plain = position.ndim == 1  # positions 0 ... T - 1 in each sequence
-        seeds = self._seeds(dropout_seed, tokens.device) if cache is None else None
+        seeds, of_adapters = None, None
+        if cache is None and self.training and self.has_dropout:
+            seeds, of_adapters = self._seeds(dropout_seed, tokens.device)
         stream, head = self._embed(tokens, None if is_plain else position, token_order, seeds)
         rope = None
         if self._position.rotates:
@@ -168,7 +181,12 @@ class GPT(nn.Module):
         # blocks
         branch = None
         dropout = (config.dropout, config.attention_dropout, seeds)
-        context = ForwardContext((B, T), cu_seqlens, rope, cache, self.attention, *dropout)
+        context = ForwardContext(
+            (B, T), cu_seqlens, rope, cache, self.attention, *dropout, adapter_seeds=of_adapters
+        )
+        if self.prefix is not None and (cache is None or cache.is_prefill):
+            context = context._replace(prefix=self.prefix)
+
         for block in self.h:
             branch, stream = self._run_block(block, branch, stream, context)
         if cache is not None:
@@ -201,14 +219,29 @@ class GPT(nn.Module):
         softcap = self.config.head_softcap
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
-    def _seeds(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
-        """Return the seeds of all dropout masks, or None if nothing is dropped."""
-        if not self.training or not any(getattr(self.config, name) for name in DROPOUTS):
-            return None
+    @property
+    def has_dropout(self) -> bool:
+        """Whether elements are dropped in training."""
+        return self._has_own_dropout or self._has_adapter_dropout
+
+    @property
+    def _has_own_dropout(self) -> bool:
+        return any(getattr(self.config, name) for name in DROPOUTS)
+
+    @property
+    def _has_adapter_dropout(self) -> bool:
+        return self.adapter is not None and self.adapter.lora_dropout > 0
+
+    def _seeds(
+        self, seed: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the seeds of all dropout masks: the model's own, and LoRA's. None: no dropout."""
         check_attention_options(self._attention_name, self.config)
         if seed is None:
             seed = torch.randint(2**62, (), device=device)
-        return dropout_seeds(seed, self.config.n_layer)
+        n_layer = self.config.n_layer
+        own = dropout_seeds(seed, n_layer) if self._has_own_dropout else None
+        return own, adapter_seeds(seed, n_layer) if self._has_adapter_dropout else None
 
     def _embed(
         self,
@@ -225,7 +258,7 @@ class GPT(nn.Module):
         if self._position.has_table:
             table = self.wpe.weight
         elif self._position.is_sinusoidal:
-            rows = tokens.shape[1] if position is None else self.config.context_tokens
+            rows = tokens.shape[1] if position is None else self.config.position_rows
             table = sinusoidal_table(rows, self.config.d_model, tokens.device)
             table = table.to(self.wte.weight.dtype)
         options = {
@@ -249,6 +282,10 @@ class GPT(nn.Module):
                 f"GPT: context_tokens is {self.config.context_tokens}, got {length} tokens; "
                 "shorten the input"
             )
+        if cu_seqlens is not None and self.prefix is not None:
+            raise ValueError(
+                "GPT: expected no cu_seqlens in a model with a prefix, got packed documents"
+            )
         if cu_seqlens is not None and cache is not None:
             raise ValueError(
                 "GPT: expected cu_seqlens or a cache, got both; "
@@ -256,11 +293,6 @@ class GPT(nn.Module):
             )
 
     generate = generate
-
-    def empty_copy(self) -> "GPT":
-        """Return a model of the same class and shape. Its weights are on the meta device."""
-        with torch.device("meta"):
-            return type(self)(self.config)
 
     @classmethod
     def from_pretrained(
@@ -329,10 +361,12 @@ def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 
 def _positions(
-    tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None
+    tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | Prefill | None, prefix_tokens: int
 ) -> Tensor:
     """Return 0 ... T - 1, or (B, T), the position of each token in its document or sequence."""
     B, T = tokens.shape
+    if prefix_tokens and (cache is None or cache.is_prefill):
+        return torch.arange(prefix_tokens, prefix_tokens + T, device=tokens.device).repeat(B, 1)
     if cache is not None:
         return cache.positions(T)
     if cu_seqlens is None:

@@ -8,11 +8,13 @@ Shapes     x, y and stream (B T, D): B sequences, T tokens, D = d_model; F = d_f
            torch.nn.Linear; the published GPT-2 checkpoints store (in, out).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
@@ -35,20 +37,29 @@ if TYPE_CHECKING:
 
 # The hidden width of SwiGLU is a multiple of this. Tensor cores and shards prefer aligned sizes.
 FEEDFORWARD_MULTIPLE = 64
+# Seeds of the dropout of LoRA in an MLP: of the layers that read x, and of the last layer.
+Seeds = tuple[Tensor | None, Tensor | None]
+NO_SEEDS: Seeds = (None, None)
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias. init.py fills the parameters."""
+    """x @ weight.T + bias. init.py fills the parameters.
+
+    A LoraLinear (lora.py) can take its place. `seed` is the seed of that layer's dropout.
+    """
+
+    is_plain = True
+    """Whether the output is x @ weight.T + bias, which fused operators compute."""
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def branch(self, x: Tensor) -> Branch:
+    def branch(self, x: Tensor, seed: Tensor | None = None) -> Branch:
         """Return the layer's output as a branch."""
         bias, added_bias = self.split_bias()
         return Branch(linear(x, self.weight, bias), added_bias)
@@ -193,19 +204,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext, layer: int) -> Branch:
         options = self._options(context, layer)
+        qkv_seed, projection_seed = context.adapter_seeds_of(layer)[:2]
         attend_packed = context.attention.attend_packed
         keeps_qkv = context.rope is None and context.cache is None and self.q_norm is None
+        keeps_qkv = keeps_qkv and context.prefix is None
         if keeps_qkv and attend_packed is not None:
             # The backward of attention also computes the gradient of the bias of c_attn.
-            qkv, added_bias = self.c_attn.branch(x)
+            qkv, added_bias = self.c_attn.branch(x, qkv_seed)
             qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
             o = attend_packed(
                 qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias, options
             )
-            return self.c_proj.branch(o.flatten(0, 1))
+            return self.c_proj.branch(o.flatten(0, 1), projection_seed)
 
-        qkv = self.c_attn(x).unflatten(0, context.sizes)
+        qkv = self.c_attn(x, qkv_seed).unflatten(0, context.sizes)
         q, k, v = self._split(qkv, context.rope)
+        if context.prefix is not None:
+            k, v = self._after_prefix(k, v, context.prefix, layer)
         lengths = None
         if context.cache is not None:
             k, v, lengths = context.cache.extend(layer, k, v)  # k, v (B, S, G, K)
@@ -213,7 +228,16 @@ class Attention(nn.Module):
             o = context.attention.attend(q, k, v, context.cu_seqlens, options)
         else:
             o = attention_decode(q, k, v, lengths, window=self.window, softcap=self.softcap)
-        return self.c_proj.branch(o.reshape(len(x), -1))
+        return self.c_proj.branch(o.reshape(len(x), -1), projection_seed)
+
+    def _after_prefix(
+        self, k: Tensor, v: Tensor, prefix: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, P + T, G, K): those of the prefix, then k and v."""
+        B, _, G, K = k.shape
+        both = prefix.unflatten(1, (-1, 2, G, K))[:, layer].to(k.dtype)  # (P, 2, G, K)
+        first = both.expand(B, *both.shape).unbind(2)
+        return torch.cat((first[0], k), dim=1), torch.cat((first[1], v), dim=1)
 
     def _options(self, context: ForwardContext, layer: int) -> AttentionOptions:
         options = AttentionOptions(window=self.window, softcap=self.softcap)
@@ -254,6 +278,7 @@ class MLP(nn.Module):
     """
 
     operator = staticmethod(gelu_mlp)
+    activation = staticmethod(functools.partial(F.gelu, approximate="tanh"))
     recompute = False
 
     def __init__(self, config: "GPTConfig"):
@@ -261,9 +286,12 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.d_model, config.d_feedforward, bias=config.bias)
         self.c_proj = Linear(config.d_feedforward, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Branch:
+    def forward(self, x: Tensor, seeds: Seeds = NO_SEEDS) -> Branch:
         c_fc = self.c_fc
         c_proj = self.c_proj
+        if not (c_fc.is_plain and c_proj.is_plain):
+            a = self.activation(c_fc(x, seeds[0]))
+            return c_proj.branch(a, seeds[1])
         bias, added_bias = c_proj.split_bias()
         y = self.operator(x, c_fc.weight, c_fc.bias, c_proj.weight, bias, recompute=self.recompute)
         return Branch(y, added_bias)
@@ -273,6 +301,10 @@ class SquaredReLUMLP(MLP):
     """Two linear layers with relu(x)^2 between them."""
 
     operator = staticmethod(relu2_mlp)
+
+    @staticmethod
+    def activation(h: Tensor) -> Tensor:
+        return F.relu(h).square()
 
 
 class GatedMLP(nn.Module):
@@ -284,9 +316,14 @@ class GatedMLP(nn.Module):
         self.c_fc = Linear(config.d_model, config.d_feedforward, bias=False)
         self.c_proj = Linear(config.d_feedforward, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Branch:
-        y = swiglu_mlp(x, self.c_gate.weight, self.c_fc.weight, self.c_proj.weight)
-        return Branch(y, None)
+    def forward(self, x: Tensor, seeds: Seeds = NO_SEEDS) -> Branch:
+        c_gate = self.c_gate
+        c_fc = self.c_fc
+        c_proj = self.c_proj
+        if not (c_gate.is_plain and c_fc.is_plain and c_proj.is_plain):
+            a = F.silu(c_gate(x, seeds[0])) * c_fc(x, seeds[0])
+            return c_proj.branch(a, seeds[1])
+        return Branch(swiglu_mlp(x, c_gate.weight, c_fc.weight, c_proj.weight), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,12 @@ from ..errors import names_file
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def safetensors_header(tensors: dict[str, Tensor]) -> bytes:
-    """Return all bytes before those of the first tensor."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+def safetensors_header(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Return all bytes before those of the first tensor.
+
+    Args: metadata: more entries of the header's `__metadata__`.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, value in tensors.items():
         begin = end
@@ -43,18 +46,24 @@ def flat_bytes(value: Tensor) -> Tensor:
     return value.detach().contiguous().flatten().view(torch.uint8)
 
 
-def safetensors_pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_pieces(
+    tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a file: the header, then one piece per tensor.
 
-    Args: tensors: in any layout, on any device. They must not change before the last piece.
+    Args:
+        tensors: in any layout, on any device. They must not change before the last piece.
+        metadata: as for safetensors_header.
     """
-    yield safetensors_header(tensors)
+    yield safetensors_header(tensors, metadata)
     for value in tensors.values():
         yield flat_bytes(value.cpu()).numpy().data
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors in any layout, on any device."""
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors in any layout, on any device. metadata: as for safetensors_header."""
     with names_file(path), open(path, "wb") as file:
-        for piece in safetensors_pieces(tensors):
+        for piece in safetensors_pieces(tensors, metadata):
             file.write(piece)

@@ -10,7 +10,6 @@ read at a time, so memory holds the model once.
 """
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError, names_file
+from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
 from ._labels import class_fields, labels_in
 from .config import GPTConfig
 from .cost import check_size
+from .folder import new_folder, write_json
 from .safetensors_file import DTYPES, write_safetensors
 
 if TYPE_CHECKING:
@@ -307,12 +307,6 @@ def tensors_of(
             yield prefix + part_name, part.detach()
 
 
-def check_new_folder(folder: Path) -> None:
-    """Raise InputError unless the folder is empty or does not exist."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: expected a new or empty folder; choose another name")
-
-
 def write_folder(
     folder: Path,
     weights: dict[str, Tensor],
@@ -337,13 +331,7 @@ def write_folder(
     """
     kind = family_of(config)
     family = FAMILIES[kind]
-    check_new_folder(folder)
-    folder = folder.resolve()
-    parents = [parent for parent in folder.parents if not parent.exists()]
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder) as temporary:
         dtype = _write_weights(temporary, tensors_of(weights, config, family), max_shard_bytes)
         tokens = token_ids or {}
         fields = {
@@ -355,17 +343,9 @@ def write_folder(
             "torch_dtype": dtype,  # the name before transformers 5
             "use_cache": True,
         }
-        _write_json(temporary / "config.json", fields)
-        _write_json(temporary / "generation_config.json", tokens)
+        write_json(temporary / "config.json", fields)
+        write_json(temporary / "generation_config.json", tokens)
         add_files(temporary)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in parents:
-            parent.rmdir()
-        raise
 
 
 def _write_weights(
@@ -388,12 +368,7 @@ def _write_weights(
         }
         total = sum(value.nbytes for shard in shards for value in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / f"{_SAFETENSORS}.index.json", index)
+        write_json(folder / f"{_SAFETENSORS}.index.json", index)
     for file, shard in zip(files, shards, strict=True):
         write_safetensors(folder / file, shard)
     return str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with names_file(path):
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

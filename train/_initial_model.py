@@ -6,8 +6,11 @@ import torch
 
 from ..errors import InputError
 from ..model import GPT, GPTConfig
+from ..model.lora import add_lora, freeze
+from ..model.prefix import add_prefix
 from .config import TrainConfig
 from .finetune.data import TaskData, model_options
+from .finetune.start import with_prefix
 from .run.models import open_model
 
 # A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
@@ -22,14 +25,26 @@ def initial_model(config: TrainConfig, data: TaskData) -> GPT:
     _check(config, data)
     torch.manual_seed(config.seed)
     model = open_model(Path(config.init_from)).load(**model_options(config)).float()
+    if config.model.prefix_tokens:
+        add_prefix(model, config.model.prefix_tokens)
     model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
-    return data.adapt(model, config).train()
+    return _with_adapter(data.adapt(model, config), config).train()
 
 
 def new_model(config: TrainConfig, data: TaskData, shape: GPTConfig) -> GPT:
     """Return a model of the run's task with new weights."""
     torch.manual_seed(config.seed)
-    return data.new_model(config, shape)
+    return _with_adapter(data.new_model(config, shape), config)
+
+
+def _with_adapter(model: GPT, config: TrainConfig) -> GPT:
+    """Give the model the LoRA of the run, or freeze all but its prefix, if there is any."""
+    if config.model.prefix_tokens:
+        freeze(model)
+    if config.adapter.lora:
+        torch.manual_seed(config.seed)
+        add_lora(model, config.adapter)
+    return model
 
 
 def _check(config: TrainConfig, data: TaskData) -> None:
@@ -37,7 +52,7 @@ def _check(config: TrainConfig, data: TaskData) -> None:
     trained = open_model(Path(config.init_from))
     # Dropout is an option of the run, not of the model.
     found = config.gpt(trained.config.vocab_size)
-    expected = trained.config.with_dropout_of(found)
+    expected = with_prefix(trained.config.with_dropout_of(found), found.prefix_tokens)
     if expected != found:
         raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
     tokenizer = data.tokenizer

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, InterruptedRun
-from ..model import GPT, GPTClassifier
+from ..model import GPT, GPTClassifier, GPTConfig
 from ..model.generation import Sampling
-from .config import TrainConfig
+from .config import ExecutionOptions, ReportOptions, TrainConfig
 from .data.tokenizer import Tokenizer
 from .device import choose_device, choose_matmul
 from .evaluate import Evaluation
@@ -31,6 +31,7 @@ from .finetune.start import finetune_config
 from .loop import resume, start
 from .new_run import new_config
 from .recipes import default_recipe, recipe
+from .records import check_types
 from .run.folder import create_free_folder
 from .run.metrics import read_lines
 from .run.models import SavedModel, open_model
@@ -165,7 +166,10 @@ def load(run_or_folder: str | Path) -> Run:
 
 
 def _as_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Turn lists into tuples, paths into texts, and one path of `data` into a tuple."""
+    """Turn lists into tuples, paths into texts, and one path of `data` into a tuple.
+
+    Raises: InputError for a value of the wrong type.
+    """
     found = {}
     for name, value in options.items():
         if name == "data" and isinstance(value, str | Path):
@@ -173,6 +177,8 @@ def _as_options(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list | tuple):
             value = tuple(str(each) if isinstance(each, Path) else each for each in value)
         found[name] = str(value) if isinstance(value, Path) else value
+    for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions):
+        check_types(found, part)
     return found
 
 

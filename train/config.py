@@ -4,6 +4,7 @@
       .model            GPTConfig, the shape of the model; vocab_size follows from the tokenizer
       .execution        ExecutionOptions: device, precision, ...; results agree to rounding
       .report           ReportOptions: what the run writes, and when
+      .adapter          AdapterOptions: LoRA, small weights that are trained alone
       .task_options     the options of the task: finetune/tasks.py
 
 Options have flat names on the command line and in config.json: `n_layer`, not `model.n_layer`.
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from ..errors import InputError, unknown_name
 from ..model import GPTConfig
 from ..model.attention import ATTENTIONS, check_attention_options
+from ..model.lora import AdapterOptions
 from ..model.recompute import RECOMPUTATIONS, check_recompute
 from .finetune.tasks import TASKS, TaskOptions, option_names, task_named
 from .optim import OPTIMIZERS
@@ -148,6 +150,7 @@ class TrainConfig:
     max_bad_steps: int = 5
     """Bad steps in a row after which the run goes back to a checkpoint. 0: never."""
 
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
     task_options: TaskOptions = field(default_factory=TaskOptions)
@@ -234,6 +237,7 @@ class TrainConfig:
         # Replace the nested parts first, then the options of the TrainConfig itself.
         parts = {
             "model": self.model,
+            "adapter": self.adapter,
             "execution": self.execution,
             "report": self.report,
             "task_options": self.task_options,
@@ -279,7 +283,7 @@ def named_files(report: ReportOptions) -> dict[str, dict[str, str]]:
 
 def _names(part: type) -> list[str]:
     """Return the options that are fields of `part` itself. vocab_size is not an option."""
-    nested = ("model", "execution", "report", "task_options", "vocab_size")
+    nested = ("model", "adapter", "execution", "report", "task_options", "vocab_size")
     return [each.name for each in fields(part) if each.name not in nested]
 
 
@@ -292,6 +296,7 @@ def _task_option_names() -> set[str]:
 PART_OF = {
     **dict.fromkeys(_names(TrainConfig), lambda config: config),
     **dict.fromkeys(_names(GPTConfig), lambda config: config.model),
+    **dict.fromkeys(_names(AdapterOptions), lambda config: config.adapter),
     **dict.fromkeys(_names(ExecutionOptions), lambda config: config.execution),
     **dict.fromkeys(_names(ReportOptions), lambda config: config.report),
     **dict.fromkeys(sorted(_task_option_names()), lambda config: config.task_options),

@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON
 from ..model.attention import choose_attention
+from ..model.lora import check_adapter
 from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
 from .distributed.engines import ENGINES, SingleProcess
@@ -75,8 +76,32 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
     )
     check_attention(config.execution.attention, device, dtype)
     check_optimizer(config.optimizer, world.tensor_ranks)
+    _check_adapter(config, world)
     execution.engine.check(config.gpt(vocab_size=1), execution)
     return execution
+
+
+def _check_adapter(config: TrainConfig, world: World) -> None:
+    """Raise InputError if LoRA or prefix tuning does not fit the other options."""
+    check_adapter(config.adapter, config.model, config.execution.recompute)
+    names = {"lora": config.adapter.lora, "prefix_tokens": config.model.prefix_tokens}
+    for name in (name for name, value in names.items() if value):
+        if config.init_from is None:
+            raise InputError(
+                f"{name}: expected a trained model to start from, got none; name it with "
+                "`init_from`"
+            )
+        if world.tensor_ranks > 1:
+            raise InputError(
+                f"{name}: expected 1 tensor rank, got {world.tensor_ranks}; use --tensor-parallel 1"
+            )
+    if not config.model.prefix_tokens:
+        return
+    if config.adapter.lora:
+        raise InputError("prefix_tokens: expected no LoRA with a prefix, got both; leave one out")
+    if config.document_mask or getattr(config.task_options, "packing", False):
+        option = "document_mask" if config.document_mask else "packing"
+        raise InputError(f"prefix_tokens: expected `{option}` off, because documents are packed")
 
 
 def compiles_on(device: torch.device) -> bool:
@@ -129,6 +154,7 @@ def _micro_batch(
             itemsize=dtype.itemsize,
             recompute=config.execution.recompute,
             optimizer=config.optimizer,
+            adapter=config.adapter,
         )
     if micro_batch in (None, "auto"):
         micro_batch = per_rank

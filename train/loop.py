@@ -149,6 +149,7 @@ def _train(
         world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
 
     # The data, and the metrics of its steps.
+    data.begin(run, engine, config, first)
     loader = data.loader(config, execution)
     metrics = _open_metrics(config, run, engine, loader.context_tokens, first)
     if execution.is_compiled:
@@ -193,7 +194,7 @@ def _open_metrics(
         start=first,
         steps=config.steps,
         tokens_per_step=config.batch_size * row_tokens,
-        flops_per_token=flops_per_token(engine.model.config, row_tokens),
+        flops_per_token=flops_per_token(engine.model.config, row_tokens, config.adapter),
         device=engine.execution.device,
         compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,

@@ -1,11 +1,13 @@
 """The memory that a step needs, and the largest micro-batch that fits."""
 
 import os
+from typing import Any
 
 import torch
 
 from ..model import GPTConfig
 from ..model.cost import step_bytes
+from ..model.lora import AdapterOptions
 from .optim import OPTIMIZERS
 
 # Estimate: a CUDA context with the code and workspaces of libraries, or Python with PyTorch.
@@ -26,12 +28,14 @@ def memory(
     accumulates: bool,
     recompute: str,
     optimizer: str,
+    adapter: AdapterOptions | None = None,
 ) -> dict[str, float]:
     """Return the peak bytes during a step, by part.
 
     Args:
         itemsize: bytes per element of matmul operands.
         accumulates: whether a step has several micro-batches, or gradients stay in buckets.
+        adapter: LoRA, or None.
     """
     parts = step_bytes(
         model,
@@ -41,6 +45,7 @@ def memory(
         accumulates=accumulates,
         recompute=recompute,
         block_matrix_state_bytes=OPTIMIZERS[optimizer].block_matrix_state_bytes,
+        adapter=adapter,
     )
     return {**parts, "process": PROCESS_BYTES}
 
@@ -71,7 +76,7 @@ def device_bytes(device: torch.device, processes: int) -> int:
 
 
 def largest_micro_batch(
-    model: GPTConfig, sequences: int, *, memory_bytes: int, itemsize: int, **options: str
+    model: GPTConfig, sequences: int, *, memory_bytes: int, itemsize: int, **options: Any
 ) -> int:
     """Return the largest micro-batch that fits and divides the sequences of a step. At least 1.
 

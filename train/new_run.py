@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..model import GPTConfig
 from .config import TrainConfig
 from .data.prepare import is_dataset
+from .finetune.start import with_prefix
 from .run.models import open_model
 
 
@@ -47,10 +48,11 @@ def new_config(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
 def _start_from(config: TrainConfig, default: GPTConfig, given: Collection[str]) -> TrainConfig:
     """Give the run the shape and the tokenizer of the model that it starts from."""
     trained = open_model(Path(config.init_from))
-    shape = trained.config.with_dropout_of(config.model)
+    own = trained.config.with_dropout_of(config.model)
+    shape = with_prefix(own, config.model.prefix_tokens)
     for each in fields(shape):
-        value, expected = getattr(config.model, each.name), getattr(shape, each.name)
-        if value not in (expected, getattr(default, each.name)):
+        value, expected = getattr(config.model, each.name), getattr(own, each.name)
+        if value not in (expected, getattr(shape, each.name), getattr(default, each.name)):
             raise InputError(
                 f"{each.name}: expected {expected}, as in {config.init_from}, got {value}; "
                 "leave it out"

@@ -11,6 +11,7 @@ Step time  a range: the time at good rates and the time at poor rates. A rate is
            parameters, and N without those that are only looked up:
     matmuls       6 N n / (rate x bf16 peak); plus 2 n per weight of the blocks for each
                   time that activation checkpointing recomputes them
+                  LoRA: 4 N n, plus 6 n per weight of LoRA, and P is the number of LoRA's weights
     attention     7 L D S n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each 2 D S
                   FLOPs over the visible half; plus 2 L D S n for each recomputation. S = T, or
                   less with a window: see model/cost.py
@@ -30,7 +31,7 @@ Source     rates: public measurements, next to each constant. Tests compare the 
 import math
 import platform
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -44,6 +45,7 @@ from ..model.cost import (
     matrices,
     parameters,
 )
+from ..model.lora import AdapterOptions, check_adapter, lora_parameters
 from ..model.recompute import RECOMPUTATIONS
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
@@ -113,6 +115,10 @@ class PlanOptions:
     """Tokens per sequence. None: the recipe's."""
     recompute: Literal[tuple(RECOMPUTATIONS)] | None = None
     """Activation checkpointing. None: the recipe's."""
+    lora: int = 0
+    """Rank of LoRA. 0: train all weights."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers with LoRA, such as c_attn. Default: all linear layers of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,8 @@ class Plan:
     """Tokens to train on."""
     recompute: str = "none"
     optimizer: str = "adamw"
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    """LoRA. Rank 0: all weights are trained."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -162,6 +170,7 @@ class Plan:
             accumulates=accumulates,
             recompute=self.recompute,
             optimizer=self.optimizer,
+            adapter=self.adapter,
         )
 
     def fits(self, micro_batch: int) -> bool:
@@ -198,7 +207,8 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
     """Seconds per step at poor (quality 0) or good (1) rates; terms as at the top of this file."""
     model = plan.model
     gpus = plan.machine.gpus
-    P = parameters(model)
+    lora = lora_parameters(model, plan.adapter)
+    P = lora or parameters(model)  # trained
     L = model.n_layer
     D = model.d_model
     n = plan.sequences * plan.context_tokens
@@ -210,16 +220,21 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
 
     # compute
     row = RECOMPUTATIONS[plan.recompute]
-    matmuls = 6 * matmul_parameters(model) + 2 * row.extra_matmul_forwards * matrices(model)
+    per_weight = 4 if lora else 6  # frozen weights have no gradient
+    matmuls = per_weight * matmul_parameters(model) + 6 * lora
+    matmuls += 2 * row.extra_matmul_forwards * matrices(model)
     keys = attended_keys(model, plan.context_tokens)
     attention = (7 + 2 * row.extra_attention_forwards) * L * D * keys
     compute = n * matmuls / matmul_flops + n * attention / attention_flops
 
     # memory traffic
     activations = n * (L * D * _LAYER_BYTES[quality] + model.vocab_size * _LOGIT_BYTES[quality])
-    update = P * _STEP_BYTES[quality] + matrices(model) * _CAST_BYTES
+    cast = lora or matrices(model)
+    update = P * _STEP_BYTES[quality] + cast * _CAST_BYTES
     table_bytes = _HEAD_BYTES + (0 if model.tied_head else _LOOKUP_BYTES)
-    accumulate = matrices(model) * _ACCUMULATE_BYTES + model.vocab_size * D * table_bytes
+    if lora:
+        table_bytes = _CAST_BYTES
+    accumulate = cast * _ACCUMULATE_BYTES + model.vocab_size * D * table_bytes
     traffic = (activations + update + micro_batches * accumulate) / bandwidth
 
     all_reduce = 2 * (gpus - 1) / gpus * 4 * P / link
@@ -249,6 +264,8 @@ def make_plan(options: PlanOptions) -> Plan:
     T = options.context_tokens or config.model.context_tokens
     recompute = options.recompute or config.execution.recompute
     config = config.with_options(context_tokens=T, recompute=recompute)
+    adapter = AdapterOptions(lora=options.lora, lora_targets=options.lora_targets)
+    check_adapter(adapter, config.model, recompute)
     machine = _machine(options.gpu, options.gpus)
 
     step = count_tokens("tokens_per_step", options.tokens_per_step) or config.batch_size * T
@@ -273,6 +290,7 @@ def make_plan(options: PlanOptions) -> Plan:
         tokens=count_tokens("tokens", options.tokens) or config.steps * step,
         recompute=recompute,
         optimizer=config.optimizer,
+        adapter=adapter,
     )
 
 
@@ -291,6 +309,7 @@ def plan_of_run(record: RunRecord, world: World) -> Plan:
         tokens=config.steps,
         recompute=config.execution.recompute,
         optimizer=config.optimizer,
+        adapter=config.adapter,
     )
 
 

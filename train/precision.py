@@ -76,15 +76,20 @@ def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return working
 
 
-def refresh(working: nn.Module, model: nn.Module) -> None:
-    """Cast the weights of `model` into its working copy again, after they changed."""
+def refresh(working: nn.Module, model: nn.Module, *, trained_only: bool = False) -> None:
+    """Cast the weights of `model` into its working copy again, after they changed.
+
+    Args: trained_only: leave out frozen weights, which a step does not change.
+    """
     if working is model:
         return
     pairs = [
         (narrow, master)
         for narrow, master in zip(working.parameters(), model.parameters(), strict=True)
-        if narrow is not master
+        if narrow is not master and (master.requires_grad or not trained_only)
     ]
+    if not pairs:
+        return
     narrow, masters = zip(*pairs, strict=True)
     with torch.no_grad():
         torch._foreach_copy_(narrow, masters)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.config import DROPOUTS
 from .config import TrainConfig
 from .cuda_graph import Recorded
 from .data.loader import Batch
@@ -121,7 +120,7 @@ class Trainer:
         It is a function of the arguments and the run's seed, so a resumed run drops the same.
         None: the model drops nothing.
         """
-        if not any(getattr(self.model.config, name) for name in DROPOUTS):
+        if not self.model.has_dropout:
             return None
         state = np.random.SeedSequence((self.seed, step, row)).generate_state(1, np.uint64)
         return int(state[0]) >> 2  # less than 2^62
@@ -129,7 +128,7 @@ class Trainer:
     def update(self, lr: float) -> Tensor:
         """Take an optimizer step. Returns: the gradient norm, as Optimizer.update does."""
         grad_norm = self.optimizer.update(lr, self._loss)
-        self.engine.refresh_working()
+        self.engine.refresh_working(trained_only=True)
         return grad_norm
 
     def is_finite(self) -> bool:

@@ -26,8 +26,8 @@ class KVCache:
         capacity: largest number of tokens per sequence. Default: config.context_tokens.
         device: of the model.
     Attributes:
-        keys, values: (L, B, capacity, G, K), in the dtype of the first keys. None until the
-            first forward.
+        keys, values: (L, B, prefix + capacity, G, K), in the dtype of the first keys. None until
+            the first forward.
         lengths: (B,) int32, number of tokens of each sequence.
         host_lengths: the same numbers on the host.
         is_active: (B,) int32, 1 for sequences that a forward makes longer, 0 for finished ones.
@@ -50,10 +50,13 @@ class KVCache:
         self.host_lengths = [0] * batch_size
         self.is_active = torch.ones_like(self.lengths)
         self._config = config
-        self._shape = (config.n_layer, batch_size, self.capacity, config.kv_heads, config.head_size)
+        # The first slots of each sequence hold the keys and values of the prefix.
+        self._prefix = config.prefix_tokens
+        slots = self._prefix + self.capacity
+        self._shape = (config.n_layer, batch_size, slots, config.kv_heads, config.head_size)
         self._finished: set[int] = set()
-        # Slot s of sequence b is row b * capacity + s of a layer's keys.
-        self._first_slots = torch.arange(batch_size, device=device)[:, None] * self.capacity
+        # Slot s of sequence b is row b * slots + s of a layer's keys.
+        self._first_slots = torch.arange(batch_size, device=device)[:, None] * slots
         self._slots: Tensor | None = None
         self._new_lengths: Tensor | None = None
         self._head: Tensor | None = None
@@ -70,19 +73,20 @@ class KVCache:
                 f"KVCache: expected at most {self.capacity} tokens, got {self.longest + T}; "
                 "make a cache with a larger capacity"
             )
-        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        first = self.lengths[:, None] + self._prefix
+        return first + torch.arange(T, device=self.lengths.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v (B, T, G, K) of one layer after the tokens of each sequence.
 
-        Returns: all keys and all values of the layer, (B, capacity, G, K), and (B,) int32, how many
-            of them each sequence has.
+        Returns: all keys and all values of the layer, (B, prefix + capacity, G, K), and (B,) int32,
+            how many of them each sequence has.
         """
         self.allocate(k)
         if layer == 0:
             T = k.shape[1]
             self._slots = (self._first_slots + self.positions(T)).flatten()
-            self._new_lengths = self.lengths + T
+            self._new_lengths = self.lengths + (self._prefix + T)
         keys, values = self.keys[layer], self.values[layer]
         keys.flatten(0, 1).index_copy_(0, self._slots, k.flatten(0, 1))
         values.flatten(0, 1).index_copy_(0, self._slots, v.flatten(0, 1))
@@ -140,8 +144,9 @@ class KVCache:
         if self.keys is not None:
             copy.allocate(self.keys)
             index = torch.tensor(rows, device=device)
-            copy.keys[:, :, :kept] = self.keys[:, index, :kept]
-            copy.values[:, :, :kept] = self.values[:, index, :kept]
+            used = self._prefix + kept
+            copy.keys[:, :, :used] = self.keys[:, index, :used]
+            copy.values[:, :, :used] = self.values[:, index, :used]
         return copy
 
     def _write(self, rows: Sequence[int], lengths: Sequence[int], is_active: int) -> None:
@@ -176,7 +181,10 @@ class Prefill:
         return torch.arange(T, device=self._rows.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Write k, v (R, T, G, K) of one layer. Return them, for causal attention."""
+        """Write k, v (R, T, G, K) of one layer. Return them, for causal attention.
+
+        With a prefix, T counts its tokens too.
+        """
         self._cache.allocate(k)
         T = k.shape[1]
         self._cache.keys[layer, self._rows, :T] = k

@@ -72,8 +72,9 @@ class Decoder:
         device = self.tokens.device
         lengths = [len(tokens) - 1 for tokens in sequences]
         index = torch.tensor(rows, device=device)
-        if max(lengths):
-            padded = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        if max(lengths) or self.model.config.prefix_tokens:
+            # At least one column, so that the forward writes the prefix.
+            padded = torch.zeros(len(rows), max(1, *lengths), dtype=torch.int64)
             for row, tokens in zip(padded, sequences, strict=True):
                 row[: len(tokens) - 1] = torch.tensor(tokens[:-1])
             self.model(padded.to(device), cache=Prefill(self.cache, index))

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from tritium.kernels.core.device import CEILINGS
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import flops_per_token, step_bytes
+from tritium.model.lora import AdapterOptions, add_lora, lora_parameters
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
 from tritium.train.memory import RESERVE
@@ -36,6 +37,8 @@ def trained(config: GPTConfig, **options) -> tuple[Trainer, Callable[[], None]]:
     """Return a trainer after one step, and a function that runs one more step."""
     model = GPT(config, recompute=options.get("recompute", "none"))
     run = TrainConfig.from_options(**options)
+    if run.adapter.lora:
+        add_lora(model, run.adapter)
     trainer = single_trainer(model, run)
     batch = Batch(
         torch.randint(config.vocab_size, (run.batch_size, config.context_tokens + 1)),
@@ -126,6 +129,46 @@ def test_formula_matches_the_measured_peak(config, batch, micro_batch, precision
         config, batch_size=batch, micro_batch_size=micro_batch, precision=precision
     )
     assert 0.98 <= formula / peak <= 1.02
+
+
+LORA = {"lora": 4, "init_from": "a model"}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_lora_has_the_optimizer_state_and_gradients_of_the_formula(precision):
+    trainer, _ = trained(DEEP, batch_size=2, precision=precision, **LORA)
+    batch = Batch(torch.zeros(2, DEEP.context_tokens + 1, dtype=int), np.full(2, 128))
+    trainer.backward(batch)
+    gradients = sum(
+        each.grad.nbytes for each in trainer.model.parameters() if each.grad is not None
+    )
+    moments = sum(value.nbytes for value in states(trainer) if value.ndim)
+    itemsize = getattr(torch, precision).itemsize
+    adapter = AdapterOptions(lora=4)
+    parts = step_bytes(DEEP, 2, 128, itemsize, accumulates=True, adapter=adapter)
+    assert parts["gradients"] == gradients == 4 * lora_parameters(DEEP, adapter)
+    assert parts["optimizer"] == moments == 2 * gradients
+    assert parts["weights"] == sum(each.nbytes for each in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (DEEP, {}),
+        (LARGE_VOCABULARY, {}),
+        pytest.param(DEEP, {"lora_dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param(DEEP, {"recompute": "block"}, marks=pytest.mark.slow),
+        pytest.param(LLAMA, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_lora_needs_at_most_the_memory_of_the_formula(config, options, library_defaults):
+    run = TrainConfig.from_options(**LORA | options)
+    sizes = (config, 4, config.context_tokens, 4)
+    formula = step_bytes(
+        *sizes, accumulates=False, adapter=run.adapter, recompute=run.execution.recompute
+    )
+    peak = measured_peak(config, batch_size=4, **LORA | options)
+    assert 1.0 <= sum(formula.values()) / peak <= 1.25
 
 
 @pytest.mark.parametrize(

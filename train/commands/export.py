@@ -9,9 +9,13 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from ...model.config import DROPOUTS
+from ...errors import InputError
+from ...model.config import OPTIONS_OF_RUN
 from ...model.cost import parameters
-from ...model.weights import check_new_folder, write_folder
+from ...model.folder import check_new_folder
+from ...model.lora import base_sha256, save_adapter
+from ...model.prefix import save_prefix
+from ...model.weights import write_folder
 from ..config import TrainConfig
 from ..data.published_tokenizer import PublishedTokenizer, files_in
 from ..data.tokenizer import EXPORTED_TOKENIZER
@@ -34,6 +38,8 @@ class ExportOptions:
     """New folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in the folder. auto: as they are, so that no bit changes."""
+    adapter: bool = False
+    """Write only the LoRA or the prefix of a run, as a folder that PEFT opens."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,6 +51,10 @@ def main(argv: Sequence[str]) -> int:
         description="Write a trained model as a folder that transformers opens.",
     )
     trained = open_model(Path(options.model))
+    if options.adapter:
+        write_adapter(trained, Path(options.out), dtype=options.dtype)
+        print(f"{options.out}: open it with PeftModel.from_pretrained(model, {options.out!r})")
+        return 0
     write_model(trained, Path(options.out), model_card(trained), dtype=options.dtype)
     name = "AutoModelForSequenceClassification" if trained.labels else "AutoModelForCausalLM"
     print(f"{options.out}: open it with {name}.from_pretrained({options.out!r})")
@@ -97,6 +107,24 @@ def write_model(
         labels=trained.labels,
         add_files=add_files,
     )
+
+
+def write_adapter(trained: SavedModel, out: Path, *, dtype: str = "auto") -> None:
+    """Write the LoRA or the prefix of a run as a folder of PEFT, or nothing.
+
+    The folder names the model that the run started from. That model must stay where it is.
+
+    Raises: InputError if the folder is in use, if the model has neither, or if transformers has no
+        such model.
+    """
+    if dtype not in ("auto", "float32"):
+        raise InputError(f"dtype: expected auto or float32 with `adapter`, got {dtype}")
+    model = trained.load_with_adapter()
+    base = str(Path(read_run(trained.run).train.init_from).resolve())
+    if model.prefix is None:
+        save_adapter(model, out, base=base)
+    else:
+        save_prefix(model, out, base=base, base_sha256=base_sha256(model))
 
 
 def model_card(trained: SavedModel) -> str:
@@ -155,7 +183,7 @@ def _command(config: TrainConfig) -> str:
         words = ["tritium", "finetune", config.task, config.init_from]
         # These follow from the model and from `epochs`, or from `steps`.
         length = "epochs" if config.task_options.epochs is None else "steps"
-        shape = [name for name in asdict(config.model) if name not in DROPOUTS]
+        shape = [name for name in asdict(config.model) if name not in OPTIONS_OF_RUN]
         hidden = ("out", "task", "init_from", "eval_interval", length, *shape)
     for name, value in config.options().items():
         if value == default[name] or name in hidden:

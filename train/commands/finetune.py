@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from ...errors import InputError
-from ...model.config import DROPOUTS
+from ...model.config import OPTIONS_OF_RUN
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..distributed.launch import Launch
 from ..finetune.start import default_config, finetune_config, finetune_tasks
@@ -48,7 +48,7 @@ def _hide(options: type, hidden: Sequence[str]) -> type:
 
 
 _ModelFlags = _hide(
-    ModelFlags, [each.name for each in fields(ModelFlags) if each.name not in DROPOUTS]
+    ModelFlags, [each.name for each in fields(ModelFlags) if each.name not in OPTIONS_OF_RUN]
 )
 _ReportFlags = _hide(ReportOptions, _HIDDEN_REPORT)
 
@@ -131,6 +131,6 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
         default=command(run=flags(**values), launch=Launch()),
     )
     hidden = (*_HIDDEN, *_HIDDEN_REPORT)
-    hidden += tuple(name for name in asdict(default.model) if name not in DROPOUTS)
+    hidden += tuple(name for name in asdict(default.model) if name not in OPTIONS_OF_RUN)
     options = found.run.options()
     return {name: value for name, value in options.items() if name not in hidden}, found.launch

@@ -10,6 +10,7 @@ import tyro
 from ...errors import InputError
 from ...kernels.core.device import CEILINGS
 from ...model.cost import cache_bytes, flops_per_token, parameters
+from ...model.lora import lora_parameters
 from ...model.recompute import RECOMPUTATIONS
 from ..distributed.engines import ENGINES
 from ..distributed.world import World
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     corpus_tokens = estimate_corpus_tokens(config)
     if corpus_tokens:
         epochs = describe_epochs(plan.tokens, corpus_tokens, config.model.dropout)
-        lines.insert(_EPOCHS_LINE, f"data       about {epochs}")
+        lines.insert(_EPOCHS_LINE + (plan.adapter.lora > 0), f"data       about {epochs}")
     print("\n".join(lines))
     return 0
 
@@ -82,11 +83,14 @@ def describe(plan: Plan, name: str, price: float | None) -> list[str]:
     where = machine.name if machine.gpus == 1 else f"{machine.gpus} x {machine.name}"
     micro_batches = plan.sequences // plan.micro_batch
     cache = cache_bytes(model, 1, plan.context_tokens, machine.itemsize)
+    trained = lora_parameters(model, plan.adapter)
+    lora = [f"training   LoRA of rank {plan.adapter.lora}: {trained:,} weights"] if trained else []
     return [
         f"{name} on {where}: {_verdict(plan)}",
         "",
         f"model      {parameters(model):,} parameters: {model.n_layer} layers of {model.d_model}, "
         f"vocabulary of {model.vocab_size:,}",
+        *lora,
         f"step       {plan.tokens_per_step:,} tokens; on each device {micro_batches} x "
         f"{plan.micro_batch} sequences of {plan.context_tokens:,} tokens",
         f"generation {_size(cache)} of keys and values per sequence of {plan.context_tokens:,} "
@@ -165,7 +169,9 @@ def _describe_time(plan: Plan, price: float | None) -> list[str]:
     total = (plan.tokens / fast, plan.tokens / slow)
 
     # rows of the table
-    flops = flops_per_token(plan.model, plan.context_tokens) / (gpus * known.bf16_flops)
+    flops = flops_per_token(plan.model, plan.context_tokens, plan.adapter) / (
+        gpus * known.bf16_flops
+    )
     rows = {
         "step": _time_range(*seconds),
         "tokens/s": f"{_number(slow)} to {_number(fast)}",

@@ -12,6 +12,7 @@ import tyro
 
 from ...errors import InputError
 from ...model import GPTConfig
+from ...model.lora import AdapterOptions
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from ..config_file import read_config, to_toml
 from ..distributed.launch import (
@@ -59,6 +60,7 @@ class TrainFlags(TrainConfig):
 
     task: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "pretrain"
     model: tyro.conf.OmitArgPrefixes[ModelFlags]
+    adapter: tyro.conf.OmitArgPrefixes[AdapterOptions]
     execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
     report: tyro.conf.OmitArgPrefixes[ReportOptions]
     task_options: tyro.conf.Suppress[TaskOptions]

@@ -12,6 +12,7 @@ Checkpoints do not depend on the engine: gather_* returns complete tensors, scat
 any engine resumes a run of any other.
 """
 
+import copy
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,9 @@ class SingleProcess:
     def finish_gradients(self) -> None:
         """Wait until the gradients of the masters are averages over ranks."""
 
-    def refresh_working(self) -> None:
-        """Copy the masters into `working` again, after they changed."""
-        refresh(self.working, self.model)
+    def refresh_working(self, *, trained_only: bool = False) -> None:
+        """Copy the masters into `working` again, after they changed; see `refresh`."""
+        refresh(self.working, self.model, trained_only=trained_only)
 
     def make_optimizer(
         self, optimizer: type[torch.optim.Optimizer], groups: list[dict], **options: Any
@@ -259,6 +260,7 @@ class FSDP(SingleProcess):
         # here does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         model = self.model
+        self._empty = _empty_copy(model)
         mesh = self.world.mesh(self.execution.device.type)
         has_replicas = self.world.data_ranks > self.world.shard_ranks
         data = mesh["replicas", "shards"] if has_replicas else mesh["shards"]
@@ -295,7 +297,7 @@ class FSDP(SingleProcess):
         weights = self.gather_weights()
         if not self.world.is_rank0:
             return None
-        model = self.model.empty_copy()
+        model = _empty_copy(self._empty)
         model.load_state_dict(weights, assign=True)
         return working_copy(model.to(self.execution.device), self.execution.dtype)
 
@@ -374,6 +376,15 @@ class FSDP(SingleProcess):
         from .tensor_parallel import row_order
 
         return row_order(self.model.config, self.world.tensor_ranks)
+
+
+def _empty_copy(model: GPT) -> GPT:
+    """Return a copy of a model with its parameters on the meta device, without values."""
+    empty = {
+        id(each): nn.Parameter(each.detach().to("meta"), requires_grad=each.requires_grad)
+        for each in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
 
 
 ENGINES: dict[str, type[SingleProcess]] = {

@@ -66,6 +66,8 @@ class EvaluatedModel:
         """Return what identifies the model and the machine, for a JSON file."""
         folder = self.saved.checkpoint or self.saved.path
         files = [folder] if folder.is_file() else sorted(folder.iterdir())
+        if self.saved.adapter is not None:
+            files += sorted(self.saved.adapter.iterdir())
         weights = [
             file
             for file in files

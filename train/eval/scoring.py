@@ -137,9 +137,11 @@ def _score_shared(
     contexts = [context for context, _ in batch]
     lengths = [len(context) - 1 for context in contexts]
     cache = KVCache(model.config, len(batch), capacity=max(1, *lengths), device=device)
-    if max(lengths):
+    if max(lengths) or model.config.prefix_tokens:
         filled = Prefill(cache, torch.arange(len(batch), device=device))
-        model(_padded([context[:-1] for context in contexts], model), cache=filled)
+        # With a prefix the forward needs a token. Its key is dropped by set_lengths.
+        inputs = [context[:-1] or context for context in contexts]
+        model(_padded(inputs, model), cache=filled)
     cache.set_lengths(range(len(batch)), lengths)
 
     # The last token of the context and the continuation follow.

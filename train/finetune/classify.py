@@ -121,6 +121,13 @@ def _check(config: TrainConfig) -> None:
         raise InputError(
             f"trained_blocks: expected 0 to {n_layer}, the blocks of the model, got {blocks}"
         )
+    if config.model.prefix_tokens:
+        raise InputError(
+            f"prefix_tokens: expected 0 in the task classify, whose texts are packed, got "
+            f"{config.model.prefix_tokens}"
+        )
+    if blocks is not None and config.adapter.lora:
+        raise InputError(f"trained_blocks: expected none with `lora`, got {blocks}")
     for name in ("eval_text", "eval_choice"):
         if getattr(config.report, name):
             raise InputError(f"{name}: expected none, because a classifier predicts no tokens")

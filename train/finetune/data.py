@@ -12,6 +12,7 @@ from torch import Tensor
 from ...model import GPT, GPTConfig
 from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
+from ..distributed.engines import SingleProcess
 from ..distributed.world import World
 from ..evaluate import Evaluation, evaluate
 from ..execution import Execution
@@ -92,6 +93,12 @@ class TaskData:
     def adapt(self, trained: GPT, config: TrainConfig) -> GPT:
         """Return the model of a new run that starts from a trained GPT with the run's options."""
         return trained
+
+    def begin(self, run: Path, engine: SingleProcess, config: TrainConfig, step: int) -> None:
+        """Prepare the first step of this process. All ranks call it, after the first checkpoint.
+
+        Args: step: number of steps done. 0: the model has its initial weights.
+        """
 
     def loader(self, config: TrainConfig, execution: Execution) -> TaskLoader:
         """Return the training batches of this rank."""

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, unknown_name
+from ...model import GPTConfig
 from ..config import TrainConfig
+from ..records import check_types
 from ..run.models import open_model
 from .tasks import TASKS
 
@@ -13,6 +15,22 @@ from .tasks import TASKS
 def finetune_tasks() -> list[str]:
     """Return the names of the tasks that start from a trained model."""
     return [name for name in TASKS if name != "pretrain"]
+
+
+def with_prefix(shape: GPTConfig, tokens: int) -> GPTConfig:
+    """Return the shape of a trained model with the prefix of a new run.
+
+    Raises: InputError if the model has a prefix, or no room for one.
+    """
+    if shape.prefix_tokens:
+        raise InputError(
+            f"init_from: expected a model without prefix tuning, got {shape.prefix_tokens} prefix "
+            "tokens; start from the model that the prefix belongs to"
+        )
+    try:
+        return shape.with_prefix(tokens)
+    except ValueError as error:
+        raise InputError(str(error).removeprefix("GPTConfig: ")) from None
 
 
 def default_config(task: str) -> TrainConfig:
@@ -40,7 +58,10 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
         raise InputError("steps: expected none with epochs, got both; leave one out")
     if "steps" in options:
         options["epochs"] = None
-    config = default_config(task).with_options(init_from=str(model), data=(str(data),), **options)
+    default = default_config(task)
+    check_types(options, TASKS[task].options)
+    config = default.with_options(init_from=str(model), data=(str(data),), **options)
     # The run has the shape of the model. Dropout is an option of the run.
     shape = open_model(Path(model)).config.with_dropout_of(config.model)
+    shape = with_prefix(shape, config.model.prefix_tokens)
     return replace(config, model=shape)

@@ -109,6 +109,29 @@ class ClassifyOptions(FinetuneOptions):
     """Fraction of the texts that is held out for the test after training."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferOptions(FinetuneOptions):
+    """Options of the task prefer."""
+
+    template: Literal[("auto", "model", *TEMPLATES)] = "auto"
+    """Text around prompts and answers. model: its chat template. auto: this, else plain."""
+    beta: float = 0.1
+    """Scale of rewards. Smaller values allow more distance from the model before the first step."""
+    label_smoothing: float = 0.0
+    """Probability that chosen and rejected answers are swapped in the records."""
+    length_normalize: bool = False
+    """Divide the log-probability of an answer by its number of tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"beta: expected a number above 0, and finite, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(
+                f"label_smoothing: expected a number in [0, 0.5), got {self.label_smoothing}"
+            )
+
+
 # Defaults of tasks that start from a trained model.
 _FINETUNE = {
     "batch_size": 8,
@@ -158,6 +181,12 @@ TASKS: dict[str, Task] = {
         has_documents=True,
         next_command="classify",
         defaults=_FINETUNE,
+    ),
+    "prefer": Task(
+        ".prefer",
+        PreferOptions,
+        "prefer one answer to another (DPO)",
+        defaults=_FINETUNE | {"lr": 5e-6},
     ),
 }
 

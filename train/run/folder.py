@@ -33,6 +33,7 @@ import torch
 from ... import __version__
 from ...errors import InputError
 from ...model import GPTConfig
+from ...model.lora import AdapterOptions
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..data.cache import cache_dir
 from ..data.dataset import SPLITS, Dataset, open_dataset
@@ -83,6 +84,8 @@ _WRITTEN = (
         "test.json",
         "predictions.jsonl",
         "confusion.png",
+        "reference.json",
+        "margins.jsonl",
         "loss.png",
         "profile",
         "tensorboard",
@@ -291,7 +294,14 @@ def _parse_record(content: bytes) -> RunRecord:
     check_names("model option", record["model"], _field_names(GPTConfig))
     options = record["train"]
     task = task_named(options.get("task", "pretrain"))
-    for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions, task.options):
+    for part in (
+        TrainConfig,
+        GPTConfig,
+        AdapterOptions,
+        ExecutionOptions,
+        ReportOptions,
+        task.options,
+    ):
         check_types(options, part)
     check_types(record["model"], GPTConfig)
     found = {name: record[name] for name in _field_names(RunRecord) if name in record}

@@ -5,15 +5,28 @@ RUN/checkpoints/step-N     one checkpoint
 FOLDER                     a folder of transformers (GPT-2, Llama)
 FILE.gguf                  a GGUF file (GPT-2, Llama)
 FILE                       a checkpoint file of nanoGPT
+ADAPTER                    a folder of PEFT with an adapter, which names its model
+
+A run with LoRA and an adapter give a model whose weights include LoRA.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import InputError
 from ...model import GPT, GPTClassifier, GPTConfig
 from ...model.cost import check_size
 from ...model.hub import is_hub_name
+from ...model.lora import (
+    AdapterOptions,
+    adapter_base,
+    add_lora,
+    base_sha256,
+    is_adapter,
+    merge_adapter,
+    merge_lora,
+)
+from ...model.prefix import is_prefix, load_prefix, read_prefix
 from ...model.weights import open_source
 from ..data.published_tokenizer import has_tokenizer
 from ..data.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
@@ -44,6 +57,10 @@ class SavedModel:
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
     labels: tuple[str, ...] = ()
     """What a classifier distinguishes. (): a language model."""
+    lora: AdapterOptions | None = None
+    """LoRA of the run, whose checkpoint has its matrices. None: the run trained all weights."""
+    adapter: Path | None = None
+    """Folder with an adapter of PEFT, which changes the weights of the model."""
 
     @property
     def is_folder_of_transformers(self) -> bool:
@@ -52,8 +69,9 @@ class SavedModel:
         return self.run is None and self.path.is_dir() and not is_own
 
     def load(self, *, attention: str = "tritium", recompute: str = "none") -> GPT:
-        """Read the weights of a language model. Returns: the model, on the CPU.
+        """Read the weights of a language model, and add LoRA to them.
 
+        Returns: the model, on the CPU.
         Raises: InputError if the model is a classifier.
         """
         if self.labels:
@@ -61,31 +79,67 @@ class SavedModel:
                 f"{self.path}: expected a language model, got a classifier of "
                 f"{', '.join(self.labels)[:100]}; `tritium classify` uses it"
             )
-        options = {"attention": attention, "recompute": recompute}
-        if self.checkpoint is None:
-            return GPT.from_pretrained(self.path, **options)
-        return self._load_checkpoint(GPT(self.config, **options))
+        model = self._load(attention=attention, recompute=recompute)
+        if self.lora is not None:
+            merge_lora(model)
+        if self.adapter is not None:
+            model.float()
+            if is_prefix(self.adapter):
+                load_prefix(model, self.adapter, base_sha256(model))
+            else:
+                merge_adapter(model, self.adapter)
+        return model
 
     def load_classifier(self) -> GPTClassifier:
-        """Read the weights of a classifier. Returns: the model, on the CPU.
+        """Read the weights of a classifier, and add LoRA to them. Returns: the model, on the CPU.
 
         Raises: InputError if the model is a language model.
         """
-        if self.checkpoint is None:
-            return GPTClassifier.from_pretrained(self.path)
         if not self.labels:
             raise InputError(
-                f"{self.path}: expected a classifier, got a language model; `tritium finetune "
-                "classify` makes one"
+                f"{self.path}: expected a model that classifies texts, got a language model; "
+                "`tritium finetune classify` makes one"
             )
-        return self._load_checkpoint(GPTClassifier(self.config, self.labels))
+        model = self._load()
+        if self.lora is not None:
+            merge_lora(model)
+        return model
 
     def load_any(self) -> GPT:
         """Read the weights. Returns: a GPT or a GPTClassifier, on the CPU."""
         return self.load_classifier() if self.labels else self.load()
 
-    def _load_checkpoint(self, model: GPT) -> GPT:
+    def load_with_adapter(self) -> GPT:
+        """Read the weights of a run, with LoRA or a prefix apart from them.
+
+        Raises: InputError if the run trained neither, or if the model is a classifier.
+        """
+        has_prefix = self.run is not None and self.config.prefix_tokens > 0
+        if self.lora is None and not has_prefix:
+            raise InputError(
+                f"{self.path}: expected a run that trained LoRA or a prefix, got another model; "
+                "export the model itself"
+            )
+        if self.labels:
+            raise InputError(
+                f"{self.path}: expected a language model, got a classifier, whose head is not part "
+                "of an adapter; export the model itself"
+            )
+        return self._load()
+
+    def _load(self, **options: str) -> GPT:
+        if self.checkpoint is None:
+            kind = GPTClassifier if self.labels else GPT
+            return kind.from_pretrained(self.path, **options)
         check_size(self.checkpoint, self.config, bytes_per_parameter=4)
+        # The prefix of an adapter is not in the checkpoint of its model.
+        config = self.config if self.adapter is None else self.config.with_prefix(0)
+        if self.labels:
+            model = GPTClassifier(config, self.labels, **options)
+        else:
+            model = GPT(config, **options)
+        if self.lora is not None:
+            add_lora(model, self.lora)
         load_weights(self.checkpoint, model)
         return model
 
@@ -125,6 +179,8 @@ def open_model(path: Path) -> SavedModel:
 
     Raises: InputError if there is no model at `path`.
     """
+    if is_adapter(path):
+        return _with_adapter(open_model(adapter_base(path)), path)
     is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").exists()
     run = path.parent.parent if is_checkpoint else path
     if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
@@ -145,8 +201,8 @@ def open_model(path: Path) -> SavedModel:
     if not is_checkpoint and not _is_run(path):
         hint = "; `tritium import` downloads it" if is_hub_name(str(path)) else ""
         raise InputError(
-            f"{path}: expected a run, a checkpoint, a folder of transformers, a GGUF file or a "
-            f"checkpoint of nanoGPT, found none{hint}"
+            f"{path}: expected a run, a checkpoint, a folder of transformers, a GGUF file, a "
+            f"checkpoint of nanoGPT or an adapter of PEFT, found none{hint}"
         )
     record = read_run(run)
     template = getattr(record.train.task_options, "template", None)
@@ -159,7 +215,16 @@ def open_model(path: Path) -> SavedModel:
         tokenizer_path=run / "tokenizer.json",
         run=run,
         checkpoint=path if is_checkpoint else newest_checkpoint(run),
+        lora=record.train.adapter if record.train.adapter.lora else None,
     )
+
+
+def _with_adapter(base: SavedModel, folder: Path) -> SavedModel:
+    config = base.config
+    if is_prefix(folder):
+        values, _ = read_prefix(folder)
+        config = config.with_prefix(min(len(values), config.context_tokens - 1))
+    return replace(base, adapter=folder, config=config)
 
 
 def _is_published(path: Path) -> bool:

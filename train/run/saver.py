@@ -299,7 +299,6 @@ def checkpoint_bytes(config: TrainConfig, engine: SingleProcess) -> int:
     total = 0
     for parameter in engine.model.parameters():
         state = row.block_matrix_state_bytes if id(parameter) in in_blocks else 8
-        if not parameter.requires_grad:
-            state = 0
+        state = state if parameter.requires_grad else 0
         total += parameter.numel() * (4 + state)
     return total

@@ -97,6 +97,20 @@ def test_frozen_weights_stay_and_have_no_optimizer_state(trained_blocks, tune):
     assert with_state == changed == {name for name in before if name.startswith(starts)}
 
 
+def test_lora_and_the_head_are_trained_and_the_run_classifies(tune, tritium):
+    run, _ = tune("--steps", 2, "--lora", 2)
+    before = weights(run, 0)
+    changed = {name for name, value in weights(run, 2).items() if not value.equal(before[name])}
+    assert changed == {name for name in before if "lora_" in name or name == "score.weight"}
+    assert load(run).classify(["big dog"])[0].keys() == {"big", "small"}
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    (found,) = load(run).classify([lines[0]["text"]])  # with LoRA added to the weights
+    assert found[lines[0]["prediction"]] == pytest.approx(lines[0]["probability"], abs=1e-5)
+    status, _, err = tritium("export", run, run.with_name("adapter"), "--adapter")
+    assert status == 2
+    assert "whose head is not part of an adapter" in err
+
+
 def test_micro_batches_have_the_gradients_of_the_batch(command, tritium):
     """With class weights too: a mean of means with other weights would differ."""
     steps = ["--steps", 2, "--class-weights"]
@@ -195,6 +209,8 @@ def test_a_classifier_is_not_used_as_a_language_model(tune, error_of):
             "animals.tsv:21: expected a label of the training part, a, b, got 'c'",
         ),
         (None, ("--trained-blocks", 2), "--trained-blocks: expected 0 to 1, the blocks of the"),
+        (None, ("--lora", 2, "--trained-blocks", 1), "--trained-blocks: expected none with"),
+        (None, ("--prefix-tokens", 2), "--prefix-tokens: expected 0 in the task classify"),
         (None, ("--eval-text", "a=b"), "--eval-text: expected none, because a classifier predicts"),
         (None, ("--row-tokens", 65), "--row-tokens: expected at most the context of 64 tokens"),
     ],

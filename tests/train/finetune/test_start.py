@@ -41,5 +41,7 @@ def test_unknown_tasks_and_options_suggest_the_nearest(model):
             default_config(task)
     with pytest.raises(InputError, match="unknown option 'epoch'; did you mean 'epochs'"):
         finetune_config("instruct", model, "f.json", epoch=1)
+    with pytest.raises(InputError, match="epochs: expected float"):
+        finetune_config("instruct", model, "f.json", epochs="2")
     with pytest.raises(InputError, match="nowhere: expected a run, a checkpoint, a folder"):
         finetune_config("instruct", "nowhere", "f.json")

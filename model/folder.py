@@ -1,0 +1,47 @@
+"""Write a folder as a whole or not at all."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import InputError, names_file
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise InputError unless the folder is empty or does not exist."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: expected a new or empty folder; choose another name")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill. It becomes `folder` at the end of the context.
+
+    After an error neither of them exists.
+
+    Raises: InputError unless the folder is empty or does not exist.
+    """
+    check_new_folder(folder)
+    folder = folder.resolve()
+    parents = [parent for parent in folder.parents if not parent.exists()]
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in parents:
+            parent.rmdir()
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file of JSON."""
+    with names_file(path):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

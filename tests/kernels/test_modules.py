@@ -1,0 +1,211 @@
+"""Modules take the state dicts of what they replace, compute the same, and copy like torch.nn."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tritium.kernels import modules
+
+pytestmark = pytest.mark.plain
+
+MODULES = {
+    "LayerNorm": lambda **options: modules.LayerNorm(16, **options),
+    "RMSNorm": lambda **options: modules.RMSNorm(16, **options),
+    "GELUMLP": lambda **options: modules.GELUMLP(16, 24, **options),
+    "GELUMLP-gpt2": lambda **options: modules.GELUMLP(16, 24, layout="gpt2", **options),
+    "SwiGLUMLP": lambda **options: modules.SwiGLUMLP(16, 24, **options),
+    "CausalSelfAttention": lambda **options: modules.CausalSelfAttention(16, 2, **options),
+    "CausalSelfAttention-llama": lambda **options: modules.CausalSelfAttention(
+        16, 4, n_kv_head=2, layout="llama", qk_norm=True, **options
+    ),
+    "LinearCrossEntropyLoss": lambda **options: modules.LinearCrossEntropyLoss(16, 9, **options),
+}
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 7, 16, dtype=torch.float64)
+
+
+def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, modules.LinearCrossEntropyLoss):
+        return module(x, torch.arange(14, device=x.device).view(2, 7) % 9)
+    return module(x)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_and_pickles_compute_the_same(name, x):
+    module = MODULES[name](dtype=torch.float64)
+    y = run(module, x)
+    assert torch.equal(run(copy.deepcopy(module), x), y)
+    assert torch.equal(run(pickle.loads(pickle.dumps(module)), x), y)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_on_meta_can_be_emptied_and_initialized(name, x):
+    module = MODULES[name](device="meta")
+    assert run(module, x.float().to("meta")).device.type == "meta"
+    module = module.to_empty(device="cpu").to(torch.float64)
+    module.reset_parameters()
+    assert run(module, x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_to_dtype_changes_the_outputs(name, x):
+    module = MODULES[name]().to(torch.bfloat16)
+    expected = torch.float32 if name == "LinearCrossEntropyLoss" else torch.bfloat16
+    assert run(module, x.bfloat16()).dtype == expected
+
+
+def test_one_graph_under_compile(x):
+    block = nn.Sequential(
+        modules.LayerNorm(16),
+        modules.GELUMLP(16, 24, layout="gpt2"),
+        modules.CausalSelfAttention(16, 4, layout="llama", qk_norm=True),
+    ).double()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_match_torch(name, affine, x):
+    original = getattr(nn, name)(16, elementwise_affine=affine, dtype=torch.float64)
+    for parameter in original.parameters():
+        nn.init.normal_(parameter)
+    module = getattr(modules, name)(16, elementwise_affine=affine, dtype=torch.float64)
+    module.load_state_dict(original.state_dict())
+    torch.testing.assert_close(module(x), original(x))
+    residual = torch.randn_like(x)
+    y, total = module(x, residual)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(y, original(x + residual))
+
+
+def test_gelu_mlp_matches_linear_layers(x):
+    original = nn.ModuleDict({"c_fc": nn.Linear(16, 24), "c_proj": nn.Linear(24, 16)}).double()
+    module = modules.GELUMLP(16, 24, approximate="none", dtype=torch.float64)
+    module.load_state_dict(original.state_dict())
+    expected = original["c_proj"](F.gelu(original["c_fc"](x)))
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_packed_attention_matches_sdpa(x):
+    module = modules.CausalSelfAttention(16, 4, n_kv_head=2, dtype=torch.float64)
+    q, k, v = module.c_attn(x).unflatten(-1, (-1, 4)).transpose(1, 2).split((4, 2, 2), dim=1)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = module.c_proj(o.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("layout", ["packed", "llama"])
+def test_documents_match_separate_sequences(layout, x):
+    module = modules.CausalSelfAttention(16, 2, layout=layout, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 3, 7, 14], dtype=torch.int32)
+    packed = module(x, cu_seqlens=cu_seqlens).flatten(0, 1)
+    parts = [module(part[None])[0] for part in x.flatten(0, 1).split((3, 4, 7))]
+    torch.testing.assert_close(packed, torch.cat(parts))
+
+
+def test_dropout_applies_in_training_only(x):
+    module = modules.CausalSelfAttention(16, 2, dropout_p=0.5, dtype=torch.float64)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_the_loss_matches_a_linear_head_and_can_be_tied(x):
+    embedding = nn.Embedding(9, 16, dtype=torch.float64)
+    loss = modules.LinearCrossEntropyLoss(16, 9, dtype=torch.float64)
+    loss.weight = embedding.weight
+    head = nn.Linear(16, 9, bias=False, dtype=torch.float64)
+    head.load_state_dict(loss.state_dict())
+    target = torch.randint(9, (2, 7))
+    target[0, 0] = -100
+    expected = F.cross_entropy(head(x).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(loss(x, target), expected)
+    assert torch.equal(loss.logits(x), head(x))
+    loss(x, target).backward()
+    assert embedding.weight.grad is not None
+
+
+# --- transformers
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 50}
+
+
+@pytest.fixture
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.GPT2Model(transformers.GPT2Config(**SIZES)).eval()
+
+
+def llama_like(name: str):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 16}
+    config = transformers.AutoConfig.for_model(name, **SIZES, **options)
+    return transformers.AutoModel.from_config(config).eval()
+
+
+def test_parts_of_gpt2_match(gpt2):
+    x = torch.randn(2, 7, 32)
+    mlp = modules.GELUMLP(32, 128, layout="gpt2")
+    mlp.load_state_dict(gpt2.h[0].mlp.state_dict())
+    torch.testing.assert_close(mlp(x), gpt2.h[0].mlp(x))
+    attention = modules.CausalSelfAttention(32, 4, layout="gpt2")
+    attention.load_state_dict(gpt2.h[0].attn.state_dict())
+    torch.testing.assert_close(attention(x), gpt2.h[0].attn(x)[0])
+    gpt2.h[0].attn.load_state_dict(attention.state_dict())  # and back
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_parts_of_llama_match(name):
+    model = llama_like(name)
+    x = torch.randn(2, 7, 32)
+    layer = model.layers[0]
+    mlp = modules.SwiGLUMLP(32, 48)
+    mlp.load_state_dict(layer.mlp.state_dict())
+    torch.testing.assert_close(mlp(x), layer.mlp(x))
+    norm = modules.RMSNorm(32, eps=layer.input_layernorm.variance_epsilon)
+    norm.load_state_dict(layer.input_layernorm.state_dict())
+    torch.testing.assert_close(norm(x), layer.input_layernorm(x))
+    attention = modules.CausalSelfAttention(
+        32,
+        4,
+        n_kv_head=2,
+        head_size=16,
+        bias=False,
+        qk_norm=name == "qwen3",
+        layout="llama",
+    )
+    attention.load_state_dict(layer.self_attn.state_dict())
+    cos, sin = model.rotary_emb(x, torch.arange(7)[None])
+    expected = layer.self_attn(x, position_embeddings=(cos, sin), attention_mask=None)[0]
+    rope = [table[0, :, :8] for table in (cos, sin)]
+    torch.testing.assert_close(attention(x, rope=rope), expected)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: modules.LayerNorm((2, 8)), r"one axis, got \(2, 8\)"),
+        (lambda: modules.RMSNorm((2, 8)), r"one axis, got \(2, 8\)"),
+        (lambda: modules.GELUMLP(8, 8, layout="gpt"), "unknown layout 'gpt'; did you mean 'gpt2'"),
+        (lambda: modules.CausalSelfAttention(8, 3), "n_head must divide d_model 8, got 3"),
+        (lambda: modules.CausalSelfAttention(8, 4, n_kv_head=3), "must divide n_head 4, got 3"),
+        (lambda: modules.CausalSelfAttention(8, 2, qk_norm=True), "qk_norm needs layout 'llama'"),
+    ],
+)
+def test_bad_sizes_raise(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
