@@ -77,21 +77,10 @@ _NEEDED = ("config.json", "metrics.jsonl")
 # All that a run writes. A link would lead the writes out of the folder.
 _WRITTEN = (
     *_FIRST_FILES,
-    *(
-        "metrics.jsonl",
-        "samples.txt",
-        "answers.jsonl",
-        "test.json",
-        "predictions.jsonl",
-        "confusion.png",
-        "reference.json",
-        "margins.jsonl",
-        "loss.png",
-        "profile",
-        "tensorboard",
-        "wandb",
-        "wandb-id",
-    ),
+    *("metrics.jsonl", "samples.txt", "loss.png", "profile", "tensorboard", "wandb", "wandb-id"),
+    # the results of tasks
+    *("answers.jsonl", "reference.json", "margins.jsonl"),
+    *("test.json", "predictions.jsonl", "confusion.png"),
 )
 
 
