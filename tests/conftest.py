@@ -64,6 +64,25 @@ def _repair_dot_of_16_bits() -> None:
     interpreter.InterpreterBuilder.create_dot = create_float32_dot
 
 
+def _repair_blocks_of_comparisons() -> None:
+    """Keep a comparison of scalars boolean when it becomes a block.
+
+    The interpreter makes integers of it, and Triton 3.9 reads no mask of integers.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_boolean_splat(self, type, arg):
+        handle = create_splat(self, type, arg)
+        if type.scalar != tl.int1:
+            return handle
+        return interpreter.TensorHandle(handle.data.astype(bool), tl.int1)
+
+    interpreter.InterpreterBuilder.create_splat = create_boolean_splat
+
+
 def _repair_repeated_work() -> None:
     """Skip work without effect that the interpreter repeats. It takes half of its time."""
     import triton.language as tl
@@ -170,6 +189,7 @@ if INTERPRET:
     _repair_repeated_patches()
     _repair_rounding_to_bfloat16()
     _repair_dot_of_16_bits()
+    _repair_blocks_of_comparisons()
 
 
 DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
