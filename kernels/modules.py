@@ -53,7 +53,7 @@ class LayerNorm(nn.LayerNorm):
             x: (..., D).
             residual: shape of x, or None. The addition and the norm are one pass over memory.
         """
-        weight = _ones_like_row(x) if self.weight is None else self.weight
+        weight = _ones(self, x) if self.weight is None else self.weight
         if residual is None:
             return layer_norm(x, weight, self.bias, eps=self.eps)
         return add_layer_norm(x, residual, weight, self.bias, eps=self.eps)
@@ -62,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last axis. The constructor is that of torch.nn.RMSNorm.
 
-    eps=None means torch.finfo(x.dtype).eps, as in torch.nn.RMSNorm.
+    eps=None means the machine epsilon of float32 (of float64 for float64 x), as in torch.nn.RMSNorm.
 
     Raises: ValueError if normalized_shape has more than one axis.
     """
@@ -73,8 +73,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of x; with `residual` the norm of x + residual, and x + residual."""
-        weight = _ones_like_row(x) if self.weight is None else self.weight
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        weight = _ones(self, x) if self.weight is None else self.weight
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         if residual is None:
             return rms_norm(x, weight, eps=eps)
         return add_rms_norm(x, residual, weight, eps=eps)
@@ -88,8 +90,9 @@ def _check_one_axis(name: str, normalized_shape: tuple[int, ...]) -> None:
         )
 
 
-def _ones_like_row(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+def _ones(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return a weight of ones. The operators check its size, as that of a learned weight."""
+    return torch.ones(norm.normalized_shape, dtype=x.dtype, device=x.device)
 
 
 class Conv1D(nn.Module):

@@ -87,6 +87,21 @@ def test_norms_match_torch(name, affine, x):
     torch.testing.assert_close(y, original(x + residual))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_default_eps_of_rms_norm_is_that_of_torch(dtype):
+    x = torch.full((3, 16), 1e-3, dtype=dtype)  # the square is near eps
+    y = modules.RMSNorm(16, dtype=dtype)(x)
+    torch.testing.assert_close(y, nn.RMSNorm(16, dtype=dtype)(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_check_the_last_axis(name, affine, x):
+    module = getattr(modules, name)(8, elementwise_affine=affine)
+    with pytest.raises(ValueError, match=r"weight must have shape \(16,\) to match x .* got \(8,\)"):
+        module(x.float())
+
+
 def test_gelu_mlp_matches_linear_layers(x):
     original = nn.ModuleDict({"c_fc": nn.Linear(16, 24), "c_proj": nn.Linear(24, 16)}).double()
     module = modules.GELUMLP(16, 24, approximate="none", dtype=torch.float64)
