@@ -62,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last axis. The constructor is that of torch.nn.RMSNorm.
 
-    eps=None means the machine epsilon of float32 (of float64 for float64 x), as in torch.nn.RMSNorm.
+    eps=None means the machine epsilon of float32, and of float64 for float64 x, as in torch.nn.
 
     Raises: ValueError if normalized_shape has more than one axis.
     """

@@ -98,7 +98,9 @@ def test_default_eps_of_rms_norm_is_that_of_torch(dtype):
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_norms_check_the_last_axis(name, affine, x):
     module = getattr(modules, name)(8, elementwise_affine=affine)
-    with pytest.raises(ValueError, match=r"weight must have shape \(16,\) to match x .* got \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"weight must have shape \(16,\) to match x .* got \(8,\)"
+    ):
         module(x.float())
 
 

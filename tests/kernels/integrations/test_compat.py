@@ -169,6 +169,7 @@ def test_flash_attn_with_kvcache_appends_and_rotates(interleaved, device):
 
 
 Q = torch.ones(1, 3, 2, 8)
+ONE_QUERY = Q[:, :1]
 ONE = torch.ones(1)
 LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
 
@@ -199,7 +200,11 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
             {"causal": True, "dropout_p": 0.1, "return_attn_probs": True},
             "return_attn_probs needs dropout_p 0, got 0.1",
         ),
-        ("flash_attn_func", [Q] * 3, {"causal": True, "window_size": (-2, 0)}, "window_size must"),
+        *(
+            ("flash_attn_func", [Q] * 3, {"causal": True, "window_size": size}, "window_size must")
+            for size in ((-2, 0), 3, None, (None, None), (1, 2, 3), (1.5, 0))
+        ),
+        ("flash_attn_func", [Q[0], Q, Q], {"causal": True}, r"q must be \(B, T, H, K\)"),
         ("flash_attn_qkvpacked_func", [Q], {"causal": True}, r"qkv must be \(B, T, 3, H, K\)"),
         ("flash_attn_qkvpacked_func", [torch.ones(1, 3, 3, 2, 8)], {}, "causal must be True"),
         (
@@ -227,6 +232,45 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
             )
         ),
         ("flash_attn_with_kvcache", [Q] * 3, {}, "causal must be True"),
+        ("flash_attn_with_kvcache", [Q[0], Q, Q], {}, r"q must be \(B, T, H, K\)"),
+        *(
+            (
+                "flash_attn_with_kvcache",
+                [ONE_QUERY, Q, Q, new, new],
+                {"cache_seqlens": 0},
+                "k and v",
+            )
+            for new in (Q[:, :1, :1], Q[..., :1], torch.ones(2, 1, 2, 8), Q[0])
+        ),
+        (
+            "flash_attn_with_kvcache",
+            [ONE_QUERY, Q, Q, ONE_QUERY, Q],
+            {"cache_seqlens": 0},
+            r"k and v must be \(1, T, 2, 8\) like the caches",
+        ),
+        *(
+            ("flash_attn_with_kvcache", [ONE_QUERY, Q, Q, ONE_QUERY, ONE_QUERY], options, message)
+            for options, message in (
+                ({"cache_seqlens": 3}, r"cache_seqlens must be from 0 to 2, .* got \[3\]"),
+                ({"cache_seqlens": -1}, r"cache_seqlens must be from 0 to 2, .* got \[-1\]"),
+                ({"cache_seqlens": 1.0}, "cache_seqlens must be an int"),
+                ({"cache_seqlens": torch.tensor(1)}, r"cache_seqlens must be .* got torch.int64"),
+                (
+                    {"cache_seqlens": 2, "rotary_cos": Q[0, :2, 0], "rotary_sin": Q[0, :2, 0]},
+                    "from 0 to 1, rotary_cos's 2 positions",
+                ),
+            )
+        ),
+        *(
+            (name, [], options, message)
+            for name in ("LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss")
+            for options, message in (
+                ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),
+                ({"label_smoothing": -0.1}, "label_smoothing must be from 0 to 1, got -0.1"),
+                ({"lse_square_scale": -1.0}, "lse_square_scale must be from 0"),
+                ({"softcap": -1.0}, "softcap must be"),
+            )
+        ),
         ("LigerCrossEntropyLoss", [], {"weight": ONE}, "weight is not supported"),
         (
             "LigerCrossEntropyLoss",
@@ -249,6 +293,10 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
             "accum_dtype must be None or float32, got torch.bfloat16",
         ),
         ("LigerRMSNorm", [8], {"casting_mode": "none"}, "casting_mode must be 'llama' or 'gemma'"),
+        *(
+            ("LigerLayerNorm", [8], {option: "triton"}, f"{option} is not supported")
+            for option in ("impl", "mode", "backend")
+        ),
         ("LigerRMSNorm", [8], {"row_mode": True}, "row_mode is not supported"),
         ("LigerRMSNorm", [8], {"init_fn": "randn"}, "init_fn must be 'ones' or 'zeros'"),
     ],
@@ -256,6 +304,16 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
 def test_options_that_are_not_supported_raise(name, args, options, message):
     with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
         getattr(compat, name)(*args, **options)
+
+
+@pytest.mark.plain
+def test_a_failed_append_leaves_the_caches_as_they_were():
+    k_cache, v_cache = torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="v_cache must be"):
+        compat.flash_attn_with_kvcache(
+            ONE_QUERY, k_cache, v_cache, ONE_QUERY, ONE_QUERY, cache_seqlens=0
+        )
+    assert not k_cache.any()
 
 
 # --- Liger
@@ -354,8 +412,10 @@ def test_signatures_match_liger():
     ):
         theirs, ours = getattr(liger, name), getattr(compat, name)
         for method in ("__init__", "forward"):
-            expected = inspect.signature(getattr(theirs, method)).parameters.values()
-            found = inspect.signature(getattr(ours, method)).parameters.values()
-            assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
+            found, expected = (
+                [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+                for function in (getattr(ours, method), getattr(theirs, method))
+            )
+            assert found[1 : len(expected)] == expected[1:]  # old versions have fewer
         if name.endswith("Norm"):
             assert list(theirs(8).state_dict()) == list(ours(8).state_dict())
