@@ -2,7 +2,10 @@
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 import types
 
 import pytest
@@ -386,6 +389,20 @@ def test_copies_are_patched_and_can_be_unpatched(name, tokens):
         assert torch.equal(unpatch(other)(tokens).logits, original)
 
 
+def test_a_new_process_can_unpickle_a_patched_model(tokens, tmp_path):
+    """It imports only what the pickle names."""
+    model = patch(build("gpt2")).eval()
+    file = tmp_path / "model.pickle"
+    file.write_bytes(pickle.dumps((model, tokens)))
+    code = (
+        "import pickle, sys; model, tokens = pickle.load(open(sys.argv[1], 'rb'));"
+        "pickle.dump(model(tokens).logits.detach(), open(sys.argv[1], 'wb'))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True)
+    torch.testing.assert_close(pickle.loads(file.read_bytes()), model(tokens).logits)
+
+
 @torch.no_grad()
 def test_parts_can_be_chosen_and_patched_again(tokens):
     model = build("gpt2")
@@ -553,8 +570,16 @@ def test_unpatch_of_a_derived_class_raises():
 def test_unknown_parts_and_families_raise():
     with pytest.raises(ValueError, match="unknown part 'norms'; did you mean 'norm'"):
         patch(build("gpt2"), ["norms"])
+    with pytest.raises(ValueError, match="parts must be a list of names, got 'norm'"):
+        patch(build("gpt2"), "norm")
+    with pytest.raises(ValueError, match="the part 'residual' needs 'norm'"):
+        patch(build("gpt2"), ["mlp", "residual"])
     with pytest.raises(ValueError, match="unknown family 'lama'; did you mean 'llama'"):
         patch_classes(["lama"])
+    with pytest.raises(ValueError, match="families must be a list of names, got 'llama'"):
+        patch_classes("llama")
+    with pytest.raises(ValueError, match="expected a patched model, got NoneType"):
+        unpatch(None)
 
 
 FORWARDS = {
