@@ -93,7 +93,7 @@ def scaled_dot_product_attention(
             the first key and these kernels at the last key.
         is_causal: must be True, except for a single query, which sees all keys.
         enable_gqa: must be True if G is not H.
-        dropout_p, scale: as in PyTorch. The random numbers of dropout are others.
+        dropout_p, scale: as in PyTorch. Dropout draws other random numbers.
         attn_mask: must be None.
     Returns: (B, H, T, K).
     Raises: ValueError for an option that is not supported.
@@ -139,8 +139,8 @@ def flash_attn_func(
         window_size: how many keys before and after its own key a query sees; -1: all.
         alibi_slopes: must be None.
         deterministic: both values give deterministic results.
-        return_attn_probs: also return lse (B, H, T), and an empty tensor: the probabilities, which
-            flash-attn returns for its own tests only. dropout_p must then be 0.
+        return_attn_probs: also return lse (B, H, T), and an empty tensor in place of the
+            probabilities, which flash-attn returns for its own tests. dropout_p must then be 0.
     Returns: o (B, T, H, K), or three tensors with return_attn_probs.
     Raises: ValueError for an option that is not supported.
     """
@@ -210,8 +210,8 @@ def flash_attn_varlen_func(
     Args:
         q: (N, H, K), documents packed end to end.
         k, v: (N, G, K).
-        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, the same lengths. Except on a CPU, where
-            values can be compared, they must be the same tensor.
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, the same lengths. On a GPU they must
+            be the same tensor: comparing their values would wait for the device.
         block_table: must be None.
         other arguments: as for flash_attn_func.
     Returns: o (N, H, K), or three tensors with return_attn_probs, lse as (H, N).
@@ -222,8 +222,8 @@ def flash_attn_varlen_func(
     window = _window(name, causal, window_size, max_seqlen_k)
     if not _are_equal(cu_seqlens_q, cu_seqlens_k):
         raise ValueError(
-            f"{name}: cu_seqlens_k must equal cu_seqlens_q, and except on a CPU be the same "
-            "tensor; each query needs a key of its own"
+            f"{name}: cu_seqlens_k must equal cu_seqlens_q, because each query needs a key of its "
+            "own; on a GPU pass the same tensor for both"
         )
     o, lse = causal_attention_varlen(
         q,

@@ -24,7 +24,7 @@ class CrossEntropyOutput:
 
 
 class _Loss(nn.Module):
-    """What both losses share. Subclasses call `_set_options`."""
+    """The common part of both losses. Subclasses call `_set_options`."""
 
     def _set_options(
         self,
@@ -232,7 +232,7 @@ class LigerRMSNorm(nn.Module):
         offset: added to the weight in the forward.
         casting_mode: "llama" or "gemma". Both round once, as Liger's "gemma".
         init_fn: initial value of the weight, "ones" or "zeros".
-        in_place: both values keep the incoming gradient.
+        in_place: has no effect. The incoming gradient is never overwritten.
         row_mode: must be None.
         elementwise_affine: whether there is a weight.
     Raises: ValueError for an option that is not supported.

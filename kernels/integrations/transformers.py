@@ -151,7 +151,7 @@ def patch(model: PreTrainedModel, parts: Iterable[str] = PARTS) -> PreTrainedMod
 
     Args:
         model: a model of a family in FAMILIES, with any head. The part "loss" applies to the head
-            of the causal language model only. A patched model is patched again.
+            of the causal language model only. A patched model is first unpatched.
         parts: what to replace, names in PARTS. Default: all. "residual" needs "norm".
     Returns: the same model.
     Raises: ValueError for an unknown part, an unsupported class of model, or a module with an
