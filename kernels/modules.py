@@ -316,6 +316,9 @@ class CausalSelfAttention(nn.Module):
 
         q, k, v = self._heads(x)
         if rope is not None:
+            if isinstance(rope, Tensor) or len(rope) != 2:
+                found = "a tensor" if isinstance(rope, Tensor) else f"{len(rope)} values"
+                raise ValueError(f"CausalSelfAttention: rope must be (cos, sin), got {found}")
             q = rotary(q, *rope)
             k = rotary(k, *rope)
         if cu_seqlens is None:
@@ -346,7 +349,10 @@ class CausalSelfAttention(nn.Module):
 
 def _check_heads(d_model: int, n_head: int, n_kv_head: int, head_size: int | None) -> None:
     name = "CausalSelfAttention"
-    if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
+    for argument, size in (("n_head", n_head), ("n_kv_head", n_kv_head), ("head_size", head_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: {argument} must be at least 1, got {size}")
+    if n_head % n_kv_head:
         raise ValueError(f"{name}: n_kv_head must divide n_head {n_head}, got {n_kv_head}")
     if head_size is None and d_model % n_head:
         raise ValueError(
