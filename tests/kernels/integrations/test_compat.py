@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.kernels.attention.cases import needs_kernels
 from tests.kernels.compare import assert_close
 from tritium.kernels import attention_decode, causal_attention, cross_entropy, rotary
-from tritium.kernels.integrations import compat
+from tritium.kernels.integrations import _compat_attention, compat
 
 
 def randn(*shape, seed=0, device="cpu"):
@@ -172,6 +172,49 @@ Q = torch.ones(1, 3, 2, 8)
 ONE_QUERY = Q[:, :1]
 ONE = torch.ones(1)
 LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
+
+
+FLASH = {"softmax_scale": 0.3, "softcap": 2.0, "causal": True, "window_size": (1, 0)}
+EXPECTED = {"scale": 0.3, "softcap": 2.0, "window": 2}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("return_attn_probs", [False, True])
+@pytest.mark.parametrize(
+    ("name", "args", "operator"),
+    [
+        ("flash_attn_func", [Q] * 3, "causal_attention"),
+        ("flash_attn_qkvpacked_func", [torch.stack([Q] * 3, 2)], "causal_attention"),
+        (
+            "flash_attn_varlen_func",
+            [*[Q[0]] * 3, LENGTHS, LENGTHS, 3, 3],
+            "causal_attention_varlen",
+        ),
+        ("flash_attn_with_kvcache", [Q] * 3, "attention_decode"),
+        ("scaled_dot_product_attention", [Q] * 3, "causal_attention"),
+    ],
+)
+def test_options_reach_the_operator(name, args, operator, return_attn_probs, monkeypatch):
+    options, expected = dict(FLASH), dict(EXPECTED)
+    if name == "scaled_dot_product_attention":
+        options, expected = {"scale": 0.3, "is_causal": True}, {"scale": 0.3}
+    elif return_attn_probs and name != "flash_attn_with_kvcache":
+        options["return_attn_probs"] = True
+    if not return_attn_probs and operator != "attention_decode":
+        options["dropout_p"] = expected["dropout_p"] = 0.25
+        if name == "flash_attn_qkvpacked_func":
+            operator = "causal_attention_qkvpacked"
+    calls = []
+    original = getattr(_compat_attention, operator)
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(_compat_attention, operator, spy)
+    getattr(compat, name)(*args, **options)
+    (call,) = calls
+    assert {option: call[option] for option in expected} == expected
 
 
 @pytest.mark.plain
