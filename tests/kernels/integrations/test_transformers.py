@@ -1,6 +1,7 @@
 """Patched models of transformers compute what they did before, and unpatch restores them."""
 
 import copy
+import functools
 import inspect
 import os
 import pickle
@@ -95,6 +96,19 @@ def test_logits_match(name, layout, tokens, left_padding):
     got = patch(model)(tokens, **inputs).logits
     real = inputs.get("attention_mask", torch.ones_like(tokens)).bool()
     torch.testing.assert_close(got[real], expected[real])
+
+
+@pytest.mark.parametrize("layout", ["plain", "left"])
+@torch.no_grad()
+def test_scaling_of_a_layer_is_used(layout, tokens, left_padding):
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.8
+    inputs = {"attention_mask": left_padding} if layout == "left" else {}
+    real = left_padding.bool() if layout == "left" else torch.ones_like(tokens).bool()
+    expected = model(tokens, **inputs).logits[real]
+    torch.testing.assert_close(patch(model)(tokens, **inputs).logits[real], expected)
+    assert not torch.allclose(patch(build("llama"))(tokens, **inputs).logits[real], expected)
 
 
 @torch.no_grad()
@@ -534,6 +548,10 @@ UNSUPPORTED = {
         lambda: with_attribute(build("llama"), "model.layers.1.self_attn", "sinks", 1),
         "LlamaAttention 'model.layers.1.self_attn': unknown attribute 'sinks'",
     ),
+    "axes of a norm": (
+        lambda: with_attribute(build("gpt2"), "transformer.ln_f", "normalized_shape", (4, 8)),
+        r"expected one normalized axis, got \(4, 8\)",
+    ),
     "bidirectional": (
         lambda: with_attribute(build("llama"), "model.layers.0.self_attn", "is_causal", False),
         "is_causal must be True, got False",
@@ -601,13 +619,25 @@ def test_an_unsupported_forward_raises(options, message, tokens):
         patch(build("gpt2"))(tokens, **options)
 
 
-def test_a_head_mask_raises(tokens):
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("head_mask", torch.ones(4)),
+        ("output_attentions", True),
+        ("s_aux", torch.zeros(4)),
+        ("position_bias", torch.zeros(1, 4, 12, 12)),
+        ("softcap", 30.0),
+    ],
+)
+def test_unsupported_arguments_of_attention_raise(argument, value):
     model = patch(build("gpt2"))
     q = torch.zeros(3, 4, 12, 8)
-    with pytest.raises(NotImplementedError, match="head_mask is not supported"):
-        _transformers_attention.attention(
-            model.transformer.h[0].attn, q, q, q, None, head_mask=torch.ones(4)
-        )
+    attention = functools.partial(
+        _transformers_attention.attention, model.transformer.h[0].attn, q, q, q, None
+    )
+    with pytest.raises(NotImplementedError, match=f"GPT2Attention: {argument} is not supported"):
+        attention(**{argument: value})
+    attention(**{argument: None})
 
 
 def test_a_window_with_padding_between_tokens_raises(tokens, left_padding):
