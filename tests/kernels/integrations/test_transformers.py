@@ -202,6 +202,13 @@ def test_loss_and_gradients_match_without_logits(name, options, tokens):
         torch.testing.assert_close(grad, expected_grads[key], msg=lambda text, key=key: key + text)
 
 
+def test_the_loss_uses_the_bias_of_the_head(tokens):
+    model = build("llama").train()
+    model.lm_head.bias = nn.Parameter(torch.linspace(-2, 2, V))
+    expected = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(patch(model)(tokens, labels=tokens).loss, expected)
+
+
 def test_logits_are_returned_on_request_and_in_evaluation(tokens):
     model = patch(build("llama")).train()
     assert model(tokens).logits.shape == (3, 12, V)
