@@ -277,13 +277,12 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (B, S, G, K).
         k, v: (B, T', G, K), written to the caches after the first cache_seqlens tokens, or None.
         rotary_cos, rotary_sin: (positions, R / 2), to rotate q and k, or None. They need k and v.
-        cache_seqlens: tokens in the caches without k, an int or (B,) int32 or int64. None: S. A
-            cache without room for k raises on a CPU only.
+        cache_seqlens: tokens in the caches without k, an int or (B,) int32 or int64. None: S.
         causal, window_size, softcap, softmax_scale: as for flash_attn_func.
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes: must be None.
         num_splits, return_softmax_lse: must be 0 and False.
     Returns: o (B, T, H, K), without a gradient.
-    Raises: ValueError for an option that is not supported.
+    Raises: ValueError for an unsupported option; on a CPU also if k does not fit in the cache.
     """
     name = "flash_attn_with_kvcache"
     check_default(
@@ -300,13 +299,11 @@ def flash_attn_with_kvcache(
     _check_new_tokens(name, k, v, rotary_cos, rotary_sin, cache_seqlens)
     lengths = _lengths(name, k_cache, cache_seqlens)
     if k is not None:
-        # Check everything before the first write into a cache.
-        _check_shapes(name, k_cache, v_cache, k, v)
+        _check_shapes(name, k_cache, v_cache, k, v)  # before the first write into a cache
         _check_room(name, "the cache's", k_cache.shape[1], lengths, k.shape[1])
         if rotary_cos is not None:
             longest = max(q.shape[1], k.shape[1])
             _check_room(name, "rotary_cos's", len(rotary_cos), lengths, longest)
-        if rotary_cos is not None:
             q, k = (_rotate(x, rotary_cos, rotary_sin, lengths, rotary_interleaved) for x in (q, k))
         _append(k_cache, k, lengths)
         _append(v_cache, v, lengths)

@@ -155,8 +155,8 @@ def test_norms_of_queries_and_keys_take_eps():
 def test_rope_that_is_no_pair_raises(x):
     module = modules.CausalSelfAttention(16, 2, dtype=torch.float64)
     table = torch.ones(7, 4)
-    for rope, found in ((table, "a tensor"), ((table,) * 3, "3 values")):
-        with pytest.raises(ValueError, match=rf"rope must be \(cos, sin\), got {found}"):
+    for rope in (table, (table,) * 3):
+        with pytest.raises(ValueError, match=r"rope must be \(cos, sin\)"):
             module(x, rope=rope)
 
 
