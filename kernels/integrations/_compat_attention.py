@@ -279,8 +279,7 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: (positions, R / 2), to rotate q and k, or None. They need k and v.
         cache_seqlens: tokens in the caches without k, an int or (B,) int32 or int64. None: S.
         causal, window_size, softcap, softmax_scale: as for flash_attn_func.
-        cache_batch_idx, cache_leftpad, block_table, alibi_slopes: must be None.
-        num_splits, return_softmax_lse: must be 0 and False.
+        other arguments: must have their defaults.
     Returns: o (B, T, H, K), without a gradient.
     Raises: ValueError for an unsupported option; on a CPU also if k does not fit in the cache.
     """
@@ -299,11 +298,10 @@ def flash_attn_with_kvcache(
     _check_new_tokens(name, k, v, rotary_cos, rotary_sin, cache_seqlens)
     lengths = _lengths(name, k_cache, cache_seqlens)
     if k is not None:
-        _check_shapes(name, k_cache, v_cache, k, v)  # before the first write into a cache
-        _check_room(name, "the cache's", k_cache.shape[1], lengths, k.shape[1])
+        _check_append(name, k_cache, v_cache, k, v, lengths)
         if rotary_cos is not None:
-            longest = max(q.shape[1], k.shape[1])
-            _check_room(name, "rotary_cos's", len(rotary_cos), lengths, longest)
+            new = max(q.shape[1], k.shape[1])
+            _check_room(name, "rotary_cos's", len(rotary_cos), lengths, new)
             q, k = (_rotate(x, rotary_cos, rotary_sin, lengths, rotary_interleaved) for x in (q, k))
         _append(k_cache, k, lengths)
         _append(v_cache, v, lengths)
@@ -345,7 +343,9 @@ def _lengths(name: str, k_cache: Tensor, cache_seqlens: int | Tensor | None) -> 
     return lengths
 
 
-def _check_shapes(name: str, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_append(
+    name: str, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+) -> None:
     """Raise a ValueError unless new tokens fit the caches. Indexing would broadcast them."""
     B, _, G, K = k_cache.shape
     if v_cache.shape != k_cache.shape:
@@ -358,6 +358,7 @@ def _check_shapes(name: str, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Ten
             f"{name}: k and v must be ({B}, T, {G}, {K}) like the caches, "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
+    _check_room(name, "the cache's", k_cache.shape[1], lengths, k.shape[1])
 
 
 def _check_room(name: str, what: str, size: int, lengths: Tensor, new: int) -> None:
