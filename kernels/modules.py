@@ -47,13 +47,11 @@ class LayerNorm(nn.LayerNorm):
         _check_one_axis("LayerNorm", self.normalized_shape)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the norm of x; with `residual` the norm of x + residual, and x + residual.
+        """Return the norm of x (..., D); with `residual` the norm of the sum, and the sum.
 
-        Args:
-            x: (..., D).
-            residual: shape of x, or None. The addition and the norm are one pass over memory.
+        The residual has the shape of x. Addition and norm are one pass over memory.
         """
-        weight = _ones_like_row(x) if self.weight is None else self.weight
+        weight = _ones(self, x) if self.weight is None else self.weight
         if residual is None:
             return layer_norm(x, weight, self.bias, eps=self.eps)
         return add_layer_norm(x, residual, weight, self.bias, eps=self.eps)
@@ -62,8 +60,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last axis. The constructor is that of torch.nn.RMSNorm.
 
-    eps=None means torch.finfo(x.dtype).eps, as in torch.nn.RMSNorm.
-
+    eps=None means the machine epsilon of float32, and of float64 for float64 x, as in torch.nn.
     Raises: ValueError if normalized_shape has more than one axis.
     """
 
@@ -73,8 +70,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of x; with `residual` the norm of x + residual, and x + residual."""
-        weight = _ones_like_row(x) if self.weight is None else self.weight
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        weight = _ones(self, x) if self.weight is None else self.weight
+        default_eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        eps = default_eps if self.eps is None else self.eps
         if residual is None:
             return rms_norm(x, weight, eps=eps)
         return add_rms_norm(x, residual, weight, eps=eps)
@@ -88,8 +86,9 @@ def _check_one_axis(name: str, normalized_shape: tuple[int, ...]) -> None:
         )
 
 
-def _ones_like_row(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+def _ones(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return a weight of ones, whose size the operators check."""
+    return torch.ones(norm.normalized_shape, dtype=x.dtype, device=x.device)
 
 
 class Conv1D(nn.Module):
@@ -292,9 +291,8 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             x: (B, T, D).
-            rope: (cos, sin) as for `rotary`: (S, K / 2) or (B, T, K / 2). None: no rotation. The
-                tables of transformers are (B, T, K) and repeat their halves: pass
-                cos[..., : K // 2] and sin[..., : K // 2].
+            rope: (cos, sin) as for `rotary`: (S, K / 2) or (B, T, K / 2). None: no rotation. Of the
+                tables of transformers (B, T, K) pass the first half: cos[..., : K // 2].
             cu_seqlens: (documents + 1,) int32, for documents packed in the B T tokens, as for
                 causal_attention_varlen. None: B sequences.
         """
@@ -313,6 +311,8 @@ class CausalSelfAttention(nn.Module):
 
         q, k, v = self._heads(x)
         if rope is not None:
+            if isinstance(rope, Tensor) or len(rope) != 2:
+                raise ValueError("CausalSelfAttention: rope must be (cos, sin), a pair of tensors")
             q = rotary(q, *rope)
             k = rotary(k, *rope)
         if cu_seqlens is None:
@@ -343,7 +343,10 @@ class CausalSelfAttention(nn.Module):
 
 def _check_heads(d_model: int, n_head: int, n_kv_head: int, head_size: int | None) -> None:
     name = "CausalSelfAttention"
-    if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
+    sizes = {"n_head": n_head, "n_kv_head": n_kv_head, "head_size": head_size}
+    for label in (label for label, size in sizes.items() if size is not None and size < 1):
+        raise ValueError(f"{name}: {label} must be at least 1, got {sizes[label]}")
+    if n_head % n_kv_head:
         raise ValueError(f"{name}: n_kv_head must divide n_head {n_head}, got {n_kv_head}")
     if head_size is None and d_model % n_head:
         raise ValueError(

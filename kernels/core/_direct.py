@@ -2,9 +2,9 @@
 
 A custom operator costs Python calls around its forward and its backward: the dispatcher, the schema
 and PyTorch's own autograd function. None of them does anything for a plain eager call, so such a
-call goes straight to the implementation that is registered for its device. Whatever may watch or
-change a call, such as torch.compile, fake tensors, a profiler or torch.func, gets the registered
-operator. docs/kernels.md has the times.
+call goes straight to the implementation that is registered for its device. The registered operator
+runs if anything may watch or change the call, such as torch.compile, fake tensors, a profiler or
+torch.func. docs/kernels.md has the times.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,8 @@ def is_transformed() -> bool:
 def device_of(args: Sequence) -> str | None:
     """Return the type of device of the first tensor if the call may be direct, else None.
 
-    Operators check that their tensors are on one device. Tensors in options dataclasses are seeds.
+    Operators check that their tensors are on one device. A tensor in an options dataclass is a seed
+    and need not be looked at.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None

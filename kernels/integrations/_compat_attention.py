@@ -31,6 +31,10 @@ def _window(name: str, causal: bool, window_size: tuple[int, int], queries: int)
 
     flash-attn counts the keys before the query. causal_attention counts the query's own key too.
     """
+    if not _is_window(window_size):
+        raise ValueError(
+            f"{name}: window_size must hold two sizes, or -1 for no bound, got {window_size!r}"
+        )
     left, right = window_size
     # A single query sees all keys with and without a causal mask. flash-attn's right bound 0 is a
     # causal mask.
@@ -39,11 +43,22 @@ def _window(name: str, causal: bool, window_size: tuple[int, int], queries: int)
             f"{name}: causal must be True, or window_size[1] 0, got {causal} and {window_size}; "
             "these kernels are causal"
         )
-    if left < -1 or right < -1:
-        raise ValueError(
-            f"{name}: window_size must hold two sizes, or -1 for no bound, got {window_size}"
-        )
     return None if left == -1 else left + 1
+
+
+def _is_window(window_size: object) -> bool:
+    return (
+        isinstance(window_size, (tuple, list))
+        and len(window_size) == 2
+        and all(isinstance(size, (int, torch.SymInt)) and size >= -1 for size in window_size)
+    )
+
+
+def _check_heads(name: str, **tensors: Tensor) -> None:
+    """Raise a ValueError unless all tensors have the four axes (B, T, H, K)."""
+    for argument, x in tensors.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name}: {argument} must be (B, T, H, K), got {tuple(x.shape)}")
 
 
 def _results(
@@ -78,7 +93,7 @@ def scaled_dot_product_attention(
             the first key and these kernels at the last key.
         is_causal: must be True, except for a single query, which sees all keys.
         enable_gqa: must be True if G is not H.
-        dropout_p, scale: as in PyTorch. The random numbers of dropout are others.
+        dropout_p, scale: as in PyTorch. Dropout draws other random numbers.
         attn_mask: must be None.
     Returns: (B, H, T, K).
     Raises: ValueError for an option that is not supported.
@@ -124,13 +139,14 @@ def flash_attn_func(
         window_size: how many keys before and after its own key a query sees; -1: all.
         alibi_slopes: must be None.
         deterministic: both values give deterministic results.
-        return_attn_probs: also return lse (B, H, T), and an empty tensor: the probabilities, which
-            flash-attn returns for its own tests only. dropout_p must then be 0.
+        return_attn_probs: also return lse (B, H, T), and an empty tensor in place of the
+            probabilities, which flash-attn returns for its own tests. dropout_p must then be 0.
     Returns: o (B, T, H, K), or three tensors with return_attn_probs.
     Raises: ValueError for an option that is not supported.
     """
     name = "flash_attn_func"
     check_default(name, alibi_slopes=(alibi_slopes, None))
+    _check_heads(name, q=q, k=k, v=v)
     window = _window(name, causal, window_size, q.shape[1])
     options = {"scale": softmax_scale, "window": window, "softcap": softcap, "dropout_p": dropout_p}
     if not return_attn_probs:
@@ -194,8 +210,8 @@ def flash_attn_varlen_func(
     Args:
         q: (N, H, K), documents packed end to end.
         k, v: (N, G, K).
-        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, the same lengths. Except on a CPU, where
-            values can be compared, they must be the same tensor.
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, the same lengths. On a GPU they must
+            be the same tensor: comparing their values would wait for the device.
         block_table: must be None.
         other arguments: as for flash_attn_func.
     Returns: o (N, H, K), or three tensors with return_attn_probs, lse as (H, N).
@@ -206,8 +222,8 @@ def flash_attn_varlen_func(
     window = _window(name, causal, window_size, max_seqlen_k)
     if not _are_equal(cu_seqlens_q, cu_seqlens_k):
         raise ValueError(
-            f"{name}: cu_seqlens_k must equal cu_seqlens_q, and except on a CPU be the same "
-            "tensor; each query needs a key of its own"
+            f"{name}: cu_seqlens_k must equal cu_seqlens_q, because each query needs a key of its "
+            "own; on a GPU pass the same tensor for both"
         )
     o, lse = causal_attention_varlen(
         q,
@@ -259,14 +275,13 @@ def flash_attn_with_kvcache(
     Args:
         q: (B, T, H, K).
         k_cache, v_cache: (B, S, G, K).
-        k, v: (B, T, G, K), written to the caches after the first cache_seqlens tokens, or None.
+        k, v: (B, T', G, K), written to the caches after the first cache_seqlens tokens, or None.
         rotary_cos, rotary_sin: (positions, R / 2), to rotate q and k, or None. They need k and v.
         cache_seqlens: tokens in the caches without k, an int or (B,) int32 or int64. None: S.
         causal, window_size, softcap, softmax_scale: as for flash_attn_func.
-        cache_batch_idx, cache_leftpad, block_table, alibi_slopes: must be None.
-        num_splits, return_softmax_lse: must be 0 and False.
+        other arguments: must have their defaults.
     Returns: o (B, T, H, K), without a gradient.
-    Raises: ValueError for an option that is not supported.
+    Raises: ValueError for an unsupported option; on a CPU also if k does not fit in the cache.
     """
     name = "flash_attn_with_kvcache"
     check_default(
@@ -278,14 +293,15 @@ def flash_attn_with_kvcache(
         num_splits=(num_splits, 0),
         return_softmax_lse=(return_softmax_lse, False),
     )
+    _check_heads(name, q=q, k_cache=k_cache, v_cache=v_cache)
     window = _window(name, causal, window_size, q.shape[1])
     _check_new_tokens(name, k, v, rotary_cos, rotary_sin, cache_seqlens)
-    B, S = k_cache.shape[:2]
-    lengths = S if cache_seqlens is None else cache_seqlens
-    if not isinstance(lengths, Tensor):
-        lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
+    lengths = _lengths(name, k_cache, cache_seqlens)
     if k is not None:
+        _check_append(name, k_cache, v_cache, k, v, lengths)
         if rotary_cos is not None:
+            new = max(q.shape[1], k.shape[1])
+            _check_room(name, "rotary_cos's", len(rotary_cos), lengths, new)
             q, k = (_rotate(x, rotary_cos, rotary_sin, lengths, rotary_interleaved) for x in (q, k))
         _append(k_cache, k, lengths)
         _append(v_cache, v, lengths)
@@ -310,6 +326,50 @@ def _check_new_tokens(
         raise ValueError(f"{name}: rotary_cos needs k and v, got None")
     if k is not None and cache_seqlens is None:
         raise ValueError(f"{name}: k and v need cache_seqlens, got None")
+
+
+def _lengths(name: str, k_cache: Tensor, cache_seqlens: int | Tensor | None) -> Tensor:
+    """Return cache_seqlens as a tensor (B,)."""
+    B, S = k_cache.shape[:2]
+    lengths = S if cache_seqlens is None else cache_seqlens
+    if isinstance(lengths, (int, torch.SymInt)):
+        return torch.full((B,), lengths, dtype=torch.int32, device=k_cache.device)
+    is_tensor = isinstance(lengths, Tensor)
+    if not is_tensor or lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
+        found = f"{lengths.dtype} {tuple(lengths.shape)}" if is_tensor else repr(lengths)
+        raise ValueError(
+            f"{name}: cache_seqlens must be an int, or int32 or int64 ({B},), got {found}"
+        )
+    return lengths
+
+
+def _check_append(
+    name: str, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+) -> None:
+    """Raise a ValueError unless new tokens fit the caches. Indexing would broadcast them."""
+    B, _, G, K = k_cache.shape
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"{name}: v_cache must be {tuple(k_cache.shape)} like k_cache, "
+            f"got {tuple(v_cache.shape)}"
+        )
+    if k.ndim != 4 or v.shape != k.shape or k.shape != (B, k.shape[1], G, K):
+        raise ValueError(
+            f"{name}: k and v must be ({B}, T, {G}, {K}) like the caches, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    _check_room(name, "the cache's", k_cache.shape[1], lengths, k.shape[1])
+
+
+def _check_room(name: str, what: str, size: int, lengths: Tensor, new: int) -> None:
+    """Raise a ValueError if `new` tokens after `lengths` do not fit, where values can be read."""
+    if not can_read_values(lengths) or torch.compiler.is_compiling():
+        return
+    if ((lengths < 0) | (lengths + new > size)).any():
+        raise ValueError(
+            f"{name}: cache_seqlens must be from 0 to {size - new}, {what} {size} positions less "
+            f"{new} new, got {lengths.tolist()}"
+        )
 
 
 def _positions(x: Tensor, lengths: Tensor) -> Tensor:

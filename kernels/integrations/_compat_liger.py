@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..loss.cross_entropy import cross_entropy
 from ..loss.linear_cross_entropy import linear_cross_entropy
+from ..loss.options import LossOptions
 from ..norm.layer_norm import layer_norm
 from ..norm.rms_norm import rms_norm
 from ._compat_attention import check_default
@@ -23,7 +24,7 @@ class CrossEntropyOutput:
 
 
 class _Loss(nn.Module):
-    """What both losses share. Subclasses call `_set_options`."""
+    """The common part of both losses. Subclasses call `_set_options`."""
 
     def _set_options(
         self,
@@ -38,6 +39,14 @@ class _Loss(nn.Module):
     ) -> None:
         name = type(self).__name__
         check_default(name, return_predicted_tokens=(return_predicted_tokens, False))
+        options = LossOptions(
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=lse_square_scale,
+            softcap=softcap or 0.0,
+            reduction=reduction,
+        )
+        options.check(name, z_loss="lse_square_scale")
         if return_token_accuracy and reduction == "none":
             raise ValueError(
                 f"{name}: return_token_accuracy needs reduction 'mean' or 'sum', got 'none'"
@@ -183,12 +192,24 @@ class LigerLayerNorm(nn.Module):
         eps: added to the variance.
         bias: initial value of the bias: random if True, else 0. There is a bias in both cases.
         init_fn: initial value of the weight, "ones" or "zeros".
+        impl, mode, backend: must be None.
+    Raises: ValueError for an option that is not supported.
     """
 
     def __init__(
-        self, hidden_size: int, eps: float = 1e-6, bias: bool = False, init_fn: str = "ones"
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        bias: bool = False,
+        init_fn: str = "ones",
+        impl: str | None = None,
+        mode: str | None = None,
+        backend: str | None = None,
     ):
         super().__init__()
+        check_default(
+            "LigerLayerNorm", impl=(impl, None), mode=(mode, None), backend=(backend, None)
+        )
         self.hidden_size = hidden_size
         self.eps = self.variance_epsilon = eps
         self.weight = _initial("LigerLayerNorm", init_fn, hidden_size)
@@ -211,7 +232,7 @@ class LigerRMSNorm(nn.Module):
         offset: added to the weight in the forward.
         casting_mode: "llama" or "gemma". Both round once, as Liger's "gemma".
         init_fn: initial value of the weight, "ones" or "zeros".
-        in_place: both values keep the incoming gradient.
+        in_place: has no effect. The incoming gradient is never overwritten.
         row_mode: must be None.
         elementwise_affine: whether there is a weight.
     Raises: ValueError for an option that is not supported.

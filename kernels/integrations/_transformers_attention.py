@@ -22,6 +22,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from ..attention.causal import causal_attention
 from ..attention.decode import attention_decode
@@ -323,3 +325,8 @@ def _decode_padded(
     query_order = torch.argsort(new.to(torch.uint8), dim=1, stable=True)
     o = attention_decode(q[row, query_order], k, v, lengths, **options)
     return o[row, torch.argsort(query_order, dim=1)]
+
+
+# Here, because a process that unpickles a patched model imports this file and not transformers.py.
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, key_mask)

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 
 import transformers
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from ...errors import unknown_name
 from ..attention.options import MAX_HEAD_SIZE
@@ -39,9 +38,6 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
         f"tritium.kernels.integrations.transformers: expected transformers 4.56 or newer, "
         f"got {transformers.__version__}; upgrade it"
     )
-
-AttentionInterface.register(attention.NAME, attention.attention)
-AttentionMaskInterface.register(attention.NAME, attention.key_mask)
 
 PARTS = ("attention", "norm", "mlp", "residual", "loss")
 
@@ -155,8 +151,8 @@ def patch(model: PreTrainedModel, parts: Iterable[str] = PARTS) -> PreTrainedMod
 
     Args:
         model: a model of a family in FAMILIES, with any head. The part "loss" applies to the head
-            of the causal language model only. A patched model is patched again.
-        parts: what to replace, names in PARTS. Default: all.
+            of the causal language model only. A patched model is first unpatched.
+        parts: what to replace, names in PARTS. Default: all. "residual" needs "norm".
     Returns: the same model.
     Raises: ValueError for an unknown part, an unsupported class of model, or a module with an
         attribute or an option that the kernels do not honour.
@@ -188,7 +184,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     Returns: the same model.
     Raises: ValueError if the model is not patched.
     """
-    if "_tritium_previous_attention" not in vars(model):
+    if not hasattr(model, "_tritium_previous_attention"):
         raise ValueError(f"unpatch: expected a patched model, got {type(model).__name__}")
     for module in model.modules():
         if forwards.is_subclass_of_patched(module):
@@ -219,6 +215,8 @@ def patch_classes(families: Iterable[str] = tuple(FAMILIES), parts: Iterable[str
         `patch` does.
     """
     parts = _checked_parts(parts)
+    if isinstance(families, str):
+        raise ValueError(f"patch_classes: families must be a list of names, got {families!r}")
     families = list(families)
     for name in families:
         if name not in FAMILIES:
@@ -269,10 +267,16 @@ def _models_in(family: Family) -> list[type]:
 
 
 def _checked_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(parts, str):
+        raise ValueError(f"patch: parts must be a list of names, got {parts!r}")
     parts = tuple(parts)
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"patch: {unknown_name('part', part, PARTS)}")
+    if "residual" in parts and "norm" not in parts:
+        raise ValueError(
+            f"patch: the part 'residual' needs 'norm', which does the addition, got {list(parts)}"
+        )
     return parts
 
 

@@ -20,15 +20,20 @@ class LossOptions:
     softcap: float = 0.0
     reduction: str = "mean"
 
-    def check(self, name: str) -> None:
-        """Raise a ValueError for an option out of range; `name` is the operator."""
+    def check(self, name: str, z_loss: str = "z_loss") -> None:
+        """Raise a ValueError for an option out of range.
+
+        Args:
+            name: the operator.
+            z_loss: the name that it gives to the option z_loss.
+        """
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(
                 f"{name}: label_smoothing must be from 0 to 1, got {self.label_smoothing}"
             )
         if not 0 <= self.z_loss <= MAX_OPTION:
             raise ValueError(
-                f"{name}: z_loss must be from 0 (no z-loss) to {MAX_OPTION}, got {self.z_loss}"
+                f"{name}: {z_loss} must be from 0 (no z-loss) to {MAX_OPTION}, got {self.z_loss}"
             )
         if self.softcap and not 1 / MAX_OPTION <= self.softcap <= MAX_OPTION:
             raise ValueError(

@@ -47,7 +47,7 @@ def launch_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cost(elements: int, itemsize: int) -> dict[str, int]:
-    """Return the least bytes to move and about the FLOPs, for tensors of `elements` elements."""
+    """Return the least bytes to move and the approximate FLOPs, for this many elements."""
     return {
         "fwd_bytes": 3 * elements * itemsize,
         "bwd_bytes": 5 * elements * itemsize,
@@ -78,8 +78,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) * up.
 
     Args:
-        gate: any shape, float32, bfloat16 or float16 (on the CPU also float64). Read in place if
-            contiguous, else copied: so are the two halves of one (..., 2 F) tensor.
+        gate: any shape, float32, bfloat16 or float16 (on the CPU also float64). A tensor that is
+            not contiguous is copied, for example half of a (..., 2 F) tensor.
         up: shape, dtype and device of gate.
     Returns: shape and dtype of gate, contiguous.
     Raises: ValueError if gate is not floating point or up does not match it. TypeError for float64

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritium.bench import check
 from tritium.bench.ops import OPERATORS
@@ -36,13 +37,34 @@ def test_right_operators_pass_and_a_wrong_one_is_named(
     right = OPERATORS["rms_norm"]
     wrong = dataclasses.replace(right, ours=lambda x, weight: right.ours(x, weight) * 1.001)
     monkeypatch.setitem(OPERATORS, "rms_norm", wrong)
-    assert check.main(["rms_norm", "rotary", "--device", "cpu", "--json", str(file)]) == 1
+    assert check.main(["rotary", "rms_norm", "--device", "cpu", "--json", str(file)]) == 1
     shown = capsys.readouterr()
     assert "WRONG: output 0 is off by" in shown.out
     assert "1 of 2 checks failed" in shown.err
     errors = {each["operator"]: each["error"] for each in read_record(file, "check")["checks"]}
     assert errors["rms_norm"].startswith("output 0 is off by")
     assert errors["rotary"] is None
+
+
+def test_results_of_both_processes_are_reported(monkeypatch):
+    wrong = {"operator": "rotary", "runs": "interpreter", "error": "dx is off"}
+    monkeypatch.setattr(check, "_run_interpreter", lambda operators: [wrong])
+    monkeypatch.setattr(check, "INTERPRET", False)
+    monkeypatch.setattr(check, "HAS_TRITON", True)
+    found = list(check._check_without_gpu([OPERATORS["rotary"]], torch.device("cpu")))
+    assert [each["runs"] for each in found] == ["references", "interpreter"]
+    assert found[-1] is wrong
+
+
+def test_speeds_are_fractions_of_the_ceiling(monkeypatch):
+    rotary = OPERATORS["rotary"]
+    rotary = dataclasses.replace(rotary, shapes=(rotary.tiny_shape,))
+    monkeypatch.setattr(check, "time_in_turn", lambda *_, **__: {"tritium": {"median": 0.5}})
+    cost = rotary.cost(*rotary.tiny_shape, 2)
+    moved = cost["fwd_bytes"] + cost["bwd_bytes"]
+    limits = {"bytes_per_second": 8 * moved, "flops_per_second": 1.0}
+    speeds = check._speeds([rotary], torch.device("cpu"), limits)
+    assert speeds["rotary"]["share"] == pytest.approx(0.25)  # 2 of 8 per second
 
 
 def test_unknown_operators_raise():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tritium.kernels import modules
+from tritium.kernels import causal_attention, modules
 
 pytestmark = pytest.mark.plain
 
@@ -75,16 +75,34 @@ def test_one_graph_under_compile(x):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_norms_match_torch(name, affine, x):
-    original = getattr(nn, name)(16, elementwise_affine=affine, dtype=torch.float64)
+    options = {"eps": 0.1, "elementwise_affine": affine, "dtype": torch.float64}
+    original = getattr(nn, name)(16, **options)
     for parameter in original.parameters():
         nn.init.normal_(parameter)
-    module = getattr(modules, name)(16, elementwise_affine=affine, dtype=torch.float64)
+    module = getattr(modules, name)(16, **options)
     module.load_state_dict(original.state_dict())
     torch.testing.assert_close(module(x), original(x))
     residual = torch.randn_like(x)
     y, total = module(x, residual)
     assert torch.equal(total, x + residual)
     torch.testing.assert_close(y, original(x + residual))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_default_eps_of_rms_norm_is_that_of_torch(dtype):
+    x = torch.full((3, 16), 1e-3, dtype=dtype)  # the square is near eps
+    y = modules.RMSNorm(16, dtype=dtype)(x)
+    torch.testing.assert_close(y, nn.RMSNorm(16, dtype=dtype)(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_check_the_last_axis(name, affine, x):
+    module = getattr(modules, name)(8, elementwise_affine=affine)
+    with pytest.raises(
+        ValueError, match=r"weight must have shape \(16,\) to match x .* got \(8,\)"
+    ):
+        module(x.float())
 
 
 def test_gelu_mlp_matches_linear_layers(x):
@@ -103,6 +121,45 @@ def test_packed_attention_matches_sdpa(x):
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize("layout", ["packed", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    "options", [{"window": 3}, {"softcap": 0.5}, {"window": 2, "softcap": 1.0}]
+)
+def test_options_of_attention_reach_the_operator(layout, options, x):
+    module = modules.CausalSelfAttention(
+        16, 4, n_kv_head=2, layout=layout, dtype=torch.float64, **options
+    )
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    last = module.o_proj if layout == "llama" else module.c_proj
+    expected = last(causal_attention(*module._heads(x), **options).flatten(2))
+    torch.testing.assert_close(module(x), expected)
+    cu_seqlens = torch.tensor([0, 7, 14], dtype=torch.int32)
+    torch.testing.assert_close(module(x, cu_seqlens=cu_seqlens), expected)
+
+
+def test_biases_of_attention_can_be_chosen():
+    for layout, first, last in (("packed", "c_attn", "c_proj"), ("llama", "q_proj", "o_proj")):
+        for bias, out_bias in ((True, None), (False, None), (True, False), (False, True)):
+            module = modules.CausalSelfAttention(16, 2, bias=bias, out_bias=out_bias, layout=layout)
+            expected = bias if out_bias is None else out_bias
+            assert (getattr(module, first).bias is not None) == bias
+            assert (getattr(module, last).bias is not None) == expected
+
+
+def test_norms_of_queries_and_keys_take_eps():
+    module = modules.CausalSelfAttention(16, 2, qk_norm=True, eps=0.5, layout="llama")
+    assert module.q_norm.eps == module.k_norm.eps == 0.5
+
+
+def test_rope_that_is_no_pair_raises(x):
+    module = modules.CausalSelfAttention(16, 2, dtype=torch.float64)
+    table = torch.ones(7, 4)
+    for rope in (table, (table,) * 3):
+        with pytest.raises(ValueError, match=r"rope must be \(cos, sin\)"):
+            module(x, rope=rope)
+
+
 @pytest.mark.parametrize("layout", ["packed", "llama"])
 def test_documents_match_separate_sequences(layout, x):
     module = modules.CausalSelfAttention(16, 2, layout=layout, dtype=torch.float64)
@@ -117,6 +174,21 @@ def test_dropout_applies_in_training_only(x):
     assert not torch.equal(module(x), module(x))
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+def test_options_of_the_loss_reach_the_operator(x):
+    options = {"ignore_index": 3, "label_smoothing": 0.1, "softcap": 0.5, "reduction": "sum"}
+    loss = modules.LinearCrossEntropyLoss(16, 9, bias=True, dtype=torch.float64, **options)
+    target = torch.randint(9, (2, 7))
+    target[0, :2] = 3
+    logits = loss.logits(x)
+    torch.testing.assert_close(logits, 0.5 * torch.tanh(F.linear(x, loss.weight, loss.bias) / 0.5))
+    del options["softcap"]
+    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten(), **options)
+    torch.testing.assert_close(loss(x, target), expected)
+    loss.options["z_loss"] = 0.01
+    z_loss = 0.01 * logits.logsumexp(-1)[target != 3].square().sum()
+    torch.testing.assert_close(loss(x, target), expected + z_loss)
 
 
 def test_the_loss_matches_a_linear_head_and_can_be_tied(x):
@@ -202,6 +274,9 @@ def test_parts_of_llama_match(name):
         (lambda: modules.RMSNorm((2, 8)), r"one axis, got \(2, 8\)"),
         (lambda: modules.GELUMLP(8, 8, layout="gpt"), "unknown layout 'gpt'; did you mean 'gpt2'"),
         (lambda: modules.CausalSelfAttention(8, 3), "n_head must divide d_model 8, got 3"),
+        (lambda: modules.CausalSelfAttention(8, 0), "n_head must be at least 1, got 0"),
+        (lambda: modules.CausalSelfAttention(8, 2, n_kv_head=0), "n_kv_head must be at least 1"),
+        (lambda: modules.CausalSelfAttention(8, 2, head_size=0), "head_size must be at least 1"),
         (lambda: modules.CausalSelfAttention(8, 4, n_kv_head=3), "must divide n_head 4, got 3"),
         (lambda: modules.CausalSelfAttention(8, 2, qk_norm=True), "qk_norm needs layout 'llama'"),
     ],

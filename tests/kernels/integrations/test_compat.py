@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.kernels.attention.cases import needs_kernels
 from tests.kernels.compare import assert_close
 from tritium.kernels import attention_decode, causal_attention, cross_entropy, rotary
-from tritium.kernels.integrations import compat
+from tritium.kernels.integrations import _compat_attention, compat
 
 
 def randn(*shape, seed=0, device="cpu"):
@@ -169,8 +169,52 @@ def test_flash_attn_with_kvcache_appends_and_rotates(interleaved, device):
 
 
 Q = torch.ones(1, 3, 2, 8)
+ONE_QUERY = Q[:, :1]
 ONE = torch.ones(1)
 LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
+
+
+FLASH = {"softmax_scale": 0.3, "softcap": 2.0, "causal": True, "window_size": (1, 0)}
+EXPECTED = {"scale": 0.3, "softcap": 2.0, "window": 2}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("return_attn_probs", [False, True])
+@pytest.mark.parametrize(
+    ("name", "args", "operator"),
+    [
+        ("flash_attn_func", [Q] * 3, "causal_attention"),
+        ("flash_attn_qkvpacked_func", [torch.stack([Q] * 3, 2)], "causal_attention"),
+        (
+            "flash_attn_varlen_func",
+            [*[Q[0]] * 3, LENGTHS, LENGTHS, 3, 3],
+            "causal_attention_varlen",
+        ),
+        ("flash_attn_with_kvcache", [Q] * 3, "attention_decode"),
+        ("scaled_dot_product_attention", [Q] * 3, "causal_attention"),
+    ],
+)
+def test_options_reach_the_operator(name, args, operator, return_attn_probs, monkeypatch):
+    options, expected = dict(FLASH), dict(EXPECTED)
+    if name == "scaled_dot_product_attention":
+        options, expected = {"scale": 0.3, "is_causal": True}, {"scale": 0.3}
+    elif return_attn_probs and name != "flash_attn_with_kvcache":
+        options["return_attn_probs"] = True
+    if not return_attn_probs and operator != "attention_decode":
+        options["dropout_p"] = expected["dropout_p"] = 0.25
+        if name == "flash_attn_qkvpacked_func":
+            operator = "causal_attention_qkvpacked"
+    calls = []
+    original = getattr(_compat_attention, operator)
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(_compat_attention, operator, spy)
+    getattr(compat, name)(*args, **options)
+    (call,) = calls
+    assert {option: call[option] for option in expected} == expected
 
 
 @pytest.mark.plain
@@ -199,7 +243,11 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
             {"causal": True, "dropout_p": 0.1, "return_attn_probs": True},
             "return_attn_probs needs dropout_p 0, got 0.1",
         ),
-        ("flash_attn_func", [Q] * 3, {"causal": True, "window_size": (-2, 0)}, "window_size must"),
+        *(
+            ("flash_attn_func", [Q] * 3, {"causal": True, "window_size": size}, "window_size must")
+            for size in ((-2, 0), 3, None, (None, None), (1, 2, 3), (1.5, 0))
+        ),
+        ("flash_attn_func", [Q[0], Q, Q], {"causal": True}, r"q must be \(B, T, H, K\)"),
         ("flash_attn_qkvpacked_func", [Q], {"causal": True}, r"qkv must be \(B, T, 3, H, K\)"),
         ("flash_attn_qkvpacked_func", [torch.ones(1, 3, 3, 2, 8)], {}, "causal must be True"),
         (
@@ -227,6 +275,45 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
             )
         ),
         ("flash_attn_with_kvcache", [Q] * 3, {}, "causal must be True"),
+        ("flash_attn_with_kvcache", [Q[0], Q, Q], {}, r"q must be \(B, T, H, K\)"),
+        *(
+            (
+                "flash_attn_with_kvcache",
+                [ONE_QUERY, Q, Q, new, new],
+                {"cache_seqlens": 0},
+                "k and v",
+            )
+            for new in (Q[:, :1, :1], Q[..., :1], torch.ones(2, 1, 2, 8), Q[0])
+        ),
+        (
+            "flash_attn_with_kvcache",
+            [ONE_QUERY, Q, Q, ONE_QUERY, Q],
+            {"cache_seqlens": 0},
+            r"k and v must be \(1, T, 2, 8\) like the caches",
+        ),
+        *(
+            ("flash_attn_with_kvcache", [ONE_QUERY, Q, Q, ONE_QUERY, ONE_QUERY], options, message)
+            for options, message in (
+                ({"cache_seqlens": 3}, r"cache_seqlens must be from 0 to 2, .* got \[3\]"),
+                ({"cache_seqlens": -1}, r"cache_seqlens must be from 0 to 2, .* got \[-1\]"),
+                ({"cache_seqlens": 1.0}, "cache_seqlens must be an int"),
+                ({"cache_seqlens": torch.tensor(1)}, r"cache_seqlens must be .* got torch.int64"),
+                (
+                    {"cache_seqlens": 2, "rotary_cos": Q[0, :2, 0], "rotary_sin": Q[0, :2, 0]},
+                    "from 0 to 1, rotary_cos's 2 positions",
+                ),
+            )
+        ),
+        *(
+            (name, [], options, message)
+            for name in ("LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss")
+            for options, message in (
+                ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),
+                ({"label_smoothing": -0.1}, "label_smoothing must be from 0 to 1, got -0.1"),
+                ({"lse_square_scale": -1.0}, "lse_square_scale must be from 0"),
+                ({"softcap": -1.0}, "softcap must be"),
+            )
+        ),
         ("LigerCrossEntropyLoss", [], {"weight": ONE}, "weight is not supported"),
         (
             "LigerCrossEntropyLoss",
@@ -249,6 +336,10 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
             "accum_dtype must be None or float32, got torch.bfloat16",
         ),
         ("LigerRMSNorm", [8], {"casting_mode": "none"}, "casting_mode must be 'llama' or 'gemma'"),
+        *(
+            ("LigerLayerNorm", [8], {option: "triton"}, f"{option} is not supported")
+            for option in ("impl", "mode", "backend")
+        ),
         ("LigerRMSNorm", [8], {"row_mode": True}, "row_mode is not supported"),
         ("LigerRMSNorm", [8], {"init_fn": "randn"}, "init_fn must be 'ones' or 'zeros'"),
     ],
@@ -256,6 +347,16 @@ LENGTHS = torch.tensor([0, 3], dtype=torch.int32)
 def test_options_that_are_not_supported_raise(name, args, options, message):
     with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
         getattr(compat, name)(*args, **options)
+
+
+@pytest.mark.plain
+def test_a_failed_append_leaves_the_caches_as_they_were():
+    k_cache, v_cache = torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="v_cache must be"):
+        compat.flash_attn_with_kvcache(
+            ONE_QUERY, k_cache, v_cache, ONE_QUERY, ONE_QUERY, cache_seqlens=0
+        )
+    assert not k_cache.any()
 
 
 # --- Liger
@@ -354,8 +455,10 @@ def test_signatures_match_liger():
     ):
         theirs, ours = getattr(liger, name), getattr(compat, name)
         for method in ("__init__", "forward"):
-            expected = inspect.signature(getattr(theirs, method)).parameters.values()
-            found = inspect.signature(getattr(ours, method)).parameters.values()
-            assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
+            found, expected = (
+                [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+                for function in (getattr(ours, method), getattr(theirs, method))
+            )
+            assert found[1 : len(expected)] == expected[1:]  # old versions have fewer
         if name.endswith("Norm"):
             assert list(theirs(8).state_dict()) == list(ours(8).state_dict())

@@ -1,8 +1,12 @@
 """Patched models of transformers compute what they did before, and unpatch restores them."""
 
 import copy
+import functools
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 import types
 
 import pytest
@@ -94,6 +98,19 @@ def test_logits_match(name, layout, tokens, left_padding):
     torch.testing.assert_close(got[real], expected[real])
 
 
+@pytest.mark.parametrize("layout", ["plain", "left"])
+@torch.no_grad()
+def test_scaling_of_a_layer_is_used(layout, tokens, left_padding):
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.8
+    inputs = {"attention_mask": left_padding} if layout == "left" else {}
+    real = left_padding.bool() if layout == "left" else torch.ones_like(tokens).bool()
+    expected = model(tokens, **inputs).logits[real]
+    torch.testing.assert_close(patch(model)(tokens, **inputs).logits[real], expected)
+    assert not torch.allclose(patch(build("llama"))(tokens, **inputs).logits[real], expected)
+
+
 @torch.no_grad()
 def test_cu_seqlens_of_flash_attention_separate_documents(tokens):
     model = patch(build("llama"))
@@ -183,6 +200,13 @@ def test_loss_and_gradients_match_without_logits(name, options, tokens):
     torch.testing.assert_close(output.loss, expected)
     for key, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected_grads[key], msg=lambda text, key=key: key + text)
+
+
+def test_the_loss_uses_the_bias_of_the_head(tokens):
+    model = build("llama").train()
+    model.lm_head.bias = nn.Parameter(torch.linspace(-2, 2, V))
+    expected = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(patch(model)(tokens, labels=tokens).loss, expected)
 
 
 def test_logits_are_returned_on_request_and_in_evaluation(tokens):
@@ -386,6 +410,20 @@ def test_copies_are_patched_and_can_be_unpatched(name, tokens):
         assert torch.equal(unpatch(other)(tokens).logits, original)
 
 
+def test_a_new_process_can_unpickle_a_patched_model(tokens, tmp_path):
+    """It imports only what the pickle names."""
+    model = patch(build("gpt2")).eval()
+    file = tmp_path / "model.pickle"
+    file.write_bytes(pickle.dumps((model, tokens)))
+    code = (
+        "import pickle, sys; model, tokens = pickle.load(open(sys.argv[1], 'rb'));"
+        "pickle.dump(model(tokens).logits.detach(), open(sys.argv[1], 'wb'))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True)
+    torch.testing.assert_close(pickle.loads(file.read_bytes()), model(tokens).logits)
+
+
 @torch.no_grad()
 def test_parts_can_be_chosen_and_patched_again(tokens):
     model = build("gpt2")
@@ -517,6 +555,10 @@ UNSUPPORTED = {
         lambda: with_attribute(build("llama"), "model.layers.1.self_attn", "sinks", 1),
         "LlamaAttention 'model.layers.1.self_attn': unknown attribute 'sinks'",
     ),
+    "axes of a norm": (
+        lambda: with_attribute(build("gpt2"), "transformer.ln_f", "normalized_shape", (4, 8)),
+        r"expected one normalized axis, got \(4, 8\)",
+    ),
     "bidirectional": (
         lambda: with_attribute(build("llama"), "model.layers.0.self_attn", "is_causal", False),
         "is_causal must be True, got False",
@@ -553,8 +595,16 @@ def test_unpatch_of_a_derived_class_raises():
 def test_unknown_parts_and_families_raise():
     with pytest.raises(ValueError, match="unknown part 'norms'; did you mean 'norm'"):
         patch(build("gpt2"), ["norms"])
+    with pytest.raises(ValueError, match="parts must be a list of names, got 'norm'"):
+        patch(build("gpt2"), "norm")
+    with pytest.raises(ValueError, match="the part 'residual' needs 'norm'"):
+        patch(build("gpt2"), ["mlp", "residual"])
     with pytest.raises(ValueError, match="unknown family 'lama'; did you mean 'llama'"):
         patch_classes(["lama"])
+    with pytest.raises(ValueError, match="families must be a list of names, got 'llama'"):
+        patch_classes("llama")
+    with pytest.raises(ValueError, match="expected a patched model, got NoneType"):
+        unpatch(None)
 
 
 FORWARDS = {
@@ -576,13 +626,25 @@ def test_an_unsupported_forward_raises(options, message, tokens):
         patch(build("gpt2"))(tokens, **options)
 
 
-def test_a_head_mask_raises(tokens):
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("head_mask", torch.ones(4)),
+        ("output_attentions", True),
+        ("s_aux", torch.zeros(4)),
+        ("position_bias", torch.zeros(1, 4, 12, 12)),
+        ("softcap", 30.0),
+    ],
+)
+def test_unsupported_arguments_of_attention_raise(argument, value):
     model = patch(build("gpt2"))
     q = torch.zeros(3, 4, 12, 8)
-    with pytest.raises(NotImplementedError, match="head_mask is not supported"):
-        _transformers_attention.attention(
-            model.transformer.h[0].attn, q, q, q, None, head_mask=torch.ones(4)
-        )
+    attention = functools.partial(
+        _transformers_attention.attention, model.transformer.h[0].attn, q, q, q, None
+    )
+    with pytest.raises(NotImplementedError, match=f"GPT2Attention: {argument} is not supported"):
+        attention(**{argument: value})
+    attention(**{argument: None})
 
 
 def test_a_window_with_padding_between_tokens_raises(tokens, left_padding):
