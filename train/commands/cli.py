@@ -72,7 +72,7 @@ def parse(
     printed = io.StringIO()
     keywords = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(printed), _paused_collector():
+        with contextlib.redirect_stderr(printed), paused_collector():
             return tyro.cli(
                 options, args=list(argv), prog=prog, description=description, **keywords
             )
@@ -83,8 +83,8 @@ def parse(
 
 
 @contextlib.contextmanager
-def _paused_collector() -> Iterator[None]:
-    """Keep Python's collector of cycles from running. The parser keeps most of what it creates."""
+def paused_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running. Imports and parsers keep what they create."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -37,6 +37,9 @@ is at most a tenth of the steps. The new run is a run like others: sample, chat,
 # Options that follow from the model, the records and the epochs.
 _HIDDEN = ("task", "held_out", "text_field", "init_from", "document_mask")
 _HIDDEN_REPORT = ("eval_interval", "eval_tokens", "prompt")
+# tyro parses the file of each class, in search of help texts. Classes of make_dataclass would have
+# the longer types.py of the standard library.
+_NAMESPACE = {"__module__": __name__}
 
 
 def _hide(options: type, hidden: Sequence[str]) -> type:
@@ -47,7 +50,7 @@ def _hide(options: type, hidden: Sequence[str]) -> type:
         options.__name__,
         found,
         bases=(options,),
-        namespace={"__module__": __name__},
+        namespace=_NAMESPACE,
         frozen=True,
         kw_only=True,
     )
@@ -113,7 +116,7 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
         "TrainFlags",
         [("task_options", task_options)],
         bases=(FinetuneFlags,),
-        namespace={"__module__": __name__},
+        namespace=_NAMESPACE,
         frozen=True,
         kw_only=True,
     )
@@ -129,6 +132,7 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
             ("run", tyro.conf.OmitArgPrefixes[flags]),
             ("launch", tyro.conf.OmitArgPrefixes[Launch]),
         ],
+        namespace=_NAMESPACE,
         frozen=True,
         kw_only=True,
     )

@@ -10,7 +10,6 @@ import tyro
 from ...errors import InputError
 from ...model.config import AdapterOptions, GPTConfig
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..config_file import read_config, to_toml
 from ..finetune.tasks import TaskOptions
 from ..options import Launch
 from ..recipes import RECIPES, default_recipe, likely_default_recipe, recipe
@@ -91,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
 
     name, config, launch = _parse_new_run(argv)
     if is_printed:
+        from ..config_file import to_toml
+
         print(to_toml(config), end="")
         return 0
     out = config.report.out
@@ -112,6 +113,8 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
             f'recipe = "{argv[0]}" into the file'
         )
     if file is not None:
+        from ..config_file import read_config
+
         base = read_config(file)
         name = file.parent.name if file.name == "config.json" else file.stem
         described = str(file)
