@@ -15,6 +15,7 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium plot RUN ...                        loss, learning rate, speed of runs in one picture
   tritium sample MODEL --prompt TEXT          write text with a trained model
   tritium chat MODEL                          talk with a trained model
+  tritium classify MODEL < FILE               label each line with a classifier
   tritium export MODEL OUT_DIR                write a folder that transformers opens
   tritium plan RECIPE --gpu NAME              what a run needs: memory, time, price
   tritium bench kernels|codegen|train|report  measure

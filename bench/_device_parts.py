@@ -113,7 +113,7 @@ KERNEL_SHAPES = (
     ("cross_entropy", "8192x50304"),
     ("linear_cross_entropy", "65536x768x50257"),
     ("embedding", "64x1024x768x50304"),
-    ("rms_norm add_rms_norm rotary causal_attention_varlen attention_decode swiglu_mlp", ""),
+    ("rms_norm add_rms_norm rotary causal_attention_varlen attention_decode swiglu swiglu_mlp", ""),
 )
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "codegen": "codegen.table",
     "train": "training.training",
     "overhead": "training.overhead",
+    "host": "host_cost",
     "tune": "ops.tune",
     "predict": "training.predict",
     "traffic": "training.traffic",
@@ -25,6 +26,7 @@ HELP = """usage: tritium bench COMMAND [options]
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT
   overhead [RECIPE]    measure what checkpoints and the judgement of bad steps cost, on a CPU
+  host [OP ...]        measure the host's time per call of each operator, on a CPU
   tune OP              compare launch sizes of an operator on a GPU
   predict [RECIPE]     estimate a training step, kernel by kernel; no GPU is needed
   traffic              count the bytes that a block moves per token; no GPU is needed

@@ -28,6 +28,7 @@ else:
     from .loss.linear_cross_entropy import linear_cross_entropy
     from .mlp.linear import linear
     from .mlp.mlp import gelu_mlp, relu2_mlp
+    from .mlp.swiglu import swiglu
     from .mlp.swiglu_mlp import swiglu_mlp
     from .norm.layer_norm import add_layer_norm, layer_norm
     from .norm.rms_norm import add_rms_norm, rms_norm
@@ -49,5 +50,6 @@ __all__ = [
     "relu2_mlp",
     "rms_norm",
     "rotary",
+    "swiglu",
     "swiglu_mlp",
 ]

@@ -42,7 +42,7 @@ from ._embedding_kernels import (
 from .core.dropout import Dropout, drop, resolve_dropout
 from .core.launch import launch_kernel
 from .core.layout import as_rows, wide
-from .core.op import can_read_values, define_op, public
+from .core.op import can_read_values, define_op, is_eager, public
 from .core.triton import cdiv, next_power_of_2
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
@@ -131,7 +131,7 @@ def _composite_fwd(
 def _uses_composite(tokens: Tensor, weight: Tensor, *_) -> bool:
     """Whether the composite adds gradients in a fixed order, and in at least float32."""
     # Compiled for a CPU, the gradient of F.embedding uses atomics.
-    return weight.dtype.itemsize > 2 and not torch.compiler.is_compiling()
+    return weight.dtype.itemsize > 2 and is_eager(weight)
 
 
 def _check_values(name: str, index: Tensor, table: Tensor) -> None:

@@ -4,8 +4,10 @@
     backward   dx1 = dy1 cos + dy2 sin     dx2 = dy2 cos - dy1 sin     (the forward with -sin)
     pairs      x1, x2 are elements i and i + K / 2 of a head (Llama, GPT-NeoX);
                interleaved: elements 2 i and 2 i + 1 (the paper, GPT-J)
+    partial    only the first R elements of a head are rotated, K is R in the pairs; the others are
+               copied (GPT-NeoX, GPT-J, Phi)
 
-Shapes     x, y: (B, T, H, K)   cos, sin: (S, K / 2) with S >= T, or (B, T, K / 2)
+Shapes     x, y: (B, T, H, K)   cos, sin: (S, R / 2) with S >= T, or (B, T, R / 2)   R <= K
 Precision  any float dtype in, the same dtype out; arithmetic in float32
 Cost       memory-bound: x is read once, y is written once; cost() gives bytes and FLOPs
 Source     Su et al. 2021, arXiv:2104.09864
@@ -27,19 +29,24 @@ from .core.triton import cdiv, next_power_of_2, tl, triton
 def reference_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_reversed: bool
 ) -> Tensor:
-    """Rotate the pairs of x by the angles, or by the negated angles if `is_reversed`."""
+    """Rotate the pairs of x by the angles, or by the negated angles if `is_reversed`.
+
+    The angles rotate the first R elements of each head. The other elements are copied.
+    """
     # `wide` gives at least float32. float64 stays, so that gradcheck can test the math.
-    T = x.shape[1]
-    cos, sin = (wide(table[..., :T, :]).unsqueeze(-2) for table in (cos, sin))  # (..., T, 1, K / 2)
+    T, K, R = x.shape[1], x.shape[3], 2 * cos.shape[-1]
+    cos, sin = (wide(table[..., :T, :]).unsqueeze(-2) for table in (cos, sin))  # (..., T, 1, R / 2)
     if is_reversed:
         sin = -sin
+    x, rest = x.split_with_sizes((R, K - R), -1)
     if interleaved:
         x1, x2 = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
         y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
     else:
         x1, x2 = wide(x).chunk(2, -1)
         y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
-    return y.to(x.dtype)
+    y = y.to(x.dtype)
+    return y if R == K else torch.cat((y, rest), -1)
 
 
 # --- kernel: one program rotates BLOCK_M of the M = B T H heads, numbered in the order of y
@@ -51,8 +58,10 @@ def _rotary_kernel(
     # Strides in the order of the pointers. y is contiguous, and all last strides are 1: not passed.
     stride_xb, stride_xt, stride_xh, stride_cosb, stride_cost, stride_sinb, stride_sint,
     M, T, H, sign,  # sizes, then scalars
-    IS_INTERLEAVED: tl.constexpr, HEAD: tl.constexpr,  # each value compiles a kernel of its own
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,  # tile: heads, pairs; powers of two
+    # Each value compiles a kernel of its own. The first ROTATED of HEAD elements are rotated.
+    IS_INTERLEAVED: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+    # Tile: heads, pairs, elements that are copied; powers of two.
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     # int64 before a stride multiplies: a tensor of 2^31 elements or more would overflow int32.
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,8 +69,9 @@ def _rotary_kernel(
     batch, t = token // T, token % T
     offs_p = tl.arange(0, BLOCK_P)
 
-    # The last tile may reach past M, and BLOCK_P past HEAD / 2: masked elements are never accessed.
-    mask_m, mask_p = offs_m < M, offs_p < HEAD // 2
+    # The last tile may reach past M, and BLOCK_P past ROTATED / 2: masked elements are never
+    # accessed.
+    mask_m, mask_p = offs_m < M, offs_p < ROTATED // 2
     mask = mask_m[:, None] & mask_p[None, :]
 
     # Load the angles. All heads of a token use the same ones: repeated loads hit the cache.
@@ -76,7 +86,7 @@ def _rotary_kernel(
     if IS_INTERLEAVED:
         # Load neighbours together: separate loads of x1 and x2 would have a stride of 2.
         offs_k = tl.arange(0, 2 * BLOCK_P)
-        mask_k = mask_m[:, None] & (offs_k < HEAD)[None, :]
+        mask_k = mask_m[:, None] & (offs_k < ROTATED)[None, :]
         x = tl.load(x_ptr + offs_k[None, :], mask=mask_k, other=0.0).to(tl.float32)
         x1, x2 = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_P, 2)))
         y = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
@@ -84,11 +94,18 @@ def _rotary_kernel(
         tl.store(y_ptr + offs_k[None, :], y, mask=mask_k)
     else:
         x1 = tl.load(x_ptr + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + HEAD // 2 + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + ROTATED // 2 + offs_p[None, :], mask=mask, other=0.0).to(tl.float32)
         y1 = (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty)
         y2 = (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offs_p[None, :], y1, mask=mask)
-        tl.store(y_ptr + HEAD // 2 + offs_p[None, :], y2, mask=mask)
+        tl.store(y_ptr + ROTATED // 2 + offs_p[None, :], y2, mask=mask)
+
+    # Copy the other elements of the head.
+    if ROTATED < HEAD:
+        offs_k = ROTATED + tl.arange(0, BLOCK_REST)
+        mask_k = mask_m[:, None] & (offs_k < HEAD)[None, :]
+        rest = tl.load(x_ptr + offs_k[None, :], mask=mask_k, other=0.0)
+        tl.store(y_ptr + offs_k[None, :], rest, mask=mask_k)
 
 
 # --- launcher: allocate, plan, launch by keyword; no checks, no autograd
@@ -97,14 +114,16 @@ def _rotary_kernel(
 TILE_ELEMENTS = 2_048
 
 
-def plan(M: int, K: int) -> tuple[int, int]:
-    """Choose the tile for M heads of K elements: heads per program, pairs per head.
+def plan(M: int, K: int, R: int) -> tuple[int, int, int]:
+    """Choose the tile for M heads of K elements, R of them rotated.
+
+    Returns heads per program, pairs per head, and copied elements per head.
 
     A function of sizes alone, so that tests call it without a GPU.
     """
-    block_p = next_power_of_2(K // 2)
-    block_m = min(TILE_ELEMENTS // (2 * block_p), next_power_of_2(M))
-    return max(1, block_m), block_p
+    block_p, block_rest = next_power_of_2(R // 2), next_power_of_2(max(1, K - R))
+    block_m = min(TILE_ELEMENTS // next_power_of_2(K), next_power_of_2(M))
+    return max(1, block_m), block_p, block_rest
 
 
 def launch_rotary(
@@ -114,7 +133,8 @@ def launch_rotary(
     B, T, H, K = x.shape
     M = B * T * H
     y = torch.empty((B, T, H, K), dtype=x.dtype, device=x.device)
-    block_m, block_p = plan(M, K)
+    R = 2 * cos.shape[-1]
+    block_m, block_p, block_rest = plan(M, K, R)
     # A table without a batch axis gets one of stride 0: all sequences read the same rows.
     cos, sin = (table.expand(B, *table.shape[-2:]) for table in (cos, sin))
     launch_kernel(_rotary_kernel, (cdiv(M, block_m),),
@@ -122,7 +142,8 @@ def launch_rotary(
         stride_cosb=cos.stride(0), stride_cost=cos.stride(1),
         stride_sinb=sin.stride(0), stride_sint=sin.stride(1),
         M=M, T=T, H=H, sign=-1.0 if is_reversed else 1.0,
-        IS_INTERLEAVED=interleaved, HEAD=K, BLOCK_M=block_m, BLOCK_P=block_p,
+        IS_INTERLEAVED=interleaved, HEAD=K, ROTATED=R,
+        BLOCK_M=block_m, BLOCK_P=block_p, BLOCK_REST=block_rest,
     )  # fmt: skip
     return y
 
@@ -130,7 +151,8 @@ def launch_rotary(
 def cost(M: int, K: int, itemsize: int) -> dict[str, int]:
     """Return the least bytes to move and the FLOPs, forward and backward.
 
-    For M heads of K elements of `itemsize` bytes. The tables are small and not counted.
+    For M heads of K elements of `itemsize` bytes, all rotated. The tables are small and not
+    counted.
     """
     moved_bytes = 2 * M * K * itemsize
     flops = 3 * M * K
@@ -169,13 +191,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
 
     Row t of the tables holds the angles of token t. To start at a later position, slice the
     tables: rotary(x, cos[past:], sin[past:]). To restart positions inside a sequence, pass a row
-    for each token: cos[position] and sin[position], (B, T, K / 2).
+    for each token: cos[position] and sin[position], (B, T, R / 2).
 
     Args:
         x: (B, T, H, K), K even, float32, bfloat16 or float16 (float64 on a CPU too), any layout.
-        cos, sin: (S, K / 2) with S >= T, or (B, T, K / 2); any float dtype, device of x. They
-            get no gradient.
-        interleaved: pair elements 2 i and 2 i + 1; else elements i and i + K / 2.
+        cos, sin: (S, R / 2) with S >= T, or (B, T, R / 2); R <= K; any float dtype, device of x.
+            The first R elements of each head are rotated, the others are copied. The tables get
+            no gradient.
+        interleaved: pair elements 2 i and 2 i + 1; else elements i and i + R / 2.
     Returns: (B, T, H, K), dtype of x, contiguous.
     Raises:
         ValueError: x is not (B, T, H, K) with K even, or a table does not match x or requires a
@@ -201,13 +224,14 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"got {x.dtype} {tuple(x.shape)}"
         )
     B, T, _, K = x.shape
+    pairs = cos.shape[-1] if cos.ndim and 1 <= cos.shape[-1] <= K // 2 else K // 2
     for name, table in (("cos", cos), ("sin", sin)):
-        is_shared = table.ndim == 2 and table.shape[0] >= T and table.shape[1] == K // 2
-        is_per_token = table.shape == (B, T, K // 2)
+        is_shared = table.ndim == 2 and table.shape[0] >= T and table.shape[1] == pairs
+        is_per_token = table.shape == (B, T, pairs)
         if not (is_shared or is_per_token) or not table.is_floating_point():
             raise ValueError(
-                f"rotary: {name} must be floating point ({T} or more, {K // 2}) or "
-                f"({B}, {T}, {K // 2}) to match x {tuple(x.shape)}, "
+                f"rotary: {name} must be floating point ({T} or more, {pairs}) or "
+                f"({B}, {T}, {pairs}) to match x {tuple(x.shape)}, "
                 f"got {table.dtype} {tuple(table.shape)}"
             )
         if table.device != x.device:

@@ -14,13 +14,16 @@ from .config import GPTConfig
 from .presets import PRESETS
 
 if TYPE_CHECKING:
+    from .classifier import GPTClassifier
     from .gpt import GPT
 
-__all__ = ["GPT", "PRESETS", "GPTConfig"]
+__all__ = ["GPT", "PRESETS", "GPTClassifier", "GPTConfig"]
+# Class -> its module, which is imported at the first use: the import of PyTorch takes seconds, and
+# the shape of a model does not need it.
+_MODULES = {"GPT": "gpt", "GPTClassifier": "classifier"}
 
 
 def __getattr__(name: str):
-    # The import of PyTorch takes seconds, and the shape of a model does not need it.
-    if name == "GPT":
-        return importlib.import_module(".gpt", __name__).GPT
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -120,6 +120,7 @@ _LLAMA_NAMES = {
     "mlp.c_proj.weight": ("mlp.down_proj.weight",),
     "ln_f.weight": ("norm.weight",),
     "lm_head.weight": ("lm_head.weight",),
+    "score.weight": ("score.weight",),
 }
 
 

@@ -102,7 +102,8 @@ class GPT(nn.Module):
             for block in self.h:
                 block.mlp.recompute = True
         self.ln_f = NORMS[config.norm].module(config)
-        if not config.tied_head:
+        self._has_own_head = not config.tied_head
+        if self._has_own_head:
             # An embedding and not a Linear: its weight stays float32, and Muon does not train it.
             self.lm_head = _embedding(config.padded_vocab_size, config.d_model)
         # Trained keys and values before each sequence: see prefix.py.
@@ -275,7 +276,7 @@ class GPT(nn.Module):
         }
         if seeds is not None and self.config.embedding_dropout:
             options |= {"dropout_p": self.config.embedding_dropout, "seed": seeds[0, 0]}
-        if not self.config.tied_head:
+        if self._has_own_head:
             stream = embedding(tokens, self.wte.weight, **options)
             return stream.flatten(0, 1), self.lm_head.weight
         stream, head = embedding(tokens, self.wte.weight, **options, return_weight=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import InputError
 from ._families import FAMILIES, Family, Fields, family_of
 from ._gguf import read_gguf
+from ._labels import class_fields, labels_in
 from .config import GPTConfig
 from .cost import check_size
 from .folder import new_folder, write_json
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 MAX_SHARD_BYTES = 5_000_000_000
-# Weights with padding rows. All families name the head alike, without a prefix.
 _HEAD = "lm_head.weight"
-_TABLES = ("wte.weight", _HEAD)
+_HEADS = (_HEAD, "score.weight")  # named without a prefix in all families
+_TABLES = ("wte.weight", _HEAD)  # they have padding rows
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # torch.compile adds this to the names of a model that it compiled.
 _NANOGPT_PREFIX = "_orig_mod."
@@ -50,6 +51,7 @@ class Source:
         family: the row of FAMILIES.
         config: the shape of the model.
         token_ids: the ids of special tokens in its configuration, such as eos_token_id.
+        labels: what a classifier distinguishes; () for a language model.
         note: a sentence about values that change when they are read. None: no value changes.
         has_tokenizer: whether the file of the weights also has a tokenizer.
     """
@@ -73,6 +75,7 @@ class Source:
             ) from None
         named = {name: fields.get(name) for name in _TOKEN_IDS}
         self.token_ids = {name: value for name, value in named.items() if value is not None}
+        self.labels = labels_in(path, fields)
         self._dtypes: dict[torch.dtype, str] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for name, function in read.items():
@@ -300,7 +303,7 @@ def tensors_of(
             kv_rows = config.kv_heads * config.head_size
             parts = value.split((config.d_model, kv_rows, kv_rows))
         for part_name, part in zip(theirs, parts, strict=True):
-            prefix = "" if name == _HEAD else family.prefix
+            prefix = "" if name in _HEADS else family.prefix
             yield prefix + part_name, part.detach()
 
 
@@ -310,6 +313,7 @@ def write_folder(
     config: GPTConfig,
     *,
     token_ids: Fields | None = None,
+    labels: Sequence[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
@@ -320,6 +324,7 @@ def write_folder(
         weights: by our parameter names.
         config: the shape.
         token_ids: bos_token_id, eos_token_id and others that generation needs.
+        labels: what a classifier distinguishes. Default: the model is a language model.
         max_shard_bytes: largest size of a file of weights.
         add_files: writes more files into the folder that it is called with.
     Raises: InputError if the folder is in use, or if transformers has no such model.
@@ -331,7 +336,7 @@ def write_folder(
         tokens = token_ids or {}
         fields = {
             "model_type": kind,
-            "architectures": [family.architecture],
+            **class_fields(family.architecture, labels),
             **family.write_config(config),
             **tokens,
             "dtype": dtype,

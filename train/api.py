@@ -14,17 +14,19 @@ tritium.load(folder).resume() goes on.
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, InterruptedRun
-from ..model import GPT, GPTConfig
+from ..model import GPT, GPTClassifier, GPTConfig
 from ..model.generation import Sampling
 from .config import ExecutionOptions, ReportOptions, TrainConfig
 from .data.tokenizer import Tokenizer
 from .device import choose_device, choose_matmul
 from .evaluate import Evaluation
+from .finetune.classify_batch import classify_texts
 from .finetune.start import finetune_config
 from .loop import resume, start
 from .new_run import new_config
@@ -55,10 +57,13 @@ class Run:
 
     @functools.cached_property
     def model(self) -> GPT:
-        """The model of the newest checkpoint, in float32, on the GPU if there is one."""
+        """The model of the newest checkpoint, in float32, on the GPU if there is one.
+
+        A GPT, or a GPTClassifier after the task classify.
+        """
         device = choose_device("auto")
         choose_matmul(device)
-        return self._saved.load().float().to(device).eval()
+        return self._saved.load_any().float().to(device).eval()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,9 +94,19 @@ class Run:
             max_new_tokens, temperature, top_p, options: fields of model.generation.Sampling.
         """
         values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        if isinstance(self.model, GPTClassifier):
+            raise InputError(f"{self.folder}: expected a language model, got a classifier")
         sampling = Sampling(**values | options)
         ids = encode_prompt(self.tokenizer, prompt)
         return (prompt or "") + "".join(stream_sample(self.model, self.tokenizer, ids, sampling))
+
+    def classify(self, texts: Iterable[str]) -> list[dict[str, float]]:
+        """Return the probabilities of all labels for each text. The model must be a classifier."""
+        model = self.model
+        if not isinstance(model, GPTClassifier):
+            raise InputError(f"{self.folder}: expected a classifier, got a language model")
+        found = classify_texts(model, self.tokenizer, texts)
+        return [dict(zip(model.labels, each, strict=True)) for each in found]
 
     def resume(self, **changes: Any) -> "Run":
         """Continue a stopped run from its newest checkpoint, in this process.

@@ -7,6 +7,7 @@ from .attention_varlen import ATTENTION_VARLEN
 from .case import Operator
 from .embedding import EMBEDDING
 from .rotary import ROTARY
+from .swiglu import SWIGLU
 from .swiglu_mlp import SWIGLU_MLP
 
 OPERATORS: dict[str, Operator] = {
@@ -24,6 +25,7 @@ OPERATORS: dict[str, Operator] = {
         ATTENTION_DECODE,
         mlp.GELU_MLP,
         mlp.RELU2_MLP,
+        SWIGLU,
         SWIGLU_MLP,
         cross_entropy.CROSS_ENTROPY,
         linear_cross_entropy.LINEAR_CROSS_ENTROPY,

@@ -73,7 +73,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -87,7 +87,7 @@ def causal_attention(
             token as the last key.
         scale: multiplies the scores before the softmax, positive. Default: 1 / sqrt(K).
         window: how many keys a query sees, itself included. Default: all.
-        softcap: c > 0 replaces a score s by c tanh(s / c). Default: 0, scores stay as they are.
+        softcap: c > 0 replaces a score s by c tanh(s / c). 0 or None: scores stay as they are.
         dropout_p: probability of dropping an attention weight, in [0, 1). Default: 0.
         seed: seed of the dropout mask, an int or a () int64 tensor on the device of q. Default:
             drawn from PyTorch's generator of that device.
@@ -123,7 +123,7 @@ def causal_attention_qkvpacked(
     n_kv_head: int | None = None,
     scale: float | None = None,
     window: int | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     cu_seqlens: Tensor | None = None,

@@ -27,7 +27,7 @@ from ..core.device import DEFAULT_SM_COUNT, sm_count
 from ..core.launch import launch_kernel
 from ..core.layout import strides_bth, wide
 from ..core.matmul import autocast
-from ..core.op import can_read_values, define_op, public
+from ..core.op import can_read_values, define_op, is_eager, public
 from ..core.triton import cdiv, next_power_of_2, tl, triton
 from ._inputs import check_head_counts, unit_stride
 from ._tiles import LOWEST, _capped_scores, _exp2_scale, _is_visible, _load_rows, _softmax_step
@@ -278,9 +278,9 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[
 # --- operator
 
 
-def _needs_no_operator(*_) -> bool:
-    """Without gradients, eager code may call the reference directly. That takes less time."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _needs_no_operator(q: Tensor, *_) -> bool:
+    """There are no gradients, so eager code may call the reference directly."""
+    return is_eager(q)
 
 
 _decode = define_op(
@@ -302,7 +302,7 @@ def attention_decode(
     *,
     scale: float | None = None,
     window: int | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
 ) -> Tensor:
     """Attend from each sequence's newest tokens to its cached keys and values, their own included.
 
@@ -317,8 +317,9 @@ def attention_decode(
             it is clamped.
         scale: multiplies the scores before the softmax, positive. Default: 1 / sqrt(K).
         window: how many keys a token sees, itself included. Default: all.
-        softcap: c > 0 replaces a score s by c tanh(s / c). Default: 0, scores stay as they are.
-    Returns: o (B, T, H, K), dtype of q; zero for a token that sees no key. It has no gradient.
+        softcap: c > 0 replaces a score s by c tanh(s / c). 0 or None: scores stay as they are.
+    Returns: o (B, T, H, K), dtype of q; zero for a token that sees no key. It does not require a
+        gradient, also if an input does.
     Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
         on a GPU.
     """
@@ -329,7 +330,10 @@ def attention_decode(
     S = k_cache.shape[1]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     window = S if window is None else min(window, S)
-    return _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, float(softcap))
+    softcap = float(softcap or 0.0)
+    # For inference only. q may come from a model whose parameters require gradients.
+    with torch.no_grad():
+        return _decode(q, k_cache, v_cache, cache_lengths.contiguous(), scale, window, softcap)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:

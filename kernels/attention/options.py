@@ -31,7 +31,7 @@ class AttentionOptions:
 
 
 def check_score_options(
-    name: str, *, scale: float | None, window: int | None, softcap: float
+    name: str, *, scale: float | None, window: int | None, softcap: float | None
 ) -> None:
     """Check the options that act on the scores. `name` is the operator for the messages."""
     if scale is not None and not 0 < scale < math.inf:
@@ -42,8 +42,10 @@ def check_score_options(
         raise ValueError(
             f"{name}: window must be None or at least 1 key (a query sees itself), got {window}"
         )
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"{name}: softcap must be 0 (none) or positive and finite, got {softcap}")
+    if softcap is not None and not 0 <= softcap < math.inf:
+        raise ValueError(
+            f"{name}: softcap must be None, 0 (none) or positive and finite, got {softcap}"
+        )
 
 
 def resolve_options(
@@ -53,7 +55,7 @@ def resolve_options(
     device: torch.device,
     scale: float | None,
     window: int | None,
-    softcap: float,
+    softcap: float | None,
     dropout_p: float,
     seed: int | Tensor | None,
 ) -> AttentionOptions:
@@ -67,7 +69,7 @@ def resolve_options(
     return AttentionOptions(
         scale=1 / math.sqrt(head_size) if scale is None else float(scale),
         window=keys if window is None else min(window, keys),
-        softcap=float(softcap),
+        softcap=float(softcap or 0.0),
         dropout_p=dropout.dropout_p,
         seed=dropout.seed,
     )

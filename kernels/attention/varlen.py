@@ -28,7 +28,7 @@ def causal_attention_varlen(
     *,
     scale: float | None = None,
     window: int | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,

@@ -8,11 +8,10 @@ It joins a Triton launcher and a PyTorch reference of the same signature into on
     other devices    reference
     fake tensors     shapes if given, else reference   (torch.compile asks for shapes and dtypes)
 
-Without Triton no operator has a launch. PyTorch's dispatcher chooses by the device of the tensors;
-only the composite is chosen in Python. The operators are registered in a `torch.library.Library`:
-a call of an operator with a gradient takes 16 us, of one without 8 us. With `custom_op`, which does
-the same with more Python around it, each takes 19.5 us (PyTorch 2.11, Intel Xeon, November 2026).
-`triton_op` fails opcheck and fullgraph compilation on machines without a GPU.
+Without Triton no operator has a launch. The operators are registered in a `torch.library.Library`,
+and PyTorch's dispatcher chooses by the device of the tensors. An eager call of plain tensors goes
+straight to the implementation that the dispatcher would choose: see _direct.py. `triton_op` fails
+opcheck and fullgraph compilation on machines without a GPU.
 
 Options that travel together are one frozen dataclass. `define_op` replaces such a parameter by its
 fields in the schema, and every implementation receives the dataclass:
@@ -24,15 +23,26 @@ fields in the schema, and every implementation receives the dataclass:
 import dataclasses
 import functools
 import inspect
+import sys
 import typing
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ._compile import opaque, with_short_messages
+from ._direct import (
+    WithoutGradient,
+    device_of,
+    eager_function,
+    is_transformed,
+    needs_gradient,
+    transformed_function,
+)
+from ._wrappers import on_device_of_tensors, with_one_warning, without_autocast, without_float64
 from .triton import HAS_TRITON, triton
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, at import.
@@ -93,16 +103,11 @@ def define_op(
     Raises: TypeError if the signature of `launch`, `shapes` or `composite` is not that of
         `reference`.
     """
-    roles = {"launch": launch, "shapes": shapes, "composite": composite}
-    for role, function in roles.items():
-        if function and inspect.signature(function) != inspect.signature(reference):
-            raise TypeError(
-                f"define_op: {name}: {role} must have the signature of reference, "
-                f"{inspect.signature(reference)}, got {inspect.signature(function)}"
-            )
+    _check_signatures(name, reference, launch=launch, shapes=shapes, composite=composite)
     # The schema, and the reference for fake tensors.
     schema = _Schema(reference)
-    run_reference = _without_autocast(schema.flat(reference))
+    implementations = {"cpu": without_autocast(reference)}
+    run_reference = schema.flat(implementations["cpu"])
     signature = torch.library.infer_schema(run_reference, mutates_args=tuple(mutates))
     _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
     run_fake = with_short_messages(run_reference if shapes is None else schema.flat(shapes))
@@ -113,16 +118,30 @@ def define_op(
     if launch is not None and HAS_TRITON:
         LAUNCHERS[name] = schema.flat(launch)
         public_name = name.removesuffix("_fwd").removesuffix("_bwd")
-        run_launch = _without_autocast(_without_float64(public_name, LAUNCHERS[name]))
-        kernels["CUDA"] = _on_device_of_tensors(run_launch)
+        run_launch = without_autocast(without_float64(public_name, launch))
+        implementations["cuda"] = on_device_of_tensors(run_launch)
+        kernels["CUDA"] = schema.flat(implementations["cuda"])
         if INTERPRET:
-            kernels["CPU"] = run_launch
+            implementations["cpu"] = run_launch
+            kernels["CPU"] = schema.flat(run_launch)
     else:
-        kernels["CUDA"] = _with_one_warning(name, run_reference)
+        kernels["CUDA"] = with_one_warning(name, run_reference)
     for key, kernel in kernels.items():
         _LIBRARY.impl(name, opaque(kernel), key)
-    composite = composite and _without_autocast(composite)
-    return Op(name, schema, composite, composite_if)
+    composite = composite and without_autocast(composite)
+    # The dispatcher counts writes in place for autograd: such a call is never direct.
+    return Op(name, schema, composite, composite_if, {} if mutates else implementations)
+
+
+def _check_signatures(name: str, reference: Callable, **roles: Callable | None) -> None:
+    """Raise a TypeError unless the functions in `roles` have the signature of `reference`."""
+    expected = inspect.signature(reference)
+    for role, function in roles.items():
+        if function and inspect.signature(function) != expected:
+            raise TypeError(
+                f"define_op: {name}: {role} must have the signature of reference, "
+                f"{expected}, got {inspect.signature(function)}"
+            )
 
 
 class Op:
@@ -134,6 +153,7 @@ class Op:
         schema: "_Schema",
         composite: Callable | None,
         composite_if: Callable[..., bool],
+        implementations: dict[str, Callable],
     ):
         self._name = name
         self._overload = getattr(torch.ops.tritium, name).default
@@ -141,6 +161,7 @@ class Op:
         self._schema = schema
         self._composite = composite
         self._composite_if = composite_if
+        self._implementations = implementations  # by type of device, for direct calls
 
     def __call__(self, *args):
         """Run the composite on a CPU if there is one and it applies, else the operator."""
@@ -153,12 +174,26 @@ class Op:
         return self._composite is not None and runs_reference(args[0]) and self._composite_if(*args)
 
     def dispatch(self, *args):
-        """Run the registered operator, never the composite."""
+        """Run the operator, never the composite."""
+        device = device_of(args)
+        implementation = self._implementations.get(device)
+        if implementation is None:
+            return self._dispatch(args)
+        if not needs_gradient(args):
+            return implementation(*args)
+        if not self._has_gradient:
+            return WithoutGradient.apply(self._name, implementation, *args)
+        return self._eager_functions[device].apply(*args)
+
+    def _dispatch(self, args: tuple):
+        """Run the registered operator."""
         flat = self._schema.flatten(args)
         if forward_ad._current_level >= 0:  # inside torch.func.jvp or forward_ad.dual_level
             self._check_tangents(flat)
         if not self._has_gradient and torch.is_grad_enabled():
-            return _WithoutGradient.apply(self._overload, *flat)
+            return WithoutGradient.apply(self._name, self._overload, *flat)
+        if self._has_gradient and not torch.compiler.is_compiling() and is_transformed():
+            return self._transformed_function.apply(*flat)
         return self._overload(*flat)
 
     def _check_tangents(self, args: Sequence) -> None:
@@ -187,25 +222,15 @@ class Op:
         def flat_backward(ctx, *grads):
             return self._schema.flatten(backward(ctx, *grads))
 
-        # Registered only for operators with a gradient: it adds 7 us to each call, also without
-        # autograd (PyTorch 2.11, Intel Xeon, November 2026).
         self._has_gradient = True
+        self._eager_functions = {
+            device: eager_function(implementation, backward, setup_context)
+            for device, implementation in self._implementations.items()
+        }
+        self._transformed_function = transformed_function(self._overload, flat_backward, setup)
         torch.library.register_autograd(
             f"tritium::{self._name}", flat_backward, setup_context=setup, lib=_LIBRARY
         )
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Call an operator without a gradient. A backward through it raises."""
-
-    @staticmethod
-    def forward(ctx, overload, *args):
-        ctx.name = str(overload)
-        return overload(*args)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"{ctx.name}: no autograd formula was registered")
 
 
 class _Schema:
@@ -265,6 +290,11 @@ def runs_reference(x: Tensor) -> bool:
     return x.device.type == "cpu" and not INTERPRET
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether a call with `x` computes values: not torch.compile, and not a fake tensor."""
+    return not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
 def can_read_values(x: Tensor) -> bool:
     """Whether the values of `x` can be read without synchronizing with a device."""
     return x.device.type == "cpu"
@@ -294,30 +324,51 @@ def public(function: Callable) -> Callable:
     positional = [name for name, p in parameters.items() if p.kind is not keyword_only]
     accepted_types = {name: _accepted_types(p.annotation) for name, p in parameters.items()}
 
+    def check_argument(name: str, value: object) -> None:
+        accepted = accepted_types[name]
+        # bool is a subclass of int.
+        is_stray_bool = type(value) is bool and bool not in accepted
+        if not isinstance(value, accepted) or is_stray_bool:
+            expected = inspect.formatannotation(parameters[name].annotation)
+            raise ValueError(
+                f"{function.__name__}: {name} must be {expected.replace('torch.', '')}, "
+                f"got {_describe(value)}; convert it"
+            )
+        if not isinstance(value, Tensor):
+            return
+        if is_dtensor(value):
+            raise ValueError(
+                f"{function.__name__}: {name} must be a tensor of this process, got a DTensor; "
+                "pass its to_local() or full_tensor()"
+            )
+        if value.is_floating_point() and value.dtype not in FLOATS:
+            expected = ", ".join(map(str, FLOATS)).replace("torch.", "")
+            raise ValueError(
+                f"{function.__name__}: {name} must be one of {expected}, got {value.dtype}; cast it"
+            )
+
     @functools.wraps(function)
     def checked(*args, **options):
         for name, value in (*zip(positional, args, strict=False), *options.items()):
             if name not in accepted_types:
                 continue  # the call below raises
-            accepted = accepted_types[name]
-            # bool is a subclass of int.
-            is_stray_bool = type(value) is bool and bool not in accepted
-            if not isinstance(value, accepted) or is_stray_bool:
-                expected = inspect.formatannotation(parameters[name].annotation)
-                raise ValueError(
-                    f"{function.__name__}: {name} must be {expected.replace('torch.', '')}, "
-                    f"got {_describe(value)}; convert it"
-                )
-            is_float = isinstance(value, Tensor) and value.is_floating_point()
-            if is_float and value.dtype not in FLOATS:
-                expected = ", ".join(map(str, FLOATS)).replace("torch.", "")
-                raise ValueError(
-                    f"{function.__name__}: {name} must be one of {expected}, "
-                    f"got {value.dtype}; cast it"
-                )
+            # Most values have the first type of their annotation. This check is faster.
+            first, type_ = accepted_types[name][0], type(value)
+            if type_ is Tensor or type_ is Parameter:
+                is_usual = first is Tensor and value.dtype in FLOATS
+            else:
+                is_usual = type_ is first
+            if not is_usual:
+                check_argument(name, value)
         return function(*args, **options)
 
     return checked
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """Whether a tensor is distributed. Does not import torch.distributed.tensor to find out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def _accepted_types(annotation: object) -> tuple[type, ...]:
@@ -333,62 +384,3 @@ def _describe(value: object) -> str:
     if isinstance(value, (int, float, str, type(None))):
         return repr(value)
     return f"a {type(value).__name__}"
-
-
-def _without_autocast(function: Callable) -> Callable:
-    """Disable autocast inside: references and launchers choose their own precision."""
-
-    @functools.wraps(function)
-    def run(*args):
-        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
-            return function(*args)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return function(*args)
-
-    return run
-
-
-def _without_float64(name: str, launch: Callable) -> Callable:
-    """Raise for float64: kernels compute in float32, so the result would be less accurate."""
-
-    @functools.wraps(launch)
-    def run(*args):
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.dtype == torch.float64:
-                raise TypeError(
-                    f"{name}: the kernel takes float32, bfloat16 or float16, got float64; "
-                    "move the tensors to the CPU"
-                )
-        return launch(*args)
-
-    return run
-
-
-def _on_device_of_tensors(launch: Callable) -> Callable:
-    """Make the GPU of the tensors the current one, because Triton launches on the current GPU."""
-
-    @functools.wraps(launch)
-    def run(*args):
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if device.index == torch.cuda.current_device():
-            return launch(*args)
-        with torch.cuda.device(device):
-            return launch(*args)
-
-    return run
-
-
-def _with_one_warning(name: str, reference: Callable) -> Callable:
-    """Warn at the first call that the reference runs on CUDA."""
-
-    @functools.cache
-    def warn():
-        why = "has no Triton kernel yet" if HAS_TRITON else "needs Triton, which is not installed"
-        warnings.warn(f"tritium: {name} {why}; CUDA runs its PyTorch reference", stacklevel=4)
-
-    @functools.wraps(reference)
-    def run(*args):
-        warn()
-        return reference(*args)
-
-    return run

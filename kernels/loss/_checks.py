@@ -30,17 +30,15 @@ def check_linear(
             f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
     allowed = [x.dtype, torch.float32] if x.dtype.itemsize == 2 else [x.dtype]
-    if weight.dtype not in allowed:
-        raise ValueError(
-            f"{name}: weight must be {' or '.join(map(str, allowed))} to match x, "
-            f"got {weight.dtype}; convert it, or use torch.autocast"
-        )
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(
-            f"{name}: bias must be {weight.dtype} like weight, got {bias.dtype}; convert it"
-        )
     for label, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
+        if tensor is None:
+            continue
+        if tensor.dtype not in allowed:
+            raise ValueError(
+                f"{name}: {label} must be {' or '.join(map(str, allowed))} to match x, "
+                f"got {tensor.dtype}; convert it, or use torch.autocast"
+            )
+        if tensor.device != x.device:
             raise ValueError(
                 f"{name}: {label} must be on {x.device} like x, got {tensor.device}; move it"
             )

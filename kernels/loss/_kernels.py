@@ -156,11 +156,15 @@ def _row_statistics(
 
 @triton.jit
 def _forward(
-    logits_ptr, loss_ptr, stride_m, offs_m, target, has_loss, is_valid,
+    logits_ptr, loss_ptr, statistics_ptr, correct_ptr, stride_m, offs_m, target, has_loss, is_valid,
     N, V, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Store each row's loss. Return top, log_sum and the target's s, see _row_statistics."""
+    """Store each row's loss. Return top, log_sum and the target's s, see _row_statistics.
+
+    Also store top and log_sum, unless `statistics_ptr` is None, and whether no other column is
+    above the target, unless `correct_ptr` is None.
+    """
     top, log_sum, s, columns_sum = _row_statistics(
         logits_ptr, stride_m, offs_m, target, has_loss, is_valid, V, softcap, label_smoothing,
         BLOCK_M, UNROLL, BLOCK_V, VEC,
@@ -173,6 +177,11 @@ def _forward(
         )
     loss = tl.where(has_loss, tl.where(is_valid, loss + z_loss * lse * lse, float("nan")), 0.0)
     tl.store(loss_ptr + offs_m, loss, mask=offs_m < N)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + offs_m, top, mask=offs_m < N)
+        tl.store(statistics_ptr + N + offs_m, log_sum, mask=offs_m < N)
+    if correct_ptr is not None:
+        tl.store(correct_ptr + offs_m, is_valid & (s == top), mask=offs_m < N)
     return top, log_sum, s
 
 
@@ -249,20 +258,17 @@ def _write_dlogits(
 
 @triton.jit(do_not_specialize=["N"])
 def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, loss_ptr, statistics_ptr,
+    logits_ptr, target_ptr, loss_ptr, statistics_ptr, correct_ptr,
     stride_m,
     N, V, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Store each row's loss and, unless `statistics_ptr` is None, its top and log_sum."""
+    """Store each row's loss. `statistics_ptr` and `correct_ptr` may be None, as in _forward."""
     offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
-    top, log_sum, _ = _forward(
-        logits_ptr, loss_ptr, stride_m, offs_m, target, has_loss, is_valid,
-        N, V, softcap, label_smoothing, z_loss, BLOCK_M, UNROLL, BLOCK_V, VEC,
+    _forward(
+        logits_ptr, loss_ptr, statistics_ptr, correct_ptr, stride_m, offs_m, target, has_loss,
+        is_valid, N, V, softcap, label_smoothing, z_loss, BLOCK_M, UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
-    if statistics_ptr is not None:
-        tl.store(statistics_ptr + offs_m, top, mask=offs_m < N)
-        tl.store(statistics_ptr + N + offs_m, log_sum, mask=offs_m < N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -293,19 +299,20 @@ def _cross_entropy_bwd_kernel(
 
 @triton.jit
 def _cross_entropy_fwd_bwd_kernel(
-    logits_ptr, target_ptr, dloss_ptr, loss_ptr,
+    logits_ptr, target_ptr, dloss_ptr, loss_ptr, statistics_ptr, correct_ptr,
     stride_m, stride_dloss,
     N, V, V_padded, ignore_index, softcap, label_smoothing, z_loss,
     BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store each row's loss, and overwrite the logits with the gradient of sum_n dloss_n loss_n.
 
-    If `dloss_ptr` is None, every dloss_n is 1. The gradient of columns V to V_padded is 0.
+    If `dloss_ptr` is None, every dloss_n is 1. `statistics_ptr` and `correct_ptr` may be None, as
+    in _forward. The gradient of columns V to V_padded is 0.
     """
     offs_m, target, has_loss, is_valid = _load_targets(target_ptr, ignore_index, N, V, BLOCK_M)
     top, log_sum, s = _forward(
-        logits_ptr, loss_ptr, stride_m, offs_m, target, has_loss, is_valid,
-        N, V, softcap, label_smoothing, z_loss, BLOCK_M, UNROLL, BLOCK_V, VEC,
+        logits_ptr, loss_ptr, statistics_ptr, correct_ptr, stride_m, offs_m, target, has_loss,
+        is_valid, N, V, softcap, label_smoothing, z_loss, BLOCK_M, UNROLL, BLOCK_V, VEC,
     )  # fmt: skip
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     if dloss_ptr is not None:

@@ -14,6 +14,7 @@ from .block_loss import (
     block_dlogits,
     block_loss,
     cap_logits,
+    is_correct,
     reduce_losses,
     row_blocks,
     row_weights,
@@ -31,17 +32,21 @@ def reference_fwd(
     vocab_size: int,
     want_dx: bool,
     want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its divisor, and dx, dw and db of the sum of all row losses.
+    want_lse: bool,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, its divisor, dx, dw and db of the sum of all row losses, lse, and correct.
 
-    Gradients that are not wanted are empty; `want_dw` asks for dw and db.
+    lse and correct have one element per row, as in cross_entropy. Results that are not wanted are
+    empty; `want_dw` asks for dw and db.
     """
     check_target_values("linear_cross_entropy", target, vocab_size, options.ignore_index)
     dtype = torch.promote_types(x.dtype, torch.float32)
     index, row_weight = row_weights(target, vocab_size, options.ignore_index, dtype)
     grads = empty_gradients(x, weight, bias, want_dx, want_dw)
-    loss = _reference_blocks(x, weight, bias, index, row_weight, options, vocab_size, grads)
-    return *reduce_losses(loss, row_weight, options.reduction), *grads
+    rows = empty_rows(x, want_lse, want_correct)
+    loss = _reference_blocks(x, weight, bias, index, row_weight, options, vocab_size, grads, rows)
+    return *reduce_losses(loss, row_weight, options.reduction), *grads, *rows
 
 
 def reference_scale(
@@ -89,11 +94,16 @@ def _reference_blocks(
     options: LossOptions,
     V: int,
     grads: tuple[Tensor, Tensor, Tensor],
+    rows_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return the row losses. Write the gradients of sum_n scale_n l_n to `grads`, unless empty."""
+    """Return the row losses. Write the gradients of sum_n scale_n l_n to `grads`, unless empty.
+
+    Write lse and correct to `rows_out`, unless they are empty.
+    """
     N = x.shape[0]
     loss = torch.empty_like(scale)
     dx, dw, db = grads
+    lse, correct = rows_out or empty_rows(x, False, False)
     dw.zero_()
     db.zero_()
     wide_weight = wide(weight[:V].to(x.dtype))
@@ -103,6 +113,10 @@ def _reference_blocks(
         wide_x = wide(x[rows])
         s = cap_logits(F.linear(wide_x, wide_weight, wide_bias), options.softcap)
         loss[rows], top, log_sum, p = block_loss(s, index[rows], options)
+        if lse.numel():
+            lse[rows] = top + log_sum
+        if correct.numel():
+            correct[rows] = is_correct(s, index[rows], scale[rows], top)
         if not any(grad.numel() for grad in grads):
             continue
         # its gradients
@@ -128,12 +142,15 @@ def shapes_fwd(
     vocab_size: int,
     want_dx: bool,
     want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    want_lse: bool,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate the outputs of `reference_fwd`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(x.shape[0] if options.reduction == "none" else (), dtype=dtype)
     divisor = x.new_empty((), dtype=torch.int64)
-    return loss, divisor, *empty_gradients(x, weight, bias, want_dx, want_dw)
+    grads = empty_gradients(x, weight, bias, want_dx, want_dw)
+    return loss, divisor, *grads, *empty_rows(x, want_lse, want_correct)
 
 
 def shapes_rows_bwd(
@@ -162,4 +179,13 @@ def empty_gradients(
         x.new_empty(x.shape if want_dx else 0),
         x.new_empty(weight.shape if want_dw else 0, dtype=sums),
         x.new_empty(weight.shape[0] if want_db else 0, dtype=sums),
+    )
+
+
+def empty_rows(x: Tensor, want_lse: bool, want_correct: bool) -> tuple[Tensor, Tensor]:
+    """Allocate lse (N,), in float32 or wider, and correct (N,) bool; empty if not wanted."""
+    N = x.shape[0]
+    return (
+        x.new_empty(N if want_lse else 0, dtype=torch.promote_types(x.dtype, torch.float32)),
+        x.new_empty(N if want_correct else 0, dtype=torch.bool),
     )

@@ -52,6 +52,11 @@ def apply_weights(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows * weight).masked_fill_(weight == 0, 0.0)
 
 
+def is_correct(s: Tensor, index: Tensor, weight: Tensor, top: Tensor) -> Tensor:
+    """Return whether no other column is above the target, for rows with weight 1; else False."""
+    return (s.gather(1, index[:, None])[:, 0] == top) & (weight == 1)
+
+
 def reduce_losses(loss: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Return the weighted losses, reduced as `reduction` says, and the divisor, () int64.
 
@@ -63,6 +68,28 @@ def reduce_losses(loss: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor,
         return loss.sum() / divisor, divisor
     divisor = torch.ones((), dtype=torch.int64, device=loss.device)
     return (loss.sum() if reduction == "sum" else loss), divisor
+
+
+def results(
+    loss: Tensor,
+    lse: Tensor | None,
+    correct: Tensor | None,
+    target: Tensor,
+    V: int,
+    options: LossOptions,
+) -> Tensor | tuple[Tensor, ...]:
+    """Return what the public functions return: the loss, or a tuple if lse or correct is given.
+
+    lse (N,) becomes 0 in ignored rows and NaN in rows whose target is not a column. correct (N,) is
+    summed.
+    """
+    found = [loss.reshape(target.shape) if options.reduction == "none" else loss]
+    if lse is not None:
+        _, weight = row_weights(target.reshape(-1), V, options.ignore_index, lse.dtype)
+        found.append(apply_weights(lse.detach(), weight).reshape(target.shape))
+    if correct is not None:
+        found.append(correct.sum())
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 # --- the loss of a block and its gradient

@@ -15,6 +15,7 @@ Shapes     logits, dlogits: (N, V)   target: (N,)   l: (N,) float32
            statistics: (2, N) float32, top = max_v s_v and log_sum = lse - top of each row. The pair
            keeps digits that the sum lse would lose.
            divisor: () int64, count for the mean, else 1
+           correct: (N,) bool, whether no other column is above the target; empty if not wanted
 Precision  any float dtype in; dlogits in the same dtype; float32 in between, and for the loss
 Cost       memory-bound: the forward reads the logits once; the backward reads them and writes
            dlogits; see cost()
@@ -37,7 +38,9 @@ from .block_loss import (
     block_dlogits,
     block_loss,
     cap_logits,
+    is_correct,
     reduce_losses,
+    results,
     row_blocks,
     row_weights,
 )
@@ -53,22 +56,24 @@ def block_rows(N: int, V: int) -> int:
 
 
 def reference_fwd(
-    logits: Tensor, target: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, statistics and divisor."""
+    logits: Tensor, target: Tensor, options: LossOptions, want_correct: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, statistics, divisor and correct."""
     N, V = logits.shape
     check_target_values("cross_entropy", target, V, options.ignore_index)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     index, weight = row_weights(target, V, options.ignore_index, dtype)
     loss = torch.empty_like(weight)
     statistics = weight.new_empty(2, N)
+    correct = empty_correct(logits, want_correct)
     for rows in row_blocks(N, block_rows(N, V)):
         s = cap_logits(logits[rows], options.softcap)
-        loss[rows], statistics[0, rows], statistics[1, rows], _ = block_loss(
-            s, index[rows], options
-        )
+        loss[rows], top, statistics[1, rows], _ = block_loss(s, index[rows], options)
+        statistics[0, rows] = top
+        if want_correct:
+            correct[rows] = is_correct(s, index[rows], weight[rows], top)
     loss, divisor = reduce_losses(loss, weight, options.reduction)
-    return loss, statistics, divisor
+    return loss, statistics, divisor, correct
 
 
 def reference_bwd(
@@ -94,14 +99,20 @@ def reference_bwd(
 
 
 def shapes_fwd(
-    logits: Tensor, target: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, options: LossOptions, want_correct: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the outputs of `reference_fwd`."""
     N = logits.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     loss = logits.new_empty(N if options.reduction == "none" else (), dtype=dtype)
     statistics = logits.new_empty((2, N), dtype=dtype)
-    return loss, statistics, logits.new_empty((), dtype=torch.int64)
+    divisor = logits.new_empty((), dtype=torch.int64)
+    return loss, statistics, divisor, empty_correct(logits, want_correct)
+
+
+def empty_correct(logits: Tensor, want_correct: bool) -> Tensor:
+    """Allocate `correct` for logits (N, V)."""
+    return logits.new_empty(logits.shape[0] if want_correct else 0, dtype=torch.bool)
 
 
 def shapes_bwd(
@@ -120,15 +131,16 @@ def shapes_bwd(
 
 
 def launch_fwd(
-    logits: Tensor, target: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, options: LossOptions, want_correct: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
     N = logits.shape[0]
     rows = logits.new_empty(N, dtype=torch.float32)
     statistics = logits.new_empty((2, N), dtype=torch.float32)
-    launch_rows_fwd(logits, target, options, rows, statistics)
+    correct = empty_correct(logits, want_correct)
+    launch_rows_fwd(logits, target, options, rows, statistics, correct if want_correct else None)
     loss, divisor = launch_reduce(rows, target, options)
-    return loss, statistics, divisor
+    return loss, statistics, divisor, correct
 
 
 def launch_bwd(
@@ -163,16 +175,16 @@ _bwd = define_op("cross_entropy_bwd", launch=launch_bwd, reference=reference_bwd
 
 
 def _save(ctx, inputs, output):
-    logits, target, ctx.options = inputs
-    _, statistics, divisor = output
+    logits, target, ctx.options, _ = inputs
+    _, statistics, divisor, _ = output
     # Do not allocate zeros for the gradient of the statistics: nobody uses it.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, statistics, divisor)
 
 
-def _grad(ctx, dloss, _dstatistics, _ddivisor):
+def _grad(ctx, dloss, *_):
     dlogits = None if dloss is None else _bwd(dloss, *ctx.saved_tensors, ctx.options)
-    return dlogits, None, None
+    return dlogits, None, None, None
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -186,9 +198,11 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     reduction: str = "mean",
-) -> Tensor:
+    return_lse: bool = False,
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Compute the cross-entropy, in nats, between the softmax of the logits and the targets.
 
     torch.compile treats the options as constants: a new value compiles again.
@@ -200,13 +214,18 @@ def cross_entropy(
         ignore_index: rows with this target have no loss and no gradient, and do not count for the
             mean.
         label_smoothing: fraction of each target's weight that is spread evenly over all columns, in
-            [0, 1).
+            [0, 1].
         z_loss: weight of the squared log-sum-exp, which keeps it close to 0.
-        softcap: bound c: logits are replaced by c tanh(logits / c). 0 for no bound.
+        softcap: bound c: logits are replaced by c tanh(logits / c). 0 or None: no bound.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
-    Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64
-        logits). If there are no rows, or all are ignored, the mean and its gradients are 0, while
-        PyTorch gives NaN.
+        return_lse: also return the log-sum-exp of each row's logits, after the softcap.
+        return_correct: also return in how many rows no logit is above the target's.
+    Returns: loss; or a tuple of loss, lse and correct, without those that were not asked for.
+        loss: () or, with reduction "none", the shape of target; float32 (float64 for float64
+            logits). If there are no rows, or all are ignored, the mean and its gradients are 0,
+            while PyTorch gives NaN.
+        lse: shape of target, dtype of loss, 0 in ignored rows. It has no gradient.
+        correct: () int64. Ignored rows do not count.
     Raises: ValueError if target does not match logits or an option is out of range. IndexError on
         the CPU for a target that is neither a column nor ignore_index; on other devices its row's
         loss and gradient are NaN. TypeError for float64 on a GPU.
@@ -215,7 +234,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        softcap=softcap,
+        softcap=softcap or 0.0,
         reduction=reduction,
     )
     if logits.ndim == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
@@ -225,5 +244,8 @@ def cross_entropy(
         )
     check_target("cross_entropy", "logits", logits, target, ignore_index)
     options.check("cross_entropy")
-    loss, _, _ = _fwd(as_rows(logits), target.reshape(-1).contiguous(), options)
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    target_rows = target.reshape(-1).contiguous()
+    loss, statistics, _, correct = _fwd(as_rows(logits), target_rows, options, return_correct)
+    lse = statistics.sum(0) if return_lse else None
+    correct = correct if return_correct else None
+    return results(loss, lse, correct, target, logits.shape[-1], options)

@@ -132,16 +132,18 @@ def launch_rows_fwd(
     options: LossOptions,
     loss: Tensor,
     statistics: Tensor | None,
+    correct: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """Write each row's loss (N,) and, if given, the statistics (2, N): top and log_sum.
+    """Write each row's loss (N,) and, if given, two more results for each row.
 
-    Logits are the first `vocab_size` columns. Default: all.
+    statistics (2, N) are top and log_sum. correct (N,) bool says whether no other column is above
+    the target. Logits are the first `vocab_size` columns. Default: all.
     """
     grid, arguments = _arguments(logits, target, options, vocab_size)
-    launch_kernel(
-        _cross_entropy_fwd_kernel, grid, loss_ptr=loss, statistics_ptr=statistics, **arguments
-    )
+    launch_kernel(_cross_entropy_fwd_kernel, grid,
+        loss_ptr=loss, statistics_ptr=statistics, correct_ptr=correct, **arguments,
+    )  # fmt: skip
 
 
 def launch_rows_bwd(
@@ -168,18 +170,20 @@ def launch_rows_fwd_bwd(
     dloss: Tensor | None,
     options: LossOptions,
     loss: Tensor,
+    statistics: Tensor | None = None,
+    correct: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> None:
     """Write each row's loss, and overwrite the logits with the gradient of sum_n dloss_n loss_n.
 
-    `dloss` is (N,), or None for ones. Logits are the first `vocab_size` columns; the gradient of
-    the others is 0. Default: all.
+    `dloss` is (N,), or None for ones. `statistics` and `correct` are as for launch_rows_fwd. Logits
+    are the first `vocab_size` columns; the gradient of the others is 0. Default: all.
     """
     sms = sm_count(logits.device)
     grid, arguments = _arguments(logits, target, options, vocab_size, sms=sms)
     launch_kernel(_cross_entropy_fwd_bwd_kernel, grid,
-        dloss_ptr=dloss, loss_ptr=loss, stride_dloss=0 if dloss is None else dloss.stride(0),
-        V_padded=logits.shape[1], **arguments,
+        dloss_ptr=dloss, loss_ptr=loss, statistics_ptr=statistics, correct_ptr=correct,
+        stride_dloss=0 if dloss is None else dloss.stride(0), V_padded=logits.shape[1], **arguments,
     )  # fmt: skip
 
 

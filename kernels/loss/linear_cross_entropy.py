@@ -45,13 +45,14 @@ from ..core.op import define_op, keep_needed, public
 from ._checks import check_linear, check_target
 from ._linear_reference import (
     empty_gradients,
+    empty_rows,
     reference_fwd,
     reference_rows_bwd,
     reference_scale,
     shapes_fwd,
     shapes_rows_bwd,
 )
-from .block_loss import row_blocks
+from .block_loss import results, row_blocks
 from .chunks import plan, row_stride
 from .launch import launch_reduce, launch_rows_fwd, launch_rows_fwd_bwd, launch_scale
 from .options import LossOptions
@@ -68,11 +69,14 @@ def launch_fwd(
     vocab_size: int,
     want_dx: bool,
     want_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    want_lse: bool,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
     grads = empty_gradients(x, weight, bias, want_dx, want_dw)
-    loss = _launch_chunks(x, weight, target, bias, None, options, vocab_size, grads)
-    return *launch_reduce(loss, target, options), *grads
+    rows = empty_rows(x, want_lse, want_correct)
+    loss = _launch_chunks(x, weight, target, bias, None, options, vocab_size, grads, rows)
+    return *launch_reduce(loss, target, options), *grads, *rows
 
 
 def launch_rows_bwd(
@@ -101,15 +105,17 @@ def _launch_chunks(
     options: LossOptions,
     vocab_size: int,
     grads: tuple[Tensor, Tensor, Tensor],
+    rows_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the row losses. Write the gradients of sum_n dloss_n l_n to `grads`, unless empty.
 
-    Default of dloss: ones.
+    Write lse and correct to `rows_out`, unless they are empty. Default of dloss: ones.
     """
     N, D = x.shape
     V = weight.shape[0]
     loss = x.new_empty(N, dtype=torch.float32)
     dx, dw, db = grads
+    lse, correct = rows_out or empty_rows(x, False, False)
     db.zero_()
     if N == 0:
         dw.zero_()  # otherwise the first chunk overwrites dw
@@ -126,11 +132,15 @@ def _launch_chunks(
             torch.addmm(bias, x[chunk], weight.t(), out=logits)
 
         # losses, and dlogits over the logits
-        if not any(grad.numel() for grad in grads):
-            launch_rows_fwd(logits, target[chunk], options, loss[chunk], None, vocab_size)
-            continue
-        dloss_chunk = None if dloss is None else dloss[chunk]
-        launch_rows_fwd_bwd(logits, target[chunk], dloss_chunk, options, loss[chunk], vocab_size)
+        statistics = loss.new_empty(2, logits.shape[0]) if lse.numel() else None
+        extra = statistics, correct[chunk] if correct.numel() else None, vocab_size
+        if any(grad.numel() for grad in grads):
+            dloss_chunk = None if dloss is None else dloss[chunk]
+            launch_rows_fwd_bwd(logits, target[chunk], dloss_chunk, options, loss[chunk], *extra)
+        else:
+            launch_rows_fwd(logits, target[chunk], options, loss[chunk], *extra)
+        if statistics is not None:
+            torch.sum(statistics, 0, out=lse[chunk])
         dlogits = logits
 
         # gradients of x, weight and bias
@@ -188,8 +198,8 @@ _rows_bwd = define_op(
 
 
 def _save(ctx, inputs, output):
-    x, weight, target, bias, ctx.options, ctx.vocab_size, _, _ = inputs
-    _, divisor, *grads = output
+    x, weight, target, bias, ctx.options, ctx.vocab_size, *_ = inputs
+    _, divisor, *grads, _, _ = output
     ctx.weight_dtype = weight.dtype
     # Do not allocate zeros for the gradients of the outputs dx, dw and db: nobody uses them.
     ctx.set_materialize_grads(False)
@@ -201,7 +211,7 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 8
+        return (None,) * 10
     needs_x, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
     if ctx.options.reduction == "none":
         want_dw = needs_weight or needs_bias
@@ -210,7 +220,7 @@ def _grad(ctx, dloss, *_):
     else:
         grads = _scale(dloss, *ctx.saved_tensors, ctx.weight_dtype)
     dx, dw, db = keep_needed(grads, (needs_x, needs_weight, needs_bias))
-    return dx, dw, None, db, None, None, None, None
+    return dx, dw, None, db, *(None,) * 6
 
 
 _fwd.register_autograd(_grad, setup_context=_save)
@@ -226,10 +236,12 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     reduction: str = "mean",
     vocab_size: int | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Compute the cross-entropy of the logits x @ weight.T + bias without storing all of them.
 
     If an input needs a gradient, the forward computes it and the backward only scales it. With
@@ -241,12 +253,12 @@ def linear_cross_entropy(
         weight: (V, D), as nn.Linear stores it, device of x; dtype of x, or float32. With a 16-bit x
             a float32 weight is rounded for the matmuls, and its gradient is not rounded.
         target: x.shape[:-1], int64 or int32, device of x. Rows of weight or ignore_index.
-        bias: (V,), dtype and device of weight, or None.
+        bias: (V,), dtype of x, or float32, device of weight, or None.
         ignore_index, label_smoothing, z_loss, softcap, reduction: as for cross_entropy.
         vocab_size: number of classes. Rows of weight and bias from vocab_size on are padding: they
             must be finite, get no probability, and their gradients are 0. None: all rows.
-    Returns: () or, with reduction "none", the shape of target; float32 (float64 for float64 x). If
-        there are no rows, or all are ignored, the mean and its gradients are 0.
+        return_lse, return_correct: as for cross_entropy.
+    Returns: loss; or a tuple of loss, lse and correct, as for cross_entropy.
     Raises: ValueError if shapes, dtypes or devices do not match or an option is out of range.
         IndexError on the CPU for a target that is neither a class nor ignore_index; on other
         devices the loss is NaN. TypeError for float64 on a GPU.
@@ -255,15 +267,10 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        softcap=softcap,
+        softcap=softcap or 0.0,
         reduction=reduction,
     )
-    (x,) = autocast(x)
-    # A float32 weight stays float32, so that autocast does not round its gradient.
-    weight, bias = (
-        value if value is None or value.dtype == torch.float32 else autocast(value)[0]
-        for value in (weight, bias)
-    )
+    x, weight, bias = _autocast(x, weight, bias)
     check_linear("linear_cross_entropy", x, weight, bias, vocab_size)
     check_target("linear_cross_entropy", "x", x, target, ignore_index)
     options.check("linear_cross_entropy")
@@ -271,21 +278,35 @@ def linear_cross_entropy(
     weight, bias = _pad_classes(weight, bias, x)
     compute_gradients = torch.is_grad_enabled() and reduction != "none"
     want_dx = compute_gradients and x.requires_grad
-    want_dw = compute_gradients and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    needs_dw = weight.requires_grad or (bias is not None and bias.requires_grad)
+    want_dw = compute_gradients and needs_dw
     target_rows = target.reshape(-1).contiguous()
-    loss, *_ = _fwd(as_rows(x), weight, target_rows, bias, options, vocab_size, want_dx, want_dw)
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    operands = as_rows(x), weight, target_rows, bias, options, vocab_size
+    loss, *_, lse, correct = _fwd(*operands, want_dx, want_dw, return_lse, return_correct)
+    lse, correct = lse if return_lse else None, correct if return_correct else None
+    return results(loss, lse, correct, target, vocab_size, options)
+
+
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as torch.autocast does, but keep a float32 weight: autocast would round its gradient."""
+    (x,) = autocast(x)
+    weight, bias = (
+        value if value is None or value.dtype == torch.float32 else autocast(value)[0]
+        for value in (weight, bias)
+    )
+    return x, weight, bias
 
 
 def _pad_classes(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Pad weight and bias with zeros if the number of classes slows 16-bit matmuls on a GPU.
+    """Give bias the dtype of weight. Pad both with zeros if V slows the matmuls on a GPU.
 
-    cuBLAS is several times slower if the number of classes is not a multiple of 8. `vocab_size`
+    With 16-bit operands cuBLAS is several times slower if V is not a multiple of 8. `vocab_size`
     leaves the padding out of the loss.
     """
     V = weight.shape[0]
+    bias = None if bias is None else bias.to(weight.dtype)
     if not _is_slow(V, x):
         return weight, bias
     padding = row_stride(V) - V

@@ -22,10 +22,9 @@ class LossOptions:
 
     def check(self, name: str) -> None:
         """Raise a ValueError for an option out of range; `name` is the operator."""
-        if not 0 <= self.label_smoothing < 1:
+        if not 0 <= self.label_smoothing <= 1:
             raise ValueError(
-                f"{name}: label_smoothing must be at least 0 and below 1, "
-                f"got {self.label_smoothing}"
+                f"{name}: label_smoothing must be from 0 to 1, got {self.label_smoothing}"
             )
         if not 0 <= self.z_loss <= MAX_OPTION:
             raise ValueError(

@@ -213,7 +213,7 @@ def _swiglu_fwd_kernel(gate_ptr, up_ptr, a_ptr, numel, BLOCK_N: tl.constexpr):
 def _swiglu_bwd_kernel(
     da_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, a_ptr, numel, BLOCK_N: tl.constexpr
 ):
-    """Store the gradients of gate and up, and a, which the forward did not keep."""
+    """Store the gradients of gate and up. Store a too, unless `a_ptr` is None."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < numel
     da = tl.load(da_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -224,7 +224,8 @@ def _swiglu_bwd_kernel(
     dgate = da * up * (s + silu * (1.0 - s))
     tl.store(dgate_ptr + offs_n, dgate.to(dgate_ptr.dtype.element_ty), mask=mask_n)
     tl.store(dup_ptr + offs_n, (da * silu).to(dup_ptr.dtype.element_ty), mask=mask_n)
-    tl.store(a_ptr + offs_n, (silu * up).to(a_ptr.dtype.element_ty), mask=mask_n)
+    if a_ptr is not None:
+        tl.store(a_ptr + offs_n, (silu * up).to(a_ptr.dtype.element_ty), mask=mask_n)
 
 
 # --- launchers: allocate, launch by keyword
@@ -266,11 +267,14 @@ def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     return a
 
 
-def launch_swiglu_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of gate and up, and a = silu(gate) up."""
-    dgate, dup, a = (torch.empty_like(gate) for _ in range(3))
-    launch_kernel(_swiglu_bwd_kernel, (cdiv(a.numel(), BLOCK),),
+def launch_swiglu_bwd(
+    da: Tensor, gate: Tensor, up: Tensor, *, want_a: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of gate and up, and a = silu(gate) up, or None if it is not wanted."""
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    a = torch.empty_like(gate) if want_a else None
+    launch_kernel(_swiglu_bwd_kernel, (cdiv(gate.numel(), BLOCK),),
         da_ptr=da, gate_ptr=gate, up_ptr=up, dgate_ptr=dgate, dup_ptr=dup, a_ptr=a,
-        numel=a.numel(), BLOCK_N=BLOCK,
+        numel=gate.numel(), BLOCK_N=BLOCK,
     )  # fmt: skip
     return dgate, dup, a

@@ -8,16 +8,25 @@ MAX_WIDTH = 65_536
 def check(
     name: str,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
     bias: Tensor | None = None,
     added_bias: Tensor | None = None,
 ) -> None:
-    """Raise a ValueError unless x has rows of a supported width that all vectors match."""
+    """Raise a ValueError unless x has rows of a supported width that all vectors match.
+
+    None as a weight, bias or added_bias is valid here.
+    """
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(
             f"{name}: x must be (..., N) with N from 1 to {MAX_WIDTH}, "
             f"got {tuple(x.shape)}; reshape it"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: x must be floating point, got {x.dtype}; cast it")
+    if not eps >= 0:
+        raise ValueError(f"{name}: eps must be at least 0, got {eps}")
     for label, vector in (("weight", weight), ("bias", bias), ("added_bias", added_bias)):
         if vector is None:
             continue
@@ -30,19 +39,8 @@ def check(
             raise ValueError(
                 f"{name}: {label} must be on {x.device} like x, got {vector.device}; move it"
             )
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(
-            f"{name}: bias must be {weight.dtype} like weight, got {bias.dtype}; cast it"
-        )
-    if added_bias is not None and not added_bias.is_floating_point():
-        raise ValueError(
-            f"{name}: added_bias must be floating point, got {added_bias.dtype}; cast it"
-        )
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(
-            f"{name}: x and weight must be floating point, "
-            f"got {x.dtype} and {weight.dtype}; cast them"
-        )
+        if not vector.is_floating_point():
+            raise ValueError(f"{name}: {label} must be floating point, got {vector.dtype}; cast it")
 
 
 def check_residual(name: str, x: Tensor, residual: Tensor) -> None:

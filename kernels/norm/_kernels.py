@@ -6,6 +6,7 @@ rms_norm.py give math, shapes and precision. A pointer of an optional input or o
     mean_ptr is None                       rows are not centered: rms_norm
     residual_ptr and h_ptr are None        no residual is added
     dh_ptr is None                         no gradient reached h itself
+    weight_ptr, dw_partial_ptr are None    no weight
     bias_ptr, db_partial_ptr are None      no bias
     dadded_partial_ptr is None             no gradient of added_bias
     seed_ptr, threshold, scale are None    no dropout of x
@@ -52,9 +53,12 @@ def _layer_norm_fwd_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / N + eps)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
-    # Scale and shift.
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    y = centered * rstd[:, None] * weight[None, :]
+    # Scale and shift. A load after the multiplication takes two more registers on sm_100.
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y = centered * rstd[:, None] * weight[None, :]
+    else:
+        y = centered * rstd[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
@@ -86,7 +90,8 @@ def _layer_norm_bwd_kernel(
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     # Each thread has elements of both halves of a tile. So _fold moves no data between threads, and
     # the sums take half of the registers.
@@ -106,7 +111,9 @@ def _layer_norm_bwd_kernel(
 
         # Masked elements of xhat may differ from 0. They add nothing to a sum, because each sum
         # multiplies them by dy or g, which are 0 there.
-        g = dy * weight[None, :]
+        g = dy
+        if weight_ptr is not None:
+            g = dy * weight[None, :]
         if mean_ptr is not None:
             h -= tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         xhat = h * rstd[:, None]
@@ -127,7 +134,8 @@ def _layer_norm_bwd_kernel(
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
         # Sum over the blocks. After the loop, sum over the rows that are left.
-        dw += _fold(dy * xhat, BLOCK_M, BLOCK_N)
+        if dw_partial_ptr is not None:
+            dw += _fold(dy * xhat, BLOCK_M, BLOCK_N)
         if db_partial_ptr is not None:
             db += _fold(dy, BLOCK_M, BLOCK_N)
         if dadded_partial_ptr is not None:
@@ -135,7 +143,8 @@ def _layer_norm_bwd_kernel(
             dadded += _fold(dx, BLOCK_M, BLOCK_N)
 
     partial_offs = pid.to(tl.int64) * N + offs_n
-    tl.store(dw_partial_ptr + partial_offs, tl.sum(dw, axis=0), mask=mask_n)
+    if dw_partial_ptr is not None:
+        tl.store(dw_partial_ptr + partial_offs, tl.sum(dw, axis=0), mask=mask_n)
     if db_partial_ptr is not None:
         tl.store(db_partial_ptr + partial_offs, tl.sum(db, axis=0), mask=mask_n)
     if dadded_partial_ptr is not None:

@@ -74,7 +74,9 @@ def _layer_norm_fwd_wide_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         h = tl.load(source_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        y = (h - mean) * rstd * tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y = (h - mean) * rstd
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask_n)
@@ -94,7 +96,8 @@ def _layer_norm_bwd_wide_kernel(
     dw, db and the columns of dx. Without dropout dx is also the gradient of the residual.
     """
     pid = tl.program_id(0)
-    dw_partial_ptr += pid.to(tl.int64) * N
+    if dw_partial_ptr is not None:
+        dw_partial_ptr += pid.to(tl.int64) * N
     if db_partial_ptr is not None:
         db_partial_ptr += pid.to(tl.int64) * N
     if dadded_partial_ptr is not None:
@@ -111,7 +114,8 @@ def _layer_norm_bwd_wide_kernel(
             offs_n = start + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
             g = tl.load(dy_ptr + row * stride_dym + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            g *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            if weight_ptr is not None:
+                g *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             h = tl.load(h_ptr + row * stride_hm + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             sum_g += g
             sum_gx += g * (h - mean) * rstd
@@ -123,10 +127,12 @@ def _layer_norm_bwd_wide_kernel(
             offs_n = start + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
             dy = tl.load(dy_ptr + row * stride_dym + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            g = dy
+            if weight_ptr is not None:
+                g *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             h = tl.load(h_ptr + row * stride_hm + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             xhat = (h - mean) * rstd
-            dx = (dy * weight - mean_g - xhat * mean_gx) * rstd
+            dx = (g - mean_g - xhat * mean_gx) * rstd
             if dh_ptr is not None:
                 dh = tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask_n, other=0.0)
                 dx += dh.to(tl.float32)
@@ -141,8 +147,9 @@ def _layer_norm_bwd_wide_kernel(
             # No barrier is needed: only this program uses its row of partial sums, and each thread
             # reads only elements that it wrote itself. For the first row the sums start at 0.
             mask_old = mask_n & (block != pid)
-            dw = tl.load(dw_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy * xhat
-            tl.store(dw_partial_ptr + offs_n, dw, mask=mask_n)
+            if dw_partial_ptr is not None:
+                dw = tl.load(dw_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy * xhat
+                tl.store(dw_partial_ptr + offs_n, dw, mask=mask_n)
             if db_partial_ptr is not None:
                 db = tl.load(db_partial_ptr + offs_n, mask=mask_old, other=0.0) + dy
                 tl.store(db_partial_ptr + offs_n, db, mask=mask_n)

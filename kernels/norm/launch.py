@@ -67,7 +67,7 @@ def plan(M: int, N: int, sms: int = DEFAULT_SM_COUNT) -> Plan:
 def launch_norm_fwd(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     dropout: Dropout,
@@ -101,7 +101,7 @@ def launch_norm_bwd(
     dy: Tensor,
     dh: Tensor | None,
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
     has_bias: bool,
@@ -110,8 +110,8 @@ def launch_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dresidual, dw, db, and the sums of the columns of dx in `added_dtype`.
 
-    dresidual is empty without dropout, where it equals dx. db is empty without a bias. The sums are
-    empty if `added_dtype` is None.
+    dresidual is empty without dropout, where it equals dx. dw is empty without a weight, db without
+    a bias. A bias needs a weight. The sums are empty if `added_dtype` is None.
 
     One kernel writes dx and all partial sums. A second one adds up the partial sums.
     """
@@ -120,9 +120,10 @@ def launch_norm_bwd(
     dx = h.new_empty((M, N))
     has_dropout = dropout.dropout_p > 0
     dresidual = h.new_empty((M, N) if has_dropout else 0)
-    dw = torch.empty_like(weight)
-    db = weight.new_empty(N if has_bias else 0)
-    dw_partial = empty_partials(p.partials, h)
+    parameter = h if weight is None else weight
+    dw = parameter.new_empty(0 if weight is None else N)
+    db = parameter.new_empty(N if has_bias else 0)
+    dw_partial = None if weight is None else empty_partials(p.partials, h)
     db_partial = empty_partials(p.partials, h) if has_bias else None
     has_added = added_dtype is not None
     dadded = h.new_empty(N if has_added else 0, dtype=added_dtype)
@@ -136,7 +137,10 @@ def launch_norm_bwd(
         stride_dym=dy.stride(0), stride_dhm=0 if dh is None else dh.stride(0),
         stride_hm=h.stride(0), M=M, N=N, **dropout.arguments, **p.tile,
     )  # fmt: skip
-    sum_partials(dw_partial, dw, db_partial, db, dadded_partial, dadded)
+    if weight is not None:
+        sum_partials(dw_partial, dw, db_partial, db, dadded_partial, dadded)
+    elif has_added:
+        sum_partials(dadded_partial, dadded)
     return dx, dresidual, dw, db, dadded
 
 

@@ -253,19 +253,20 @@ def layer_norm(
         x: (..., N), N up to 65,536, float32, bfloat16 or float16 (float64 on a CPU too), any
             layout.
         weight: (N,), any float dtype, device of x.
-        bias: (N,), dtype of weight, or None.
-        eps: added to the variance; in units of x squared.
+        bias: (N,), any float dtype, device of x, or None.
+        eps: added to the variance, at least 0; in units of x squared.
         added_bias: (N,), any float dtype, device of x, or None: a bias that the layer before has
             added to x without a gradient. Its value is not read. It gets its gradient here: the sum
             of the rows of x's gradient, which this operator's backward has in registers.
     Returns: (..., N), dtype of x.
     Raises:
-        ValueError: weight, bias or added_bias does not have the documented shape, device or dtype.
+        ValueError: weight, bias or added_bias does not have the documented shape, device or dtype,
+            or eps is negative.
         TypeError: x is float64 on a GPU.
     """
-    check("layer_norm", x, weight, bias, added_bias)
-    bias = None if bias is None else bias.contiguous()
-    y, _, _ = _fwd(as_rows(x), weight.contiguous(), bias, eps, added_bias)
+    check("layer_norm", x, weight, eps, bias=bias, added_bias=added_bias)
+    weight, bias = _same_dtype(weight, bias)
+    y, _, _ = _fwd(as_rows(x), weight, bias, eps, added_bias)
     return like_rows_of(x, y)
 
 
@@ -305,10 +306,20 @@ def add_layer_norm(
     Raises: as layer_norm; ValueError if residual does not have the shape and device of x, or if
         dropout_p or seed is not as documented.
     """
-    check("add_layer_norm", x, weight, bias, added_bias)
+    check("add_layer_norm", x, weight, eps, bias=bias, added_bias=added_bias)
     check_residual("add_layer_norm", x, residual)
-    bias = None if bias is None else bias.contiguous()
+    weight, bias = _same_dtype(weight, bias)
     dropout = resolve_dropout("add_layer_norm", dropout_p, seed, x.device)
     rows = as_rows(x), as_rows(residual)
-    y, h, _, _ = _add_fwd(*rows, weight.contiguous(), bias, eps, added_bias, dropout)
+    y, h, _, _ = _add_fwd(*rows, weight, bias, eps, added_bias, dropout)
     return like_rows_of(x, y), like_rows_of(x, h)
+
+
+def _same_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both contiguous, in a dtype that holds the values of both."""
+    if bias is None:
+        return weight.contiguous(), None
+    if weight.dtype != bias.dtype:
+        dtype = torch.promote_types(weight.dtype, bias.dtype)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    return weight.contiguous(), bias.contiguous()

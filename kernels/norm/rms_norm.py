@@ -35,7 +35,7 @@ from .launch import launch_norm_bwd, launch_norm_fwd, norm_cost
 
 
 def reference_fwd(
-    x: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
+    x: Tensor, weight: Tensor | None, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return y in x's dtype, and the reciprocal root mean square of each row.
 
@@ -43,13 +43,16 @@ def reference_fwd(
     """
     h = wide(x)
     rstd = torch.rsqrt(h.square().mean(-1) + eps)
-    return (h * rstd[:, None]).mul_(weight).to(x.dtype), rstd
+    y = h * rstd[:, None]
+    if weight is not None:
+        y.mul_(weight)
+    return y.to(x.dtype), rstd
 
 
 def reference_add_fwd(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     added_bias: Tensor | None,
     dropout: Dropout,
@@ -64,19 +67,20 @@ def reference_bwd(
     dy: Tensor,
     dh: Tensor | None,
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     rstd: Tensor,
     added_dtype: torch.dtype | None,
     dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, residual, weight and added_bias.
 
-    The gradient of residual is empty without dropout, where it equals that of x. That of added_bias
-    has the dtype `added_dtype` and is empty if this is None.
+    The gradient of residual is empty without dropout, where it equals that of x. That of weight is
+    empty without a weight. That of added_bias has the dtype `added_dtype` and is empty if this is
+    None.
     """
     wide_dy = wide(dy)
     xhat = wide(h) * rstd[:, None]
-    g = wide_dy * weight
+    g = wide_dy if weight is None else wide_dy * weight
     dx = torch.addcmul(g, xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(rstd[:, None])
     if dh is not None:
         dx += dh
@@ -84,7 +88,7 @@ def reference_bwd(
     if dropout.dropout_p > 0:
         dresidual = dx.to(h.dtype)
         dx = drop(dx, dropout)
-    dw = (wide_dy * xhat).sum(0).to(weight.dtype)
+    dw = h.new_empty(0) if weight is None else (wide_dy * xhat).sum(0).to(weight.dtype)
     return dx.to(h.dtype), dresidual, dw, column_sums(dx, added_dtype)
 
 
@@ -92,7 +96,7 @@ def reference_bwd(
 
 
 def launch_fwd(
-    x: Tensor, weight: Tensor, eps: float, added_bias: Tensor | None
+    x: Tensor, weight: Tensor | None, eps: float, added_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel of `reference_fwd`."""
     y, _, _, rstd = launch_norm_fwd(x, None, weight, None, eps, Dropout(), centered=False)
@@ -102,7 +106,7 @@ def launch_fwd(
 def launch_add_fwd(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     added_bias: Tensor | None,
     dropout: Dropout,
@@ -116,7 +120,7 @@ def launch_bwd(
     dy: Tensor,
     dh: Tensor | None,
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     rstd: Tensor,
     added_dtype: torch.dtype | None,
     dropout: Dropout,
@@ -159,8 +163,10 @@ def _grad(ctx, dy, _drstd):
     if dy is None:
         return (None,) * 4
     added_dtype = ctx.added_dtype if ctx.needs_input_grad[-1] else None
-    grads = _bwd(as_rows(dy), None, *ctx.saved_tensors, added_dtype, Dropout())
-    dx, _, dw, dadded = keep_needed(grads, (True, False, True, added_dtype is not None))
+    x, weight, rstd = ctx.saved_tensors
+    grads = _bwd(as_rows(dy), None, x, weight, rstd, added_dtype, Dropout())
+    needs = (True, False, weight is not None, added_dtype is not None)
+    dx, _, dw, dadded = keep_needed(grads, needs)
     return dx, dw, None, dadded
 
 
@@ -180,10 +186,10 @@ def _grad_add(ctx, dy, dh, _drstd):
     dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
     dh = None if dh is None else as_rows(dh)
     added_dtype = ctx.added_dtype if ctx.needs_input_grad[4] else None
-    *saved, seed = ctx.saved_tensors
+    h, weight, rstd, seed = ctx.saved_tensors
     dropout = Dropout(dropout_p=ctx.dropout_p, seed=seed)
-    grads = _bwd(dy, dh, *saved, added_dtype, dropout)
-    needs = (True, ctx.dropout_p > 0, True, added_dtype is not None)
+    grads = _bwd(dy, dh, h, weight, rstd, added_dtype, dropout)
+    needs = (True, ctx.dropout_p > 0, weight is not None, added_dtype is not None)
     dx, dresidual, dw, dadded = keep_needed(grads, needs)
     dresidual = dx if dresidual is None else dresidual
     x_dtype, residual_dtype = ctx.dtypes
@@ -196,24 +202,30 @@ _add_fwd.register_autograd(_grad_add, setup_context=_save_add)
 
 @public
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-6, added_bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    added_bias: Tensor | None = None,
 ) -> Tensor:
     """Scale each vector along the last axis to unit root mean square, then multiply by `weight`.
 
     Args:
         x: (..., N), N up to 65,536, float32, bfloat16 or float16 (float64 on a CPU too), any
             layout.
-        weight: (N,), any float dtype, device of x.
-        eps: added to the mean square; in units of x squared.
+        weight: (N,), any float dtype, device of x, or None for ones.
+        eps: added to the mean square, at least 0; in units of x squared.
         added_bias: (N,), any float dtype, device of x, or None: a bias that the layer before has
             added to x without a gradient. It gets its gradient here, as for layer_norm.
     Returns: (..., N), dtype of x.
     Raises:
-        ValueError: weight or added_bias does not have the documented shape, device or dtype.
+        ValueError: weight or added_bias does not have the documented shape, device or dtype, or
+            eps is negative.
         TypeError: x is float64 on a GPU.
     """
-    check("rms_norm", x, weight, added_bias=added_bias)
-    y, _ = _fwd(as_rows(x), weight.contiguous(), eps, added_bias)
+    check("rms_norm", x, weight, eps, added_bias=added_bias)
+    weight = None if weight is None else weight.contiguous()
+    y, _ = _fwd(as_rows(x), weight, eps, added_bias)
     return like_rows_of(x, y)
 
 
@@ -221,7 +233,7 @@ def rms_norm(
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     *,
     eps: float = 1e-6,
     added_bias: Tensor | None = None,
@@ -243,9 +255,9 @@ def add_rms_norm(
     Raises: as rms_norm; ValueError if residual does not have the shape and device of x, or if
         dropout_p or seed is not as documented.
     """
-    check("add_rms_norm", x, weight, added_bias=added_bias)
+    check("add_rms_norm", x, weight, eps, added_bias=added_bias)
     check_residual("add_rms_norm", x, residual)
     dropout = resolve_dropout("add_rms_norm", dropout_p, seed, x.device)
-    rows = as_rows(x), as_rows(residual)
-    y, h, _ = _add_fwd(*rows, weight.contiguous(), eps, added_bias, dropout)
+    weight = None if weight is None else weight.contiguous()
+    y, h, _ = _add_fwd(as_rows(x), as_rows(residual), weight, eps, added_bias, dropout)
     return like_rows_of(x, y), like_rows_of(x, h)

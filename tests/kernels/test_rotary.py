@@ -64,6 +64,8 @@ def test_reference_gradients_match_finite_differences(interleaved):
 
     assert torch.autograd.gradcheck(rotate, x.requires_grad_())
     assert torch.autograd.gradgradcheck(rotate, x)
+    cos, sin = cos[:, :1], sin[:, :1]
+    assert torch.autograd.gradcheck(rotate, x)
 
 
 @pytest.mark.plain
@@ -109,12 +111,23 @@ def test_heads_past_the_last_full_tile_are_rotated(interleaved, device):
     K = 512
     heads = TILE_ELEMENTS // K
     x, cos, sin, dy = tensors(1, 2 * heads + 1, 1, K, torch.float32, device)
-    assert plan(2 * heads + 1, K) == (heads, K // 2)
+    assert plan(2 * heads + 1, K, K) == (heads, K // 2, 1)
     got = run(rotary, x, cos, sin, dy, interleaved=interleaved)
     truth = run(complex_rotary, x.double(), cos, sin, dy, interleaved=interleaved)
     baseline = run(torch_rotary, x, cos, sin, dy, interleaved=interleaved)
     for name, *values in zip(["y", "dx"], got, truth, baseline, strict=True):
         assert_accurate(name, *values, length=2)
+
+
+@pytest.mark.parametrize(("K", "R"), [(6, 4), (80, 20), (64, 32), (256, 2)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_narrow_tables_rotate_the_first_elements_and_copy_the_others(K, R, interleaved, device):
+    x, _, _, dy = tensors(2, 9, 3, K, torch.float32, device)
+    _, cos, sin, _ = tensors(2, 9, 3, R, torch.float32, device)
+    first = run(rotary, x[..., :R], cos, sin, dy[..., :R], interleaved=interleaved)
+    got = run(rotary, x, cos, sin, dy, interleaved=interleaved)
+    for value, rotated, copied in zip(got, first, (x, dy), strict=True):
+        assert torch.equal(value, torch.cat((rotated, copied[..., R:]), -1))
 
 
 @pytest.mark.skipif(
@@ -124,7 +137,7 @@ def test_heads_past_the_last_full_tile_are_rotated(interleaved, device):
 def test_masked_elements_are_not_written(interleaved, device, monkeypatch):
     """5 heads in a tile of 8, and 3 pairs in a tile of 4. Memory after y keeps its values."""
     x, cos, sin, _ = tensors(1, 5, 1, 6, torch.float32, device)
-    assert plan(5, 6) == (8, 4)
+    assert plan(5, 6, 6) == (8, 4, 1)
     memory = torch.full((200,), 7.0, device=device)
     x_in_memory = torch.zeros(200, device=device)[:30].view_as(x).copy_(x)
     with monkeypatch.context() as patch:
@@ -194,10 +207,15 @@ def test_empty_inputs_give_empty_outputs(shape, device):
 
 def test_opcheck(device):
     x, cos, sin, _ = tensors(2, 5, 3, 8, torch.float32, device)
-    for interleaved, is_reversed in ((False, True), (True, False)):
+    narrow = cos[:, :2], sin[:, :2]
+    for tables, interleaved, is_reversed in (
+        ((cos, sin), False, True),
+        ((cos, sin), True, False),
+        (narrow, False, False),
+    ):
         opcheck(
             torch.ops.tritium.rotary.default,
-            (x.clone().requires_grad_(), cos, sin, interleaved, is_reversed),
+            (x.clone().requires_grad_(), *tables, interleaved, is_reversed),
         )
 
 
@@ -243,6 +261,9 @@ def test_reruns_are_bitwise_equal(device):
             r"cos must be floating point \(3 or more, 4\) or \(2, 3, 4\) .*, got .* \(2, 4\)",
         ),
         ({"sin": torch.ones(3, 8)}, r"sin must be .*, got torch.float32 \(3, 8\)"),
+        ({"cos": torch.ones(3, 8)}, r"cos must be .* \(3 or more, 4\) .* \(3, 8\)"),
+        ({"cos": torch.ones(3, 0)}, r"cos must be .* \(3 or more, 4\) .* \(3, 0\)"),
+        ({"cos": torch.ones(3, 2)}, r"sin must be .* \(3 or more, 2\) .* \(3, 4\)"),
         ({"sin": torch.ones(1, 3, 4)}, r"sin must be .*, got torch.float32 \(1, 3, 4\)"),
         (
             {"cos": torch.ones(3, 4).long()},
@@ -273,10 +294,12 @@ def test_kernel_raises_for_float64(device):
 
 @pytest.mark.plain
 def test_plan_fits_a_head_and_bounds_the_tile():
-    for M, K in itertools.product((1, 3, 100, 10**7), (2, 6, 64, 128, 256, 4096)):
-        block_m, block_p = plan(M, K)
-        assert 2 * block_p >= K
-        assert block_m == 1 or block_m * 2 * block_p <= TILE_ELEMENTS
+    sizes = ((2, 2), (6, 6), (6, 2), (64, 64), (64, 32), (80, 20), (256, 2), (4096, 4096))
+    for M, (K, R) in itertools.product((1, 3, 100, 10**7), sizes):
+        block_m, block_p, block_rest = plan(M, K, R)
+        assert 2 * block_p >= R
+        assert block_rest >= K - R
+        assert block_m == 1 or block_m * max(2 * block_p, block_rest) <= TILE_ELEMENTS
 
 
 @pytest.mark.plain
@@ -293,13 +316,14 @@ def test_cost_counts_x_and_y_once():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_compiles_for_every_target_without_spills(interleaved, arch):
     # The last shape: Triton makes constants of integer arguments that are 1.
-    for dtype, shape in [
-        (torch.bfloat16, (8, 1024, 12, 64)),
-        (torch.float32, (8, 1024, 12, 128)),
-        (torch.bfloat16, (1, 1, 1, 2)),
+    for dtype, shape, rotated in [
+        (torch.bfloat16, (8, 1024, 12, 64), 64),
+        (torch.bfloat16, (8, 1024, 32, 80), 32),
+        (torch.float32, (8, 1024, 12, 128), 128),
+        (torch.bfloat16, (1, 1, 1, 2), 2),
     ]:
         x = torch.empty(shape, dtype=dtype, device="meta")
-        table = torch.empty(shape[1], shape[3] // 2, device="meta")
+        table = torch.empty(shape[1], rotated // 2, device="meta")
         with record_launches(arch) as launches:
             launch_rotary(x, table, table, interleaved, False)
         assert resources(compile_launch(launches[0], arch)).spilled_bytes == 0

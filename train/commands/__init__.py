@@ -16,6 +16,7 @@ COMMANDS = {
     "plot": "plot",
     "sample": "sample",
     "chat": "chat",
+    "classify": "classify",
     "export": "export",
     "import": "import_model",
     "plan": "plan",

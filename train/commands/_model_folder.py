@@ -43,7 +43,7 @@ def write_model(
     tokenizer = trained.tokenizer(spec) if has_tokenizer and not files else None
     if isinstance(tokenizer, PublishedTokenizer):
         files = tokenizer.files
-    model = trained.load()
+    model = trained.load_any()
     if trained.note:
         print(trained.note)
     if dtype != "auto":
@@ -53,15 +53,21 @@ def write_model(
         for name, content in files.items():
             (folder / name).write_bytes(content)
         if tokenizer and not files:
-            save_for_transformers(tokenizer, folder, model.config.context_tokens)
+            context = model.config.context_tokens
+            save_for_transformers(tokenizer, folder, context, pads=bool(trained.labels))
             tokenizer.save(folder / EXPORTED_TOKENIZER)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
+    token_ids = (tokenizer.token_ids if tokenizer else {}) | trained.token_ids
+    if trained.labels:
+        # transformers reads the last token that is not padding.
+        token_ids.setdefault("pad_token_id", token_ids.get("eos_token_id"))
     write_folder(
         out,
         model.state_dict(),
         model.config,
-        token_ids=(tokenizer.token_ids if tokenizer else {}) | trained.token_ids,
+        token_ids=token_ids,
+        labels=trained.labels,
         add_files=add_files,
     )
 
@@ -88,15 +94,16 @@ def model_card(trained: SavedModel) -> str:
     """Return a README for the folder: what the model is, and how it was trained."""
     config = trained.config
     name = (trained.run or trained.path).resolve().name
+    what = f"A classifier of {', '.join(trained.labels)}" if trained.labels else "A language model"
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-classification' if trained.labels else 'text-generation'}",
         "---",
         "",
         f"# {name}",
         "",
-        f"A language model with {parameters(config):,} parameters: {config.n_layer} layers, width "
+        f"{what} with {parameters(config):,} parameters: {config.n_layer} layers, width "
         f"{config.d_model}, {config.vocab_size:,} tokens, a context of "
         f"{config.context_tokens:,} tokens.",
         "",
@@ -106,6 +113,7 @@ def model_card(trained: SavedModel) -> str:
     train = read_run(trained.run).train
     steps = int(trained.checkpoint.name.removeprefix("step-"))
     evaluations = [row for row in read_metrics(trained.run)[1] if row["step"] == steps]
+    per_token = "" if trained.labels else " per token"
     lines += [
         "Trained by tritium.",
         "",
@@ -116,7 +124,12 @@ def model_card(trained: SavedModel) -> str:
         f"| steps | {steps:,} of {train.steps:,} |",
         f"| tokens per step | {train.batch_size * config.context_tokens:,} |",
         f"| command | `{_command(train)}` |",
-        *(f"| validation loss | {row['val_loss']:.4f} nats per token |" for row in evaluations),
+        *(f"| validation loss | {row['val_loss']:.4f} nats{per_token} |" for row in evaluations),
+        *(
+            f"| validation accuracy | {row['val_accuracy']:.4f} |"
+            for row in evaluations
+            if "val_accuracy" in row
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -41,5 +41,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"{options.out}: open it with PeftModel.from_pretrained(model, {options.out!r})")
         return 0
     write_model(trained, Path(options.out), model_card(trained), dtype=options.dtype)
-    print(f"{options.out}: open it with AutoModelForCausalLM.from_pretrained({options.out!r})")
+    name = "AutoModelForSequenceClassification" if trained.labels else "AutoModelForCausalLM"
+    print(f"{options.out}: open it with {name}.from_pretrained({options.out!r})")
     return 0

@@ -18,9 +18,12 @@ _POSSESSIVE = re.compile(r"([+?*}])\+")
 _ANY_CHARACTER = r"[\s\S]"
 
 
-def save_for_transformers(tokenizer: Tokenizer, folder: Path, context_tokens: int) -> None:
+def save_for_transformers(
+    tokenizer: Tokenizer, folder: Path, context_tokens: int, *, pads: bool = False
+) -> None:
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer loads.
 
+    Args: pads: whether end-of-text is also the padding, which a classifier of batches needs.
     Raises: InputError if the package transformers is not installed.
     """
     try:
@@ -40,6 +43,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, context_tokens: in
         model_max_length=context_tokens,
         # Otherwise decode() changes spaces before punctuation.
         clean_up_tokenization_spaces=False,
+        **({"pad_token": END_OF_TEXT} if pads else {}),
     ).save_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ batch. In each epoch every row is read exactly once.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,22 @@ class Source:
 
     path: Path
     sha256: str
-    records: list[Record]
+    records: list
+    """What `read` returned. By default a list of Record."""
     tokenizer: Tokenizer
 
 
-def open_source(config: TrainConfig, record: RunRecord | None, run: Path | None) -> Source:
+def open_source(
+    config: TrainConfig,
+    record: RunRecord | None,
+    run: Path | None,
+    read: Callable[[Path], list] | None = None,
+) -> Source:
     """Read the records and the tokenizer of a run.
 
-    Args: record, run: config.json and the folder of a run that is resumed. None: a new run.
+    Args:
+        record, run: config.json and the folder of a run that is resumed. None: a new run.
+        read: returns the records of a file. Default: `read_records`.
     Raises: InputError if the file has other records than the run was started with.
     """
     if len(config.data) != 1:
@@ -72,7 +80,8 @@ def open_source(config: TrainConfig, record: RunRecord | None, run: Path | None)
             f"{path}: expected the records with which {run} was started, got other content; put "
             "the file back, or start a new run"
         )
-    return Source(path=path, sha256=sha256, records=read_records(path), tokenizer=tokenizer)
+    records = (read or read_records)(path)
+    return Source(path=path, sha256=sha256, records=records, tokenizer=tokenizer)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -90,6 +90,26 @@ class InstructOptions(FinetuneOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(FinetuneOptions):
+    """Options of the task "classify"."""
+
+    text_column: str = "text"
+    """Column of tsv and csv files, by name or number, or key of json objects, with the text."""
+    label_column: str = "label"
+    """Column of tsv and csv files, by name or number, or key of json objects, with the label."""
+    balance: bool = False
+    """Keep equally many texts of each label, as many as the rarest label has."""
+    class_weights: bool = False
+    """Weigh losses inversely to the frequency of their label in the training part."""
+    trained_blocks: int | None = None
+    """Train only the last so many blocks, the final norm and the head. 0: the head. None: all."""
+    val_fraction: float = 0.1
+    """Fraction of the texts that is held out for validation. The seed chooses them."""
+    test_fraction: float = 0.2
+    """Fraction of the texts that is held out for the test after training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferOptions(FinetuneOptions):
     """Options of the task prefer."""
 
@@ -152,6 +172,14 @@ TASKS: dict[str, Task] = {
         InstructOptions,
         "answer instructions and questions",
         has_documents=True,
+        defaults=_FINETUNE,
+    ),
+    "classify": Task(
+        ".classify",
+        ClassifyOptions,
+        "give a text one of several labels",
+        has_documents=True,
+        next_command="classify",
         defaults=_FINETUNE,
     ),
     "prefer": Task(

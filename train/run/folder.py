@@ -63,6 +63,8 @@ class RunRecord:
     history: list = field(default_factory=list)
     data_sha256: str | None = None
     """Hash of the file of records. None: a dataset, which has checksums of its own."""
+    labels: list[str] = field(default_factory=list)
+    """What a classifier distinguishes. Empty for other models."""
 
 
 FORMAT_VERSION = 1
@@ -75,18 +77,10 @@ _NEEDED = ("config.json", "metrics.jsonl")
 # All that a run writes. A link would lead the writes out of the folder.
 _WRITTEN = (
     *_FIRST_FILES,
-    *(
-        "metrics.jsonl",
-        "samples.txt",
-        "answers.jsonl",
-        "reference.json",
-        "margins.jsonl",
-        "loss.png",
-        "profile",
-        "tensorboard",
-        "wandb",
-        "wandb-id",
-    ),
+    *("metrics.jsonl", "samples.txt", "loss.png", "profile", "tensorboard", "wandb", "wandb-id"),
+    # the results of tasks
+    *("answers.jsonl", "reference.json", "margins.jsonl"),
+    *("test.json", "predictions.jsonl", "confusion.png"),
 )
 
 
@@ -218,11 +212,13 @@ def claim_folder(
 def record_dataset(run: Path, dataset: Dataset) -> dict[str, Any]:
     """Return the fields of config.json that say where the dataset is, and its size."""
     folder = dataset.path.resolve()
+    labels = list(getattr(dataset, "labels", ()))
     return {
         "dataset": str(folder),
         "dataset_relative": _relative(folder, run.resolve()),
         "tokens": _tokens(dataset),
         "data_sha256": getattr(dataset, "sha256", None),
+        **({"labels": labels} if labels else {}),
     }
 
 

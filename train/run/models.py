@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import InputError
-from ...model import GPT, GPTConfig
+from ...model import GPT, GPTClassifier, GPTConfig
 from ...model.cost import check_size
 from ...model.hub import is_hub_name
 from ...model.lora import (
@@ -55,6 +55,8 @@ class SavedModel:
     """Row of TEMPLATES with which a run was fine-tuned. None: the tokenizer's, or no template."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
+    labels: tuple[str, ...] = ()
+    """What a classifier distinguishes. (): a language model."""
     lora: AdapterOptions | None = None
     """LoRA of the run, whose checkpoint has its matrices. None: the run trained all weights."""
     adapter: Path | None = None
@@ -67,7 +69,16 @@ class SavedModel:
         return self.run is None and self.path.is_dir() and not is_own
 
     def load(self, *, attention: str = "tritium", recompute: str = "none") -> GPT:
-        """Read the weights, and add LoRA to them. Returns: the model, on the CPU."""
+        """Read the weights of a language model, and add LoRA to them.
+
+        Returns: the model, on the CPU.
+        Raises: InputError if the model is a classifier.
+        """
+        if self.labels:
+            raise InputError(
+                f"{self.path}: expected a language model, got a classifier of "
+                f"{', '.join(self.labels)[:100]}; `tritium classify` uses it"
+            )
         model = self._load(attention=attention, recompute=recompute)
         if self.lora is not None:
             merge_lora(model)
@@ -79,10 +90,29 @@ class SavedModel:
                 merge_adapter(model, self.adapter)
         return model
 
+    def load_classifier(self) -> GPTClassifier:
+        """Read the weights of a classifier, and add LoRA to them. Returns: the model, on the CPU.
+
+        Raises: InputError if the model is a language model.
+        """
+        if not self.labels:
+            raise InputError(
+                f"{self.path}: expected a model that classifies texts, got a language model; "
+                "`tritium finetune classify` makes one"
+            )
+        model = self._load()
+        if self.lora is not None:
+            merge_lora(model)
+        return model
+
+    def load_any(self) -> GPT:
+        """Read the weights. Returns: a GPT or a GPTClassifier, on the CPU."""
+        return self.load_classifier() if self.labels else self.load()
+
     def load_with_adapter(self) -> GPT:
         """Read the weights of a run, with LoRA or a prefix apart from them.
 
-        Raises: InputError if the run trained neither.
+        Raises: InputError if the run trained neither, or if the model is a classifier.
         """
         has_prefix = self.run is not None and self.config.prefix_tokens > 0
         if self.lora is None and not has_prefix:
@@ -90,15 +120,24 @@ class SavedModel:
                 f"{self.path}: expected a run that trained LoRA or a prefix, got another model; "
                 "export the model itself"
             )
+        if self.labels:
+            raise InputError(
+                f"{self.path}: expected a language model, got a classifier, whose head is not part "
+                "of an adapter; export the model itself"
+            )
         return self._load()
 
     def _load(self, **options: str) -> GPT:
         if self.checkpoint is None:
-            return GPT.from_pretrained(self.path, **options)
+            kind = GPTClassifier if self.labels else GPT
+            return kind.from_pretrained(self.path, **options)
         check_size(self.checkpoint, self.config, bytes_per_parameter=4)
         # The prefix of an adapter is not in the checkpoint of its model.
         config = self.config if self.adapter is None else self.config.with_prefix(0)
-        model = GPT(config, **options)
+        if self.labels:
+            model = GPTClassifier(config, self.labels, **options)
+        else:
+            model = GPT(config, **options)
         if self.lora is not None:
             add_lora(model, self.lora)
         load_weights(self.checkpoint, model)
@@ -156,6 +195,7 @@ def open_model(path: Path) -> SavedModel:
             config=source.config,
             tokenizer_path=path if is_with_tokenizer else None,
             token_ids=source.token_ids,
+            labels=source.labels,
             note=source.note,
         )
     if not is_checkpoint and not _is_run(path):
@@ -170,6 +210,7 @@ def open_model(path: Path) -> SavedModel:
         template=template if template in TEMPLATES else None,
         path=path,
         config=record.model,
+        labels=tuple(record.labels),
         tokenizer_sha256=record.tokenizer_sha256,
         tokenizer_path=run / "tokenizer.json",
         run=run,

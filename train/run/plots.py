@@ -53,7 +53,9 @@ def plot_loss(run: Path) -> Path:
             ha="center",
         )
 
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=run.name)
+    has_tokens = not evaluations or "val_perplexity" in evaluations[-1]
+    ylabel = "cross-entropy (nats per token)" if has_tokens else "loss (nats)"
+    axes.set(xlabel="step", ylabel=ylabel, title=run.name)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -75,6 +77,8 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
     for name in names:
         is_accuracy = "accuracy" in name or "f1" in name
         is_of_task = name.startswith("val_") and name not in _KEYS
+        if is_of_task and "/" in name:
+            continue  # a measure of one label; there may be many labels
         if not is_accuracy and not is_of_task and not name.endswith("bits_per_byte"):
             continue
         has_bits |= name.endswith("bits_per_byte")
@@ -93,6 +97,8 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
     axes.grid(alpha=0.3)
     if right.lines:
         right.set(ylabel="accuracy, F1 (dashed)", ylim=(0, 1))
+        if not axes.lines:
+            axes.set_yticks([])
     else:
         right.set_visible(False)
         axes.spines[["right"]].set_visible(False)

@@ -102,6 +102,28 @@ def test_result_without_lse_matches_definition(shape, options):
 
 
 @pytest.mark.plain
+def test_lse_gives_attention_sinks():
+    """The recipe of docs/kernels.md matches a softmax with a sink among the scores."""
+    q, k, v, do, _ = make_inputs(2, 7, 7, 4, 2, 8, torch.float64, "cpu")
+    sink = torch.linspace(-1, 1, 4, dtype=torch.float64)
+
+    def recipe(q, k, v, sink):
+        o, lse = causal_attention(q, k, v, return_lse=True)
+        return ((o * torch.sigmoid(lse - sink[:, None]).mT[..., None].to(o.dtype)),)
+
+    def expected(q, k, v, sink):
+        k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
+        s = torch.einsum("bthk,bshk->bhts", q, k) * 8**-0.5
+        s = s.masked_fill(torch.ones(7, 7).triu(1).bool(), -float("inf"))
+        s = torch.cat((s, sink[:, None, None].expand(2, -1, 7, 1)), dim=-1)
+        return (torch.einsum("bhts,bshk->bthk", s.softmax(-1)[..., :-1], v),)
+
+    found = [run(function, (q, k, v, sink), [do]) for function in (recipe, expected)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("T", "options", "uses_sdpa"),
     [
@@ -113,10 +135,12 @@ def test_result_without_lse_matches_definition(shape, options):
         (8, {"softcap": 2.0}, False),
         (8, {"dropout_p": 0.1}, False),
         (8, {"return_lse": True}, False),
+        (8, {"dtype": torch.bfloat16}, False),
     ],
 )
-def test_plain_attention_on_a_cpu_uses_sdpa(T, options, uses_sdpa):
-    q, k, v, *_ = make_inputs(1, T, 8, 2, 1, 4, torch.float32, "cpu")
+def test_plain_attention_on_a_cpu_in_32_bits_uses_sdpa(T, options, uses_sdpa):
+    options = {"dtype": torch.float32} | options
+    q, k, v, *_ = make_inputs(1, T, 8, 2, 1, 4, options.pop("dtype"), "cpu")
     with torch.profiler.profile() as profile:
         causal_attention(q, k, v, **options)
     names = {event.name for event in profile.events()}

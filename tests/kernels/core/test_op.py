@@ -11,13 +11,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 from tritium import kernels
+from tritium.kernels.core._wrappers import (
+    on_device_of_tensors,
+    with_one_warning,
+    without_float64,
+)
 from tritium.kernels.core.op import (
     FLOATS,
     INTERPRET,
     LAUNCHERS,
-    _on_device_of_tensors,
-    _with_one_warning,
-    _without_float64,
     can_read_values,
     define_op,
     is_32_bit,
@@ -146,7 +148,7 @@ def test_cuda_launches():
 def test_reference_on_cuda_warns_once():
     """Call the function that is registered for CUDA without a launch, here with CPU tensors."""
     x = torch.ones(2, 2)
-    run = _with_one_warning("test_square", square_reference)
+    run = with_one_warning("test_square", square_reference)
     with pytest.warns(
         UserWarning, match="test_square has no Triton kernel yet; CUDA runs its PyTorch reference"
     ):
@@ -162,7 +164,7 @@ def test_launches_run_on_the_gpu_of_the_tensors(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext()
     )
-    run = _on_device_of_tensors(lambda scale, x: x * scale)
+    run = on_device_of_tensors(lambda scale, x: x * scale)
     for current, expected in ((None, []), (0, [torch.device("cpu")])):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
         assert run(2.0, torch.ones(1)).item() == 2.0
@@ -170,7 +172,7 @@ def test_launches_run_on_the_gpu_of_the_tensors(monkeypatch):
 
 
 def test_launch_raises_for_float64():
-    run = _without_float64("test_double", double_launch)
+    run = without_float64("test_double", double_launch)
     assert run(torch.ones(1)).item() == 2.5
     with pytest.raises(
         TypeError, match="test_double: the kernel takes float32, bfloat16 or float16, got float64"

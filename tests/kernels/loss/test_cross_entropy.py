@@ -18,6 +18,7 @@ from tests.kernels.loss.cases import (
     REDUCTIONS,
     given_reduction,
     torch_cross_entropy,
+    torch_rows,
 )
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import disassemblies, resources
@@ -83,7 +84,9 @@ def test_gradient_matches_finite_differences(options, reduction):
 
 @pytest.mark.plain
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}, {"ignore_index": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.3}, {"label_smoothing": 1.0}, {"ignore_index": 4}]
+)
 def test_matches_torch_cross_entropy(options, reduction):
     logits, target, _ = tensors(11, 33, torch.float64, "cpu")
     target = target.where(target != -100, options.get("ignore_index", -100))
@@ -180,6 +183,44 @@ def test_columns_masked_with_minus_infinity_match_torch(V, device):
         got = run(cross_entropy, logits, target, reduction=reduction)
         expected = run(F.cross_entropy, logits, target, reduction=reduction)
         assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 65), (9, 1031)])
+def test_lse_and_number_of_right_predictions_match_torch(shape, softcap, dtype, device):
+    logits, target, _ = tensors(*shape, dtype, device)
+    # Every second row has its target at the maximum. 16-bit logits have ties, which count as right.
+    target[::2] = logits[::2].argmax(-1).where(target[::2] >= 0, -100)
+    got = cross_entropy(logits, target, softcap=softcap, return_lse=True, return_correct=True)
+    loss, lse, correct = got
+    truth, expected = torch_rows(logits.double(), target, softcap)
+    baseline, _ = torch_rows(logits, target, softcap)
+    assert_accurate("lse", lse, truth, baseline, length=shape[1])
+    assert correct.dtype == torch.int64
+    assert correct == expected
+    assert torch.equal(loss, cross_entropy(logits, target, softcap=softcap))
+
+
+def test_lse_and_number_of_right_predictions_keep_loss_and_gradient(device):
+    logits, target, incoming = tensors(24, 7, torch.float32, device)
+    for reduction in REDUCTIONS:
+        given = given_reduction(ALL_OPTIONS, reduction, incoming)
+
+        def with_both(logits, target, **options):
+            found = cross_entropy(logits, target, return_lse=True, return_correct=True, **options)
+            assert not found[1].requires_grad
+            return found[0]
+
+        assert_equal(
+            run(with_both, logits, target, **given), run(cross_entropy, logits, target, **given)
+        )
+    deep = logits.view(2, 3, 4, 7), target.view(2, 3, 4)
+    loss, lse = cross_entropy(*deep, return_lse=True)
+    assert lse.shape == (2, 3, 4)
+    assert not lse[deep[1] == -100].any()
+    loss, correct = cross_entropy(*deep, reduction="none", return_correct=True)
+    assert (loss.shape, correct.shape) == ((2, 3, 4), ())
 
 
 def test_blocks_of_rows_match_one_block(device, monkeypatch):
@@ -293,7 +334,7 @@ def test_opcheck(device):
     ops, options = torch.ops.tritium, (-100, 0.1, 0.01, 5.0)
     for reduction in REDUCTIONS:
         leaf = logits.clone().requires_grad_()
-        opcheck(ops.cross_entropy_fwd.default, (leaf, target, *options, reduction))
+        opcheck(ops.cross_entropy_fwd.default, (leaf, target, *options, reduction, True))
         dloss = incoming if reduction == "none" else incoming[0].clone()
         saved = torch.rand(2, 6, device=device), torch.tensor(5, device=device)
         opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *saved, *options, reduction))
@@ -303,7 +344,9 @@ def test_opcheck(device):
 def test_operators_return_float32_losses_and_gradients_in_the_dtype_of_the_logits(dtype, device):
     logits, target, _ = tensors(6, 24, dtype, device)
     options = (-100, 0.0, 0.0, 0.0, "mean")
-    loss, statistics, divisor = torch.ops.tritium.cross_entropy_fwd(logits, target, *options)
+    loss, statistics, divisor, _ = torch.ops.tritium.cross_entropy_fwd(
+        logits, target, *options, False
+    )
     dlogits = torch.ops.tritium.cross_entropy_bwd(
         torch.ones_like(loss), logits, target, statistics, divisor, *options
     )
@@ -332,6 +375,16 @@ def test_ten_numbers_of_rows_compile_at_most_twice():
         logits, target, _ = tensors(N, 40, torch.float32, "cpu")
         assert_equal(run(compiled, logits, target), run(cross_entropy, logits, target))
     assert counter.frame_count <= 2
+
+
+def test_all_results_compile_as_one_graph(device):
+    logits, target, _ = tensors(9, 40, torch.float32, device)
+
+    def function(logits):
+        return cross_entropy(logits, target, return_lse=True, return_correct=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(logits), function(logits))
 
 
 def test_autocast_changes_nothing(device):
@@ -409,6 +462,9 @@ def test_target_outside_the_vocabulary_gives_nan_in_its_row_on_a_device(V, devic
     assert dlogits.isnan().all(1).tolist() == [False, True, True, False]
     assert dlogits.isnan().any(1).tolist() == [False, True, True, False]
     assert not dlogits[3].any()
+    _, lse, correct = cross_entropy(logits, target, return_lse=True, return_correct=True)
+    assert lse.isnan().tolist() == [False, True, True, False]
+    assert correct <= 1
     assert run(cross_entropy, logits, target)[0].isnan()
     assert run(cross_entropy, logits, torch.full_like(target, 2**40))[0].isnan()
 
@@ -488,7 +544,7 @@ def launches_of(N, V, dtype, arch, options, stride=None):
     logits = torch.empty_strided((N, V), (stride or V, 1), dtype=dtype, device="meta")
     target = torch.empty(N, dtype=torch.int64, device="meta")
     with record_launches(arch) as launches:
-        loss, *saved = launch_fwd(logits, target, options)
+        loss, *saved, _ = launch_fwd(logits, target, options, False)
         launch_bwd(loss, logits, target, *saved, options)
         launch_rows_fwd_bwd(logits, target, None, options, saved[0][0])
     return launches

@@ -23,6 +23,7 @@ from tests.kernels.loss.cases import (
     REDUCTIONS,
     given_reduction,
     torch_cross_entropy,
+    torch_rows,
 )
 from tests.tolerance import assert_accurate, walk
 from tritium.kernels import linear_cross_entropy
@@ -193,6 +194,45 @@ def test_bias_gradient_is_summed_in_float32_over_the_chunks(device, chunks_of_fi
     )
 
 
+@pytest.mark.usefixtures("chunks_of_five")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_lse_and_number_of_right_predictions_match_torch(needs_gradient, reduction, dtype, device):
+    (x, weight, bias), target, _ = tensors(33, 17, 65, dtype, device)
+    logits = F.linear(x.double(), weight.double(), bias.double())
+    target[::2] = logits[::2, :60].argmax(-1).where(target[::2] >= 0, -100)
+    target.clamp_(max=59)
+    x.requires_grad_(needs_gradient)
+    options = {"softcap": 3.0, "reduction": reduction, "vocab_size": 60}
+    got = linear_cross_entropy(
+        x, weight, target, bias, return_lse=True, return_correct=True, **options
+    )
+    loss, lse, correct = got
+    truth, expected = torch_rows(logits[:, :60], target, 3.0)
+    baseline, _ = torch_rows(F.linear(x.float(), weight.float(), bias.float())[:, :60], target, 3.0)
+    if INTERPRET or device.type == "cuda":  # their logits are rounded to the dtype of x
+        baseline, expected = torch_rows(F.linear(x, weight, bias)[:, :60], target, 3.0)
+    assert_accurate("lse", lse, truth, baseline, length=17 + 65, scale=3.0)
+    assert not lse.requires_grad
+    assert correct == expected
+    assert torch.equal(loss, linear_cross_entropy(x, weight, target, bias, **options))
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "bias_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+)
+def test_bias_may_have_another_dtype_than_weight(weight_dtype, bias_dtype, device):
+    (x, weight, bias), target, _ = tensors(33, 17, 65, torch.bfloat16, device)
+    inputs = x, weight.to(weight_dtype), bias.to(bias_dtype)
+    got = run(linear_cross_entropy, inputs, target)
+    same = x, weight.to(weight_dtype), bias.to(weight_dtype)
+    expected = run(linear_cross_entropy, same, target)
+    assert got[3].dtype == bias_dtype
+    assert_equal(got, [*expected[:3], expected[3].to(bias_dtype)])
+
+
 # --- 3. layouts
 
 
@@ -255,16 +295,16 @@ def test_opcheck(device):
     ops, options = torch.ops.tritium, (-100, 0.1, 0.01, 5.0)
     leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
     for reduction, want in (("mean", True), ("none", False)):
-        arguments = (leaves[0], leaves[1], target, leaves[2], *options, reduction, 20, want, want)
+        arguments = (leaves[0], leaves[1], target, leaves[2], *options, reduction, 20, *[want] * 4)
         opcheck(ops.linear_cross_entropy_fwd.default, arguments)
     opcheck(
         ops.linear_cross_entropy_fwd.default,
-        (x, weight, target, None, *options, "sum", 24, True, False),
+        (x, weight, target, None, *options, "sum", 24, True, False, False, True),
     )
     # A float32 weight with a 16-bit x.
     opcheck(
         ops.linear_cross_entropy_fwd.default,
-        (x.bfloat16().requires_grad_(), leaves[1], target, None, *options, "mean", 20, True, True),
+        (x.bfloat16().requires_grad_(), leaves[1], target, None, *options, "mean", 20, *[True] * 4),
     )
     scaled = (incoming[0].clone(), torch.tensor(5, device=device), x, weight, bias)
     opcheck(ops.linear_cross_entropy_scale.default, (*scaled, torch.bfloat16))
@@ -432,7 +472,7 @@ def test_forward_computes_only_the_gradients_that_the_backward_needs(device, mon
     forward = MODULE._fwd
 
     def record(*args):
-        wanted.append(args[-2:])
+        wanted.append(args[6:8])
         return forward(*args)
 
     monkeypatch.setattr(MODULE, "_fwd", record)
@@ -532,7 +572,8 @@ def fused(fwd, scale):
     @torch.no_grad()
     def call(x, weight, target):
         V = weight.shape[0]
-        loss, divisor, *grads = fwd(x, weight, target, None, LossOptions(), V, True, True)
+        wants = True, True, False, False
+        loss, divisor, *grads, _, _ = fwd(x, weight, target, None, LossOptions(), V, *wants)
         scale(torch.ones_like(loss), divisor, *grads, weight.dtype)
 
     return call
@@ -599,7 +640,7 @@ def test_kernels_hold_a_16_bit_copy_of_a_float32_weight_as_cost_states(monkeypat
     weight = torch.empty(V, D, device="meta")
     target = torch.empty(N, dtype=torch.int64, device="meta")
     with Held(x, weight, target) as held:
-        launch_fwd(x, weight, target, None, LossOptions(), 50_257, True, True)
+        launch_fwd(x, weight, target, None, LossOptions(), 50_257, True, True, False, False)
     stated = cost(N, D, V, 2, weight_itemsize=4)
     assert held.most == stated["workspace_bytes"] + stated["saved_bytes"] + 4 * N
 
@@ -679,7 +720,7 @@ def test_target_outside_the_vocabulary_gives_nan_on_a_device(device, monkeypatch
         ),
         (
             {"bias": torch.ones(5).half()},
-            r"bias must be torch.float32 like weight, got torch.float16",
+            r"bias must be torch.float32 to match x, got torch.float16",
         ),
         ({"vocab_size": 6}, r"vocab_size must be from 1 to 5, the rows of weight, got 6"),
         ({"vocab_size": 0}, r"vocab_size must be from 1 to 5, the rows of weight, got 0"),

@@ -17,6 +17,8 @@ def test_public_functions_have_the_fields_and_defaults_of_the_options(function):
     parameters = inspect.signature(function).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     keywords.pop("vocab_size", None)  # describes the weight of linear_cross_entropy
+    assert not keywords.pop("return_lse")
+    assert not keywords.pop("return_correct")
     assert keywords == dataclasses.asdict(LossOptions())
 
 

@@ -438,6 +438,24 @@ def test_gradients_are_right_if_only_the_sum_is_used(device):
     assert torch.equal(residual.grad, x.grad)
 
 
+@pytest.mark.parametrize("narrow", ["weight", "bias"])
+def test_weight_and_bias_may_have_different_dtypes(narrow, device):
+    """Values of the narrower dtype are converted to the wider one, and gradients back."""
+    x, _, weight, bias, dy, _ = tensors(4, 12, torch.float32, device)
+    parameters = {"weight": weight, "bias": bias}
+    parameters[narrow] = parameters[narrow].bfloat16()
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    y = layer_norm(x, **leaves)
+    y.backward(dy)
+    wide = {name: value.float().requires_grad_() for name, value in parameters.items()}
+    expected = layer_norm(x, **wide)
+    expected.backward(dy)
+    assert torch.equal(y, expected)
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == leaf.dtype
+        assert torch.equal(leaf.grad, wide[name].grad.to(leaf.dtype))
+
+
 @pytest.mark.plain
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -448,8 +466,8 @@ def test_gradients_are_right_if_only_the_sum_is_used(device):
         ),
         ({"bias": torch.ones(1, 8)}, r"bias must have shape \(8,\)"),
         (
-            {"bias": torch.ones(8, dtype=torch.float64)},
-            r"bias must be torch.float32 like weight, got torch.float64",
+            {"bias": torch.ones(8, dtype=torch.long)},
+            r"bias must be floating point, got torch.int64; cast it",
         ),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
         ({"added_bias": torch.ones(7)}, r"added_bias must have shape \(8,\) to match x \(2, 8\)"),
@@ -458,6 +476,7 @@ def test_gradients_are_right_if_only_the_sum_is_used(device):
             r"added_bias must be floating point, got torch.int64; cast it",
         ),
         ({"eps": "a"}, "eps must be float, got 'a'"),
+        ({"eps": -1e-5}, "eps must be at least 0, got -1e-05"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         ({"x": torch.ones(())}, r"x must be \(\.\.\., N\)"),
         ({"x": torch.ones(2, 8, dtype=torch.long)}, r"must be floating point, got torch.int64"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.compare import opcheck
+from tests.kernels.compare import assert_equal, opcheck
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
@@ -87,6 +87,7 @@ def test_reference_gradients_match_finite_differences():
         value.requires_grad_() for value in tensors(3, 5, torch.float64, "cpu")
     )
     assert torch.autograd.gradcheck(rms_norm, (x, weight))
+    assert torch.autograd.gradcheck(rms_norm, (x,))
     assert torch.autograd.gradcheck(add_rms_norm, (x, residual, weight))
 
 
@@ -145,6 +146,23 @@ def test_eps_is_added_to_the_mean_square(N, device):
         assert_accurate("y", y, truth, baseline, length=N)
 
 
+def add_rms_norm_without_weight(x, residual, added_bias):
+    return add_rms_norm(x, residual, added_bias=added_bias)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("M", "N"), [(5, 33), (2, MAX_RESIDENT_WIDTH + 1)])
+def test_no_weight_matches_a_weight_of_ones(M, N, dtype, device):
+    """Multiplications by 1 are exact, so all results are bitwise equal."""
+    x, residual, weight, dy, dh = tensors(M, N, dtype, device)
+    ones = torch.ones_like(weight)
+    y, dx, _ = run(rms_norm, (x, ones), [dy])
+    assert_equal(run(rms_norm, (x,), [dy]), (y, dx))
+    expected = run(add_rms_norm_after_bias, (x, residual, ones, weight), [dy, dh])
+    expected.pop(4)  # the gradient of the weight
+    assert_equal(run(add_rms_norm_without_weight, (x, residual, weight), [dy, dh]), expected)
+
+
 # --- 3. layouts
 
 
@@ -189,6 +207,8 @@ def test_opcheck(device):
     opcheck(ops.add_rms_norm_fwd.default, (*leaves, 1e-6, added_bias, 0.0, None))
     opcheck(ops.rms_norm_bwd.default, (dy, dh, x, weight, rstd, None, 0.0, None))
     opcheck(ops.rms_norm_bwd.default, (dy, None, x, weight, rstd, torch.bfloat16, 0.0, None))
+    opcheck(ops.rms_norm_fwd.default, (leaves[0], None, 1e-6, None))
+    opcheck(ops.rms_norm_bwd.default, (dy, None, x, None, rstd, None, 0.0, None))
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows(device):
@@ -263,10 +283,13 @@ def test_frozen_inputs_get_no_gradient(frozen, device):
         ),
         ({"weight": torch.ones(8, device="meta")}, r"weight must be on cpu like x, got meta"),
         ({"added_bias": torch.ones(7)}, r"added_bias must have shape \(8,\) to match x \(2, 8\)"),
+        ({"weight": torch.ones(8, dtype=torch.long)}, r"weight must be floating point, got"),
+        ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
+        ({"eps": float("nan")}, "eps must be at least 0, got nan"),
         ({"x": torch.ones(2, 0)}, r"x must be \(\.\.\., N\) with N from 1 to 65536, got \(2, 0\)"),
         (
             {"x": torch.ones(2, 8, dtype=torch.long)},
-            r"x and weight must be floating point, got torch.int64",
+            r"x must be floating point, got torch.int64; cast it",
         ),
         (
             {"residual": torch.ones(2, 1)},

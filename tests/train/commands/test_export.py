@@ -62,7 +62,7 @@ def test_sample_gives_the_same_text_from_run_checkpoint_and_export(run, tritium,
 
 
 def test_a_failed_export_leaves_nothing(run, tritium, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(_model_folder, "save_for_transformers", fail)

@@ -14,6 +14,7 @@ COMMANDS = (
     ("finetune", "instruct"),
     ("sample",),
     ("chat",),
+    ("classify",),
     ("plan",),
     ("eval", "perplexity"),
     ("export",),

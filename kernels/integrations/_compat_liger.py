@@ -1,0 +1,254 @@
+"""Losses and norms under the signatures of Liger Kernel's modules; see compat.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..loss.cross_entropy import cross_entropy
+from ..loss.linear_cross_entropy import linear_cross_entropy
+from ..norm.layer_norm import layer_norm
+from ..norm.rms_norm import rms_norm
+from ._compat_attention import check_default
+
+
+@dataclass
+class CrossEntropyOutput:
+    """Results of a loss that was asked for more than the loss. Others are None."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+class _Loss(nn.Module):
+    """What both losses share. Subclasses call `_set_options`."""
+
+    def _set_options(
+        self,
+        ignore_index: int,
+        lse_square_scale: float,
+        label_smoothing: float,
+        reduction: str,
+        softcap: float | None,
+        return_z_loss: bool,
+        return_token_accuracy: bool,
+        return_predicted_tokens: bool,
+    ) -> None:
+        name = type(self).__name__
+        check_default(name, return_predicted_tokens=(return_predicted_tokens, False))
+        if return_token_accuracy and reduction == "none":
+            raise ValueError(
+                f"{name}: return_token_accuracy needs reduction 'mean' or 'sum', got 'none'"
+            )
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.return_token_accuracy = return_token_accuracy
+
+    def _compute(self, function, target: Tensor, *args) -> Tensor | CrossEntropyOutput:
+        """Call an operator. Convert its results."""
+        loss, lse, correct = function(
+            *args,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.lse_square_scale,
+            softcap=self.softcap,
+            reduction=self.reduction,
+            return_lse=True,
+            return_correct=True,
+        )
+        if not (self.return_z_loss or self.return_token_accuracy):
+            return loss
+        output = CrossEntropyOutput(loss=loss)
+        count = (target != self.ignore_index).sum().clamp(min=1)
+        if self.return_z_loss:
+            rows = self.lse_square_scale * lse.square()
+            sums = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / count}
+            output.z_loss = sums[self.reduction]
+        if self.return_token_accuracy:
+            output.token_accuracy = correct / count
+        return output
+
+
+class LigerCrossEntropyLoss(_Loss):
+    """Replace liger_kernel.transformers.LigerCrossEntropyLoss.
+
+    The loss is float32, and 0 if all rows are ignored. The logits are not modified.
+
+    Args:
+        weight: must be None.
+        lse_square_scale: weight of the z-loss.
+        return_z_loss, return_token_accuracy: return a CrossEntropyOutput. The accuracy counts a row
+            as right if no logit is above its target's; reduction must then be "mean" or "sum".
+        return_predicted_tokens: must be False.
+        ignore_index, label_smoothing, reduction, softcap: as for cross_entropy.
+    Raises: ValueError for an option that is not supported.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ):
+        super().__init__()
+        check_default("LigerCrossEntropyLoss", weight=(weight, None))
+        self._set_options(
+            ignore_index,
+            lse_square_scale,
+            label_smoothing,
+            reduction,
+            softcap,
+            return_z_loss,
+            return_token_accuracy,
+            return_predicted_tokens,
+        )
+
+    def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
+        """Return the loss of logits (..., V) and targets (...)."""
+        return self._compute(cross_entropy, target, _input, target)
+
+
+class LigerFusedLinearCrossEntropyLoss(_Loss):
+    """Replace liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss.
+
+    Args:
+        ce_weight: must be None.
+        accum_dtype: None or float32. Gradients are always accumulated in float32.
+        use_token_scaling: must be False.
+        other arguments: as for LigerCrossEntropyLoss.
+    Raises: ValueError for an option that is not supported.
+    """
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ):
+        super().__init__()
+        name = "LigerFusedLinearCrossEntropyLoss"
+        check_default(name, ce_weight=(ce_weight, None))
+        check_default(name, use_token_scaling=(use_token_scaling, False))
+        if accum_dtype not in (None, torch.float32):
+            raise ValueError(f"{name}: accum_dtype must be None or float32, got {accum_dtype}")
+        self._set_options(
+            ignore_index,
+            lse_square_scale,
+            label_smoothing,
+            reduction,
+            softcap,
+            return_z_loss,
+            return_token_accuracy,
+            return_predicted_tokens,
+        )
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        """Return the loss of the logits _input @ lin_weight.T + bias and targets (...)."""
+        return self._compute(linear_cross_entropy, target, _input, lin_weight, target, bias)
+
+
+def _initial(name: str, init_fn: str, size: int) -> nn.Parameter:
+    if init_fn not in ("ones", "zeros"):
+        raise ValueError(f"{name}: init_fn must be 'ones' or 'zeros', got {init_fn!r}")
+    return nn.Parameter(torch.ones(size) if init_fn == "ones" else torch.zeros(size))
+
+
+class LigerLayerNorm(nn.Module):
+    """Replace liger_kernel.transformers.LigerLayerNorm.
+
+    Args:
+        hidden_size: N.
+        eps: added to the variance.
+        bias: initial value of the bias: random if True, else 0. There is a bias in both cases.
+        init_fn: initial value of the weight, "ones" or "zeros".
+    """
+
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-6, bias: bool = False, init_fn: str = "ones"
+    ):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = self.variance_epsilon = eps
+        self.weight = _initial("LigerLayerNorm", init_fn, hidden_size)
+        self.bias = nn.Parameter(torch.randn(hidden_size) if bias else torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize the last axis of hidden_states (..., N)."""
+        return layer_norm(hidden_states, self.weight, self.bias, eps=self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, eps={self.eps}"
+
+
+class LigerRMSNorm(nn.Module):
+    """Replace liger_kernel.transformers.LigerRMSNorm.
+
+    Args:
+        hidden_size: N.
+        eps: added to the mean square.
+        offset: added to the weight in the forward.
+        casting_mode: "llama" or "gemma". Both round once, as Liger's "gemma".
+        init_fn: initial value of the weight, "ones" or "zeros".
+        in_place: both values keep the incoming gradient.
+        row_mode: must be None.
+        elementwise_affine: whether there is a weight.
+    Raises: ValueError for an option that is not supported.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        casting_mode: str = "llama",
+        init_fn: str = "ones",
+        in_place: bool = True,
+        row_mode: bool | None = None,
+        elementwise_affine: bool = True,
+    ):
+        super().__init__()
+        name = "LigerRMSNorm"
+        check_default(name, row_mode=(row_mode, None))
+        if casting_mode not in ("llama", "gemma"):
+            raise ValueError(
+                f"{name}: casting_mode must be 'llama' or 'gemma', got {casting_mode!r}"
+            )
+        self.elementwise_affine = elementwise_affine
+        self.variance_epsilon = eps
+        self.offset = offset
+        weight = _initial(name, init_fn, hidden_size)
+        self.register_parameter("weight", weight if elementwise_affine else None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize the last axis of hidden_states (..., N)."""
+        weight = self.weight
+        if weight is not None and self.offset:
+            # In at least float32: in 16 bits the sum would be rounded.
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
+        return rms_norm(hidden_states, weight, eps=self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        shape = None if self.weight is None else tuple(self.weight.shape)
+        return f"weight_shape={shape}, eps={self.variance_epsilon}, offset={self.offset}"
