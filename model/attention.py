@@ -1,4 +1,4 @@
-"""The implementations of attention that a model can train with: the rows of ATTENTIONS.
+"""The implementations of attention that ATTENTIONS in choices.py names.
 
     tritium       this project's kernels. Without RoPE they read the packed output of the qkv layer
     sdpa          PyTorch's scaled_dot_product_attention; packed documents use a (T, T) mask
@@ -8,19 +8,15 @@ Shapes     q, o: (B, T, H, K)   k, v: (B, T, G, K)
            cu_seqlens: (documents + 1,) int32 over the B T tokens, or None
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
-
-if TYPE_CHECKING:
-    from .config import GPTConfig
 
 
 class AttentionOptions(NamedTuple):
@@ -40,46 +36,15 @@ class AttentionOptions(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionRow:
-    """An implementation that the option `attention` names."""
+class AttentionFunctions:
+    """The functions that compute an attention."""
 
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
     """attend(q, k, v, cu_seqlens, options) returns o."""
-    operators: tuple[str, ...]
-    """How the names of its forward operators start. Selective checkpointing keeps their outputs."""
     attend_packed: Callable[..., Tensor] | None = None
     """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias, options) returns o (B, T, H K).
     It reads the output of the qkv layer without copies. Its backward gives the layer's bias its
     gradient. None: the model splits qkv and calls `attend`."""
-    unsupported: tuple[str, ...] = ()
-    """Options of GPTConfig that it does not support: they must be 0."""
-    needs: str | None = None
-    """The module that must be installed."""
-    needs_16_bit_cuda: bool = False
-    """Whether it runs only on CUDA and only in 16 bits."""
-
-
-def choose_attention(name: str) -> AttentionRow:
-    """Return a row. Raises: ValueError for an unknown name, or if its package is not installed."""
-    if name not in ATTENTIONS:
-        raise ValueError(f"attention: expected {', '.join(ATTENTIONS)}, got {name!r}")
-    row = ATTENTIONS[name]
-    if row.needs is not None and importlib.util.find_spec(row.needs) is None:
-        raise ValueError(
-            f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', "
-            "or set attention to tritium"
-        )
-    return row
-
-
-def check_attention_options(name: str, config: "GPTConfig") -> None:
-    """Raise ValueError if an attention does not support an option of the model."""
-    for option in ATTENTIONS[name].unsupported if name in ATTENTIONS else ():
-        if getattr(config, option):
-            raise ValueError(
-                f"attention: expected tritium with {option} {getattr(config, option)}, got {name}, "
-                f"which does not support {option}"
-            )
 
 
 def _tritium(
@@ -150,28 +115,6 @@ def _flash(
     return o.unflatten(0, (B, T))
 
 
-ATTENTIONS = {
-    "tritium": AttentionRow(
-        attend=_tritium,
-        attend_packed=_tritium_packed,
-        operators=("tritium::causal_attention",),
-    ),
-    "sdpa": AttentionRow(
-        attend=_sdpa,
-        operators=(
-            "aten::_scaled_dot_product_flash",
-            "aten::_scaled_dot_product_efficient",
-            "aten::_scaled_dot_product_cudnn",
-        ),
-        # Its dropout has no seed, so activation checkpointing could not repeat it. With more keys
-        # than queries, is_causal aligns the first of both, not the last.
-        unsupported=("softcap", "attention_dropout", "prefix_tokens"),
-    ),
-    "flash-attn": AttentionRow(
-        attend=_flash,
-        operators=("flash_attn::_flash_attn",),
-        needs="flash_attn",
-        needs_16_bit_cuda=True,
-        unsupported=("attention_dropout",),
-    ),
-}
+TRITIUM = AttentionFunctions(attend=_tritium, attend_packed=_tritium_packed)
+SDPA = AttentionFunctions(attend=_sdpa)
+FLASH_ATTN = AttentionFunctions(attend=_flash)

@@ -1,11 +1,12 @@
-"""The shape of a GPT, as data. The choices are rows of the tables in layers.py and positions.py."""
+"""The shape of a GPT, and the options of LoRA, as data. choices.py has the tables of choices."""
 
+import math
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal
 
-from .layers import MLPS, NORMS
-from .positions import POSITIONS
+from ..errors import InputError
+from .choices import MLPS, NORMS, POSITIONS
 
 # The number of rows of the embedding is a multiple of this. Tensor cores and shards prefer sizes
 # that are multiples of 128 bytes, which are 64 elements of bfloat16.
@@ -177,3 +178,40 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows of embedding and head: vocab_size rounded up. No padding row is ever predicted."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """Small weights to train while the weights of the model are frozen.
+
+    Raises: InputError, naming the option, for values out of range.
+    """
+
+    lora: int = 0
+    """Rank of LoRA: train two matrices per linear layer, and no other weight. 0: no LoRA."""
+    lora_alpha: float | None = None
+    """The output of LoRA is scaled by lora_alpha / lora. None: lora, a scale of 1."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an element of the input of LoRA."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers with LoRA, such as c_attn, c_fc, attn.c_proj. Default: all linear layers of blocks."""
+
+    def __post_init__(self):
+        if self.lora < 0:
+            raise InputError(f"lora: expected a rank of 0 or more, got {self.lora}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise InputError(
+                f"lora_alpha: expected a number above 0, and finite, got {self.lora_alpha}"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout}")
+        if not self.lora:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                value = getattr(self, name)
+                if value not in (None, 0.0, ()):
+                    raise InputError(f"{name}: expected a rank with `lora`, got none; set `lora`")
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, or its default."""
+        return float(self.lora if self.lora_alpha is None else self.lora_alpha)

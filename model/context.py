@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import ATTENTIONS, AttentionRow
+from .attention import TRITIUM, AttentionFunctions
 from .generation import KVCache, Prefill
 
 # Inputs of linear layers per block that the dropout of LoRA can change.
@@ -35,7 +35,7 @@ class ForwardContext(NamedTuple):
     cu_seqlens: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
     cache: KVCache | Prefill | None = None
-    attention: AttentionRow = ATTENTIONS["tritium"]
+    attention: AttentionFunctions = TRITIUM
     dropout: float = 0.0
     attention_dropout: float = 0.0
     seeds: Tensor | None = None

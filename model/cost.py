@@ -26,11 +26,9 @@ from pathlib import Path
 from ..errors import InputError
 from ..kernels.loss.chunks import block_rows
 from ..kernels.loss.linear_cross_entropy import cost
-from .config import DROPOUTS, GPTConfig
-from .layers import MLPS, NORMS
-from .lora import AdapterOptions, lora_layers, lora_parameters
-from .positions import POSITIONS
-from .recompute import RECOMPUTATIONS
+from .choices import MLPS, NORMS, POSITIONS, RECOMPUTATIONS
+from .config import DROPOUTS, AdapterOptions, GPTConfig
+from .lora import lora_layers, lora_parameters
 
 _ADAMW_STATE_BYTES = 8
 

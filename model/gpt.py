@@ -23,16 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import embedding, linear, linear_cross_entropy
-from .attention import check_attention_options, choose_attention
+from .choices import (
+    MLPS,
+    NORMS,
+    POSITIONS,
+    RECOMPUTATIONS,
+    check_attention_options,
+    check_recompute,
+    choose_attention,
+)
 from .config import DROPOUTS, GPTConfig
 from .context import Branch, ForwardContext, adapter_seeds, dropout_seeds
 from .generation import KVCache, Prefill, generate
 from .hub import download, is_hub_name
 from .init import init_weights
-from .layers import MLPS, NORMS, Attention
-from .positions import POSITIONS, rope_tables, sinusoidal_table
+from .layers import Attention
+from .positions import rope_tables, sinusoidal_table
 from .prefix import prefix_shape
-from .recompute import RECOMPUTATIONS, check_recompute
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
 if TYPE_CHECKING:
@@ -80,7 +87,7 @@ class GPT(nn.Module):
         check_recompute(recompute, config)
         check_attention_options(attention, config.with_dropout_of(GPTConfig()))
         self.config = config
-        self.attention = choose_attention(attention)
+        self.attention = choose_attention(attention).functions
         self._attention_name = attention
         self.compute_dtype: torch.dtype | None = None
         self.adapter: AdapterOptions | None = None

@@ -1,7 +1,4 @@
-"""The layers of a GPT, and two tables of choices: NORMS and MLPS.
-
-To add a choice, add a row. A row holds the module, and the numbers that the formulas of cost.py
-need. GPTConfig, `--help` and `tritium plan` read the tables.
+"""The layers of a GPT. NORMS and MLPS in choices.py name the norms and MLPs among them.
 
 Shapes     x, y and stream (B T, D): B sequences, T tokens, D = d_model; F = d_feedforward;
            H query heads, G key and value heads, K = D / H. Weights are (out, in), as in
@@ -9,8 +6,6 @@ Shapes     x, y and stream (B T, D): B sequences, T tokens, D = d_model; F = d_f
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,8 +30,6 @@ from .context import Branch, ForwardContext
 if TYPE_CHECKING:
     from .config import GPTConfig
 
-# The hidden width of SwiGLU is a multiple of this. Tensor cores and shards prefer aligned sizes.
-FEEDFORWARD_MULTIPLE = 64
 # Seeds of the dropout of LoRA in an MLP: of the layers that read x, and of the last layer.
 Seeds = tuple[Tensor | None, Tensor | None]
 NO_SEEDS: Seeds = (None, None)
@@ -139,32 +132,6 @@ class RMSNorm(nn.Module):
             dropout_p=dropout_p,
             seed=seed,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormRow:
-    """A norm that the option `norm` names."""
-
-    module: Callable[["GPTConfig"], nn.Module]
-    """Has a weight (D,), and the same forward as LayerNorm."""
-    has_bias: bool
-    """Whether it has a bias (D,) if config.bias is true."""
-    statistics: int
-    """Float32 numbers per token that it keeps for its backward."""
-    eps: float
-    """Default of the option `norm_eps`."""
-    keeps_float32_mask: bool
-    """Whether autograd keeps the dropout mask in float32 on a CPU, where no kernel runs."""
-
-
-NORMS = {
-    "layer": NormRow(
-        module=LayerNorm, has_bias=True, statistics=2, eps=1e-5, keeps_float32_mask=True
-    ),
-    "rms": NormRow(
-        module=RMSNorm, has_bias=False, statistics=1, eps=1e-6, keeps_float32_mask=False
-    ),
-}
 
 
 # --- attention
@@ -324,76 +291,3 @@ class GatedMLP(nn.Module):
             a = F.silu(c_gate(x, seeds[0])) * c_fc(x, seeds[0])
             return c_proj.branch(a, seeds[1])
         return Branch(swiglu_mlp(x, c_gate.weight, c_fc.weight, c_proj.weight), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPRow:
-    """An MLP that the option `mlp` names."""
-
-    module: Callable[["GPTConfig"], nn.Module]
-    """Maps (B T, D) to a Branch. Keeps its input and two tensors (B T, F) for its backward."""
-    width: Callable[[int], int]
-    """width(d_model) returns F."""
-    matrices: int
-    """Number of weight matrices. Each has D F elements."""
-    has_bias: bool
-    """Whether it has two biases, (F,) and (D,), if config.bias is true."""
-    backward_bytes: Callable[[int, int, int, int, bool], int]
-    """backward_bytes(N, D, F, itemsize, is_recomputed) returns the bytes that its backward
-    allocates at once. N = B T; is_recomputed: recompute is "gelu"."""
-
-
-def _gelu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """Return the bytes of da and dh, (N, F), and of dw2.
-
-    In float32 autograd frees the activation before it allocates dh, so dh adds nothing.
-    """
-    hidden = 2 if itemsize < 4 or is_recomputed else 1
-    return hidden * itemsize * N * F + itemsize * F * D
-
-
-def _relu2_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """Return the bytes of da and dh, (N, F), and of dw2."""
-    return 2 * itemsize * N * F + itemsize * F * D
-
-
-def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """Return the bytes of reference_bwd's tensors (N, F), and of the weight gradients after them.
-
-    float32: da, s, silu(g), dg, du and a.
-    16 bits: da, g, s and silu(g) in float32; dg, du and a in 16 bits. One more float32 tensor, from
-    which a is rounded, is freed before the weight gradients are allocated.
-    """
-    if itemsize < 4:
-        return (4 * 4 + 3 * itemsize) * N * F + max(3 * itemsize * F * D, 4 * N * F)
-    return 6 * 4 * N * F + 3 * itemsize * F * D
-
-
-def _swiglu_width(d_model: int) -> int:
-    """Return 8 D / 3, rounded up. Three such matrices have as many elements as GELU's two."""
-    return -(-8 * d_model // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
-
-
-MLPS = {
-    "gelu": MLPRow(
-        module=MLP,
-        width=lambda d_model: 4 * d_model,
-        matrices=2,
-        has_bias=True,
-        backward_bytes=_gelu_backward_bytes,
-    ),
-    "relu2": MLPRow(
-        module=SquaredReLUMLP,
-        width=lambda d_model: 4 * d_model,
-        matrices=2,
-        has_bias=True,
-        backward_bytes=_relu2_backward_bytes,
-    ),
-    "swiglu": MLPRow(
-        module=GatedMLP,
-        width=_swiglu_width,
-        matrices=3,
-        has_bias=False,
-        backward_bytes=_swiglu_backward_bytes,
-    ),
-}

@@ -19,7 +19,6 @@ Source     Hu et al. 2021, arXiv:2106.09685
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +29,10 @@ from ..errors import InputError, unknown_name
 from ..kernels import linear
 from ..kernels.core.dropout import Dropout, kept_elements
 from ._peft import LowRank, adapter_base, is_adapter, read_adapter, write_adapter
-from .config import GPTConfig
+from .choices import MLPS
+from .config import AdapterOptions, GPTConfig
 from .context import Branch
-from .layers import MLPS, Attention, Linear
+from .layers import Attention, Linear
 from .safetensors_file import flat_bytes
 
 if TYPE_CHECKING:
@@ -65,43 +65,6 @@ _LLAMA_NAMES = {
     "down_proj": "mlp.c_proj",
 }
 _LLAMA_QKV = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """Small weights to train while the weights of the model are frozen.
-
-    Raises: InputError, naming the option, for values out of range.
-    """
-
-    lora: int = 0
-    """Rank of LoRA: train two matrices per linear layer, and no other weight. 0: no LoRA."""
-    lora_alpha: float | None = None
-    """The output of LoRA is scaled by lora_alpha / lora. None: lora, a scale of 1."""
-    lora_dropout: float = 0.0
-    """Probability of dropping an element of the input of LoRA."""
-    lora_targets: tuple[str, ...] = ()
-    """Layers with LoRA, such as c_attn, c_fc, attn.c_proj. Default: all linear layers of blocks."""
-
-    def __post_init__(self):
-        if self.lora < 0:
-            raise InputError(f"lora: expected a rank of 0 or more, got {self.lora}")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise InputError(
-                f"lora_alpha: expected a number above 0, and finite, got {self.lora_alpha}"
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout}")
-        if not self.lora:
-            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-                value = getattr(self, name)
-                if value not in (None, 0.0, ()):
-                    raise InputError(f"{name}: expected a rank with `lora`, got none; set `lora`")
-
-    @property
-    def alpha(self) -> float:
-        """lora_alpha, or its default."""
-        return float(self.lora if self.lora_alpha is None else self.lora_alpha)
 
 
 class LoraLinear(Linear):

@@ -1,33 +1,12 @@
-"""How a model encodes positions: the rows of POSITIONS.
+"""Cosines and sines for RoPE and for sinusoidal positions: rows of POSITIONS in choices.py.
 
 Shapes     position (T,) or (B, T): B sequences, T tokens; K head size
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .init import STANDARD_DEVIATION
-
-
-@dataclass(frozen=True, kw_only=True)
-class PositionRow:
-    """A way to encode positions that the option `position` names."""
-
-    has_table: bool
-    """Whether the model adds a learned vector per position to the embedding of the token."""
-    rotates: bool
-    """Whether attention rotates queries and keys (RoPE). RoPE needs an even head size."""
-    is_sinusoidal: bool = False
-    """Whether the model adds a fixed vector per position, of sines and cosines."""
-
-
-POSITIONS = {
-    "learned": PositionRow(has_table=True, rotates=False),
-    "rotary": PositionRow(has_table=False, rotates=True),
-    "sinusoidal": PositionRow(has_table=False, rotates=False, is_sinusoidal=True),
-}
 
 
 def sinusoidal_table(rows: int, d_model: int, device: torch.device) -> Tensor:

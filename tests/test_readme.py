@@ -12,12 +12,12 @@ import torch
 
 from tritium import kernels
 from tritium.__main__ import dispatch
-from tritium.train.commands import _running
+from tritium.train.commands import _resume, _running
 from tritium.train.commands import train as train_command
+from tritium.train.commands._resume import ResumeOptions
 from tritium.train.commands.chat import ChatOptions
 from tritium.train.commands.cli import run
 from tritium.train.commands.sample import SampleOptions
-from tritium.train.commands.train import ResumeOptions
 from tritium.train.config import PART_OF
 from tritium.train.distributed.launch import Launch
 
@@ -157,7 +157,7 @@ def parse_train(monkeypatch):
     def stop(launch):
         raise ParsedError(launch)
 
-    for module in (_running, train_command):
+    for module in (_running, _resume):
         monkeypatch.setattr(module, "join", stop)
 
     def call(words: list[str]) -> Launch:

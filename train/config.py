@@ -21,12 +21,15 @@ from typing import Any, Literal
 
 from ..errors import InputError, unknown_name
 from ..model import GPTConfig
-from ..model.attention import ATTENTIONS, check_attention_options
-from ..model.lora import AdapterOptions
-from ..model.recompute import RECOMPUTATIONS, check_recompute
+from ..model.choices import (
+    ATTENTIONS,
+    RECOMPUTATIONS,
+    check_attention_options,
+    check_recompute,
+)
+from ..model.config import AdapterOptions
+from .choices import OPTIMIZERS, PRECISIONS
 from .finetune.tasks import TASKS, TaskOptions, option_names, task_named
-from .optim import OPTIMIZERS
-from .precision import PRECISIONS
 from .schedule import SCHEDULES
 
 _DEFAULT_MODEL = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)

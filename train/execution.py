@@ -10,15 +10,15 @@ import torch
 
 from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON
-from ..model.attention import choose_attention
+from ..model.choices import choose_attention
 from ..model.lora import check_adapter
+from .choices import ENGINES, check_optimizer
 from .config import TrainConfig
 from .data.tokenizer import vocab_size_of
-from .distributed.engines import ENGINES, SingleProcess
+from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
 from .finetune.tasks import TASKS
 from .memory import device_bytes, largest_micro_batch
-from .optim import check_optimizer
 from .precision import choose_dtype
 
 
@@ -54,7 +54,7 @@ class Execution:
     @property
     def engine(self) -> type[SingleProcess]:
         """How the ranks share the model."""
-        return ENGINES[self.world.engine]
+        return ENGINES[self.world.engine].engine
 
 
 def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
@@ -72,7 +72,7 @@ def resolve(config: TrainConfig, world: World = SINGLE_PROCESS) -> Execution:
             config.execution.compile
         ],
         micro_batch=_micro_batch(config, world, device, dtype),
-        cuda_graph=_uses_cuda_graph(config, device, ENGINES[world.engine]),
+        cuda_graph=_uses_cuda_graph(config, device, ENGINES[world.engine].engine),
     )
     check_attention(config.execution.attention, device, dtype)
     check_optimizer(config.optimizer, world.tensor_ranks)

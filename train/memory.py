@@ -8,7 +8,7 @@ import torch
 from ..model import GPTConfig
 from ..model.cost import step_bytes
 from ..model.lora import AdapterOptions
-from .optim import OPTIMIZERS
+from .choices import OPTIMIZERS
 
 # Estimate: a CUDA context with the code and workspaces of libraries, or Python with PyTorch.
 PROCESS_BYTES = 0.5e9

@@ -1,4 +1,4 @@
-"""The optimizers of a run: rows of the table OPTIMIZERS.
+"""The optimizers of a run, which OPTIMIZERS in choices.py names.
 
     adamw      PyTorch's AdamW, fused; decoupled weight decay of matrices and embeddings only
     muon       Muon (muon.py) for the matrices of blocks:
@@ -8,8 +8,8 @@
                queries, keys and values is orthogonalized as one matrix
     bad steps  are skipped without waiting for the device: see bad_steps.py, also for float16
 
-To add an optimizer, add a row, and describe it in the help of `optimizer` in config.py. `tritium
-plan` reads its `block_matrix_state_bytes`.
+To add an optimizer, write a function like `adamw_parts`, add a row to OPTIMIZERS, and describe it
+in the help of `optimizer` in config.py. `tritium plan` reads its `block_matrix_state_bytes`.
 
 Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024,
            kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982
@@ -17,15 +17,14 @@ Source     Loshchilov & Hutter 2019, arXiv:1711.05101; Jordan 2024,
 
 import collections
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from .bad_steps import LossScale, StepJudge
+from .choices import OPTIMIZERS
 from .cuda_graph import Recorded
 from .muon import Muon
 from .precision import linear_parameters
@@ -47,23 +46,13 @@ class Part:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerRow:
-    """An optimizer that the option `optimizer` names."""
-
-    parts: Callable[[nn.Module, "TrainConfig"], list[Part]]
-    """Function that returns the parts. Each trained parameter is in exactly one of them."""
-    supports_tensor_parallel: bool = True
-    """Whether tensor ranks may divide its parameters."""
-    block_matrix_state_bytes: int
-    """Bytes of state per element of the matrices in blocks. Other parameters have AdamW's 8."""
-
-
-def _adamw(model: nn.Module, config: "TrainConfig") -> list[Part]:
+def adamw_parts(model: nn.Module, config: "TrainConfig") -> list[Part]:
+    """Return AdamW of all trained parameters."""
     return [_adamw_part(_trained(model), config)]
 
 
-def _muon(model: nn.Module, config: "TrainConfig") -> list[Part]:
+def muon_parts(model: nn.Module, config: "TrainConfig") -> list[Part]:
+    """Return Muon of the matrices in linear layers, and AdamW of all other parameters."""
     in_linear_layers = {id(parameter) for parameter in linear_parameters(model)}
     matrices = []
     others = []
@@ -88,22 +77,6 @@ def _adamw_part(parameters: list[nn.Parameter], config: "TrainConfig") -> Part:
     ]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "fused": True}
     return Part(optimizer=torch.optim.AdamW, groups=groups, options=options)
-
-
-OPTIMIZERS = {
-    "adamw": OptimizerRow(parts=_adamw, block_matrix_state_bytes=8),
-    "muon": OptimizerRow(parts=_muon, block_matrix_state_bytes=4, supports_tensor_parallel=False),
-}
-
-
-def check_optimizer(name: str, tensor_ranks: int = 1) -> None:
-    """Raise InputError if tensor ranks cannot divide the optimizer's parameters."""
-    if tensor_ranks > 1 and not OPTIMIZERS[name].supports_tensor_parallel:
-        supported = [key for key, row in OPTIMIZERS.items() if row.supports_tensor_parallel]
-        raise InputError(
-            f"optimizer: expected {' or '.join(supported)} with {tensor_ranks} tensor ranks, got "
-            f"{name}; use --tensor-parallel 1"
-        )
 
 
 class Optimizer:

@@ -32,25 +32,25 @@ import math
 import platform
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
 from ..errors import InputError, unknown_name
-from ..kernels.core.device import CEILINGS, Ceiling, ceiling
-from ..model import GPTConfig
+from ..model.choices import RECOMPUTATIONS
+from ..model.config import AdapterOptions, GPTConfig
 from ..model.cost import (
     attended_keys,
     matmul_parameters,
     matrices,
     parameters,
 )
-from ..model.lora import AdapterOptions, check_adapter, lora_parameters
-from ..model.recompute import RECOMPUTATIONS
+from ..model.lora import check_adapter, lora_parameters
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
+from .gpus import CEILINGS, Ceiling, ceiling
 from .memory import fits, host_bytes, memory
+from .options import PlanOptions
 from .recipes import recipe
 from .run.folder import RunRecord
 
@@ -93,32 +93,6 @@ _KERNELS_PER_LAYER = 40  # forward + backward
 _LAUNCH_SECONDS = 5e-6
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """The run and the machine to plan for. None: as in the recipe, or this machine."""
-
-    recipe: str
-    """Recipe to plan for."""
-    gpu: str | None = None
-    """GPU to plan for, such as h100, a100-80gb or rtx-4090. None: this machine's."""
-    gpus: int = 1
-    """Number of GPUs, in one node."""
-    tokens: str | None = None
-    """Tokens to train on: 10B, 500M, 1.5e9, ... None: the recipe's steps."""
-    tokens_per_step: str | None = None
-    """Tokens per optimizer step, over all GPUs. None: the recipe's batch."""
-    micro_batch_size: int | None = None
-    """Sequences per forward and backward on each GPU. None: the recipe's."""
-    context_tokens: int | None = None
-    """Tokens per sequence. None: the recipe's."""
-    recompute: Literal[tuple(RECOMPUTATIONS)] | None = None
-    """Activation checkpointing. None: the recipe's."""
-    lora: int = 0
-    """Rank of LoRA. 0: train all weights."""
-    lora_targets: tuple[str, ...] = ()
-    """Layers with LoRA, such as c_attn. Default: all linear layers of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)

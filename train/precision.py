@@ -32,12 +32,9 @@ from torch import nn
 
 from ..errors import InputError
 
-# Values of the option `precision`: the dtype of matmuls. "auto" depends on the device.
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matmuls.
+    """Return the dtype of matmuls for a name in PRECISIONS (choices.py).
 
     auto: bfloat16 on CUDA, float16 on a GPU without bfloat16, float32 on other devices.
 

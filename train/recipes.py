@@ -1,8 +1,7 @@
 """Named configurations. `tritium train NAME` starts from a row; every option can change it."""
 
 from dataclasses import replace
-
-import torch
+from pathlib import Path
 
 from ..errors import InputError, unknown_name
 from ..model import PRESETS, GPTConfig
@@ -95,6 +94,9 @@ RECIPES: dict[str, TrainConfig] = {
     ),
 }
 
+# Files that exist where a driver of NVIDIA (also in WSL) or AMD runs.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
 
 def recipe(name: str) -> TrainConfig:
     """Return a recipe. Raises: InputError that suggests the nearest names."""
@@ -105,4 +107,18 @@ def recipe(name: str) -> TrainConfig:
 
 def default_recipe() -> str:
     """Return the name of the recipe that fits this machine."""
-    return "gpt2" if torch.cuda.is_available() else "laptop"
+    import torch
+
+    return _recipe_with(torch.cuda.is_available())
+
+
+def likely_default_recipe() -> str:
+    """Return default_recipe as --help shows it: without PyTorch, whose import takes seconds.
+
+    It looks for the files of GPU drivers. default_recipe asks PyTorch whether the GPU works.
+    """
+    return _recipe_with(any(Path(file).exists() for file in _GPU_DRIVERS))
+
+
+def _recipe_with(has_gpu: bool) -> str:
+    return "gpt2" if has_gpu else "laptop"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...model import GPT, GPTConfig
-from ...model.attention import ATTENTIONS
+from ...model.choices import ATTENTIONS
 from ...train.config import TrainConfig
 from ...train.data.loader import Batch
 from ...train.execution import check_attention

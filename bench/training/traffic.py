@@ -61,9 +61,10 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...model import PRESETS, GPTConfig, gpt
+from ...model.choices import POSITIONS
 from ...model.context import dropout_seeds
 from ...model.layers import Branch
-from ...model.positions import POSITIONS, rope_tables
+from ...model.positions import rope_tables
 from ...train.commands.cli import parse
 from ..codegen.launches import Launch, RunLaunchers, record_launches
 from ..ops.attention import backward_in

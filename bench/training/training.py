@@ -22,7 +22,7 @@ Fairness
                    same round), so that a slow phase of the machine cancels.
 
 MFU        tokens per second x flops_per_token (model/cost.py) / bf16 peak of the device
-           (kernels/core/device.py)
+           (train/gpus.py)
 Memory     CUDA: peak bytes that PyTorch allocated in a model's first steps, without the weights
            and optimizer states of the other models
 """
@@ -41,7 +41,6 @@ import numpy as np
 import torch
 
 from ...errors import InputError
-from ...kernels.core.device import ceiling
 from ...model import GPTConfig
 from ...model.cost import flops_per_token, parameters
 from ...train.commands.cli import parse
@@ -50,6 +49,7 @@ from ...train.data.loader import Batch, token_orders
 from ...train.data.tokenizer import vocab_size_of
 from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
+from ...train.gpus import ceiling
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ..record import check_writable, provenance, write_record

@@ -78,7 +78,11 @@ def _serve() -> None:
 
     session.plot_loss = lambda run: None  # drawing takes longer than the run
     # Import the modules that a run imports later, and fill the cache of the parser.
-    for name in ("numpy.ma", "torch._dynamo", "torch.utils.serialization"):
+    commands = "tritium.train.commands"
+    for name in (
+        *("numpy.ma", "torch._dynamo", "torch.utils.serialization"),
+        *(f"{commands}._resume", f"{commands}._running"),
+    ):
         importlib.import_module(name)
     train._parse_new_run(["laptop"])
     # The garbage collector of a command does not look at what this process has imported.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.faults.test_fuzz_folder import NUMBERS, folders  # noqa: F401 - a fixture
 from tritium.__main__ import dispatch
 from tritium.errors import InputError
-from tritium.train.commands import _running, cli, train
+from tritium.train.commands import _resume, _running, cli
 from tritium.train.config import PART_OF
 
 pytestmark = pytest.mark.plain
@@ -80,7 +80,7 @@ def test_any_options_of_train(folders, examples, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(_running, "start", stop)
     monkeypatch.setattr(_running, "resume", stop)
-    monkeypatch.setattr(train, "resume", stop)
+    monkeypatch.setattr(_resume, "resume", stop)
     out = ["--out", str(folders / "never")]
     strategy = options(TRAIN)
     check(strategy, examples, lambda words: ["train", *words, *out], folders, monkeypatch)

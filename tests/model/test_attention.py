@@ -1,6 +1,5 @@
 """Each implementation of attention gives the same model."""
 
-import importlib.util
 import itertools
 import sys
 import types
@@ -11,7 +10,7 @@ import torch
 
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.model import GPT
-from tritium.model.attention import ATTENTIONS, choose_attention
+from tritium.model.choices import ATTENTIONS
 
 pytestmark = pytest.mark.plain
 
@@ -102,13 +101,3 @@ def test_unknown_attention_raises():
     message = f"attention: expected {', '.join(ATTENTIONS)}, got 'flash'"
     with pytest.raises(ValueError, match=message):
         GPT(SMALL, attention="flash")
-
-
-def test_attention_without_its_package_raises(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = (
-        "attention: expected an installed flash-attn, found none; "
-        r"pip install 'tritium\[flash-attn\]', or set attention to tritium"
-    )
-    with pytest.raises(ValueError, match=message):
-        choose_attention("flash-attn")

@@ -3,8 +3,7 @@
 import pytest
 
 from tritium.model import GPTConfig
-from tritium.model.layers import MLPS, NORMS
-from tritium.model.positions import POSITIONS
+from tritium.model.choices import MLPS, NORMS, POSITIONS
 
 pytestmark = pytest.mark.plain
 

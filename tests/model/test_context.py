@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from tests.model import plain
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.model import GPT, GPTConfig
+from tritium.model.choices import RECOMPUTATIONS
 from tritium.model.config import DROPOUTS
 from tritium.model.context import dropout_seeds
-from tritium.model.recompute import RECOMPUTATIONS
 
 ALL = dict.fromkeys(DROPOUTS, 0.3)
 CONFIGS = {

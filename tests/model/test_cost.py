@@ -10,8 +10,8 @@ import torch
 
 from tests.held import Held
 from tritium.model import GPT, PRESETS, GPTConfig
+from tritium.model.choices import RECOMPUTATIONS
 from tritium.model.cost import activation_bytes, flops_per_token, matrices, parameters, step_bytes
-from tritium.model.recompute import RECOMPUTATIONS
 from tritium.train.precision import working_copy
 
 pytestmark = pytest.mark.plain

@@ -5,9 +5,9 @@ import torch
 
 from tests.held import Held
 from tritium.model import GPT, GPTConfig
+from tritium.model.choices import MLPS, NORMS, POSITIONS
 from tritium.model.cost import parameters
-from tritium.model.layers import MLPS, NORMS, Branch, Linear
-from tritium.model.positions import POSITIONS
+from tritium.model.layers import Branch, Linear
 
 pytestmark = pytest.mark.plain
 

@@ -8,7 +8,8 @@ import torch
 
 from tests.model.models import SMALL
 from tritium.model import GPT
-from tritium.model.positions import POSITIONS, rope_tables
+from tritium.model.choices import POSITIONS
+from tritium.model.positions import rope_tables
 
 pytestmark = pytest.mark.plain
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.model import GPT, GPTConfig
-from tritium.model.recompute import RECOMPUTATIONS, check_recompute
+from tritium.model.choices import RECOMPUTATIONS
 from tritium.train.precision import working_copy
 
 pytestmark = pytest.mark.plain
@@ -106,9 +106,3 @@ def test_unknown_mode_raises():
     message = f"recompute: expected {', '.join(RECOMPUTATIONS)}, got 'all'"
     with pytest.raises(ValueError, match=message):
         GPT(SMALL, recompute="all")
-
-
-def test_mode_that_the_mlp_does_not_have_raises():
-    message = "recompute: gelu needs mlp gelu, got swiglu; use none, "
-    with pytest.raises(ValueError, match=message):
-        check_recompute("gelu", LLAMA)

@@ -39,6 +39,8 @@ for name in (
     "torch.distributed.fsdp",
     "torch.distributed.optim",
     "torch.utils.serialization",
+    "tritium.train.commands._resume",
+    "tritium.train.commands._running",
 ):
     importlib.import_module(name)
 # Drawing takes longer than the run.

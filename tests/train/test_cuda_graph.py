@@ -15,9 +15,10 @@ import torch
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train import cuda_graph
+from tritium.train.choices import ENGINES
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
-from tritium.train.distributed.engines import ENGINES, SingleProcess
+from tritium.train.distributed.engines import SingleProcess
 from tritium.train.distributed.world import World
 from tritium.train.execution import _uses_cuda_graph, resolve
 from tritium.train.optim import Optimizer
@@ -217,7 +218,7 @@ def test_a_skipped_step_changes_nothing_in_a_graph(stand_in):
 def test_a_graph_that_cannot_be_recorded(options, engine, device, message, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     config = TrainConfig.from_options(**options)
-    arguments = torch.device(device), ENGINES[engine]
+    arguments = torch.device(device), ENGINES[engine].engine
     assert not _uses_cuda_graph(config, *arguments)
     with pytest.raises(InputError, match=f"cuda_graph: expected auto or off.*{message}"):
         _uses_cuda_graph(config.with_options(cuda_graph="on"), *arguments)
@@ -225,7 +226,7 @@ def test_a_graph_that_cannot_be_recorded(options, engine, device, message, monke
 
 def test_graphs_are_used_on_cuda_unless_they_are_off(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    arguments = torch.device("cuda"), ENGINES["ddp"]
+    arguments = torch.device("cuda"), ENGINES["ddp"].engine
     assert _uses_cuda_graph(TrainConfig(), *arguments)
     assert not _uses_cuda_graph(TrainConfig.from_options(cuda_graph="off"), *arguments)
 
@@ -233,7 +234,7 @@ def test_graphs_are_used_on_cuda_unless_they_are_off(monkeypatch):
 def test_ddp_does_not_record_the_micro_batch_that_communicates(monkeypatch):
     monkeypatch.setattr(World, "broadcast", lambda self, tensor: None)
     config = TrainConfig.from_options(batch_size=4, micro_batch_size=2)
-    engine = ENGINES["ddp"](GPT(SHAPE), resolve(config))
+    engine = ENGINES["ddp"].engine(GPT(SHAPE), resolve(config))
     recorded = []
     for is_last in (False, True):
         with contextlib.suppress(AttributeError):

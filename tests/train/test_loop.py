@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritium.model.attention import ATTENTIONS
+from tritium.model import attention
 from tritium.train import loop, pretrain, session
 from tritium.train.lock import FolderLock
 from tritium.train.run.metrics import read_metrics
@@ -135,12 +135,14 @@ def test_a_run_uses_the_attention_option_and_a_resume_keeps_it(
 ):
     assert tritium(*tiny)[0] == 0
     used = []
-    row = ATTENTIONS["sdpa"]
+    functions = attention.SDPA
     noted = replace(
-        row,
-        attend=lambda *arguments: used.append(torch.is_grad_enabled()) or row.attend(*arguments),
+        functions,
+        attend=lambda *arguments: (
+            used.append(torch.is_grad_enabled()) or functions.attend(*arguments)
+        ),
     )
-    monkeypatch.setitem(ATTENTIONS, "sdpa", noted)
+    monkeypatch.setattr(attention, "SDPA", noted)
     sdpa = tmp_path / "sdpa"
     assert tritium(*tiny, "--out", sdpa, "--attention", "sdpa")[0] == 0
     assert set(used) == {True, False}, "in training and in evaluations"

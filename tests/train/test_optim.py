@@ -3,10 +3,11 @@ import torch
 
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
+from tritium.train.choices import OPTIMIZERS, check_optimizer
 from tritium.train.config import TrainConfig
 from tritium.train.distributed.engines import SingleProcess
 from tritium.train.execution import resolve
-from tritium.train.optim import OPTIMIZERS, Optimizer, check_optimizer
+from tritium.train.optim import Optimizer
 
 pytestmark = pytest.mark.plain
 

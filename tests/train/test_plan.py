@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tritium.kernels.core.device import CEILINGS
 from tritium.model import GPT, PRESETS, GPTConfig
 from tritium.model.cost import flops_per_token, step_bytes
 from tritium.model.lora import AdapterOptions, add_lora, lora_parameters
+from tritium.train.choices import OPTIMIZERS
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
+from tritium.train.gpus import CEILINGS
 from tritium.train.memory import RESERVE
-from tritium.train.optim import OPTIMIZERS
 from tritium.train.plan import Machine, PlanOptions, make_plan
 from tritium.train.recipes import RECIPES
 from tritium.train.trainer import Trainer, single_trainer

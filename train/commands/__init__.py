@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..run.console import lossy_output
 from ..run.signals import restore_default_signals
+from .cli import paused_collector
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 COMMANDS = {
@@ -26,7 +27,8 @@ COMMANDS = {
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Import and run the command `name`. Returns: the exit status."""
-    module = importlib.import_module(f".{COMMANDS[name]}", __package__)
+    with paused_collector():
+        module = importlib.import_module(f".{COMMANDS[name]}", __package__)
     if name in ("train", "finetune"):  # they have handlers of their own, and outlive their readers
         with lossy_output():
             return module.main(argv)

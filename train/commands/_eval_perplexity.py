@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ...errors import InputError
-from ..eval.perplexity import Perplexity, measure, num_targets
-from ..eval.texts import Text, read_text
 from ..eval.windows import COUNTINGS, check_sizes
 from ._evaluation import EvaluationOptions, progress
 from .cli import parse
+
+if TYPE_CHECKING:
+    from ..eval.perplexity import Perplexity
+    from ..eval.texts import Text
 
 _DESCRIPTION = """Compute the perplexity of texts, in windows with a stride.
 
@@ -48,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         PerplexityOptions, argv, prog="tritium eval perplexity", description=_DESCRIPTION
     )
+    from ..eval.perplexity import measure, num_targets
+    from ..eval.texts import read_text
+
     model = options.open()
     longest = model.gpt.config.context_tokens
     context = longest if options.context_tokens is None else options.context_tokens
@@ -77,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _describe(text: Text, found: Perplexity) -> str:
+def _describe(text: "Text", found: "Perplexity") -> str:
     line = (
         f"{text.path}: {found.loss:.4f} nats per token over {found.targets:,} tokens, "
         f"perplexity {_rounded(found.perplexity)}"
@@ -93,7 +98,7 @@ def _rounded(value: float) -> str:
     return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
-def _record(text: Text, found: Perplexity) -> dict:
+def _record(text: "Text", found: "Perplexity") -> dict:
     return {
         "path": str(text.path.resolve()),
         "sha256": text.sha256,

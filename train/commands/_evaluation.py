@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from ...errors import InputError
-from ..eval.model import EvaluatedModel
+from ..choices import PRECISIONS
 from ..files import write_whole
-from ..precision import PRECISIONS
-from ..run.metrics import console
+
+if TYPE_CHECKING:
+    from ..eval.model import EvaluatedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,11 @@ class EvaluationOptions:
         if self.json is not None:
             _check_writable(Path(self.json))
 
-    def open(self) -> EvaluatedModel:
+    def open(self) -> "EvaluatedModel":
         """Read the model."""
+        # Imported here because the import of PyTorch takes seconds.
+        from ..eval.model import EvaluatedModel
+
         return EvaluatedModel.open(
             Path(self.model),
             tokenizer=self.tokenizer,
@@ -51,7 +55,7 @@ class EvaluationOptions:
             precision=self.precision,
         )
 
-    def write(self, model: EvaluatedModel, command: str, argv: list[str], results: Any) -> None:
+    def write(self, model: "EvaluatedModel", command: str, argv: list[str], results: Any) -> None:
         """Write the JSON file, if one is asked for."""
         if self.json is None:
             return
@@ -78,6 +82,8 @@ def _check_writable(path: Path) -> None:
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on a terminal. Yields: a function that adds finished work."""
     from rich.progress import Progress
+
+    from ..run.metrics import console
 
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=total)

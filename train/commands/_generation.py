@@ -3,18 +3,17 @@
 import secrets
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ...errors import InputError
-from ...model import GPT
-from ...model.generation import Sampling
-from ..data.tokenizer import Tokenizer
-from ..device import choose_device, choose_matmul
-from ..precision import PRECISIONS, choose_dtype, working_copy
-from ..run.models import open_model
-from ..threads import limit_threads
+from ..choices import PRECISIONS
+
+if TYPE_CHECKING:
+    from ...model import GPT
+    from ...model.generation import Sampling
+    from ..data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,12 @@ class GenerationOptions:
     precision: Literal[tuple(PRECISIONS)] = "auto"
     """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         """Return the options of generation. Raises: InputError if one is out of range."""
+        # The methods import what needs PyTorch, whose import takes seconds: --help does not call
+        # them.
+        from ...model.generation import Sampling
+
         names = {field.name for field in fields(Sampling)} & {field.name for field in fields(self)}
         options = {name: getattr(self, name) for name in names}
         if self.seed is None:
@@ -57,8 +60,13 @@ class GenerationOptions:
         except ValueError as error:
             raise InputError(str(error)) from None
 
-    def load(self) -> tuple[GPT, Tokenizer]:
+    def load(self) -> tuple["GPT", "Tokenizer"]:
         """Read the model, on its device and in its precision, and its tokenizer."""
+        from ..device import choose_device, choose_matmul
+        from ..precision import choose_dtype, working_copy
+        from ..run.models import open_model
+        from ..threads import limit_threads
+
         device = choose_device(self.device)
         limit_threads()
         choose_matmul(device)

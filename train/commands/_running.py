@@ -13,7 +13,6 @@ from ...errors import DivergedError, InputError, InterruptedRun, NoMemoryError
 from ...model.cost import parameters
 from ..config import TrainConfig
 from ..distributed.launch import (
-    Launch,
     is_restarted,
     join,
     remember_folder,
@@ -24,13 +23,14 @@ from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..finetune.tasks import TASKS
 from ..loop import resume, start
+from ..options import Launch
 from ..run.checkpoint import checkpoints
 from ..run.folder import create_free_folder, is_unstarted, read_run
 from ..run.history import changes_between
 from ..run.metrics import console, describe_goodput
 from ..run.samples import last_sample
+from ._plan_text import what_fits
 from .cli import is_out_of_memory, program
-from .plan import what_fits
 
 
 def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = False) -> int:

@@ -5,12 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import InputError, describe_os_error, unknown_name
-from ..chat import Conversation
-from ..run.models import open_model
 from ._generation import GenerationOptions
 from .cli import parse
+
+if TYPE_CHECKING:
+    from ..chat import Conversation
 
 _HELP = """/reset      forget the conversation
 /save FILE  write the conversation to a new JSON file
@@ -35,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         ChatOptions, argv, prog="tritium chat", description="Talk with a trained model."
     )
+    from ..chat import Conversation
+    from ..run.models import open_model
+
     sampling = options.sampling()
     model, tokenizer = options.load()
     template = open_model(Path(options.model)).template
@@ -73,7 +78,7 @@ def _read_line(is_terminal: bool) -> str | None:
             print("\nCtrl-D or /exit leaves")
 
 
-def _answer(conversation: Conversation, line: str) -> None:
+def _answer(conversation: "Conversation", line: str) -> None:
     """Run a command, or print the answer to a question."""
     command, _, argument = line.partition(" ")
     if not line:
@@ -94,7 +99,7 @@ def _answer(conversation: Conversation, line: str) -> None:
         _print_answer(conversation, line)
 
 
-def _print_answer(conversation: Conversation, question: str) -> None:
+def _print_answer(conversation: "Conversation", question: str) -> None:
     # Closing the answer adds the messages, also after Ctrl-C.
     with contextlib.closing(conversation.ask(question)) as pieces:
         try:

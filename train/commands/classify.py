@@ -10,10 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ...errors import InputError
-from ..device import choose_device, choose_matmul
-from ..finetune.classify_batch import classify_texts
-from ..precision import PRECISIONS, choose_dtype, working_copy
-from ..run.models import open_model
+from ..choices import PRECISIONS
 from .cli import parse
 
 _DESCRIPTION = """Print the most likely label, and its probability, for each line of the input.
@@ -47,6 +44,12 @@ class ClassifyOptions:
 def main(argv: Sequence[str]) -> int:
     """Run `tritium classify`."""
     options = parse(ClassifyOptions, argv, prog="tritium classify", description=_DESCRIPTION)
+    # The help is printed by now. The import of PyTorch takes seconds.
+    from ..device import choose_device, choose_matmul
+    from ..finetune.classify_batch import classify_texts
+    from ..precision import choose_dtype, working_copy
+    from ..run.models import open_model
+
     device = choose_device(options.device)
     choose_matmul(device)
     trained = open_model(Path(options.model))

@@ -4,6 +4,7 @@ Modules that take long to import are imported inside functions, so that `tritium
 """
 
 import contextlib
+import gc
 import io
 import itertools
 import os
@@ -71,7 +72,7 @@ def parse(
     printed = io.StringIO()
     keywords = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), paused_collector():
             return tyro.cli(
                 options, args=list(argv), prog=prog, description=description, **keywords
             )
@@ -79,6 +80,23 @@ def parse(
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(printed.getvalue(), prog)) from None
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running. Imports and parsers keep what they create."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def is_help(argv: Sequence[str]) -> bool:
+    """Return whether `parse` would print the help and exit."""
+    return "-h" in argv or "--help" in argv
 
 
 def _names(options: type) -> Iterator[str]:

@@ -9,10 +9,9 @@ import tyro
 from ...errors import InputError
 from ...model.config import OPTIONS_OF_RUN
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..distributed.launch import Launch
 from ..finetune.start import default_config, finetune_config, finetune_tasks
 from ..finetune.tasks import TASKS
-from ._running import run_new
+from ..options import Launch
 from .cli import parse
 from .train import ModelFlags, TrainFlags, is_given
 from .train import main as train
@@ -38,13 +37,23 @@ is at most a tenth of the steps. The new run is a run like others: sample, chat,
 # Options that follow from the model, the records and the epochs.
 _HIDDEN = ("task", "held_out", "text_field", "init_from", "document_mask")
 _HIDDEN_REPORT = ("eval_interval", "eval_tokens", "prompt")
+# tyro parses the file of each class, in search of help texts. Classes of make_dataclass would have
+# the longer types.py of the standard library.
+_NAMESPACE = {"__module__": __name__}
 
 
 def _hide(options: type, hidden: Sequence[str]) -> type:
     """Return a subclass of a dataclass with fields that are no flags."""
     types = {each.name: each.type for each in fields(options)}
     found = [(name, tyro.conf.Suppress[tyro.conf.Fixed[types[name]]], field()) for name in hidden]
-    return make_dataclass(options.__name__, found, bases=(options,), frozen=True, kw_only=True)
+    return make_dataclass(
+        options.__name__,
+        found,
+        bases=(options,),
+        namespace=_NAMESPACE,
+        frozen=True,
+        kw_only=True,
+    )
 
 
 _ModelFlags = _hide(
@@ -94,6 +103,9 @@ def main(argv: Sequence[str]) -> int:
     for name in ("steps", "epochs"):  # only the one that was given counts
         if not is_given(f"--{name}", words):
             options.pop(name)
+    # The help is printed by now. The import of PyTorch takes seconds.
+    from ._running import run_new
+
     return run_new(task, finetune_config(task, model, data[0], **options), launch)
 
 
@@ -104,6 +116,7 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
         "TrainFlags",
         [("task_options", task_options)],
         bases=(FinetuneFlags,),
+        namespace=_NAMESPACE,
         frozen=True,
         kw_only=True,
     )
@@ -119,6 +132,7 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
             ("run", tyro.conf.OmitArgPrefixes[flags]),
             ("launch", tyro.conf.OmitArgPrefixes[Launch]),
         ],
+        namespace=_NAMESPACE,
         frozen=True,
         kw_only=True,
     )

@@ -10,9 +10,7 @@ import tyro
 
 from ...errors import InputError
 from ...model.hub import download, is_hub_name
-from ..run.models import open_model
 from .cli import parse, program
-from .export import model_card, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
         prog="tritium import",
         description="Make a published model a folder that tritium and transformers open.",
     )
+    from ..run.models import open_model
+    from ._model_folder import model_card, write_model
+
     path = Path(options.source)
     if is_hub_name(options.source):
         path = download(options.source, options.revision)

@@ -7,11 +7,12 @@ import torch
 
 from ... import __version__
 from ...errors import InputError
-from ...kernels.core.device import ceiling, sm_count
+from ...kernels.core.device import sm_count
 from ...kernels.core.op import INTERPRET
 from ...kernels.core.triton import HAS_TRITON, triton
 from ..data.cache import cache_dir
 from ..device import choose_device
+from ..gpus import ceiling
 from ..recipes import default_recipe
 
 _HELP = """usage: tritium info

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import InputError
-from ..text import encode_prompt, stream_sample
 from ._generation import GenerationOptions
 from .cli import parse
 
@@ -22,6 +21,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         SampleOptions, argv, prog="tritium sample", description="Write text with a trained model."
     )
+    from ..text import encode_prompt, stream_sample
+
     sampling = options.sampling()
     model, tokenizer = options.load()
     prompt = encode_prompt(tokenizer, options.prompt)

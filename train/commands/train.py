@@ -1,36 +1,21 @@
 """tritium train: train a new model, or continue a stopped run."""
 
 import math
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import tyro
 
 from ...errors import InputError
-from ...model import GPTConfig
-from ...model.lora import AdapterOptions
-from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
-from ..config_file import read_config, to_toml
-from ..distributed.launch import (
-    Launch,
-    join,
-)
+from ...model.config import AdapterOptions, GPTConfig
+from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..finetune.tasks import TaskOptions
-from ..loop import resume
-from ..new_run import new_config
-from ..plan import count_tokens
-from ..recipes import RECIPES, default_recipe, recipe
-from ..run.checkpoint import checkpoints
-from ..run.folder import read_run
-from ..run.history import CHANGEABLE, FREE, check_changeable
-from ._running import run_and_report, run_new
-from .cli import parse
+from ..options import Launch
+from ..recipes import RECIPES, default_recipe, likely_default_recipe, recipe
+from .cli import is_help, parse
 
-_DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine.
+_DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine. The defaults below are those of {{base}}.
 
 
 tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
@@ -44,7 +29,7 @@ tritium train --resume RUN_DIR                go on with a stopped run, exactly 
 tritium train ... --out RUN_DIR --resume auto         start, or go on if RUN_DIR has a checkpoint
 
 
-torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of a machine"""
+torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of a machine"""  # noqa: E501 - --help keeps line breaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
     is_printed = "--print-config" in argv
     argv = [word for word in argv if word != "--print-config"]
     if argv and argv[0].split("=")[0] == "--resume":
-        return _resume(argv)
+        from ._resume import resume_run
+
+        return resume_run(argv)
     if "--resume" in argv:
         raise InputError(
             "--resume RUN_DIR comes first: a resumed run keeps the options it was started with; "
@@ -103,11 +90,16 @@ def main(argv: Sequence[str]) -> int:
 
     name, config, launch = _parse_new_run(argv)
     if is_printed:
+        from ..config_file import to_toml
+
         print(to_toml(config), end="")
         return 0
     out = config.report.out
     if is_auto and not out:
         raise InputError("--resume auto: expected --out with the folder of the run, got none")
+    # The help is printed by now. The import of PyTorch takes seconds.
+    from ._running import run_new
+
     return run_new(name, config, launch, is_auto=is_auto)
 
 
@@ -121,11 +113,16 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
             f'recipe = "{argv[0]}" into the file'
         )
     if file is not None:
+        from ..config_file import read_config
+
         base = read_config(file)
         name = file.parent.name if file.name == "config.json" else file.stem
+        described = str(file)
     else:
-        name = argv[0] if has_recipe else default_recipe()
+        default_name = likely_default_recipe if is_help(argv) else default_recipe
+        name = argv[0] if has_recipe else default_name()
         base = recipe(name)
+        described = f"the recipe {name}"
     default = base
     is_micro_batch_given = is_given("--micro-batch-size", argv)
     if is_given("--batch-size", argv) and not is_micro_batch_given:
@@ -134,9 +131,12 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
         TrainOptions,
         argv[1:] if has_recipe else argv,
         prog="tritium train",
-        description=_DESCRIPTION,
+        description=_DESCRIPTION.format(base=described),
         default=TrainOptions(run=TrainFlags.of(default), launch=Launch()),
     )
+    from ..new_run import new_config
+    from ..plan import count_tokens
+
     before = base.options()
     given = {
         option: value
@@ -170,133 +170,8 @@ def _without_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), others
 
 
-# --- a resumed run
-
-
 def _without_auto(argv: Sequence[str]) -> tuple[list[str], bool]:
     """Return the words without `--resume auto`, and whether they had it."""
     text = "\0".join(argv).replace("--resume\0auto", "--resume=auto")
     words = text.split("\0") if argv else []
     return [word for word in words if word != "--resume=auto"], "--resume=auto" in words
-
-
-_RESUME = f"""Go on with a stopped run. Options that are not given keep their values.
-
-
-Without --change the result is the same as without the stop: bitwise if the device, the precision,
-the micro-batch, the ranks and the other options of the execution are the same, else to rounding.
-
-
---change NAME=VALUE changes the result. Names: {", ".join(CHANGEABLE)}.
-
-
-config.json records each change, with its step, in the list `history`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResumeReport(ReportOptions):
-    """The files and messages that the run writes, and how often."""
-
-    out: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResumeOptions:
-    """Options of `tritium train --resume RUN_DIR`."""
-
-    change: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
-    ] = ()
-    """Change an option that alters the result, such as lr=1e-4 or steps=2000."""
-    execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
-    report: tyro.conf.OmitArgPrefixes[ResumeReport]
-    launch: tyro.conf.OmitArgPrefixes[Launch]
-    """How the processes that torchrun starts divide the work."""
-
-
-def _resume(argv: Sequence[str]) -> int:
-    words = argv[0].split("=", 1) + list(argv[1:])
-    if len(words) < 2:
-        raise InputError("--resume: expected the folder of a run, or auto, got none")
-    run = Path(words[1])
-    # Options that are not given keep their recorded values.
-    recorded = read_run(run).train if (run / "config.json").is_file() else TrainConfig()
-    report = {name: value for name, value in asdict(recorded.report).items() if name != "out"}
-    default = ResumeOptions(
-        execution=recorded.execution, report=ResumeReport(**report), launch=Launch()
-    )
-    prog = "tritium train --resume RUN_DIR"
-    try:
-        options = parse(ResumeOptions, words[2:], prog=prog, description=_RESUME, default=default)
-    except InputError as error:
-        raise _explain(error, words[2:]) from None
-    given = asdict(options.execution) | asdict(options.report)
-    before = recorded.options()
-    changes = {name: given[name] for name in FREE if given[name] != before[name]}
-    changes |= _parse_changes(options.change, prog)
-    finished = _finished_at(run, recorded.steps)
-    with join(options.launch) as world:
-        status = run_and_report(run, world, lambda: resume(run, world, changes))
-        has_trained = finished is None or _finished_at(run, recorded.steps) != finished
-        if world.is_rank0 and not has_trained and "steps" not in changes:
-            print(
-                f"{run}: all {recorded.steps} steps were done before; to train on, give "
-                f"--change steps=N with N above {recorded.steps}",
-                file=sys.stderr,
-            )
-        return status
-
-
-def _finished_at(run: Path, steps: int) -> int | None:
-    """Return when the last checkpoint of a run was written, in nanoseconds; None without it."""
-    folder = checkpoints(run).get(steps)
-    return folder and folder.stat().st_mtime_ns
-
-
-def _explain(error: InputError, words: Sequence[str]) -> InputError:
-    """Return a better error, or raise it, if an option is one of a new run."""
-    for word in words:
-        name = word.split("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in CHANGEABLE:
-            return InputError(
-                f"--{word[2:].split('=')[0]}: expected --change {name}=VALUE for a resumed run, "
-                "because it changes the result"
-            )
-        if word.startswith("--") and name in PART_OF and name not in FREE:
-            check_changeable(name)
-    return error
-
-
-def _parse_changes(words: Sequence[str], prog: str) -> dict[str, Any]:
-    """Parse NAME=VALUE words with the types of the options."""
-    types = {each.name: each.type for each in fields(TrainConfig)}
-    given = {}
-    flags = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            raise InputError(f"--change: expected NAME=VALUE, such as lr=1e-4, got {word!r}")
-        if name in FREE:
-            raise InputError(f"--change: expected --{name.replace('_', '-')} {value} instead")
-        check_changeable(name)
-        given[name] = types[name]
-        if name == "data":
-            flags += ["--data", *_split_paths(value)]
-        else:
-            flags.append(f"--{name.replace('_', '-')}={value}")
-    if not flags:
-        return {}
-    changes = make_dataclass("Changes", given.items(), kw_only=True)
-    return asdict(parse(changes, flags, prog=prog, description=""))
-
-
-def _split_paths(text: str) -> list[str]:
-    """Split several paths, which can have quotes, as a shell does."""
-    try:
-        paths = shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"--change data: expected paths, got {text!r} ({error})") from None
-    if not all(paths):
-        raise InputError(f"--change data: expected paths, got {text!r}")
-    return paths

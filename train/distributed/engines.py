@@ -1,4 +1,4 @@
-"""How ranks share a model and its optimizer: one class per engine, and the table ENGINES.
+"""How ranks share a model and its optimizer: one class per row of ENGINES in train/choices.py.
 
     single   SingleProcess   one process has everything
     ddp      DDP             each rank has all weights and optimizer state; gradients are averaged
@@ -385,11 +385,3 @@ def _empty_copy(model: GPT) -> GPT:
         for each in model.parameters()
     }
     return copy.deepcopy(model, empty)
-
-
-ENGINES: dict[str, type[SingleProcess]] = {
-    "single": SingleProcess,
-    "ddp": DDP,
-    "zero1": ZeRO1,
-    "fsdp": FSDP,
-}

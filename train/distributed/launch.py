@@ -8,15 +8,15 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ...errors import InputError
-from .engines import ENGINES, SingleProcess
+from ..choices import ENGINES
+from ..options import Launch
 from .heartbeat import Heartbeat, is_hosted_by_torchrun
 from .world import SINGLE_PROCESS, World
 
@@ -27,23 +27,6 @@ _STORE = ("MASTER_ADDR", "MASTER_PORT")
 # run with a lost rank sooner.
 _TIMEOUT = datetime.timedelta(hours=24)
 _TIMEOUT_WITHOUT_HEARTBEAT = datetime.timedelta(minutes=30)
-_PARALLEL = tuple(name for name, engine in ENGINES.items() if engine is not SingleProcess)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How the processes that torchrun starts divide the work. A resumed run may change this."""
-
-    parallel: Literal[("auto", *_PARALLEL)] = "auto"
-    """ddp divides the batch, zero1 also optimizer state, fsdp also weights. auto: ddp or fsdp."""
-    shard_ranks: int | None = None
-    """fsdp: number of ranks that together hold one copy of the weights. None: all."""
-    tensor_parallel: int = 1
-    """fsdp: number of neighbouring ranks that compute each layer together."""
-    sharded_checkpoints: Literal["auto", "on", "off"] = "auto"
-    """fsdp: each rank writes its part of a checkpoint. auto: from 2 billion parameters on."""
-    rank_timeout: float = 25.0
-    """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
 
 
 @contextlib.contextmanager
@@ -206,7 +189,7 @@ def _resolve(launch: Launch, size: int) -> dict[str, Any]:
     engine = launch.parallel
     if engine == "auto":
         engine = "fsdp" if is_sharded else "ddp"
-    if is_sharded and not ENGINES[engine].shards_weights:
+    if is_sharded and not ENGINES[engine].engine.shards_weights:
         name = "--shard-ranks" if launch.shard_ranks is not None else "--tensor-parallel"
         raise InputError(
             f"{name}: expected --parallel fsdp with it, got {engine}; leave one of them out"

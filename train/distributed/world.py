@@ -35,10 +35,10 @@ class World:
         local_rank: number of this process within its node.
         local_size: number of processes within its node.
         is_distributed: whether torchrun started the process, even if it started only one.
-        engine: name in engines.ENGINES of how the ranks share the model.
+        engine: name in ENGINES (choices.py) of how the ranks share the model.
         shard_ranks: ranks that together hold one copy of the weights.
         tensor_ranks: ranks that together compute each layer.
-        sharded_checkpoints: on, off or auto, as in launch.Launch.
+        sharded_checkpoints: on, off or auto, as in options.Launch.
     Attributes:
         heartbeat: notices ranks that die or hang; None in a single process.
     """

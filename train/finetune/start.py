@@ -8,7 +8,6 @@ from ...errors import InputError, unknown_name
 from ...model import GPTConfig
 from ..config import TrainConfig
 from ..records import check_types
-from ..run.models import open_model
 from .tasks import TASKS
 
 
@@ -54,6 +53,8 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
             `epochs`, the steps count.
     Raises: InputError if the model or an option is wrong.
     """
+    from ..run.models import open_model
+
     if "steps" in options and "epochs" in options and options["epochs"] is not None:
         raise InputError("steps: expected none with epochs, got both; leave one out")
     if "steps" in options:

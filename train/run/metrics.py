@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ...errors import names_file
-from ...kernels.core.device import ceiling
 from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..files import write_whole
+from ..gpus import ceiling
 from ..threads import CoreTime
 from .goodput import Goodput, describe, seconds_before
 from .lines import parse_line

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from ...model.safetensors_file import flat_bytes, safetensors_header, safetensors_pieces
+from ..choices import OPTIMIZERS
 from ..config import ReportOptions, TrainConfig
 from ..distributed.engines import SingleProcess
 from ..files import check_free_space
-from ..optim import OPTIMIZERS, Optimizer
+from ..optim import Optimizer
 from ..precision import linear_parameters
 from .checkpoint import (
     Content,

@@ -5,7 +5,7 @@ import shlex
 import pytest
 import torch
 
-from tritium.train.commands import export
+from tritium.train.commands import _model_folder
 from tritium.train.run.folder import read_run
 from tritium.train.run.models import open_model
 
@@ -65,7 +65,7 @@ def test_a_failed_export_leaves_nothing(run, tritium, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export, "save_for_transformers", fail)
+    monkeypatch.setattr(_model_folder, "save_for_transformers", fail)
     assert tritium("export", run, tmp_path / "a" / "b")[0] == 2
     assert not (tmp_path / "a").exists()
     (tmp_path / "empty").mkdir()

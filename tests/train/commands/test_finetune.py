@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tritium.train.commands import finetune
+from tritium.train.commands import _running
 from tritium.train.finetune.start import finetune_tasks
 from tritium.train.run.folder import read_run
 
@@ -29,7 +29,7 @@ def configs(monkeypatch):
     """The configurations of the runs that would start."""
     found = []
     monkeypatch.setattr(
-        finetune, "run_new", lambda name, config, launch: found.append((name, config)) or 0
+        _running, "run_new", lambda name, config, launch: found.append((name, config)) or 0
     )
     return found
 

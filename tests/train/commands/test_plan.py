@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from tritium.train.commands.plan import describe
+from tritium.train.commands._plan_text import describe
 from tritium.train.plan import PlanOptions, make_plan
 
 pytestmark = pytest.mark.plain

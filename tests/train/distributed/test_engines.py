@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tritium.model import GPT, GPTConfig
-from tritium.model.recompute import RECOMPUTATIONS
+from tritium.model.choices import RECOMPUTATIONS
+from tritium.train.choices import ENGINES
 from tritium.train.config import TrainConfig
 from tritium.train.distributed import buckets
-from tritium.train.distributed.engines import ENGINES, FSDP, SingleProcess
+from tritium.train.distributed.engines import FSDP, SingleProcess
 from tritium.train.distributed.world import World
 from tritium.train.execution import resolve
 from tritium.train.optim import Optimizer
@@ -257,7 +258,7 @@ def engine_of(
     torch.manual_seed(0)
     world = World() if name == "single" else World(size=size, engine=name, is_distributed=True)
     execution = resolve(TrainConfig.from_options(precision=precision), world)
-    return ENGINES[name](GPT(shape, recompute=recompute), execution)
+    return ENGINES[name].engine(GPT(shape, recompute=recompute), execution)
 
 
 def backward(engine: SingleProcess, *, num_micro_batches: int = 3) -> torch.Tensor:

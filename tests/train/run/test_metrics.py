@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritium.kernels.core.device import ceiling
 from tritium.train.bad_steps import OVERFLOWED
 from tritium.train.evaluate import Evaluation
+from tritium.train.gpus import ceiling
 from tritium.train.run.metrics import STEPS_AHEAD, STEPS_PER_READ, Metrics, read_metrics
 
 pytestmark = pytest.mark.plain
