@@ -145,8 +145,9 @@ def test_the_loss_equals_that_of_transformers_with_masked_labels(packing, base, 
 def test_prompts_that_fill_the_context_have_no_answer(base, file):
     data = open_data(finetune_config("instruct", base, file, device="cpu"))
     model = GPT(open_model(base).config).eval()
-    answers = data.answer(model, [[1] * 64, [1] * 62], 100)
+    answers = data.answer(model, [[1] * 64, [1] * 62, [1] * 63], 100)
     assert answers[0] is None
+    assert answers[2] is not None
     assert len(answers[1]) <= 2 * 3, "the context has room for two tokens"
 
 
