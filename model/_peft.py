@@ -229,21 +229,8 @@ def adapter_base(folder: Path) -> Path:
     )
 
 
-def read_adapter(
-    folder: Path, shapes: dict[str, tuple[int, ...]], config: GPTConfig
-) -> tuple[list[tuple[str, slice, LowRank]], str | None]:
-    """Read LoRA for a model.
-
-    Args:
-        folder: has the two files of PEFT.
-        shapes: of the weights of all linear layers of the model, by our names.
-        config: of the model.
-    Returns: for each layer in the file our name, rows of our weight, and their change; and the hash
-        of the model's weights, None if the file has none.
-    Raises: InputError if a file is damaged or unsupported, or if the shapes are another model's.
-    """
-    fields = read_adapter_config(folder)
-    file = folder / ADAPTER_CONFIG
+def _checked_alpha(fields: dict[str, Any], file: Path) -> float:
+    """Return lora_alpha. Raises: InputError for options that tritium does not have."""
     for option in _UNSUPPORTED:
         if fields.get(option):
             raise InputError(f"{file}: {option}: expected none, got {fields[option]!r}")
@@ -259,7 +246,25 @@ def read_adapter(
             f"{file}: init_lora_weights: expected LoRA of unchanged weights, got {start!r}, which "
             "changes the weights of the model; convert the adapter with PEFT"
         )
+    return alpha
 
+
+def read_adapter(
+    folder: Path, shapes: dict[str, tuple[int, ...]], config: GPTConfig
+) -> tuple[list[tuple[str, slice, LowRank]], str | None]:
+    """Read LoRA for a model.
+
+    Args:
+        folder: has the two files of PEFT.
+        shapes: of the weights of all linear layers of the model, by our names.
+        config: of the model.
+    Returns: for each layer in the file our name, rows of our weight, and their change; and the hash
+        of the model's weights, None if the file has none.
+    Raises: InputError if a file is damaged or unsupported, or if the shapes are another model's.
+    """
+    fields = read_adapter_config(folder)
+    file = folder / ADAPTER_CONFIG
+    alpha = _checked_alpha(fields, file)
     tensors, recorded = _read_tensors(folder / ADAPTER_FILE)
     family = FAMILIES[family_of(config)]
     places = {
