@@ -39,6 +39,8 @@ _UNSUPPORTED = (
     *("use_qalora", "use_bdlora", "arrow_config", "target_parameters", "trainable_token_indices"),
     *("alora_invocation_tokens", "kasa_config", "velora_config", "monteclora_config"),
 )
+# Starts of `init_lora_weights` that also change the weights of the model.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LowRank(NamedTuple):
@@ -199,7 +201,14 @@ def read_prefix(folder: Path) -> tuple[Tensor, str | None]:
             f"{folder / ADAPTER_FILE}: expected the tensor {_PREFIX_KEY}, got "
             f"{', '.join(list(tensors)[:2]) or 'none'}"
         )
-    return tensors[_PREFIX_KEY], recorded
+    values = tensors[_PREFIX_KEY]
+    tokens = fields.get("num_virtual_tokens", len(values))
+    if tokens != len(values):
+        raise InputError(
+            f"{folder / ADAPTER_CONFIG}: num_virtual_tokens: expected {len(values)}, as "
+            f"{_PREFIX_KEY} has, got {tokens!r}"
+        )
+    return values, recorded
 
 
 def adapter_base(folder: Path) -> Path:
@@ -220,6 +229,26 @@ def adapter_base(folder: Path) -> Path:
     )
 
 
+def _checked_alpha(fields: dict[str, Any], file: Path) -> float:
+    """Return lora_alpha. Raises: InputError for options that tritium does not have."""
+    for option in _UNSUPPORTED:
+        if fields.get(option):
+            raise InputError(f"{file}: {option}: expected none, got {fields[option]!r}")
+    if fields.get("bias", "none") != "none":
+        raise InputError(f"{file}: bias: expected 'none', got {fields['bias']!r}")
+    alpha = fields.get("lora_alpha")
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not math.isfinite(alpha):
+        raise InputError(f"{file}: lora_alpha: expected a number, got {alpha!r}")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        raise InputError(
+            f"{file}: init_lora_weights: expected LoRA of unchanged weights, got {start!r}, which "
+            "changes the weights of the model; convert the adapter with PEFT"
+        )
+    return alpha
+
+
 def read_adapter(
     folder: Path, shapes: dict[str, tuple[int, ...]], config: GPTConfig
 ) -> tuple[list[tuple[str, slice, LowRank]], str | None]:
@@ -235,15 +264,7 @@ def read_adapter(
     """
     fields = read_adapter_config(folder)
     file = folder / ADAPTER_CONFIG
-    for option in _UNSUPPORTED:
-        if fields.get(option):
-            raise InputError(f"{file}: {option}: expected none, got {fields[option]!r}")
-    if fields.get("bias", "none") != "none":
-        raise InputError(f"{file}: bias: expected 'none', got {fields['bias']!r}")
-    alpha = fields.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise InputError(f"{file}: lora_alpha: expected a number, got {alpha!r}")
-
+    alpha = _checked_alpha(fields, file)
     tensors, recorded = _read_tensors(folder / ADAPTER_FILE)
     family = FAMILIES[family_of(config)]
     places = {
@@ -264,12 +285,14 @@ def read_adapter(
         name, rows = places[layer]
         n_out, n_in = rows.stop - rows.start, shapes[name][1]
         rank = len(A)
-        if B is None or A.shape != (rank, n_in) or B.shape != (n_out, rank):
+        if B is None or not rank or A.shape != (rank, n_in) or B.shape != (n_out, rank):
             got = [None if each is None else tuple(each.shape) for each in (A, B)]
             raise InputError(
                 f"{folder}: {layer}: expected lora_A (r, {n_in}) and lora_B ({n_out}, r), got "
                 f"{got[0]} and {got[1]}; the adapter belongs to another model"
             )
+        if not fields.get("rank_pattern") and fields.get("r", rank) != rank:
+            raise InputError(f"{file}: r: expected {rank}, as {layer} has, got {fields['r']!r}")
         scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
         found.append((name, rows, LowRank(A, B, scale)))
     if tensors or not found:

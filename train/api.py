@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTClassifier, GPTConfig
 from ..model.generation import Sampling
+from ..model.lora import AdapterOptions
 from .config import ExecutionOptions, ReportOptions, TrainConfig
 from .data.tokenizer import Tokenizer
 from .device import choose_device, choose_matmul
@@ -118,10 +119,12 @@ class Run:
         return _finish(folder, lambda: resume(folder, changes=_as_options(changes)))
 
     def _folder_of_run(self) -> Path:
-        run = self._saved.run
-        if run is None:
+        saved = self._saved
+        if saved.adapter is not None:
+            raise InputError(f"{self.folder}: expected the folder of a run, got an adapter")
+        if saved.run is None:
             raise InputError(f"{self.folder}: expected the folder of a run, got a published model")
-        return run
+        return saved.run
 
 
 def train(recipe_or_config: str | TrainConfig | None = None, **options: Any) -> Run:
@@ -177,7 +180,7 @@ def _as_options(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list | tuple):
             value = tuple(str(each) if isinstance(each, Path) else each for each in value)
         found[name] = str(value) if isinstance(value, Path) else value
-    for part in (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions):
+    for part in (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions):
         check_types(found, part)
     return found
 

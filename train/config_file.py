@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..model import GPTConfig
+from ..model.lora import AdapterOptions
 from .config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from .recipes import recipe
 from .records import check_names, check_types, parse_object
@@ -23,6 +25,8 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+_PARTS = (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -42,7 +46,7 @@ def read_config(path: Path) -> TrainConfig:
     for name in options:
         with _Names(path, text, name):
             check_names("option", [name], PART_OF)
-            for part in (TrainConfig, type(base.model), ExecutionOptions, ReportOptions):
+            for part in _PARTS:
                 check_types({name: options[name]}, part)
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     try:

@@ -101,7 +101,9 @@ def _check_adapter(config: TrainConfig, world: World) -> None:
         raise InputError("prefix_tokens: expected no LoRA with a prefix, got both; leave one out")
     if config.document_mask or getattr(config.task_options, "packing", False):
         option = "document_mask" if config.document_mask else "packing"
-        raise InputError(f"prefix_tokens: expected `{option}` off, because documents are packed")
+        raise InputError(
+            f"prefix_tokens: expected rows of one document, got packed ones; turn `{option}` off"
+        )
 
 
 def compiles_on(device: torch.device) -> bool:

@@ -1,11 +1,13 @@
 """LoRA: the layer, which weights train, merging, and the files of PEFT."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.errors import InputError
@@ -228,11 +230,20 @@ def test_damaged_and_unsupported_adapters_raise(tmp_path):
         ({"bias": "all"}, "bias: expected 'none', got 'all'"),
         ({"peft_type": "IA3"}, "peft_type LORA or PREFIX_TUNING, got 'IA3'"),
         ({"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
+        ({"lora_alpha": math.inf}, "lora_alpha: expected a number, got inf"),
+        ({"init_lora_weights": "pissa_niter_4"}, "expected LoRA of unchanged weights"),
+        ({"r": 99}, "r: expected 3, as base_model"),
     ]
     for change, message in changes:
         file.write_text(json.dumps(fields | change))
         with pytest.raises(InputError, match=message):
             merge_adapter(model, folder)
+    file.write_text(json.dumps(fields))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    empty = {key: value[:0] if "lora_A" in key else value[:, :0] for key, value in tensors.items()}
+    save_file(empty, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="expected lora_A"):
+        merge_adapter(model, folder)
     file.write_text("{")
     with pytest.raises(InputError, match="expected the configuration of an adapter"):
         merge_adapter(model, folder)
@@ -247,6 +258,38 @@ def test_the_hash_does_not_depend_on_lora():
     before = base_sha256(model)
     add_lora(model, OPTIONS)
     assert base_sha256(model) == before
+
+
+def test_the_hash_does_not_depend_on_padded_rows_of_the_vocabulary():
+    model = random_model()
+    other = random_model()
+    rows = torch.zeros(3, SMALL.d_model)
+    other.wte.weight = torch.nn.Parameter(torch.cat([model.wte.weight.detach(), rows]))
+    assert base_sha256(other) == base_sha256(model)
+
+
+def test_a_new_layer_draws_both_signs_of_a():
+    layer = adapted().h[0].attn.c_attn
+    bound = 1 / math.sqrt(SMALL.d_model)
+    assert -bound <= layer.lora_A.min() < -bound / 2
+    assert bound / 2 < layer.lora_A.max() <= bound
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank(tmp_path):
+    model = adapted().float()
+    folder = tmp_path / "adapter"
+    save_adapter(model, folder, base="base")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+    layer = model.h[0].attn.c_attn
+    change = OPTIONS.alpha / math.sqrt(OPTIONS.lora) * (layer.lora_B @ layer.lora_A).detach()
+    expected = layer.weight + change
+    for each in model.modules():
+        if isinstance(each, lora.LoraLinear):
+            each.lora_B.data.zero_()
+    merge_lora(model)
+    merge_adapter(model, folder)
+    torch.testing.assert_close(model.h[0].attn.c_attn.weight.detach(), expected)
 
 
 # --- PEFT itself, in both directions

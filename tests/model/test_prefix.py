@@ -1,5 +1,6 @@
 """Prefix tuning: the model, its cache, and the files of PEFT."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -120,3 +121,18 @@ def test_peft_computes_the_same_logits(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     load_prefix(base, tmp_path / "theirs", "")
     torch.testing.assert_close(base(TOKENS), expected, rtol=0, atol=1e-5)
+
+
+def test_the_written_configuration_has_the_width_of_the_keys(tmp_path):
+    model = with_prefix(replace(LLAMA, n_kv_head=2))
+    save_prefix(model, tmp_path / "prefix", base="base", base_sha256="0")
+    fields = json.loads((tmp_path / "prefix" / "adapter_config.json").read_text())
+    assert fields["token_dim"] * 2 * fields["num_layers"] == model.prefix.shape[1]
+    assert fields["num_virtual_tokens"] == P
+
+
+def test_a_prefix_as_long_as_the_context_raises(tmp_path):
+    save_prefix(with_prefix(), tmp_path / "prefix", base="base", base_sha256="0")
+    short = random_model(replace(SMALL, context_tokens=P))
+    with pytest.raises(InputError, match=f"expected fewer prefix tokens than the context of {P}"):
+        load_prefix(short, tmp_path / "prefix", "0")

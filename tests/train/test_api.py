@@ -95,6 +95,8 @@ def test_bad_input_raises_what_the_command_line_prints(options, tmp_path):
         api.train("laptop", step=1)
     with pytest.raises(tritium.InputError, match="steps: expected int, got '5'"):
         api.train("laptop", steps="5")
+    with pytest.raises(tritium.InputError, match="lora_targets: expected"):
+        api.train("laptop", lora_targets="c_attn")
     with pytest.raises(tritium.InputError, match="none: expected a run"):
         tritium.load(tmp_path / "none")
     with pytest.raises(tritium.InputError, match="unknown task 'instrct'"):

@@ -29,6 +29,7 @@ def test_a_file_changes_some_options_of_a_recipe(tmp_path):
         ("lr = 1\nn_layers = 2", "a.toml:2: unknown option 'n_layers'; did you mean 'n_layer'?"),
         ("lr = 1\n\nsteps = 'x'", "a.toml:3: steps: expected int, got 'x'"),
         ("recipe = 'gpt-2'", "a.toml:1: unknown recipe 'gpt-2'; did you mean 'gpt2'"),
+        ("lora = '4'", "a.toml:1: lora: expected int, got '4'"),
         ("lr = ", "a.toml: expected TOML, got a syntax error"),
         ("[model]\nn_layer = 2", "a.toml: expected options without tables"),
         ("steps = 0", "a.toml: steps: expected 1 or more"),

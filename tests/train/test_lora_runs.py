@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tritium.errors import InputError
 from tritium.model import GPT
 from tritium.model.lora import is_lora
+from tritium.train.api import load
 from tritium.train.run.models import open_model
 
 pytestmark = pytest.mark.plain
@@ -110,6 +112,10 @@ def test_a_prefix_is_trained_resumed_exported_and_loaded(tiny, tritium, error_of
     tokens = torch.arange(13)[None] + 97
     expected = open_model(run).load()(tokens)
     assert torch.equal(open_model(tmp_path / "adapter").load()(tokens), expected)
+    with pytest.raises(InputError, match="expected a run, got an adapter"):
+        open_model(tmp_path / "adapter").load_with_adapter()
+    with pytest.raises(InputError, match="expected the folder of a run, got an adapter"):
+        load(tmp_path / "adapter").resume()  # not the run of the model
     options = ("--prompt", "t", "--seed", 1, "--max-new-tokens", 30)
     texts = {tritium("sample", path, *options)[1] for path in (run, tmp_path / "adapter")}
     assert len(texts) == 1
@@ -118,7 +124,10 @@ def test_a_prefix_is_trained_resumed_exported_and_loaded(tiny, tritium, error_of
         *words, "--lora", 2, "--out", tmp_path / "both"
     )
     line = error_of(*words, "--document-mask", "--out", tmp_path / "packed")
-    assert "--prefix-tokens: expected --document-mask off" in line
+    assert (
+        "--prefix-tokens: expected rows of one document, got packed ones; turn --document-mask off"
+        in line
+    )
     line = error_of(*words, "--prefix-tokens", 16, "--out", tmp_path / "long")
     assert "--prefix-tokens: expected less than the context of 16 tokens, got 16" in line
 

@@ -136,7 +136,9 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
         frozen=True,
         kw_only=True,
     )
-    description = _DESCRIPTION.format(task=task, summary=TASKS[task].summary.capitalize())
+    description = _DESCRIPTION.format(
+        task=task, summary=TASKS[task].summary[0].upper() + TASKS[task].summary[1:]
+    )
     found = parse(
         command,
         words,

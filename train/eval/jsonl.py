@@ -31,9 +31,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_utf8(path: Path) -> str:
-    """Return the text of a file. Raises: InputError if it is not UTF-8; OSError."""
+    """Return the text of a file, without a byte order mark.
+
+    Raises: InputError if it is not UTF-8; OSError.
+    """
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error}") from None
 

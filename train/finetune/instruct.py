@@ -205,10 +205,21 @@ class InstructData(TaskData):
         found = generate(
             model, fitting, sampling=sampling, tokenizer=self.tokenizer, decoder=decoder
         )
-        answers = iter(
+        answers = [
             self._text(ids[len(prompt) :], stop) for ids, prompt in zip(found, fitting, strict=True)
-        )
-        return [next(answers) if len(prompt) < context else None for prompt in prompts]
+        ]
+        # The longest prompt ended the answers of the others: answer these again without it.
+        ended = [
+            i
+            for i, prompt in enumerate(fitting)
+            if len(found[i]) == len(prompt) + new and new < min(most, context - len(prompt))
+        ]
+        if ended:
+            again = self.answer(model, [fitting[i] for i in ended], most)
+            for i, text in zip(ended, again, strict=True):
+                answers[i] = text
+        rest = iter(answers)
+        return [next(rest) if len(prompt) < context else None for prompt in prompts]
 
     def _text(self, ids: list[int], stop: tuple[str, ...]) -> str:
         """Return the text of an answer, up to a stop token or a stop text."""

@@ -35,11 +35,15 @@ Pair = tuple[Example, Example]
 def read_pair(record: Record, tokenizer: Tokenizer, template: str) -> Pair:
     """Return the tokens of a record. Raises: InputError, which names the line and the field."""
     place, content = record
+    answers = [text_of(content, name, place) for name in ("chosen", "rejected")]
     if "prompt" in content:
-        content = content | {"instruction": text_of(content, "prompt", place), "input": ""}
+        question = {"instruction": text_of(content, "prompt", place)}
+    else:
+        question = {"instruction": text_of(content, "instruction", place)}
+        question["input"] = content.get("input", "")
     examples = []
-    for answer in ("chosen", "rejected"):
-        one = (place, content | {"output": text_of(content, answer, place)})
+    for answer in answers:
+        one = (place, question | {"output": answer})
         (example,) = encode(tokenizer, read_messages(one, template), template)
         examples.append(example)
     return tuple(examples)

@@ -97,6 +97,8 @@ def read_records(path: Path) -> list[Record]:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: expected JSON, got {error.msg}") from None
+    except ValueError as error:  # an integer with thousands of digits
+        raise InputError(f"{path}: expected a list of records, got a number: {error}") from None
     except RecursionError:
         raise InputError(f"{path}: expected a list of records, got one nested too deeply") from None
     for number, item in enumerate(items, 1):
@@ -123,9 +125,10 @@ def split(
     val = max(1, round(count * val_fraction))
     test = round(count * test_fraction)
     if count < _LEAST_RECORDS or val + test >= count:
+        hint = " or smaller `val_fraction` and `test_fraction`" if count >= _LEAST_RECORDS else ""
         raise InputError(
             f"data: expected at least {max(_LEAST_RECORDS, val + test + 1)} records, got {count}; "
-            "give more records or smaller `val_fraction` and `test_fraction`"
+            f"give more records{hint}"
         )
     order = permute(np.arange(count), count, seed, epoch=0)
     parts = order[test + val :], order[test : test + val], order[:test]
@@ -144,7 +147,8 @@ def fit_epochs(config: TrainConfig, rows: int) -> TrainConfig:
     steps_per_epoch = rows / config.batch_size
     interval = max(1, round(steps_per_epoch / options.evals_per_epoch))
     if epochs is None:
-        return config.with_options(eval_interval=interval)
+        warmup_steps = min(config.warmup_steps, math.ceil(config.steps / 10))
+        return config.with_options(eval_interval=interval, warmup_steps=warmup_steps)
     steps = max(1, round(epochs * steps_per_epoch))
     evaluations = round(steps / interval)
     # Rounding `interval` moves each evaluation by up to half a step, and so does rounding `steps`.

@@ -1,14 +1,22 @@
 """The configuration of a new run that fine-tunes a model: `tritium finetune` and api.py use it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, unknown_name
 from ...model import GPTConfig
+from ...model.config import OPTIONS_OF_RUN
 from ..config import TrainConfig
 from ..records import check_types
 from .tasks import TASKS
+
+# Options that follow from the model, the records and the epochs.
+FIXED_OPTIONS = (
+    *("task", "held_out", "text_field", "init_from", "document_mask"),
+    *("eval_interval", "eval_tokens", "prompt"),
+    *(each.name for each in fields(GPTConfig) if each.name not in OPTIONS_OF_RUN),
+)
 
 
 def finetune_tasks() -> list[str]:
@@ -55,8 +63,14 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
     """
     from ..run.models import open_model
 
+    for name in options:
+        if name in FIXED_OPTIONS:
+            raise InputError(
+                f"{name}: expected no value, because it follows from the model or the task, got "
+                f"{options[name]!r}"
+            )
     if "steps" in options and "epochs" in options and options["epochs"] is not None:
-        raise InputError("steps: expected none with epochs, got both; leave one out")
+        raise InputError("steps: expected none with `epochs`, got both; leave one out")
     if "steps" in options:
         options["epochs"] = None
     default = default_config(task)

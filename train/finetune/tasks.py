@@ -65,7 +65,7 @@ class FinetuneOptions(TaskOptions):
                 raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
-                "val_fraction: expected less than 1 together with test_fraction "
+                "val_fraction: expected less than 1 together with the `test_fraction` "
                 f"{self.test_fraction}, got {self.val_fraction}"
             )
         if self.row_tokens is not None and self.row_tokens < 2:
@@ -116,7 +116,7 @@ class PreferOptions(FinetuneOptions):
     template: Literal[("auto", "model", *TEMPLATES)] = "auto"
     """Text around prompts and answers. model: its chat template. auto: this, else plain."""
     beta: float = 0.1
-    """Scale of rewards. Smaller values allow more distance from the model before the first step."""
+    """Scale of rewards. With smaller values the model can move further from its first weights."""
     label_smoothing: float = 0.0
     """Probability that chosen and rejected answers are swapped in the records."""
     length_normalize: bool = False

@@ -115,6 +115,8 @@ class SavedModel:
         Raises: InputError if the run trained neither, or if the model is a classifier.
         """
         has_prefix = self.run is not None and self.config.prefix_tokens > 0
+        if self.adapter is not None:
+            raise InputError(f"{self.adapter}: expected a run, got an adapter; copy the folder")
         if self.lora is None and not has_prefix:
             raise InputError(
                 f"{self.path}: expected a run that trained LoRA or a prefix, got another model; "

@@ -145,9 +145,18 @@ def test_the_loss_equals_that_of_transformers_with_masked_labels(packing, base, 
 def test_prompts_that_fill_the_context_have_no_answer(base, file):
     data = open_data(finetune_config("instruct", base, file, device="cpu"))
     model = GPT(open_model(base).config).eval()
-    answers = data.answer(model, [[1] * 64, [1] * 62], 100)
+    answers = data.answer(model, [[1] * 64, [1] * 62, [1] * 63], 100)
     assert answers[0] is None
+    assert answers[2] is not None
     assert len(answers[1]) <= 2 * 3, "the context has room for two tokens"
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_of_its_batch(base, file):
+    data = open_data(finetune_config("instruct", base, file, device="cpu"))
+    model = open_model(base).load().eval()
+    prompts = [[97] * 62, [98] * 5, [97] * 64, [99] * 40]
+    alone = [data.answer(model, [prompt], 50)[0] for prompt in prompts]
+    assert data.answer(model, prompts, 50) == alone
 
 
 def test_answers_that_are_too_long_are_cut_and_counted(tune, file, records, tritium, base, capsys):

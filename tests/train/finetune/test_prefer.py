@@ -112,3 +112,10 @@ def test_bootstrap_interval_is_about_two_standard_errors():
     error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
+
+
+def test_the_bootstrap_interval_covers_95_percent():
+    values = np.linspace(-1, 1, 400)
+    low, high = bootstrap_interval(values, seed=0)
+    width = 2 * 1.96 * values.std() / np.sqrt(len(values))
+    assert high - low == pytest.approx(width, rel=0.1)

@@ -43,6 +43,16 @@ def test_prompt_is_an_instruction_without_input(tokenizer):
         assert np.array_equal(first.tokens, second.tokens)
 
 
+def test_fields_of_other_tasks_are_not_read(tokenizer):
+    record = {"prompt": "Add 1 and 1.", "chosen": "2", "rejected": "three"}
+    more = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "z"}]}
+    pairs = [read_pair((PLACE, each), tokenizer, "plain") for each in (record, record | more)]
+    for first, second in zip(*pairs, strict=True):
+        assert np.array_equal(first.tokens, second.tokens)
+    with pytest.raises(InputError, match=r"expected the key 'instruction', got the keys .'chosen'"):
+        read_pair((PLACE, {"chosen": "2", "rejected": "3"} | more), tokenizer, "plain")
+
+
 @pytest.mark.parametrize("field", ["instruction", "chosen", "rejected"])
 def test_a_missing_field_names_line_and_field(field, tokenizer):
     record = {name: value for name, value in RECORD.items() if name != field}

@@ -54,6 +54,12 @@ def test_json_lists_and_jsonl_hold_the_same_records(tmp_path):
     assert lined[1][0].endswith("lines.jsonl:3")
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    for content in ('{"a": 1}\n', '[{"a": 1}]'):
+        (tmp_path / "f").write_text(content, encoding="utf-8-sig")
+        assert [item for _, item in read_records(tmp_path / "f")] == [{"a": 1}]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -62,6 +68,7 @@ def test_json_lists_and_jsonl_hold_the_same_records(tmp_path):
         ('{"a": 1}\n{"a": \n', "f:2: expected a JSON object, got"),
         ('[{"a": 1},\n {"a": }]', "f:2: expected JSON, got Expecting value"),
         ('[{"a": 1}, 2]', "f: record 2: expected a JSON object, got 2"),
+        (f'[{{"a": {"1" * 5000}}}]', "f: expected a list of records, got a number: Exceeds"),
         ("[" * 100_000, "f: expected a list of records, got one nested too deeply"),
         ('{"a": "\udc80"}', "f: expected UTF-8 text"),
     ],
@@ -89,6 +96,8 @@ def test_splits_have_no_record_in_common_and_depend_on_the_seed():
 def test_epochs_become_steps_and_one_evaluation_each():
     fitted = fit_epochs(config(epochs=3.0, warmup_steps=50), rows=41)
     assert (fitted.steps, fitted.report.eval_interval, fitted.warmup_steps) == (30, 10, 3)
+    fitted = fit_epochs(config(epochs=None, steps=20, warmup_steps=50), rows=41)
+    assert (fitted.steps, fitted.report.eval_interval, fitted.warmup_steps) == (20, 10, 2)
     fitted = fit_epochs(config(epochs=3.0, batch_size=8), rows=188)  # 23.5 steps per epoch
     assert (fitted.steps, fitted.report.eval_interval) == (72, 24)
     fitted = fit_epochs(config(epochs=None, steps=7, evals_per_epoch=2), rows=41)

@@ -30,8 +30,14 @@ def test_the_run_has_the_shape_of_the_model_and_the_defaults_of_the_task(model):
 def test_steps_replace_epochs(model):
     config = finetune_config("instruct", model, "f.json", steps=7)
     assert (config.steps, config.task_options.epochs) == (7, None)
-    with pytest.raises(InputError, match="steps: expected none with epochs, got both"):
+    with pytest.raises(InputError, match="steps: expected none with `epochs`, got both"):
         finetune_config("instruct", model, "f.json", steps=7, epochs=1)
+
+
+def test_options_that_follow_from_the_model_raise(model):
+    for name, value in {"n_layer": 3, "eval_interval": 1, "init_from": "x"}.items():
+        with pytest.raises(InputError, match=f"{name}: expected no value, because it follows"):
+            finetune_config("instruct", model, "f.json", **{name: value})
 
 
 def test_unknown_tasks_and_options_suggest_the_nearest(model):
