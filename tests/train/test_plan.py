@@ -35,7 +35,9 @@ LARGE_VOCABULARY = GPTConfig(
 
 def trained(config: GPTConfig, **options) -> tuple[Trainer, Callable[[], None]]:
     """Return a trainer after one step, and a function that runs one more step."""
-    model = GPT(config, recompute=options.get("recompute", "none"))
+    # The definition of attention in 16 bits has scratch memory that no kernel has.
+    attention = "sdpa" if options.get("precision") == "bfloat16" else "tritium"
+    model = GPT(config, attention=attention, recompute=options.get("recompute", "none"))
     run = TrainConfig.from_options(**options)
     if run.adapter.lora:
         add_lora(model, run.adapter)
