@@ -73,6 +73,7 @@ def bare() -> Operator:
         check_shape=lambda M, N: (M, N),
         shapes=(),
         small_shapes=((8, 8),),
+        tiny_shape=(8, 8),
         launch_shapes=(),
         bound="bytes",
     )

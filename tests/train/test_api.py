@@ -68,7 +68,17 @@ def test_runs_without_out_get_the_next_free_folder(options, tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["laptop-1"]
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(options, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's handler. A program that a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(
+    options, tmp_path, monkeypatch, ctrl_c
+):
     unbroken = api.train("laptop", **options | {"out": tmp_path / "unbroken"})
     original = session.learning_rate
 
