@@ -45,6 +45,7 @@ def test_there_is_a_case_for_each_public_operator():
 # --- torch.compile and torch.export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in COUNTED_ELSEWHERE])
 def test_ten_numbers_of_tokens_compile_at_most_twice(name, device):
     """One compilation is for the first number, a second one for all numbers."""

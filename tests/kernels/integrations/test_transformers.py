@@ -410,6 +410,7 @@ def test_copies_are_patched_and_can_be_unpatched(name, tokens):
         assert torch.equal(unpatch(other)(tokens).logits, original)
 
 
+@pytest.mark.slow
 def test_a_new_process_can_unpickle_a_patched_model(tokens, tmp_path):
     """It imports only what the pickle names."""
     model = patch(build("gpt2")).eval()

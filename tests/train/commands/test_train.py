@@ -71,6 +71,7 @@ def test_tokens_set_the_steps(tiny, tritium, error_of, tmp_path):
     assert "step 2: loss " in err
 
 
+@pytest.mark.slow
 def test_missing_compiler_is_one_line(error_of, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()

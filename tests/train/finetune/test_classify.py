@@ -124,6 +124,7 @@ def test_micro_batches_have_the_gradients_of_the_batch(command, tritium):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_match_one_process(parallel, tune, launch, tritium):
     """From a checkpoint with optimizer state of some weights only."""
