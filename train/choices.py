@@ -3,6 +3,7 @@
     OPTIMIZERS   implemented in optim.py
     ENGINES      how ranks share a model and its optimizer; distributed/engines.py
     PRECISIONS   dtypes of matmuls; precision.py
+    AXES         what `tritium plot` draws against
 
 SCHEDULES is in schedule.py, TASKS in finetune/tasks.py. None of them imports PyTorch, because the
 import takes seconds.
@@ -84,3 +85,11 @@ ENGINES = {
 
 # Values of the option `precision`: the dtype of matmuls. "auto" depends on the device.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+# Horizontal axis -> its label.
+AXES = {
+    "steps": "step",
+    "tokens": "tokens",
+    "seconds": "seconds of steps",
+    "flops": "FLOPs",
+}

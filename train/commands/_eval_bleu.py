@@ -8,8 +8,6 @@ from typing import Annotated
 import tyro
 
 from ...errors import InputError
-from ...model.generation import Sampling
-from ..eval.bleu import bleu, check_sacrebleu, generate_texts, read_pairs
 from ..files import hash_file
 from ._evaluation import EvaluationOptions, progress
 from .cli import parse
@@ -35,6 +33,9 @@ class BleuOptions(EvaluationOptions):
 def main(argv: Sequence[str]) -> int:
     """Run `tritium eval bleu`."""
     options = parse(BleuOptions, argv, prog="tritium eval bleu", description=_DESCRIPTION)
+    from ...model.generation import Sampling
+    from ..eval.bleu import bleu, check_sacrebleu, generate_texts, read_pairs
+
     check_sacrebleu()
     path = Path(options.file)
     pairs = read_pairs(path)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import tyro
 
 from ...errors import InputError
-from ..eval.choice import encode_examples, measure_choices
 from ..eval.tasks import TASKS, read_examples
 from ..files import hash_file
 from ._evaluation import EvaluationOptions, progress
@@ -40,6 +39,8 @@ class ChoiceOptions(EvaluationOptions):
 def main(argv: Sequence[str]) -> int:
     """Run `tritium eval choice`."""
     options = parse(ChoiceOptions, argv, prog="tritium eval choice", description=_DESCRIPTION)
+    from ..eval.choice import encode_examples, measure_choices
+
     path = Path(options.file)
     task, examples = read_examples(path, options.task)
     examples = examples[: options.limit]

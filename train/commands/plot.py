@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ...errors import InputError
-from ..run.comparison import AXES, plot_runs
+from ..choices import AXES
 from .cli import parse
 
 _DESCRIPTION = "Draw loss, learning rate, gradient norm and throughput of runs in one picture."
@@ -29,6 +29,8 @@ class PlotOptions:
 def main(argv: Sequence[str]) -> int:
     """Run `tritium plot`."""
     options = parse(PlotOptions, argv, prog="tritium plot", description=_DESCRIPTION)
+    from ..run.comparison import plot_runs
+
     if not options.runs:
         raise InputError("plot: expected one run or more, got none")
     plot_runs([Path(run) for run in options.runs], Path(options.out), options.x)

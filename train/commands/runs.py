@@ -8,7 +8,6 @@ from typing import Annotated
 import tyro
 
 from ...errors import InputError
-from ..run.comparison import describe_run
 from .cli import parse
 
 _LEFT = ("run", "task")  # columns of words
@@ -46,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _row(run: Path) -> dict[str, str]:
     """Return the columns of a run. A run that cannot be read has its error as its status."""
+    from ..run.comparison import describe_run
+
     try:
         return describe_run(run)
     except InputError as error:

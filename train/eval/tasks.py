@@ -22,13 +22,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import InputError
 from .jsonl import read_jsonl, shorten, text_of
-from .scoring import Score
+
+if TYPE_CHECKING:
+    from .scoring import Score
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def read_examples(path: Path, name: str = "auto") -> tuple[str, list[Example]]:
 # --- metrics
 
 
-def _accuracy(divide_by: Callable[[str, Score], float]) -> Callable[..., float]:
-    def metric(examples: Sequence[Example], scores: Sequence[Sequence[Score]]) -> float:
+def _accuracy(divide_by: Callable[[str, "Score"], float]) -> Callable[..., float]:
+    def metric(examples: Sequence[Example], scores: Sequence[Sequence["Score"]]) -> float:
         hits = [
             np.argmax(
                 [
@@ -178,11 +180,13 @@ def _accuracy(divide_by: Callable[[str, Score], float]) -> Callable[..., float]:
     return metric
 
 
-def _last_word_accuracy(examples: Sequence[Example], scores: Sequence[Sequence[Score]]) -> float:
+def _last_word_accuracy(examples: Sequence[Example], scores: Sequence[Sequence["Score"]]) -> float:
     return float(np.mean([found[0].is_greedy for found in scores]))
 
 
-def _last_word_perplexity(examples: Sequence[Example], scores: Sequence[Sequence[Score]]) -> float:
+def _last_word_perplexity(
+    examples: Sequence[Example], scores: Sequence[Sequence["Score"]]
+) -> float:
     # The result may be too large for a float.
     with np.errstate(over="ignore"):
         return float(np.exp(-np.mean([found[0].log_likelihood for found in scores])))

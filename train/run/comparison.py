@@ -6,20 +6,13 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...model.cost import flops_per_token, parameters
+from ..choices import AXES
 from ..files import write_whole
 from ..lock import is_locked
 from .checkpoint import checkpoints
 from .folder import read_run
 from .metrics import read_metrics
 from .plots import running_mean
-
-# x axis -> its label.
-AXES = {
-    "steps": "step",
-    "tokens": "tokens",
-    "seconds": "seconds of steps",
-    "flops": "FLOPs",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

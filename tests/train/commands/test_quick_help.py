@@ -16,7 +16,13 @@ COMMANDS = (
     ("chat",),
     ("classify",),
     ("plan",),
+    ("runs",),
+    ("plot",),
+    ("data", "build"),
     ("eval", "perplexity"),
+    ("eval", "choice"),
+    ("eval", "bleu"),
+    ("info",),
     ("export",),
     ("import",),
 )
