@@ -5,6 +5,7 @@ No list holds end-of-text. Every function raises InputError if it cannot make it
 
 import base64
 import binascii
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def read_ranks(path: Path) -> list[bytes]:
 
 
 def learn_bpe(size: int, texts: Iterable[str], pattern: str) -> list[bytes]:
-    """Learn byte pairs. Returns: size - 1 pieces, in the order of their ranks."""
+    """Learn byte pairs. Returns: size - 1 pieces, in the order of their ranks.
+
+    A small text has fewer pairs. Then there are fewer pieces, and a line on stderr says so.
+    """
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
@@ -89,12 +93,16 @@ def learn_bpe(size: int, texts: Iterable[str], pattern: str) -> list[bytes]:
     trainer.train_from_iterator(iter(texts), size - 1, buffer_size=256, pattern=pattern)
     pieces = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
     merges = len(pieces) - 256
-    expected = size - 257
-    if merges < expected:
-        smaller = f"bpe:{len(pieces) + 1} or less" if merges > 0 else "bytes"
+    if merges < 1:
         raise InputError(
-            f"tokenizer bpe:{size}: expected a corpus that gives {expected} merges, "
-            f"got {max(merges, 0)}; add text or use {smaller}"
+            f"tokenizer bpe:{size}: expected a corpus that gives merges, got none; add text or use "
+            "bytes"
+        )
+    if merges < size - 257:
+        print(
+            f"tokenizer bpe:{size}: the text gives only {merges:,} merges, so the vocabulary has "
+            f"{len(pieces) + 1:,} tokens",
+            file=sys.stderr,
         )
     return pieces
 

@@ -375,7 +375,7 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
             `needs_corpus(spec)`, otherwise never.
     Returns: the same tokenizer for the same texts, on any number of threads.
     Raises: InputError for an unknown spec, a bad file, a failed download, a vocabulary size below
-        258, or a corpus too small for the vocabulary; OSError if the file cannot be read.
+        258, or a corpus without any pair of bytes; OSError if the file cannot be read.
     """
     end = END_OF_TEXT.encode()
     if spec == "bytes":
