@@ -109,7 +109,7 @@ class TrainConfig:
     """
 
     task: Literal[tuple(TASKS)] = "pretrain"
-    """What the model learns: a row of the table of tasks."""
+    """The task that the model learns: a row of the table of tasks."""
     data: tuple[str, ...] = ("stdlib",)
     """Text to train on: a dataset of `tritium data build`, files, folders, stdlib or python."""
     tokenizer: str | None = None

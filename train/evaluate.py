@@ -28,7 +28,7 @@ class Evaluation:
     tokens: int
     """Number of targets."""
     unit: str = "token"
-    """What a target is: token, record, pair."""
+    """The name of a target: token, record or pair."""
     more: dict[str, float] = field(default_factory=dict)
     """Other measures by their names, such as accuracy."""
 

@@ -1,4 +1,4 @@
-"""What holds for all public operators: compilation, export, transforms, threads and processes.
+"""Tests of all public operators: compilation, export, transforms, threads and processes.
 
 operators.py has a call of each. Tests of single operators are in the other files.
 """
@@ -180,7 +180,7 @@ def sum_of_first(function):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", [name for name in CASES if name != "attention_decode"])
 def test_gradients_of_torch_func_match_autograd(name, device):
-    """Of one example, and per example of a batch."""
+    """Gradients of one example, and of each example in a batch."""
     function, make = CASES[name]
     values, others = make(5, device)
     total = sum_of_first(function)

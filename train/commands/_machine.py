@@ -1,4 +1,4 @@
-"""What `tritium info` prints: versions, the device and its limits, caches."""
+"""The lines of `tritium info`: versions, the device and its limits, caches."""
 
 import platform
 

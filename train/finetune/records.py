@@ -42,7 +42,7 @@ class Source:
     path: Path
     sha256: str
     records: list
-    """What `read` returned. By default a list of Record."""
+    """The result of `read`. By default a list of Record."""
     tokenizer: Tokenizer
 
 

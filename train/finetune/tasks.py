@@ -151,7 +151,7 @@ class Task:
     """Module with `open_data`, relative to this folder. It is imported when a run needs it."""
     options: type[TaskOptions]
     summary: str
-    """What the model learns, for --help."""
+    """A summary of the task, for --help."""
     has_documents: bool = False
     """Whether batches can have a varying number of packed documents. CUDA graphs need one shape."""
     next_command: str = "chat"

@@ -64,7 +64,7 @@ class RunRecord:
     data_sha256: str | None = None
     """Hash of the file of records. None: a dataset, which has checksums of its own."""
     labels: list[str] = field(default_factory=list)
-    """What a classifier distinguishes. Empty for other models."""
+    """The labels of a classifier. Empty for other models."""
 
 
 FORMAT_VERSION = 1

@@ -56,7 +56,7 @@ class SavedModel:
     token_ids: dict[str, int] = field(default_factory=dict)
     """The bos_token_id, eos_token_id and pad_token_id of a published model's configuration."""
     labels: tuple[str, ...] = ()
-    """What a classifier distinguishes. (): a language model."""
+    """The labels of a classifier. (): a language model."""
     lora: AdapterOptions | None = None
     """LoRA of the run, whose checkpoint has its matrices. None: the run trained all weights."""
     adapter: Path | None = None
