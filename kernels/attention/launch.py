@@ -30,8 +30,8 @@ from .options import AttentionOptions
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
 # 40 MB or more on data-center GPUs. 64 x 1,024 tokens on an H100: 4 MB take 1.36 ms, 16 MB 1.44.
 L2_BYTES = 4 << 20
-# The backward's passes over q, k, v and do: "two passes", "one pass", or "auto", which is one pass
-# where the kernel supports the arguments and `one_pass_fits`. On an H100 the backward takes 1.54 ms
+# The backward's passes over q, k, v and do: "two passes", "one pass" or "auto". "auto" is one pass
+# if the kernel supports the arguments and `one_pass_fits`. On an H100 the backward takes 1.54 ms
 # in one pass and 0.92 ms in two (64 x 1,024 tokens, 12 heads of 64; November 2026). With one
 # program per multiprocessor, nothing runs while it waits for its additions in the L2 cache.
 BACKWARD = "two passes"
