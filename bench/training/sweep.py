@@ -6,9 +6,10 @@ loss. Each row of a JSON file names options that differ from the recipe:
     [{"name": "recipe"}, {"name": "muon", "options": {"optimizer": "muon", "lr": 0.006}}]
 
 A row gets as many steps as fit into --seconds of processor time: seconds divided by the fastest of
-a few steps on random tokens. Processor time counts all threads of this process, and no other
-program. It is still longer if other programs use the caches and the memory: the record has the
-speed of a matmul at that moment. With --rounds the rows run in turn, each time with another seed.
+a few steps on random tokens. A row with the option "steps" has these steps. Processor time counts
+all threads of this process, and no other program. It is still longer if other programs use the
+caches and the memory: the record has the speed of a matmul at that moment. With --rounds the rows
+run in turn, each time with another seed.
 
 With --nanogpt a nanoGPT checkout trains on the same tokens in a process of its own, for the same
 processor time, with the options that its README gives for a CPU and the shape of --nanogpt-options.
@@ -143,7 +144,7 @@ def train_row(
     """Train a recipe with changed options for a processor time. Returns: figures of the run."""
     speed = matmul_gigaflops()
     step_seconds = processor_seconds_per_step(config)
-    steps = max(1, int(seconds / step_seconds))
+    steps = changes.get("steps", max(1, int(seconds / step_seconds)))
     sizes = {"steps": steps, "eval_interval": steps, "checkpoint_interval": steps}
     sizes["warmup_steps"] = min(changes.get("warmup_steps", config.warmup_steps), steps // 10)
     with tempfile.TemporaryDirectory() as folder:
