@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ._vocabularies import LEARNED_PATTERN
 from .bin_shards import find_bins
 from .build import build
 from .corpus import Corpus, fingerprint
@@ -87,7 +86,6 @@ def _same_tokenizer(info: DatasetInfo, spec: str) -> bool:
 
 
 def _spec_identity(spec: str) -> str:
-    """Return what decides the tokens of a corpus: a hash of a file or folder, or the spec."""
-    if needs_corpus(spec):
-        return f"{spec} {LEARNED_PATTERN}"
-    return spec if spec in ("bytes", "gpt2") else from_spec(spec, list).sha256
+    """Return the hash of a tokenizer in a file or folder, or the spec itself."""
+    is_name = needs_corpus(spec) or spec in ("bytes", "gpt2")
+    return spec if is_name else from_spec(spec, list).sha256
