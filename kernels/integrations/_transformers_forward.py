@@ -259,6 +259,11 @@ def _head_forward(self, original: type, output: type, args: tuple, kwargs: dict)
     named = _named(self, args, kwargs)
     labels = named.pop("labels", None)
     skip_logits = named.pop("skip_logits", None)
+    if not (skip_logits is None or isinstance(skip_logits, bool)):
+        raise ValueError(
+            f"patch: {original.__name__}: skip_logits must be None, True or False, "
+            f"got {skip_logits!r}"
+        )
     skips = self.training if skip_logits is None else skip_logits
     if labels is None or not skips or not _computes_usual_loss(self, named):
         return original.forward(self, **named, labels=labels)

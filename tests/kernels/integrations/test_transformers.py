@@ -221,6 +221,13 @@ def test_logits_are_returned_on_request_and_in_evaluation(tokens):
     torch.testing.assert_close(output.loss, model(tokens, labels=tokens).loss)
 
 
+@pytest.mark.parametrize("value", ["no", 0, torch.tensor(False)], ids=["text", "int", "tensor"])
+def test_skip_logits_must_be_a_bool(value, tokens):
+    model = patch(build("gpt2")).train()
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: skip_logits must be None, True or Fals"):
+        model(tokens, labels=tokens, skip_logits=value)
+
+
 def test_logits_to_keep_needs_labels_for_the_kept_positions(tokens):
     model = patch(build("gpt2")).train()
     targets = tokens[:, 3:]
