@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -317,6 +318,22 @@ def test_one_graph_under_compile(layout, tokens, left_padding):
     expected = model(tokens, **inputs).logits[real]
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, **inputs).logits[real], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_one_compilation_serves_all_shapes(mode):
+    model = patch(build("gpt2")).train(mode == "train")
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+    for shape in ((2, 12), (3, 17), (5, 9)):
+        tokens = torch.randint(3, V, shape)
+        labels = {"labels": tokens} if mode == "train" else {}
+        found = compiled(input_ids=tokens, **labels)
+        expected = model(input_ids=tokens, **labels)
+        name = "loss" if mode == "train" else "logits"
+        torch.testing.assert_close(found[name], expected[name])
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
