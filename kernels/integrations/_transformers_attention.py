@@ -164,7 +164,7 @@ def _documents(
     head = torch.zeros((), dtype=torch.int64, device=device)
     follows = mask_function(row, head, token, token - 1).expand(B, T - 1)
     starts = F.pad(~follows, (1, 0), value=True).flatten()
-    # The end of the last document. Compiled code would fix a size that is a value to pad with.
+    # Mark the end of the last document too. torch.compile would fix B * T if it were the value.
     starts = F.pad(starts, (0, 1), value=True)
     if is_traced:
         # Compiled code needs a fixed number of documents: the last ones are empty.
