@@ -36,6 +36,7 @@ setup(
     package_dir={"tritium": "."},
     cmdclass={"build_py": BuildPackages},
     entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},
+    # Tested: torch 2.11.0 on an H100 and an H200, 2.13.0 on CPUs; triton 3.6.0, 3.7.1 and 3.9.0.
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
@@ -46,6 +47,7 @@ setup(
             "pytest-benchmark",
             "hypothesis",
             "transformers",
+            "accelerate",
             "tokenizers",
             "jinja2>=3.1.6",
             "gguf",

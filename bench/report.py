@@ -60,16 +60,20 @@ def report(folder: Path) -> str:
 def _records(folder: Path) -> list[Record]:
     """Return the records of a known kind, in the order of their paths.
 
-    A record of bench/device.sh also holds the records of its parts. If there are several codegen
-    records, only the one with the newest Triton is returned.
+    A record of bench/device.sh also holds the records of its parts. Of several codegen records only
+    one is returned: the newest Triton among those with the most architectures.
     """
     kinds = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
     records = [read_record(path, kind) for path, kind in kinds.items() if kind in SECTIONS]
     parts = [part for record in records for part in record.get("records", {}).values()]
     records += [part for part in parts if part["kind"] in SECTIONS and part["format"] == FORMAT]
     codegen = [record for record in records if record["kind"] == "codegen"]
-    newest = max(codegen, key=lambda record: record["triton"], default=None)
-    return [record for record in records if record["kind"] != "codegen" or record is newest]
+    chosen = max(codegen, key=_architectures_and_triton, default=None)
+    return [record for record in records if record["kind"] != "codegen" or record is chosen]
+
+
+def _architectures_and_triton(record: Record) -> tuple[int, str]:
+    return len({row["arch"] for row in record["rows"]}), record["triton"]
 
 
 def _on_gpu(record: Record) -> bool:

@@ -25,11 +25,16 @@ Shapes     x: (B, T, D)   B sequences, T tokens, D = d_model; F = d_hidden; V = 
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown_name
+from ._conv1d import linear_layer
+from ._module_checks import check_heads, check_layout, check_norm, check_sizes
 from .attention.causal import causal_attention, causal_attention_qkvpacked
+from .attention.options import check_head_size, check_score_options
 from .attention.varlen import causal_attention_varlen
+from .core.dropout import check_dropout_p
+from .core.op import public
 from .loss.linear_cross_entropy import linear_cross_entropy
-from .mlp.mlp import gelu_mlp
+from .loss.options import LossOptions
+from .mlp.mlp import check_approximate, gelu_mlp
 from .mlp.swiglu_mlp import swiglu_mlp
 from .norm.layer_norm import add_layer_norm, layer_norm
 from .norm.rms_norm import add_rms_norm, rms_norm
@@ -39,12 +44,21 @@ from .rotary import rotary
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over the last axis. The constructor is that of torch.nn.LayerNorm.
 
-    Raises: ValueError if normalized_shape has more than one axis.
+    Raises: ValueError if normalized_shape has more than one axis, or for a bad option.
     """
 
-    def __init__(self, normalized_shape, *args, **kwargs):
-        super().__init__(normalized_shape, *args, **kwargs)
-        _check_one_axis("LayerNorm", self.normalized_shape)
+    @public
+    def __init__(
+        self,
+        normalized_shape,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        check_norm("LayerNorm", self.normalized_shape, eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of x (..., D); with `residual` the norm of the sum, and the sum.
@@ -61,12 +75,20 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last axis. The constructor is that of torch.nn.RMSNorm.
 
     eps=None means the machine epsilon of float32, and of float64 for float64 x, as in torch.nn.
-    Raises: ValueError if normalized_shape has more than one axis.
+    Raises: ValueError if normalized_shape has more than one axis, or for a bad option.
     """
 
-    def __init__(self, normalized_shape, *args, **kwargs):
-        super().__init__(normalized_shape, *args, **kwargs)
-        _check_one_axis("RMSNorm", self.normalized_shape)
+    @public
+    def __init__(
+        self,
+        normalized_shape,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        check_norm("RMSNorm", self.normalized_shape, eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of x; with `residual` the norm of x + residual, and x + residual."""
@@ -78,49 +100,9 @@ class RMSNorm(nn.RMSNorm):
         return add_rms_norm(x, residual, weight, eps=eps)
 
 
-def _check_one_axis(name: str, normalized_shape: tuple[int, ...]) -> None:
-    if len(normalized_shape) != 1:
-        raise ValueError(
-            f"{name}: normalized_shape must have one axis, got {tuple(normalized_shape)}; "
-            "flatten the last axes of x"
-        )
-
-
 def _ones(norm: nn.Module, x: Tensor) -> Tensor:
     """Return a weight of ones, whose size the operators check."""
     return torch.ones(norm.normalized_shape, dtype=x.dtype, device=x.device)
-
-
-class Conv1D(nn.Module):
-    """A linear layer that stores its weight as (in, out), like the Conv1D of transformers."""
-
-    def __init__(self, n_in: int, n_out: int, *, bias: bool = True, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weight from a normal distribution with deviation 0.02. The bias becomes 0."""
-        nn.init.normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.t(), self.bias)
-
-    def extra_repr(self) -> str:
-        n_in, n_out = self.weight.shape
-        return f"{n_in}, {n_out}, bias={self.bias is not None}"
-
-
-def _linear(layout: str, n_in: int, n_out: int, **options) -> nn.Module:
-    return Conv1D(n_in, n_out, **options) if layout == "gpt2" else nn.Linear(n_in, n_out, **options)
-
-
-def _check_layout(name: str, layout: str, known: tuple[str, ...]) -> None:
-    if layout not in known:
-        raise ValueError(f"{name}: {unknown_name('layout', layout, known)}")
 
 
 class GELUMLP(nn.Module):
@@ -133,10 +115,12 @@ class GELUMLP(nn.Module):
         recompute: keep one (..., F) tensor for the backward instead of two, and compute GELU again
             there.
         layout: "linear" or "gpt2", see the top of this file.
+    Raises: ValueError for a bad size or option.
     """
 
     LAYOUTS = ("linear", "gpt2")
 
+    @public
     def __init__(
         self,
         d_model: int,
@@ -150,13 +134,15 @@ class GELUMLP(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _check_layout("GELUMLP", layout, self.LAYOUTS)
+        check_sizes("GELUMLP", d_model=d_model, d_hidden=d_hidden)
+        check_layout("GELUMLP", layout, self.LAYOUTS)
+        check_approximate("GELUMLP", approximate)
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.approximate = approximate
         self.recompute = recompute
         self.layout = layout
-        self.c_fc = _linear(layout, d_model, d_hidden, **options)
-        self.c_proj = _linear(layout, d_hidden, d_model, **options)
+        self.c_fc = linear_layer(layout, d_model, d_hidden, **options)
+        self.c_proj = linear_layer(layout, d_hidden, d_model, **options)
 
     def reset_parameters(self) -> None:
         """Initialize both layers again."""
@@ -187,10 +173,13 @@ class SwiGLUMLP(nn.Module):
 
     Args:
         d_model, d_hidden: D and F.
+    Raises: ValueError for a bad size.
     """
 
+    @public
     def __init__(self, d_model: int, d_hidden: int, *, device=None, dtype=None):
         super().__init__()
+        check_sizes("SwiGLUMLP", d_model=d_model, d_hidden=d_hidden)
         options = {"bias": False, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(d_model, d_hidden, **options)
         self.up_proj = nn.Linear(d_model, d_hidden, **options)
@@ -220,11 +209,12 @@ class CausalSelfAttention(nn.Module):
         eps: of these norms.
         window, softcap, dropout_p: as for causal_attention. Dropout applies in training mode.
         layout: "packed", "gpt2" or "llama", see the top of this file.
-    Raises: ValueError for an unknown layout, or sizes that do not divide each other.
+    Raises: ValueError for a bad option, or sizes that do not divide each other.
     """
 
     LAYOUTS = ("packed", "gpt2", "llama")
 
+    @public
     def __init__(
         self,
         d_model: int,
@@ -237,21 +227,25 @@ class CausalSelfAttention(nn.Module):
         qk_norm: bool = False,
         eps: float = 1e-6,
         window: int | None = None,
-        softcap: float = 0.0,
+        softcap: float | None = 0.0,
         dropout_p: float = 0.0,
         layout: str = "packed",
         device=None,
         dtype=None,
     ):
         super().__init__()
+        name = "CausalSelfAttention"
         n_kv_head = n_head if n_kv_head is None else n_kv_head
-        _check_layout("CausalSelfAttention", layout, self.LAYOUTS)
-        _check_heads(d_model, n_head, n_kv_head, head_size)
+        check_layout(name, layout, self.LAYOUTS)
+        check_heads(name, d_model, n_head, n_kv_head, head_size)
         if qk_norm and layout != "llama":
-            raise ValueError(f"CausalSelfAttention: qk_norm needs layout 'llama', got {layout!r}")
+            raise ValueError(f"{name}: qk_norm needs layout 'llama', got {layout!r}")
+        check_score_options(name, scale=None, window=window, softcap=softcap)
+        check_dropout_p(name, dropout_p)
         self.n_head = n_head
         self.n_kv_head = n_kv_head
         self.head_size = d_model // n_head if head_size is None else head_size
+        check_head_size(name, self.head_size)
         self.window = window
         self.softcap = softcap
         self.dropout_p = dropout_p
@@ -268,8 +262,10 @@ class CausalSelfAttention(nn.Module):
             self.v_proj = nn.Linear(d_model, kv_width, bias=bias, **options)
             self.o_proj = nn.Linear(q_width, d_model, bias=out_bias, **options)
         else:
-            self.c_attn = _linear(layout, d_model, q_width + 2 * kv_width, bias=bias, **options)
-            self.c_proj = _linear(layout, q_width, d_model, bias=out_bias, **options)
+            self.c_attn = linear_layer(
+                layout, d_model, q_width + 2 * kv_width, bias=bias, **options
+            )
+            self.c_proj = linear_layer(layout, q_width, d_model, bias=out_bias, **options)
         if qk_norm:
             self.q_norm = RMSNorm(self.head_size, eps=eps, **options)
             self.k_norm = RMSNorm(self.head_size, eps=eps, **options)
@@ -341,19 +337,6 @@ class CausalSelfAttention(nn.Module):
         )
 
 
-def _check_heads(d_model: int, n_head: int, n_kv_head: int, head_size: int | None) -> None:
-    name = "CausalSelfAttention"
-    sizes = {"n_head": n_head, "n_kv_head": n_kv_head, "head_size": head_size}
-    for label in (label for label, size in sizes.items() if size is not None and size < 1):
-        raise ValueError(f"{name}: {label} must be at least 1, got {sizes[label]}")
-    if n_head % n_kv_head:
-        raise ValueError(f"{name}: n_kv_head must divide n_head {n_head}, got {n_kv_head}")
-    if head_size is None and d_model % n_head:
-        raise ValueError(
-            f"{name}: n_head must divide d_model {d_model}, got {n_head}; or give head_size"
-        )
-
-
 class LinearCrossEntropyLoss(nn.Linear):
     """The head of a language model and its loss, which never holds all logits.
 
@@ -364,8 +347,10 @@ class LinearCrossEntropyLoss(nn.Linear):
         d_model, vocab_size: D and V.
         bias: whether the head has a bias.
         ignore_index, label_smoothing, z_loss, softcap, reduction: as for linear_cross_entropy.
+    Raises: ValueError for a bad size or option.
     """
 
+    @public
     def __init__(
         self,
         d_model: int,
@@ -375,11 +360,12 @@ class LinearCrossEntropyLoss(nn.Linear):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        softcap: float = 0.0,
+        softcap: float | None = 0.0,
         reduction: str = "mean",
         device=None,
         dtype=None,
     ):
+        check_sizes("LinearCrossEntropyLoss", d_model=d_model, vocab_size=vocab_size)
         super().__init__(d_model, vocab_size, bias=bias, device=device, dtype=dtype)
         self.options = {
             "ignore_index": ignore_index,
@@ -388,6 +374,7 @@ class LinearCrossEntropyLoss(nn.Linear):
             "softcap": softcap,
             "reduction": reduction,
         }
+        LossOptions(**self.options).check("LinearCrossEntropyLoss")
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the loss of x (..., D) for target (...), in nats, float32."""

@@ -54,7 +54,7 @@ def _prefix_elements(config: GPTConfig) -> int:
     return config.prefix_tokens * config.n_layer * 2 * _kv_width(config)
 
 
-def _adapter_elements(config: GPTConfig, adapter: AdapterOptions | None) -> int:
+def adapter_elements(config: GPTConfig, adapter: AdapterOptions | None) -> int:
     """Return the number of trained elements if the model's own weights are frozen, else 0."""
     return lora_parameters(config, adapter) + _prefix_elements(config)
 
@@ -113,7 +113,7 @@ def flops_per_token(config: GPTConfig, tokens: int, adapter: AdapterOptions | No
     With LoRA, frozen weights cost 4 and not 6 per element: they have no gradient.
     """
     attention = 12 * config.n_layer * config.d_model * attended_keys(config, tokens)
-    trained = _adapter_elements(config, adapter)
+    trained = adapter_elements(config, adapter)
     per_weight = 4 if trained else 6
     return per_weight * matmul_parameters(config) + 6 * trained + attention
 
@@ -232,7 +232,7 @@ def step_bytes(
     Returns: weights, copies, gradients, optimizer, activations, head, temporaries.
     """
     weights = _weight_bytes(config)
-    trained = _adapter_elements(config, adapter)
+    trained = adapter_elements(config, adapter)
     if trained:
         of_prefix = _ADAMW_STATE_BYTES * _prefix_elements(config)
         optimizer = block_matrix_state_bytes * lora_parameters(config, adapter) + of_prefix
@@ -275,7 +275,7 @@ def _moments(
     activations = activation_bytes(config, batch, tokens, itemsize, recompute) - kept_head
     in_layers = matrices(config) + lora_parameters(config, adapter)
     copies = itemsize * in_layers if itemsize < 4 else 0
-    trained = _adapter_elements(config, adapter)
+    trained = adapter_elements(config, adapter)
     if trained:
         # Only the adapter has gradients. The head keeps the gradient of its input alone.
         weights = 4 * trained

@@ -65,6 +65,13 @@ _LLAMA_NAMES = {
     "down_proj": "mlp.c_proj",
 }
 _LLAMA_QKV = ("q_proj", "k_proj", "v_proj")
+# Names of layers in other families, and the layer of a GPT-2 with the same work.
+_GPT2_NAMES = {
+    **dict.fromkeys((*_LLAMA_QKV, "query_key_value", "qkv_proj"), "c_attn"),
+    **{"o_proj": "attn.c_proj", "out_proj": "attn.c_proj"},
+    **dict.fromkeys(("gate_proj", "up_proj", "fc_in"), "c_fc"),
+    **dict.fromkeys(("down_proj", "fc_out"), "mlp.c_proj"),
+}
 
 
 class LoraLinear(Linear):
@@ -200,7 +207,10 @@ def lora_layers(config: GPTConfig, targets: tuple[str, ...] = ()) -> dict[str, t
         if not found:
             known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers)
             known |= dict.fromkeys(_LLAMA_NAMES if has_llama_names else ())
-            raise InputError(f"lora_targets: {unknown_name('layer', target, known)}")
+            message = unknown_name("layer", target, known)
+            if not has_llama_names and target in _GPT2_NAMES:
+                message = f"unknown layer {target!r}; did you mean {_GPT2_NAMES[target]!r}?"
+            raise InputError(f"lora_targets: {message}")
         chosen.update(found)
     return {name: shape for name, shape in layers.items() if name in chosen}
 
@@ -208,6 +218,12 @@ def lora_layers(config: GPTConfig, targets: tuple[str, ...] = ()) -> dict[str, t
 def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) -> None:
     """Raise InputError if LoRA does not fit the model or its mode of activation checkpointing."""
     layers = lora_layers(config, options.lora_targets)
+    name = min(layers, key=lambda name: min(layers[name]))
+    if options.lora > min(layers[name]):
+        raise InputError(
+            f"lora: expected a rank of at most {min(layers[name])}, the smaller size of {name} "
+            f"{layers[name]}, got {options.lora}; a larger one adds weights without effect"
+        )
     if options.lora and recompute == "gelu" and any(".mlp." in name for name in layers):
         raise InputError(
             "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "

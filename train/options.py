@@ -49,3 +49,5 @@ class PlanOptions:
     """Rank of LoRA. 0: train all weights."""
     lora_targets: tuple[str, ...] = ()
     """Layers with LoRA, such as c_attn. Default: all linear layers of blocks."""
+    prefix_tokens: int = 0
+    """Learned prefix tokens in front of each sequence. 0: train all weights."""

@@ -12,6 +12,7 @@ Step time  a range: the time at good rates and the time at poor rates. A rate is
     matmuls       6 N n / (rate x bf16 peak); plus 2 n per weight of the blocks for each
                   time that activation checkpointing recomputes them
                   LoRA: 4 N n, plus 6 n per weight of LoRA, and P is the number of LoRA's weights
+                  prefix: 4 N n, and P is the number of its weights
     attention     7 L D S n / (rate x bf16 peak): 2 matmuls forward and 5 backward, each 2 D S
                   FLOPs over the visible half; plus 2 L D S n for each recomputation. S = T, or
                   less with a window: see model/cost.py
@@ -39,6 +40,7 @@ from ..errors import InputError, unknown_name
 from ..model.choices import RECOMPUTATIONS
 from ..model.config import AdapterOptions, GPTConfig
 from ..model.cost import (
+    adapter_elements,
     attended_keys,
     matmul_parameters,
     matrices,
@@ -48,6 +50,7 @@ from ..model.lora import check_adapter, lora_parameters
 from .data.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
+from .finetune.start import with_prefix
 from .gpus import CEILINGS, Ceiling, ceiling
 from .memory import fits, host_bytes, memory
 from .options import PlanOptions
@@ -182,7 +185,8 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
     model = plan.model
     gpus = plan.machine.gpus
     lora = lora_parameters(model, plan.adapter)
-    P = lora or parameters(model)  # trained
+    adapter = adapter_elements(model, plan.adapter)  # with a prefix
+    P = adapter or parameters(model)  # trained
     L = model.n_layer
     D = model.d_model
     n = plan.sequences * plan.context_tokens
@@ -194,7 +198,7 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
 
     # compute
     row = RECOMPUTATIONS[plan.recompute]
-    per_weight = 4 if lora else 6  # frozen weights have no gradient
+    per_weight = 4 if adapter else 6  # frozen weights have no gradient
     matmuls = per_weight * matmul_parameters(model) + 6 * lora
     matmuls += 2 * row.extra_matmul_forwards * matrices(model)
     keys = attended_keys(model, plan.context_tokens)
@@ -203,10 +207,10 @@ def _seconds(plan: Plan, known: Ceiling, quality: int) -> float:
 
     # memory traffic
     activations = n * (L * D * _LAYER_BYTES[quality] + model.vocab_size * _LOGIT_BYTES[quality])
-    cast = lora or matrices(model)
+    cast = lora if adapter else matrices(model)
     update = P * _STEP_BYTES[quality] + cast * _CAST_BYTES
     table_bytes = _HEAD_BYTES + (0 if model.tied_head else _LOOKUP_BYTES)
-    if lora:
+    if adapter:
         table_bytes = _CAST_BYTES
     accumulate = cast * _ACCUMULATE_BYTES + model.vocab_size * D * table_bytes
     traffic = (activations + update + micro_batches * accumulate) / bandwidth
@@ -235,11 +239,16 @@ def make_plan(options: PlanOptions) -> Plan:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"{name}: expected 1 or more, got {value}")
-    T = options.context_tokens or config.model.context_tokens
+    context = options.context_tokens or config.model.context_tokens
     recompute = options.recompute or config.execution.recompute
-    config = config.with_options(context_tokens=T, recompute=recompute)
+    config = config.with_options(context_tokens=context, recompute=recompute)
     adapter = AdapterOptions(lora=options.lora, lora_targets=options.lora_targets)
     check_adapter(adapter, config.model, recompute)
+    if options.lora and options.prefix_tokens:
+        raise InputError("prefix_tokens: expected no LoRA with a prefix, got both; leave one out")
+    # The prefix takes the place of tokens.
+    model = with_prefix(config.gpt(vocab_size_of(config.tokenizer)), options.prefix_tokens)
+    T = model.context_tokens
     machine = _machine(options.gpu, options.gpus)
 
     step = count_tokens("tokens_per_step", options.tokens_per_step) or config.batch_size * T
@@ -256,7 +265,7 @@ def make_plan(options: PlanOptions) -> Plan:
             f"GPU, got {micro_batch}; take {largest_divisor(sequences, micro_batch)}"
         )
     return Plan(
-        model=config.gpt(vocab_size_of(config.tokenizer)),
+        model=model,
         machine=machine,
         sequences=sequences,
         micro_batch=micro_batch,

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-import triton
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.knobs import nvidia
 
 _INSTRUCTION_BYTES = 16
 
@@ -38,7 +38,7 @@ def resources(compiled) -> Resources:
 
         spilled = 4 * (find("vgpr_spill_count") + find("sgpr_spill_count"))
         return Resources(registers=find("vgpr_count"), spilled_bytes=spilled, shared_bytes=shared)
-    usage = _run_tool("cuobjdump", ["--dump-resource-usage"], compiled.asm["cubin"])
+    usage = _run_tool(nvidia.cuobjdump.path, ["--dump-resource-usage"], compiled.asm["cubin"])
     # The kernels have no local arrays: the stack holds only spilled registers.
     registers, stack = (
         int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK")
@@ -55,9 +55,9 @@ def performance_warnings(compiled) -> list[str]:
     if "wgmma" not in ptx:
         return []
     # The assembler was called by Triton before, but Triton does not keep its messages.
-    target = f"sm_{compiled.metadata.target.arch}a"
-    options = ["--verbose", "--gpu-name", target, "--output-file", os.devnull]
-    messages = _run_tool("ptxas", options, ptx.encode())
+    arch = compiled.metadata.target.arch
+    options = ["--verbose", "--gpu-name", f"sm_{arch}a", "--output-file", os.devnull]
+    messages = _run_tool(get_ptxas(arch).path, options, ptx.encode())
     return [line for line in messages.splitlines() if "Performance Loss" in line]
 
 
@@ -84,7 +84,7 @@ def disassemblies(kernels: Sequence) -> list[str]:
         }
         # From 9.0 on Triton compiles for the architecture-specific target, such as sm_90a.
         target = f"SM{arch}{'a' if arch >= 90 else ''}"
-        listing = _run_tool("nvdisasm", ["--binary", target], b"".join(codes.values()))
+        listing = _run_tool(nvidia.nvdisasm.path, ["--binary", target], b"".join(codes.values()))
         lines = iter(re.findall(r"^\s+/\*[0-9a-f]+\*/.*", listing, flags=re.MULTILINE))
         for index, code in codes.items():
             texts[index] = "\n".join(islice(lines, len(code) // _INSTRUCTION_BYTES))
@@ -106,11 +106,10 @@ def _instructions(elf: bytes) -> bytes:
 
 def _run_tool(tool: str, options: list[str], data: bytes) -> str:
     """Return the output of one of NVIDIA's tools, errors included, for a file with this data."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        command = [folder / tool, *options, file.name]
+        command = [tool, *options, file.name]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
         )

@@ -30,6 +30,14 @@ class AttentionOptions:
     seed: Tensor | None = None
 
 
+def check_head_size(name: str, head_size: int) -> None:
+    """Raise a ValueError for a head size that the kernels do not support."""
+    if not 1 <= head_size <= MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name}: the head size must be from 1 to {MAX_HEAD_SIZE}, got {head_size}"
+        )
+
+
 def check_score_options(
     name: str, *, scale: float | None, window: int | None, softcap: float | None
 ) -> None:
@@ -60,10 +68,7 @@ def resolve_options(
     seed: int | Tensor | None,
 ) -> AttentionOptions:
     """Check the options of a public function and fill in their defaults."""
-    if not 1 <= head_size <= MAX_HEAD_SIZE:
-        raise ValueError(
-            f"{name}: the head size must be from 1 to {MAX_HEAD_SIZE}, got {head_size}"
-        )
+    check_head_size(name, head_size)
     check_score_options(name, scale=scale, window=window, softcap=softcap)
     dropout = resolve_dropout(name, dropout_p, seed, device)
     return AttentionOptions(

@@ -46,6 +46,12 @@ def threshold_of(dropout_p: float) -> int:
     return int(dropout_p * 2**32) - 2**31
 
 
+def check_dropout_p(name: str, dropout_p: float) -> None:
+    """Raise a ValueError unless `dropout_p` is a probability below 1. `name` is the operator."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
 def resolve_dropout(
     name: str, dropout_p: float, seed: int | Tensor | None, device: torch.device
 ) -> Dropout:
@@ -53,8 +59,7 @@ def resolve_dropout(
 
     `name` is the operator, for the messages. Without dropout the seed is ignored.
     """
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_dropout_p(name, dropout_p)
     if dropout_p == 0:
         return Dropout()
     return Dropout(dropout_p=float(dropout_p), seed=_seed_tensor(name, seed, device))

@@ -19,6 +19,8 @@ if HAS_TRITON:
 # kernels with ever new sizes.
 _COMPILED: dict[tuple, Any] = {}
 MAX_COMPILED = 10_000
+# Options of every launch. Multiply-adds are fused; Triton 3.10 no longer does this by default.
+OPTIONS = {"enable_fp_fusion": True}
 _IS_AMD = torch.version.hip is not None
 
 
@@ -36,7 +38,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
         return
-    compiled = kernel[grid](**arguments)
+    compiled = kernel[grid](**arguments, **OPTIONS)
     # Triton's interpreter returns None.
     if isinstance(compiled, CompiledKernel):
         if len(_COMPILED) >= MAX_COMPILED:

@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-import typing
+import types
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -61,6 +61,7 @@ ACCEPTED_TYPES = {
     bool: (bool,),
     str: (str,),
     torch.dtype: (torch.dtype,),
+    tuple[int, int]: (tuple, list),
     type(None): (type(None),),
 }
 
@@ -310,19 +311,25 @@ def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 
 
 def public(function: Callable) -> Callable:
-    """Check the arguments of a public operator against its annotations.
+    """Check the arguments of a public function or constructor against its annotations.
 
     Without this check Python would take True for a window of 1, and a wrong type would raise inside
     an implementation, with a message about another function. Floating-point tensors must have one
-    of FLOATS, because PyTorch lacks many operations for other types, such as float8.
+    of FLOATS, because PyTorch lacks many operations for other types, such as float8. An argument
+    without an annotation is not checked.
 
     Raises: ValueError that names the argument. Missing, repeated and unknown arguments raise
         Python's own TypeError.
     """
+    caller = function.__qualname__.removesuffix(".__init__")
     parameters = inspect.signature(function).parameters
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     positional = [name for name, p in parameters.items() if p.kind is not keyword_only]
-    accepted_types = {name: _accepted_types(p.annotation) for name, p in parameters.items()}
+    accepted_types = {
+        name: _accepted_types(p.annotation)
+        for name, p in parameters.items()
+        if p.annotation is not p.empty
+    }
 
     def check_argument(name: str, value: object) -> None:
         accepted = accepted_types[name]
@@ -331,27 +338,27 @@ def public(function: Callable) -> Callable:
         if not isinstance(value, accepted) or is_stray_bool:
             expected = inspect.formatannotation(parameters[name].annotation)
             raise ValueError(
-                f"{function.__name__}: {name} must be {expected.replace('torch.', '')}, "
+                f"{caller}: {name} must be {expected.replace('torch.', '')}, "
                 f"got {_describe(value)}; convert it"
             )
         if not isinstance(value, Tensor):
             return
         if is_dtensor(value):
             raise ValueError(
-                f"{function.__name__}: {name} must be a tensor of this process, got a DTensor; "
+                f"{caller}: {name} must be a tensor of this process, got a DTensor; "
                 "pass its to_local() or full_tensor()"
             )
         if value.is_floating_point() and value.dtype not in FLOATS:
             expected = ", ".join(map(str, FLOATS)).replace("torch.", "")
             raise ValueError(
-                f"{function.__name__}: {name} must be one of {expected}, got {value.dtype}; cast it"
+                f"{caller}: {name} must be one of {expected}, got {value.dtype}; cast it"
             )
 
     @functools.wraps(function)
     def checked(*args, **options):
         for name, value in (*zip(positional, args, strict=False), *options.items()):
             if name not in accepted_types:
-                continue  # the call below raises
+                continue  # without an annotation, or unknown: the call below raises
             # Most values have the first type of their annotation. This check is faster.
             first, type_ = accepted_types[name][0], type(value)
             if type_ is Tensor or type_ is Parameter:
@@ -373,7 +380,8 @@ def is_dtensor(value: Tensor) -> bool:
 
 def _accepted_types(annotation: object) -> tuple[type, ...]:
     """Types that an annotation such as `int | None` accepts."""
-    alternatives = typing.get_args(annotation) or (annotation,)
+    is_union = isinstance(annotation, types.UnionType)
+    alternatives = annotation.__args__ if is_union else (annotation,)
     return tuple(type_ for name in alternatives for type_ in ACCEPTED_TYPES[name])
 
 

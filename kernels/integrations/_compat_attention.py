@@ -6,7 +6,7 @@ from torch import Tensor
 from ..attention.causal import causal_attention, causal_attention_qkvpacked
 from ..attention.decode import attention_decode
 from ..attention.varlen import causal_attention_varlen
-from ..core.op import can_read_values
+from ..core.op import can_read_values, public
 from ..rotary import rotary
 
 NO_WINDOW = (-1, -1)
@@ -26,7 +26,9 @@ def check_default(name: str, **options: tuple[object, object]) -> None:
             raise ValueError(f"{name}: {option} is not supported, expected {default}, got {found}")
 
 
-def _window(name: str, causal: bool, window_size: tuple[int, int], queries: int) -> int | None:
+def _window(
+    name: str, causal: bool, window_size: tuple[int, int], *, is_one_query: bool
+) -> int | None:
     """Check that attention is causal. Convert a window of flash-attn, or return None for none.
 
     flash-attn counts the keys before the query. causal_attention counts the query's own key too.
@@ -38,7 +40,7 @@ def _window(name: str, causal: bool, window_size: tuple[int, int], queries: int)
     left, right = window_size
     # A single query sees all keys with and without a causal mask. flash-attn's right bound 0 is a
     # causal mask.
-    if not causal and queries != 1 and right != 0:
+    if not causal and not is_one_query and right != 0:
         raise ValueError(
             f"{name}: causal must be True, or window_size[1] 0, got {causal} and {window_size}; "
             "these kernels are causal"
@@ -75,6 +77,7 @@ def _results(
     return o, lse, o.new_empty(0)
 
 
+@public
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -117,6 +120,7 @@ def scaled_dot_product_attention(
     return causal_attention(q, k, v, scale=scale, dropout_p=dropout_p).transpose(1, 2)
 
 
+@public
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -125,7 +129,7 @@ def flash_attn_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = NO_WINDOW,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -147,7 +151,7 @@ def flash_attn_func(
     name = "flash_attn_func"
     check_default(name, alibi_slopes=(alibi_slopes, None))
     _check_heads(name, q=q, k=k, v=v)
-    window = _window(name, causal, window_size, q.shape[1])
+    window = _window(name, causal, window_size, is_one_query=q.shape[1] == 1)
     options = {"scale": softmax_scale, "window": window, "softcap": softcap, "dropout_p": dropout_p}
     if not return_attn_probs:
         return causal_attention(q, k, v, **options)
@@ -155,13 +159,14 @@ def flash_attn_func(
     return _results(name, o, lse, dropout_p, return_attn_probs)
 
 
+@public
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = NO_WINDOW,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -178,7 +183,7 @@ def flash_attn_qkvpacked_func(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{name}: qkv must be (B, T, 3, H, K), got {tuple(qkv.shape)}")
     check_default(name, alibi_slopes=(alibi_slopes, None))
-    window = _window(name, causal, window_size, qkv.shape[1])
+    window = _window(name, causal, window_size, is_one_query=qkv.shape[1] == 1)
     options = {"scale": softmax_scale, "window": window, "softcap": softcap, "dropout_p": dropout_p}
     if return_attn_probs:
         o, lse = causal_attention(*qkv.unbind(2), **options, return_lse=True)
@@ -187,6 +192,7 @@ def flash_attn_qkvpacked_func(
     return causal_attention_qkvpacked(qkv.flatten(2), H, **options).unflatten(2, (H, K))
 
 
+@public
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -199,7 +205,7 @@ def flash_attn_varlen_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = NO_WINDOW,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -213,13 +219,15 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, the same lengths. On a GPU they must
             be the same tensor: comparing their values would wait for the device.
         block_table: must be None.
+        causal: must be True, except for window_size[1] = 0.
         other arguments: as for flash_attn_func.
     Returns: o (N, H, K), or three tensors with return_attn_probs, lse as (H, N).
     Raises: ValueError for an option that is not supported.
     """
     name = "flash_attn_varlen_func"
     check_default(name, alibi_slopes=(alibi_slopes, None), block_table=(block_table, None))
-    window = _window(name, causal, window_size, max_seqlen_k)
+    # The lengths of the documents are not known here. A document may have several queries.
+    window = _window(name, causal, window_size, is_one_query=False)
     if not _are_equal(cu_seqlens_q, cu_seqlens_k):
         raise ValueError(
             f"{name}: cu_seqlens_k must equal cu_seqlens_q, because each query needs a key of its "
@@ -249,6 +257,7 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) if can_read_values(a) else False
 
 
+@public
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -264,7 +273,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = NO_WINDOW,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
@@ -294,7 +303,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse=(return_softmax_lse, False),
     )
     _check_heads(name, q=q, k_cache=k_cache, v_cache=v_cache)
-    window = _window(name, causal, window_size, q.shape[1])
+    window = _window(name, causal, window_size, is_one_query=q.shape[1] == 1)
     _check_new_tokens(name, k, v, rotary_cos, rotary_sin, cache_seqlens)
     lengths = _lengths(name, k_cache, cache_seqlens)
     if k is not None:

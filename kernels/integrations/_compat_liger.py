@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.op import public
 from ..loss.cross_entropy import cross_entropy
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..loss.options import LossOptions
@@ -99,6 +100,7 @@ class LigerCrossEntropyLoss(_Loss):
     Raises: ValueError for an option that is not supported.
     """
 
+    @public
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -140,6 +142,7 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
     Raises: ValueError for an option that is not supported.
     """
 
+    @public
     def __init__(
         self,
         ce_weight: Tensor | None = None,
@@ -178,6 +181,14 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
         return self._compute(linear_cross_entropy, target, _input, lin_weight, target, bias)
 
 
+def _check_norm(name: str, hidden_size: int, eps: float) -> None:
+    """Raise a ValueError for a bad size or eps."""
+    if hidden_size < 1:
+        raise ValueError(f"{name}: hidden_size must be at least 1, got {hidden_size}")
+    if not eps >= 0:
+        raise ValueError(f"{name}: eps must be at least 0, got {eps}")
+
+
 def _initial(name: str, init_fn: str, size: int) -> nn.Parameter:
     if init_fn not in ("ones", "zeros"):
         raise ValueError(f"{name}: init_fn must be 'ones' or 'zeros', got {init_fn!r}")
@@ -196,6 +207,7 @@ class LigerLayerNorm(nn.Module):
     Raises: ValueError for an option that is not supported.
     """
 
+    @public
     def __init__(
         self,
         hidden_size: int,
@@ -207,12 +219,12 @@ class LigerLayerNorm(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        check_default(
-            "LigerLayerNorm", impl=(impl, None), mode=(mode, None), backend=(backend, None)
-        )
+        name = "LigerLayerNorm"
+        check_default(name, impl=(impl, None), mode=(mode, None), backend=(backend, None))
+        _check_norm(name, hidden_size, eps)
         self.hidden_size = hidden_size
         self.eps = self.variance_epsilon = eps
-        self.weight = _initial("LigerLayerNorm", init_fn, hidden_size)
+        self.weight = _initial(name, init_fn, hidden_size)
         self.bias = nn.Parameter(torch.randn(hidden_size) if bias else torch.zeros(hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -238,6 +250,7 @@ class LigerRMSNorm(nn.Module):
     Raises: ValueError for an option that is not supported.
     """
 
+    @public
     def __init__(
         self,
         hidden_size: int,
@@ -252,6 +265,7 @@ class LigerRMSNorm(nn.Module):
         super().__init__()
         name = "LigerRMSNorm"
         check_default(name, row_mode=(row_mode, None))
+        _check_norm(name, hidden_size, eps)
         if casting_mode not in ("llama", "gemma"):
             raise ValueError(
                 f"{name}: casting_mode must be 'llama' or 'gemma', got {casting_mode!r}"

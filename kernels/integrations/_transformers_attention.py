@@ -164,13 +164,15 @@ def _documents(
     head = torch.zeros((), dtype=torch.int64, device=device)
     follows = mask_function(row, head, token, token - 1).expand(B, T - 1)
     starts = F.pad(~follows, (1, 0), value=True).flatten()
+    # Mark the end of the last document too. torch.compile would fix B * T if it were the value.
+    starts = F.pad(starts, (0, 1), value=True)
     if is_traced:
         # Compiled code needs a fixed number of documents: the last ones are empty.
-        token = torch.arange(B * T, device=device)
-        first = torch.where(starts, token, B * T).sort().values
+        token = torch.arange(B * T + 1, device=device)
+        boundaries = torch.where(starts, token, B * T).sort().values
     else:
-        first = starts.nonzero().flatten()
-    return F.pad(first, (0, 1), value=B * T).to(torch.int32)
+        boundaries = starts.nonzero().flatten()
+    return boundaries.to(torch.int32)
 
 
 def _padded(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
@@ -259,6 +259,11 @@ def _head_forward(self, original: type, output: type, args: tuple, kwargs: dict)
     named = _named(self, args, kwargs)
     labels = named.pop("labels", None)
     skip_logits = named.pop("skip_logits", None)
+    if not (skip_logits is None or isinstance(skip_logits, bool)):
+        raise ValueError(
+            f"patch: {original.__name__}: skip_logits must be None, True or False, "
+            f"got {skip_logits!r}"
+        )
     skips = self.training if skip_logits is None else skip_logits
     if labels is None or not skips or not _computes_usual_loss(self, named):
         return original.forward(self, **named, labels=labels)
@@ -270,7 +275,17 @@ def _computes_usual_loss(self, named: dict) -> bool:
     """Whether nobody has replaced the loss or the head, and logits_to_keep is the usual one."""
     keeps = named.get("logits_to_keep", 0)
     return (
-        self.loss_function is ForCausalLMLoss
+        _has_usual_loss(self)
         and is_plain(self.lm_head, nn.Linear)
         and (isinstance(keeps, int) or keeps.ndim == 1)
     )
+
+
+def _has_usual_loss(self) -> bool:
+    """Whether self.loss_function is ForCausalLMLoss.
+
+    The property would log a warning for GPT-2, which torch.compile cannot trace.
+    """
+    if hasattr(self, "_loss_function"):  # the user has assigned one
+        return self._loss_function is ForCausalLMLoss
+    return LOSS_MAPPING.get(getattr(self, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss

@@ -42,6 +42,15 @@ RECOMPUTE_ROWS = 8_192
 APPROXIMATE = {"tanh": "gelu_tanh", "none": "gelu"}
 
 
+def check_approximate(name: str, approximate: str) -> None:
+    """Raise a ValueError for an unknown `approximate`. `name` is the operator or module."""
+    if approximate not in APPROXIMATE:
+        raise ValueError(
+            f"{name}: approximate must be {' or '.join(map(repr, APPROXIMATE))}, "
+            f"got {approximate!r}"
+        )
+
+
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
@@ -261,11 +270,7 @@ def gelu_mlp(
     Raises: ValueError if shapes, dtypes or devices do not match, or for an unknown `approximate`.
         TypeError for float64 on a GPU.
     """
-    if approximate not in APPROXIMATE:
-        raise ValueError(
-            f"gelu_mlp: approximate must be {' or '.join(map(repr, APPROXIMATE))}, "
-            f"got {approximate!r}"
-        )
+    check_approximate("gelu_mlp", approximate)
     x, *parameters = _checked("gelu_mlp", x, w1, b1, w2, b2)
     y, _, _ = _gelu_fwd(as_rows(x), *parameters, APPROXIMATE[approximate], recompute, "auto")
     return like_rows_of(x, y)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from tritium.bench import record
@@ -138,6 +140,22 @@ def test_a_command_of_device_sh_has_a_row_per_part(tmp_path, on_gpu):
     assert "| tests | stopped | 61 | 1 failed / 9 passed |" in text
     assert "| tritium | 123,457 |" in text
     assert NO_GPU not in text
+
+
+def test_the_table_of_machine_code_has_all_architectures(tmp_path):
+    """A newer Triton with fewer architectures does not replace it."""
+    row = dict.fromkeys(("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm"), 1)
+    row |= {"operator": "rotary", "shape": "N=1", "kernel": "k", "limited_by": "registers"}
+    row["matrix_instructions"] = {}
+    for version, archs in (("3.6.0", 2), ("3.7.1", 2), ("3.9.0", 1)):
+        path = tmp_path / f"{version}.json"
+        rows = [row | {"arch": arch} for arch in ("sm_90", "sm_80")[:archs]]
+        write_record(path, "codegen", {"rows": rows})
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": version}))
+    text = report(tmp_path)
+    assert "(triton 3.7.1, " in text
+    assert "3.6.0" not in text
+    assert "3.9.0" not in text
 
 
 def test_the_command_writes_the_report(tmp_path, monkeypatch):

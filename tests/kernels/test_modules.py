@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -279,8 +280,47 @@ def test_parts_of_llama_match(name):
         (lambda: modules.CausalSelfAttention(8, 2, head_size=0), "head_size must be at least 1"),
         (lambda: modules.CausalSelfAttention(8, 4, n_kv_head=3), "must divide n_head 4, got 3"),
         (lambda: modules.CausalSelfAttention(8, 2, qk_norm=True), "qk_norm needs layout 'llama'"),
+        (lambda: modules.CausalSelfAttention(512, 1), "head size must be from 1 to 256, got 512"),
+        (lambda: modules.CausalSelfAttention(0, 2), "d_model must be at least 1, got 0"),
+        (lambda: modules.GELUMLP(8, 0), "d_hidden must be at least 1, got 0"),
+        (lambda: modules.SwiGLUMLP(-8, 8), "d_model must be at least 1, got -8"),
+        (lambda: modules.LinearCrossEntropyLoss(8, 0), "vocab_size must be at least 1, got 0"),
     ],
 )
 def test_bad_sizes_raise(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "message"),
+    [
+        ("LayerNorm", (8,), {"eps": -1.0}, "eps must be at least 0, got -1.0"),
+        ("RMSNorm", (8,), {"eps": float("nan")}, "eps must be at least 0, got nan"),
+        ("RMSNorm", (8,), {"eps": "small"}, "eps must be float | None, got 'small'"),
+        ("GELUMLP", (8, 8), {"approximate": "sigmoid"}, "approximate must be 'tanh' or 'none'"),
+        ("GELUMLP", (8, 8), {"recompute": "yes"}, "recompute must be bool, got 'yes'"),
+        ("GELUMLP", (8.0, 8), {}, "d_model must be int, got 8.0"),
+        ("CausalSelfAttention", (8, 2), {"window": 0}, "window must be None or at least 1"),
+        ("CausalSelfAttention", (8, 2), {"window": True}, "window must be int | None, got True"),
+        ("CausalSelfAttention", (8, 2), {"softcap": -1.0}, "softcap must be None, 0"),
+        ("CausalSelfAttention", (8, 2), {"dropout_p": 1.0}, "dropout_p must be in [0, 1)"),
+        ("LinearCrossEntropyLoss", (8, 9), {"reduction": "avg"}, "reduction must be one of mean"),
+        ("LinearCrossEntropyLoss", (8, 9), {"z_loss": -1.0}, "z_loss must be from 0"),
+        ("LinearCrossEntropyLoss", (8, 9), {"label_smoothing": 2.0}, "label_smoothing must be"),
+        ("LinearCrossEntropyLoss", (8, 9), {"ignore_index": None}, "ignore_index must be int"),
+    ],
+)
+def test_constructors_check_their_options(name, sizes, options, message):
+    with pytest.raises(ValueError, match=f"^{name}: {re.escape(message)}"):
+        getattr(modules, name)(*sizes, **options)
+
+
+def test_a_constructor_with_dropout_leaves_the_random_numbers_as_they_were():
+    """The weights after it must not depend on dropout."""
+    torch.manual_seed(0)
+    expected = modules.CausalSelfAttention(8, 2), torch.rand(1)
+    torch.manual_seed(0)
+    found = modules.CausalSelfAttention(8, 2, dropout_p=0.5), torch.rand(1)
+    assert torch.equal(found[0].c_proj.weight, expected[0].c_proj.weight)
+    assert torch.equal(found[1], expected[1])

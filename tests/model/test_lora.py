@@ -16,6 +16,7 @@ from tritium.model.lora import (
     AdapterOptions,
     add_lora,
     base_sha256,
+    check_adapter,
     is_lora,
     lora_layers,
     lora_parameters,
@@ -157,7 +158,8 @@ def test_a_target_can_name_one_layer():
     ("config", "targets", "message"),
     [
         (SMALL, ("c_atn",), "lora_targets: unknown layer 'c_atn'; did you mean 'c_attn'?"),
-        (SMALL, ("q_proj",), "unknown layer 'q_proj'"),
+        (SMALL, ("q_proj",), "unknown layer 'q_proj'; did you mean 'c_attn'?"),
+        (SMALL, ("o_proj",), "unknown layer 'o_proj'; did you mean 'attn.c_proj'?"),
         (SMALL, ("wte",), "unknown layer 'wte'"),
         (LLAMA, ("q_proj", "v_proj"), "expected all of q_proj, k_proj, v_proj"),
     ],
@@ -180,6 +182,14 @@ def test_unknown_targets_raise(config, targets, message):
 def test_options_out_of_range_raise(options, message):
     with pytest.raises(InputError, match=message):
         AdapterOptions(**options)
+
+
+def test_a_rank_above_the_size_of_a_layer_raises():
+    check_adapter(AdapterOptions(lora=32), SMALL, "none")
+    with pytest.raises(
+        InputError, match=r"lora: expected a rank of at most 32, .* h.0.attn.c_attn .*, got 33"
+    ):
+        check_adapter(AdapterOptions(lora=33), SMALL, "none")
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -16,6 +16,7 @@ TOKENS = (torch.arange(80) * 7 % SMALL.vocab_size).view(4, 20)
 TARGETS = TOKENS.roll(-1, 1).clone()
 TARGETS[:, :5] = -100
 TARGETS[0, 12:] = TARGETS[3, 17:] = -100
+TARGETS[1, 6:] = -100  # an answer of one token
 REFERENCE = torch.tensor([1.5, -3.0])
 
 

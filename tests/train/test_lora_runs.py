@@ -119,7 +119,9 @@ def test_a_prefix_is_trained_resumed_exported_and_loaded(tiny, tritium, error_of
     options = ("--prompt", "t", "--seed", 1, "--max-new-tokens", 30)
     texts = {tritium("sample", path, *options)[1] for path in (run, tmp_path / "adapter")}
     assert len(texts) == 1
-    assert "prefix: expected no, got yes" in error_of("export", run, tmp_path / "merged")
+    line = error_of("export", run, tmp_path / "merged")
+    assert "expected a model without a prefix, got 3 prefix tokens" in line
+    assert line.endswith("add --adapter")
     assert "--prefix-tokens: expected no LoRA with a prefix" in error_of(
         *words, "--lora", 2, "--out", tmp_path / "both"
     )

@@ -37,6 +37,11 @@ def write_model(
     Raises: InputError if the folder is in use, or if transformers has no such model.
     """
     check_new_folder(out)
+    if prefix := trained.config.prefix_tokens:
+        raise InputError(
+            f"{trained.path}: expected a model without a prefix, got {prefix} prefix tokens, which "
+            "a folder of transformers cannot hold; add --adapter"
+        )
     # Copy the files in a folder of transformers as they are, even if tritium cannot read them.
     files = files_in(trained.path) if spec is None and trained.is_folder_of_transformers else {}
     has_tokenizer = spec is not None or trained.tokenizer_path is not None

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from ...model.choices import RECOMPUTATIONS
-from ...model.cost import cache_bytes, flops_per_token, parameters
-from ...model.lora import lora_parameters
+from ...model.cost import adapter_elements, cache_bytes, flops_per_token, parameters
 from ..choices import ENGINES
 from ..distributed.world import World
 from ..memory import RESERVE
@@ -30,14 +29,17 @@ def describe(plan: Plan, name: str, price: float | None) -> list[str]:
     where = machine.name if machine.gpus == 1 else f"{machine.gpus} x {machine.name}"
     micro_batches = plan.sequences // plan.micro_batch
     cache = cache_bytes(model, 1, plan.context_tokens, machine.itemsize)
-    trained = lora_parameters(model, plan.adapter)
-    lora = [f"training   LoRA of rank {plan.adapter.lora}: {trained:,} weights"] if trained else []
+    trained = adapter_elements(model, plan.adapter)
+    what = f"LoRA of rank {plan.adapter.lora}"
+    if model.prefix_tokens:
+        what = f"a prefix of {model.prefix_tokens} tokens"
+    adapter = [f"training   {what}: {trained:,} weights"] if trained else []
     return [
         f"{name} on {where}: {_verdict(plan)}",
         "",
         f"model      {parameters(model):,} parameters: {model.n_layer} layers of {model.d_model}, "
         f"vocabulary of {model.vocab_size:,}",
-        *lora,
+        *adapter,
         f"step       {plan.tokens_per_step:,} tokens; on each device {micro_batches} x "
         f"{plan.micro_batch} sequences of {plan.context_tokens:,} tokens",
         f"generation {_size(cache)} of keys and values per sequence of {plan.context_tokens:,} "

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(PlanFlags, argv, prog="tritium plan", description=_DESCRIPTION)
     if options.price is not None and not 0 <= options.price < math.inf:
         raise InputError(f"price: expected 0 or more, and finite, got {options.price}")
+    from ...model.cost import adapter_elements
     from ..epochs import describe_epochs, estimate_corpus_tokens
     from ..plan import make_plan
     from ._plan_text import describe
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     corpus_tokens = estimate_corpus_tokens(config)
     if corpus_tokens:
         epochs = describe_epochs(plan.tokens, corpus_tokens, config.model.dropout)
-        lines.insert(_EPOCHS_LINE + (plan.adapter.lora > 0), f"data       about {epochs}")
+        has_adapter = adapter_elements(plan.model, plan.adapter) > 0
+        lines.insert(_EPOCHS_LINE + has_adapter, f"data       about {epochs}")
     print("\n".join(lines))
     return 0

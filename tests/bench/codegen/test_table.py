@@ -42,6 +42,8 @@ def test_shipped_configurations_match_the_golden_table(arch):
         for row in read_record(GOLDEN, "codegen")["rows"]
         if row["arch"] == arch and row["operator"] in operators
     ]
+    if not golden:
+        pytest.skip(f"the golden table of this Triton has no rows for {arch}")
     assert not regressions(rows_of(list(operators.values()), [arch]), golden)
 
 

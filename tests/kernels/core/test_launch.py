@@ -114,6 +114,8 @@ def test_a_second_launch_starts_the_compiled_kernel(monkeypatch):
     options = {"P": 2, "N": 3, "scale": 0.5, "FLAG": True, "FUNCTION": plus, "num_warps": 4}
     launch_kernel(kernel, (5,), b_ptr=None, a=x, **options)
     assert len(runs) == 1
+    # Triton 3.10 changes the default.
+    assert runs[0]["enable_fp_fusion"] is True
     launch_kernel(kernel, (6, 7), b_ptr=None, a=y, **options)
     assert len(runs) == 1
     # Arguments are in the order of the parameters. Options are parts of the compiled kernel.

@@ -256,6 +256,13 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
             {"causal": True},
             "cu_seqlens_k must equal cu_seqlens_q",
         ),
+        # The lengths say that the document has three tokens.
+        (
+            "flash_attn_varlen_func",
+            [*[Q[0]] * 3, LENGTHS, LENGTHS, 3, 1],
+            {"causal": False},
+            "causal must be True, or window_size",
+        ),
         (
             "flash_attn_varlen_func",
             [*[Q[0]] * 3, LENGTHS, LENGTHS, 3, 3],
@@ -296,7 +303,7 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
             for options, message in (
                 ({"cache_seqlens": 3}, r"cache_seqlens must be from 0 to 2, .* got \[3\]"),
                 ({"cache_seqlens": -1}, r"cache_seqlens must be from 0 to 2, .* got \[-1\]"),
-                ({"cache_seqlens": 1.0}, "cache_seqlens must be an int"),
+                ({"cache_seqlens": 1.0}, r"cache_seqlens must be int \| Tensor \| None, got 1.0"),
                 ({"cache_seqlens": torch.tensor(1)}, r"cache_seqlens must be .* got torch.int64"),
                 (
                     {"cache_seqlens": 2, "rotary_cos": Q[0, :2, 0], "rotary_sin": Q[0, :2, 0]},
@@ -342,6 +349,44 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
         ),
         ("LigerRMSNorm", [8], {"row_mode": True}, "row_mode is not supported"),
         ("LigerRMSNorm", [8], {"init_fn": "randn"}, "init_fn must be 'ones' or 'zeros'"),
+        # Python would take these for True, False, 0 or 1.
+        *(
+            (name, args, {"causal": True, option: value}, f"{option} must be {expected}, got")
+            for name, args in (
+                ("flash_attn_func", [Q] * 3),
+                ("flash_attn_qkvpacked_func", [torch.stack([Q] * 3, 2)]),
+                ("flash_attn_varlen_func", [*[Q[0]] * 3, LENGTHS, LENGTHS, 3, 3]),
+                ("flash_attn_with_kvcache", [ONE_QUERY, Q, Q]),
+            )
+            for option, value, expected in (
+                ("causal", "no", "bool"),
+                ("softmax_scale", True, r"float \| None"),
+                ("softcap", "2", r"float \| None"),
+            )
+        ),
+        ("flash_attn_func", [Q] * 3, {"causal": True, "deterministic": "no"}, "deterministic"),
+        ("flash_attn_func", [Q] * 3, {"causal": True, "return_attn_probs": 1}, "return_attn_probs"),
+        ("flash_attn_with_kvcache", [Q] * 3, {"causal": True, "num_splits": False}, "num_splits"),
+        ("flash_attn_with_kvcache", [Q] * 3, {"cache_seqlens": True}, "cache_seqlens must be"),
+        ("scaled_dot_product_attention", [Q] * 3, {"is_causal": "no"}, "is_causal must be bool"),
+        ("scaled_dot_product_attention", [Q, Q, None], {}, "value must be Tensor, got None"),
+        *(
+            (name, [], {option: value}, f"{option} must be")
+            for name in ("LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss")
+            for option, value in (
+                ("ignore_index", None),
+                ("label_smoothing", "0.1"),
+                ("lse_square_scale", True),
+                ("return_z_loss", "no"),
+                ("return_token_accuracy", 1),
+            )
+        ),
+        ("LigerFusedLinearCrossEntropyLoss", [], {"use_token_scaling": 0}, "use_token_scaling"),
+        ("LigerLayerNorm", [8], {"bias": "no"}, "bias must be bool, got 'no'"),
+        ("LigerLayerNorm", [8], {"eps": -1.0}, "eps must be at least 0, got -1.0"),
+        ("LigerRMSNorm", [8], {"offset": "1"}, "offset must be float, got '1'"),
+        ("LigerRMSNorm", [8], {"eps": -1.0}, "eps must be at least 0, got -1.0"),
+        ("LigerRMSNorm", [0], {}, "hidden_size must be at least 1, got 0"),
     ],
 )
 def test_options_that_are_not_supported_raise(name, args, options, message):

@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -221,6 +222,13 @@ def test_logits_are_returned_on_request_and_in_evaluation(tokens):
     torch.testing.assert_close(output.loss, model(tokens, labels=tokens).loss)
 
 
+@pytest.mark.parametrize("value", ["no", 0, torch.tensor(False)], ids=["text", "int", "tensor"])
+def test_skip_logits_must_be_a_bool(value, tokens):
+    model = patch(build("gpt2")).train()
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: skip_logits must be None, True or Fals"):
+        model(tokens, labels=tokens, skip_logits=value)
+
+
 def test_logits_to_keep_needs_labels_for_the_kept_positions(tokens):
     model = patch(build("gpt2")).train()
     targets = tokens[:, 3:]
@@ -313,10 +321,34 @@ def test_one_graph_under_compile(layout, tokens, left_padding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["padded", "packed"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_trainer_gives_the_same_losses(name, data, tmp_path):
-    """50 steps of two micro-batches."""
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_one_compilation_serves_all_shapes(mode):
+    model = patch(build("gpt2")).train(mode == "train")
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+    for shape in ((2, 12), (3, 17), (5, 9)):
+        tokens = torch.randint(3, V, shape)
+        labels = {"labels": tokens} if mode == "train" else {}
+        found = compiled(input_ids=tokens, **labels)
+        expected = model(input_ids=tokens, **labels)
+        name = "loss" if mode == "train" else "logits"
+        torch.testing.assert_close(found[name], expected[name])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "steps"),
+    [
+        ("gpt2", "packed", 4),
+        *(
+            pytest.param(name, data, 50, marks=pytest.mark.slow)
+            for name in ("gpt2", "llama")
+            for data in ("padded", "packed")
+        ),
+    ],
+)
+def test_trainer_gives_the_same_losses(name, data, steps, tmp_path):
+    """Steps of two micro-batches."""
     pytest.importorskip("accelerate")
     torch.manual_seed(1)
     lengths = torch.randint(4, 24, (200,)).tolist()
@@ -339,7 +371,7 @@ def test_trainer_gives_the_same_losses(name, data, tmp_path):
         model = build(name)
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path),
-            max_steps=50,
+            max_steps=steps,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             learning_rate=1e-3,
@@ -364,7 +396,7 @@ def test_trainer_gives_the_same_losses(name, data, tmp_path):
             data_collator=pad if data == "padded" else transformers.DataCollatorWithFlattening(),
         )
         trainer.train()
-        return torch.tensor(losses, dtype=torch.float64).view(50, 2).sum(1)
+        return torch.tensor(losses, dtype=torch.float64).view(steps, 2).sum(1)
 
     difference = (train(True) - train(False)).abs().max().item()
     print(f"{name}, {data}: largest difference of a loss {difference:.1e} nats")

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from tritium.train.files import hash_file
 from tritium.train.run.metrics import read_metrics
@@ -38,6 +40,71 @@ def test_perplexity_of_the_validation_split_is_that_of_the_run(tritium, run, tmp
     assert text["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
     assert text["targets"] == text["tokens"] - 1
     assert len(text["sha256"]) == 64
+
+
+@torch.no_grad()
+def losses_of_transformers(model, tokens: torch.Tensor, context: int, stride: int) -> list[float]:
+    """Return the loss of each token after the first, in the first window that predicts it."""
+    losses = []
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context, len(tokens) - 1)
+        logits = model(tokens[None, begin:end]).logits[0, len(losses) - begin :].double()
+        losses += F.cross_entropy(
+            logits, tokens[len(losses) + 1 : end + 1], reduction="none"
+        ).tolist()
+        if end == len(tokens) - 1:
+            return losses
+
+
+@torch.no_grad()
+def loss_of_the_guide(model, tokens: torch.Tensor, context: int, stride: int) -> float:
+    """Return the loss that transformers computes from labels, weighted as its guide does."""
+    total = 0.0
+    weights = 0
+    done = 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context, len(tokens))
+        labels = tokens[begin:end].clone()
+        labels[: done - begin] = -100
+        weight = end - done - 1
+        if weight > 0:
+            loss = model(tokens[None, begin:end], labels=labels[None]).loss
+            total += loss.item() * weight
+            weights += weight
+        done = end
+        if end == len(tokens):
+            return total / weights
+
+
+@pytest.mark.slow
+def test_perplexity_of_a_run_and_of_its_export_equals_that_of_transformers(
+    tritium, tiny, tmp_path, corpus
+):
+    transformers = pytest.importorskip("transformers")
+    words = ("--tokenizer", "bpe:300", "--steps", 60, "--lr", 0.01)
+    assert tritium(*tiny, *words)[0] == 0
+    assert tritium("export", tmp_path / "run", tmp_path / "exported")[0] == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    text = tmp_path / "text.txt"
+    text.write_text(corpus.read_text()[:700] + " größer 12345 \U0001f600\n")
+    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+
+    losses = losses_of_transformers(theirs, torch.tensor([tokenizer.eos_token_id, *ids]), 16, 5)
+    assert len(losses) == len(ids)
+    expected = {
+        "exact": sum(losses) / len(losses),
+        "huggingface": loss_of_the_guide(theirs, torch.tensor(ids), 16, 5),
+    }
+    assert expected["exact"] < 4.5  # the model has learned: a uniform guess has 5.7
+    for model in ("run", "exported"):
+        for counting, loss in expected.items():
+            words = ("--stride", 5, "--counting", counting, "--json", tmp_path / "out.json")
+            status, _, err = tritium("eval", "perplexity", tmp_path / model, text, *words)
+            assert (status, err) == (0, "")
+            (found,) = json.loads((tmp_path / "out.json").read_text())["results"]["texts"]
+            assert found["tokens"] == len(ids)
+            assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_several_texts_and_the_counting_of_transformers(tritium, run, corpus, tmp_path):

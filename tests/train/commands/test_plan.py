@@ -46,6 +46,23 @@ def test_plan_says_the_epochs(tritium):
     assert "above 4 a model learns less from each" in out
 
 
+def test_a_prefix_takes_the_place_of_tokens_and_is_all_that_is_trained(tritium, error_of):
+    words = ("plan", "gpt2", "--gpu", "h100", "--prefix-tokens", 24)
+    status, out, err = tritium(*words)
+    assert status == 0, err
+    weights = 24 * 12 * 2 * 768
+    assert f"training   a prefix of 24 tokens: {weights:,} weights" in out
+    assert "sequences of 1,000 tokens" in out
+    plan = make_plan(PlanOptions(recipe="gpt2", gpu="h100", prefix_tokens=24))
+    full = make_plan(PlanOptions(recipe="gpt2", gpu="h100"))
+    assert plan.memory(1)["optimizer"] == 8 * weights
+    assert plan.seconds()[1] < 0.8 * full.seconds()[1]
+    line = error_of(*words, "--lora", 8)
+    assert "--prefix-tokens: expected no LoRA with a prefix, got both" in line
+    line = error_of(*words[:-1], 1024)
+    assert "--prefix-tokens: expected less than the context of 1024 tokens, got 1024" in line
+
+
 def test_plan_that_does_not_fit_suggests_a_micro_batch(tritium):
     status, out, _ = tritium("plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size", 64)
     assert status == 0
