@@ -7,9 +7,9 @@ A docstring has paragraphs. A paragraph of indented lines is math. A paragraph t
 import re
 import textwrap
 
-_LABEL = re.compile(r"([A-Z]\w*)( {2,})(\S.*)")
-# Names of the code: dropout_p, _kernels.py, core/dropout.py, cost().
-_CODE = re.compile(r"[\w/]*_\w+(?:\.py)?(?:\(\))?|[\w/]+\.py|\w+\(\)")
+_LABEL = re.compile(r"([A-Z]\w*(?: \w+)?) {2,}(\S.*)")
+# Names of the code: cu_seqlens, _kernels.py, core/dropout.py, cost(). Not indices: p_j.
+_CODE = re.compile(r"[\w/]*_\w\w+(?:\.py)?(?:\(\))?|[\w/]+\.py|\w+\(\)")
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -31,15 +31,15 @@ def _labels(lines: list[str]) -> list[str]:
     """Return a paragraph per label of "Label  text", whose text may have more lines."""
     parts = []
     while lines:
-        label, space, text = _LABEL.fullmatch(lines[0]).groups()
-        column = len(label + space)
+        label, text = _LABEL.fullmatch(lines[0]).groups()
         count = 1
         while count < len(lines) and not _LABEL.fullmatch(lines[count]):
             count += 1
-        content = [text, *(line[column:] for line in lines[1:count])]
-        lines = lines[count:]
-        if label == "Shapes":
-            parts += ["**Shapes**", _verbatim(content)]
+        more = textwrap.dedent("\n".join(lines[1:count])).split("\n") if count > 1 else []
+        content, lines = [text, *more], lines[count:]
+        # Text has single spaces. Columns stay as they are.
+        if label == "Shapes" or any("   " in line for line in content if line[0] != " "):
+            parts += [f"**{label}**", _verbatim(content)]
             continue
         # Lines with more indentation are tables.
         blocks, is_table = [[]], False

@@ -67,28 +67,32 @@ def norms() -> Figure:
         axes.set_xticks([0, N])
     panels[0].set_ylabel(f"M = {M} rows, {plan.block_m} per tile")
 
-    axes = panels[2]
-    axes.set_title("sums for dw: two stages")
-    for program in range(plan.partials):
-        _box(axes, 0, program, N, 1, COLORS[program])
-        label = f"partial sums of program {program}"
-        _label(axes, N / 2, program + 0.5, label, COLORS[program])
-    top = plan.partials + 2
-    for start in range(0, N, COLUMNS_PER_PROGRAM):
-        _box(axes, start, top, COLUMNS_PER_PROGRAM, 1, RUST)
-    arrow = {"arrowstyle": "->", "color": DARK}
-    axes.annotate("", xy=(N / 2, top), xytext=(N / 2, plan.partials), arrowprops=arrow)
-    note = f"second kernel: a program per {COLUMNS_PER_PROGRAM} columns"
-    axes.text(N / 2 + 20, plan.partials + 1, note, va="center", ha="left", size=7)
-    axes.text(N / 2, top + 1.1, "dw, in a fixed order", ha="center", va="top", size=8)
-    axes.set(xlim=(0, N * 1.5), ylim=(top + 2, 0))
-    axes.axis("off")
+    _draw_sums(panels[2], plan.partials, N)
     figure.supxlabel(
         f"A GPU with {sms} multiprocessor, to keep the picture small: the backward starts 4 "
         "programs per multiprocessor.",
         size=8,
     )
     return figure
+
+
+def _draw_sums(axes: Axes, partials: int, N: int) -> None:
+    """Draw the rows of partial sums, and the kernel that adds them."""
+    axes.set_title("sums for dw: two stages")
+    for program in range(partials):
+        _box(axes, 0, program, N, 1, COLORS[program])
+        label = f"partial sums of program {program}"
+        _label(axes, N / 2, program + 0.5, label, COLORS[program])
+    top = partials + 2
+    for start in range(0, N, COLUMNS_PER_PROGRAM):
+        _box(axes, start, top, COLUMNS_PER_PROGRAM, 1, RUST)
+    arrow = {"arrowstyle": "->", "color": DARK}
+    axes.annotate("", xy=(N / 2, top), xytext=(N / 2, partials), arrowprops=arrow)
+    note = f"second kernel: a program per {COLUMNS_PER_PROGRAM} columns"
+    axes.text(N / 2 + 20, partials + 1, note, va="center", ha="left", size=7)
+    axes.text(N / 2, top + 1.1, "dw, in a fixed order", ha="center", va="top", size=8)
+    axes.set(xlim=(0, N * 1.5), ylim=(top + 2, 0))
+    axes.axis("off")
 
 
 def rope() -> Figure:

@@ -38,7 +38,7 @@ def signature(*names: str) -> str:
     for name in names:
         function = getattr(kernels, name)
         text = f"{name}{_short_signature(function)}"
-        parts.append(f"```text\n{text}\n\n{inspect.getdoc(function)}\n```")
+        parts.append(f"```text\n{text}\n\n{inspect.getdoc(function).strip()}\n```")
     return "\n\n".join(parts)
 
 
@@ -119,7 +119,7 @@ def machine_code(*names: str) -> str:
     archs = list(dict.fromkeys(row["arch"] for row in found))
     rows, others = [], {}
     for row in found:
-        names = [f"`{row['kernel']}`", row["shape"]]
+        names = [f"`{row['operator']}`", f"`{row['kernel']}`", row["shape"]]
         spilled = f" + {row['spilled_bytes']} B" if row["spilled_bytes"] else ""
         others.setdefault(tuple(names), {})[row["arch"]] = f"{row['registers']}{spilled}"
         if row["arch"] == ARCH:
@@ -131,15 +131,24 @@ def machine_code(*names: str) -> str:
             cells.append(", ".join(f"{count} {name}" for name, count in matrix) or "-")
             cells.append("yes" if row["serialized"] else "-")
             rows.append(names + cells)
-    heads = ["kernel", "shape", "warps", "registers", "spilled, B", "shared, B", "blocks per SM"]
+    heads = [
+        "operator",
+        "kernel",
+        "shape",
+        "warps",
+        "registers",
+        "spilled, B",
+        "shared, B",
+        "blocks per SM",
+    ]
     heads += ["occupancy", "limited by", "tensor instructions", "serialized"]
     small = [[*key, *(cells.get(arch, "-") for arch in archs)] for key, cells in others.items()]
     return (
         f"{_how_to_read('machine-code')} Compiled for {ARCH} without a GPU, in "
         f"{record['dtype'].removeprefix('torch.')}\n(triton {record['triton']}, {record['date']}, "
-        f"commit {record['commit']}):\n\n{table(heads, rows, texts=2)}\n\n"
+        f"commit {record['commit']}):\n\n{table(heads, rows, texts=3)}\n\n"
         "Registers per thread on each architecture, and spilled bytes after a plus sign:\n\n"
-        f"{table(['kernel', 'shape', *archs], small, texts=2)}"
+        f"{table(['operator', 'kernel', 'shape', *archs], small, texts=3)}"
     )
 
 
