@@ -113,47 +113,61 @@ def _how_to_read(section: str) -> str:
 
 
 def machine_code(*names: str) -> str:
-    """Return the machine code of the kernels of operators, in two tables."""
+    """Return the machine code of the kernels of operators, in two tables per operator."""
     record = read_record(CODEGEN, "codegen")
-    found = [row for row in record["rows"] if row["operator"] in names]
-    archs = list(dict.fromkeys(row["arch"] for row in found))
-    rows, others = [], {}
-    for row in found:
-        names = [f"`{row['operator']}`", f"`{row['kernel']}`", row["shape"]]
-        spilled = f" + {row['spilled_bytes']} B" if row["spilled_bytes"] else ""
-        others.setdefault(tuple(names), {})[row["arch"]] = f"{row['registers']}{spilled}"
-        if row["arch"] == ARCH:
-            matrix = row["matrix_instructions"].items()
-            figures = ("num_warps", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")
-            cells = [f"{row[name]:,}" for name in figures]
-            cells.append(f"{100 * _occupancy(row):.0f} %")
-            cells.append(row["limited_by"])
-            cells.append(", ".join(f"{count} {name}" for name, count in matrix) or "-")
-            cells.append("yes" if row["serialized"] else "-")
-            rows.append(names + cells)
-    heads = [
-        "operator",
-        "kernel",
-        "shape",
-        "warps",
-        "registers",
-        "spilled, B",
-        "shared, B",
-        "blocks per SM",
+    dtype = record["dtype"].removeprefix("torch.")
+    parts = [
+        f"{_how_to_read('machine-code')} Compiled without a GPU, in {dtype} "
+        f"(triton {record['triton']}, {record['date']},\ncommit {record['commit']}). "
+        f"The first table of an operator is of {ARCH}, the second has the registers per thread\n"
+        "on each architecture, and spilled bytes after a plus sign."
     ]
-    heads += ["occupancy", "limited by", "tensor instructions", "serialized"]
-    small = [[*key, *(cells.get(arch, "-") for arch in archs)] for key, cells in others.items()]
-    return (
-        f"{_how_to_read('machine-code')} Compiled for {ARCH} without a GPU, in "
-        f"{record['dtype'].removeprefix('torch.')}\n(triton {record['triton']}, {record['date']}, "
-        f"commit {record['commit']}):\n\n{table(heads, rows, texts=3)}\n\n"
-        "Registers per thread on each architecture, and spilled bytes after a plus sign:\n\n"
-        f"{table(['operator', 'kernel', 'shape', *archs], small, texts=3)}"
-    )
+    for name in names:
+        found = [row for row in record["rows"] if row["operator"] == name]
+        heads = ["kernel", "size", "registers", "spilled, B", "shared, B", "occupancy"]
+        heads += ["limited by", "tensor instructions"]
+        rows = [[_kernel(row), _size(row), *_figures(row)] for row in found if row["arch"] == ARCH]
+        archs = list(dict.fromkeys(row["arch"] for row in found))
+        registers: dict[tuple[str, str], dict[str, str]] = {}
+        for row in found:
+            spilled = f" + {row['spilled_bytes']}" if row["spilled_bytes"] else ""
+            cells = registers.setdefault((_kernel(row), _size(row)), {})
+            cells[row["arch"]] = f"{row['registers']}{spilled}"
+        small = [
+            [*key, *(cells.get(arch, "-") for arch in archs)] for key, cells in registers.items()
+        ]
+        parts += [
+            f"`{name}`:",
+            table(heads, rows, texts=2),
+            table(["kernel", "size", *archs], small, texts=2),
+        ]
+    return "\n\n".join(parts)
 
 
-def _occupancy(row: Record) -> float:
-    return row["blocks_per_sm"] * row["num_warps"] / 64
+def _kernel(row: Record) -> str:
+    """Return the name of a kernel, and of its epilogue, without what all names share."""
+    kernel, _, epilogue = row["kernel"].partition(" with ")
+    name = kernel.removeprefix("_").removesuffix("_kernel")
+    return f"{name} + {epilogue.removeprefix('_')}" if epilogue else name
+
+
+def _size(row: Record) -> str:
+    """Return the last number of a shape, on which the tiles of a kernel depend."""
+    return row["shape"].split()[-1]
+
+
+def _figures(row: Record) -> list[str]:
+    """Return the cells of the large table."""
+    warps = row["blocks_per_sm"] * row["num_warps"]
+    matrix = [f"{count} {name}" for name, count in row["matrix_instructions"].items()]
+    if row["serialized"]:
+        matrix.append("serialized")
+    return [
+        *(f"{row[name]:,}" for name in ("registers", "spilled_bytes", "shared_bytes")),
+        f"{row['blocks_per_sm']} x {row['num_warps']} warps, {100 * warps / 64:.0f} %",
+        row["limited_by"],
+        ", ".join(matrix) or "-",
+    ]
 
 
 def gpu_times(*names: str) -> str:
