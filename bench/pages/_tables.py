@@ -172,7 +172,7 @@ def _figures(row: Record) -> list[str]:
 
 def gpu_times(*names: str) -> str:
     """Return the times that were measured on GPUs: of operators alone, and in a training step."""
-    parts = [*_alone(names), *_in_a_step(names)]
+    parts = [*_alone(names), *_tuned(names), *_in_a_step(names)]
     return "\n\n".join(parts) or "Not measured on a GPU yet."
 
 
@@ -201,6 +201,29 @@ def _alone(names: tuple[str, ...]) -> Iterator[str]:
             yield (
                 f"`{entry['operator']}`, {entry['label']}, {dtype}, median microseconds\n"
                 f"({describe_provenance(record)}):\n\n{table(['', *directions], rows)}"
+            )
+
+
+def _tuned(names: tuple[str, ...]) -> Iterator[str]:
+    """Yield a table per shape of each record of `tritium bench tune`, without its variants."""
+    for record in _records("tune"):
+        for entry in record["entries"]:
+            if record["operator"] not in names or record["device"] != "cuda":
+                continue
+            variants = {"as shipped": "tritium", "cublas": "cuBLAS, elementwise kernels"}
+            rows = [
+                [
+                    label,
+                    *(f"{1e6 * each['median']:,.1f}" for each in entry["seconds"][name].values()),
+                ]
+                for name, label in variants.items()
+                if name in entry["seconds"]
+            ]
+            heads = ["", *entry["seconds"]["as shipped"]]
+            yield (
+                f"`{record['operator']}`, {entry['label']}, with the launch sizes of commit "
+                f"{record['commit']}, median\nmicroseconds ({describe_provenance(record)}):\n\n"
+                f"{table(heads, rows)}"
             )
 
 
