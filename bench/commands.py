@@ -12,6 +12,7 @@ COMMANDS = {
     "codegen": "codegen.table",
     "train": "training.training",
     "overhead": "training.overhead",
+    "sweep": "training.sweep",
     "host": "host_cost",
     "tune": "ops.tune",
     "predict": "training.predict",
@@ -29,6 +30,7 @@ HELP = """usage: tritium bench COMMAND [options]
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT
   overhead [RECIPE]    measure what checkpoints and the judgement of bad steps cost, on a CPU
+  sweep ROWS.json      train variations of a recipe, each for the same processor time
   host [OP ...]        measure the host's time per call of each operator, on a CPU
   tune OP              compare launch sizes of an operator on a GPU
   predict [RECIPE]     estimate a training step, kernel by kernel; no GPU is needed

@@ -1,0 +1,49 @@
+"""tritium bench sweep: rows of a file, equal processor time, figures in the record."""
+
+import json
+
+import pytest
+
+from tritium.bench.training import sweep
+from tritium.errors import InputError
+
+TINY = {"n_layer": 1, "n_head": 1, "d_model": 16, "context_tokens": 16, "batch_size": 2}
+
+
+def write(file, rows):
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+def test_row_is_trained_and_recorded(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
+    options = TINY | {"data": [str(text)], "tokenizer": "bytes"}
+    out = tmp_path / "sweep.json"
+    file = write(tmp_path / "rows.json", [{"name": "tiny", "options": options}])
+    assert sweep.main([file, "--seconds", "0.05", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    expected = max(1, int(0.05 / row["step_processor_seconds"]))
+    assert row["name"] == "tiny"
+    assert row["steps"] == expected
+    assert row["tokens"] == expected * 2 * 16
+    assert 1 < row["bits_per_byte"] < 9
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "expected a list of"),
+        ({"name": "a"}, "expected a list of"),
+        ([{"options": {}}], "expected a list of"),
+        ([{"name": "a", "options": {"optimizr": "muon"}}], "optimizr"),
+    ],
+)
+def test_bad_rows_raise(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        sweep.read_rows(tmp_path / write(tmp_path / "rows.json", rows), "laptop")
+
+
+def test_no_time_raises(tmp_path):
+    with pytest.raises(InputError, match="--seconds: expected more than 0, got 0"):
+        sweep.main([write(tmp_path / "rows.json", [{"name": "a"}]), "--seconds", "0"])
