@@ -17,6 +17,9 @@ COMMANDS = {
     "tune": "ops.tune",
     "predict": "training.predict",
     "traffic": "training.traffic",
+    "errors": "pages.errors",
+    "pages": "pages.operators",
+    "pictures": "pages.pictures",
     "report": "report",
 }
 
@@ -32,6 +35,9 @@ HELP = """usage: tritium bench COMMAND [options]
   tune OP              compare launch sizes of an operator on a GPU
   predict [RECIPE]     estimate a training step, kernel by kernel; no GPU is needed
   traffic              count the bytes that a block moves per token; no GPU is needed
+  errors               measure errors of operators against float64, in three dtypes
+  pages                write the tables of docs/operators from the code and bench/results
+  pictures             draw the pictures of docs/images from the code and bench/results
   report               write bench/results/REPORT.md from the JSON files next to it
 
 Each command has --help."""

@@ -11,57 +11,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # cuBLAS is deterministic only with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import numpy as np
 import pytest
 import torch
 
+from tritium.bench.interpreter import repair_dot_of_16_bits, repair_rounding_to_bfloat16
 from tritium.kernels.core.op import INTERPRET
 
 # Fill torch.empty with NaN: an output that a kernel does not write becomes visible. Only warn where
 # PyTorch has no deterministic algorithm: on a GPU a reference may need such an operator.
 torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _repair_rounding_to_bfloat16() -> None:
-    """Round float32 to the nearest bfloat16, as GPUs do. The interpreter truncates instead."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_and_round(data, source, target, mode):
-        if not (source == tl.float32 and target == tl.bfloat16):
-            return convert(data, source, target, mode)
-        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        # Adding to the mantissa of a NaN could give an infinity or zero.
-        return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
-
-    interpreter._convert_float = convert_and_round
-
-
-def _repair_dot_of_16_bits() -> None:
-    """Compute tl.dot of 16-bit operands in float32.
-
-    The interpreter multiplies the bits of bfloat16 as integers, which is wrong. It multiplies
-    float16 without a BLAS library, which is slow.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def in_float32(handle):
-        if handle.dtype.scalar == tl.bfloat16:
-            return interpreter.TensorHandle(
-                (handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32
-            )
-        return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
-
-    def create_float32_dot(self, a, b, *rest):
-        return create_dot(self, in_float32(a), in_float32(b), *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_float32_dot
 
 
 def _repair_blocks_of_comparisons() -> None:
@@ -187,8 +145,8 @@ if INTERPRET:
     _repair_repeated_work()
     _repair_repeated_types()
     _repair_repeated_patches()
-    _repair_rounding_to_bfloat16()
-    _repair_dot_of_16_bits()
+    repair_rounding_to_bfloat16()
+    repair_dot_of_16_bits()
     _repair_blocks_of_comparisons()
 
 

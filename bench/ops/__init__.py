@@ -6,6 +6,7 @@ from .attention_decode import ATTENTION_DECODE
 from .attention_varlen import ATTENTION_VARLEN
 from .case import Operator
 from .embedding import EMBEDDING
+from .linear import LINEAR
 from .rotary import ROTARY
 from .swiglu import SWIGLU
 from .swiglu_mlp import SWIGLU_MLP
@@ -23,6 +24,7 @@ OPERATORS: dict[str, Operator] = {
         ATTENTION,
         ATTENTION_VARLEN,
         ATTENTION_DECODE,
+        LINEAR,
         mlp.GELU_MLP,
         mlp.RELU2_MLP,
         SWIGLU,

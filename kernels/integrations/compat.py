@@ -5,7 +5,7 @@ Replace an import to try these kernels:
     from tritium.kernels.integrations.compat import flash_attn_func    # was: from flash_attn
 
 Each function converts arguments and results, and calls one operator of tritium.kernels. An option
-that is not supported raises a ValueError with its name. docs/kernels.md lists the differences.
+that is not supported raises a ValueError with its name. docs/coming-from.md lists the differences.
 """
 
 from ._compat_attention import (

@@ -10,7 +10,7 @@ Precision  any float dtype in and out; matmuls in that dtype, accumulated in flo
 Fusion     y and h come from one GEMM with an epilogue, or from cuBLAS and one elementwise kernel:
            plan() of gemm.py chooses. dh and db come from one elementwise kernel.
 Memory     keeps x and h for the backward
-Cost       compute-bound: 2 N D F FLOPs forward, 4 N D F backward
+Cost       compute-bound: 2 N D F FLOPs forward, 4 N D F backward; see cost()
 Source     Hendrycks & Gimpel 2016, arXiv:1606.08415; So et al. 2021, arXiv:2109.08668 (relu2)
 """
 
@@ -65,6 +65,19 @@ def launch_bwd(
     dh = launch_activation_bwd(dy.contiguous(), h, activation, db if needs_bias else None)
     dx, dw, _ = linear_bwd(dh, x, weight, (needs_x, needs_weight, False))
     return dx, dw, db
+
+
+def cost(N: int, D: int, F: int, itemsize: int) -> dict[str, int]:
+    """Least bytes to move, and FLOPs of the matmuls, with `itemsize` bytes per element.
+
+    Forward: read x and w; write y and h. Backward: read dy, x, w and h; write dx and dw.
+    """
+    return {
+        "fwd_bytes": (N * D + F * D + 2 * N * F) * itemsize,
+        "bwd_bytes": (2 * N * D + 2 * F * D + 2 * N * F) * itemsize,
+        "fwd_flops": 2 * N * D * F,
+        "bwd_flops": 4 * N * D * F,
+    }
 
 
 # --- operator

@@ -16,7 +16,7 @@ Memory     keeps h and a for the backward. With `recompute` it keeps only h. For
            while a fused forward computes it from h in float32. The sums of dw1, dw2 and db1 over
            the chunks are in float32.
 Cost       compute-bound: 4 N D F FLOPs forward, 8 N D F backward; see cost()
-Source     GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form
+Source     GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; GPT-2 uses the tanh form;
            relu2: So et al. 2021, arXiv:2109.08668
 """
 

@@ -103,7 +103,7 @@ def test_result_without_lse_matches_definition(shape, options):
 
 @pytest.mark.plain
 def test_lse_gives_attention_sinks():
-    """The recipe of docs/kernels.md matches a softmax with a sink among the scores."""
+    """The recipe of docs/coming-from.md matches a softmax with a sink among the scores."""
     q, k, v, do, _ = make_inputs(2, 7, 7, 4, 2, 8, torch.float64, "cpu")
     sink = torch.linspace(-1, 1, 4, dtype=torch.float64)
 
