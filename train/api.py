@@ -14,7 +14,7 @@ tritium.load(folder).resume() goes on.
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,10 @@ from .run.folder import create_free_folder
 from .run.metrics import read_lines
 from .run.models import SavedModel, open_model
 from .run.plots import plot_loss
+from .run.trackers import Callbacks
 from .text import encode_prompt, stream_sample
+
+Callback = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +112,25 @@ class Run:
         found = classify_texts(model, self.tokenizer, texts)
         return [dict(zip(model.labels, each, strict=True)) for each in found]
 
-    def resume(self, **changes: Any) -> "Run":
+    def resume(
+        self,
+        *,
+        on_step: Callback | None = None,
+        on_evaluation: Callback | None = None,
+        **changes: Any,
+    ) -> "Run":
         """Continue a stopped run from its newest checkpoint, in this process.
 
-        Args: changes: new values of options, such as steps. train/run/history.py has the names.
+        Args:
+            on_step, on_evaluation: as for `train`.
+            changes: new values of options, such as steps. train/run/history.py has the names.
         Returns: a new Run, whose model is the finished one.
+        Raises: as `train`.
         """
         folder = self._folder_of_run()
-        return _finish(folder, lambda: resume(folder, changes=_as_options(changes)))
+        callbacks = Callbacks(on_step, on_evaluation)
+        changes = _as_options(changes)
+        return _finish(folder, lambda: resume(folder, changes=changes, callbacks=callbacks))
 
     def _folder_of_run(self) -> Path:
         saved = self._saved
@@ -127,35 +141,57 @@ class Run:
         return saved.run
 
 
-def train(recipe_or_config: str | TrainConfig | None = None, **options: Any) -> Run:
+def train(
+    recipe_or_config: str | TrainConfig | None = None,
+    *,
+    on_step: Callback | None = None,
+    on_evaluation: Callback | None = None,
+    **options: Any,
+) -> Run:
     """Train a new model in this process, as `tritium train` does.
 
     Args:
         recipe_or_config: name of a recipe, or a configuration. None: the recipe for this machine.
+        on_step: called with the line of metrics.jsonl of each step, a dictionary, after the results
+            of the step were read: up to ten steps later. train/run/metrics.py lists the keys.
+        on_evaluation: called with the line of each evaluation.
         options: of TrainConfig, by their flat names: data, steps, n_layer, device, out, ...
-    Raises: InputError for bad input; DivergedError; InterruptedRun after Ctrl-C, when a checkpoint
-        is written.
+    Returns: the finished run.
+    Raises: InputError for bad input; DivergedError; InterruptedRun after Ctrl-C; the
+        exception of a callback, as it is. After the last two the run has a checkpoint.
     """
+    callbacks = Callbacks(on_step, on_evaluation)
     if isinstance(recipe_or_config, TrainConfig):
         name, base = "run", recipe_or_config
     else:
         name = recipe_or_config or default_recipe()
         base = recipe(name)
-    return _start(name, new_config(base, _as_options(options)))
+    return _start(name, new_config(base, _as_options(options)), callbacks)
 
 
-def finetune(task: str, model: Run | str | Path, data: str | Path, **options: Any) -> Run:
+def finetune(
+    task: str,
+    model: Run | str | Path,
+    data: str | Path,
+    *,
+    on_step: Callback | None = None,
+    on_evaluation: Callback | None = None,
+    **options: Any,
+) -> Run:
     """Train a model further on records, in this process, as `tritium finetune` does.
 
     Args:
         task: a row of train/finetune/tasks.py, such as "instruct".
         model: a Run, or the path of a run, a checkpoint or a folder of transformers.
         data: file of records.
+        on_step, on_evaluation: as for `train`.
         options: of TrainConfig and of the task, by their flat names: epochs, lr, out, ...
+    Returns: the finished run.
     Raises: as `train`.
     """
+    callbacks = Callbacks(on_step, on_evaluation)
     path = model.folder if isinstance(model, Run) else Path(model)
-    return _start(task, finetune_config(task, path, data, **_as_options(options)))
+    return _start(task, finetune_config(task, path, data, **_as_options(options)), callbacks)
 
 
 def load(run_or_folder: str | Path) -> Run:
@@ -185,11 +221,11 @@ def _as_options(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _start(name: str, config: TrainConfig) -> Run:
+def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:
     """Train a new run in its folder, or in the next free folder runs/NAME-N."""
     folder = Path(config.report.out) if config.report.out else create_free_folder(name)
     try:
-        return _finish(folder, lambda: start(config, folder))
+        return _finish(folder, lambda: start(config, folder, callbacks=callbacks))
     finally:
         if config.report.out is None:
             with contextlib.suppress(OSError):

@@ -9,7 +9,8 @@ import tyro
 
 from ...errors import InputError
 from ..files import hash_file
-from ._evaluation import EvaluationOptions, progress
+from ..progress import progress
+from ._evaluation import EvaluationOptions
 from .cli import parse
 
 _DESCRIPTION = """Compute the BLEU of texts that the model writes, with sacrebleu.

@@ -10,7 +10,8 @@ import tyro
 from ...errors import InputError
 from ..eval.tasks import TASKS, read_examples
 from ..files import hash_file
-from ._evaluation import EvaluationOptions, progress
+from ..progress import progress
+from ._evaluation import EvaluationOptions
 from .cli import parse
 
 _DESCRIPTION = """Choose texts that follow contexts: HellaSwag, LAMBADA, or a file of your own.

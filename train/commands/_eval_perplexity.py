@@ -9,7 +9,8 @@ import tyro
 
 from ...errors import InputError
 from ..eval.windows import COUNTINGS, check_sizes
-from ._evaluation import EvaluationOptions, progress
+from ..progress import progress
+from ._evaluation import EvaluationOptions
 from .cli import parse
 
 if TYPE_CHECKING:
