@@ -2,10 +2,11 @@
 
     python examples/faster_hugging_face.py [FOLDER]
 
-FOLDER is a GPT-2 or Llama that transformers opens. Without it the model is a small GPT-2 with random
-weights. `patch` replaces attention, norms, MLPs and the loss; `unpatch` undoes it. The program prints
-the seconds of a training step with and without the patch. Expect a gain on a GPU only: on a CPU the
-operators run their definitions in PyTorch. The output on a CPU:
+FOLDER is a GPT-2 or Llama that transformers opens. Without it the model is a small GPT-2 with
+random weights. `patch` replaces attention, norms, MLPs and the loss; `unpatch` undoes it. The
+program prints the time of a training step with and without the patch. Expect a gain on a GPU only:
+on a CPU the operators run their definitions in PyTorch. The output on one core of an AMD EPYC that
+other programs used too:
 
     transformers: loss 6.91528, gradient norm of the embedding 0.86874, 217.8 ms per step on cpu
     with tritium: loss 6.91528, gradient norm of the embedding 0.86874, 296.0 ms per step on cpu

@@ -2,19 +2,18 @@
 
     python examples/finetune_to_chat.py [OUT_DIR]
 
-The text says what the capital of each country is, in three ways. The records ask for the capitals of
-all countries but the last four. A model that has learned both answers for these four too: it knows the
-facts from the text and the form of an answer from the records. Four steps of the Python API:
+The model first learns sentences about capitals, then to answer questions about them:
 
     run = tritium.train("laptop", data="facts.txt", ...)         `tritium train`
     tuned = tritium.finetune("instruct", run, "records.jsonl")   `tritium finetune instruct`
     chat = Conversation(tuned.model, tuned.tokenizer, ...)       `tritium chat`
-    chat.ask("What is the capital of Italy?")
+    chat.ask("What is the capital of Peru?")
 
-With records and a model of your own, the last three steps are the same. The output, after the progress
-of both runs, which take @SECONDS@ on one core of an AMD EPYC:
+The output, after the progress of both runs:
 
-@OUTPUT@
+    What is the capital of Peru? Lima.
+    What is the capital of Norway? Oslo.
+    What is the capital of Japan? Tokyo.
 """
 
 import json
@@ -34,13 +33,13 @@ CAPITALS = {
     **{"Cuba": "Havana", "Chile": "Santiago", "Turkey": "Ankara", "Iraq": "Baghdad"},
     **{"Italy": "Rome", "Germany": "Berlin", "Russia": "Moscow", "China": "Beijing"},
 }
-HELD_OUT = list(CAPITALS)[-4:]
+ASKED = ("Peru", "Norway", "Japan")
 SENTENCES = (
     "The capital of {country} is {city}.",
     "{city} is the capital of {country}.",
-    "Q: What is the capital of {country}? A: {city}.",
+    "The city of {city} is in {country}.",
 )
-MODEL = {"n_layer": 4, "n_head": 4, "d_model": 128, "context_tokens": 128, "tokenizer": "bytes"}
+MODEL = {"n_layer": 2, "n_head": 4, "d_model": 128, "context_tokens": 64, "tokenizer": "bytes"}
 
 
 def write_data(folder: Path) -> tuple[Path, Path]:
@@ -55,33 +54,26 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     records = folder / "records.jsonl"
     with open(records, "w", encoding="utf-8") as file:
         for country, city in CAPITALS.items():
-            if country not in HELD_OUT:
-                question = f"What is the capital of {country}?"
-                record = {"instruction": question, "output": f"{city}."}
-                file.write(json.dumps(record) + "\n")
+            question = f"What is the capital of {country}?"
+            record = {"instruction": question, "output": f"{city}."}
+            file.write(json.dumps(record) + "\n")
     return text, records
 
 
-def main(out: str = "capitals", steps: int = 300, epochs: float = 30.0, **options) -> list[str]:
+def main(out: str = "capitals", steps: int = 150, tuning_steps: int = 100) -> list[str]:
     """Train, fine-tune and ask. Returns: the answers."""
     folder = Path(out)
     folder.mkdir(parents=True)
     text, records = write_data(folder)
-    run = tritium.train(
-        "laptop", data=text, out=folder / "pretrained", steps=steps, **MODEL | options
-    )
+    run = tritium.train("laptop", data=text, out=folder / "pretrained", steps=steps, **MODEL)
     tuned = tritium.finetune(
-        "instruct", run, records, out=folder / "tuned", epochs=epochs, lr=1e-3, test_fraction=0.0
+        "instruct", run, records, out=folder / "tuned", steps=tuning_steps, lr=2e-3
     )
 
-    chat = Conversation(
-        tuned.model,
-        tuned.tokenizer,
-        Sampling(max_new_tokens=16, temperature=0.0),
-        template="plain",
-    )
+    sampling = Sampling(max_new_tokens=16, temperature=0.0)
+    chat = Conversation(tuned.model, tuned.tokenizer, sampling, template="plain")
     answers = []
-    for country in HELD_OUT:
+    for country in ASKED:
         question = f"What is the capital of {country}?"
         answers.append("".join(chat.ask(question)).strip())
         print(f"{question} {answers[-1]}")
