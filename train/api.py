@@ -24,6 +24,7 @@ from ..model import GPT, GPTClassifier, GPTConfig
 from ..model.generation import Sampling
 from ..model.lora import AdapterOptions
 from .config import ExecutionOptions, ReportOptions, TrainConfig
+from .config_file import read_config
 from .data.tokenizer import Tokenizer
 from .device import choose_device, choose_matmul
 from .evaluate import Evaluation
@@ -34,7 +35,7 @@ from .new_run import new_config
 from .recipes import default_recipe, recipe
 from .records import check_types
 from .run.folder import create_free_folder
-from .run.metrics import read_lines
+from .run.metrics import check_metrics, read_lines
 from .run.models import SavedModel, open_model
 from .run.plots import plot_loss
 from .run.trackers import Callbacks
@@ -75,12 +76,22 @@ class Run:
         return self._saved.tokenizer()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl, oldest first. train/run/metrics.py lists the keys."""
-        return read_lines(self._folder_of_run())
+        """Return the lines of metrics.jsonl, oldest first.
+
+        pandas.DataFrame(run.metrics()) is a table of them. train/run/metrics.py lists the keys.
+
+        Returns: a dictionary per step and per evaluation, which has `val_loss`.
+        Raises: InputError if there is no line of a step.
+        """
+        return read_lines(self._folder_with_metrics())
 
     def plot(self) -> Path:
-        """Draw the loss curve. Returns: the path of loss.png."""
-        return plot_loss(self._folder_of_run())
+        """Draw the loss curve.
+
+        Returns: the path of loss.png.
+        Raises: InputError if there is no line of a step.
+        """
+        return plot_loss(self._folder_with_metrics())
 
     def sample(
         self,
@@ -96,6 +107,8 @@ class Run:
         Args:
             prompt: text to continue, at most as long as the context. None: the start of a document.
             max_new_tokens, temperature, top_p, options: fields of model.generation.Sampling.
+        Returns: the prompt and its continuation.
+        Raises: InputError if the model is a classifier, or the prompt is too long.
         """
         values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         if isinstance(self.model, GPTClassifier):
@@ -105,7 +118,12 @@ class Run:
         return (prompt or "") + "".join(stream_sample(self.model, self.tokenizer, ids, sampling))
 
     def classify(self, texts: Iterable[str]) -> list[dict[str, float]]:
-        """Return the probabilities of all labels for each text. The model must be a classifier."""
+        """Return the probabilities of all labels for each text.
+
+        Args: texts: any number of texts.
+        Returns: a dictionary per text, from label to probability.
+        Raises: InputError if the model is not a classifier.
+        """
         model = self.model
         if not isinstance(model, GPTClassifier):
             raise InputError(f"{self.folder}: expected a classifier, got a language model")
@@ -132,6 +150,11 @@ class Run:
         changes = _as_options(changes)
         return _finish(folder, lambda: resume(folder, changes=changes, callbacks=callbacks))
 
+    def _folder_with_metrics(self) -> Path:
+        folder = self._folder_of_run()
+        check_metrics(folder)
+        return folder
+
     def _folder_of_run(self) -> Path:
         saved = self._saved
         if saved.adapter is not None:
@@ -142,7 +165,7 @@ class Run:
 
 
 def train(
-    recipe_or_config: str | TrainConfig | None = None,
+    recipe_or_config: str | Path | TrainConfig | None = None,
     *,
     on_step: Callback | None = None,
     on_evaluation: Callback | None = None,
@@ -151,7 +174,8 @@ def train(
     """Train a new model in this process, as `tritium train` does.
 
     Args:
-        recipe_or_config: name of a recipe, or a configuration. None: the recipe for this machine.
+        recipe_or_config: name of a recipe, the Path of a file for --config, or a configuration.
+            None: the recipe for this machine.
         on_step: called with the line of metrics.jsonl of each step, a dictionary, after the results
             of the step were read: up to ten steps later. train/run/metrics.py lists the keys.
         on_evaluation: called with the line of each evaluation.
@@ -163,6 +187,8 @@ def train(
     callbacks = Callbacks(on_step, on_evaluation)
     if isinstance(recipe_or_config, TrainConfig):
         name, base = "run", recipe_or_config
+    elif isinstance(recipe_or_config, Path):
+        name, base = recipe_or_config.stem, read_config(recipe_or_config)
     else:
         name = recipe_or_config or default_recipe()
         base = recipe(name)
@@ -197,6 +223,8 @@ def finetune(
 def load(run_or_folder: str | Path) -> Run:
     """Open a run, a checkpoint or a folder of transformers.
 
+    Args: run_or_folder: its path.
+    Returns: a Run. Its model is read when it is first used.
     Raises: InputError if there is no model.
     """
     folder = Path(run_or_folder)

@@ -149,7 +149,25 @@ def test_bad_input_raises_what_the_command_line_prints(options, tmp_path):
         tritium.load(tmp_path / "none")
     with pytest.raises(tritium.InputError, match="unknown task 'instrct'"):
         tritium.finetune("instrct", tmp_path, "f")
+    with pytest.raises(tritium.InputError, match="micro_batch_size: expected a divisor of"):
+        api.train("laptop", batch_size=8, micro_batch_size=3)
+    file = tmp_path / "my.toml"
+    for text, message in (
+        ('recipe = "laptop"\nstepz = 1\n', ":2: unknown option 'stepz'; did you mean 'steps'"),
+        ("steps = \n", r"expected TOML, got a syntax error: .*line 1"),
+    ):
+        file.write_text(text)
+        with pytest.raises(tritium.InputError, match=message):
+            api.train(file)
     run = api.train("laptop", **options)
+    metrics = run.folder / "metrics.jsonl"
+    metrics.write_text('{"iter": 1, "train_loss": 2.0}\n')  # of another version
+    for read in (run.metrics, run.plot):
+        with pytest.raises(tritium.InputError, match="expected lines with step, loss, lr and"):
+            read()
+    metrics.unlink()
+    with pytest.raises(tritium.InputError, match=r"run: expected metrics\.jsonl, found none"):
+        run.metrics()
     run.model.save_pretrained(tmp_path / "exported")
     with pytest.raises(tritium.InputError, match="expected the folder of a run, got a published"):
         tritium.load(tmp_path / "exported").metrics()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import names_file
+from ...errors import InputError, names_file
 from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
@@ -279,6 +279,18 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
     return training, evaluations
+
+
+def check_metrics(run: Path) -> None:
+    """Raise InputError unless a run has metrics of a step."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise InputError(f"{run}: expected metrics.jsonl, found none; the run has no step yet")
+    if not any("loss" in row for row in _rows(file)):
+        raise InputError(
+            f"{file}: expected lines with step, loss, lr and grad_norm, found none; the run has no "
+            "step yet, or an older version wrote it"
+        )
 
 
 def read_lines(run: Path) -> list[dict]:
