@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 console = Console(stderr=True, highlight=False)
 # A refresh takes 1.3 ms of the core that also starts the steps (AMD EPYC, 26 November 2026): at
@@ -42,19 +43,22 @@ def progress_bars(*, has_count: bool = False, transient: bool = False) -> Progre
 
     Args:
         has_count: whether to show "3/10" instead of "30%".
-        transient: whether a terminal deletes the bars at the end.
+        transient: whether a terminal deletes the bars at the end. A notebook then shows them when
+            some work is done: it cannot delete an output.
     """
+    # In a narrow terminal only the bar becomes shorter.
+    count = MofNCompleteColumn if has_count else TaskProgressColumn
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
-        MofNCompleteColumn() if has_count else TaskProgressColumn(),
+        count(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(compact=True),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
     ]
     if console.is_jupyter and not console.quiet:
-        return _NotebookProgress(*columns, auto_refresh=False)
+        return _NotebookProgress(*columns, is_transient=transient)
     return Progress(
         *columns,
         console=console,
@@ -87,7 +91,7 @@ def task_of(bars: Progress, label: str, total: float | None) -> Iterator[Callabl
 class _NotebookProgress(Progress):
     """Bars as text in the output of a cell."""
 
-    def __init__(self, *columns: ProgressColumn, **options):
+    def __init__(self, *columns: ProgressColumn, is_transient: bool):
         # rich would draw for a terminal, or look for ipywidgets.
         screen = Console(
             file=io.StringIO(),
@@ -95,26 +99,34 @@ class _NotebookProgress(Progress):
             force_jupyter=False,
             force_terminal=False,
         )
-        super().__init__(*columns, console=screen, disable=True, **options)
+        super().__init__(*columns, console=screen, auto_refresh=False)
+        self._is_transient = is_transient
+        self._is_running = False
         self._output = None
         self._last_shown = 0.0
 
     def start(self) -> None:
-        """Show an output that later calls replace."""
-        from IPython.display import display
-
-        self._output = display(self._content(), raw=True, display_id=True)
+        """Show the bars from now on."""
+        self._is_running = True
+        self.refresh()
 
     def stop(self) -> None:
         """Show the last state."""
         self.refresh()
-        self._output = None
+        self._is_running = False
 
     def refresh(self) -> None:
-        """Replace the output."""
+        """Show the bars, or replace the text that is shown."""
+        is_hidden = self._is_transient and not any(task.completed for task in self.tasks)
+        if not self._is_running or self.disable or is_hidden:
+            return
+        self._last_shown = time.monotonic()
         if self._output is not None:
-            self._last_shown = time.monotonic()
             self._output.update(self._content(), raw=True)
+            return
+        from IPython.display import display
+
+        self._output = display(self._content(), raw=True, display_id=True)
 
     def update(self, task_id: TaskID, **changes) -> None:
         """Change a task, and show it if the last time is long ago."""

@@ -78,6 +78,16 @@ def test_a_notebook_shows_one_text_that_is_replaced(notebook):
     assert not any("\x1b" in text or "\n" in text for text in notebook)
 
 
+def test_a_notebook_shows_a_transient_bar_when_some_work_is_done(notebook):
+    with progress("preparing"):
+        assert notebook == []
+    with progress("reading", 4) as advance:
+        advance(1)
+        advance(3)
+    assert "25%" in notebook[0]
+    assert "100%" in notebook[-1]
+
+
 def test_a_bar_ends_with_an_exception(terminal):
     with pytest.raises(KeyError), progress("reading", 3):
         raise KeyError

@@ -11,6 +11,7 @@ from ...errors import InputError
 from ..eval.tasks import TASKS, read_examples
 from ..files import hash_file
 from ..progress import progress
+from ..run.console import loading
 from ._evaluation import EvaluationOptions
 from .cli import parse
 
@@ -40,7 +41,8 @@ class ChoiceOptions(EvaluationOptions):
 def main(argv: Sequence[str]) -> int:
     """Run `tritium eval choice`."""
     options = parse(ChoiceOptions, argv, prog="tritium eval choice", description=_DESCRIPTION)
-    from ..eval.choice import encode_examples, measure_choices
+    with loading():
+        from ..eval.choice import encode_examples, measure_choices
 
     path = Path(options.file)
     task, examples = read_examples(path, options.task)

@@ -10,6 +10,7 @@ import tyro
 from ...errors import InputError
 from ..eval.windows import COUNTINGS, check_sizes
 from ..progress import progress
+from ..run.console import loading
 from ._evaluation import EvaluationOptions
 from .cli import parse
 
@@ -51,8 +52,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         PerplexityOptions, argv, prog="tritium eval perplexity", description=_DESCRIPTION
     )
-    from ..eval.perplexity import measure, num_targets
-    from ..eval.texts import read_text
+    with loading():
+        from ..eval.perplexity import measure, num_targets
+        from ..eval.texts import read_text
 
     model = options.open()
     longest = model.gpt.config.context_tokens

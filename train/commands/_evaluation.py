@@ -14,7 +14,6 @@ from ...errors import InputError
 from ..choices import PRECISIONS
 from ..files import write_whole
 from ..progress import progress
-from ..run.console import loading
 
 if TYPE_CHECKING:
     from ..eval.model import EvaluatedModel
@@ -46,8 +45,8 @@ class EvaluationOptions:
     def open(self) -> "EvaluatedModel":
         """Read the model."""
         # Imported here because the import of PyTorch takes seconds.
-        with loading():
-            from ..eval.model import EvaluatedModel
+        from ..eval.model import EvaluatedModel
+
         with progress("opening the model"):
             return EvaluatedModel.open(
                 Path(self.model),
