@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "multi_node.sbatch"
 # Slurm's commands. srun starts the command on each node; both nodes are this machine.
 COMMANDS = {
     "scontrol": "echo localhost\necho localhost\n",
-    "srun": 'shift\n"$@" & first=$!\n"$@" & wait $! && wait $first\n',
+    "srun": (
+        'while [[ $1 == -* ]]; do shift; done\n"$@" & first=$!\n"$@" & wait $! && wait $first\n'
+    ),
 }
 
 

@@ -114,8 +114,7 @@ class EnoughError(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["on_step", "on_evaluation"])
-@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize(("name", "at"), [("on_step", 3), ("on_evaluation", 6)])
 def test_an_exception_in_a_callback_stops_the_run_with_a_checkpoint(name, at, options, tmp_path):
     calls = []
 
@@ -128,8 +127,7 @@ def test_an_exception_in_a_callback_stops_the_run_with_a_checkpoint(name, at, op
         api.train("laptop", **options, **{name: stop})
     assert found.value.args == (at,)
     assert calls[-1] == at - (name == "on_step")  # no call after the exception
-    done = at if name == "on_evaluation" else min(at + 1, 6)
-    assert max(checkpoints(tmp_path / "run")) >= done - 1
+    assert max(checkpoints(tmp_path / "run")) >= at
     run = tritium.load(tmp_path / "run").resume()
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(6))
 
