@@ -14,7 +14,7 @@ tritium.load(folder).resume() goes on.
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..model import GPT, GPTClassifier, GPTConfig
 from ..model.generation import Sampling
 from ..model.lora import AdapterOptions
 from .config import ExecutionOptions, ReportOptions, TrainConfig
+from .config_file import read_config
 from .data.tokenizer import Tokenizer
 from .device import choose_device, choose_matmul
 from .evaluate import Evaluation
@@ -34,10 +35,13 @@ from .new_run import new_config
 from .recipes import default_recipe, recipe
 from .records import check_types
 from .run.folder import create_free_folder
-from .run.metrics import read_lines
+from .run.metrics import check_metrics, read_lines
 from .run.models import SavedModel, open_model
 from .run.plots import plot_loss
+from .run.trackers import Callbacks
 from .text import encode_prompt, stream_sample
+
+Callback = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +76,22 @@ class Run:
         return self._saved.tokenizer()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl, oldest first. train/run/metrics.py lists the keys."""
-        return read_lines(self._folder_of_run())
+        """Return the lines of metrics.jsonl, oldest first.
+
+        pandas.DataFrame(run.metrics()) is a table of them. train/run/metrics.py lists the keys.
+
+        Returns: a dictionary per step and per evaluation, which has `val_loss`.
+        Raises: InputError if there is no line of a step.
+        """
+        return read_lines(self._folder_with_metrics())
 
     def plot(self) -> Path:
-        """Draw the loss curve. Returns: the path of loss.png."""
-        return plot_loss(self._folder_of_run())
+        """Draw the loss curve.
+
+        Returns: the path of loss.png.
+        Raises: InputError if there is no line of a step.
+        """
+        return plot_loss(self._folder_with_metrics())
 
     def sample(
         self,
@@ -93,6 +107,8 @@ class Run:
         Args:
             prompt: text to continue, at most as long as the context. None: the start of a document.
             max_new_tokens, temperature, top_p, options: fields of model.generation.Sampling.
+        Returns: the prompt and its continuation.
+        Raises: InputError if the model is a classifier, or the prompt is too long.
         """
         values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         if isinstance(self.model, GPTClassifier):
@@ -102,21 +118,42 @@ class Run:
         return (prompt or "") + "".join(stream_sample(self.model, self.tokenizer, ids, sampling))
 
     def classify(self, texts: Iterable[str]) -> list[dict[str, float]]:
-        """Return the probabilities of all labels for each text. The model must be a classifier."""
+        """Return the probabilities of all labels for each text.
+
+        Args: texts: any number of texts.
+        Returns: a dictionary per text, from label to probability.
+        Raises: InputError if the model is not a classifier.
+        """
         model = self.model
         if not isinstance(model, GPTClassifier):
             raise InputError(f"{self.folder}: expected a classifier, got a language model")
         found = classify_texts(model, self.tokenizer, texts)
         return [dict(zip(model.labels, each, strict=True)) for each in found]
 
-    def resume(self, **changes: Any) -> "Run":
+    def resume(
+        self,
+        *,
+        on_step: Callback | None = None,
+        on_evaluation: Callback | None = None,
+        **changes: Any,
+    ) -> "Run":
         """Continue a stopped run from its newest checkpoint, in this process.
 
-        Args: changes: new values of options, such as steps. train/run/history.py has the names.
+        Args:
+            on_step, on_evaluation: as for `train`.
+            changes: new values of options, such as steps. train/run/history.py has the names.
         Returns: a new Run, whose model is the finished one.
+        Raises: as `train`.
         """
         folder = self._folder_of_run()
-        return _finish(folder, lambda: resume(folder, changes=_as_options(changes)))
+        callbacks = Callbacks(on_step, on_evaluation)
+        changes = _as_options(changes)
+        return _finish(folder, lambda: resume(folder, changes=changes, callbacks=callbacks))
+
+    def _folder_with_metrics(self) -> Path:
+        folder = self._folder_of_run()
+        check_metrics(folder)
+        return folder
 
     def _folder_of_run(self) -> Path:
         saved = self._saved
@@ -127,40 +164,67 @@ class Run:
         return saved.run
 
 
-def train(recipe_or_config: str | TrainConfig | None = None, **options: Any) -> Run:
+def train(
+    recipe_or_config: str | Path | TrainConfig | None = None,
+    *,
+    on_step: Callback | None = None,
+    on_evaluation: Callback | None = None,
+    **options: Any,
+) -> Run:
     """Train a new model in this process, as `tritium train` does.
 
     Args:
-        recipe_or_config: name of a recipe, or a configuration. None: the recipe for this machine.
+        recipe_or_config: name of a recipe, the Path of a file for --config, or a configuration.
+            None: the recipe for this machine.
+        on_step: called with the line of metrics.jsonl of each step, a dictionary, after the results
+            of the step were read: up to ten steps later. train/run/metrics.py lists the keys.
+        on_evaluation: called with the line of each evaluation.
         options: of TrainConfig, by their flat names: data, steps, n_layer, device, out, ...
-    Raises: InputError for bad input; DivergedError; InterruptedRun after Ctrl-C, when a checkpoint
-        is written.
+    Returns: the finished run.
+    Raises: InputError for bad input; DivergedError; InterruptedRun after Ctrl-C; the
+        exception of a callback, as it is. After the last two the run has a checkpoint.
     """
+    callbacks = Callbacks(on_step, on_evaluation)
     if isinstance(recipe_or_config, TrainConfig):
         name, base = "run", recipe_or_config
+    elif isinstance(recipe_or_config, Path):
+        name, base = recipe_or_config.stem, read_config(recipe_or_config)
     else:
         name = recipe_or_config or default_recipe()
         base = recipe(name)
-    return _start(name, new_config(base, _as_options(options)))
+    return _start(name, new_config(base, _as_options(options)), callbacks)
 
 
-def finetune(task: str, model: Run | str | Path, data: str | Path, **options: Any) -> Run:
+def finetune(
+    task: str,
+    model: Run | str | Path,
+    data: str | Path,
+    *,
+    on_step: Callback | None = None,
+    on_evaluation: Callback | None = None,
+    **options: Any,
+) -> Run:
     """Train a model further on records, in this process, as `tritium finetune` does.
 
     Args:
         task: a row of train/finetune/tasks.py, such as "instruct".
         model: a Run, or the path of a run, a checkpoint or a folder of transformers.
         data: file of records.
+        on_step, on_evaluation: as for `train`.
         options: of TrainConfig and of the task, by their flat names: epochs, lr, out, ...
+    Returns: the finished run.
     Raises: as `train`.
     """
+    callbacks = Callbacks(on_step, on_evaluation)
     path = model.folder if isinstance(model, Run) else Path(model)
-    return _start(task, finetune_config(task, path, data, **_as_options(options)))
+    return _start(task, finetune_config(task, path, data, **_as_options(options)), callbacks)
 
 
 def load(run_or_folder: str | Path) -> Run:
     """Open a run, a checkpoint or a folder of transformers.
 
+    Args: run_or_folder: its path.
+    Returns: a Run. Its model is read when it is first used.
     Raises: InputError if there is no model.
     """
     folder = Path(run_or_folder)
@@ -185,11 +249,11 @@ def _as_options(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _start(name: str, config: TrainConfig) -> Run:
+def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:
     """Train a new run in its folder, or in the next free folder runs/NAME-N."""
     folder = Path(config.report.out) if config.report.out else create_free_folder(name)
     try:
-        return _finish(folder, lambda: start(config, folder))
+        return _finish(folder, lambda: start(config, folder, callbacks=callbacks))
     finally:
         if config.report.out is None:
             with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@ equal to the weights of a run that never stopped.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .execution import Execution, resolve
 from .finetune.data import TaskData
 from .finetune.tasks import TASKS
 from .optim import Optimizer
+from .progress import console, progress
 from .run.checkpoint import newest_checkpoint
 from .run.folder import (
     RunRecord,
@@ -35,11 +36,18 @@ from .run.folder import (
 )
 from .run.goodput import process_age
 from .run.history import note_resume, with_changes
-from .run.metrics import Metrics, console
+from .run.metrics import Metrics
 from .run.profile import check_profile_steps
 from .run.saver import CheckpointSaver, check_space_for_run
 from .run.signals import Signals, set_time_limit, stop_on_signals
-from .run.trackers import check_trackers, open_trackers
+from .run.trackers import (
+    NO_CALLBACKS,
+    Callbacks,
+    CallbackTracker,
+    Tracker,
+    check_trackers,
+    open_trackers,
+)
 from .schedule import check_learning_rates, describe_long_warmup
 from .session import Session
 from .threads import limit_threads
@@ -47,8 +55,14 @@ from .trainer import Trainer, quiet_collector
 
 
 @stop_on_signals()
-def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Evaluation:
-    """Train a new model. Rank 0 writes the folder `run`.
+def start(
+    config: TrainConfig,
+    run: Path,
+    world: World = SINGLE_PROCESS,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+) -> Evaluation:
+    """Train a new model. Rank 0 writes the folder `run`, and calls the callbacks.
 
     Returns: the evaluation of the finished model on all held-out text.
     Raises: InputError if the folder is in use, the data is bad, options do not fit together or the
@@ -65,16 +79,21 @@ def start(config: TrainConfig, run: Path, world: World = SINGLE_PROCESS) -> Eval
     if warning := describe_long_warmup(config):
         console.print(warning, soft_wrap=True)
     # Read the model to start from before anything is written: it may be damaged.
-    model = world.run_on_all_ranks(lambda: initial_model(config, data))
+    with progress("initial weights"):
+        model = world.run_on_all_ranks(lambda: initial_model(config, data))
     with only_writer(run, world) as check_folder:
         summary = execution.summary()
         world.on_rank0(lambda: claim_folder(run, config, model.config, data, summary))
-        return _train(config, run, model, data, execution, check_folder, None)
+        return _train(config, run, model, data, execution, check_folder, callbacks, None)
 
 
 @stop_on_signals()
 def resume(
-    run: Path, world: World = SINGLE_PROCESS, changes: dict[str, Any] | None = None
+    run: Path,
+    world: World = SINGLE_PROCESS,
+    changes: dict[str, Any] | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> Evaluation:
     """Continue a stopped run from its newest checkpoint. Returns and Raises: see `start`.
 
@@ -85,7 +104,7 @@ def resume(
     record = world.on_rank0(lambda: read_run(run))
     config = with_changes(run, record.train, changes or {})
     if world.on_rank0(lambda: is_unstarted(run)):
-        return start(config, run, world)
+        return start(config, run, world, callbacks=callbacks)
     with only_writer(run, world) as check_folder:
         world.on_rank0(lambda: newest_checkpoint(run))
         files = run / "checkpoints"
@@ -99,7 +118,7 @@ def resume(
         world.on_rank0(lambda: data.tokenizer.save(run / "tokenizer.json"))
         # The model it started from may be gone. The checkpoint has all weights.
         model = new_model(config, data, record.model)
-        return _train(config, run, model, data, execution, check_folder, record)
+        return _train(config, run, model, data, execution, check_folder, callbacks, record)
 
 
 # --- before the first step
@@ -125,6 +144,7 @@ def _train(
     data: TaskData,
     execution: Execution,
     check_folder: Callable[[], None],
+    callbacks: Callbacks,
     record: RunRecord | None,
 ) -> Evaluation:
     """Train a new run (`record` is None), or from the newest checkpoint of a recorded one."""
@@ -137,21 +157,26 @@ def _train(
     keep_freed_memory()
 
     # The model and its optimizer.
-    engine = execution.engine(model.to(execution.device), execution)
-    optimizer = Optimizer(engine, config)
-    saver = CheckpointSaver(run, engine, optimizer, config.report)
-    if record is None:
-        first = 0
-        _save_first(config, run, engine, saver)
-    else:
-        first = saver.load()
-        world.on_rank0(lambda: check_space_for_run(run, config, engine))
-        world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
+    with progress("preparing the first step"):
+        engine = execution.engine(model.to(execution.device), execution)
+        optimizer = Optimizer(engine, config)
+        saver = CheckpointSaver(run, engine, optimizer, config.report)
+        if record is None:
+            first = 0
+            _save_first(config, run, engine, saver)
+        else:
+            first = saver.load()
+            world.on_rank0(lambda: check_space_for_run(run, config, engine))
+            world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
 
     # The data, and the metrics of its steps.
     data.begin(run, engine, config, first)
     loader = data.loader(config, execution)
-    metrics = _open_metrics(config, run, engine, loader.context_tokens, first)
+    signals = Signals(world)
+    trackers = open_trackers(config, run, first) if world.is_rank0 else []
+    if world.is_rank0:
+        trackers.append(CallbackTracker(callbacks, signals.request_stop))
+    metrics = _open_metrics(config, run, engine, loader.context_tokens, first, trackers)
     if execution.is_compiled:
         console.print("compiling the model: the first step takes longer if it is not in the cache")
 
@@ -160,7 +185,7 @@ def _train(
     trainer = Trainer(engine, optimizer, seed=config.seed)
     with (
         metrics,
-        Signals(world) as signals,
+        signals,
         quiet_collector(),
         Prefetch(loader.batch, first) as batches,
         saver,
@@ -186,7 +211,12 @@ def _save_first(
 
 
 def _open_metrics(
-    config: TrainConfig, run: Path, engine: SingleProcess, row_tokens: int, first: int
+    config: TrainConfig,
+    run: Path,
+    engine: SingleProcess,
+    row_tokens: int,
+    first: int,
+    trackers: Sequence[Tracker],
 ) -> Metrics:
     world = engine.world
     return Metrics(
@@ -199,5 +229,5 @@ def _open_metrics(
         compiles=engine.execution.is_compiled or engine.execution.device.type == "cuda",
         world=world,
         log_interval=config.report.log_interval,
-        trackers=open_trackers(config, run, first) if world.is_rank0 else (),
+        trackers=trackers,
     )

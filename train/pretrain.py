@@ -104,6 +104,10 @@ class TextData(Dataset, TaskData):
             separator=self._separator(config),
         )
 
+    def evaluation_rows(self, config: TrainConfig) -> int:
+        """Return the number of rows of the evaluation after the last step, over all ranks."""
+        return -(-(len(self.val) - 1) // config.model.context_tokens)
+
     def _separator(self, config: TrainConfig) -> int | None:
         return self.tokenizer.end_of_text if config.document_mask else None
 

@@ -2,8 +2,7 @@
 
 import functools
 import gc
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -12,11 +11,13 @@ from ..errors import DivergedError, InputError
 from ..model import GPT
 from .config import DIVERGED, TrainConfig
 from .data.prefetch import Prefetch
+from .distributed.world import World
 from .eval.in_training import TrainingEvaluations
 from .evaluate import Evaluation
 from .finetune.data import TaskBatch, TaskData, TaskLoader
+from .progress import console
 from .run.checkpoint import checkpoints, delete_newer
-from .run.metrics import Metrics, console
+from .run.metrics import Metrics
 from .run.plots import plot_loss
 from .run.profile import profiled
 from .run.samples import add_sample
@@ -85,6 +86,7 @@ class Session:
             self.finish()
         if first < config.steps:
             self.metrics.write_goodput(config.steps)
+        self.signals.raise_error()  # of a callback
         return result
 
     def finish(self) -> None:
@@ -94,10 +96,12 @@ class Session:
         """
         engine = self.trainer.engine
         model = engine.complete_model()
-        finish = functools.partial(
-            _finish, self.data, self.run, model, self.config, engine.world.mark
-        )
-        with self.metrics.paused("evaluation"):
+        with (
+            self.metrics.paused("evaluation"),
+            self.metrics.progress("test records", None) as advance,
+        ):
+            report = functools.partial(_report, engine.world, advance, 1)
+            finish = functools.partial(_finish, self.data, self.run, model, self.config, report)
             is_done = engine.world.on_rank0(
                 lambda: self.signals.interruptible(finish, is_local=True)
             )
@@ -141,13 +145,14 @@ class Session:
             result = None
             diverged = None
             batches = self.evaluation_batches(done)
-            evaluation = functools.partial(
-                _evaluate, self.trainer, self.data, self.signals, batches
-            )
-            try:
-                result = self.signals.interruptible(evaluation)
-            except DivergedError as error:
-                diverged = error
+            with self.metrics.progress("evaluation", self.evaluation_rows(batches)) as advance:
+                evaluation = functools.partial(
+                    _evaluate, self.trainer, self.data, self.signals, batches, advance
+                )
+                try:
+                    result = self.signals.interruptible(evaluation)
+                except DivergedError as error:
+                    diverged = error
             is_stopping = self.signals.received
             if result is not None and not is_stopping:
                 self.check_folder()
@@ -170,15 +175,16 @@ class Session:
             return {}
         engine = self.trainer.engine
         model = engine.complete_model()
-        measure = functools.partial(
-            self.evaluations.measure,
-            model,
-            batch_size=engine.execution.micro_batch,
-            is_last=is_last,
-            # The other ranks wait: show them that rank 0 does not hang.
-            report=lambda _: engine.world.mark(),
-        )
-        return engine.world.on_rank0(lambda: self.signals.interruptible(measure, is_local=True))
+        work = self.evaluations.work(is_last)
+        with self.metrics.progress("evaluation on other files", work) as advance:
+            measure = functools.partial(
+                self.evaluations.measure,
+                model,
+                batch_size=engine.execution.micro_batch,
+                is_last=is_last,
+                report=functools.partial(_report, engine.world, advance),
+            )
+            return engine.world.on_rank0(lambda: self.signals.interruptible(measure, is_local=True))
 
     def draw(self) -> bool:
         """Draw loss.png on rank 0. Returns: False if a signal came."""
@@ -198,6 +204,12 @@ class Session:
         except (InputError, OSError):
             self.save_once(done)
             raise
+
+    def evaluation_rows(self, batches: Iterable[TaskBatch]) -> int:
+        """Return the number of rows of an evaluation, over all ranks."""
+        if isinstance(batches, list):
+            return sum(map(len, batches)) * self.trainer.engine.execution.world.data_ranks
+        return self.data.evaluation_rows(self.config)
 
     def write_sample(self, done: int) -> bool:
         """Append a sample to samples.txt. Returns: False if a signal came."""
@@ -272,11 +284,32 @@ def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: 
 
 
 def _evaluate(
-    trainer: Trainer, data: TaskData, signals: Signals, batches: Iterable[TaskBatch]
+    trainer: Trainer,
+    data: TaskData,
+    signals: Signals,
+    batches: Iterable[TaskBatch],
+    advance: Callable[[float], None],
 ) -> Evaluation | None:
-    """Evaluate on held-out data. A signal ends it early. Returns: None without any batch."""
-    batches = itertools.takewhile(lambda _: not signals.received, batches)
-    return data.evaluate(trainer.working, batches, trainer.engine.world)
+    """Evaluate on held-out data. A signal ends it early. Returns: None without any batch.
+
+    Args: advance: called with the number of rows that are done since the last call.
+    """
+    world = trainer.engine.world
+
+    def until_signal() -> Iterator[TaskBatch]:
+        for batch in batches:
+            if signals.received:
+                return
+            yield batch
+            advance(len(batch) * world.data_ranks)
+
+    return data.evaluate(trainer.working, until_signal(), world)
+
+
+def _report(world: World, advance: Callable[[float], None], amount: float) -> None:
+    """Show work of rank 0 on its bar, and the other ranks, which wait, that it does not hang."""
+    advance(amount)
+    world.mark()
 
 
 def _write_sample(config: TrainConfig, run: Path, model: GPT, data: TaskData, step: int) -> bool:

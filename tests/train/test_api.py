@@ -7,6 +7,7 @@ import pytest
 
 import tritium
 from tritium.train import api, session
+from tritium.train.run.checkpoint import checkpoints
 
 pytestmark = pytest.mark.plain
 
@@ -98,6 +99,39 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(
     assert run.evaluation.loss == unbroken.evaluation.loss
 
 
+def test_callbacks_get_the_lines_of_metrics(options, tmp_path):
+    steps, evaluations = [], []
+    run = api.train("laptop", **options, on_step=steps.append, on_evaluation=evaluations.append)
+    lines = run.metrics()
+    assert steps == [line for line in lines if "loss" in line]
+    assert evaluations == [line for line in lines if "val_loss" in line]
+    again = []
+    run.resume(steps=8, on_step=again.append)
+    assert [line["step"] for line in again] == [6, 7]
+
+
+class EnoughError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("name", "at"), [("on_step", 3), ("on_evaluation", 6)])
+def test_an_exception_in_a_callback_stops_the_run_with_a_checkpoint(name, at, options, tmp_path):
+    calls = []
+
+    def stop(line):
+        calls.append(line["step"])
+        if line["step"] >= at - (name == "on_step"):
+            raise EnoughError(at)
+
+    with pytest.raises(EnoughError) as found:
+        api.train("laptop", **options, **{name: stop})
+    assert found.value.args == (at,)
+    assert calls[-1] == at - (name == "on_step")  # no call after the exception
+    assert max(checkpoints(tmp_path / "run")) >= at
+    run = tritium.load(tmp_path / "run").resume()
+    assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(6))
+
+
 def test_bad_input_raises_what_the_command_line_prints(options, tmp_path):
     with pytest.raises(tritium.InputError, match="unknown recipe 'labtop'; did you mean 'laptop'"):
         api.train("labtop")
@@ -107,11 +141,31 @@ def test_bad_input_raises_what_the_command_line_prints(options, tmp_path):
         api.train("laptop", steps="5")
     with pytest.raises(tritium.InputError, match="lora_targets: expected"):
         api.train("laptop", lora_targets="c_attn")
+    with pytest.raises(tritium.InputError, match="on_step: expected a function, got 5"):
+        api.train("laptop", on_step=5)
     with pytest.raises(tritium.InputError, match="none: expected a run"):
         tritium.load(tmp_path / "none")
     with pytest.raises(tritium.InputError, match="unknown task 'instrct'"):
         tritium.finetune("instrct", tmp_path, "f")
+    with pytest.raises(tritium.InputError, match="micro_batch_size: expected a divisor of"):
+        api.train("laptop", batch_size=8, micro_batch_size=3)
+    file = tmp_path / "my.toml"
+    for text, message in (
+        ('recipe = "laptop"\nstepz = 1\n', ":2: unknown option 'stepz'; did you mean 'steps'"),
+        ("steps = \n", r"expected TOML, got a syntax error: .*line 1"),
+    ):
+        file.write_text(text)
+        with pytest.raises(tritium.InputError, match=message):
+            api.train(file)
     run = api.train("laptop", **options)
+    metrics = run.folder / "metrics.jsonl"
+    metrics.write_text('{"iter": 1, "train_loss": 2.0}\n')  # of another version
+    for read in (run.metrics, run.plot):
+        with pytest.raises(tritium.InputError, match="expected lines with step, loss, lr and"):
+            read()
+    metrics.unlink()
+    with pytest.raises(tritium.InputError, match=r"run: expected metrics\.jsonl, found none"):
+        run.metrics()
     run.model.save_pretrained(tmp_path / "exported")
     with pytest.raises(tritium.InputError, match="expected the folder of a run, got a published"):
         tritium.load(tmp_path / "exported").metrics()

@@ -9,7 +9,9 @@ import tyro
 
 from ...errors import InputError
 from ..files import hash_file
-from ._evaluation import EvaluationOptions, progress
+from ..progress import progress
+from ..run.console import loading
+from ._evaluation import EvaluationOptions
 from .cli import parse
 
 _DESCRIPTION = """Compute the BLEU of texts that the model writes, with sacrebleu.
@@ -33,8 +35,9 @@ class BleuOptions(EvaluationOptions):
 def main(argv: Sequence[str]) -> int:
     """Run `tritium eval bleu`."""
     options = parse(BleuOptions, argv, prog="tritium eval bleu", description=_DESCRIPTION)
-    from ...model.generation import Sampling
-    from ..eval.bleu import bleu, check_sacrebleu, generate_texts, read_pairs
+    with loading():
+        from ...model.generation import Sampling
+        from ..eval.bleu import bleu, check_sacrebleu, generate_texts, read_pairs
 
     check_sacrebleu()
     path = Path(options.file)

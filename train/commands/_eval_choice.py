@@ -10,7 +10,9 @@ import tyro
 from ...errors import InputError
 from ..eval.tasks import TASKS, read_examples
 from ..files import hash_file
-from ._evaluation import EvaluationOptions, progress
+from ..progress import progress
+from ..run.console import loading
+from ._evaluation import EvaluationOptions
 from .cli import parse
 
 _DESCRIPTION = """Choose texts that follow contexts: HellaSwag, LAMBADA, or a file of your own.
@@ -39,7 +41,8 @@ class ChoiceOptions(EvaluationOptions):
 def main(argv: Sequence[str]) -> int:
     """Run `tritium eval choice`."""
     options = parse(ChoiceOptions, argv, prog="tritium eval choice", description=_DESCRIPTION)
-    from ..eval.choice import encode_examples, measure_choices
+    with loading():
+        from ..eval.choice import encode_examples, measure_choices
 
     path = Path(options.file)
     task, examples = read_examples(path, options.task)

@@ -9,7 +9,9 @@ import tyro
 
 from ...errors import InputError
 from ..eval.windows import COUNTINGS, check_sizes
-from ._evaluation import EvaluationOptions, progress
+from ..progress import progress
+from ..run.console import loading
+from ._evaluation import EvaluationOptions
 from .cli import parse
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         PerplexityOptions, argv, prog="tritium eval perplexity", description=_DESCRIPTION
     )
-    from ..eval.perplexity import measure, num_targets
-    from ..eval.texts import read_text
+    with loading():
+        from ..eval.perplexity import measure, num_targets
+        from ..eval.texts import read_text
 
     model = options.open()
     longest = model.gpt.config.context_tokens

@@ -1,11 +1,9 @@
 """Options, progress and JSON files that the commands of `tritium eval` share."""
 
-import contextlib
 import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +13,7 @@ import tyro
 from ...errors import InputError
 from ..choices import PRECISIONS
 from ..files import write_whole
+from ..progress import progress
 
 if TYPE_CHECKING:
     from ..eval.model import EvaluatedModel
@@ -48,12 +47,13 @@ class EvaluationOptions:
         # Imported here because the import of PyTorch takes seconds.
         from ..eval.model import EvaluatedModel
 
-        return EvaluatedModel.open(
-            Path(self.model),
-            tokenizer=self.tokenizer,
-            device=self.device,
-            precision=self.precision,
-        )
+        with progress("opening the model"):
+            return EvaluatedModel.open(
+                Path(self.model),
+                tokenizer=self.tokenizer,
+                device=self.device,
+                precision=self.precision,
+            )
 
     def write(self, model: "EvaluatedModel", command: str, argv: list[str], results: Any) -> None:
         """Write the JSON file, if one is asked for."""
@@ -76,15 +76,3 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"json: expected a file in a folder that exists, got {path}: {found}")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"json: expected a folder that can be written, got {path.parent}")
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal. Yields: a function that adds finished work."""
-    from rich.progress import Progress
-
-    from ..run.metrics import console
-
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.update(task, advance=count)

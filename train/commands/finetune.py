@@ -12,6 +12,7 @@ from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..finetune.start import default_config, finetune_config, finetune_tasks
 from ..finetune.tasks import TASKS
 from ..options import Launch
+from ..run.console import loading
 from .cli import parse
 from .train import ModelFlags, TrainFlags, is_given
 from .train import main as train
@@ -104,9 +105,11 @@ def main(argv: Sequence[str]) -> int:
         if not is_given(f"--{name}", words):
             options.pop(name)
     # The help is printed by now. The import of PyTorch takes seconds.
-    from ._running import run_new
+    with loading():
+        from ._running import run_new
 
-    return run_new(task, finetune_config(task, model, data[0], **options), launch)
+        config = finetune_config(task, model, data[0], **options)
+    return run_new(task, config, launch)
 
 
 def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[str, Any], Launch]:

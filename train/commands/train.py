@@ -13,6 +13,7 @@ from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..finetune.tasks import TaskOptions
 from ..options import Launch
 from ..recipes import RECIPES, default_recipe, likely_default_recipe, recipe
+from ..run.console import loading
 from .cli import is_help, parse
 
 _DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine. The defaults below are those of {{base}}.
@@ -79,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     is_printed = "--print-config" in argv
     argv = [word for word in argv if word != "--print-config"]
     if argv and argv[0].split("=")[0] == "--resume":
-        from ._resume import resume_run
+        with loading(is_quiet=is_help(argv)):
+            from ._resume import resume_run
 
         return resume_run(argv)
     if "--resume" in argv:
@@ -88,7 +90,8 @@ def main(argv: Sequence[str]) -> int:
             "--resume auto, with --out, can be anywhere"
         )
 
-    name, config, launch = _parse_new_run(argv)
+    with loading(is_quiet=is_help(argv)):
+        name, config, launch = _parse_new_run(argv)
     if is_printed:
         from ..config_file import to_toml
 
@@ -98,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
     if is_auto and not out:
         raise InputError("--resume auto: expected --out with the folder of the run, got none")
     # The help is printed by now. The import of PyTorch takes seconds.
-    from ._running import run_new
+    with loading():
+        from ._running import run_new
 
     return run_new(name, config, launch, is_auto=is_auto)
 

@@ -14,15 +14,15 @@ and 111,540 characters, and no token that occurs only once.
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+from rich.progress import TaskID
 
 from ...errors import InputError
 from ..files import seal, write_whole
+from ..progress import progress_bars
 from ._new_folder import check_unused, new_folder
 from ._split_writer import Part, SplitWriter
 from .bin_shards import build_from_bins, find_bins
@@ -79,19 +79,16 @@ def build(
     corpus = Corpus(inputs, text_field=text_field)
     threads = threads or _cores()
 
-    with new_folder(out_dir) as folder, _Progress(corpus, progress) as read:
+    with new_folder(out_dir) as folder, _Progress(corpus, progress) as bars:
         chosen = Selection(corpus, selection, folder, threads)
-
-        def documents(label: str) -> Iterator[Document]:
-            return chosen.documents(lambda: read(label))
-
-        chosen.decide(lambda: read("selecting"))
+        chosen.decide(lambda: bars.documents("selecting"))
         made = from_spec(
-            tokenizer, lambda: (document.text for document in documents("learning vocabulary"))
+            tokenizer,
+            lambda: (each.text for each in chosen.documents(bars.documents_to_learn_from)),
         )
         writers = {split: SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
-        parts = _assign_splits(chosen, documents, held_out, made.can_cut)
-        _write_tokens(writers, parts, made, threads)
+        parts = _assign_splits(chosen, bars.documents_to_encode, held_out, made.can_cut)
+        _write_tokens(writers, parts, made, threads, bars)
 
         splits = {split: writers[split].close(corpus.inputs) for split in SPLITS}
         info = _describe(corpus, chosen, made, held_out, splits)
@@ -147,28 +144,24 @@ def _check_numbers(held_out: float, shard_tokens: int, threads: int | None) -> N
 
 
 class _Progress:
-    """Context manager that gives `documents(label)`: the corpus's documents, with a progress bar.
-
-    The bar shows how much of the input has been read.
-    """
+    """Context manager that gives the documents of the corpus, with a progress bar per pass."""
 
     def __init__(self, corpus: Corpus, show: bool):
-        from rich.console import Console
-        from rich.progress import Progress
-
         self._corpus = corpus
-        console = Console(file=sys.stderr)
-        self._bars = Progress(console=console, disable=not (show and console.is_terminal))
+        self._bars = progress_bars()
+        self._bars.disable = self._bars.disable or not show
+        self._encoding = None
 
-    def __enter__(self) -> Callable[[str], Iterator[Document]]:
+    def __enter__(self) -> "_Progress":
         self._bars.start()
-        return self._documents
+        return self
 
     def __exit__(self, *_) -> None:
         self._bars.stop()
 
-    def _documents(self, label: str) -> Iterator[Document]:
-        task = self._bars.add_task(label, total=self._corpus.total_bytes)
+    def documents(self, label: str) -> Iterator[Document]:
+        """Yield the documents, and show how much of the input has been read."""
+        task = self._add(label)
         shown = 0
         for document in self._corpus.documents():
             # Update once per half percent. An update for each of a million documents takes
@@ -179,30 +172,57 @@ class _Progress:
             yield document
         self._bars.update(task, completed=self._corpus.total_bytes)
 
+    def documents_to_learn_from(self) -> Iterator[Document]:
+        """Yield the documents from which a vocabulary is learned."""
+        yield from self.documents("learning vocabulary")
+        # rustbpe merges pairs after the last document. It holds Python's lock: no bar moves.
+        self._bars.update(self._bars.task_ids[-1], note="merging", refresh=True)
+
+    def documents_to_encode(self) -> Iterator[Document]:
+        """Yield the documents to encode. `encoded` moves the bar."""
+        self._encoding = self._add("tokenizing")
+        yield from self._corpus.documents()
+
+    @property
+    def bytes_read(self) -> int:
+        """Number of bytes of the input that this pass has read."""
+        return self._corpus.bytes_read
+
+    def encoded(self, bytes_read: int) -> None:
+        """Show that the first `bytes_read` bytes of the input are encoded."""
+        self._bars.update(self._encoding, completed=bytes_read)
+
+    def _add(self, label: str) -> TaskID:
+        for task in self._bars.task_ids:
+            self._bars.update(task, note="")
+        return self._bars.add_task(label, total=self._corpus.total_bytes, note="")
+
 
 # --- split
 
 
 def _assign_splits(
     chosen: Selection,
-    documents: Callable[[str], Iterator[Document]],
+    documents: Callable[[], Iterator[Document]],
     held_out: float,
     can_cut: bool,
 ) -> Iterator[Part]:
     """Assign each document to the splits and cut it into parts that threads can encode.
 
-    Args: can_cut: whether the tokenizer encodes the parts of a document as it does the document.
+    Args:
+        documents: gives the documents of the corpus to `chosen`.
+        can_cut: whether the tokenizer encodes the parts of a document as it does the document.
     """
     lengths = _lengths_if_few(chosen)
     if lengths is None:
-        for document in documents("tokenizing"):
+        for document in chosen.documents(documents):
             is_held_out = int.from_bytes(document.digest[:8], "big") < held_out * 2**64
             split = "val" if is_held_out else "train"
             yield from _parts(split, document.text, can_cut, add_end=True)
         return
 
     train_characters = int(sum(lengths) * (1 - held_out))  # still to assign to train
-    for number, document in enumerate(documents("tokenizing"), 1):
+    for number, document in enumerate(chosen.documents(documents), 1):
         head = document.text[:train_characters]
         tail = document.text[train_characters:]
         train_characters -= len(head)
@@ -241,20 +261,27 @@ def _cores() -> int:
 
 
 def _write_tokens(
-    writers: dict[str, SplitWriter], parts: Iterable[Part], tokenizer: Tokenizer, threads: int
+    writers: dict[str, SplitWriter],
+    parts: Iterable[Part],
+    tokenizer: Tokenizer,
+    threads: int,
+    bars: _Progress,
 ) -> None:
     """Encode in threads and write in order. While a batch is encoded, the next one is read."""
 
-    def write(batch: list[Part], encoded: list[np.ndarray]) -> None:
-        for part, ids in zip(batch, encoded, strict=True):
+    def write(batch: list[Part], bytes_read: int, task: Future) -> None:
+        for part, ids in zip(batch, task.result(), strict=True):
             writers[part.split].add(part, ids)
+        bars.encoded(bytes_read)
 
+    # Batches of at most a second, so that the bar moves.
+    characters = min(_BATCH_CHARACTERS, threads * _PART_CHARACTERS)
     with ThreadPoolExecutor(1) as background:
         waiting = None
-        for batch in batches_of_text(parts, _BATCH_CHARACTERS):
+        for batch in batches_of_text(parts, characters):
             task = background.submit(tokenizer.encode_batch, [part.text for part in batch], threads)
             if waiting:
-                write(waiting[0], waiting[1].result())
-            waiting = batch, task
+                write(*waiting)
+            waiting = batch, bars.bytes_read, task
         if waiting:
-            write(waiting[0], waiting[1].result())
+            write(*waiting)

@@ -43,6 +43,14 @@ class TrainingEvaluations:
     choices: dict[str, _Choices]
     max_targets: int
 
+    def work(self, is_last: bool) -> int:
+        """Return the number of targets and choices that `measure` evaluates, about."""
+        targets = [text.tokens for text in self.texts.values()]
+        if not is_last:
+            targets = [min(each, self.max_targets) for each in targets]
+        choices = [len(row) for each in self.choices.values() for _, row in each.encoded]
+        return sum(targets) + sum(choices)
+
     def measure(
         self, model: GPT, *, batch_size: int, is_last: bool, report: Callable[[int], None]
     ) -> dict[str, float]:

@@ -113,6 +113,10 @@ class TaskData:
         """
         raise NotImplementedError
 
+    def evaluation_rows(self, config: TrainConfig) -> int:
+        """Return the number of rows of the evaluation after the last step, over all ranks."""
+        return len(self.val)
+
     def evaluate(self, model: GPT, batches: Iterable[TaskBatch], world: World) -> Evaluation | None:
         """Evaluate the model on `batches`, on all ranks. A signal can end `batches` early.
 

@@ -28,8 +28,8 @@ from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..execution import Execution
 from ..files import seal, unseal, write_whole
+from ..progress import console, progress
 from ..run.folder import RunRecord
-from ..run.metrics import console
 from .conversations import choose_template
 from .data import TaskData, model_options
 from .prefer_pairs import Counts, PairRows, check_not_empty, make_rows, read_pair, widest
@@ -158,15 +158,18 @@ class PreferData(TaskData):
         was_training = model.training
         model.eval()
         record = {"pairs": self._sha256()}
-        for name, rows in self._rows().items():
-            values = [rows.reference[:0]]
-            for start in range(0, len(rows), execution.micro_batch):
-                part = rows[start : start + execution.micro_batch]
-                inputs = part.model_inputs(execution.device)
-                logps = model.answer_logps(inputs["tokens"], inputs["targets"])
-                values.append(logps.view(2, -1).t().float().cpu())
-                execution.world.mark()
-            record[name] = torch.cat(values).tolist()
+        total = sum(map(len, self._rows().values()))
+        with progress("answers", total) as advance:
+            for name, rows in self._rows().items():
+                values = [rows.reference[:0]]
+                for start in range(0, len(rows), execution.micro_batch):
+                    part = rows[start : start + execution.micro_batch]
+                    inputs = part.model_inputs(execution.device)
+                    logps = model.answer_logps(inputs["tokens"], inputs["targets"])
+                    values.append(logps.view(2, -1).t().float().cpu())
+                    execution.world.mark()
+                    advance(len(part))
+                record[name] = torch.cat(values).tolist()
         model.train(was_training)
         write_whole(file, [seal(record)])
 

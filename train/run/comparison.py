@@ -11,7 +11,7 @@ from ..files import write_whole
 from ..lock import is_locked
 from .checkpoint import checkpoints
 from .folder import read_run
-from .metrics import read_metrics
+from .metrics import check_metrics, read_metrics
 from .plots import running_mean
 
 
@@ -29,14 +29,8 @@ class Curves:
     def read(cls, run: Path) -> "Curves":
         """Read a run. Raises: InputError if it is no run, or has no steps yet."""
         record = read_run(run)
-        if not (run / "metrics.jsonl").is_file():
-            raise InputError(f"{run}: expected metrics.jsonl, found none; the run has no step yet")
+        check_metrics(run)
         training, evaluations = read_metrics(run)
-        if not training:
-            raise InputError(
-                f"{run / 'metrics.jsonl'}: expected lines with step, loss, lr and grad_norm, found "
-                "none; the run has no step yet, or an older version wrote it"
-            )
         last = training[-1]
         context = record.model.context_tokens
         return cls(

@@ -18,6 +18,20 @@ def is_local_rank0() -> bool:
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+@contextlib.contextmanager
+def loading(*, is_quiet: bool = False) -> Iterator[None]:
+    """Show on a terminal that PyTorch is being imported, while the context lasts."""
+    shows = not is_quiet and is_local_rank0() and sys.stderr.isatty()
+    line = "loading PyTorch ..."
+    if shows:
+        print(line, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shows:
+            print(" " * len(line), end="\r", file=sys.stderr, flush=True)
+
+
 def print_from_handler(line: str) -> None:
     """Write a line to stderr. A signal handler may call it while another line is being printed."""
     with contextlib.suppress(OSError):

@@ -25,7 +25,8 @@ from ...errors import InputError
 from ..config import TrainConfig
 from ..distributed.world import SINGLE_PROCESS, World
 from ..files import write_whole
-from .metrics import Metrics, console
+from ..progress import console
+from .metrics import Metrics
 
 # Steps before the profiled ones. The first steps compile, and allocate memory.
 WARMUP_STEPS = 10

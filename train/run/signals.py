@@ -136,8 +136,11 @@ class Signals:
         self._is_received_on_any = False
 
     def request_stop(self, error: Exception) -> None:
-        """Stop all ranks as a signal does. Any rank can call it. `raise_stop` raises the error."""
-        self._error = error
+        """Stop all ranks as a signal does. Any rank can call it. `raise_stop` raises the error.
+
+        The first error counts.
+        """
+        self._error = self._error or error
 
     @property
     def received(self) -> bool:
@@ -151,8 +154,12 @@ class Signals:
 
     def raise_stop(self) -> NoReturn:
         """Raise the error of `request_stop` on all ranks, or InterruptedRun without one."""
-        self._world.run_on_all_ranks(self._raise_error)
+        self.raise_error()
         raise InterruptedRun(self._number())
+
+    def raise_error(self) -> None:
+        """Raise the error of `request_stop` on all ranks, if there is one."""
+        self._world.run_on_all_ranks(self._raise_error)
 
     def _raise_error(self) -> None:
         if self._error is not None:

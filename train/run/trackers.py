@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard and Weights & Biases receive lines of metrics.jsonl too.
+"""Trackers: TensorBoard, Weights & Biases and functions of the user get lines of metrics.jsonl too.
 
 Both packages are in the extra `log` and are imported only when used. metrics.jsonl has everything
 that a tracker has, and nothing is read back from a tracker. A resumed run continues in the
@@ -7,6 +7,8 @@ same run of the tracker.
 
 import importlib.util
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +73,54 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions of the user, which get lines of metrics.jsonl as dictionaries. None: no function.
+
+    An exception in one stops the run after the current step. The run writes a checkpoint, calls no
+    more functions, and raises the exception.
+    """
+
+    on_step: Callable[[dict], object] | None = None
+    """Gets the line of each step, after its results were read: up to ten steps later."""
+    on_evaluation: Callable[[dict], object] | None = None
+    """Gets the line of each evaluation."""
+
+    def __post_init__(self):
+        for name, function in vars(self).items():
+            if function is not None and not callable(function):
+                raise InputError(f"{name}: expected a function, got {function!r}")
+
+
+NO_CALLBACKS = Callbacks()
+
+
+class CallbackTracker:
+    """Call functions of the user.
+
+    Args: stop: called with the exception of a function.
+    """
+
+    def __init__(self, callbacks: Callbacks, stop: Callable[[Exception], None]):
+        self._callbacks = callbacks
+        self._stop = stop
+
+    def write(self, line: dict) -> None:
+        is_evaluation = "val_loss" in line
+        callbacks = self._callbacks
+        function = callbacks.on_evaluation if is_evaluation else callbacks.on_step
+        if function is None:
+            return
+        try:
+            function(line)
+        except Exception as error:
+            self._callbacks = NO_CALLBACKS
+            self._stop(error)
+
+    def close(self) -> None:
+        pass
 
 
 def check_trackers(config: TrainConfig) -> None:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from tritium.train.data.build import build
 from tritium.train.data.corpus import Corpus
 from tritium.train.data.dataset import open_dataset
 from tritium.train.lock import FolderLock
+from tritium.train.progress import console
 
 pytestmark = pytest.mark.plain
 
@@ -230,6 +233,25 @@ def test_interrupt_while_reading_leaves_no_file(tmp_path, many, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "out", [many], "bytes", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
+
+
+def test_a_terminal_shows_a_bar_per_pass(tmp_path, many, monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_file", output)
+    build(tmp_path / "out", [many], "bpe:300")
+    for label in ("learning vocabulary", "tokenizing"):
+        assert re.search(rf"{label} .* 100%", output.getvalue())
+
+
+def test_the_bar_of_tokenizing_follows_what_is_encoded(tmp_path, many, monkeypatch):
+    shown = []
+    monkeypatch.setattr(module._Progress, "encoded", lambda _, count: shown.append(count))
+    monkeypatch.setattr(module, "_PART_CHARACTERS", 1_000)
+    build(tmp_path / "out", [many], "bytes", threads=1, progress=False)
+    assert len(shown) > 3
+    assert shown == sorted(shown)
+    assert shown[-1] == many.stat().st_size
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tritium.train.run.console import is_local_rank0, lossy_output, print_from_handler
+from tritium.train.run.console import is_local_rank0, loading, lossy_output, print_from_handler
 
 pytestmark = pytest.mark.plain
 
@@ -34,6 +34,18 @@ def test_output_with_a_reader_arrives_in_order(monkeypatch):
             print("b", end=" ")
         print("c", flush=True)
         assert reader.readline() == "a b c\n"
+
+
+def test_the_loading_line_is_shown_on_a_terminal_and_deleted(monkeypatch, capsys):
+    with loading():
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with loading():
+        assert capsys.readouterr().err == "loading PyTorch ...\r"
+    assert capsys.readouterr().err.strip(" \r") == ""
+    with loading(is_quiet=True):
+        assert capsys.readouterr().err == ""
 
 
 def test_lines_from_handlers_never_raise(monkeypatch, capfd):

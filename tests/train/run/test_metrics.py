@@ -57,6 +57,23 @@ def test_each_step_has_a_line(tmp_path):
     ]
 
 
+def test_each_step_moves_the_bar_and_the_first_ends_the_compilation(tmp_path):
+    with metrics(tmp_path, compiles=True) as m:
+        (task,) = m._bars.tasks
+        assert (task.completed, task.fields["note"]) == (0, "compiling")
+        record(m, [0])
+        assert (task.completed, task.fields["note"]) == (1, "")
+        with m.progress("evaluation", 4) as advance:
+            advance(3)
+            assert [(each.description, each.completed) for each in m._bars.tasks] == [
+                ("train", 1),
+                ("evaluation", 3),
+            ]
+        assert m._bars.tasks == [task]
+        m.flush()
+        assert task.fields["note"].startswith("loss 5.000")
+
+
 def test_lines_with_the_loss_are_printed_at_the_interval(tmp_path, capsys):
     with metrics(tmp_path, log_interval=4) as m:
         record(m, range(10))
