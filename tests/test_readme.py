@@ -25,13 +25,18 @@ TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 # (language, text) of each fenced block
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL_BLOCKS = [text for language, text in FENCED.findall(README) if language == "sh"]
-PLAIN_BLOCKS = "".join(
-    [text for language, text in FENCED.findall(README) if not language]
-    + [text for language, text in FENCED.findall(TRAINING) if language == "sh"]
-)
 # A command line, up to the two spaces before its explanation.
-COMMANDS = re.findall(r"^(?:\$ )?(tritium .+?)(?:  .*)?$", PLAIN_BLOCKS, flags=re.MULTILINE)
+COMMAND = re.compile(r"^(?:\$ )?(tritium .+?)(?:  .*)?$", flags=re.MULTILINE)
 
+
+def commands(text: str, language: str) -> list[str]:
+    """Return the command lines in the blocks of a language. README's have no language."""
+    return COMMAND.findall(
+        "".join(block for found, block in FENCED.findall(text) if found == language)
+    )
+
+
+COMMANDS = commands(README, "")
 # Options that make a shown `tritium train` take a second.
 TINY_OPTIONS = {
     "data": "corpus.txt", "tokenizer": "bytes", "device": "cpu", "n-layer": 1, "n-head": 2,
@@ -72,7 +77,6 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_train_resume_sample_and_chat_run(folder, monkeypatch):
     shown = [command for command in COMMANDS if command.startswith("tritium train")]
-    shown = [command for command in shown if "config" not in command]
     assert len(shown) == 3
     for command in shown:
         words = shlex.split(command)[1:]
@@ -100,7 +104,8 @@ def test_train_resume_sample_and_chat_run(folder, monkeypatch):
 
 
 def test_options_in_a_file_and_pictures_of_runs(folder, capsys):
-    printed, *shown = [each for each in COMMANDS if "config" in each or " plot " in each]
+    lines = commands(TRAINING, "sh")
+    printed, *shown = [each for each in lines if "config" in each or " plot " in each]
     assert len(shown) == 3
     words, _, file = printed.partition(" > ")
     assert run(dispatch, shlex.split(words)[1:]) == 0
