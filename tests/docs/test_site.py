@@ -1,7 +1,8 @@
 """The navigation and the links of the documentation. The strict build checks its anchors."""
 
-import importlib.util
+import importlib
 import re
+from types import ModuleType
 
 import pytest
 
@@ -23,11 +24,16 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def api() -> dict[str, str]:
+def build() -> ModuleType:
+    """The program docs/build.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        return importlib.import_module("build")
+
+
+@pytest.fixture(scope="module")
+def api(build) -> dict[str, str]:
     """The pages that docs/build.py writes from docstrings."""
-    spec = importlib.util.spec_from_file_location("build_docs", DOCS / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
     return build.pages()
 
 
@@ -71,3 +77,10 @@ def test_docstrings_become_markdown(api):
     text = "".join(api.values())
     assert not re.search(r"^(Args|Returns|Raises):", text, re.MULTILINE)
     assert "Run.model: GPT" in api["tritium.md"]
+
+
+@pytest.mark.parametrize("page", [each for each in PAGES if each.parent == DOCS], ids=name)
+def test_tables_are_those_of_the_files_of_measurements(page, build):
+    """`python docs/build.py` writes them again."""
+    text = page.read_text(encoding="utf-8")
+    assert build.tables.fill(text) == text
