@@ -276,10 +276,11 @@ def block(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Put a backslash before the characters that Markdown would interpret, except in `code`."""
+    """Make the characters that Markdown would interpret stand for themselves, except in `code`."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(
-        part if part.startswith("`") else re.sub(r"([*_<>\[\]])", r"\\\1", part) for part in parts
+        part if part.startswith("`") else re.sub(r"([*_>\[\]])", r"\\\1", part.replace("<", "&lt;"))
+        for part in parts
     )
 
 

