@@ -2,7 +2,8 @@
 
 It writes the tables of tables.py into the pages again. It writes a page per public module to
 docs/api/, from signatures and docstrings. Then it calls Zensical, which writes site/. A warning of
-Zensical, such as a broken link, is an error.
+Zensical, such as a broken link, is an error, and so is a font, script, style or picture of another
+host.
 """
 
 import ast
@@ -22,19 +23,35 @@ import tables
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 API = DOCS / "api"
+SITE = ROOT / "site"
 # A signature that is longer has a line per parameter.
 LINE = 88
 
 
 def main() -> int:
-    """Write tables and docs/api/, and build the site. Returns: the exit status of Zensical."""
+    """Write tables and docs/api/, and build the site. Returns: the exit status."""
     tables.write_all(DOCS)
     API.mkdir(exist_ok=True)
     for name, text in pages().items():
         (API / name).write_text(text, encoding="utf-8")
     # A cached page would not show a changed file that it includes.
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    found = foreign_files(SITE)
+    for line in found:
+        print(f"docs/build.py: expected files of the site only, got {line}", file=sys.stderr)
+    return status or bool(found)
+
+
+def foreign_files(site: Path) -> list[str]:
+    """Return the places where a page loads a file from another host."""
+    tag = r"<(?:script|link|img|iframe|source)\b"
+    loads = re.compile(tag + r"[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*")
+    return [
+        f"{page.relative_to(site)}: {load}"
+        for page in sorted(site.rglob("*.html"))
+        for load in loads.findall(page.read_text(encoding="utf-8"))
+    ]
 
 
 def pages() -> dict[str, str]:

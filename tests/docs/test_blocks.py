@@ -9,6 +9,7 @@ import torch
 
 import tritium
 from tritium.kernels import causal_attention
+from tritium.train import session
 
 from .pages import DOCS, PAGES, blocks, name
 
@@ -69,6 +70,8 @@ def run_blocks(page: Path, folder: Path) -> None:
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))
+    # Drawing takes longer than the steps.
+    monkeypatch.setattr(session, "plot_loss", lambda run: None)
     return tmp_path
 
 

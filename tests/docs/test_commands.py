@@ -26,7 +26,7 @@ from .pages import DOCS, PAGES, ROOT, blocks, name
 pytestmark = pytest.mark.plain
 
 # Programs of shells and systems. Their words are not checked.
-OTHER_PROGRAMS = {"cat", "cd", "mkdir", "pytest", "ruff", "run", "all", "unzip"}
+OTHER_PROGRAMS = {"cat", "cd", "echo", "mkdir", "pytest", "ruff", "run", "all", "unzip"}
 # The words that end one command and begin the next, and those that a file follows.
 SEPARATORS = {"|", "&&", "||", ";", "&"}
 REDIRECTIONS = {"<", ">", ">>"}
@@ -122,8 +122,10 @@ def check(monkeypatch):
         check_train(words[script + 1 :])
 
     def check_pip(words: list[str]) -> None:
-        for extra in re.findall(r"tritium\[([\w-]+)\]", " ".join(words)):
-            assert f'"{extra}": [' in (ROOT / "setup.py").read_text(), f"no extra {extra}"
+        setup = (ROOT / "setup.py").read_text()
+        for extras in re.findall(r"(?:tritium|\.)\[([\w,-]+)\]", " ".join(words)):
+            for extra in extras.split(","):
+                assert f'"{extra}": ' in setup, f"no extra {extra}"
 
     programs = {
         "tritium": check_tritium,

@@ -17,7 +17,9 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of the headings of a page."""
+    """Return the anchors of the headings of a page, and of a file that it includes."""
+    for file in re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE):
+        text += (ROOT / file).read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
     words = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
     return {re.sub(r"[\s-]+", "-", heading) for heading in words}
