@@ -9,6 +9,7 @@ host.
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -34,8 +35,13 @@ def main() -> int:
     API.mkdir(exist_ok=True)
     for name, text in pages().items():
         (API / name).write_text(text, encoding="utf-8")
-    # A cached page would not show a changed file that it includes.
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    # A cached page would not show a changed file that it includes. --clean would delete all folders
+    # in .cache, also those of other programs. Zensical's own files are directly in it.
+    for cached in (ROOT / ".cache").glob("*"):
+        if cached.is_file():
+            cached.unlink()
+    shutil.rmtree(SITE, ignore_errors=True)  # it may have pages that no longer exist
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     found = foreign_files(SITE)
     for line in found:
