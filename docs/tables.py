@@ -111,12 +111,10 @@ def recipes() -> str:
                 config.tokenizer,
                 f"{shape.n_layer} x {shape.d_model}",
                 f"{parameters(config.gpt(vocab_size_of(config.tokenizer))) / 1e6:,.1f}",
-                f"{shape.context_tokens:,}",
                 f"{tokens:,}",
                 f"{config.steps:,}",
                 f"{config.steps * tokens / 1e6:,.1f}",
                 f"{config.lr:g}",
-                f"{config.warmup_steps}",
             ]
         )
     head = [
@@ -129,7 +127,7 @@ def recipes() -> str:
         "tokens per step",
         "steps",
     ]
-    return markdown([*head, "million tokens", "peak lr", "warm-up"], rows, texts=3)
+    return markdown([*head, "million tokens", "peak lr"], rows, texts=3)
 
 
 TABLES: dict[str, Callable[[], str]] = {
