@@ -34,6 +34,7 @@ def write_all(folder: Path) -> None:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     """Return a table. All columns after the first `texts` are numbers, aligned to the right."""
+    assert all(len(row) == len(head) for row in rows)
     rule = ["---"] * texts + ["--:"] * (len(head) - texts)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
@@ -117,17 +118,9 @@ def recipes() -> str:
                 f"{config.lr:g}",
             ]
         )
-    head = [
-        "recipe",
-        "data",
-        "tokenizer",
-        "layers x width",
-        "million parameters",
-        "context",
-        "tokens per step",
-        "steps",
-    ]
-    return markdown([*head, "million tokens", "peak lr"], rows, texts=3)
+    size = ["layers x width", "million parameters"]
+    schedule = ["tokens per step", "steps", "million tokens", "peak lr"]
+    return markdown(["recipe", "data", "tokenizer", *size, *schedule], rows, texts=3)
 
 
 TABLES: dict[str, Callable[[], str]] = {
