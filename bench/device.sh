@@ -32,7 +32,7 @@
 # rustbpe, liger-kernel, and tyro with docstring-parser and typeguard. Caches of Triton and Inductor
 # stay in .cache/device/, which git ignores, for the next command.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 usage() {
     echo "usage: bench/device.sh short|correct|train|kernels|tune|later OUT_DIR [--rehearse]" >&2
