@@ -163,7 +163,7 @@ def _part_bwd(
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """Return the reciprocal root mean square of each head (..., K), (..., 1)."""
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1] + eps)
 
 
 def _rotate(x: Tensor, norm_rope: NormRope, *, is_reversed: bool) -> Tensor:
@@ -189,7 +189,7 @@ TILE_ELEMENTS = 2_048
 # Heads of a tile. They share the angles of a token.
 TILE_HEADS = 4
 # Programs per multiprocessor if programs write partial sums.
-SUMMING_PROGRAMS = 4
+SUMMING_PROGRAMS = 8
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ def _rows(block, first_head, N, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.conste
     """Return token, head and mask of each row of a tile, (BLOCK_T BLOCK_H,)."""
     rows = tl.arange(0, BLOCK_T * BLOCK_H)
     # int64 before a stride multiplies: a tensor of 2^31 elements or more would overflow int32.
-    token = block.to(tl.int64) * BLOCK_T + rows // BLOCK_H
+    token = (block * BLOCK_T + rows // BLOCK_H).to(tl.int64)
     head = first_head + rows % BLOCK_H
     return token, head, (token < N) & (head < heads)
 

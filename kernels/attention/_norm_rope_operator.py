@@ -54,7 +54,12 @@ def attend_norm_rope(
     """Return o (B, T, H K)."""
     if _sdpa_applies(qkv, cu_seqlens, options):
         qkv = attach(qkv, added_bias)
-        heads = _Heads.apply(qkv, q_weight, k_weight, n_head, n_kv_head, norm_rope)
+        arguments = (qkv, q_weight, k_weight, n_head, n_kv_head, norm_rope)
+        if torch.compiler.is_compiling():
+            # The compiler differentiates and fuses the definition.
+            heads = _heads(qkv, reference_norm_rope(*arguments), n_head, n_kv_head)
+        else:
+            heads = _Heads.apply(*arguments)
         o, _ = sdpa(*heads, cu_seqlens, options)
         return o.flatten(2)
     weights = (q_weight, k_weight)
@@ -259,7 +264,16 @@ _attention_bwd = define_op(
     shapes=shapes_attention_bwd,
 )
 
-# --- gradient
+# --- gradients
+
+
+def _save_nothing(ctx, inputs, output):
+    pass
+
+
+def _no_gradient(ctx, dqk):
+    # attend_norm_rope passes detached inputs. torch.compile and torch.func need a gradient.
+    return None, None, None, None, None, None
 
 
 def _save(ctx, inputs, output):
@@ -291,4 +305,5 @@ def _grad(ctx, do, _dlse):
     return dqkv, None, dbias, *dweights, None, None, None, None, None
 
 
+_norm_rope.register_autograd(_no_gradient, setup_context=_save_nothing)
 _attention.register_autograd(_grad, setup_context=_save)
