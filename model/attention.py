@@ -37,7 +37,7 @@ class AttentionOptions(NamedTuple):
 
 
 class NormRope(NamedTuple):
-    """What changes queries and keys before attention, as causal_attention_qkvpacked takes it.
+    """RoPE and QK-norm of queries and keys, as causal_attention_qkvpacked takes them.
 
     Args:
         cos, sin: tables of RoPE, or None.

@@ -57,9 +57,9 @@ def attend_norm_rope(
         arguments = (qkv, q_weight, k_weight, n_head, n_kv_head, norm_rope)
         if torch.compiler.is_compiling():
             # The compiler differentiates and fuses the definition.
-            heads = _heads(qkv, reference_norm_rope(*arguments), n_head, n_kv_head)
+            heads = _split_heads(qkv, reference_norm_rope(*arguments), n_head, n_kv_head)
         else:
-            heads = _Heads.apply(*arguments)
+            heads = _ChangedHeads.apply(*arguments)
         o, _ = sdpa(*heads, cu_seqlens, options)
         return o.flatten(2)
     weights = (q_weight, k_weight)
@@ -78,11 +78,11 @@ def _sdpa_applies(qkv: Tensor, cu_seqlens: Tensor | None, options: AttentionOpti
     T = qkv.shape[1]
     if not (runs_reference(qkv) and is_32_bit(qkv) and is_plain(T, T, cu_seqlens, options)):
         return False
-    # torch.func cannot transform _Heads.
+    # torch.func cannot transform _ChangedHeads.
     return torch.compiler.is_compiling() or not is_transformed()
 
 
-class _Heads(torch.autograd.Function):
+class _ChangedHeads(torch.autograd.Function):
     """Return q and k after norm and RoPE, and v. The gradient of qkv is written once."""
 
     @staticmethod
@@ -90,7 +90,7 @@ class _Heads(torch.autograd.Function):
         qk = reference_norm_rope(qkv, q_weight, k_weight, n_head, n_kv_head, norm_rope)
         ctx.eps = norm_rope.eps
         ctx.save_for_backward(qkv, q_weight, k_weight, norm_rope.cos, norm_rope.sin)
-        return _heads(qkv, qk, n_head, n_kv_head)
+        return _split_heads(qkv, qk, n_head, n_kv_head)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
@@ -107,7 +107,9 @@ class _Heads(torch.autograd.Function):
 # --- references, and launchers of the same signatures
 
 
-def _heads(qkv: Tensor, qk: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split_heads(
+    qkv: Tensor, qk: Tensor, n_head: int, n_kv_head: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q (B, T, H, K) and k (B, T, G, K) in qk, and of v (B, T, G, K) in qkv."""
     q, k = qk.split_with_sizes((n_head, n_kv_head), dim=2)
     return q, k, split_qkv(qkv, n_head, n_kv_head)[2]
@@ -130,7 +132,7 @@ def reference_attention_fwd(
     Only v of qkv is read. The bias, the weights and norm_rope are arguments for the gradient.
     """
     check_document_values(NAME, cu_seqlens, qkv.shape[1])
-    o, lse = reference_fwd(*_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = reference_fwd(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 
 
@@ -164,7 +166,7 @@ def launch_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_attention_fwd`."""
     check_document_values(NAME, cu_seqlens, qkv.shape[1])
-    o, lse = launch_fwd(*_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = launch_fwd(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
     B, T, H, K = o.shape
     return o.view(B, T, H * K), lse
 
@@ -185,7 +187,7 @@ def reference_attention_bwd(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of qkv, its bias, q_weight and k_weight. Unneeded ones are empty."""
-    heads = _heads(qkv, qk, n_head, n_kv_head)
+    heads = _split_heads(qkv, qk, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
     dq, dk, dv = wide_grads(do, None, *heads, o, cu_seqlens, options)
     dq, dk, *dweights = reference_norm_rope_bwd(dq, dk, qkv, q_weight, k_weight, norm_rope)
@@ -239,7 +241,7 @@ def launch_attention_bwd(
     dqkv, dbias = shapes_qkvpacked_bwd(
         do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
     )
-    heads = _heads(qkv, qk, n_head, n_kv_head)
+    heads = _split_heads(qkv, qk, n_head, n_kv_head)
     written_bias = dbias if needs_bias else None
     launch_packed_grads(dqkv, written_bias, do, heads, o, lse, cu_seqlens, options)
     dweights = launch_norm_rope_bwd(
