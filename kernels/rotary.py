@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .core.launch import launch_kernel
-from .core.layout import strides_bth, wide
+from .core.layout import strides_bth, unit_stride, wide
 from .core.op import define_op, public
+from .core.rope import as_tables, check_tables
 from .core.triton import cdiv, next_power_of_2, tl, triton
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
@@ -177,7 +178,7 @@ def _save(ctx, inputs, output):
 def _grad(ctx, dy):
     # The transpose of a rotation is its inverse. The gradient is therefore the same operator with
     # negated angles, and it can be differentiated again.
-    dy = _with_unit_last_stride(dy)
+    dy = unit_stride(dy)
     dx = _rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.is_reversed)
     return dx, None, None, None, None  # one gradient per argument; tables and flags get none
 
@@ -206,14 +207,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         TypeError: x is float64 on a GPU.
     """
     _check(x, cos, sin)
-    # Kernels take no float64. They compute in float32, so float64 tables gain nothing there.
-    if x.dtype != torch.float64:
-        if cos.dtype == torch.float64:
-            cos = cos.float()
-        if sin.dtype == torch.float64:
-            sin = sin.float()
-    x, cos, sin = (_with_unit_last_stride(tensor) for tensor in (x, cos, sin))
-    return _rotary(x, cos, sin, interleaved, False)
+    cos, sin = as_tables(cos, sin, x.dtype)
+    return _rotary(unit_stride(x), cos, sin, interleaved, False)
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -223,27 +218,6 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             "rotary: x must be floating point (B, T, H, K) with K even, "
             f"got {x.dtype} {tuple(x.shape)}"
         )
-    B, T, _, K = x.shape
+    K = x.shape[-1]
     pairs = cos.shape[-1] if cos.ndim and 1 <= cos.shape[-1] <= K // 2 else K // 2
-    for name, table in (("cos", cos), ("sin", sin)):
-        is_shared = table.ndim == 2 and table.shape[0] >= T and table.shape[1] == pairs
-        is_per_token = table.shape == (B, T, pairs)
-        if not (is_shared or is_per_token) or not table.is_floating_point():
-            raise ValueError(
-                f"rotary: {name} must be floating point ({T} or more, {pairs}) or "
-                f"({B}, {T}, {pairs}) to match x {tuple(x.shape)}, "
-                f"got {table.dtype} {tuple(table.shape)}"
-            )
-        if table.device != x.device:
-            raise ValueError(
-                f"rotary: {name} must be on {x.device} like x, got {table.device}; move it"
-            )
-        if table.requires_grad:
-            raise ValueError(
-                f"rotary: {name} must not require a gradient, got one that does; detach it"
-            )
-
-
-def _with_unit_last_stride(x: Tensor) -> Tensor:
-    """x, copied only if neighbours along its last axis are not neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    check_tables("rotary", cos, sin, pairs, x, "x")

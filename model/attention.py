@@ -1,6 +1,7 @@
 """The implementations of attention that ATTENTIONS in choices.py names.
 
-    tritium       this project's kernels. Without RoPE they read the packed output of the qkv layer
+    tritium       this project's kernels. They read the packed output of the qkv layer, and apply
+                  QK-norm and RoPE to it
     sdpa          PyTorch's scaled_dot_product_attention; packed documents use a (T, T) mask
     flash-attn    the flash-attn package, on CUDA in 16 bits
 
@@ -35,6 +36,22 @@ class AttentionOptions(NamedTuple):
     seed: Tensor | None = None
 
 
+class NormRope(NamedTuple):
+    """RoPE and QK-norm of queries and keys, as causal_attention_qkvpacked takes them.
+
+    Args:
+        cos, sin: tables of RoPE, or None.
+        q_norm_weight, k_norm_weight: gains of QK-norm, (K,), or None.
+        norm_eps: added to the mean square of a head.
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    q_norm_weight: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionFunctions:
     """The functions that compute an attention."""
@@ -42,9 +59,10 @@ class AttentionFunctions:
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
     """attend(q, k, v, cu_seqlens, options) returns o."""
     attend_packed: Callable[..., Tensor] | None = None
-    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias, options) returns o (B, T, H K).
-    It reads the output of the qkv layer without copies. Its backward gives the layer's bias its
-    gradient. None: the model splits qkv and calls `attend`."""
+    """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias, norm_rope, options) returns
+    o (B, T, H K). It reads the output of the qkv layer without copies and applies QK-norm and RoPE.
+    Its backward gives the layer's bias its gradient. None: the model splits qkv and calls
+    `attend`."""
 
 
 def _tritium(
@@ -64,6 +82,7 @@ def _tritium_packed(
     n_kv_head: int,
     cu_seqlens: Tensor | None,
     added_bias: Tensor | None,
+    norm_rope: NormRope,
     options: AttentionOptions,
 ) -> Tensor:
     return causal_attention_qkvpacked(
@@ -72,6 +91,7 @@ def _tritium_packed(
         n_kv_head=n_kv_head,
         cu_seqlens=cu_seqlens,
         added_bias=added_bias,
+        **norm_rope._asdict(),
         **options._asdict(),
     )
 

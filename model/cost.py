@@ -161,16 +161,13 @@ def _block_bytes(config: GPTConfig, itemsize: int) -> int:
     D + G K      q and k after RoPE or QK-norm
     2 F          hidden tensors of the MLP
     masks        of two branches, with dropout, if the reference of the norm keeps them
-    float32      statistics of two norms, a log-sum-exp per query head, and with QK-norm a
-                 statistic per query head and key head
+    float32      statistics of two norms, and a log-sum-exp per query head
     """
     D = config.d_model
     KV = _kv_width(config)
     changes_qk = POSITIONS[config.position].rotates or config.qk_norm
     elements = 5 * D + D + 2 * KV + (D + KV if changes_qk else 0) + 2 * config.d_feedforward
     statistics = 2 * NORMS[config.norm].statistics + config.n_head
-    if config.qk_norm:
-        statistics += config.n_head + config.kv_heads
     return elements * itemsize + 2 * _mask_bytes(config, itemsize) + 4 * statistics
 
 

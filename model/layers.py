@@ -24,7 +24,7 @@ from ..kernels import (
     rotary,
     swiglu_mlp,
 )
-from .attention import AttentionOptions
+from .attention import AttentionOptions, NormRope
 from .context import Branch, ForwardContext
 
 if TYPE_CHECKING:
@@ -173,15 +173,14 @@ class Attention(nn.Module):
         options = self._options(context, layer)
         qkv_seed, projection_seed = context.adapter_seeds_of(layer)[:2]
         attend_packed = context.attention.attend_packed
-        keeps_qkv = context.rope is None and context.cache is None and self.q_norm is None
-        keeps_qkv = keeps_qkv and context.prefix is None
+        keeps_qkv = context.cache is None and context.prefix is None
         if keeps_qkv and attend_packed is not None:
             # The backward of attention also computes the gradient of the bias of c_attn.
             qkv, added_bias = self.c_attn.branch(x, qkv_seed)
             qkv = qkv.unflatten(0, context.sizes)  # (B, T, (H + 2 G) K)
-            o = attend_packed(
-                qkv, self.n_head, self.kv_heads, context.cu_seqlens, added_bias, options
-            )
+            norm_rope = self._norm_rope(context.rope)
+            heads = (self.n_head, self.kv_heads)
+            o = attend_packed(qkv, *heads, context.cu_seqlens, added_bias, norm_rope, options)
             return self.c_proj.branch(o.flatten(0, 1), projection_seed)
 
         qkv = self.c_attn(x, qkv_seed).unflatten(0, context.sizes)
@@ -215,6 +214,12 @@ class Attention(nn.Module):
             dropout_p=context.attention_dropout,
             seed=seed + self.tensor_rank if self.tensor_rank else seed,
         )
+
+    def _norm_rope(self, rope: tuple[Tensor, Tensor] | None) -> NormRope:
+        cos, sin = (None, None) if rope is None else rope
+        if self.q_norm is None:
+            return NormRope(cos, sin)
+        return NormRope(cos, sin, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _split(
         self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None

@@ -3,6 +3,7 @@
 from . import cross_entropy, layer_norm, linear_cross_entropy, mlp, rms_norm
 from .attention import ATTENTION
 from .attention_decode import ATTENTION_DECODE
+from .attention_packed import ATTENTION_NORM_ROPE
 from .attention_varlen import ATTENTION_VARLEN
 from .case import Operator
 from .embedding import EMBEDDING
@@ -22,6 +23,7 @@ OPERATORS: dict[str, Operator] = {
         EMBEDDING,
         ROTARY,
         ATTENTION,
+        ATTENTION_NORM_ROPE,
         ATTENTION_VARLEN,
         ATTENTION_DECODE,
         LINEAR,

@@ -14,7 +14,8 @@ SHAPES = ((32, 1024, 12, 64), (16, 1024, 25, 64), (4, 4096, 32, 128))
 
 
 @functools.cache
-def _tables(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def tables(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (T, K / 2)."""
     exponent = -torch.arange(K // 2, device=device) * 2 / K
     angle = torch.arange(T, device=device)[:, None] * 10_000.0**exponent
     return angle.cos(), angle.sin()
@@ -25,11 +26,11 @@ def _inputs(randn: Randn, B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
 
 
 def _ours(x: Tensor) -> Tensor:
-    return rotary(x, *_tables(x.shape[1], x.shape[3], x.device))
+    return rotary(x, *tables(x.shape[1], x.shape[3], x.device))
 
 
-def _eager(x: Tensor) -> Tensor:
-    cos, sin = (table.to(x.dtype)[:, None] for table in _tables(x.shape[1], x.shape[3], x.device))
+def eager_rotary(x: Tensor) -> Tensor:
+    cos, sin = (table.to(x.dtype)[:, None] for table in tables(x.shape[1], x.shape[3], x.device))
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
@@ -39,7 +40,7 @@ def _liger(x: Tensor) -> Tensor:
 
     cos, sin = (
         torch.cat((table, table), -1).to(x.dtype)[None]
-        for table in _tables(x.shape[1], x.shape[3], x.device)
+        for table in tables(x.shape[1], x.shape[3], x.device)
     )
     # Liger rotates queries and keys together, in place: one head of keys and a copy of the queries
     # are part of its cost.
@@ -52,7 +53,7 @@ ROTARY = Operator(
     sizes=("B", "T", "H", "K"),
     inputs=_inputs,
     ours=_ours,
-    eager=_eager,
+    eager=eager_rotary,
     cost=lambda B, T, H, K, itemsize: cost(B * T * H, K, itemsize),
     check_shape=lambda B, T, H, K: (1, min(T, 257), H, K),
     shapes=SHAPES,

@@ -38,7 +38,33 @@ def check_head_counts(name: str, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"{name}: the key heads must divide the {H} query heads, got {G}")
 
 
-def check_added_bias(name: str, added_bias: Tensor | None, qkv: Tensor) -> None:
+def check_packed(
+    name: str,
+    qkv: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    added_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """Check a packed qkv and what belongs to it. Return the head size."""
+    if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
+        raise ValueError(
+            f"{name}: n_kv_head must divide n_head, both at least 1, got {n_kv_head} and {n_head}"
+        )
+    heads = n_head + 2 * n_kv_head
+    fits = qkv.ndim == 3 and qkv.shape[-1] > 0 and qkv.shape[-1] % heads == 0
+    if not fits or not qkv.is_floating_point():
+        raise ValueError(
+            f"{name}: qkv must be floating point (B, T, {heads} K) for {n_head} query and "
+            f"{n_kv_head} key heads, got {qkv.dtype} {tuple(qkv.shape)}"
+        )
+    _check_added_bias(name, added_bias, qkv)
+    if cu_seqlens is not None:
+        check_documents(name, cu_seqlens, qkv.device)
+    return qkv.shape[-1] // heads
+
+
+def _check_added_bias(name: str, added_bias: Tensor | None, qkv: Tensor) -> None:
     """Check that there is no bias, or one number per column of qkv."""
     if added_bias is None:
         return
@@ -72,8 +98,3 @@ def check_document_values(name: str, cu_seqlens: Tensor | None, N: int) -> None:
             f"{name}: cu_seqlens must rise from 0 to at most the {N} tokens, "
             f"got {cu_seqlens.tolist()[:20]}; give the cumulative sums of the documents' lengths"
         )
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """Return `x`, copied if its last stride is not 1. Kernels assume that this stride is 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()

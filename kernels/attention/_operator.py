@@ -17,11 +17,10 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..core.added_bias import attach
+from ..core.layout import unit_stride
 from ..core.op import define_op, is_32_bit
-from ._inputs import unit_stride
 from ._reference import (
     reference_bwd,
     reference_fwd,
@@ -33,33 +32,17 @@ from ._reference import (
     shapes_qkvpacked_fwd,
     split_qkv,
 )
+from ._sdpa import is_plain, sdpa
 from .launch import launch_bwd, launch_fwd, launch_qkvpacked_bwd, launch_qkvpacked_fwd
 from .options import AttentionOptions
 
 # --- plain attention on a CPU
 
 
-def _is_plain(T: int, S: int, cu_seqlens: Tensor | None, options: AttentionOptions) -> bool:
-    """Whether SDPA applies: as many queries as keys, no documents, no option except `scale`."""
-    has_options = options.softcap > 0 or options.dropout_p > 0
-    return cu_seqlens is None and T == S <= options.window and not has_options
-
-
 def _sdpa_applies(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
 ) -> bool:
-    return is_32_bit(q) and _is_plain(q.shape[1], k.shape[1], cu_seqlens, options)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
-    """Return o, and an empty tensor in place of lse."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, K)
-    o = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=options.scale, enable_gqa=True
-    )
-    return o.transpose(1, 2).contiguous(), o.new_empty(0)
+    return is_32_bit(q) and is_plain(q.shape[1], k.shape[1], cu_seqlens, options)
 
 
 def _sdpa_applies_packed(
@@ -70,7 +53,7 @@ def _sdpa_applies_packed(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> bool:
-    return is_32_bit(qkv) and _is_plain(qkv.shape[1], qkv.shape[1], cu_seqlens, options)
+    return is_32_bit(qkv) and is_plain(qkv.shape[1], qkv.shape[1], cu_seqlens, options)
 
 
 def _sdpa_packed(
@@ -83,7 +66,7 @@ def _sdpa_packed(
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K), and an empty tensor in place of lse."""
     qkv = attach(qkv, added_bias)
-    o, lse = _sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 
 
@@ -94,7 +77,7 @@ attention = define_op(
     launch=launch_fwd,
     reference=reference_fwd,
     shapes=shapes_fwd,
-    composite=_sdpa,
+    composite=sdpa,
     composite_if=_sdpa_applies,
 )
 _attention_bwd = define_op(

@@ -60,10 +60,25 @@ def reference_bwd(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
+    grads = wide_grads(do, dlse, q, k, v, o, cu_seqlens, options)
+    return tuple(grad.to(q.dtype).contiguous() for grad in grads)
+
+
+def wide_grads(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv in at least float32, as views of tensors whose first axis are the heads."""
     do, o, *heads = (_by_head(x) for x in (do, o, q, k, v))
     grads = tuple(torch.zeros_like(x) for x in heads)
     _fill_grads(grads, do, dlse, o, *heads, cu_seqlens, options)
-    return tuple(_by_token(grad, q.dtype) for grad in grads)
+    return tuple(grad.permute(1, 2, 0, 3) for grad in grads)
 
 
 def shapes_bwd(

@@ -36,16 +36,25 @@ Determinism  two passes: one backward kernel owns queries and writes dq (3 matmu
 Files      _reference.py definition    _kernels.py, _one_pass.py, _tiles.py kernels
            launch.py launchers    _tile_choice.py tile sizes    options.py options
            _inputs.py checks    _operator.py operators and gradients
+           _norm_rope.py, _norm_rope_operator.py QK-norm and RoPE of a packed qkv
+Bias       qkv already contains `added_bias`. Its value is not read. The backward returns its
+           gradient, the sum of qkv's gradient over tokens, and need not read that gradient from
+           memory again. Detach the bias where it is added, so that it gets the gradient once:
+               qkv = linear(x, weight, bias.detach())
+               o = causal_attention_qkvpacked(qkv, n_head, added_bias=bias)
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023 (FlashAttention-2), arXiv:2307.08691
 """
 
 from torch import Tensor
 
+from ..core.layout import unit_stride
 from ..core.matmul import autocast
 from ..core.op import public
-from ._inputs import check_added_bias, check_documents, check_heads, unit_stride
+from ._inputs import check_heads, check_packed
+from ._norm_rope import NormRope, check_norm_rope
+from ._norm_rope_operator import attend_norm_rope
 from ._operator import attention, packed_attention
-from .options import resolve_options
+from .options import AttentionOptions, resolve_options
 
 
 def cost(
@@ -128,6 +137,11 @@ def causal_attention_qkvpacked(
     seed: int | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     added_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> Tensor:
     """Attend as causal_attention does, with q, k and v read where a linear layer wrote them.
 
@@ -139,13 +153,13 @@ def causal_attention_qkvpacked(
         scale, window, softcap, dropout_p, seed: as for causal_attention.
         cu_seqlens: as for causal_attention_varlen, for documents packed in the B T tokens.
             Default: B sequences.
-        added_bias: ((H + 2 G) K,), any float dtype: a bias that qkv already contains. Its value is
-            not read. The backward returns its gradient, the sum of qkv's gradient over tokens,
-            without reading that gradient from memory again. Detach the bias where it was added, so
-            that it does not get the gradient twice:
-                qkv = linear(x, weight, bias.detach())
-                o = causal_attention_qkvpacked(qkv, n_head, added_bias=bias)
-            Default: no bias gets a gradient here.
+        added_bias: ((H + 2 G) K,), any float dtype: a bias that qkv already contains. It gets its
+            gradient here, see the top of this file. Default: no bias gets a gradient here.
+        cos, sin: (S, K / 2) with S >= T, or (B, T, K / 2), as for `rotary`: rotate queries and
+            keys. The tables get no gradient. Default: no RoPE.
+        q_norm_weight, k_norm_weight: (K,), any float dtype: first normalize each query and each
+            key head as rms_norm does. Default: no norm.
+        norm_eps: added to the mean square of a head.
     Returns: o (B, T, H K), dtype of qkv. The gradient of qkv is packed too.
     Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
         on a GPU.
@@ -153,26 +167,40 @@ def causal_attention_qkvpacked(
     name = "causal_attention_qkvpacked"
     (qkv,) = autocast(qkv)
     H, G = n_head, n_head if n_kv_head is None else n_kv_head
-    if H < 1 or G < 1 or H % G:
-        raise ValueError(
-            f"{name}: n_kv_head must divide n_head, both at least 1, got {n_kv_head} and {n_head}"
-        )
-    fits = qkv.ndim == 3 and qkv.shape[-1] > 0 and qkv.shape[-1] % (H + 2 * G) == 0
-    if not fits or not qkv.is_floating_point():
-        raise ValueError(
-            f"{name}: qkv must be floating point (B, T, {H + 2 * G} K) for {H} query and {G} key "
-            f"heads, got {qkv.dtype} {tuple(qkv.shape)}"
-        )
+    K = check_packed(name, qkv, H, G, added_bias, cu_seqlens)
+    norm_rope = check_norm_rope(name, qkv, K, cos, sin, q_norm_weight, k_norm_weight, norm_eps)
+    keys = qkv.shape[1] * (1 if cu_seqlens is None else qkv.shape[0])
+    options = resolve_options(name, K, keys, qkv.device, scale, window, softcap, dropout_p, seed)
+    weights = (q_norm_weight, k_norm_weight)
+    return _attend_packed(qkv, added_bias, *weights, H, G, cu_seqlens, norm_rope, options)
+
+
+def _attend_packed(
+    qkv: Tensor,
+    added_bias: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    cu_seqlens: Tensor | None,
+    norm_rope: NormRope,
+    options: AttentionOptions,
+) -> Tensor:
+    """Return o (B, T, H K) of arguments that are checked."""
     B, T, width = qkv.shape
-    check_added_bias(name, added_bias, qkv)
-    keys = T
     if cu_seqlens is not None:
-        check_documents(name, cu_seqlens, qkv.device)
-        keys = B * T
-        qkv = qkv.reshape(1, keys, width)
+        # The operators take documents as one sequence.
+        qkv = qkv.reshape(1, B * T, width)
         cu_seqlens = cu_seqlens.contiguous()
-    options = resolve_options(
-        name, width // (H + 2 * G), keys, qkv.device, scale, window, softcap, dropout_p, seed
-    )
-    o, _ = packed_attention(unit_stride(qkv), added_bias, H, G, cu_seqlens, options)
+        norm_rope = norm_rope.of_one_sequence(B, T)
+    qkv = unit_stride(qkv)
+    if norm_rope.cos is None and q_weight is None:
+        o, _ = packed_attention(qkv, added_bias, n_head, n_kv_head, cu_seqlens, options)
+    else:
+        if q_weight is not None:
+            q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
+        weights = (q_weight, k_weight)
+        o = attend_norm_rope(
+            qkv, added_bias, *weights, n_head, n_kv_head, cu_seqlens, norm_rope, options
+        )
     return o if cu_seqlens is None else o.view(B, T, o.shape[-1])

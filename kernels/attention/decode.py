@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ..core.device import DEFAULT_SM_COUNT, sm_count
 from ..core.launch import launch_kernel
-from ..core.layout import strides_bth, wide
+from ..core.layout import strides_bth, unit_stride, wide
 from ..core.matmul import autocast
 from ..core.op import can_read_values, define_op, is_eager, public
 from ..core.triton import cdiv, next_power_of_2, tl, triton
-from ._inputs import check_head_counts, unit_stride
+from ._inputs import check_head_counts
 from ._tiles import LOWEST, _capped_scores, _exp2_scale, _is_visible, _load_rows, _softmax_step
 from .options import MAX_HEAD_SIZE, check_score_options
 

@@ -1,6 +1,5 @@
 """Launch the kernels of causal attention: choose tiles, make TMA descriptors, order the heads."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from ..core.launch import launch_kernel
 from ..core.layout import descriptor, strides_bth
 from ..core.partial_sums import sum_partials
 from ..core.triton import cdiv
+from ._documents import clear_padding, schedule
 from ._inputs import check_document_values
 from ._kernels import (
     _causal_attention_bwd_dkdv_kernel,
@@ -24,7 +24,6 @@ from ._one_pass import (
 )
 from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
 from ._tile_choice import Tile, has_one_pass_tile, one_pass_fits, padded, plan
-from ._tiles import _causal_attention_padding_kernel, _causal_attention_schedule_kernel
 from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
@@ -37,10 +36,6 @@ L2_BYTES = 4 << 20
 BACKWARD = "two passes"
 # Queries per program of the kernel that computes delta.
 DELTA_ROWS = 128
-# Tile sizes of the kernel that lists the tiles of packed documents.
-SLOTS_PER_PROGRAM, DOCUMENTS_PER_STEP = 64, 64
-# Sizes of the kernel that fills padding with zeros: elements per step, and programs at most.
-PADDING_BLOCK, PADDING_PROGRAMS = 1024, 128
 
 
 # --- tiles
@@ -120,10 +115,10 @@ def launch_fwd(
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // max(1, G)
     o, lse = shapes_fwd(q, k, v, cu_seqlens, options)
-    _clear_padding(cu_seqlens, o)
-    _clear_padding(cu_seqlens, lse, axis=2)
+    clear_padding(cu_seqlens, o)
+    clear_padding(cu_seqlens, lse, axis=2)
     tile = _plan("fwd", q, k, cu_seqlens, options)
-    work, tiles = _schedule(cu_seqlens, T, tile.block_m)
+    work, tiles = schedule(cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
     launch_kernel(_causal_attention_fwd_kernel, (tiles * B * H,),
         q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
@@ -150,7 +145,7 @@ def launch_bwd(
     """Kernel counterpart of `reference_bwd`."""
     grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
     for grad in grads:
-        _clear_padding(cu_seqlens, grad)
+        clear_padding(cu_seqlens, grad)
     launch_grads = _grads_launcher(q, k, cu_seqlens, options)
     launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
     return grads
@@ -186,15 +181,28 @@ def launch_qkvpacked_bwd(
     dqkv, dbias = shapes_qkvpacked_bwd(
         do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
     )
-    _clear_padding(cu_seqlens, dqkv)
-    grads = split_qkv(dqkv, n_head, n_kv_head)
-    q, k, v = split_qkv(qkv, n_head, n_kv_head)
+    heads = split_qkv(qkv, n_head, n_kv_head)
+    launch_packed_grads(dqkv, dbias if needs_bias else None, do, heads, o, lse, cu_seqlens, options)
+    return dqkv, dbias
+
+
+def launch_packed_grads(
+    dqkv: Tensor,
+    dbias: Tensor | None,
+    do: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    options: AttentionOptions,
+) -> None:
+    """Write the gradients of `heads`, which are q, k and v, to dqkv, and their sums to `dbias`."""
+    q, k, v = heads
+    clear_padding(cu_seqlens, dqkv)
+    grads = split_qkv(dqkv, q.shape[2], k.shape[2])
     do, o = do.view(q.shape), o.view(q.shape)
     launch_grads = _grads_launcher(q, k, cu_seqlens, options)
-    launch_grads(
-        grads, dbias if needs_bias else None, do, None, q, k, v, o, lse, cu_seqlens, options
-    )
-    return dqkv, dbias
+    launch_grads(grads, dbias, do, None, q, k, v, o, lse, cu_seqlens, options)
 
 
 def _grads_launcher(
@@ -239,7 +247,7 @@ def _launch_two_passes(
 
     # Programs that own queries: dq, and delta for the second kernel.
     tile = _plan("dq", q, k, cu_seqlens, options, dbias)
-    work, tiles = _schedule(cu_seqlens, T, tile.block_m)
+    work, tiles = schedule(cu_seqlens, T, tile.block_m)
     dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
     launch_kernel(_causal_attention_bwd_dq_kernel, (tiles * B * H,),
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
@@ -254,7 +262,7 @@ def _launch_two_passes(
     listed_length = tile.block_m
     tile = _plan("dkdv", q, k, cu_seqlens, options, dbias)
     if cu_seqlens is None or tile.block_n != listed_length:
-        work, tiles = _schedule(cu_seqlens, S, tile.block_n)
+        work, tiles = schedule(cu_seqlens, S, tile.block_n)
     dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
     launch_kernel(_causal_attention_bwd_dkdv_kernel, (tiles * B * G,),
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
@@ -323,42 +331,6 @@ def _sum_partials(dbias: Tensor | None, dq_sums: Tensor | None, dkv_sums: Tensor
 
 
 # --- arguments of the kernels
-
-
-def _clear_padding(cu_seqlens: Tensor | None, x: Tensor, axis: int = 1) -> None:
-    """Fill the tokens of contiguous `x` that are in no document with zeros.
-
-    `axis` is the axis of tokens. No program of the other kernels writes these tokens. A NaN left
-    there would survive a multiplication by 0.
-    """
-    if cu_seqlens is None or not x.numel():
-        return
-    rows = math.prod(x.shape[:axis])
-    row_size = x.numel() // rows
-    # The kernel learns on the device where padding is. Usually there is none.
-    programs = min(cdiv(row_size, PADDING_BLOCK), PADDING_PROGRAMS)
-    launch_kernel(_causal_attention_padding_kernel, (programs, rows),
-        x_ptr=x, cu_seqlens_ptr=cu_seqlens, documents=cu_seqlens.shape[0] - 1,
-        T=x.shape[axis], width=row_size // x.shape[axis], BLOCK=PADDING_BLOCK,
-    )  # fmt: skip
-
-
-def _schedule(cu_seqlens: Tensor | None, tokens: int, block: int) -> tuple[Tensor | None, int]:
-    """Return the list of tiles of packed documents (tiles, 2), and the number of programs per head.
-
-    Without documents there is no list. The number of tiles that documents fill is known on the
-    device only, so there is one program for every tile that there could be.
-    """
-    if cu_seqlens is None:
-        return None, cdiv(tokens, block)
-    documents = cu_seqlens.shape[0] - 1
-    tiles = tokens // block + documents
-    work = torch.full((tiles, 2), -1, dtype=torch.int32, device=cu_seqlens.device)
-    launch_kernel(_causal_attention_schedule_kernel, (cdiv(tiles, SLOTS_PER_PROGRAM),),
-        cu_seqlens_ptr=cu_seqlens, work_ptr=work, tiles=tiles, documents=documents,
-        BLOCK=block, BLOCK_T=SLOTS_PER_PROGRAM, BLOCK_D=DOCUMENTS_PER_STEP,
-    )  # fmt: skip
-    return work, tiles
 
 
 def _heads_at_once(bytes_per_head: int) -> int:

@@ -11,9 +11,10 @@ documents. Tiles with the most work come first. The host never waits for the dev
 
 from torch import Tensor
 
+from ..core.layout import unit_stride
 from ..core.matmul import autocast
 from ..core.op import public
-from ._inputs import check_documents, check_heads, unit_stride
+from ._inputs import check_documents, check_heads
 from ._operator import attention
 from .options import resolve_options
 

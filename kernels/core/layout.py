@@ -17,6 +17,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """Return `x`, copied if its last stride is not 1. Kernels assume that this stride is 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """Return x (..., N) as (M, N) with a unit last stride: a view if possible, else a copy."""
     # Do not reshape a matrix: that would add a node to the autograd graph.

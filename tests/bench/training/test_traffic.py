@@ -70,6 +70,21 @@ def test_window_softcap_and_dropout_need_no_extra_pass(found):
         assert added == extra * width_bytes
 
 
+@pytest.mark.parametrize(
+    ("option", "widths"), [("rotary", (4, 4)), ("QK-norm", (4, 6)), ("rotary, QK-norm", (4, 6))]
+)
+def test_rope_and_qk_norm_share_one_pass_over_queries_and_keys(found, option, widths):
+    """The forward reads and writes q and k. The backward reads and writes dq and dk in place.
+
+    The backward of the norm also reads q and k. Tables and sums are small.
+    """
+    plain, row = found["blocks"][0]["tritium"], found["options"][option]
+    width_bytes = found["blocks"][0]["d_model"] * found["itemsize"]
+    for direction, width in zip(("forward", "backward"), widths, strict=True):
+        added = row[direction]["token_bytes"] - plain[direction]["token_bytes"]
+        assert abs(added - width * width_bytes) < 0.01 * width_bytes
+
+
 def test_the_committed_record_has_the_present_figures(found):
     """After a change: `tritium bench traffic --out bench/results/traffic.json`, then report."""
     record = read_record(RESULTS / "traffic.json", "traffic")

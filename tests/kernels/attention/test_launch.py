@@ -18,7 +18,9 @@ from tritium.bench.codegen.disassembly import disassembly, resources
 from tritium.bench.codegen.launches import compile_launch, record_launches
 from tritium.bench.codegen.machine_code import is_serialized, matrix_instructions
 from tritium.kernels import causal_attention_qkvpacked
+from tritium.kernels.attention import _documents
 from tritium.kernels.attention import launch as attention_launch
+from tritium.kernels.attention._documents import clear_padding, schedule
 from tritium.kernels.attention._tile_choice import (
     FLOAT32_TILES,
     OPTION_TILES,
@@ -26,7 +28,7 @@ from tritium.kernels.attention._tile_choice import (
     padded,
     plan,
 )
-from tritium.kernels.attention.launch import _clear_padding, _schedule, launch_bwd, launch_fwd
+from tritium.kernels.attention.launch import launch_bwd, launch_fwd
 from tritium.kernels.attention.options import AttentionOptions
 from tritium.kernels.core.triton import cdiv
 
@@ -160,7 +162,7 @@ def test_order_of_heads_does_not_change_the_result(heads, device, monkeypatch):
 def test_list_has_each_tile_once_and_the_most_work_first(lengths, block, device):
     cu_seqlens = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-    work, tiles = _schedule(cu_seqlens, sum(lengths), block)
+    work, tiles = schedule(cu_seqlens, sum(lengths), block)
     assert work.shape == (tiles, 2)
     listed = [tuple(pair) for pair in work.tolist() if pair != [-1, -1]]
     expected = [
@@ -180,11 +182,11 @@ def test_list_of_invalid_documents_stays_in_bounds(invalid, device):
     """Memory before and after cu_seqlens does not change the list: the kernel does not read it."""
     surrounded = [-(2**30)] * 8 + invalid + [2**30] * 8
     surrounded = torch.tensor(surrounded, dtype=torch.int32, device=device)
-    work, _ = _schedule(surrounded[8:-8], 100, 16)
+    work, _ = schedule(surrounded[8:-8], 100, 16)
     used = work[(work != -1).any(1)]
     assert (used >= 0).all()
     assert (used[:, 0] < len(invalid) - 1).all()
-    alone, _ = _schedule(torch.tensor(invalid, dtype=torch.int32, device=device), 100, 16)
+    alone, _ = schedule(torch.tensor(invalid, dtype=torch.int32, device=device), 100, 16)
     assert torch.equal(work, alone)
 
 
@@ -192,14 +194,14 @@ def test_list_of_invalid_documents_stays_in_bounds(invalid, device):
 @pytest.mark.parametrize("bounds", [(0, 5), (3, 5), (3, 3), (0, 0), (5, 9), (-4, 2)])
 def test_tokens_outside_of_all_documents_become_zero(bounds, device, monkeypatch):
     """Also with more blocks of padding than programs, and with documents past the last token."""
-    monkeypatch.setattr(attention_launch, "PADDING_BLOCK", 4)
-    monkeypatch.setattr(attention_launch, "PADDING_PROGRAMS", 2)
+    monkeypatch.setattr(_documents, "PADDING_BLOCK", 4)
+    monkeypatch.setattr(_documents, "PADDING_PROGRAMS", 2)
     cu_seqlens = torch.tensor([bounds[0], 1, bounds[1]], dtype=torch.int32, device=device)
     token = torch.arange(5, device=device)
     is_padding = (token < bounds[0]) | (token >= bounds[1])
     for shape, axis in (((1, 5, 2, 3), 1), ((1, 2, 5), 2)):
         x = torch.ones(shape, device=device)
-        _clear_padding(cu_seqlens, x, axis)
+        clear_padding(cu_seqlens, x, axis)
         expected = (~is_padding).float().view([5 if i == axis else 1 for i in range(len(shape))])
         assert torch.equal(x, expected.expand(shape))
 
