@@ -17,8 +17,8 @@ float16    A step with a finite loss and gradients that are not finite overflowe
            was too large. The step is skipped and the scale halved, and the step is not bad. At a
            scale of 1 or less such a step is bad. A bad step leaves the loss scale as it was
 Ranks      Loss and norm are equal on all ranks, so all ranks decide alike without communication
-Threshold  four runs of the recipe `laptop`, 500 steps each, had largest z-scores of 6 to 10. The
-           default of 20 skips none of their steps
+Threshold  four runs of a GPT of 4 layers of 256 with AdamW, 500 steps each, had largest z-scores of
+           6 to 10. The default of 20 skips none of their steps
 Cost       a few small kernels per step. Nothing waits for the device
 Source     Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers
 """

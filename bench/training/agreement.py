@@ -13,7 +13,7 @@ gradients of the first batch may differ by as much as rounding explains:
     gradients   |g - g'| <= sqrt(3) r |g|, over all parameters at once. The backward has twice as
                 many roundings as the forward.
 
-In bfloat16 the bound of the gradients is the sharper one. With the laptop recipe on a CPU a correct
+In bfloat16 the bound of the gradients is the sharper one. With 4 layers of 256 on a CPU a correct
 baseline differs by 0.004. A baseline without causal mask, or with ReLU, differs by 0.4 or more. The
 bound is 0.07. Later losses are shown and not checked: the first steps of AdamW are as large as the
 learning rate, even where a gradient is only rounding noise.

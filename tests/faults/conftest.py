@@ -39,6 +39,7 @@ def words(tmp_path) -> list[str]:
         *("--n-layer", "1", "--n-head", "2", "--d-model", "16", "--context-tokens", "16"),
         *("--steps", "20", "--batch-size", "4", "--warmup-steps", "2", "--sample-tokens", "5"),
         *("--eval-interval", "10", "--eval-tokens", "64", "--checkpoint-interval", "10"),
+        *("--optimizer", "adamw", "--lr", "3e-3", "--min-lr", "1e-4"),
     ]
 
 

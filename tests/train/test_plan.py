@@ -226,8 +226,8 @@ def test_largest_micro_batch_is_the_last_that_fits():
 
 def test_step_in_one_micro_batch_holds_no_gradients_in_the_forward():
     plan = make_plan(PlanOptions(recipe="laptop", gpu="h100"))
-    assert plan.largest_micro_batch() == plan.sequences == 8
-    assert plan.memory(8)["gradients"] == 0 < plan.memory(4)["gradients"]
+    assert plan.largest_micro_batch() == plan.sequences == 16
+    assert plan.memory(16)["gradients"] == 0 < plan.memory(8)["gradients"]
 
 
 # --- time
