@@ -155,6 +155,26 @@ def training_table(record: Record, *, speeds: bool) -> str:
     return "\n".join(lines)
 
 
+def _sweep_table(record: Record) -> str:
+    """Return the rows of a record as a table in Markdown, with the options that they change."""
+    lines = [
+        f"Variations of {record['recipe']}. A row that does not name its steps has "
+        f"{record['seconds']:.0f} processor seconds for them ({describe_provenance(record)}).",
+        *([record["note"]] if "note" in record else []),
+        "",
+        "| row | options | steps | processor seconds | bits per byte |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        options = "; ".join(part for part in (options, row.get("note")) if part)
+        lines.append(
+            f"| {row['name']} | {options} | {row['steps']:,} | {row['processor_seconds']:.0f} "
+            f"| {row['bits_per_byte']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def _nanogpt_table(record: Record) -> str:
     """Return a run of an earlier command that trained nanoGPT and tritium as two programs."""
     steps = {name: f"{rate:.1f}" for name, rate in record["steps_per_second"].items()}
@@ -342,6 +362,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "kernels": ("Kernels", _kernels_table),
     "tune": ("Launch sizes", _tune_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
+    "sweep": ("Equal processor time", _sweep_table),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
     "predict": ("Predicted training steps", predict_table),
     "traffic": ("Memory traffic", traffic_table),
