@@ -181,6 +181,6 @@ def test_a_folder_without_records_raises(name, tmp_path):
     with pytest.raises(
         InputError,
         match="expected a folder with records of format 2 of device, machine, kernels, tune, "
-        "train, nanogpt, predict, traffic, codegen, found none",
+        "train, sweep, nanogpt, predict, traffic, codegen, found none",
     ):
         main([str(tmp_path / name)])
