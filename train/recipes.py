@@ -48,14 +48,14 @@ _FINEWEB_EDU = replace(
 
 
 RECIPES: dict[str, TrainConfig] = {
-    # Two to four minutes on two cores. docs/lab-log.md has the runs behind the values.
+    # About two minutes on two cores of 2024, three on older ones. docs/lab-log.md has the runs behind the values.
     "laptop": TrainConfig(
         tokenizer="bpe:4096",
         # A small model that reads all of the text is better than a larger one that reads a fifth:
         # in 200 processor seconds, 6, 4, 3 and 2 layers gave 1.70, 1.66, 1.59 and 1.53 bits per
         # byte. Sequences of 128 tokens gave 1.71, half as many of 256 tokens 1.78 (6 layers).
         model=GPTConfig(n_layer=2, n_head=2, d_model=128, context_tokens=128),
-        steps=1_200,
+        steps=1_000,
         batch_size=16,
         # With 4 layers of 256, 123 steps of AdamW gave 2.38 bits per byte, 67 steps of Muon 2.17.
         optimizer="muon",
@@ -63,7 +63,7 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=0.0,
         warmup_steps=50,
         # An evaluation of all held-out text takes as long as 40 steps.
-        report=ReportOptions(eval_interval=300),
+        report=ReportOptions(eval_interval=250),
     ),
     # The model and schedule that nanoGPT's README gives for a CPU.
     "shakespeare-char": TrainConfig(
