@@ -12,7 +12,7 @@ from .pages import DOCS, blocks
 pytestmark = [pytest.mark.plain, pytest.mark.slow]
 
 TINY = "--n-layer 1 --n-head 2 --d-model 32 --batch-size 2 --sample-tokens 2 --eval-tokens 256"
-SMALLER = {"--steps 300": f"--steps 2 {TINY}", "--epochs 1": "--steps 2 --batch-size 2"}
+SMALLER = {"--steps 200": f"--steps 2 {TINY}", "--epochs 1": "--steps 2 --batch-size 2"}
 
 
 @pytest.fixture
