@@ -5,7 +5,7 @@
 `Model` and its blocks are a small Llama in 60 lines of PyTorch: RoPE, RMS norm, causal attention
 with grouped heads, SwiGLU, and a loss that never holds all logits. Optimizer, autocast and
 torch.compile are PyTorch's. The model learns the bytes of this file. On a GPU the operators run
-Triton kernels, on a CPU their definitions in PyTorch. The output on a CPU:
+Triton kernels, on a CPU their definitions in PyTorch. The output on a CPU is similar to this:
 
     cpu: 131,392 parameters
     step   0: loss 6.159

@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-_PARTS = (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions)
+OPTION_CLASSES = (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -35,6 +35,11 @@ def read_config(path: Path) -> TrainConfig:
     Raises: InputError that names the file, and the line of an option that is wrong; OSError.
     """
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(
+                f"{path}: expected a TOML file or the folder of a run (with config.json), got a "
+                "folder without config.json"
+            )
         path = path / "config.json"
     text = path.read_bytes().decode("utf-8", "replace")
     is_record = path.suffix == ".json"
@@ -46,7 +51,7 @@ def read_config(path: Path) -> TrainConfig:
     for name in options:
         with _Names(path, text, name):
             check_names("option", [name], PART_OF)
-            for part in _PARTS:
+            for part in OPTION_CLASSES:
                 check_types({name: options[name]}, part)
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     try:

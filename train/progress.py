@@ -37,14 +37,15 @@ def has_bars() -> bool:
 
 
 def progress_bars(*, has_count: bool = False, transient: bool = False) -> Progress:
-    """Return rich's Progress with the columns: description, bar, note, elapsed and left time.
+    """Return rich's Progress with the columns: description, bar, count, note, elapsed and remaining
+    time.
 
-    A task has the field `note`. Where there are no bars, the Progress is disabled.
+    A task has the field `note`. If this process shows no bars, the Progress is disabled.
 
     Args:
         has_count: whether to show "3/10" instead of "30%".
-        transient: whether a terminal deletes the bars at the end. A notebook then shows them when
-            some work is done: it cannot delete an output.
+        transient: whether a terminal deletes the bars at the end. A notebook cannot delete an
+            output, so there transient bars appear only after some work is done.
     """
     # In a narrow terminal only the bar becomes shorter.
     count = MofNCompleteColumn if has_count else TaskProgressColumn
@@ -129,7 +130,7 @@ class _NotebookProgress(Progress):
         self._output = display(self._content(), raw=True, display_id=True)
 
     def update(self, task_id: TaskID, **changes) -> None:
-        """Change a task, and show it if the last time is long ago."""
+        """Change a task, and show the bars at most every _SECONDS_PER_UPDATE."""
         super().update(task_id, **changes)
         if time.monotonic() - self._last_shown > _SECONDS_PER_UPDATE:
             self.refresh()

@@ -16,7 +16,7 @@ ARCH, HEAD = "sm_90", 64
 LENGTHS = (220, 90, 460, 254)
 # Where the stand-ins of cu_seqlens and of the list of tiles are in memory.
 SEQLENS_POINTER, WORK_POINTER = 10_000, 20_000
-# Kernel -> its launch in launch.py, the helper with its loop, and the values which that returns.
+# Key -> the kernel, its helper with the loop, and how many values the helper returns.
 KERNELS = {
     "fwd": (launch._causal_attention_fwd_kernel, "_fwd_loop", 3),
     "dq": (launch._causal_attention_bwd_dq_kernel, "_dq_loop", 1),

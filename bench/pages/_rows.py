@@ -131,8 +131,8 @@ def logits() -> Figure:
     figure = new_figure(9, 2.9)
     start, whole = figure.subplots(1, 2, width_ratios=(1, 2.6), sharey=True)
     for row in range(rows):
-        # As _split of loss/_kernels.py: columns before the first aligned address, and columns of
-        # the loop without a mask.
+        # _split of loss/_kernels.py: columns before the first aligned address, and columns of the
+        # loop without a mask.
         lead = -row * V % tile.vec
         body = (V - lead) // step * step
         for axes in (start, whole):

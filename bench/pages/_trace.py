@@ -54,7 +54,7 @@ def _stand_in(program: tuple[int, ...], programs: tuple[int, ...], values: Mappi
     """Return a stand-in for `tl` in one program."""
 
     class Descriptor:
-        """No argument is one: sources are pointers."""
+        """The type of a descriptor. No argument has it: sources are pointers."""
 
     known = {
         "program_id": lambda axis: Number(program[axis]),
@@ -93,7 +93,7 @@ def trace(
     """Run one program of a kernel. Return the arguments of each recorded call, in their order.
 
     Args:
-        kernel: what @triton.jit returned.
+        kernel: the result of @triton.jit.
         recorded: names of helpers, and how many values each returns: its first arguments. With
             the name "range", the numbers of Python's loops are recorded too.
         program, programs: this program's place in the grid, and the grid.

@@ -1,7 +1,7 @@
 """tritium bench errors: measure the errors of operators against float64, in three dtypes.
 
 With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, otherwise the references of a CPU.
-Each operator has its `tiny_shape`, which the interpreter takes a second for.
+Each operator runs at its `tiny_shape`, which takes the interpreter about a second.
 """
 
 from collections.abc import Sequence

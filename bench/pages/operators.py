@@ -5,7 +5,7 @@ A page is written by hand, except for the text between two comments:
     <!-- generated: SECTION NAME ... -->
     <!-- end -->
 
-SECTION is a row of SECTIONS in _tables.py, which makes this text from the code and from
+SECTION is a name in SECTIONS of _tables.py. Its function writes the text from the code and from
 bench/results. NAME is an operator or a file.
 """
 
@@ -32,7 +32,7 @@ class PagesOptions:
 
 
 def render(text: str) -> str:
-    """Return a page with its generated parts made again.
+    """Return a page with new generated parts.
 
     Raises: InputError for an unknown section.
     """

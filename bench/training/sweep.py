@@ -1,19 +1,19 @@
 """tritium bench sweep: train variations of a recipe with equal processor time.
 
-A run of a recipe costs processor time, and the question is which options turn it into the lowest
-loss. Each row of a JSON file names options that differ from the recipe:
+A sweep shows which options reach the lowest loss in a given processor time. Each row of a JSON file
+names options that differ from the recipe:
 
     [{"name": "recipe"}, {"name": "muon", "options": {"optimizer": "muon", "lr": 0.006}}]
 
-A row gets as many steps as fit into --seconds of processor time: seconds divided by the fastest of
-a few steps on random tokens. A row with the option "steps" has these steps. Processor time counts
-all threads of this process, and no other program. It is still longer if other programs use the
-caches and the memory: the record has the speed of a matmul at that moment. With --rounds the rows
-run in turn, each time with another seed.
+A row gets as many steps as fit into --seconds of processor time. The time of a step is that of the
+fastest of a few steps on random tokens. If a row has the option "steps", it gets that number of
+steps. Processor time counts all threads of this process, and no other program. Other programs that
+use the caches and the memory still make it longer, so the record has the speed of a matmul before
+each run. With --rounds the rows run in turn, each round with another seed.
 
-With --nanogpt a nanoGPT checkout trains on the same tokens in a process of its own, for the same
-processor time, with the options that its README gives for a CPU and the shape of --nanogpt-options.
-Its weights are evaluated by this program, on the same held-out text.
+With --nanogpt, a nanoGPT checkout trains on the same tokens for the same processor time, in a
+process of its own. It has the options that its README gives for a CPU, changed by
+--nanogpt-options. This program evaluates its weights on the same held-out text.
 """
 
 import json
@@ -37,10 +37,12 @@ from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
+from ...train.config_file import OPTION_CLASSES
 from ...train.data.tokenizer import vocab_size_of
 from ...train.execution import resolve
 from ...train.pretrain import TextData, open_data
 from ...train.recipes import recipe
+from ...train.records import check_names, check_types
 from ...train.trainer import single_trainer
 from ..record import check_writable, describe_provenance, provenance, write_record
 from .implementations import import_nanogpt
@@ -53,7 +55,7 @@ tritium bench sweep ROWS.json [--recipe laptop] [--seconds 400] [--key value ...
 # Steps on random tokens: the first ones allocate memory, the fastest of the others counts.
 _WARMUP_STEPS = 2
 _TIMED_STEPS = 8
-# nanoGPT's README, "I only have a macbook": its options for a CPU. The shape is smaller there.
+# The options for a CPU in nanoGPT's README, "I only have a macbook".
 _NANOGPT_OPTIONS = (
     "device=cpu compile=False eval_interval=1000000 eval_iters=1 log_interval=1000000 dropout=0.0 "
     "n_layer=4 n_head=4 n_embd=128 block_size=64 batch_size=12 learning_rate=1e-3 min_lr=1e-4 "
@@ -74,7 +76,7 @@ class Options:
     nanogpt: str | None = None
     """A nanoGPT checkout, which is trained too."""
     nanogpt_options: str = ""
-    """Options of nanoGPT's train.py that differ: "n_embd=256 batch_size=8"."""
+    """Options of nanoGPT's train.py to change: "n_embd=256 batch_size=8"."""
     out: str | None = None
     """Write the record to this file after each row."""
 
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     rows = read_rows(Path(argv[0]), options.recipe)
     out = None if options.out is None else check_writable(Path(options.out))
     if options.nanogpt is not None:
-        import_nanogpt(Path(options.nanogpt))  # raises if it is none
+        import_nanogpt(Path(options.nanogpt))  # raises if the folder has no nanoGPT
 
     print(describe_provenance(provenance()))
     figures: dict[str, Any] = {"recipe": options.recipe, "seconds": options.seconds, "rows": []}
@@ -108,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 def read_rows(file: Path, name: str) -> list[tuple[str, dict[str, Any], TrainConfig]]:
     """Return the name, the options and the configuration of each row.
 
-    Raises: InputError if the file has no rows, or if an option does not exist.
+    Raises: InputError if the file has no rows, or if an option does not exist or has a wrong value.
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
@@ -117,9 +119,27 @@ def read_rows(file: Path, name: str) -> list[tuple[str, dict[str, Any], TrainCon
     is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     if not is_list or not rows or any("name" not in row for row in rows):
         raise InputError(f'{file}: expected a list of {{"name": ..., "options": {{...}}}}')
-    options = [row.get("options", {}) for row in rows]
-    configs = [recipe(name).with_options(device="cpu", **each) for each in options]
-    return list(zip([row["name"] for row in rows], options, configs, strict=True))
+    base = recipe(name)
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append(_read_row(row, base))
+        except InputError as error:
+            raise InputError(f"{file}: row {number}: {error}") from None
+    return found
+
+
+def _read_row(row: dict[str, Any], base: TrainConfig) -> tuple[str, dict[str, Any], TrainConfig]:
+    check_names("key", row, ("name", "options"))
+    options = row.get("options", {})
+    if not isinstance(options, dict):
+        raise InputError(f"options: expected an object, got {options!r}")
+    for name in ("device", "out"):
+        if name in options:
+            raise InputError(f"{name}: expected no value, because the sweep sets it")
+    for part in OPTION_CLASSES:
+        check_types(options, part)
+    return str(row["name"]), options, base.with_options(device="cpu", **options)
 
 
 def _measured(rows: list, options: Options) -> Iterator[dict[str, Any]]:
@@ -131,7 +151,7 @@ def _measured(rows: list, options: Options) -> Iterator[dict[str, Any]]:
                 options.recipe, config, changes | {"seed": seed}, options.seconds
             )
         if options.nanogpt is not None:
-            # The tokens of the first row.
+            # nanoGPT gets the tokens of the first row.
             data = open_data(rows[0][2])
             yield {"name": "nanoGPT", "round": number} | train_nanogpt(
                 Path(options.nanogpt), options.nanogpt_options, data, options.seconds, number

@@ -1,8 +1,8 @@
 """Packed attention with QK-norm and RoPE: two operators and their gradient.
 
     qk_norm_rope                  qkv -> qk, the queries and keys after norm and RoPE
-    causal_attention_norm_rope    qkv and qk -> o. The gradient of qkv and of the weights includes
-                                  that of norm and RoPE, so qk needs no gradient
+    causal_attention_norm_rope    qkv and qk -> o. Its backward also computes the backward of norm
+                                  and RoPE, so qk needs no gradient
 
 The forward is two operators, so that selective activation checkpointing keeps o and lse, and
 computes qk again. The backward is one operator: attention writes the packed gradient of qkv, and

@@ -60,3 +60,8 @@ def test_the_command_takes_a_file_and_the_config_of_a_run(tritium, error_of, tin
     (tmp_path / "c.json").write_text("{}")
     assert "expected the config.json of a run" in error_of("train", "--config", tmp_path / "c.json")
     assert "missing.toml" in error_of("train", "--config", tmp_path / "missing.toml")
+
+
+def test_folder_without_config_raises(tmp_path):
+    with pytest.raises(InputError, match="expected a TOML file or the folder of a run"):
+        read_config(tmp_path)

@@ -36,7 +36,11 @@ def test_row_is_trained_and_recorded(tmp_path):
         ([], "expected a list of"),
         ({"name": "a"}, "expected a list of"),
         ([{"options": {}}], "expected a list of"),
-        ([{"name": "a", "options": {"optimizr": "muon"}}], "optimizr"),
+        ([{"name": "a", "options": {"optimizr": "muon"}}], "row 1: unknown option 'optimizr'"),
+        ([{"name": "a", "optoins": {}}], "row 1: unknown key 'optoins'; did you mean 'options'"),
+        ([{"name": "a"}, {"name": "b", "options": [1]}], "row 2: options: expected an object"),
+        ([{"name": "a", "options": {"steps": "many"}}], "row 1: steps: expected int, got 'many'"),
+        ([{"name": "a", "options": {"device": "cpu"}}], "row 1: device: expected no value"),
     ],
 )
 def test_bad_rows_raise(tmp_path, rows, message):
