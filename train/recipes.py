@@ -48,10 +48,10 @@ _FINEWEB_EDU = replace(
 
 
 RECIPES: dict[str, TrainConfig] = {
-    # About two minutes on two cores of 2024, three on older ones. docs/lab-log.md has the runs behind the values.
+    # Two to three minutes on two cores. docs/lab-log.md has the runs behind the values.
     "laptop": TrainConfig(
         tokenizer="bpe:4096",
-        # A small model that reads all of the text is better than a larger one that reads a fifth:
+        # A small model that reads most of the text is better than a larger one that reads less:
         # in 200 processor seconds, 6, 4, 3 and 2 layers gave 1.70, 1.66, 1.59 and 1.53 bits per
         # byte. Sequences of 128 tokens gave 1.71, half as many of 256 tokens 1.78 (6 layers).
         model=GPTConfig(n_layer=2, n_head=2, d_model=128, context_tokens=128),
@@ -62,7 +62,6 @@ RECIPES: dict[str, TrainConfig] = {
         lr=0.012,
         min_lr=0.0,
         warmup_steps=50,
-        # An evaluation of all held-out text takes as long as 40 steps.
         report=ReportOptions(eval_interval=250),
     ),
     # The model and schedule that nanoGPT's README gives for a CPU.
