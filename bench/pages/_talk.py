@@ -1,4 +1,4 @@
-"""Pictures for a talk, drawn from bench/results: bytes of a block, a predicted step, throughput."""
+"""Pictures for a talk, drawn from bench/results: bytes of a block, a step, speeds, a CPU's runs."""
 
 from typing import Any
 
@@ -25,8 +25,11 @@ SPEEDS = (
     ("h200/train-32.json", None),
     ("h200/train-512.json", None),
 )
-
-
+LABELS = {
+    "laptop": "tritium train laptop",
+    "nanoGPT": "nanoGPT, a model of the same shape",
+    "laptop before": "the recipe laptop before",
+}
 NAMES = {"baseline": "plain PyTorch,\ncompiled", "nanoGPT": "nanoGPT,\ncompiled"}
 
 
@@ -128,6 +131,33 @@ def throughput() -> Figure:
         fontsize=10,
     )
     return figure
+
+
+def equal_time() -> Figure:
+    """Draw bits per byte against processor time of runs on a CPU."""
+    sweep = read_record(RESULTS / "sweep-laptop-cpu.json", "sweep")
+    runs = read_record(RESULTS / "default-run-cpu.json", "sweep")
+    figure = new_figure(7.2, 3.6)
+    axes = figure.subplots()
+    tried = sweep["rows"]
+    axes.scatter(*_times_and_bits(tried), color=GRAY, s=18, label="variations that were tried")
+    colors = {"laptop": BLUE, "nanoGPT": ORANGE, "laptop before": SKY}
+    for name, color in colors.items():
+        rows = [row for row in runs["rows"] if row["name"] == name]
+        axes.scatter(*_times_and_bits(rows), color=color, s=40, label=LABELS[name])
+    axes.set(
+        xlabel=f"processor seconds, {runs['cpu']}, {runs['date']}, commit {runs['commit']}\n"
+        "bench/results/sweep-laptop-cpu.json and default-run-cpu.json",
+        ylabel="bits per byte, held-out Python",
+        title="Runs on a CPU with the same text and the same held-out files",
+        xlim=(0, None),
+    )
+    axes.legend(frameon=False)
+    return figure
+
+
+def _times_and_bits(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["processor_seconds"] for row in rows], [row["bits_per_byte"] for row in rows]
 
 
 def _training_record(file: str, part: str | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "block-bytes": _talk.block_bytes,
     "predicted-step": _talk.predicted_step,
     "throughput": _talk.throughput,
+    "equal-time": _talk.equal_time,
 }
 
 
