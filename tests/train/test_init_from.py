@@ -72,9 +72,9 @@ def test_models_that_do_not_fit_are_one_line(tiny, options, tritium, error_of, t
     assert tritium(*tiny)[0] == 0
     second = ("--out", tmp_path / "second", "--init-from")
     assert "expected a run, a checkpoint" in error_of(*options, *second, tmp_path / "none")
-    line = error_of(*options, "--n-layer", 2, *second, tmp_path / "run")
+    line = error_of(*options, "--n-layer", 3, *second, tmp_path / "run")
     assert "--n-layer: expected 1, as in" in line
-    assert "got 2; leave it out" in line
+    assert "got 3; leave it out" in line
     words = ("--tokenizer", "chars", "--prompt", "the")
     line = error_of(*options, *words, *second, tmp_path / "run")
     assert "--tokenizer: expected bytes of" in line
