@@ -20,6 +20,7 @@ def run_in_root(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_transformers_imports_in_the_root():
     done = run_in_root("-c", IMPORT_TRANSFORMERS)
     assert done.stdout.strip() == "GPT2LMHeadModel", done.stderr

@@ -88,7 +88,6 @@ def weights(run: Path) -> list[bytes]:
 
 # Ranks, engine, the rank that gets a signal, and the signal.
 LOST = [
-    (2, "ddp", 1, SIGKILL),
     (2, "ddp", 0, SIGSTOP),
     *(
         pytest.param(ranks, engine, ranks - 1, number, marks=pytest.mark.slow)

@@ -289,7 +289,13 @@ def test_opcheck(device):
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 5}], ids=["plain", "window"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"window": 5}, id="window"),
+    ],
+)
 def test_compiles_as_one_graph_for_any_number_of_tokens(options, device):
     """With the gradients of bias and weights. On a CPU, the plain case runs SDPA."""
     torch._dynamo.reset()
