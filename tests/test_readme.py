@@ -103,6 +103,7 @@ def test_train_resume_sample_and_chat_run(folder, monkeypatch):
     assert run(dispatch, shlex.split(export)[1:]) == 0
 
 
+@pytest.mark.slow
 def test_options_in_a_file_and_pictures_of_runs(folder, capsys):
     lines = commands(TRAINING, "sh")
     printed, *shown = [each for each in lines if "config" in each or " plot " in each]

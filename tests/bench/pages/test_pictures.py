@@ -5,7 +5,7 @@ from tritium.bench.pages import _attention
 from tritium.bench.pages._matmuls import tile_order
 from tritium.bench.pages.pictures import IMAGES, PICTURES, main
 from tritium.errors import InputError
-from tritium.kernels.attention import launch
+from tritium.kernels.attention import _documents
 from tritium.kernels.core.op import INTERPRET
 
 LENGTHS = (220, 90, 460, 254)
@@ -41,7 +41,7 @@ def test_drawn_tiles_cover_the_pairs_that_attention_sees_once(kernel, T, window,
 @pytest.mark.skipif(not INTERPRET, reason="runs the kernel that lists the tiles")
 def test_the_drawn_list_of_tiles_is_the_list_of_the_kernel():
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    work, _ = launch._schedule(starts, sum(LENGTHS), 64)
+    work, _ = _documents.schedule(starts, sum(LENGTHS), 64)
     expected, _ = _attention._documents(LENGTHS, 64)
     assert [tuple(pair) for pair in work.tolist() if pair[0] >= 0] == expected
 

@@ -7,6 +7,8 @@ import pytest
 from tritium.bench.training import sweep
 from tritium.errors import InputError
 
+pytestmark = pytest.mark.plain
+
 TINY = {"n_layer": 1, "n_head": 1, "d_model": 16, "context_tokens": 16, "batch_size": 2}
 
 
