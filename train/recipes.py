@@ -48,7 +48,7 @@ _FINEWEB_EDU = replace(
 
 
 RECIPES: dict[str, TrainConfig] = {
-    # 266 s on two cores of an AMD EPYC, November 2026. docs/lab-log.md has the runs behind the values.
+    # 266 s on two cores of an AMD EPYC, November 2026. docs/lab-log.md says what led to the values.
     "laptop": TrainConfig(
         tokenizer="bpe:4096",
         # A small model that reads most of the text is better than a larger one that reads less:
