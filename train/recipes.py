@@ -48,12 +48,12 @@ _FINEWEB_EDU = replace(
 
 
 RECIPES: dict[str, TrainConfig] = {
-    # 266 s on two cores of an AMD EPYC, November 2026. docs/lab-log.md says what led to the values.
+    # 272 s on two cores of an AMD EPYC, November 2026. docs/lab-log.md says what led to the values.
     "laptop": TrainConfig(
         tokenizer="bpe:4096",
         # A small model that reads most of the text is better than a larger one that reads less:
-        # in 200 processor seconds, 6, 4, 3 and 2 layers gave 1.70, 1.66, 1.59 and 1.53 bits per
-        # byte. Sequences of 128 tokens gave 1.71, half as many of 256 tokens 1.78 (6 layers).
+        # in 200 processor seconds, 6, 4, 3 and 2 layers gave 1.70, 1.66, 1.61 and 1.58 bits per
+        # byte. Sequences of 128 tokens gave 1.71, half as many of 256 tokens 1.79 (6 layers).
         model=GPTConfig(n_layer=2, n_head=2, d_model=128, context_tokens=128),
         steps=1_000,
         batch_size=16,
