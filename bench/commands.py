@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "training.predict",
     "traffic": "training.traffic",
     "errors": "pages.errors",
-    "pages": "pages.operators",
+    "pages": "pages.pages",
     "pictures": "pages.pictures",
     "report": "report",
 }
@@ -36,7 +36,7 @@ HELP = """usage: tritium bench COMMAND [options]
   predict [RECIPE]     estimate a training step, kernel by kernel; no GPU is needed
   traffic              count the bytes that a block moves per token; no GPU is needed
   errors               measure errors of operators against float64, in three dtypes
-  pages                write the tables of docs/operators from the code and bench/results
+  pages                write the generated parts of docs from the code and bench/results
   pictures             draw the pictures of docs/images from the code and bench/results
   report               write bench/results/REPORT.md from the JSON files next to it
 

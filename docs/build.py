@@ -1,9 +1,9 @@
 """Build the documentation: python docs/build.py
 
-It writes the tables of tables.py into the pages again. It writes a page per public module to
-docs/api/, from signatures and docstrings. Then it calls Zensical, which writes site/. A warning of
-Zensical, such as a broken link, is an error, and so is a font, script, style or picture of another
-host.
+It writes the generated parts of the pages, as `tritium bench pages` does. It writes a page per
+public module to docs/api/, from signatures and docstrings. Then it calls Zensical, which writes
+site/. A warning of Zensical, such as a broken link, is an error. A font, script, style or picture
+of another host is an error too.
 """
 
 import ast
@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
-import tables
+from tritium.bench.pages.pages import write_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -30,8 +30,8 @@ LINE = 88
 
 
 def main() -> int:
-    """Write tables and docs/api/, and build the site. Returns: the exit status."""
-    tables.write_all(DOCS)
+    """Write generated parts and docs/api/, and build the site. Returns: the exit status."""
+    write_pages()
     API.mkdir(exist_ok=True)
     for name, text in pages().items():
         (API / name).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from ._trace import trace
 
 ARCH, HEAD = "sm_90", 64
 LENGTHS = (220, 90, 460, 254)
-# Where the stand-ins of cu_seqlens and of the list of tiles are in memory.
+# Addresses of the stand-ins of cu_seqlens and of the list of tiles.
 SEQLENS_POINTER, WORK_POINTER = 10_000, 20_000
 # Key -> the kernel, its helper with the loop, and how many values the helper returns.
 KERNELS = {

@@ -79,10 +79,3 @@ def test_docstrings_become_markdown(api):
     text = "".join(api.values())
     assert not re.search(r"^(Args|Returns|Raises):", text, re.MULTILINE)
     assert "Run.model: GPT" in api["tritium.md"]
-
-
-@pytest.mark.parametrize("page", [each for each in PAGES if each.parent == DOCS], ids=name)
-def test_tables_are_those_of_the_files_of_measurements(page, build):
-    """`python docs/build.py` writes them again."""
-    text = page.read_text(encoding="utf-8")
-    assert build.tables.fill(text) == text
