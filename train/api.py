@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, InterruptedRun
-from ..model import GPT, GPTClassifier, GPTConfig
+from ..model import GPT, GPTClassifier
 from ..model.generation import Sampling
-from ..model.lora import AdapterOptions
-from .config import ExecutionOptions, ReportOptions, TrainConfig
-from .config_file import read_config
+from .config import TrainConfig
+from .config_file import OPTION_CLASSES, read_config
 from .data.tokenizer import Tokenizer
 from .device import choose_device, choose_matmul
 from .evaluate import Evaluation
@@ -244,7 +243,7 @@ def _as_options(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list | tuple):
             value = tuple(str(each) if isinstance(each, Path) else each for each in value)
         found[name] = str(value) if isinstance(value, Path) else value
-    for part in (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions):
+    for part in OPTION_CLASSES:
         check_types(found, part)
     return found
 

@@ -86,7 +86,7 @@ class Session:
             self.finish()
         if first < config.steps:
             self.metrics.write_goodput(config.steps)
-        self.signals.raise_error()  # of a callback
+        self.signals.raise_error()  # A callback may have raised one.
         return result
 
     def finish(self) -> None:

@@ -21,6 +21,7 @@ Source       Su et al. 2021, arXiv:2104.09864; Henry et al. 2020, arXiv:2010.042
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,15 +72,17 @@ def check_norm_rope(
 ) -> NormRope:
     """Check the arguments of norm and RoPE. `name` is the operator for the messages."""
     if (cos is None) != (sin is None):
-        raise ValueError(f"{name}: expected both cos and sin or neither, got one of them")
+        given = "sin" if cos is None else "cos"
+        raise ValueError(f"{name}: expected both cos and sin or neither, got only {given}")
     if cos is not None:
         if head_size % 2:
             raise ValueError(f"{name}: RoPE needs an even head size, got {head_size}")
         check_tables(name, cos, sin, head_size // 2, qkv, "qkv")
         cos, sin = as_tables(cos, sin, qkv.dtype)
     if (q_weight is None) != (k_weight is None):
+        given = "k_norm_weight" if q_weight is None else "q_norm_weight"
         raise ValueError(
-            f"{name}: expected both q_norm_weight and k_norm_weight or neither, got one of them"
+            f"{name}: expected both q_norm_weight and k_norm_weight or neither, got only {given}"
         )
     for label, weight in (("q_norm_weight", q_weight), ("k_norm_weight", k_weight)):
         if weight is None:
@@ -90,8 +93,8 @@ def check_norm_rope(
                 f"{name}: {label} must be floating point ({head_size},) on {qkv.device} to match "
                 f"qkv, got {weight.dtype} {tuple(weight.shape)} on {weight.device}"
             )
-    if not eps >= 0:
-        raise ValueError(f"{name}: norm_eps must be at least 0, got {eps}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name}: norm_eps must be at least 0, and finite, got {eps}")
     return NormRope(eps=float(eps), cos=cos, sin=sin)
 
 

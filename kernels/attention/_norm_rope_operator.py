@@ -99,8 +99,7 @@ class _ChangedHeads(torch.autograd.Function):
         dq, dk, dq_weight, dk_weight = reference_norm_rope_bwd(
             dq, dk, qkv, q_weight, k_weight, norm_rope
         )
-        has_norm = q_weight is not None
-        dweights = (dq_weight, dk_weight) if has_norm else (None, None)
+        dweights = (None, None) if q_weight is None else (dq_weight, dk_weight)
         return torch.cat((dq, dk, dv), 2).flatten(2), *dweights, None, None, None
 
 
@@ -295,15 +294,16 @@ def _grad(ctx, do, _dlse):
     # The public function does not return lse, so lse has no gradient.
     if do is None:
         return (None,) * 10
-    *tensors, cu_seqlens, cos, sin, seed = ctx.saved_tensors
+    *tensors, q_weight, k_weight, cu_seqlens, cos, sin, seed = ctx.saved_tensors
     norm_rope = NormRope(eps=ctx.eps, cos=cos, sin=sin)
     options = dataclasses.replace(ctx.options, seed=seed)
     needs_bias = ctx.needs_input_grad[2]
     arguments = (*ctx.head_counts, cu_seqlens, needs_bias, norm_rope, options)
-    dqkv, dbias, *dweights = _attention_bwd(do.contiguous(), *tensors, *arguments)
+    dqkv, dbias, *dweights = _attention_bwd(
+        do.contiguous(), *tensors, q_weight, k_weight, *arguments
+    )
     dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
-    has_norm = tensors[-1] is not None
-    dweights = dweights if has_norm else (None, None)
+    dweights = (None, None) if q_weight is None else dweights
     return dqkv, None, dbias, *dweights, None, None, None, None, None
 
 

@@ -358,7 +358,7 @@ def public(function: Callable) -> Callable:
     def checked(*args, **options):
         for name, value in (*zip(positional, args, strict=False), *options.items()):
             if name not in accepted_types:
-                continue  # without an annotation, or unknown: the call below raises
+                continue  # It has no annotation, or it is unknown and the call below raises.
             # Most values have the first type of their annotation. This check is faster.
             first, type_ = accepted_types[name][0], type(value)
             if type_ is Tensor or type_ is Parameter:

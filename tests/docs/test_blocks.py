@@ -63,7 +63,7 @@ def run_blocks(page: Path, folder: Path) -> None:
     examples = blocks(page, "python")
     examples[0].namespace.update(setup(folder) or {})
     for example in examples:
-        example.evaluate()
+        example.evaluate()  # raises for a block that fails
 
 
 @pytest.fixture

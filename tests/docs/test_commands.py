@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,88 +60,93 @@ def commands(shell: str) -> Iterator[list[str]]:
                 words.append(word)
 
 
-@pytest.fixture
-def check(monkeypatch):
-    """Check the words of a command. An unknown program or option raises."""
+class Checker:
+    """Check the words of a command. An unknown program or option raises. Nothing runs.
 
-    def stop(*_, **__):
-        raise ParsedError
+    Args: monkeypatch: replaces the functions that would run a command.
+    """
 
-    def parse_and_stop(*args, cli=tyro.cli, **keywords):
-        cli(*args, **keywords)
-        raise ParsedError
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self._patch = monkeypatch
+        self._programs = {
+            "tritium": self._tritium,
+            "torchrun": self._torchrun,
+            "python": self._python,
+            "python3": self._python,
+            "pip": self._pip,
+            "sbatch": self._sbatch,
+        }
 
-    def check_tritium(words: list[str]) -> None:
+    def __call__(self, words: list[str]) -> None:
+        program = Path(words[0]).name
+        if program not in OTHER_PROGRAMS:
+            self._programs[program](words[1:])
+
+    def _tritium(self, words: list[str]) -> None:
         if words[:1] == ["train"]:
-            check_train(words[1:])
+            self._train(words[1:])
             return
-        monkeypatch.setattr(tyro, "cli", parse_and_stop)
         try:
-            with pytest.raises(ParsedError):
-                dispatch(words)
+            self._parse(lambda: dispatch(words))
         except InputError as error:
             if "expected an installed lm_eval" not in str(error):
                 raise
-        finally:
-            monkeypatch.undo()
 
-    def check_train(words: list[str]) -> None:
+    def _parse(self, command: Callable[[], object]) -> None:
+        """Run a command up to the end of its parser."""
+
+        def parse_and_stop(*args, cli=tyro.cli, **keywords):
+            cli(*args, **keywords)
+            raise ParsedError
+
+        with self._patch.context() as patch:
+            patch.setattr(tyro, "cli", parse_and_stop)
+            with pytest.raises(ParsedError):
+                command()
+
+    def _train(self, words: list[str]) -> None:
+        def stop(*_, **__):
+            raise ParsedError
+
         if "--config" in words:  # the file is not here
             at = words.index("--config")
             words = [*words[:at], *words[at + 2 :]]
-        if "--print-config" in words:
-            words = [word for word in words if word != "--print-config"]
-        for module in (_running, _resume):
-            monkeypatch.setattr(module, "join", stop)
-        with pytest.raises(ParsedError):
-            train_command.main(words)
-        monkeypatch.undo()
+        words = [word for word in words if word != "--print-config"]
+        with self._patch.context() as patch:
+            for module in (_running, _resume):
+                patch.setattr(module, "join", stop)
+            with pytest.raises(ParsedError):
+                train_command.main(words)
 
-    def check_torchrun(words: list[str]) -> None:
+    def _torchrun(self, words: list[str]) -> None:
         from torch.distributed.run import get_args_parser
 
         parsed = get_args_parser().parse_args(words)
         assert parsed.module
         assert parsed.training_script == "tritium.train"
-        check_train(parsed.training_script_args)
+        self._train(parsed.training_script_args)
 
-    def check_python(words: list[str]) -> None:
+    def _python(self, words: list[str]) -> None:
         if words[0] != "-m":
             assert (ROOT / words[0]).is_file(), f"{words[0]} does not exist"
-            return
-        if words[1] in ("venv", "pytest"):
-            return
-        module = importlib.import_module(words[1])
-        monkeypatch.setattr(tyro, "cli", parse_and_stop)
-        with pytest.raises(ParsedError):
-            module.main(words[2:])
-        monkeypatch.undo()
+        elif words[1] not in ("venv", "pytest"):
+            module = importlib.import_module(words[1])
+            self._parse(lambda: module.main(words[2:]))
 
-    def check_sbatch(words: list[str]) -> None:
+    def _sbatch(self, words: list[str]) -> None:
         script = next(at for at, word in enumerate(words) if word.endswith(".sbatch"))
-        check_train(words[script + 1 :])
+        self._train(words[script + 1 :])
 
-    def check_pip(words: list[str]) -> None:
+    def _pip(self, words: list[str]) -> None:
         setup = (ROOT / "setup.py").read_text()
         for extras in re.findall(r"(?:tritium|\.)\[([\w,-]+)\]", " ".join(words)):
             for extra in extras.split(","):
                 assert f'"{extra}": ' in setup, f"no extra {extra}"
 
-    programs = {
-        "tritium": check_tritium,
-        "torchrun": check_torchrun,
-        "python": check_python,
-        "python3": check_python,
-        "pip": check_pip,
-        "sbatch": check_sbatch,
-    }
 
-    def check(words: list[str]) -> None:
-        program = Path(words[0]).name
-        if program not in OTHER_PROGRAMS:
-            programs[program](words[1:])
-
-    return check
+@pytest.fixture
+def check(monkeypatch) -> Checker:
+    return Checker(monkeypatch)
 
 
 def readme_commands() -> str:
@@ -196,9 +201,9 @@ def test_options_named_in_the_text_are_parsed(check):
 def test_json_and_toml_are_valid(page):
     for block in blocks(page, "json"):
         for line in block.parsed.splitlines():
-            json.loads(line)
+            assert json.loads(line) is not None  # raises for a broken line
     if sys.version_info >= (3, 11):
         import tomllib
 
         for block in blocks(page, "toml"):
-            tomllib.loads(block.parsed)
+            assert tomllib.loads(block.parsed)  # raises for a broken block

@@ -159,7 +159,7 @@ def test_bad_input_raises_what_the_command_line_prints(options, tmp_path):
             api.train(file)
     run = api.train("laptop", **options)
     metrics = run.folder / "metrics.jsonl"
-    metrics.write_text('{"iter": 1, "train_loss": 2.0}\n')  # of another version
+    metrics.write_text('{"iter": 1, "train_loss": 2.0}\n')  # as another version writes it
     for read in (run.metrics, run.plot):
         with pytest.raises(tritium.InputError, match="expected lines with step, loss, lr and"):
             read()

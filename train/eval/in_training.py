@@ -44,7 +44,7 @@ class TrainingEvaluations:
     max_targets: int
 
     def work(self, is_last: bool) -> int:
-        """Return the number of targets and choices that `measure` evaluates, about."""
+        """Return about how many targets and choices `measure` evaluates."""
         targets = [text.tokens for text in self.texts.values()]
         if not is_last:
             targets = [min(each, self.max_targets) for each in targets]

@@ -21,7 +21,7 @@ from tritium.kernels.attention._norm_rope import (
 )
 
 EPS = 1e-3
-# What is applied: RoPE, QK-norm.
+# Pairs: whether RoPE is applied, whether QK-norm is applied.
 APPLIED = [(True, False), (False, True), (True, True)]
 IDS = ["rope", "norm", "norm_rope"]
 # B, T, H, G, K: one pair, odd sizes, more heads than a tile holds, GPT-2's head.
@@ -380,7 +380,8 @@ def ones(*shape, **kwargs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sin": None}, "expected both cos and sin or neither, got one of them"),
+        ({"sin": None}, "expected both cos and sin or neither, got only cos"),
+        ({"norm_eps": float("inf")}, "norm_eps must be at least 0, and finite, got inf"),
         ({"cos": ones(4, 4)}, r"cos must be floating point \(5 or more, 4\) or \(2, 5, 4\) .* qkv"),
         ({"sin": ones(5, 3)}, r"sin must be .* \(5 or more, 4\) .*, got torch.float32 \(5, 3\)"),
         ({"sin": ones(5, 4, requires_grad=True)}, "sin must not require a gradient"),
@@ -392,7 +393,7 @@ def ones(*shape, **kwargs):
             r"k_norm_weight must be floating point \(8,\) on cpu to match qkv, got .* \(7,\)",
         ),
         ({"q_norm_weight": ones(8).int()}, "q_norm_weight must be floating point .* torch.int32"),
-        ({"norm_eps": -1.0}, "norm_eps must be at least 0, got -1.0"),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 0, and finite, got -1.0"),
     ],
 )
 def test_bad_input_raises(change, message):
