@@ -107,11 +107,12 @@ def train(rehearse: bool) -> list[Part]:
 # Operators, and the shapes at which they are timed: GPT-2 124M with 64 sequences, other widths and
 # longer sequences. No shapes: the operators' own.
 KERNEL_SHAPES = (
-    ("layer_norm add_layer_norm", "65536x768 32768x1600"),
-    ("causal_attention", "64x1024x12x64 4x8192x12x64 8x4096x16x128"),
-    ("gelu_mlp", "65536x768 32768x1600"),
+    ("causal_attention", "64x1024x12x64 16x4096x12x64 4x8192x12x64"),
     ("cross_entropy", "8192x50304"),
-    ("linear_cross_entropy", "65536x768x50257"),
+    ("linear_cross_entropy", "16384x768x50304 65536x768x50304"),
+    ("layer_norm add_layer_norm", "32768x1024"),
+    ("gelu_mlp", "65536x768 32768x1600"),
+    ("causal_attention_qkvpacked:norm_rope", ""),
     ("embedding", "64x1024x768x50304"),
     ("rms_norm add_rms_norm rotary causal_attention_varlen attention_decode swiglu swiglu_mlp", ""),
 )
@@ -175,6 +176,59 @@ def later(rehearse: bool) -> list[Part]:
     ]
 
 
+def models(rehearse: bool) -> list[Part]:
+    """Return the parts that measure other models than GPT-2 124M, and its largest micro-batch.
+
+    The first parts run at the same time. They test the kernels and CUDA graphs, and they compile
+    what the later parts time, so that those find it in the caches. They need a nanoGPT checkout in
+    .nanogpt with the text of data/shakespeare_char. Models larger than 124M run without
+    torch.compile, which would take minutes.
+    """
+    if rehearse:
+        words = "bench train shakespeare-char --device cpu --steps 1 --micro-batch-size 1"
+        return [
+            _tritium("info", 30, "info"),
+            replace(_tritium("fill", 60, words), together=True),
+            _tritium("shakespeare", TOTAL_SECONDS, f"{words} --out FOLDER/shakespeare.json"),
+        ]
+    shakespeare = f"bench train shakespeare-char-gpu --attention{_nanogpt()}"
+    run = "train shakespeare-char-gpu --data .nanogpt/data/shakespeare_char/input.txt"
+    gpt2 = "bench train gpt2 --attention --micro-batch-size 128"
+    rows = (("gpt2-medium", 32), ("gpt2-large", 16), ("gpt2-xl", 8))
+    together = [
+        _pytest("tests", 190, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),
+        _pytest("graphs", 190, 3, "tests/train/test_cuda_graph.py tests/kernels/test_operators.py"),
+        _tritium("fill-gpt2", 190, f"{gpt2} --steps 1 --cuda-graph off"),
+        _tritium("fill-shakespeare", 190, f"{shakespeare} --steps 1"),
+        _tritium("fill-run", 190, f"{run} --steps 20 --eval-interval 10 --out FOLDER/fill"),
+    ]
+    return [
+        _tritium("info", 30, "info"),
+        *(replace(part, together=True) for part in together),
+        _tritium("shakespeare", 240, f"{shakespeare} --out FOLDER/shakespeare.json"),
+        _tritium(
+            "shakespeare-without-graph",
+            270,
+            f"{shakespeare} --cuda-graph off --out FOLDER/shakespeare-without-graph.json",
+        ),
+        _tritium("shakespeare-run", 330, f"{run} --eval-interval 250 --out FOLDER/run"),
+        _tritium(
+            "train-512",
+            430,
+            f"{gpt2} --batch-size 512 --steps 10 --out FOLDER/train-512.json",
+        ),
+        *(
+            _tritium(
+                name,
+                430 + 35 * number,
+                f"bench train {name} --attention --micro-batch-size {micro_batch} --steps 10 "
+                f"--compile off --out FOLDER/{name}.json",
+            )
+            for number, (name, micro_batch) in enumerate(rows, start=1)
+        ),
+    ]
+
+
 def short(rehearse: bool) -> list[Part]:
     """Return the parts that decide most, in seven minutes: for a GPU that is lent for minutes.
 
@@ -229,6 +283,7 @@ def _nanogpt() -> str:
 
 COMMANDS: dict[str, Callable[[bool], list[Part]]] = {
     "short": short,
+    "models": models,
     "correct": correct,
     "train": train,
     "kernels": kernels,

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measure on a GPU machine: four commands of at most 9 minutes each, a fifth for later, and `short`,
-# which does the most important parts in 7 minutes.
+# Measure on a GPU machine, with commands of at most 9 minutes each. `short` does the most important
+# parts in 7 minutes.
 #
 #   export TRITIUM_COMMIT=$(git rev-parse --short HEAD)      where the checkout has .git
-#   bench/device.sh short|correct|train|kernels|tune|later OUT_DIR [--rehearse]
+#   bench/device.sh short|correct|train|models|kernels|tune|later OUT_DIR [--rehearse]
 #
 # Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
 # that is killed leaves its results. bench/_device_parts.py has the parts and their deadlines. --rehearse
@@ -16,6 +16,9 @@
 #           then a profile next to the prediction. The ratios and tokens per second are what README
 #           states. A row of the profile that is marked "!" is what to work on next, the longest row
 #           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
+# models    Kernel tests; shakespeare-char next to nanoGPT, and a whole run; GPT-2 with micro-batches
+#           of 128; the larger models. The ratios, the seconds and the MFU are what README states.
+#           An MFU below that of gpt2 is profiled.
 # kernels   Operators at a few shapes next to other libraries, without torch.compile. An operator
 #           that is slower than another implementation, or further below the ceiling than
 #           bench/training/efficiency.py assumes, is tuned or rewritten.
@@ -35,7 +38,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 usage() {
-    echo "usage: bench/device.sh short|correct|train|kernels|tune|later OUT_DIR [--rehearse]" >&2
+    echo "usage: bench/device.sh short|correct|train|models|kernels|tune|later OUT_DIR [--rehearse]" >&2
     exit 2
 }
 fail() {
@@ -43,7 +46,7 @@ fail() {
     exit 2
 }
 
-case "${1:-}" in short | correct | train | kernels | tune | later) ;; *) usage ;; esac
+case "${1:-}" in short | correct | train | models | kernels | tune | later) ;; *) usage ;; esac
 [ $# -ge 2 ] && [ $# -le 3 ] || usage
 case "$2" in -*) usage ;; esac
 case "${3:-}" in "" | --rehearse) ;; *) fail "unknown option $3; the only one is --rehearse" ;; esac

@@ -15,6 +15,7 @@ Fairness
                    then clipping and AdamW. Reading data, evaluations and checkpoints are not
                    included.
     size           A recipe of a published model has its published vocabulary.
+    dropout        None: models that draw different random numbers cannot be compared.
     settings       The precision of float32 matmuls and the allocator are set as in training, for
                    all models.
     statistics     Medians over all timed steps, with 10th and 90th percentiles. The ratio is the
@@ -42,6 +43,7 @@ import torch
 
 from ...errors import InputError
 from ...model import GPTConfig
+from ...model.config import DROPOUTS
 from ...model.cost import flops_per_token, parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
@@ -138,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
         batch_size=options.batch_size or micro_batch,
         context_tokens=context_tokens,
         cuda_graph=options.cuda_graph,
+        **dict.fromkeys(DROPOUTS, 0.0),
     )
     shape = config.gpt(vocab_size_of(config.tokenizer))
     if options.nanogpt is not None:

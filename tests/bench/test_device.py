@@ -29,11 +29,13 @@ pytestmark = pytest.mark.plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "device.sh"
+USAGE = "usage: bench/device.sh short|correct|train|models|kernels|tune|later OUT_DIR"
 # The records that each command writes.
 KINDS = {
     "short": {"layer_norm.json": "tune"},
     "correct": {"machine.json": "machine"},
     "train": {"train.json": "train", "profile.json": "predict"},
+    "models": {"shakespeare.json": "train"},
     "kernels": {"layer_norm/kernels.json": "kernels"},
     "tune": {"layer_norm.json": "tune"},
     "later": {},
@@ -109,9 +111,15 @@ def test_the_script_runs_a_command_and_passes_the_commit(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "usage: bench/device.sh short|correct|train|kernels|tune|later OUT_DIR"),
-        (("all", "{tmp}"), "usage: bench/device.sh short|correct|train|kernels|tune|later OUT_DIR"),
-        (("train",), "usage: bench/device.sh short|correct|train|kernels|tune|later OUT_DIR"),
+        ((), USAGE),
+        (
+            ("all", "{tmp}"),
+            "usage: bench/device.sh short|correct|train|models|kernels|tune|later OUT_DIR",
+        ),
+        (
+            ("train",),
+            "usage: bench/device.sh short|correct|train|models|kernels|tune|later OUT_DIR",
+        ),
         (("train", "/proc/nowhere"), "cannot write to /proc/nowhere"),
         (("train", "{tmp}", "--quick"), "unknown option --quick; the only one is --rehearse"),
     ],

@@ -59,6 +59,30 @@ def states(trainer: Trainer) -> list[torch.Tensor]:
     return [value for state in trainer.optimizer.states().values() for value in state.values()]
 
 
+def memory_changes(roots: list) -> list[int]:
+    """Return the bytes that each event of a profile allocates, or frees if negative, in order.
+
+    PyTorch's allocator remembers the addresses of earlier profiles in this process. If a new tensor
+    has such an address, the profiler reports that it is freed, but not that it was allocated.
+    """
+    events, rest = [], list(roots)
+    while rest:
+        event = rest.pop()
+        rest += event.children
+        if event.typed[0] == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size))
+    changes, allocated = [], set()
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        if size > 0:
+            allocated.add(address)
+        elif address not in allocated:
+            continue
+        else:
+            allocated.remove(address)
+        changes.append(size)
+    return changes
+
+
 def measured_peak(config: GPTConfig, **options) -> int:
     """Bytes of all tensors at the fullest moment of the second step, by PyTorch's allocator."""
     trainer, step = trained(config, **options)
@@ -69,10 +93,7 @@ def measured_peak(config: GPTConfig, **options) -> int:
     trainer._loss = trainer.optimizer.skipped = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    events = [
-        event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    changes = memory_changes(record.profiler.kineto_results.experimental_event_tree())
     assert sum(changes) == 2 * 4, "a step frees all else that it allocates"
     return kept_bytes + max(itertools.accumulate(changes))
 

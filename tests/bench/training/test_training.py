@@ -39,6 +39,14 @@ def on_cpu(*words):
     return main(["tiny", "--device", "cpu", "--steps", "3", *words])
 
 
+def test_models_have_no_dropout(monkeypatch, tmp_path):
+    monkeypatch.setitem(RECIPES, "tiny", TINY.with_options(dropout=0.5, attention_dropout=0.5))
+    path = tmp_path / "train.json"
+    assert on_cpu("--out", str(path)) == 0  # with dropout the models do not agree
+    shape = read_record(path, "train")["shape"]
+    assert shape["dropout"] == shape["attention_dropout"] == 0
+
+
 def test_figures_are_written_and_printed(tmp_path, capsys):
     path = tmp_path / "new" / "train.json"
     assert on_cpu("--out", str(path)) == 0
