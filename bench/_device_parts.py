@@ -9,6 +9,11 @@ TOTAL_SECONDS = 535
 SHORT_SECONDS = 430
 # Every kernel once, in float32 and bfloat16.
 KERNEL_TESTS = "(accura or bits or packed_documents or last_rows) and not fp16"
+# Captures in CUDA graphs, and operators that are called without the dispatcher.
+GRAPH_TESTS = (
+    "tests/train/test_cuda_graph.py tests/kernels/test_operators.py tests/kernels/core/test_op.py "
+    "tests/model/generation/test_decoder.py"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,31 +201,31 @@ def models(rehearse: bool) -> list[Part]:
     gpt2 = "bench train gpt2 --attention --micro-batch-size 128"
     rows = (("gpt2-medium", 32), ("gpt2-large", 16), ("gpt2-xl", 8))
     together = [
-        _pytest("tests", 190, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),
-        _pytest("graphs", 190, 3, "tests/train/test_cuda_graph.py tests/kernels/test_operators.py"),
-        _tritium("fill-gpt2", 190, f"{gpt2} --steps 1 --cuda-graph off"),
-        _tritium("fill-shakespeare", 190, f"{shakespeare} --steps 1"),
-        _tritium("fill-run", 190, f"{run} --steps 20 --eval-interval 10 --out FOLDER/fill"),
+        _pytest("tests", 215, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),
+        _pytest("graphs", 215, 4, f"{GRAPH_TESTS} -k", "cuda or captured or direct or graph"),
+        _tritium("fill-gpt2", 215, f"{gpt2} --steps 1 --cuda-graph off"),
+        _tritium("fill-shakespeare", 215, f"{shakespeare} --steps 1"),
+        _tritium("fill-run", 215, f"{run} --steps 20 --eval-interval 10 --out FOLDER/fill"),
     ]
     return [
         _tritium("info", 30, "info"),
         *(replace(part, together=True) for part in together),
-        _tritium("shakespeare", 240, f"{shakespeare} --out FOLDER/shakespeare.json"),
+        _tritium("shakespeare", 265, f"{shakespeare} --out FOLDER/shakespeare.json"),
         _tritium(
             "shakespeare-without-graph",
-            270,
+            295,
             f"{shakespeare} --cuda-graph off --out FOLDER/shakespeare-without-graph.json",
         ),
-        _tritium("shakespeare-run", 330, f"{run} --eval-interval 250 --out FOLDER/run"),
+        _tritium("shakespeare-run", 355, f"{run} --eval-interval 250 --out FOLDER/run"),
         _tritium(
             "train-512",
-            430,
+            455,
             f"{gpt2} --batch-size 512 --steps 10 --out FOLDER/train-512.json",
         ),
         *(
             _tritium(
                 name,
-                430 + 35 * number,
+                455 + 26 * number,
                 f"bench train {name} --attention --micro-batch-size {micro_batch} --steps 10 "
                 f"--compile off --out FOLDER/{name}.json",
             )
