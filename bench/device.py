@@ -28,8 +28,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..train.run.metrics import read_lines
 from ._device_parts import COMMANDS, ROOT, Part
-from .record import write_record
+from .record import FORMAT, provenance, write_record
 
 SAVE_SECONDS = 15
 # Lines of each log that are printed: the last ones.
@@ -158,6 +159,8 @@ def save_files(name: str, out: Path, ends: list[dict[str, Any]], *, rehearse: bo
             record = json.loads(path.read_text())
             if isinstance(record, dict) and "kind" in record:
                 records[str(path.relative_to(folder))] = record
+    if rows := _rows_of_runs(folder):
+        records["runs"] = {"kind": "runs", "format": FORMAT, **provenance(), "rows": rows}
     figures = {"command": name, "is_rehearsal": rehearse, "parts": ends, "records": records}
     write_record(out / f"{name}.json", "device", figures)
     archive = out / f"{name}.tar.gz"
@@ -167,6 +170,30 @@ def save_files(name: str, out: Path, ends: list[dict[str, Any]], *, rehearse: bo
             if path.suffix in (".log", ".png", ".txt", ".jsonl", ".json"):
                 tar.add(path, arcname=str(path.relative_to(out)))
     partial.replace(archive)
+
+
+def _rows_of_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return the options, evaluations and seconds of the training runs in a folder."""
+    rows = []
+    for config in sorted(folder.rglob("config.json")):
+        run = config.parent
+        if run.name == "fill":  # its only purpose is to fill caches
+            continue
+        with contextlib.suppress(ValueError, OSError):  # a run that has not begun
+            lines = read_lines(run)
+            rows.append(
+                {
+                    "name": str(run.relative_to(folder)),
+                    "train": json.loads(config.read_text())["train"],
+                    "evaluations": [
+                        [line["step"], line["val_loss"]] for line in lines if "val_loss" in line
+                    ],
+                    "seconds": next(
+                        (x["wall_seconds"] for x in reversed(lines) if "wall_seconds" in x), None
+                    ),
+                }
+            )
+    return rows
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,9 +16,9 @@
 #           then a profile next to the prediction. The ratios and tokens per second are what README
 #           states. A row of the profile that is marked "!" is what to work on next, the longest row
 #           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
-# models    Kernel tests; shakespeare-char next to nanoGPT, and a whole run; GPT-2 with micro-batches
-#           of 128; the larger models. The ratios, the seconds and the MFU are what README states.
-#           An MFU below that of gpt2 is profiled.
+# models    Kernel tests; shakespeare-char next to nanoGPT, and a whole run; the larger models. The
+#           ratios, the seconds and the MFU are what README states. An MFU below that of gpt2 is
+#           profiled.
 # kernels   Operators at a few shapes next to other libraries, without torch.compile. An operator
 #           that is slower than another implementation, or further below the ceiling than
 #           bench/training/efficiency.py assumes, is tuned or rewritten.

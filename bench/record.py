@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
             f"got kind {found[0]!r}, format {found[1]!r}; measure again with tritium bench {kind}"
         )
     return record
+
+
+def records_below(folder: Path, kinds: Container[str]) -> list[dict[str, Any]]:
+    """Return the records of these kinds in a folder and below, in the order of their paths.
+
+    A record of bench/device.sh also holds the records of its parts. They come last.
+    """
+    found = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
+    records = [read_record(path, kind) for path, kind in found.items() if kind in kinds]
+    device = [read_record(path, kind) for path, kind in found.items() if kind == "device"]
+    parts = [part for record in device for part in record["records"].values()]
+    return records + [
+        part for part in parts if part["kind"] in kinds and part.get("format") == FORMAT
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

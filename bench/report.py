@@ -13,14 +13,18 @@ import tyro
 
 from ..errors import InputError
 from ..train.commands.cli import parse
-from .record import FORMAT, describe_provenance, kind_of, read_record
+from .record import FORMAT, describe_provenance, records_below
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPORT = RESULTS / "REPORT.md"
 HEAD = """# Measurements
 
 Written by `tritium bench report` from the JSON files in this folder; do not edit it. Each table
-names the device, date, commit and versions of its file."""
+names the device, date, commit and versions of its file.
+
+Ceilings of memory bandwidth in files up to November 2026 are too low: they were measured with
+copies that are nodes of a CUDA graph. Kernels are faster, so their share can exceed 100 %. In these
+files, the time of forward and backward together includes filling the gradients of the outputs."""
 NO_GPU = """No file here is from a GPU yet, so no speed on a GPU is stated. On a CPU PyTorch
 references run instead of the kernels, and only ratios within one run are comparable."""
 CODEGEN_ARCH = "sm_90"
@@ -58,15 +62,12 @@ def report(folder: Path) -> str:
 
 
 def _records(folder: Path) -> list[Record]:
-    """Return the records of a known kind, in the order of their paths.
+    """Return the records of a known kind.
 
-    A record of bench/device.sh also holds the records of its parts. Of several codegen records only
-    one is returned: the newest Triton among those with the most architectures.
+    Of several codegen records only one is returned: the newest Triton among those with the most
+    architectures.
     """
-    kinds = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
-    records = [read_record(path, kind) for path, kind in kinds.items() if kind in SECTIONS]
-    parts = [part for record in records for part in record.get("records", {}).values()]
-    records += [part for part in parts if part["kind"] in SECTIONS and part["format"] == FORMAT]
+    records = records_below(folder, SECTIONS)
     codegen = [record for record in records if record["kind"] == "codegen"]
     chosen = max(codegen, key=_architectures_and_triton, default=None)
     return [record for record in records if record["kind"] != "codegen" or record is chosen]
@@ -91,7 +92,9 @@ def _kernels_table(record: Record) -> str:
     matmul = record["ceilings"]["flops_per_second"] / 1e12
     unit = "median µs" if on_gpu else "median time divided by eager's"
     lines = [
-        f"Forward plus backward (attention_decode: forward), {unit}, {dtype}",
+        f"Forward / backward / both (attention_decode: forward), {unit}, {dtype}"
+        if on_gpu
+        else f"Forward plus backward (attention_decode: forward), {unit}, {dtype}",
         f"({describe_provenance(record)};",
         f"measured ceilings: {copy:.2f} TB/s, {matmul:,.0f} TFLOP/s; *: not a CUDA graph):"
         if on_gpu
@@ -106,8 +109,12 @@ def _kernels_table(record: Record) -> str:
         medians = {name: row["seconds"]["median"] for name, row in rows.items()}
         if on_gpu:
             cells = {
-                name: f"{seconds * 1e6:,.1f}{_mark(rows[name])}"
-                for name, seconds in medians.items()
+                name: " / ".join(
+                    f"{row['seconds']['median'] * 1e6:,.1f}{_mark(row)}"
+                    for row in entry["rows"]
+                    if row["implementation"] == name
+                )
+                for name in medians
             }
         else:
             eager = medians.get("eager", math.nan)
@@ -134,6 +141,11 @@ def training_table(record: Record, *, speeds: bool) -> str:
     batch = f"{batch_size} x {record['context_tokens']} tokens per step"
     if batch_size > micro_batch:
         batch += f" in micro-batches of {micro_batch}"
+    if _on_gpu(record):
+        if not any(row["compiled"] for row in record["implementations"].values()):
+            batch += ", without torch.compile"
+        if not record.get("cuda_graph", True):
+            batch += ", without CUDA graphs"
     lines = [
         f"{record['recipe']}, {batch}, {record['dtype']} ({describe_provenance(record)});",
         "ratios are medians of the rounds, p10 to p90 in brackets:",
@@ -173,6 +185,37 @@ def _sweep_table(record: Record) -> str:
             f"| {row['bits_per_byte']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def _runs_table(record: Record) -> str:
+    """Return the training runs of a record, with their lowest and their last validation loss."""
+    lines = [
+        f"Runs of `tritium train` ({describe_provenance({'device': 'cuda', **record})}). The",
+        "seconds include the start of the program, compilation, evaluations and samples:",
+        "",
+        "| run | optimizer | lr | dropout, of embeddings, of attention | steps | seconds "
+        "| lowest loss, at step | last loss |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        if not row["evaluations"]:
+            continue
+        train = row["train"]
+        step, lowest = min(row["evaluations"], key=lambda pair: pair[1])
+        dropouts = [train[name] for name in ("dropout", "embedding_dropout", "attention_dropout")]
+        last_step, last = row["evaluations"][-1]
+        cells = [
+            row["name"],
+            train["optimizer"],
+            f"{train['lr']}",
+            ", ".join(map(str, dropouts)),
+            f"{last_step:,} of {train['steps']:,}",
+            "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            f"{lowest:.4f}, {step:,}",
+            f"{last:.4f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(["", record["note"]] if "note" in record else [])])
 
 
 def _nanogpt_table(record: Record) -> str:
@@ -362,6 +405,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "kernels": ("Kernels", _kernels_table),
     "tune": ("Launch sizes", _tune_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
+    "runs": ("Training runs", _runs_table),
     "sweep": ("Equal processor time", _sweep_table),
     "nanogpt": ("nanoGPT, measured earlier", _nanogpt_table),
     "predict": ("Predicted training steps", predict_table),

@@ -84,17 +84,28 @@ RECIPES: dict[str, TrainConfig] = {
     "gpt2-large": _like_gpt2("gpt2-large", micro_batch_size=8, lr=2.5e-4),
     "gpt2-xl": _like_gpt2("gpt2-xl", micro_batch_size=4, lr=2e-4),
     "llama-124m": _like_gpt2("llama-124m", micro_batch_size=32, lr=6e-4),
-    # The model and schedule of nanoGPT's config/train_shakespeare_char.py, for a GPU.
+    # The model and batch of nanoGPT's config/train_shakespeare_char.py, for a GPU. With that file's
+    # 5,000 steps of AdamW the validation loss is lowest after 1,500 steps, 1.481, and rises. 1,500
+    # steps of Muon end at 1.477. Without dropout of embeddings and attention weights the lowest is
+    # 1.571 (H200, November 2026).
     "shakespeare-char-gpu": TrainConfig(
         data=("tinyshakespeare.txt",),
         tokenizer="chars",
         model=GPTConfig(
-            n_layer=6, n_head=6, d_model=384, context_tokens=256, bias=False, dropout=0.2
+            n_layer=6,
+            n_head=6,
+            d_model=384,
+            context_tokens=256,
+            bias=False,
+            dropout=0.2,
+            embedding_dropout=0.2,
+            attention_dropout=0.2,
         ),
-        steps=5_000,
+        steps=1_500,
         batch_size=64,
-        lr=1e-3,
-        min_lr=1e-4,
+        optimizer="muon",
+        lr=6e-3,
+        min_lr=0.0,
         warmup_steps=100,
         beta2=0.99,
         report=ReportOptions(eval_tokens=111_616, checkpoint_interval=1_000),

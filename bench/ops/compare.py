@@ -147,19 +147,24 @@ def rotated_inputs(
 def timed(call: Callable, sets: list[dict[str, Any]], direction: str) -> Callable[[int], object]:
     """Return a function that runs one direction on the set of inputs with the given number.
 
-    The backward keeps the graph of each set's forward.
+    The gradients of the outputs are random numbers that were drawn before. The backward keeps the
+    graph of each set's forward.
     """
 
-    def graph(number: int) -> tuple:
+    def graph(number: int) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         outputs, leaves = outputs_and_leaves(call, sets[number % len(sets)])
-        return outputs, list(leaves.values()), [torch.ones_like(output) for output in outputs]
+        return outputs, list(leaves.values())
 
     if direction == "forward":
         return lambda number: call(**sets[number % len(sets)])
-    if direction == "both":
-        return lambda number: torch.autograd.grad(*graph(number))
     graphs = [graph(number) for number in range(len(sets))]
-    return lambda number: torch.autograd.grad(*graphs[number % len(sets)], retain_graph=True)
+    gradients = [[torch.randn_like(output) for output in outputs] for outputs, _ in graphs]
+    if direction == "both":
+        graphs.clear()
+        return lambda number: torch.autograd.grad(*graph(number), gradients[number % len(sets)])
+    return lambda number: torch.autograd.grad(
+        *graphs[number % len(sets)], gradients[number % len(sets)], retain_graph=True
+    )
 
 
 def _failure(call: Callable, inputs: dict[str, Any], directions: Iterable[str]) -> str | None:
@@ -175,13 +180,14 @@ def _failure(call: Callable, inputs: dict[str, Any], directions: Iterable[str]) 
 
 
 def _peak_bytes(call: Callable, inputs: dict[str, Any], device: torch.device) -> int | None:
-    """Return the peak bytes of forward and backward besides the inputs; None on a CPU."""
+    """Return the peak bytes of forward and backward besides their inputs; None on a CPU."""
     if device.type != "cuda":
         return None
+    run = timed(call, [inputs], "both")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    timed(call, [inputs], "both")(0)
+    run(0)
     return torch.cuda.max_memory_allocated() - before
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ... import kernels
 from ..ops import OPERATORS
-from ..record import describe_provenance, kind_of, read_record
+from ..record import describe_provenance, read_record, records_below
 from ._docstring import to_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,15 +176,9 @@ def gpu_times(*names: str) -> str:
     return "\n\n".join(parts) or "Not measured on a GPU yet."
 
 
-def _records(kind: str) -> Iterator[Record]:
-    for path in sorted(RESULTS.glob("*/*.json")):
-        if kind_of(path) == kind:
-            yield read_record(path, kind)
-
-
 def _alone(names: tuple[str, ...]) -> Iterator[str]:
     """Yield a table per operator and shape of each record of `tritium bench kernels`."""
-    for record in _records("kernels"):
+    for record in records_below(RESULTS, ["kernels"]):
         for entry in record["entries"]:
             if entry["operator"] not in names or record["device"] != "cuda":
                 continue
@@ -206,7 +200,7 @@ def _alone(names: tuple[str, ...]) -> Iterator[str]:
 
 def _tuned(names: tuple[str, ...]) -> Iterator[str]:
     """Yield a table per shape of each record of `tritium bench tune`, without its variants."""
-    for record in _records("tune"):
+    for record in records_below(RESULTS, ["tune"]):
         for entry in record["entries"]:
             if record["operator"] not in names or record["device"] != "cuda":
                 continue
@@ -229,7 +223,8 @@ def _tuned(names: tuple[str, ...]) -> Iterator[str]:
 
 def _in_a_step(names: tuple[str, ...]) -> Iterator[str]:
     """Yield a table of the operators' part of a training step, from profiles."""
-    records = [record for record in _records("predict") if "measured" in record["steps"][0]]
+    predictions = records_below(RESULTS, ["predict"])
+    records = [record for record in predictions if "measured" in record["steps"][0]]
     rows, places = [], []
     for record in records:
         step = record["steps"][0]

@@ -64,11 +64,14 @@ def predicted_steps() -> str:
 
 
 def measured_steps() -> str:
-    """Return the measured throughput of gpt2 next to its baselines, on each GPU."""
+    """Return the measured throughput of gpt2 and of other models next to their baselines."""
     short = read_record(RESULTS / "h100" / "short.json", "device")
     files = [RESULTS / "h200" / f"train-{batch}.json" for batch in (512, 32)]
     records = [read_record(file, "train") for file in files]
     records += [short["records"][f"train-{batch}.json"] for batch in (64, 32)]
+    names = ("shakespeare", "shakespeare-without-graph", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    models = read_record(RESULTS / "h200" / "models.json", "device")
+    records += [models["records"][f"{name}.json"] for name in names]
     return "\n\n".join(training_table(each, speeds=True) for each in records)
 
 

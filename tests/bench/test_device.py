@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -33,7 +34,7 @@ USAGE = "usage: bench/device.sh short|correct|train|models|kernels|tune|later OU
 # The records that each command writes.
 KINDS = {
     "short": {"layer_norm.json": "tune"},
-    "correct": {"machine.json": "machine"},
+    "correct": {"machine.json": "machine", "runs": "runs"},
     "train": {"train.json": "train", "profile.json": "predict"},
     "models": {"shakespeare.json": "train"},
     "kernels": {"layer_norm/kernels.json": "kernels"},
@@ -85,6 +86,7 @@ def test_each_command_rehearses_and_leaves_a_json_and_a_tar(command, in_process,
         assert "| `layer_norm` | M=8 N=64 |" in text
     if command == "correct":
         assert "Weights after two equal steps of shakespeare-char, 1 sequences: eager equal" in text
+        assert re.search(r"^\| run \| adamw \| 0.001 \| .* \| 2 of 2 \| \d+ \| ", text, re.M)
 
 
 def script(*words, home, **variables):

@@ -24,7 +24,15 @@ ENTRY = {
     "bound": "bytes",
     "missing": {"liger": "liger_kernel is not installed"},
     "failed": {"quack": "output 0 is off by 1"},
-    "rows": [{**ROW, "implementation": name} for name in ("tritium", "eager")],
+    "rows": [
+        {
+            **ROW,
+            "seconds": {**ROW["seconds"], "median": 4e-5},
+            "direction": "forward",
+            "implementation": "tritium",
+        },
+        *({**ROW, "implementation": name} for name in ("tritium", "eager")),
+    ],
 }
 QUACK_SECONDS = {"median": 2e-4, "p10": 0, "p90": 1, "timed_by": "backlog"}
 QUACK = {**ROW, "implementation": "quack", "seconds": QUACK_SECONDS}
@@ -38,6 +46,7 @@ KERNELS = {
     ],
 }
 IMPLEMENTATION = {
+    "compiled": True,
     "tokens_per_second": 123456.7,
     "step_seconds": {"median": 0.1, "p10": 0.09, "p90": 0.2},
     "mfu": 0.5,
@@ -93,11 +102,17 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     text = report(tmp_path)
     assert "NVIDIA H200" in text
     assert "4.00 TB/s, 700 TFLOP/s" in text
-    assert "| `layer_norm` | M=8 N=64 | 100.0 | 100.0 | failed | 75% |" in text
-    assert "| `layer_norm` | M=8 N=65 | 100.0 | 100.0 | 200.0* | 75% |" in text
+    assert "| `layer_norm` | M=8 N=64 | 40.0 / 100.0 | 100.0 | failed | 75% |" in text
+    assert "| `layer_norm` | M=8 N=65 | 40.0 / 100.0 | 100.0 | 200.0* | 75% |" in text
     assert "| tritium | 123,457 | 50.0% | 100.0 | 90.0-200.0 | 2.0 | 1.25 (1.20-1.30) |" in text
     assert "| baseline | 123,457 | - | 100.0 | 90.0-200.0 | - | 1.25 (1.20-1.30) |" in text
     assert NO_GPU not in text
+    assert "without" not in text
+    eager = {**IMPLEMENTATION, "compiled": False}
+    figures = {**TRAIN, "implementations": {"tritium": eager}, "cuda_graph": False}
+    write_record(tmp_path / "h200" / "train.json", "train", figures)
+    started = "gpt2, 8 x 1024 tokens per step, without torch.compile, without CUDA graphs, bfloat16"
+    assert started in report(tmp_path)
 
 
 def test_a_predicted_step_is_a_row_that_is_called_an_estimate(tmp_path):
@@ -181,6 +196,6 @@ def test_a_folder_without_records_raises(name, tmp_path):
     with pytest.raises(
         InputError,
         match="expected a folder with records of format 2 of device, machine, kernels, tune, "
-        "train, sweep, nanogpt, predict, traffic, codegen, found none",
+        "train, runs, sweep, nanogpt, predict, traffic, codegen, found none",
     ):
         main([str(tmp_path / name)])

@@ -128,6 +128,18 @@ def test_the_backward_uses_every_input_set_in_turn():
     assert torch.equal(first[0], fourth[0])
 
 
+@pytest.mark.parametrize("direction", ["backward", "both"])
+def test_gradients_of_the_outputs_are_not_made_while_the_time_is_taken(direction):
+    operator = OPERATORS["layer_norm"]
+    sets = [operator.make_inputs((4, 8), torch.float32, CPU) for _ in range(2)]
+    run = compare.timed(operator.eager, sets, direction)
+    with torch.profiler.profile(record_shapes=True) as record:
+        run(0)
+    names = [event.name for event in record.events() if [4, 8] in event.input_shapes]
+    assert "aten::native_layer_norm_backward" in names
+    assert not {"aten::ones_like", "aten::randn_like", "aten::normal_"} & {*names}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

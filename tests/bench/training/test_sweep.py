@@ -22,9 +22,14 @@ def test_row_is_trained_and_recorded(tmp_path):
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
     options = TINY | {"data": [str(text)], "tokenizer": "bytes"}
     out = tmp_path / "sweep.json"
-    file = write(tmp_path / "rows.json", [{"name": "tiny", "options": options}])
+    rows = [
+        {"name": "tiny", "options": options},
+        {"name": "three steps", "options": options | {"steps": 3}},
+    ]
+    file = write(tmp_path / "rows.json", rows)
     assert sweep.main([file, "--seconds", "0.05", "--out", str(out)]) == 0
-    (row,) = json.loads(out.read_text())["rows"]
+    row, with_steps = json.loads(out.read_text())["rows"]
+    assert with_steps["steps"] == 3
     expected = max(1, int(0.05 / row["step_processor_seconds"]))
     assert row["name"] == "tiny"
     assert row["steps"] == expected

@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from tritium.train import plan as plan_module
 from tritium.train.commands._plan_text import describe
 from tritium.train.plan import PlanOptions, make_plan
 
@@ -42,8 +43,15 @@ def test_plan_says_the_epochs(tritium):
     out = tritium("plan", "gpt2-fineweb", "--gpu", "h100")[1]
     assert "data       about 0.97 epochs: 9,890,693,120 tokens from a corpus of" in out
     out = tritium("plan", "shakespeare-char-gpu", "--gpu", "h100")[1]
-    assert "data       about 81.6 epochs" in out
+    assert "data       about 24.5 epochs" in out
     assert "above 4 a model learns less from each" in out
+
+
+def test_the_time_with_a_prefix_does_not_depend_on_the_number_of_frozen_weights(monkeypatch):
+    plan = make_plan(PlanOptions(recipe="gpt2", gpu="h100", prefix_tokens=24))
+    seconds = plan.seconds()
+    monkeypatch.setattr(plan_module, "parameters", lambda config: 10**15)
+    assert plan.seconds() == seconds
 
 
 def test_a_prefix_takes_the_place_of_tokens_and_is_all_that_is_trained(tritium, error_of):
