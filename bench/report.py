@@ -168,23 +168,42 @@ def training_table(record: Record, *, speeds: bool) -> str:
 
 
 def _sweep_table(record: Record) -> str:
-    """Return the rows of a record as a table in Markdown, with the options that they change."""
+    """Return the rows of a record as a table in Markdown, with the options that they change.
+
+    The rounds of a row share a line: the mean, with the lowest and the highest value in brackets.
+    """
     lines = [
         f"Variations of {record['recipe']}. A row that does not name its steps has "
         f"{record['seconds']:.0f} processor seconds for them ({describe_provenance(record)}).",
         *([record["note"]] if "note" in record else []),
         "",
-        "| row | options | steps | processor seconds | bits per byte |",
-        "|---|---|--:|--:|--:|",
+        "| row | options | steps | processor seconds | seconds | bits per byte |",
+        "|---|---|--:|--:|--:|--:|",
     ]
+    rounds: dict[tuple[str, str], list[Record]] = {}
     for row in record["rows"]:
         options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
         options = "; ".join(part for part in (options, row.get("note")) if part)
-        lines.append(
-            f"| {row['name']} | {options} | {row['steps']:,} | {row['processor_seconds']:.0f} "
-            f"| {row['bits_per_byte']:.3f} |"
+        rounds.setdefault((row["name"], options), []).append(row)
+    for names, rows in rounds.items():
+        cells = (
+            _mean([row["steps"] for row in rows], ",.0f"),
+            _mean([row["processor_seconds"] for row in rows], ".0f"),
+            _mean([row["seconds"] for row in rows if "seconds" in row], ".0f"),
+            _mean([row["bits_per_byte"] for row in rows], ".3f"),
         )
+        lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], digits: str) -> str:
+    """Return the mean, with the lowest and the highest value in brackets if they differ."""
+    if not values:
+        return "-"
+    mean, low, high = (
+        format(value, digits) for value in (sum(values) / len(values), min(values), max(values))
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _runs_table(record: Record) -> str:

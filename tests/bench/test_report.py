@@ -157,6 +157,21 @@ def test_a_command_of_device_sh_has_a_row_per_part(tmp_path, on_gpu):
     assert NO_GPU not in text
 
 
+def test_rounds_of_a_sweep_share_a_line_with_their_mean_and_range(tmp_path):
+    row = {"name": "laptop", "options": {"lr": 0.1}, "steps": 1000}
+    rows = [
+        row | {"processor_seconds": 290, "seconds": 149.6, "bits_per_byte": 1.48},
+        row | {"processor_seconds": 290, "seconds": 151, "bits_per_byte": 1.5},
+        row | {"name": "other", "note": "a note", "processor_seconds": 7, "bits_per_byte": 2.0},
+    ]
+    figures = {"recipe": "laptop", "seconds": 300.0, "rows": rows}
+    write_record(tmp_path / "sweep.json", "sweep", figures)
+    text = report(tmp_path)
+    mean = "150 (150 to 151) | 1.490 (1.480 to 1.500)"
+    assert f"| laptop | lr 0.1 | 1,000 | 290 | {mean} |" in text
+    assert "| other | lr 0.1; a note | 1,000 | 7 | - | 2.000 |" in text
+
+
 def test_the_table_of_machine_code_has_all_architectures(tmp_path):
     """A newer Triton with fewer architectures does not replace it."""
     row = dict.fromkeys(("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm"), 1)

@@ -282,7 +282,7 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
 
 
 def check_metrics(run: Path) -> None:
-    """Raise InputError unless a run has metrics of a step."""
+    """Raise InputError unless a run has metrics of a step. Print how many lines are damaged."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise InputError(f"{run}: expected metrics.jsonl, found none; the run has no step yet")
@@ -291,6 +291,10 @@ def check_metrics(run: Path) -> None:
             f"{file}: expected lines with step, loss, lr and grad_norm, found none; the run has no "
             "step yet, or an older version wrote it"
         )
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    if damaged := len(lines) - len(list(_rows(file))):
+        found = f"{damaged:,} of {len(lines):,} lines are damaged and left out"
+        print(f"tritium: {file}: {found}", file=sys.stderr)
 
 
 def read_lines(run: Path) -> list[dict]:

@@ -35,6 +35,17 @@ def test_runs_are_drawn_into_one_file(run, tmp_path):
         plot_runs([run], tmp_path / "all.txt", "steps")
 
 
+def test_damaged_lines_are_counted_and_left_out(run, capsys):
+    before = len(Curves.read(run).training)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo\n\n')
+    capsys.readouterr()
+    assert len(Curves.read(run).training) == before
+    error = capsys.readouterr().err
+    assert "metrics.jsonl: 2 of " in error
+    assert error.endswith(" lines are damaged and left out\n")
+
+
 def test_a_folder_without_steps_raises(run, tmp_path):
     (run / "metrics.jsonl").write_text(json.dumps({"iter": 1, "loss": 2.0}) + "\n")
     with pytest.raises(InputError, match="expected lines with step, loss, lr and grad_norm"):
