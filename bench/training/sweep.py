@@ -9,7 +9,8 @@ A row gets as many steps as fit into --seconds of processor time. The time of a 
 fastest of a few steps on random tokens. If a row has the option "steps", it gets that number of
 steps. Processor time counts all threads of this process, and no other program. Other programs that
 use the caches and the memory still make it longer, so the record has the speed of a matmul before
-each run. With --rounds the rows run in turn, each round with another seed.
+each run. With --rounds the rows run in turn, each round with another seed. If the text is Python,
+the record has the number of samples whose first three lines are broken (python_text.py).
 
 With --nanogpt, a nanoGPT checkout trains on the same tokens for the same processor time, in a
 process of its own. It has the options that its README gives for a CPU, changed by
@@ -36,7 +37,7 @@ from ...errors import InputError
 from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
-from ...train.config import TrainConfig
+from ...train.config import PYTHON_PROMPT, TrainConfig
 from ...train.config_file import OPTION_CLASSES
 from ...train.data.tokenizer import vocab_size_of
 from ...train.execution import resolve
@@ -46,6 +47,7 @@ from ...train.records import check_names, check_types
 from ...train.trainer import single_trainer
 from ..record import check_writable, describe_provenance, provenance, write_record
 from .implementations import import_nanogpt
+from .python_text import is_broken
 from .training import random_batch
 
 HELP = """Train variations of a recipe on a CPU, each for the same processor time.
@@ -55,6 +57,9 @@ tritium bench sweep ROWS.json [--recipe laptop] [--seconds 400] [--key value ...
 # Steps on random tokens: the first ones allocate memory, the fastest of the others counts.
 _WARMUP_STEPS = 2
 _TIMED_STEPS = 8
+# Samples per run, long enough for three lines.
+_SAMPLES = 20
+_SAMPLE_TOKENS = 100
 # The options for a CPU in nanoGPT's README, "I only have a macbook".
 _NANOGPT_OPTIONS = (
     "device=cpu compile=False eval_interval=1000000 eval_iters=1 log_interval=1000000 dropout=0.0 "
@@ -173,6 +178,10 @@ def train_row(
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         sample = (Path(folder) / "run" / "samples.txt").read_text(encoding="utf-8")
         shape = run.model.config
+        broken = {}
+        if config.prompt == PYTHON_PROMPT:
+            samples = _samples(run.model, config)
+            broken = {"samples": len(samples), "broken_samples": sum(map(is_broken, samples))}
     return {
         "steps": steps,
         "tokens": steps * config.batch_size * config.model.context_tokens,
@@ -184,7 +193,15 @@ def train_row(
         "bits_per_byte": run.evaluation.bits_per_byte,
         "loss": run.evaluation.loss,
         "sample": sample,
+        **broken,
     }
+
+
+def _samples(model: GPT, config: TrainConfig) -> list[str]:
+    """Return samples such as a run writes, with different seeds."""
+    data = open_data(config)
+    short = config.with_options(sample_tokens=_SAMPLE_TOKENS)
+    return [data.sample(model, short.with_options(seed=seed)) for seed in range(_SAMPLES)]
 
 
 def processor_seconds_per_step(config: TrainConfig) -> float:
