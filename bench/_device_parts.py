@@ -229,7 +229,7 @@ def models(rehearse: bool) -> list[Part]:
 
 
 def short(rehearse: bool) -> list[Part]:
-    """Return the parts that decide most, in seven minutes: for a GPU that is lent for minutes.
+    """Return the parts that decide most, in seven minutes.
 
     The first parts run at the same time. They test the kernels and CUDA graphs, and they compile
     what the later parts time, so that those find it in the caches.

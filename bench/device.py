@@ -67,9 +67,14 @@ def run_part(part: Part, folder: Path, seconds: float, save: Callable[[], None])
         "name": part.name,
         "status": status,
         "seconds": round(time.monotonic() - began, 1),
-        "last_line": lines[-1] if lines else "",
+        "last_line": _without_paths(lines[-1], folder) if lines else "",
         "failed_tests": re.findall(r"^(?:FAILED|ERROR) (\S+)", "\n".join(lines), re.MULTILINE),
     }
+
+
+def _without_paths(line: str, folder: Path) -> str:
+    """Return a line without the paths of this machine."""
+    return line.replace(f"{folder.parent}/", "OUT_DIR/").replace(f"{ROOT}/", "")
 
 
 def _wait(command: list[str], log: Path, seconds: float, save: Callable[[], None]) -> int | None:

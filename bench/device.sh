@@ -12,13 +12,13 @@
 # correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.
 #           If a test fails, the loss does not fall or the hashes differ, fix that before anything is
 #           timed. Limits that differ from LIMITS in bench/training/efficiency.py: correct LIMITS.
-# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) at 32 and 512 sequences,
-#           then a profile next to the prediction. The ratios and tokens per second are what README
-#           states. A row of the profile that is marked "!" is what to work on next, the longest row
+# train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) with steps of 32
+#           sequences, a profile next to the prediction, and steps of 512 sequences without nanoGPT.
+#           README states the tokens per second. A row of the profile that is marked "!" is what to work on next, the longest row
 #           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
-# models    Kernel tests; shakespeare-char next to nanoGPT, and a whole run; the larger models. The
-#           ratios, the seconds and the MFU are what README states. An MFU below that of gpt2 is
-#           profiled.
+# models    Kernel tests; shakespeare-char-gpu next to nanoGPT, and a whole run, with the text in
+#           .nanogpt/data/shakespeare_char/input.txt; the larger models. README states the tokens per
+#           second. A model with a lower MFU than gpt2 is profiled.
 # kernels   Operators at a few shapes next to other libraries, without torch.compile. An operator
 #           that is slower than another implementation, or further below the ceiling than
 #           bench/training/efficiency.py assumes, is tuned or rewritten.

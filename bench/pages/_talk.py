@@ -136,7 +136,7 @@ def throughput() -> Figure:
 def equal_time() -> Figure:
     """Draw bits per byte against processor time of runs on a CPU."""
     sweep = read_record(RESULTS / "sweep-laptop-cpu.json", "sweep")
-    runs = read_record(RESULTS / "default-run-cpu.json", "sweep")
+    runs = read_record(RESULTS / "default-run-rounds-cpu.json", "sweep")
     figure = new_figure(7.2, 3.6)
     axes = figure.subplots()
     tried = sweep["rows"]
@@ -147,7 +147,7 @@ def equal_time() -> Figure:
         axes.scatter(*_times_and_bits(rows), color=color, s=40, label=LABELS[name])
     axes.set(
         xlabel=f"processor seconds, {runs['cpu']}, {runs['date']}, commit {runs['commit']}\n"
-        "bench/results/sweep-laptop-cpu.json and default-run-cpu.json",
+        "bench/results/sweep-laptop-cpu.json and default-run-rounds-cpu.json",
         ylabel="bits per byte, held-out Python",
         title="Runs on a CPU with the same text and the same held-out files",
         xlim=(0, None),

@@ -202,6 +202,14 @@ def test_a_part_says_how_it_ended(code, seconds, status, last_line, tmp_path):
         assert end["failed_tests"] == ["tests/a.py::test_x"]
 
 
+def test_the_last_line_has_no_path_of_this_machine(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    code = f"print('written: {folder}/a.json, cache {device.ROOT}/.cache')"
+    end = device.run_part(python(code), folder, 60, lambda: None)
+    assert end["last_line"] == "written: OUT_DIR/train/a.json, cache .cache"
+
+
 def test_a_program_that_is_not_installed_fails(tmp_path):
     part = Part(name="races", words=("--version",), until=60, program="no-such-sanitizer")
     end = device.run_part(part, tmp_path, 60, lambda: None)
