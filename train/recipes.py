@@ -89,8 +89,8 @@ RECIPES: dict[str, TrainConfig] = {
     "llama-124m": _like_gpt2("llama-124m", micro_batch_size=32, lr=6e-4),
     # The model and batch of nanoGPT's config/train_shakespeare_char.py, for a GPU. In that file's
     # schedule of 5,000 steps of AdamW the validation loss is lowest after 1,500 steps, 1.481, and
-    # rises until 2,000, where the run was stopped. 1,500 steps of Muon end at 1.477. Without dropout
-    # of embeddings and attention weights the lowest is 1.571 (H200, November 2026).
+    # rises until 2,000, where the run was stopped. 1,500 steps of Muon end at 1.477. Without
+    # dropout of embeddings and attention weights the lowest is 1.571 (H200, November 2026).
     "shakespeare-char-gpu": TrainConfig(
         data=("tinyshakespeare.txt",),
         tokenizer="chars",
