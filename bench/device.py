@@ -184,7 +184,7 @@ def _rows_of_runs(folder: Path) -> list[dict[str, Any]]:
         run = config.parent
         if run.name == "fill":  # its only purpose is to fill caches
             continue
-        with contextlib.suppress(ValueError, OSError):  # a run that has not begun
+        with contextlib.suppress(ValueError, OSError, KeyError):  # not a run, or not begun
             lines = read_lines(run)
             rows.append(
                 {
