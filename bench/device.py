@@ -160,7 +160,7 @@ def save_files(name: str, out: Path, ends: list[dict[str, Any]], *, rehearse: bo
     folder = out / name
     records = {}
     for path in sorted(folder.rglob("*.json")):
-        with contextlib.suppress(ValueError):  # a file that is being written
+        with contextlib.suppress(ValueError, OSError):  # a file that is written or deleted now
             record = json.loads(path.read_text())
             if isinstance(record, dict) and "kind" in record:
                 records[str(path.relative_to(folder))] = record

@@ -158,7 +158,11 @@ def timed(call: Callable, sets: list[dict[str, Any]], direction: str) -> Callabl
     if direction == "forward":
         return lambda number: call(**sets[number % len(sets)])
     graphs = [graph(number) for number in range(len(sets))]
-    gradients = [[torch.randn_like(output) for output in outputs] for outputs, _ in graphs]
+    # A loss has the gradient 1, as in training: some libraries skip their multiplication then.
+    gradients = [
+        [torch.randn_like(out) if out.ndim else torch.ones_like(out) for out in outputs]
+        for outputs, _ in graphs
+    ]
     if direction == "both":
         graphs.clear()
         return lambda number: torch.autograd.grad(*graph(number), gradients[number % len(sets)])

@@ -16,6 +16,7 @@ Fairness
                    included.
     size           A recipe of a published model has its published vocabulary.
     dropout        None: models that draw different random numbers cannot be compared.
+    optimizer      AdamW, also for recipes with another.
     settings       The precision of float32 matmuls and the allocator are set as in training, for
                    all models.
     statistics     Medians over all timed steps, with 10th and 90th percentiles. The ratio is the
@@ -142,6 +143,8 @@ def main(argv: Sequence[str]) -> int:
         cuda_graph=options.cuda_graph,
         **dict.fromkeys(DROPOUTS, 0.0),
     )
+    if config.optimizer != "adamw":  # nanoGPT has no other
+        config = config.with_options(optimizer="adamw", lr=1e-3)
     shape = config.gpt(vocab_size_of(config.tokenizer))
     if options.nanogpt is not None:
         shape = nanogpt_shape(shape)
