@@ -185,20 +185,18 @@ def models(rehearse: bool) -> list[Part]:
     """Return the parts that measure other models than GPT-2 124M.
 
     The first parts run at the same time. They test the kernels and CUDA graphs, and they compile
-    what the later parts time, so that those find it in the caches. They need a nanoGPT checkout in
-    .nanogpt with the text of data/shakespeare_char. Models larger than 124M run without
-    torch.compile, which would take minutes.
+    what the later parts time, so that those find it in the caches. The parts of
+    shakespeare-char-gpu need a nanoGPT checkout in .nanogpt, with its text in
+    data/shakespeare_char. Models larger than 124M run without torch.compile, which would take
+    minutes.
     """
     if rehearse:
         words = "bench train shakespeare-char --device cpu --steps 1 --micro-batch-size 1"
-        return [
-            _tritium("info", 30, "info"),
-            replace(_tritium("fill", 60, words), together=True),
-            _tritium("shakespeare", TOTAL_SECONDS, f"{words} --out FOLDER/shakespeare.json"),
-        ]
+        return _rehearsal_with_caches("shakespeare", words)
     shakespeare = f"bench train shakespeare-char-gpu --attention{_nanogpt()}"
     run = "train shakespeare-char-gpu --data .nanogpt/data/shakespeare_char/input.txt"
-    # Steps of many sequences, so that the optimizer takes no more of them than in training.
+    # Several micro-batches per step, so that the optimizer takes a smaller part of it. In the
+    # recipes a step has 512 sequences.
     rows = (("gpt2-medium", 32, 64), ("gpt2-large", 16, 64), ("gpt2-xl", 8, 64))
     together = [
         _pytest("tests", 215, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),
@@ -236,11 +234,7 @@ def short(rehearse: bool) -> list[Part]:
     """
     if rehearse:
         words = "bench tune layer_norm --shape 8x64 --device cpu --rounds 1"
-        return [
-            _tritium("info", 30, "info"),
-            replace(_tritium("fill", 60, words), together=True),
-            _tritium("layer_norm", SHORT_SECONDS, f"{words} --out FOLDER/layer_norm.json"),
-        ]
+        return _rehearsal_with_caches("layer_norm", words)
     models = "bench train gpt2 --attention"
     models_32 = f"{models}{_nanogpt()} --micro-batch-size 32"
     run = "train gpt2 --data stdlib --tokenizer bytes --eval-tokens 65536"
@@ -272,6 +266,15 @@ def short(rehearse: bool) -> list[Part]:
             SHORT_SECONDS,
             f"{models} --micro-batch-size 64 --steps 40 --out FOLDER/train-64.json",
         ),
+    ]
+
+
+def _rehearsal_with_caches(name: str, words: str) -> list[Part]:
+    """Return a part that is run twice: first to fill the caches, beside another part."""
+    return [
+        _tritium("info", 30, "info"),
+        replace(_tritium("fill", 60, words), together=True),
+        _tritium(name, SHORT_SECONDS, f"{words} --out FOLDER/{name}.json"),
     ]
 
 

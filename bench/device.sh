@@ -18,7 +18,7 @@
 #           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
 # models    Kernel tests; shakespeare-char-gpu next to nanoGPT, and a whole run, with the text in
 #           .nanogpt/data/shakespeare_char/input.txt; the larger models. README states the tokens per
-#           second. A model with a lower MFU than gpt2 is profiled.
+#           second. Profile a model whose MFU is lower than that of gpt2.
 # kernels   Operators at a few shapes next to other libraries, without torch.compile. An operator
 #           that is slower than another implementation, or further below the ceiling than
 #           bench/training/efficiency.py assumes, is tuned or rewritten.

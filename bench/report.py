@@ -23,9 +23,9 @@ HEAD = """# Measurements
 Written by `tritium bench report` from the JSON files in this folder; do not edit it. Each table
 names the device, date, commit and versions of its file.
 
-Ceilings of memory bandwidth in files up to November 2026 are too low: they were measured with
-copies that are nodes of a CUDA graph. Kernels are faster, so their share can exceed 100 %. In these
-files, the time of forward and backward together includes filling the gradients of the outputs."""
+Two figures of commit bb0f4b2 and older are wrong. Ceilings of memory bandwidth are too low: they
+were measured with copy nodes of a CUDA graph, and kernels can exceed them. The time of forward and
+backward together includes filling the gradients of the outputs."""
 NO_GPU = """No file here is from a GPU yet, so no speed on a GPU is stated. On a CPU PyTorch
 references run instead of the kernels, and only ratios within one run are comparable."""
 CODEGEN_ARCH = "sm_90"

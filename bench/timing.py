@@ -128,8 +128,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
     Returns: bytes_per_second of a kernel that copies a tensor far larger than the caches with the
         opposite sign, counting reads and writes, and flops_per_second of a large square matmul.
-        copy_() is not used: as a node of a CUDA graph it is no kernel. On an H200 it reached 2.8
-        TB/s, and the kernels of cross_entropy 3.9 TB/s (November 2026).
+        copy_() is not used. In a CUDA graph it is a copy node, not a kernel, and slower: 2.8 TB/s
+        on an H200, where the kernels of cross_entropy reached 3.9 (November 2026).
     """
     n, side, rounds = (1 << 28, 8192, 10) if device.type == "cuda" else (1 << 24, 1024, 5)
     source = torch.randn(n, device=device).to(dtype)

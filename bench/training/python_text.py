@@ -7,7 +7,7 @@ import warnings
 def is_broken(text: str, lines: int = 3) -> bool:
     """Return whether the first lines of a text cannot be the start of Python code.
 
-    Empty lines do not count. The first line may be indented, as if functions stood around it.
+    Empty lines do not count. If the first line is indented, the lines are checked inside functions.
     """
     first = [line for line in text.expandtabs().splitlines() if line.strip()][:lines]
     if not first:

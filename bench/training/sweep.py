@@ -9,8 +9,9 @@ A row gets as many steps as fit into --seconds of processor time. The time of a 
 fastest of a few steps on random tokens. If a row has the option "steps", it gets that number of
 steps. Processor time counts all threads of this process, and no other program. Other programs that
 use the caches and the memory still make it longer, so the record has the speed of a matmul before
-each run. With --rounds the rows run in turn, each round with another seed. If the text is Python,
-the record has the number of samples whose first three lines are broken (python_text.py).
+each run. With --rounds the rows run in turn, each round with another seed. If the data is
+`python` or `stdlib` and the prompt is the default, the record has the number of samples whose first
+three lines are broken (python_text.py).
 
 With --nanogpt, a nanoGPT checkout trains on the same tokens for the same processor time, in a
 process of its own. It has the options that its README gives for a CPU, changed by
@@ -57,7 +58,7 @@ tritium bench sweep ROWS.json [--recipe laptop] [--seconds 400] [--key value ...
 # Steps on random tokens: the first ones allocate memory, the fastest of the others counts.
 _WARMUP_STEPS = 2
 _TIMED_STEPS = 8
-# Samples per run, long enough for three lines.
+# Samples per run, and tokens per sample. 100 tokens are usually more than three lines.
 _SAMPLES = 20
 _SAMPLE_TOKENS = 100
 # The options for a CPU in nanoGPT's README, "I only have a macbook".

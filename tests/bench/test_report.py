@@ -172,6 +172,21 @@ def test_rounds_of_a_sweep_share_a_line_with_their_mean_and_range(tmp_path):
     assert "| other | lr 0.1; a note | 1,000 | 7 | - | 2.000 |" in text
 
 
+def test_a_run_has_its_lowest_and_its_last_loss(tmp_path):
+    names = ("dropout", "embedding_dropout", "attention_dropout")
+    train = {"optimizer": "muon", "lr": 0.006, "steps": 30} | dict.fromkeys(names, 0.2)
+    row = {"name": "run", "train": train, "seconds": 64.4}
+    row["evaluations"] = [[10, 2.0], [20, 1.5], [30, 1.75]]
+    stopped = {**row, "name": "stopped", "seconds": None, "evaluations": [[10, 2.0]]}
+    figures = {"rows": [row, stopped, {**row, "evaluations": []}], "note": "A note."}
+    write_record(tmp_path / "runs.json", "runs", figures)
+    text = report(tmp_path)
+    options = "muon | 0.006 | 0.2, 0.2, 0.2"
+    assert f"| run | {options} | 30 of 30 | 64 | 1.5000, 20 | 1.7500 |" in text
+    assert f"| stopped | {options} | 10 of 30 | - | 2.0000, 10 | 2.0000 |\n\nA note." in text
+    assert text.count("| run |") == 1 + 1  # the head and the row
+
+
 def test_the_table_of_machine_code_has_all_architectures(tmp_path):
     """A newer Triton with fewer architectures does not replace it."""
     row = dict.fromkeys(("registers", "spilled_bytes", "shared_bytes", "blocks_per_sm"), 1)

@@ -43,7 +43,8 @@ def test_the_last_evaluation_uses_all_held_out_text(config):
         targets.append(int(np.sum([batch.num_targets.sum() for batch in batches])))
         losses.append(data.evaluate(model, batches, SINGLE_PROCESS))
         rows = sum(map(len, batches))
-    assert rows == data.evaluation_rows(config)  # of the progress bar
+    # The progress bar of the last evaluation counts to this number.
+    assert rows == data.evaluation_rows(config)
     assert targets[0] == 64
     assert targets[1] == len(data.val) - 1 == losses[1].tokens
     bits = losses[0].loss / np.log(2) * data.info.val.tokens / data.info.val.bytes

@@ -282,7 +282,7 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
 
 
 def check_metrics(run: Path) -> None:
-    """Raise InputError unless a run has metrics of a step. Print how many lines are damaged."""
+    """Raise InputError unless a run has metrics of a step. Print how many lines cannot be read."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise InputError(f"{run}: expected metrics.jsonl, found none; the run has no step yet")
@@ -292,8 +292,8 @@ def check_metrics(run: Path) -> None:
             "step yet, or an older version wrote it"
         )
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    if damaged := len(lines) - len(list(_rows(file))):
-        found = f"{damaged:,} of {len(lines):,} lines are damaged and left out"
+    if unread := len(lines) - len(list(_rows(file))):
+        found = f"{unread:,} of {len(lines):,} lines cannot be read and are left out"
         print(f"tritium: {file}: {found}", file=sys.stderr)
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from tritium.bench.training import sweep
 from tritium.errors import InputError
+from tritium.train.config import PYTHON_PROMPT
+from tritium.train.recipes import recipe
 
 pytestmark = pytest.mark.plain
 
@@ -36,6 +38,21 @@ def test_row_is_trained_and_recorded(tmp_path):
     assert row["steps"] == expected
     assert row["tokens"] == expected * 2 * 16
     assert 1 < row["bits_per_byte"] < 9
+
+
+def test_broken_samples_are_counted_if_the_prompt_is_that_of_python(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x\n" * 200)
+    sizes = {"steps": 1, "tokenizer": "bytes", "prompt": PYTHON_PROMPT}
+    options = TINY | sizes | {"data": (str(text),)}
+    seen = []
+    monkeypatch.setattr(sweep, "_SAMPLES", 3)
+    monkeypatch.setattr(sweep, "is_broken", lambda text: seen.append(text) or len(seen) < 3)
+    config = recipe("laptop").with_options(**options)
+    row = sweep.train_row("laptop", config, options, 1.0)
+    assert (row["broken_samples"], row["samples"]) == (2, 3)
+    assert len(set(seen)) == 3
+    assert all(sample.startswith(PYTHON_PROMPT) for sample in seen)
 
 
 @pytest.mark.parametrize(

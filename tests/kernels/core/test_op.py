@@ -334,7 +334,7 @@ def test_missing_repeated_and_unknown_arguments_raise_type_errors():
 
 @pytest.mark.plain
 def test_public_compiles_no_more_often_than_its_function_for_any_number():
-    """PyTorch 2.11 compiles `example` for each float, 2.13 twice."""
+    """PyTorch 2.11 compiles `example` again for each float. PyTorch 2.13 compiles it twice."""
     counts = {}
     for function in (example, checked):
         torch._dynamo.reset()
@@ -348,7 +348,9 @@ def test_public_compiles_no_more_often_than_its_function_for_any_number():
             x = torch.ones(n + 1)
             assert torch.equal(compiled(x, n, n / 4), example(x, n=n, p=n / 4))
         counts[function] = counter.frame_count
-    assert counts[checked] <= counts[example] < 8
+    assert counts[checked] <= counts[example]
+    if torch.__version__ >= (2, 13):
+        assert counts[example] <= 2
     with pytest.raises(ValueError, match=r"^example: n must be int, got 2\.0"):
         torch.compile(lambda x: checked(x, n=2.0), backend="aot_eager")(x)
 

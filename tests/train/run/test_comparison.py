@@ -35,7 +35,7 @@ def test_runs_are_drawn_into_one_file(run, tmp_path):
         plot_runs([run], tmp_path / "all.txt", "steps")
 
 
-def test_damaged_lines_are_counted_and_left_out(run, capsys):
+def test_lines_that_cannot_be_read_are_counted_and_left_out(run, capsys):
     before = len(Curves.read(run).training)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo\n\n')
@@ -43,7 +43,7 @@ def test_damaged_lines_are_counted_and_left_out(run, capsys):
     assert len(Curves.read(run).training) == before
     error = capsys.readouterr().err
     assert "metrics.jsonl: 2 of " in error
-    assert error.endswith(" lines are damaged and left out\n")
+    assert error.endswith(" lines cannot be read and are left out\n")
 
 
 def test_a_folder_without_steps_raises(run, tmp_path):
