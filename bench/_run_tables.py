@@ -50,7 +50,7 @@ def _mean(values: Sequence[float], digits: str) -> str:
 def runs_table(record: Record) -> str:
     """Return the training runs of a record, with their lowest and their last validation loss."""
     lines = [
-        f"Runs of `tritium train` ({describe_provenance({'device': 'cuda', **record})}). The",
+        f"Runs of `tritium train` ({describe_provenance(record)}). The",
         "seconds include the start of the program, compilation, evaluations and samples:",
         "",
         "| run | optimizer | lr | dropout, of embeddings, of attention | steps | seconds "

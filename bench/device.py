@@ -165,7 +165,9 @@ def save_files(name: str, out: Path, ends: list[dict[str, Any]], *, rehearse: bo
             if isinstance(record, dict) and "kind" in record:
                 records[str(path.relative_to(folder))] = record
     if rows := _rows_of_runs(folder):
-        records["runs"] = {"kind": "runs", "format": FORMAT, **provenance(), "rows": rows}
+        here = provenance()
+        device = "cuda" if here["gpu"] else "cpu"
+        records["runs"] = {"kind": "runs", "format": FORMAT, **here, "device": device, "rows": rows}
     figures = {"command": name, "is_rehearsal": rehearse, "parts": ends, "records": records}
     write_record(out / f"{name}.json", "device", figures)
     archive = out / f"{name}.tar.gz"
@@ -185,19 +187,16 @@ def _rows_of_runs(folder: Path) -> list[dict[str, Any]]:
         if run.name == "fill":  # its only purpose is to fill caches
             continue
         with contextlib.suppress(ValueError, OSError, KeyError):  # not a run, or not begun
+            train = json.loads(config.read_text())["train"]
+            train.pop("out")  # a path of this machine
             lines = read_lines(run)
-            rows.append(
-                {
-                    "name": str(run.relative_to(folder)),
-                    "train": json.loads(config.read_text())["train"],
-                    "evaluations": [
-                        [line["step"], line["val_loss"]] for line in lines if "val_loss" in line
-                    ],
-                    "seconds": next(
-                        (x["wall_seconds"] for x in reversed(lines) if "wall_seconds" in x), None
-                    ),
-                }
-            )
+            losses = [[line["step"], line["val_loss"]] for line in lines if "val_loss" in line]
+            # Only the end of a run has the seconds of all its steps.
+            ends = [line for line in lines if line.get("wall_seconds")]
+            is_complete = ends and ends[-1]["step"] == train["steps"]
+            seconds = ends[-1]["wall_seconds"] if is_complete else None
+            name = str(run.relative_to(folder))
+            rows.append({"name": name, "train": train, "evaluations": losses, "seconds": seconds})
     return rows
 
 

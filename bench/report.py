@@ -163,7 +163,9 @@ def training_table(record: Record, *, speeds: bool) -> str:
             f"{step['p10'] * 1e3:.1f}-{step['p90'] * 1e3:.1f}",
             "-" if peak is None else f"{peak / 1e9:.1f}",
         ] * speeds
-        cells.append(f"{ratio['median']:.2f} ({ratio['p10']:.2f}-{ratio['p90']:.2f})")
+        has_rounds = ratio["p10"] != ratio["p90"]  # one round has no spread
+        spread = f" ({ratio['p10']:.2f}-{ratio['p90']:.2f})" if has_rounds else ""
+        cells.append(f"{ratio['median']:.2f}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
