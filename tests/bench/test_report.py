@@ -106,6 +106,10 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     assert "| `layer_norm` | M=8 N=65 | 40.0 / 100.0 | 100.0 | 200.0* | 75% |" in text
     assert "| tritium | 123,457 | 50.0% | 100.0 | 90.0-200.0 | 2.0 | 1.25 (1.20-1.30) |" in text
     assert "| baseline | 123,457 | - | 100.0 | 90.0-200.0 | - | 1.25 (1.20-1.30) |" in text
+    one_round = {**IMPLEMENTATION, "ratio": dict.fromkeys(("median", "p10", "p90"), 1.25)}
+    figures = {**TRAIN, "implementations": {"tritium": one_round}}
+    write_record(tmp_path / "one" / "train.json", "train", figures)
+    assert "| 90.0-200.0 | 2.0 | 1.25 |" in report(tmp_path / "one")
     assert NO_GPU not in text
     assert "without" not in text
     eager = {**IMPLEMENTATION, "compiled": False}
