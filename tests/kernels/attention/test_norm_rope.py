@@ -168,6 +168,17 @@ def test_gradients_of_queries_and_keys_are_accurate(
     assert (dbias[(H + G) * K :] == 7).all()
 
 
+@needs_kernels
+def test_tokens_past_the_end_add_nothing_if_norm_eps_is_zero(device):
+    """The norm of a masked token is then 0 / 0."""
+    H, G, K = 2, 1, 64
+    qkv, dqkv, gains, _ = tensors(1, 3, H, G, K, torch.float32, device)
+    dbias = torch.zeros(qkv.shape[-1], device=device)
+    arguments = NormRope(eps=0.0, cos=None, sin=None)
+    sums = launch_norm_rope_bwd(dqkv, dbias, qkv, *gains, H, G, arguments)
+    assert all(each.isfinite().all() for each in (*sums, dqkv, dbias))
+
+
 @pytest.mark.parametrize(
     ("options", "rope", "norm", "dtype"),
     [
