@@ -204,6 +204,28 @@ def test_the_last_line_has_no_path_of_this_machine(tmp_path):
     assert end["last_line"] == "written: OUT_DIR/train/a.json, cache .cache"
 
 
+def test_rows_of_runs_have_seconds_if_the_run_is_complete(tmp_path):
+    ends = {"goodput": {}, "time": 1.0, "skipped_steps": 0}
+    lines = [
+        {"step": 1, "val_loss": 3.0},
+        {"step": 1, "wall_seconds": 5.0, **ends},
+        {"step": 2, "val_loss": 2.0},
+        {"step": 2, "wall_seconds": 9.0, **ends},
+    ]
+    for name, count in (("a", 4), ("b", 3), ("fill", 4), ("no run", 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"train": {"steps": 2, "out": "/a/path"}} if count else {}
+        (folder / "config.json").write_text(json.dumps(config))
+        text = "".join(json.dumps(line) + "\n" for line in lines[:count])
+        (folder / "metrics.jsonl").write_text(text)
+    row = {"train": {"steps": 2}, "evaluations": [[1, 3.0], [2, 2.0]]}
+    assert device._rows_of_runs(tmp_path) == [
+        {"name": "a", **row, "seconds": 9.0},
+        {"name": "b", **row, "seconds": None},
+    ]
+
+
 def test_a_program_that_is_not_installed_fails(tmp_path):
     part = Part(name="races", words=("--version",), until=60, program="no-such-sanitizer")
     end = device.run_part(part, tmp_path, 60, lambda: None)

@@ -53,6 +53,15 @@ def test_ceilings_are_positive_and_a_cpu_needs_one_input_set():
     assert input_sets(10, CPU) == 1
 
 
+def test_the_ceiling_of_bandwidth_is_that_of_a_kernel():
+    """copy_() is not a kernel in a CUDA graph."""
+    with torch.profiler.profile(record_shapes=True) as record:
+        ceilings(CPU, torch.float32)
+    names = [event.name for event in record.events() if [1 << 24] in event.input_shapes]
+    assert "aten::neg" in names
+    assert "aten::copy_" not in names
+
+
 class FakeCuda:
     """A GPU with a clock that only kernels and sleeps advance, and a log of what was started."""
 

@@ -128,6 +128,15 @@ def test_the_backward_uses_every_input_set_in_turn():
     assert torch.equal(first[0], fourth[0])
 
 
+def test_the_gradient_of_a_loss_is_one():
+    operator = OPERATORS["cross_entropy"]
+    sets = [operator.make_inputs((4, 8), torch.float32, CPU)]
+    (gradient,) = compare.timed(operator.ours, sets, "both")(0)
+    loss = operator.ours(**sets[0])
+    leaves = [each for each in sets[0].values() if each.requires_grad]
+    assert torch.equal(gradient, torch.autograd.grad(loss, leaves)[0])
+
+
 @pytest.mark.parametrize("direction", ["backward", "both"])
 def test_gradients_of_the_outputs_are_not_made_while_the_time_is_taken(direction):
     operator = OPERATORS["layer_norm"]

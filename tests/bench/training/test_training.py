@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tritium.bench.record import read_record
+from tritium.bench.training import training
 from tritium.bench.training.baseline import Baseline
 from tritium.bench.training.implementations import make_implementations
 from tritium.bench.training.training import _warm_up, main, random_batch, train_in_turn
@@ -45,6 +46,15 @@ def test_models_have_no_dropout(monkeypatch, tmp_path):
     assert on_cpu("--out", str(path)) == 0  # with dropout the models do not agree
     shape = read_record(path, "train")["shape"]
     assert shape["dropout"] == shape["attention_dropout"] == 0
+
+
+def test_models_train_with_adamw_whatever_the_recipe_has(monkeypatch):
+    configs = []
+    monkeypatch.setitem(RECIPES, "tiny", TINY.with_options(optimizer="muon", lr=0.02))
+    monkeypatch.setattr(training, "measure", lambda config, *_: configs.append(config) or {})
+    with pytest.raises(KeyError):  # no figures to print
+        on_cpu()
+    assert (configs[0].optimizer, configs[0].lr) == ("adamw", 1e-3)
 
 
 def test_figures_are_written_and_printed(tmp_path, capsys):
