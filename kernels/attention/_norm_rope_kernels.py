@@ -157,8 +157,8 @@ def _norm_rope_bwd_kernel(
             g1 = dy1 * cos + dy2 * sin
             g2 = dy2 * cos - dy1 * sin
 
-        # The gradient of the norm. In a masked row x is 0, so it adds nothing to a sum. rstd must be
-        # 0 too: with eps = 0 it would be infinite, and 0 times infinity is NaN.
+        # The gradient of the norm. In a masked row x is 0, so it adds nothing to a sum. rstd must
+        # be 0 too: with eps = 0 it would be infinite, and 0 times infinity is NaN.
         if q_weight_ptr is not None:
             x_ptrs = x_ptr + (token // T * stride_xb + token % T * stride_xt + head * HEAD)[:, None]
             x1, x2 = _load_halves(x_ptrs, mask_m, HEAD, BLOCK_P)
