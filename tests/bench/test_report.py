@@ -152,11 +152,15 @@ def test_a_command_of_device_sh_has_a_row_per_part(tmp_path, on_gpu):
         {**part, "status": "stopped"},
     ]
     inner = {"kind": "train", "format": record.FORMAT, **record.provenance(), **TRAIN}
-    figures = {"command": "train", "parts": parts, "records": {"train-64.json": inner}}
+    old = {**inner, "format": record.FORMAT - 1, "recipe": "old"}
+    records = {"train-64.json": inner, "train-32.json": old}
+    figures = {"command": "train", "parts": parts, "records": records}
     write_record(tmp_path / "train.json", "device", figures)
     text = report(tmp_path)
     assert "| tests | failed | 61 | tests/a.py::test_x |" in text
     assert "| tests | stopped | 61 | 1 failed / 9 passed |" in text
+    assert "gpt2, 8 x 1024" in text
+    assert "old, 8 x 1024" not in text
     assert "| tritium | 123,457 |" in text
     assert NO_GPU not in text
 
