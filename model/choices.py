@@ -218,7 +218,8 @@ class AttentionRow(Choice):
 ATTENTIONS = {
     "tritium": AttentionRow(
         implementation="attention:TRITIUM",
-        operators=("tritium::causal_attention",),
+        # The last two run on a CPU for short sequences.
+        operators=("tritium::causal_attention", "aten::baddbmm", "aten::bmm"),
     ),
     "sdpa": AttentionRow(
         implementation="attention:SDPA",
