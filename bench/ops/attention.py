@@ -80,8 +80,8 @@ ATTENTION = Operator(
     shapes=SHAPES,
     small_shapes=((2, 128, 4, 64), (1, 257, 2, 64)),
     tiny_shape=(1, 67, 2, 32),
-    # Tiles depend on the head size.
-    launch_shapes=((8, 4096, 12, 64), (8, 4096, 16, 128)),
+    # Tiles depend on the head size and the length.
+    launch_shapes=((32, 1024, 12, 64), (8, 4096, 12, 64), (8, 4096, 16, 128)),
     launch_variants=(((32, 1024, 12, 64), functools.partial(backward_in, "auto")),),
     bound="flops",
     others=(

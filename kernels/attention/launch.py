@@ -23,7 +23,7 @@ from ._one_pass import (
     _causal_attention_bwd_one_pass_kernel,
 )
 from ._reference import shapes_bwd, shapes_fwd, shapes_qkvpacked_bwd, split_qkv
-from ._tile_choice import Tile, has_one_pass_tile, one_pass_fits, padded, plan
+from ._tile_choice import SHORT_KEYS, Tile, has_one_pass_tile, one_pass_fits, padded, plan
 from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
@@ -68,6 +68,7 @@ def _plan(
         arch(q.device),
         has_dropout=has_dropout,
         options=options,
+        is_short=k.shape[1] <= SHORT_KEYS,
     )
 
 

@@ -24,6 +24,8 @@ from tritium.kernels.attention._documents import clear_padding, schedule
 from tritium.kernels.attention._tile_choice import (
     FLOAT32_TILES,
     OPTION_TILES,
+    SHORT_KEYS,
+    SHORT_TILES,
     TILES,
     padded,
     plan,
@@ -77,6 +79,29 @@ def test_dropout_halves_the_side_that_is_looped_over(kernel, owned, looped):
     with_dropout = plan(kernel, 64, torch.bfloat16, "sm_90", has_dropout=True)
     assert getattr(with_dropout, owned) == getattr(tile, owned)
     assert getattr(with_dropout, looped) == max(16, getattr(tile, looped) // 2)
+
+
+@pytest.mark.plain
+def test_short_sequences_without_options_have_their_own_forward_tile():
+    sizes = ("fwd", 64, torch.bfloat16, "sm_90")
+    long = TILES["sm_9"]["fwd"][64]
+    assert plan(*sizes) is long
+    assert plan(*sizes, is_short=True) is SHORT_TILES["sm_9"]["fwd", 64] != long
+    assert plan(*sizes, is_short=True, options=1) is long
+    assert plan("dq", *sizes[1:], is_short=True) is TILES["sm_9"]["dq"][64]
+    assert plan("fwd", 64, torch.float32, "sm_90", is_short=True) is FLOAT32_TILES["fwd"][64]
+
+
+@pytest.mark.plain
+def test_number_of_keys_chooses_the_forward_tile():
+    chosen = []
+    for T in (SHORT_KEYS, SHORT_KEYS + 1):
+        q = meta(1, T, 1, 64)
+        with record_launches("sm_90") as launches:
+            launch_fwd(q, q, q, None, AttentionOptions(scale=0.1, window=T))
+        chosen.append(launches[0].arguments["BLOCK_N"])
+    rows = SHORT_TILES["sm_9"]["fwd", 64], TILES["sm_9"]["fwd"][64]
+    assert chosen == [tile.block_n for tile in rows]
 
 
 @pytest.mark.plain
