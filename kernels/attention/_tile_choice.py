@@ -99,9 +99,9 @@ OPTION_TILES = {
         ("dkdv", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
     }
 }
-# Rows that replace those of TILES for at most SHORT_KEYS keys without options. More programs fit, so
-# that fewer wait in the last wave. Forward of 65,536 tokens with 12 heads on an H200 (November
-# 2026): 330 us instead of 349 at 1,024 keys, but 567 instead of 561 at 2,048.
+# Rows that replace those of TILES for at most SHORT_KEYS keys without options. Forward of 65,536
+# tokens with 12 heads on an H200 (November 2026): 330 us instead of 349 at 1,024 keys, but 567
+# instead of 561 at 2,048.
 SHORT_TILES = {"sm_9": {("fwd", 64): Tile(64, 64, 4, 2)}}
 SHORT_KEYS = 1_024
 # float32 matmuls do not use the matrix units: they are not rounded to TF32, and their operands are
