@@ -72,7 +72,7 @@ def batches(count: int, rows: int = 4) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     windows = torch.randint(20, (count, rows, 9), generator=generator)
     # Padded rows: the micro-batches of a step have different weights.
-    return [Batch(each, np.array([8, 3, 8, 8][:rows])) for each in windows]
+    return [Batch(each, np.resize([8, 3, 8, 8], rows)) for each in windows]
 
 
 def make_trainer(device: torch.device, *, records: bool, **options) -> Trainer:
@@ -128,6 +128,24 @@ def test_graphs_train_to_bitwise_the_same_weights(options, compiled):
     assert trainer._recorded.first.is_recorded
     assert trainer._recorded.later.is_recorded
     assert trainer.optimizer._recorded.is_recorded
+
+
+@needs_cuda
+def test_the_graph_of_later_micro_batches_uses_the_memory_of_the_first():
+    def reserved_bytes(micro_batches: int) -> int:
+        rows = 8192 * micro_batches
+        sizes = {"batch_size": rows, "micro_batch_size": 8192}
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        trainer = make_trainer(torch.device("cuda"), records=True, **sizes)
+        train(trainer, batches(5, rows))
+        assert trainer._recorded.later.is_recorded == (micro_batches > 1)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    one = reserved_bytes(1)
+    assert one > 200e6
+    assert reserved_bytes(3) < 1.3 * one
 
 
 @needs_cuda
