@@ -162,7 +162,8 @@ def save_files(name: str, out: Path, ends: list[dict[str, Any]], *, rehearse: bo
     for path in sorted(folder.rglob("*.json")):
         with contextlib.suppress(ValueError, OSError):  # a file that is written or deleted now
             record = json.loads(path.read_text())
-            if isinstance(record, dict) and "kind" in record:
+            # A tokenizer has a kind, but no provenance.
+            if isinstance(record, dict) and {"kind", "commit"} <= record.keys():
                 records[str(path.relative_to(folder))] = record
     if rows := _rows_of_runs(folder):
         here = provenance()
