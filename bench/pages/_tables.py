@@ -152,8 +152,9 @@ def _kernel(row: Record) -> str:
 
 
 def _size(row: Record) -> str:
-    """Return the last number of a shape, on which the tiles of a kernel depend."""
-    return row["shape"].split()[-1]
+    """Return the sizes on which the tiles of a kernel depend: the last one, for attention T too."""
+    sizes = row["shape"].split()
+    return " ".join(size for size in sizes if size == sizes[-1] or size.startswith("T="))
 
 
 def _figures(row: Record) -> list[str]:
@@ -199,10 +200,19 @@ def _alone(names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _tuned(names: tuple[str, ...]) -> Iterator[str]:
-    """Yield a table per shape of each record of `tritium bench tune`, without its variants."""
+    """Yield a table per shape of each record of `tritium bench tune`, without its variants.
+
+    An operator that was timed alone on the same GPU has none.
+    """
+    timed = {
+        (entry["operator"], record["gpu"])
+        for record in records_below(RESULTS, ["kernels"])
+        for entry in record["entries"]
+    }
     for record in records_below(RESULTS, ["tune"]):
+        is_timed = (record["operator"], record["gpu"]) in timed
         for entry in record["entries"]:
-            if record["operator"] not in names or record["device"] != "cuda":
+            if record["operator"] not in names or record["device"] != "cuda" or is_timed:
                 continue
             variants = {"as shipped": "tritium", "cublas": "cuBLAS, elementwise kernels"}
             rows = [

@@ -3,6 +3,7 @@ import pytest
 
 from tritium.errors import InputError
 from tritium.model import GPT
+from tritium.train import pretrain
 from tritium.train.config import TrainConfig
 from tritium.train.distributed.world import SINGLE_PROCESS
 from tritium.train.execution import resolve
@@ -56,6 +57,17 @@ def test_a_sample_continues_the_prompt(config):
     text = data.sample(GPT(config.gpt(257)), config.with_options(prompt="the qu"))
     assert text.startswith("the qu")
     assert len(text) > len("the qu")
+
+
+@pytest.mark.parametrize(("tokenizer", "is_penalized"), [("bytes", False), ("bpe:300", True)])
+def test_a_sample_avoids_repetition_unless_tokens_are_bytes(
+    config, tokenizer, is_penalized, monkeypatch
+):
+    data = open_data(config.with_options(tokenizer=tokenizer))
+    chosen = []
+    monkeypatch.setattr(pretrain, "sample_text", lambda *arguments: chosen.append(arguments[-1]))
+    data.sample(GPT(config.gpt(300)), config)
+    assert (chosen[0].repetition_penalty > 1) == is_penalized
 
 
 def test_data_that_is_shorter_than_a_window_raises_before_the_run(config):
