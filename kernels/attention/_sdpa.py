@@ -63,7 +63,9 @@ class _ShortAttention(torch.autograd.Function):
         q, k, v = _by_head(qkv.view(ctx.shape))
         p = torch.softmax(torch.baddbmm(_mask(T, qkv.dtype), q, k.mT, alpha=scale), -1)
         ctx.save_for_backward(q, k, v, p)
-        return torch.bmm(p, v).view(B, n_head, T, -1).transpose(1, 2).flatten(2)
+        # Explicit sizes: -1 would be ambiguous for an empty tensor.
+        heads = torch.bmm(p, v).view(B, n_head, T, ctx.shape[-1])
+        return heads.transpose(1, 2).reshape(B, T, n_head * ctx.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -78,7 +80,8 @@ class _ShortAttention(torch.autograd.Function):
         ds = torch._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype).mul_(ctx.scale)
         torch.bmm(ds, k, out=dq)
         torch.bmm(ds.mT, q, out=dk)
-        return dqkv.view(3, B, H, T, K).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
+        dqkv = dqkv.view(3, B, H, T, K).permute(1, 3, 0, 2, 4)
+        return dqkv.reshape(B, T, 3 * H * K), None, None
 
 
 @functools.lru_cache(maxsize=8)

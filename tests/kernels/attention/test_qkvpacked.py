@@ -56,9 +56,11 @@ def test_strides_do_not_change_the_result(device):
 
 
 @pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
-def test_empty_input_gives_empty_output_and_gradient(B, T, device):
-    qkv = torch.ones(B, T, 4 * 8, device=device, requires_grad=True)
-    o = causal_attention_qkvpacked(qkv, 2, n_kv_head=1)
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_empty_input_gives_empty_output_and_gradient(B, T, n_kv_head, device):
+    width = (2 + 2 * n_kv_head) * 8
+    qkv = torch.ones(B, T, width, device=device, requires_grad=True)
+    o = causal_attention_qkvpacked(qkv, 2, n_kv_head=n_kv_head)
     assert o.shape == (B, T, 16)
     o.sum().backward()
     assert qkv.grad.shape == qkv.shape
