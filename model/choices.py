@@ -218,8 +218,7 @@ class AttentionRow(Choice):
 ATTENTIONS = {
     "tritium": AttentionRow(
         implementation="attention:TRITIUM",
-        # The last two run on a CPU for short sequences.
-        operators=("tritium::causal_attention", "aten::baddbmm", "aten::bmm"),
+        operators=("tritium::causal_attention",),
     ),
     "sdpa": AttentionRow(
         implementation="attention:SDPA",

@@ -10,11 +10,10 @@
                  Attention counts S = T keys per query, although causal kernels compute half of
                  them. With a window of W < T it counts S = W (2 T - W) / T, which is in the same
                  way twice the number of visible keys. MFU uses this number
-    activations  activation_bytes: what autograd keeps between forward and backward. On a CPU in
-                 float32, attention of at most 256 tokens also keeps its scores, which do not count
+    activations  activation_bytes: what autograd keeps between forward and backward
     step         step_bytes: all memory, at the moment of a step when it is largest, except for the
                  blocks of scores and random numbers that the reference of attention makes for a
-                 window, softcap or dropout, and scores that it keeps. The kernels make none
+                 window, softcap or dropout. The kernels make none
     generation   cache_bytes: keys and values of all tokens, 2 L B T G K elements
 
 Symbols    V vocabulary, C context_tokens, L layers, D model width, F feed-forward width, H query

@@ -5,13 +5,12 @@ and lse. Three implementations compute the same:
 
     CUDA                  the Triton kernels, launch.py
     CPU                   the definition, _reference.py
-    CPU, plain attention  _sdpa.py: PyTorch's scaled_dot_product_attention (SDPA), or matmuls of
-                          whole heads. Both are faster than the definition in 32 bits. They return
-                          no lse: a caller that needs lse calls `attention.dispatch`, which skips
-                          them. In 16 bits the definition runs: the backward of SDPA takes 7 times
-                          as long, and its dk and dv have twice the error (bfloat16,
-                          1 x 1024 x 12 x 64, one thread of an Intel Xeon, PyTorch 2.13,
-                          November 2026).
+    CPU, plain attention  PyTorch's scaled_dot_product_attention (SDPA), which is faster than the
+                          definition in 32 bits. It returns no lse: a caller that needs lse calls
+                          `attention.dispatch`, which skips SDPA. In 16 bits the definition runs:
+                          the backward of SDPA takes 7 times as long, and its dk and dv have twice
+                          the error (bfloat16, 1 x 1024 x 12 x 64, one thread of an Intel Xeon,
+                          PyTorch 2.13, November 2026).
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ from ._reference import (
     shapes_qkvpacked_fwd,
     split_qkv,
 )
-from ._sdpa import is_plain, is_short, sdpa, short_attention
+from ._sdpa import is_plain, sdpa
 from .launch import launch_bwd, launch_fwd, launch_qkvpacked_bwd, launch_qkvpacked_fwd
 from .options import AttentionOptions
 
@@ -67,8 +66,6 @@ def _sdpa_packed(
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K), and an empty tensor in place of lse."""
     qkv = attach(qkv, added_bias)
-    if is_short(qkv, n_head, n_kv_head):
-        return short_attention(qkv, n_head, options.scale), qkv.new_empty(0)
     o, lse = sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 

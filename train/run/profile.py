@@ -38,7 +38,7 @@ PARTS = {
     "optimizer": r"^Optimizer\.|_foreach_|_fused_adam|vector_norm|_amp_",
     "embedding": r"embedding",
     "head + loss": r"cross_entropy|nll_loss|log_softmax",
-    "attention": r"[Aa]ttention|flash_attn|rotary|ScaledDotProduct",
+    "attention": r"attention|flash_attn|rotary|ScaledDotProduct",
     "norms": r"(layer|rms)_?norm",
     "MLP": r"gelu|swiglu|silu",
     "matmul": r"\b(add|b)?mm\b|aten::linear|(Addmm|Mm)Backward|gemm|nvjet|cutlass",

@@ -22,7 +22,6 @@ from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.codegen.machine_code import MULTIPROCESSORS
 from tritium.kernels import causal_attention, causal_attention_qkvpacked
-from tritium.kernels.attention._sdpa import SHORT, short_attention
 from tritium.kernels.attention.causal import cost
 from tritium.kernels.attention.launch import launch_bwd, launch_fwd
 from tritium.kernels.attention.options import AttentionOptions
@@ -147,23 +146,6 @@ def test_plain_attention_on_a_cpu_in_32_bits_uses_sdpa(T, options, uses_sdpa):
     names = {event.name for event in profile.events()}
     assert ("aten::scaled_dot_product_attention" in names) == uses_sdpa
     assert ("tritium::causal_attention_fwd" in names) != uses_sdpa
-
-
-@pytest.mark.plain
-@pytest.mark.parametrize(("T", "is_short"), [(SHORT, True), (SHORT + 1, False)])
-def test_short_sequences_on_a_cpu_run_matmuls_of_whole_heads(T, is_short):
-    q, k, v, *_ = make_inputs(1, T, T, 2, 2, 4, torch.float32, "cpu")
-    with torch.profiler.profile() as profile:
-        causal_attention(q, k, v)
-    names = {event.name for event in profile.events()}
-    assert ("aten::baddbmm" in names) == is_short
-    assert ("aten::scaled_dot_product_attention" in names) != is_short
-
-
-@pytest.mark.plain
-def test_gradient_of_short_sequences_matches_finite_differences():
-    qkv = torch.randn(2, 5, 3 * 2 * 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda qkv: short_attention(qkv, 2, 0.4), qkv)
 
 
 # --- 2. accuracy

@@ -42,7 +42,9 @@ def test_profile_is_written_once_and_does_not_change_the_run(tiny, tritium, tmp_
     assert set(shares) == {*PARTS, "other", BETWEEN}
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
     # Calls per step: one forward in each of two blocks.
-    assert re.search(r"^attention +aten::baddbmm .* 2$", by_operator, flags=re.MULTILINE)
+    assert re.search(
+        r"^attention +aten::scaled_dot_product_attention .* 2$", by_operator, flags=re.MULTILINE
+    )
 
     before = (run / "profile" / "operators.txt").stat().st_mtime_ns
     shutil.rmtree(run / "checkpoints" / "step-20")
