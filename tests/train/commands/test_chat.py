@@ -77,12 +77,20 @@ def test_bad_options_exit_with_one_line(error_of, words):
     assert "--max-new-tokens: expected at least 1" in error_of(*words, "--max-new-tokens", "0")
 
 
-def read_until(terminal: int, pattern: bytes, seconds: float = 120) -> None:
-    """Read from a terminal until its output matches. Skip the codes that switch its modes."""
+def read_until(terminal: int, pattern: bytes, seconds: float = 120, key: bytes = b"") -> None:
+    """Read from a terminal until its output matches. Skip the codes that switch its modes.
+
+    `key` is pressed again after 5 seconds of silence: a key that is pressed while the program
+    switches the terminal's mode is lost.
+    """
     found = b""
     deadline = time.monotonic() + seconds
     while not re.search(pattern, re.sub(rb"\x1b\[\?\d+[lh]\r?", b"", found)):
-        ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+        left = max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([terminal], [], [], min(5.0, left) if key else left)
+        if key and not ready and left:
+            os.write(terminal, key)
+            continue
         assert ready, found
         found += os.read(terminal, 4096)
 
