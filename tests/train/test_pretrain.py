@@ -59,8 +59,10 @@ def test_a_sample_continues_the_prompt(config):
     assert len(text) > len("the qu")
 
 
-@pytest.mark.parametrize(("tokenizer", "is_penalized"), [("bytes", False), ("bpe:300", True)])
-def test_a_sample_avoids_repetition_unless_tokens_are_bytes(
+@pytest.mark.parametrize(
+    ("tokenizer", "is_penalized"), [("bytes", False), ("chars", False), ("bpe:300", True)]
+)
+def test_a_sample_avoids_repetition_unless_tokens_are_bytes_or_characters(
     config, tokenizer, is_penalized, monkeypatch
 ):
     data = open_data(config.with_options(tokenizer=tokenizer))
@@ -68,6 +70,7 @@ def test_a_sample_avoids_repetition_unless_tokens_are_bytes(
     monkeypatch.setattr(pretrain, "sample_text", lambda *arguments: chosen.append(arguments[-1]))
     data.sample(GPT(config.gpt(300)), config)
     assert (chosen[0].repetition_penalty > 1) == is_penalized
+    assert (chosen[0].temperature, chosen[0].min_p) == (0.4, 0.2)
 
 
 def test_data_that_is_shorter_than_a_window_raises_before_the_run(config):
