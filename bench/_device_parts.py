@@ -188,7 +188,7 @@ def models(rehearse: bool) -> list[Part]:
     what the later parts time, so that those find it in the caches. The parts of
     shakespeare-char-gpu need a nanoGPT checkout in .nanogpt, with its text in
     data/shakespeare_char. Models larger than 124M run without torch.compile, which would take
-    minutes.
+    minutes, and without CUDA graphs.
     """
     if rehearse:
         words = "bench train shakespeare-char --device cpu --steps 1 --micro-batch-size 1"
@@ -196,8 +196,8 @@ def models(rehearse: bool) -> list[Part]:
     shakespeare = f"bench train shakespeare-char-gpu --attention{_nanogpt()}"
     run = "train shakespeare-char-gpu --data .nanogpt/data/shakespeare_char/input.txt"
     # Several micro-batches per step, so that the optimizer takes a smaller part of it. In the
-    # recipes a step has 512 sequences. Both models together need about 100 GB. With CUDA graphs
-    # each would keep the memory of its activations, which do not fit twice.
+    # recipes a step has 512 sequences. tritium and the baseline together need about 100 GB, an
+    # estimate. With CUDA graphs each of them would keep the memory of its activations.
     rows = (("gpt2-medium", 32, 64), ("gpt2-large", 32, 64), ("gpt2-xl", 16, 64))
     together = [
         _pytest("tests", 215, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),

@@ -87,10 +87,11 @@ class Recorded:
 
     def _warm_up(self) -> Any:
         """Call the function on the stream of the recording: autograd remembers streams."""
-        if self._stream is None:
-            # A pool does not give memory that was freed on one stream to another stream.
-            new = self._after is None
-            self._stream = torch.cuda.Stream(self._device) if new else self._after._stream
+        if self._stream is None and self._after is not None:
+            # A pool reuses memory only on the stream that freed it.
+            self._stream = self._after._stream
+        elif self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

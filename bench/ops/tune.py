@@ -131,6 +131,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         _attention_tile("fwd", 128, 64, 4, 3),
         _attention_tile("fwd", 128, 64, 8, 3),
         _attention_tile("fwd", 128, 128, 8, 2),
+        _attention_tile("fwd", 64, 128, 4, 2),
         _attention_tile("fwd", 64, 128, 4, 3),
         _attention_tile("fwd", 64, 64, 4, 2),
         _attention_tile("fwd", 64, 64, 4, 3),

@@ -152,9 +152,11 @@ def _kernel(row: Record) -> str:
 
 
 def _size(row: Record) -> str:
-    """Return the sizes on which the tiles of a kernel depend: the last one, for attention T too."""
-    sizes = row["shape"].split()
-    return " ".join(size for size in sizes if size == sizes[-1] or size.startswith("T="))
+    """Return the sizes on which the tiles of a kernel depend: the last one, and T for attention."""
+    *others, last = row["shape"].split()
+    if not row["operator"].startswith("causal_attention"):
+        return last
+    return " ".join([*(size for size in others if size.startswith("T=")), last])
 
 
 def _figures(row: Record) -> list[str]:
@@ -202,7 +204,7 @@ def _alone(names: tuple[str, ...]) -> Iterator[str]:
 def _tuned(names: tuple[str, ...]) -> Iterator[str]:
     """Yield a table per shape of each record of `tritium bench tune`, without its variants.
 
-    An operator that was timed alone on the same GPU has none.
+    Skips operators that `tritium bench kernels` timed on the same GPU.
     """
     timed = {
         (entry["operator"], record["gpu"])
@@ -210,10 +212,11 @@ def _tuned(names: tuple[str, ...]) -> Iterator[str]:
         for entry in record["entries"]
     }
     for record in records_below(RESULTS, ["tune"]):
-        is_timed = (record["operator"], record["gpu"]) in timed
+        if record["operator"] not in names or record["device"] != "cuda":
+            continue
+        if (record["operator"], record["gpu"]) in timed:
+            continue
         for entry in record["entries"]:
-            if record["operator"] not in names or record["device"] != "cuda" or is_timed:
-                continue
             variants = {"as shipped": "tritium", "cublas": "cuBLAS, elementwise kernels"}
             rows = [
                 [

@@ -69,9 +69,12 @@ def measured_steps() -> str:
     files = [RESULTS / "h200" / f"train-{batch}.json" for batch in (512, 32)]
     records = [read_record(file, "train") for file in files]
     records += [short["records"][f"train-{batch}.json"] for batch in (64, 32)]
-    names = ("shakespeare", "shakespeare-without-graph", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    models = read_record(RESULTS / "h200" / "models.json", "device")
-    records += [models["records"][f"{name}.json"] for name in names]
+    for file, names in (
+        ("shakespeare.json", ("shakespeare", "shakespeare-without-graph")),
+        ("models.json", ("gpt2-medium", "gpt2-large", "gpt2-xl")),
+    ):
+        parts = read_record(RESULTS / "h200" / file, "device")["records"]
+        records += [parts[f"{name}.json"] for name in names]
     return "\n\n".join(training_table(each, speeds=True) for each in records)
 
 

@@ -1,9 +1,9 @@
 """The tiles of the attention kernels, by architecture, kernel and head size.
 
-The tiles of sm_9 with a head size up to 64 were timed on an H100 (bench/results/h100). The others
-were chosen by the machine code that they compile to (`tritium bench codegen`): no spilled
-registers, matrix instructions in every main loop that do not wait for each other, and matrix units
-that are busy for as much of the time as possible.
+The tiles of sm_9 with a head size up to 64 were timed on an H100 (bench/results/h100), those of
+SHORT_TILES on an H200 (bench/results/h200). The others were chosen by the machine code that they
+compile to (`tritium bench codegen`): no spilled registers, matrix instructions in every main loop
+that do not wait for each other, and matrix units that are busy for as much of the time as possible.
 """
 
 import functools

@@ -23,11 +23,6 @@ from ..core.layout import wide
 from ..core.op import can_read_values
 from .options import LossOptions
 
-# 4 MB in float32: such a block and the results computed from it stay in a CPU's cache. Smaller
-# blocks only add calls.
-BLOCK_ELEMENTS = 1 << 20
-
-
 # --- rows
 
 

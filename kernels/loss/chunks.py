@@ -32,10 +32,11 @@ TILE_ROWS, TILE_COLUMNS = 128, 256
 # Rows of logits start at multiples of this many elements: GEMMs need it to run at full speed.
 LOGITS_MULTIPLE = 64
 # Logits per block of the reference, and fewest rows. Each block reads and writes dw, and matmuls of
-# few rows are slow. With V = 4,096, 2,048 rows take 80 ms in blocks of 256 rows and 70 ms in blocks
-# of 1,024 (two cores of an AMD EPYC with AVX2, November 2026). With V = 50,304, blocks of 20 rows
-# are 1.4 x slower than blocks of 256.
-BLOCK_ELEMENTS = 1 << 22
+# few rows are slow. On two cores of an AMD EPYC with AVX2 the recipe laptop (V = 4,096) made 0.89
+# to 0.90 times nanoGPT's steps per second with blocks of 256 rows, and 0.97 to 0.99 times with
+# blocks of 1,024 (bench/results/steps-cpu). With V = 50,304, blocks of 20 rows are 1.4 x slower
+# than blocks of 256.
+BLOCK_LOGITS = 1 << 22
 MIN_BLOCK_ROWS = 256
 
 
@@ -65,4 +66,4 @@ def row_stride(V: int) -> int:
 
 def block_rows(N: int, V: int) -> int:
     """Choose how many of N rows of V logits the reference takes at a time."""
-    return max(1, min(N, max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // V)))
+    return max(1, min(N, max(MIN_BLOCK_ROWS, BLOCK_LOGITS // V)))

@@ -16,10 +16,10 @@ Precision  any float dtype in. A float32 w can have a 16-bit x: the matmuls take
            rounded before and after the scaling; the second rounding is exact if dloss / count is
            a power of two. The reference computes matmuls in float32, from float32 copies of 16-bit
            operands.
-Chunks     chunks.py chooses how many rows the kernels take at a time. A chunk of logits and the
-           copy of w are the only large buffers. The reference takes as many logits as stay in a
-           CPU's cache. On AMD no GEMM of 16-bit operands has a float32 result: matmul_out makes
-           float32 copies of a chunk and of its rows of x.
+Chunks     chunks.py chooses how many rows the kernels take at a time, and how many the reference
+           does. A chunk of logits and the copy of w are the only large buffers of the kernels. On
+           AMD no GEMM of 16-bit operands has a float32 result: matmul_out makes float32 copies of
+           a chunk and of its rows of x.
 Memory     largest memory of the kernels, as a fraction of the unfused loss in 16 bits. That holds
            3 N V elements at once: logits, log-probabilities and their gradient. V = 50,304:
              N         D = 768    1024      1280      1600

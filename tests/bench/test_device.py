@@ -22,8 +22,9 @@ from tritium.bench._device_parts import COMMANDS, KERNEL_SHAPES, TOTAL_SECONDS, 
 from tritium.bench.ops import OPERATORS
 from tritium.bench.ops.compare import shapes_of
 from tritium.bench.ops.tune import VARIANTS
-from tritium.bench.record import read_record
+from tritium.bench.record import read_record, write_record
 from tritium.bench.report import report
+from tritium.bench.training import training
 from tritium.train.commands.cli import run
 
 pytestmark = pytest.mark.plain
@@ -202,6 +203,30 @@ def test_the_last_line_has_no_path_of_this_machine(tmp_path):
     code = f"print('written: {folder}/a.json, cache {device.ROOT}/.cache')"
     end = device.run_part(python(code), folder, 60, lambda: None)
     assert end["last_line"] == "written: OUT_DIR/train/a.json, cache .cache"
+
+
+def test_records_are_files_with_provenance(tmp_path):
+    """A run's tokenizer.json has a kind, too."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    write_record(folder / "a.json", "machine", {})
+    (folder / "tokenizer.json").write_text('{"kind": "chars"}')
+    device.save_files("train", tmp_path, [], rehearse=True)
+    assert read_record(tmp_path / "train.json", "device")["records"].keys() == {"a.json"}
+
+
+@pytest.mark.parametrize("command", ["short", "train", "models"])
+def test_the_options_of_bench_train_are_known(command, monkeypatch, tmp_path):
+    configs = []
+    monkeypatch.setattr(training, "measure", lambda config, *_: configs.append(config) or {})
+    for part in COMMANDS[command](False):
+        if part.words[:4] == ("-m", "tritium", "bench", "train"):
+            words = [word.replace("FOLDER", str(tmp_path)) for word in part.words[4:]]
+            with pytest.raises(KeyError):  # no figures to print
+                training.main(words)
+    assert configs
+    large = [config for config in configs if config.model.d_model > 768]
+    assert all(config.execution.cuda_graph == "off" for config in large)
 
 
 def test_rows_of_runs_have_seconds_if_the_run_is_complete(tmp_path):

@@ -6,7 +6,9 @@ recording itself is tested: static arguments, gradients that stay, learning rate
 
 import contextlib
 import functools
+import gc
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -130,13 +132,27 @@ def test_graphs_train_to_bitwise_the_same_weights(options, compiled):
     assert trainer.optimizer._recorded.is_recorded
 
 
+def test_both_graphs_of_a_micro_batch_are_recorded_on_one_stream(monkeypatch):
+    """A pool of memory reuses nothing between streams."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: mock.Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: mock.Mock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    first = cuda_graph.Recorded(torch.neg, CPU)
+    later = cuda_graph.Recorded(torch.neg, CPU, after=first)
+    other = cuda_graph.Recorded(torch.neg, CPU)
+    for recorded in (first, later, other):
+        recorded(input=torch.ones(2))
+    assert later._stream is first._stream is not other._stream
+
+
 @needs_cuda
 def test_the_graph_of_later_micro_batches_uses_the_memory_of_the_first():
     def reserved_bytes(micro_batches: int) -> int:
-        rows = 8192 * micro_batches
-        sizes = {"batch_size": rows, "micro_batch_size": 8192}
+        gc.collect()  # a trainer with graphs is in a reference cycle
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
+        rows = 8192 * micro_batches
+        sizes = {"batch_size": rows, "micro_batch_size": 8192}
         trainer = make_trainer(torch.device("cuda"), records=True, **sizes)
         train(trainer, batches(5, rows))
         assert trainer._recorded.later.is_recorded == (micro_batches > 1)

@@ -5,13 +5,7 @@ import itertools
 import pytest
 
 from tritium.kernels.core.triton import cdiv
-from tritium.kernels.loss.chunks import (
-    BLOCK_ELEMENTS,
-    MAX_CHUNK_ROWS,
-    MIN_BLOCK_ROWS,
-    block_rows,
-    plan,
-)
+from tritium.kernels.loss.chunks import MAX_CHUNK_ROWS, MIN_BLOCK_ROWS, block_rows, plan
 
 pytestmark = pytest.mark.plain
 
@@ -80,6 +74,7 @@ def test_blocks_of_the_reference_are_bounded():
     for N, columns in itertools.product((0, 1, 100, 4_097, 10**7), (1, 65, 4096, V)):
         rows = block_rows(N, columns)
         assert 1 <= rows <= max(N, 1)
-        assert rows * columns <= max(BLOCK_ELEMENTS, MIN_BLOCK_ROWS * columns)
+        assert rows * columns <= max(1 << 22, MIN_BLOCK_ROWS * columns)
     assert block_rows(10**7, 65) > block_rows(10**7, 4096)
-    assert block_rows(10**7, 4096) > block_rows(10**7, V) == MIN_BLOCK_ROWS
+    assert block_rows(10**7, 4096) == 1024
+    assert block_rows(10**7, V) == MIN_BLOCK_ROWS

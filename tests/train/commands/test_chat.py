@@ -80,8 +80,8 @@ def test_bad_options_exit_with_one_line(error_of, words):
 def read_until(terminal: int, pattern: bytes, seconds: float = 120, key: bytes = b"") -> None:
     """Read from a terminal until its output matches. Skip the codes that switch its modes.
 
-    `key` is pressed again after 5 seconds of silence: a key that is pressed while the program
-    switches the terminal's mode is lost.
+    `key` is pressed again after 5 seconds of silence. Python can miss a Ctrl-C between the prompt
+    of input() and its wait for keys.
     """
     found = b""
     deadline = time.monotonic() + seconds
