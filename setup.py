@@ -35,7 +35,11 @@ setup(
     packages=["tritium", *(f"tritium.{name}" for name in find_packages(include=FOLDERS))],
     package_dir={"tritium": "."},
     cmdclass={"build_py": BuildPackages},
-    entry_points={"console_scripts": ["tritium = tritium.__main__:main"]},
+    entry_points={
+        "console_scripts": ["tritium = tritium.__main__:main"],
+        # lm_eval after 0.4.13 finds models by this entry point.
+        "lm_eval.models": ["tritium = tritium.train.eval.harness:TritiumLM"],
+    },
     # Tested: torch 2.11.0 on an H100 and an H200, 2.13.0 on CPUs; triton 3.6.0, 3.7.1 and 3.9.0.
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={

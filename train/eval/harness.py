@@ -1,7 +1,8 @@
 """A model of lm-evaluation-harness (the package lm_eval, extra `eval`): --model tritium.
 
-Importing this module registers the model. lm_eval has no way to find it by itself, so
-`tritium eval lm-eval` imports this module and then calls lm_eval's own command line.
+Importing this module registers the model. lm_eval after 0.4.13 finds it by an entry point
+(setup.py). lm_eval 0.4.13 does not, so `tritium eval lm-eval` imports this module and then calls
+lm_eval's own command line.
 
     log-likelihoods    scoring.py: contexts that several continuations share are computed once
     rolling            lm_eval's windows without overlap, as its own model for transformers has them

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,6 +119,20 @@ def test_answers_equal_those_of_lm_evals_model_for_transformers(exported, task_f
         pytest.approx([r[0] for r in responses], abs=1e-4) for responses in theirs["tiny_rolling"]
     ]
     assert ours["tiny_generate"] == theirs["tiny_generate"]
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_the_model_by_its_entry_point():
+    """As lm_eval after 0.4.13 does: the registry holds the name of the class until it is needed."""
+    code = """if True:
+        from importlib.metadata import entry_points
+        from lm_eval.api.registry import get_model, model_registry
+        (point,) = entry_points(group="lm_eval.models", name="tritium")
+        model_registry.register(point.name, target=point.value)
+        print(get_model("tritium"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "<class 'tritium.train.eval.harness.TritiumLM'>\n", done.stderr
 
 
 @pytest.mark.slow
