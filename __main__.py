@@ -16,9 +16,10 @@ HELP = """tritium: train GPTs with Triton kernels
   tritium sample MODEL --prompt TEXT          write text with a trained model
   tritium chat MODEL                          talk with a trained model
   tritium classify MODEL < FILE               label each line with a classifier
+  tritium import MODEL OUT_DIR                open a published model, a GGUF file, one of nanoGPT
   tritium export MODEL OUT_DIR                write a folder that transformers opens
   tritium plan RECIPE --gpu NAME              what a run needs: memory, time, price
-  tritium bench kernels|codegen|train|report  measure
+  tritium bench COMMAND                       measure: kernels, codegen, train, predict, ...
   tritium check                               compare every operator with float64
   tritium info                                versions, device, limits, caches
 

@@ -147,9 +147,15 @@ def training_table(record: Record, *, speeds: bool) -> str:
             batch += ", without torch.compile"
         if not record.get("cuda_graph", True):
             batch += ", without CUDA graphs"
+    ratios = [row["ratio"] for row in record["implementations"].values()]
+    is_one_round = all(ratio["p10"] == ratio["p90"] for ratio in ratios)
     lines = [
-        f"{record['recipe']}, {batch}, {record['dtype']} ({describe_provenance(record)});",
-        "ratios are medians of the rounds, p10 to p90 in brackets:",
+        f"{record['recipe']}, vocabulary of {record['shape']['vocab_size']:,}, {batch}, "
+        f"{record['dtype']}",
+        f"({describe_provenance(record)});",
+        "one round of steps:"
+        if is_one_round
+        else "ratios are medians of the rounds, p10 to p90 in brackets:",
         "",
         f"| | {' | '.join(columns)} |",
         "|---|" + "--:|" * len(columns),

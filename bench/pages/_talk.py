@@ -136,18 +136,21 @@ def throughput() -> Figure:
 def equal_time() -> Figure:
     """Draw bits per byte against processor time of runs on a CPU."""
     sweep = read_record(RESULTS / "sweep-laptop-cpu.json", "sweep")
-    runs = read_record(RESULTS / "default-run-rounds-cpu.json", "sweep")
+    runs = read_record(RESULTS / "default-run-again-cpu.json", "sweep")
+    earlier = read_record(RESULTS / "default-run-rounds-cpu.json", "sweep")
     figure = new_figure(7.2, 3.6)
     axes = figure.subplots()
     tried = sweep["rows"]
     axes.scatter(*_times_and_bits(tried), color=GRAY, s=18, label="variations that were tried")
     colors = {"laptop": BLUE, "nanoGPT": ORANGE, "laptop before": SKY}
     for name, color in colors.items():
-        rows = [row for row in runs["rows"] if row["name"] == name]
+        record = earlier if name == "laptop before" else runs
+        rows = [row for row in record["rows"] if row["name"] == name]
         axes.scatter(*_times_and_bits(rows), color=color, s=40, label=LABELS[name])
     axes.set(
         xlabel=f"processor seconds, {runs['cpu']}, {runs['date']}, commit {runs['commit']}\n"
-        "bench/results/sweep-laptop-cpu.json and default-run-rounds-cpu.json",
+        "bench/results/default-run-again-cpu.json, default-run-rounds-cpu.json and "
+        "sweep-laptop-cpu.json",
         ylabel="bits per byte, held-out Python",
         title="Runs on a CPU with the same text and the same held-out files",
         xlim=(0, None),

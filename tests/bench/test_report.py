@@ -57,6 +57,7 @@ TRAIN = {
     "device": "cuda",
     "dtype": "bfloat16",
     "recipe": "gpt2",
+    "shape": {"vocab_size": 50257},
     "micro_batch_size": 8,
     "context_tokens": 1024,
     "implementations": {
@@ -109,14 +110,18 @@ def test_gpu_records_become_tables_of_times(tmp_path, on_gpu):
     one_round = {**IMPLEMENTATION, "ratio": dict.fromkeys(("median", "p10", "p90"), 1.25)}
     figures = {**TRAIN, "implementations": {"tritium": one_round}}
     write_record(tmp_path / "one" / "train.json", "train", figures)
-    assert "| 90.0-200.0 | 2.0 | 1.25 |" in report(tmp_path / "one")
+    assert "ratios are medians of the rounds" in text
+    text_of_one = report(tmp_path / "one")
+    assert "one round of steps:" in text_of_one
+    assert "| 90.0-200.0 | 2.0 | 1.25 |" in text_of_one
     assert NO_GPU not in text
     assert "without" not in text
     eager = {**IMPLEMENTATION, "compiled": False}
     figures = {**TRAIN, "implementations": {"tritium": eager}, "cuda_graph": False}
     write_record(tmp_path / "h200" / "train.json", "train", figures)
-    started = "gpt2, 8 x 1024 tokens per step, without torch.compile, without CUDA graphs, bfloat16"
-    assert started in report(tmp_path)
+    text = report(tmp_path)
+    assert "gpt2, vocabulary of 50,257, 8 x 1024 tokens per step, without torch.compile, " in text
+    assert "without CUDA graphs, bfloat16" in text
 
 
 def test_a_predicted_step_is_a_row_that_is_called_an_estimate(tmp_path):
@@ -159,7 +164,7 @@ def test_a_command_of_device_sh_has_a_row_per_part(tmp_path, on_gpu):
     text = report(tmp_path)
     assert "| tests | failed | 61 | tests/a.py::test_x |" in text
     assert "| tests | stopped | 61 | 1 failed / 9 passed |" in text
-    assert "gpt2, 8 x 1024" in text
+    assert "gpt2, vocabulary of 50,257, 8 x 1024" in text
     assert "old, 8 x 1024" not in text
     assert "| tritium | 123,457 |" in text
     assert NO_GPU not in text

@@ -48,9 +48,9 @@ def plot_loss(run: Path) -> Path:
         axes.annotate(
             f"{losses[-1]:.3f}",
             (steps[-1], losses[-1]),
-            xytext=(0, -14),
+            xytext=(0, 8),
             textcoords="offset points",
-            ha="center",
+            ha="right",
         )
 
     has_tokens = not evaluations or "val_perplexity" in evaluations[-1]
