@@ -25,9 +25,12 @@ class RunsOptions:
 def main(argv: Sequence[str]) -> int:
     """Run `tritium runs`."""
     options = parse(RunsOptions, argv, prog="tritium runs", description=_DESCRIPTION)
+    from ..run.models import is_published  # imports PyTorch
+
     folder = Path(options.folder)
     is_run = (folder / "config.json").is_file()
-    runs = [folder] if is_run else sorted(path.parent for path in folder.glob("*/config.json"))
+    folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    runs = [folder] if is_run else [path for path in folders if not is_published(path)]
     if not runs:
         raise InputError(f"{folder}: expected runs in this folder, found none; name another folder")
     rows = [_row(run) for run in runs]

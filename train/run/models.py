@@ -185,7 +185,7 @@ def open_model(path: Path) -> SavedModel:
         return _with_adapter(open_model(adapter_base(path)), path)
     is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").exists()
     run = path.parent.parent if is_checkpoint else path
-    if not is_checkpoint and not (path / "checkpoints").is_dir() and _is_published(path):
+    if not is_checkpoint and not (path / "checkpoints").is_dir() and is_published(path):
         source = open_source(path)
         is_with_tokenizer = (
             source.has_tokenizer
@@ -229,7 +229,7 @@ def _with_adapter(base: SavedModel, folder: Path) -> SavedModel:
     return replace(base, adapter=folder, config=config)
 
 
-def _is_published(path: Path) -> bool:
+def is_published(path: Path) -> bool:
     """Whether the path is a file, or a folder whose config.json names a model of transformers."""
     return path.is_file() or b'"model_type"' in _config_of(path)
 

@@ -10,6 +10,8 @@ def test_each_run_has_a_line_with_its_status(tritium, error_of, tiny, tmp_path):
     assert tritium(*tiny, "--steps", 2)[0] == 0
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
+    (tmp_path / "exported").mkdir()  # a model of transformers is not listed
+    (tmp_path / "exported" / "config.json").write_text('{"model_type": "gpt2"}')
     status, out, _ = tritium("runs", tmp_path)
     assert status == 0
     head, broken, run = out.splitlines()
