@@ -5,6 +5,9 @@
     sdpa          PyTorch's scaled_dot_product_attention; packed documents use a (T, T) mask
     flash-attn    the flash-attn package, on CUDA in 16 bits
 
+A packed document can continue in the next row of the batch only with tritium. The others need a
+document to begin with each row.
+
 Shapes     q, o: (B, T, H, K)   k, v: (B, T, G, K)
            cu_seqlens: (documents + 1,) int32 over the B T tokens, or None
 """

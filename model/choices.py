@@ -204,6 +204,8 @@ class AttentionRow(Choice):
     """How the names of its forward operators start. Selective checkpointing keeps their outputs."""
     unsupported: tuple[str, ...] = ()
     """Options of GPTConfig that it does not support: they must be 0."""
+    spans_rows: bool = False
+    """Whether a packed document can continue in the next row of the batch."""
     needs: str | None = None
     """The module that must be installed."""
     needs_16_bit_cuda: bool = False
@@ -219,6 +221,7 @@ ATTENTIONS = {
     "tritium": AttentionRow(
         implementation="attention:TRITIUM",
         operators=("tritium::causal_attention",),
+        spans_rows=True,
     ),
     "sdpa": AttentionRow(
         implementation="attention:SDPA",

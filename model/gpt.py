@@ -15,7 +15,6 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
            Touvron et al. 2023, arXiv:2302.13971
 """
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import embedding, linear, linear_cross_entropy
+from ._inputs import check_documents, check_tokens
 from .choices import (
+    ATTENTIONS,
     MLPS,
     NORMS,
     POSITIONS,
@@ -128,9 +129,10 @@ class GPT(nn.Module):
             tokens: (B, T) int64. T plus the longest length of the cache is at most context_tokens.
             targets: (B, T) int64, the tokens to predict; -100 is ignored.
             cu_seqlens: (documents + 1,) int32, on the device of tokens. The B T tokens are packed
-                documents; document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. Documents do
-                not attend to each other, and positions start at 0 in each. Default: B documents of
-                T tokens.
+                documents; document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. The first entry
+                is 0, and the last is B T. A document has at most context_tokens. Each row begins a
+                document, unless the attention is tritium. Documents do not attend to each other,
+                and positions start at 0 in each. Default: B documents of T tokens.
             cache: keys and values of earlier tokens. The forward adds those of `tokens`. With a
                 Prefill, the forward only fills the cache and returns None.
             token_order: (B T,) integers, a stable sort of the flattened tokens, for the gradient of
@@ -139,8 +141,9 @@ class GPT(nn.Module):
                 mode and without a cache. Default: drawn from PyTorch's generator.
         Returns: logits (B, T, V); with targets the mean cross-entropy, () float32, in nats; with a
             Prefill None.
-        Raises: ValueError for more tokens than the context holds, or for documents and a cache;
-            IndexError on the CPU for a token outside the vocabulary.
+        Raises: ValueError for more tokens than the context holds, or for documents and a cache; on
+            the CPU also ValueError for other values of cu_seqlens than those above, and IndexError
+            for a token outside the vocabulary.
         """
         y, head = self.hidden(
             tokens,
@@ -172,7 +175,10 @@ class GPT(nn.Module):
         config = self.config
         B, T = tokens.shape
         self._check(T, cu_seqlens, cache)
-        _check_tokens(tokens, config.vocab_size)
+        check_tokens(tokens, config.vocab_size)
+        if cu_seqlens is not None:
+            spans_rows = ATTENTIONS[self._attention_name].spans_rows
+            check_documents(cu_seqlens, (B, T), config.context_tokens, spans_rows)
 
         # embedding, and the weight of the head
         position = _positions(tokens, cu_seqlens, cache, config.prefix_tokens)
@@ -351,20 +357,6 @@ class GPT(nn.Module):
             token_ids={"bos_token_id": end_of_text, "eos_token_id": end_of_text},
             max_shard_bytes=max_shard_bytes,
         )
-
-
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise IndexError for a token in the padding rows of the vocabulary, if reading it is free.
-
-    The embedding itself checks that tokens are inside its table, padding rows included.
-    """
-    if tokens.device.type != "cpu" or not tokens.numel() or torch.compiler.is_compiling():
-        return
-    largest = 0
-    with contextlib.suppress(RuntimeError):  # a fake tensor, or one inside vmap, has no value
-        largest = int(tokens.max())
-    if largest >= vocab_size:
-        raise IndexError(f"GPT: tokens must be below the vocabulary {vocab_size}, got {largest}")
 
 
 def _positions(

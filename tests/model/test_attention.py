@@ -88,6 +88,22 @@ def test_implementations_give_the_same_loss_and_gradients(name, config, bounds, 
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_document_continues_in_the_next_row_only_where_it_may(name, flash_attn):
+    tokens = torch.arange(24).view(2, 12)
+    cu_seqlens = torch.tensor([0, 5, 20, 24], dtype=torch.int32)
+    baseline = random_model()
+    model = GPT(SMALL, attention=name)
+    model.load_state_dict(baseline.state_dict())
+    if not ATTENTIONS[name].spans_rows:
+        with pytest.raises(ValueError, match="a document must begin with each row of 12 tokens"):
+            model(tokens, cu_seqlens=cu_seqlens)
+        return
+    logits = model(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)
+    parts = [baseline(part[None])[0] for part in tokens.flatten().split((5, 15, 4))]
+    torch.testing.assert_close(logits, torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
 def test_generation_does_not_depend_on_the_implementation():
     baseline = random_model()
     model = GPT(SMALL, attention="sdpa")

@@ -272,6 +272,22 @@ def test_packed_documents_with_a_cache_raise():
         random_model()(tokens, cu_seqlens=cu_seqlens, cache=KVCache(SMALL, 1))
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([0, 12, 24], "cu_seqlens must rise from 0 to the 30 tokens of the batch, got .*, 24]"),
+        ([3, 30], "cu_seqlens must rise from 0 to the 30 tokens of the batch, got .3, 30]"),
+        ([0, 20, 10, 30], "cu_seqlens must rise from 0 to the 30 tokens of the batch"),
+        ([0, 30], "context_tokens is 24, got a document of 30 tokens; shorten the document"),
+    ],
+)
+def test_documents_that_do_not_fit_raise(edges, message):
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"^GPT: {message}"):
+        random_model()(random_tokens(2, 15), cu_seqlens=cu_seqlens)
+
+
 # --- the weight that the embedding and the head share
 
 
