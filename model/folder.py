@@ -19,12 +19,13 @@ def check_new_folder(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill. It becomes `folder` at the end of the context.
 
-    After an error neither of them exists.
+    After an error `folder` is as it was before.
 
     Raises: InputError unless the folder is empty or does not exist.
     """
     check_new_folder(folder)
     folder = folder.resolve()
+    existed = folder.exists()
     parents = [parent for parent in folder.parents if not parent.exists()]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -36,8 +37,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if existed:
+            folder.mkdir(exist_ok=True)
         for parent in parents:
-            parent.rmdir()
+            if parent.exists():  # mkdir may have failed before it made all of them
+                parent.rmdir()
         raise
 
 

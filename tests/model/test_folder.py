@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from tritium.errors import InputError
@@ -15,6 +17,33 @@ def test_a_folder_is_written_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError), new_folder(tmp_path / "c" / "d"):
         raise KeyError
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("made", [0, 1])
+def test_the_error_of_mkdir_is_raised_and_nothing_stays(tmp_path, monkeypatch, made):
+    mkdir = Path.mkdir
+
+    def fail(path, mode=0o777, parents=False, exist_ok=False):
+        # Path.mkdir makes the outermost parent first.
+        if made:
+            mkdir(tmp_path / "a")
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(PermissionError), new_folder(tmp_path / "a" / "b" / "c"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_stays_after_an_error(tmp_path, monkeypatch):
+    def fail(path, target):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", fail)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(PermissionError), new_folder(tmp_path / "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_folder_in_use_raises(tmp_path):
