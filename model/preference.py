@@ -93,11 +93,12 @@ def dpo_loss(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 def as_preference_model(model: GPT, **options: float | str | bool) -> PreferenceModel:
-    """Return a PreferenceModel with the weights of a GPT, which it shares.
+    """Return a PreferenceModel with the weights of a GPT, which it shares, and its mode.
 
     Args: options: of PreferenceModel.
     """
     with torch.device("meta"):
         result = PreferenceModel(model.config, **options)
     result.load_state_dict(model.state_dict(), assign=True)
-    return result
+    result.compute_dtype = model.compute_dtype
+    return result.train(model.training)

@@ -187,6 +187,9 @@ def _seeds(sampling: Sampling, seeds: Sequence[int] | None, count: int) -> list[
     if seeds is not None:
         if len(seeds) != count:
             raise ValueError(f"generate: expected a seed per sequence ({count}), got {len(seeds)}")
+        for seed in seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"generate: expected seeds from 0 to 2**63 - 1, got {seed}")
         return list(seeds)
     first = sampling.seed
     if first is None:

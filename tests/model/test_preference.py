@@ -62,9 +62,18 @@ def test_the_loss_is_log_2_before_the_first_step():
     assert dpo_loss(torch.zeros(1), 0.3).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_compute_dtype_are_those_of_the_gpt(training):
+    plain = random_model().train(training)
+    plain.compute_dtype = torch.bfloat16
+    model = as_preference_model(plain)
+    assert model.training == model.h[0].training == training
+    assert model.compute_dtype == torch.bfloat16
+
+
 def test_without_a_reference_it_is_a_gpt():
     plain = random_model().eval()
-    model = as_preference_model(plain).eval()
+    model = as_preference_model(plain)
     assert torch.equal(model(TOKENS), plain(TOKENS))
     assert torch.equal(model(TOKENS, TARGETS), plain(TOKENS, TARGETS))
 

@@ -221,6 +221,7 @@ def test_generation_works_under_autocast(model):
         ([[50]], {}, "generate: expected token ids from 0 to 49, got 50 to 50"),
         (torch.tensor([1, 2]), {}, r"expected prompts \(B, T\) or a list of prompts, got \(2,\)"),
         ([[1]], {"seeds": [1, 2]}, r"generate: expected a seed per sequence \(1\), got 2"),
+        ([[1]], {"seeds": [-1]}, r"generate: expected seeds from 0 to 2\*\*63 - 1, got -1"),
         ([[1]], {"stop": ("a",)}, "generate: expected a tokenizer with the option stop"),
         ([[1]], {"topk": 1}, "generate: unknown option 'topk'; did you mean 'top_k'"),
         ([[1]], {"top_k": 0}, "top_k: expected at least 1, got 0"),
