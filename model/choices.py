@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import unknown_name
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -244,11 +246,15 @@ ATTENTIONS = {
 }
 
 
+def _attention_row(name: str) -> AttentionRow:
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention: {unknown_name('implementation', name, ATTENTIONS)}")
+    return ATTENTIONS[name]
+
+
 def choose_attention(name: str) -> AttentionRow:
     """Return a row. Raises: ValueError for an unknown name, or if its package is not installed."""
-    if name not in ATTENTIONS:
-        raise ValueError(f"attention: expected {', '.join(ATTENTIONS)}, got {name!r}")
-    row = ATTENTIONS[name]
+    row = _attention_row(name)
     if row.needs is not None and importlib.util.find_spec(row.needs) is None:
         raise ValueError(
             f"attention: expected an installed {name}, found none; pip install 'tritium[{name}]', "
@@ -258,8 +264,8 @@ def choose_attention(name: str) -> AttentionRow:
 
 
 def check_attention_options(name: str, config: "GPTConfig") -> None:
-    """Raise ValueError if an attention does not support an option of the model."""
-    for option in ATTENTIONS[name].unsupported if name in ATTENTIONS else ():
+    """Raise ValueError if an attention is unknown or does not support an option of the model."""
+    for option in _attention_row(name).unsupported:
         if getattr(config, option):
             raise ValueError(
                 f"attention: expected tritium with {option} {getattr(config, option)}, got {name}, "
@@ -335,7 +341,7 @@ RECOMPUTATIONS = {
 def check_recompute(name: str, config: "GPTConfig") -> None:
     """Raise ValueError for an unknown mode, or for a mode that needs another MLP."""
     if name not in RECOMPUTATIONS:
-        raise ValueError(f"recompute: expected {', '.join(RECOMPUTATIONS)}, got {name!r}")
+        raise ValueError(f"recompute: {unknown_name('mode', name, RECOMPUTATIONS)}")
     if not RECOMPUTATIONS[name].fits(config):
         *others, last = [mode for mode, row in RECOMPUTATIONS.items() if row.fits(config)]
         raise ValueError(

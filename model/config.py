@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from .choices import MLPS, NORMS, POSITIONS
 
 # The number of rows of the embedding is a multiple of this. Tensor cores and shards prefer sizes
@@ -109,7 +109,7 @@ class GPTConfig:
         for name, rows in _CHOICES.items():
             choice = getattr(self, name)
             if choice not in rows:
-                raise ValueError(f"GPTConfig: {name} must be {' or '.join(rows)}, got {choice!r}")
+                raise ValueError(f"GPTConfig: {unknown_name(name, choice, rows)}")
         for name, value in (("norm_eps", self.eps), ("rope_base", self.rope_base)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"GPTConfig: {name} must be a positive number, got {value}")

@@ -86,9 +86,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, attention: str = "tritium", recompute: str = "none"):
         super().__init__()
         check_recompute(recompute, config)
+        self.attention = choose_attention(attention).functions
+        # Without dropout: _seeds checks it, because it has an effect in training only.
         check_attention_options(attention, config.with_dropout_of(GPTConfig()))
         self.config = config
-        self.attention = choose_attention(attention).functions
         self._attention_name = attention
         self.compute_dtype: torch.dtype | None = None
         self.adapter: AdapterOptions | None = None

@@ -37,6 +37,11 @@ def test_mode_that_the_mlp_does_not_have_raises():
         check_recompute("gelu", GPTConfig(mlp="swiglu"))
 
 
+def test_options_of_an_unknown_attention_raise():
+    with pytest.raises(ValueError, match="attention: unknown implementation 'sdpaa'; did you"):
+        check_attention_options("sdpaa", GPTConfig())
+
+
 def test_option_that_an_attention_does_not_support_raises():
     message = "attention: expected tritium with softcap 5.0, got sdpa, which does not support"
     with pytest.raises(ValueError, match=message):

@@ -72,7 +72,11 @@ def test_invalid_size_raises(options, message):
 @pytest.mark.parametrize(
     ("option", "rows"), [("position", POSITIONS), ("norm", NORMS), ("mlp", MLPS)]
 )
-def test_unknown_choice_raises_and_lists_the_rows(option, rows):
-    message = f"^GPTConfig: {option} must be {' or '.join(rows)}, got 'other'"
+def test_unknown_choice_suggests_the_nearest_or_lists_the_rows(option, rows):
+    message = f"^GPTConfig: unknown {option} 'other'; expected one of {', '.join(rows)}$"
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{option: "other"})
+    name = next(iter(rows))
+    message = f"^GPTConfig: unknown {option} '{name}s'; did you mean '{name}'"
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{option: f"{name}s"})
