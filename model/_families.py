@@ -57,6 +57,8 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu",
     "relu2": "relu2",
 }
+# The first name of each MLP is the one to write.
+_ACTIVATION_OF_MLP = {mlp: name for name, mlp in reversed(_ACTIVATIONS.items())}
 # Missing probabilities are 0.1, as in transformers.
 _GPT2_DROPOUT = 0.1
 
@@ -93,7 +95,7 @@ def _write_gpt2(config: GPTConfig) -> Fields:
         "vocab_size": config.vocab_size,
         "n_positions": config.context_tokens,
         "n_ctx": config.context_tokens,
-        "activation_function": "relu2" if config.mlp == "relu2" else "gelu_new",
+        "activation_function": _ACTIVATION_OF_MLP[config.mlp],
         "layer_norm_epsilon": config.eps,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.embedding_dropout,
@@ -283,7 +285,7 @@ FAMILIES = {
         | {
             "position": ("learned",),
             "norm": ("layer",),
-            "mlp": ("gelu", "relu2"),
+            "mlp": tuple(dict.fromkeys(_ACTIVATIONS.values())),
             "biases": ("all",),
             "grouped heads": (False,),
         },

@@ -14,6 +14,7 @@ The header of adapter_model.safetensors also has the hash of the model's weights
 """
 
 import collections
+import itertools
 import json
 import math
 from pathlib import Path
@@ -68,9 +69,8 @@ def _parts(name: str, rows: int, config: GPTConfig, family: Family) -> list[tupl
     ]
     if len(theirs) == 1:
         return [(theirs[0], slice(0, rows))]
-    kv = config.kv_heads * config.head_size
-    D = config.d_model
-    slices = (slice(0, D), slice(D, D + kv), slice(D + kv, D + 2 * kv))
+    ends = itertools.accumulate(config.qkv_rows)
+    slices = [slice(end - count, end) for end, count in zip(ends, config.qkv_rows, strict=True)]
     return list(zip(theirs, slices, strict=True))
 
 
@@ -209,6 +209,18 @@ def read_prefix(folder: Path) -> tuple[Tensor, str | None]:
             f"{_PREFIX_KEY} has, got {tokens!r}"
         )
     return values, recorded
+
+
+def check_base(folder: Path, recorded: str, found: str) -> None:
+    """Raise InputError if an adapter was trained on other weights than those of the model.
+
+    Args: recorded, found: hash of the weights in the adapter's file, and of the model.
+    """
+    if recorded != found:
+        raise InputError(
+            f"{folder}: expected the weights {recorded[:12]} that the adapter was trained on, got "
+            f"{found[:12]}; the adapter belongs to another model of the same shape"
+        )
 
 
 def adapter_base(folder: Path) -> Path:

@@ -107,6 +107,10 @@ class MLPRow(Choice):
     """Number of weight matrices. Each has D F elements."""
     has_bias: bool
     """Whether it has two biases, (F,) and (D,), if config.bias is true."""
+    has_gate: bool
+    """Whether it has a layer c_gate, as models of the Llama family have."""
+    extra_hidden_without_fusion: int
+    """Number of further tensors (B T, F) that it keeps if LoRA stops the fusion of its layers."""
     backward_bytes: Callable[[int, int, int, int, bool], int]
     """backward_bytes(N, D, F, itemsize, is_recomputed) returns the bytes that its backward
     allocates at once. N = B T; is_recomputed: recompute is "gelu"."""
@@ -154,6 +158,8 @@ MLPS = {
         width=lambda d_model: 4 * d_model,
         matrices=2,
         has_bias=True,
+        has_gate=False,
+        extra_hidden_without_fusion=0,
         backward_bytes=_gelu_backward_bytes,
     ),
     "relu2": MLPRow(
@@ -161,6 +167,8 @@ MLPS = {
         width=lambda d_model: 4 * d_model,
         matrices=2,
         has_bias=True,
+        has_gate=False,
+        extra_hidden_without_fusion=0,
         backward_bytes=_relu2_backward_bytes,
     ),
     "swiglu": MLPRow(
@@ -168,6 +176,8 @@ MLPS = {
         width=_swiglu_width,
         matrices=3,
         has_bias=False,
+        has_gate=True,
+        extra_hidden_without_fusion=2,
         backward_bytes=_swiglu_backward_bytes,
     ),
 }

@@ -165,6 +165,12 @@ class GPTConfig:
         return self.d_model // self.n_head
 
     @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values in the weight of the layer that computes all three."""
+        kv = self.kv_heads * self.head_size
+        return self.d_model, kv, kv
+
+    @property
     def d_feedforward(self) -> int:
         """Width of the MLP's hidden layer."""
         return self.d_hidden or MLPS[self.mlp].width(self.d_model)

@@ -322,8 +322,9 @@ def _lora_bytes(config: GPTConfig, itemsize: int, adapter: AdapterOptions) -> in
     total = len(layers) * adapter.lora * itemsize
     if adapter.lora_dropout:
         total += sum(n_in for _, n_in in layers.values()) * (itemsize + 1)
-    if config.mlp == "swiglu" and any(".mlp." in name for name in layers):
-        total += 2 * config.n_layer * config.d_feedforward * itemsize
+    if any(".mlp." in name for name in layers):
+        extra = MLPS[config.mlp].extra_hidden_without_fusion
+        total += extra * config.n_layer * config.d_feedforward * itemsize
     return total
 
 

@@ -16,7 +16,6 @@ Source     Radford et al. 2019, "Language models are unsupervised multitask lear
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from .choices import (
     check_recompute,
     choose_attention,
 )
-from .config import DROPOUTS, GPTConfig
+from .config import DROPOUTS, AdapterOptions, GPTConfig
 from .context import Branch, ForwardContext, adapter_seeds, dropout_seeds
 from .generation import KVCache, Prefill, generate
 from .hub import download, is_hub_name
@@ -42,9 +41,6 @@ from .layers import Attention
 from .positions import rope_tables, sinusoidal_table
 from .prefix import prefix_shape
 from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
-
-if TYPE_CHECKING:
-    from .lora import AdapterOptions
 
 
 class Block(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..errors import InputError, unknown_name
 from ..kernels import linear
 from ..kernels.core.dropout import Dropout, kept_elements
-from ._peft import LowRank, adapter_base, is_adapter, read_adapter, write_adapter
+from ._peft import LowRank, adapter_base, check_base, is_adapter, read_adapter, write_adapter
 from .choices import MLPS
 from .config import AdapterOptions, GPTConfig
 from .context import Branch
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from .gpt import GPT
 
 __all__ = [
-    "AdapterOptions",
     "LoraLinear",
     "adapter_base",
     "add_lora",
@@ -190,7 +189,7 @@ def lora_layers(config: GPTConfig, targets: tuple[str, ...] = ()) -> dict[str, t
     }
     if not targets:
         return layers
-    has_llama_names = any(name.endswith("mlp.c_gate") for name in layers)
+    has_llama_names = MLPS[config.mlp].has_gate
     wanted = list(targets)
     if has_llama_names:
         wanted = [_LLAMA_NAMES.get(target, target) for target in wanted]
@@ -296,12 +295,7 @@ def merge_adapter(model: "GPT", folder: Path) -> None:
     """
     parts, recorded = read_adapter(folder, lora_layers(model.config), model.config)
     if recorded is not None:
-        found = base_sha256(model)
-        if recorded != found:
-            raise InputError(
-                f"{folder}: expected the weights {recorded[:12]} that the adapter was trained on, "
-                f"got {found[:12]}; the adapter belongs to another model of the same shape"
-            )
+        check_base(folder, recorded, base_sha256(model))
     for name, rows, matrix in parts:
         weight = model.get_submodule(name).weight[rows]
         delta = (matrix.B.double() @ matrix.A.double()).mul_(matrix.scale)

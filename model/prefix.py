@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._peft import is_prefix, read_prefix, write_prefix
+from ._peft import check_base, is_prefix, read_prefix, write_prefix
 from .config import GPTConfig
 from .init import STANDARD_DEVIATION
 
@@ -69,11 +69,8 @@ def load_prefix(model: "GPT", folder: Path, base_sha256: str) -> None:
     """
     values, recorded = read_prefix(folder)
     config = model.config
-    if recorded not in (None, base_sha256):
-        raise InputError(
-            f"{folder}: expected the weights {recorded[:12]} that the adapter was trained on, got "
-            f"{base_sha256[:12]}; the adapter belongs to another model of the same shape"
-        )
+    if recorded is not None:
+        check_base(folder, recorded, base_sha256)
     if len(values) >= config.context_tokens:
         raise InputError(
             f"{folder}: expected fewer prefix tokens than the context of {config.context_tokens} "

@@ -300,8 +300,7 @@ def tensors_of(
         theirs = family.names(name)
         parts = [value]
         if len(theirs) > 1:
-            kv_rows = config.kv_heads * config.head_size
-            parts = value.split((config.d_model, kv_rows, kv_rows))
+            parts = value.split(config.qkv_rows)
         for part_name, part in zip(theirs, parts, strict=True):
             prefix = "" if name in _HEADS else family.prefix
             yield prefix + part_name, part.detach()

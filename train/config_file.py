@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..model import GPTConfig
-from ..model.lora import AdapterOptions
+from ..model.config import AdapterOptions
 from .config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from .recipes import recipe
 from .records import check_names, check_types, parse_object

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from ..model import GPTConfig
+from ..model.config import AdapterOptions
 from ..model.cost import step_bytes
-from ..model.lora import AdapterOptions
 from .choices import OPTIMIZERS
 
 # Estimate: a CUDA context with the code and workspaces of libraries, or Python with PyTorch.

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.errors import InputError
 from tritium.model import GPT, lora
+from tritium.model.config import AdapterOptions
 from tritium.model.lora import (
-    AdapterOptions,
     add_lora,
     base_sha256,
     check_adapter,

@@ -10,8 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tritium.model import GPT, PRESETS, GPTConfig
+from tritium.model.config import AdapterOptions
 from tritium.model.cost import flops_per_token, step_bytes
-from tritium.model.lora import AdapterOptions, add_lora, lora_parameters
+from tritium.model.lora import add_lora, lora_parameters
 from tritium.train.choices import OPTIMIZERS
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch

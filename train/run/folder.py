@@ -33,7 +33,7 @@ import torch
 from ... import __version__
 from ...errors import InputError
 from ...model import GPTConfig
-from ...model.lora import AdapterOptions
+from ...model.config import AdapterOptions
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..data.cache import cache_dir
 from ..data.dataset import SPLITS, Dataset, open_dataset

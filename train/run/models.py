@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...model import GPT, GPTClassifier, GPTConfig
+from ...model.config import AdapterOptions
 from ...model.cost import check_size
 from ...model.hub import is_hub_name
 from ...model.lora import (
-    AdapterOptions,
     adapter_base,
     add_lora,
     base_sha256,
