@@ -139,16 +139,16 @@ def _read_llama(fields: Fields, **options: Any) -> GPTConfig:
     # transformers 5 moved RoPE's settings into one field.
     rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
     for settings in (rope, fields.get("rope_scaling") or {}):
-        kind = settings.get("rope_type") or settings.get("type") or "default"
-        if kind != "default":
+        rope_type = settings.get("rope_type") or settings.get("type") or "default"
+        if rope_type != "default":
             raise InputError(
-                f"rope_type: expected default, got {kind!r}; tritium does not scale RoPE"
+                f"rope_type: expected default, got {rope_type!r}; tritium does not scale RoPE"
             )
-    for kind in fields.get("layer_types") or ():
-        if kind != "full_attention":
+    for layer_type in fields.get("layer_types") or ():
+        if layer_type != "full_attention":
             raise InputError(
-                f"layer_types: expected full_attention in all layers, got {kind!r}; tritium's "
-                "layers are equal"
+                f"layer_types: expected full_attention in all layers, got {layer_type!r}; "
+                "tritium's layers are equal"
             )
     heads = fields["num_attention_heads"]
     head_size = fields.get("head_dim") or fields["hidden_size"] // heads

@@ -81,6 +81,7 @@ def read_gguf(
         package gguf is not installed.
     """
     reader = _open(file)
+    # Longer arrays, such as the vocabulary, are not needed and are slow to convert.
     meta = {name: field for name, field in reader.fields.items() if len(field.data) < 100}
     meta = {name: field.contents() for name, field in meta.items()}
     family = meta.get("general.architecture")
@@ -190,16 +191,16 @@ def _reader(tensor, family: str, heads: dict[str, int | None], keep: bool) -> Ca
 def _values(tensor) -> Tensor:
     from gguf.quants import dequantize
 
-    kind = tensor.tensor_type.name
+    dtype = tensor.tensor_type.name
     shape = tuple(reversed(tensor.shape.tolist()))
-    if kind == "BF16":
+    if dtype == "BF16":
         return torch.from_numpy(tensor.data.view(np.int16).copy()).view(torch.bfloat16).view(shape)
-    if kind in ("F32", "F16"):
+    if dtype in ("F32", "F16"):
         return torch.from_numpy(tensor.data.copy()).view(shape)
     try:
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).view(shape)
     except NotImplementedError:
         raise InputError(
             f"{tensor.name}: expected float or quantized values that the package gguf "
-            f"dequantizes, got {kind}"
+            f"dequantizes, got {dtype}"
         ) from None

@@ -75,7 +75,10 @@ def _parts(name: str, rows: int, config: GPTConfig, family: Family) -> list[tupl
 
 
 def _targets(names: list[str], n_layer: int) -> list[str]:
-    """Return how the names of layers end, or complete names for layers of some blocks only."""
+    """Return target_modules.
+
+    The last two parts of a name if all blocks have LoRA there, else complete names.
+    """
     ends = {name: ".".join(name.split(".")[-2:]) for name in names}
     count = collections.Counter(ends.values())
     targets = [

@@ -297,7 +297,7 @@ class RecomputeRow(Choice):
     """dropped_bytes(config, itemsize, block_bytes) returns the bytes per token that a block does
     not keep. block_bytes is what it keeps in mode none."""
     keeps_inputs: bool = False
-    """Whether the inputs of each block are kept instead."""
+    """Whether the inputs of each block are kept too, in addition to what dropped_bytes leaves."""
     in_mlp: bool = False
     """Whether the MLP module computes its activation again: GPT sets its attribute `recompute`."""
     needs_mlp: str | None = None

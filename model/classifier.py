@@ -91,7 +91,7 @@ class GPTClassifier(GPT):
     def freeze(self, trained_blocks: int | None) -> None:
         """Train only some weights. The others have no gradient and no optimizer state.
 
-        Args: trained_blocks: the last so many blocks, the final norm and the head are trained.
+        Args: trained_blocks: number of last blocks to train, with the final norm and the head.
             0: only the head. None: all weights.
         Raises: ValueError if the model has fewer blocks.
         """

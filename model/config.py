@@ -13,7 +13,7 @@ from .choices import MLPS, NORMS, POSITIONS
 VOCABULARY_MULTIPLE = 64
 # Options that have an effect in training only. Models of equal shape may differ in them.
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
-# Options of a run that starts from a trained model. It has all others from that model.
+# A run that starts from a trained model can set these options. It takes all others from the model.
 OPTIONS_OF_RUN = (*DROPOUTS, "prefix_tokens")
 _OPTIONAL_SIZES = ("n_kv_head", "d_hidden", "window")
 _CHOICES = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}

@@ -9,7 +9,7 @@
                  no matmul reads: C D positions, and V D of an embedding whose head is untied.
                  Attention counts S = T keys per query, although causal kernels compute half of
                  them. With a window of W < T it counts S = W (2 T - W) / T, which is in the same
-                 way twice the number of visible keys. MFU uses this number
+                 way twice the mean number of visible keys per query. MFU uses it
     activations  activation_bytes: what autograd keeps between forward and backward
     step         step_bytes: all memory, at the moment of a step when it is largest, except for the
                  blocks of scores and random numbers that the reference of attention makes for a
@@ -99,9 +99,9 @@ def matmul_parameters(config: GPTConfig) -> int:
 
 
 def attended_keys(config: GPTConfig, tokens: int) -> int:
-    """Return twice the mean number of keys that a query of `tokens` sees, without rounding terms.
+    """Return W (2 T - W) / T: twice the mean number of keys per query, without the term W / T.
 
-    Without a window: `tokens`.
+    T is `tokens`. W is the window, at most T; without a window it is T. Rounded down.
     """
     window = min(config.window or tokens, tokens)
     return window * (2 * tokens - window) // tokens

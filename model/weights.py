@@ -173,13 +173,14 @@ def _open(path: Path) -> Source:
         )
     try:
         fields = json.loads(file.read_bytes())
-        kind = fields["model_type"]
+        model_type = fields["model_type"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: expected the configuration of a model of transformers") from None
-    if not isinstance(kind, str) or kind not in FAMILIES or FAMILIES[kind].architecture is None:
+    row = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if row is None or row.architecture is None:
         known = ", ".join(name for name, row in FAMILIES.items() if row.architecture)
-        raise InputError(f"{file}: expected model_type {known}, got {kind!r}")
-    return Source(path, FAMILIES[kind], fields, _open_files(path))
+        raise InputError(f"{file}: expected model_type {known}, got {model_type!r}")
+    return Source(path, row, fields, _open_files(path))
 
 
 def _check_required(fields: Fields, family: Family) -> None:
@@ -212,7 +213,7 @@ def _open_files(folder: Path) -> dict[str, Callable[[], Tensor]]:
 
 def _open_safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     def read(name: str) -> Tensor:
-        # Opened for each tensor: closing the file drops the pages that were read from memory.
+        # Opened for each tensor: closing the file drops from memory the pages that were read.
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(name)
 
@@ -235,7 +236,8 @@ def _load_pickle(file: Path, expected: str = "a file of torch.save") -> dict:
     """Read what torch.save wrote. It may hold tensors and plain values, and no code."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are about files that raise, too
+            # torch.load warns about some files before it raises for them.
+            warnings.simplefilter("ignore")
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # a format without mmap, of PyTorch before 1.6
@@ -328,13 +330,13 @@ def write_folder(
         add_files: writes more files into the folder that it is called with.
     Raises: InputError if the folder is in use, or if transformers has no such model.
     """
-    kind = family_of(config)
-    family = FAMILIES[kind]
+    name = family_of(config)
+    family = FAMILIES[name]
     with new_folder(folder) as temporary:
         dtype = _write_weights(temporary, tensors_of(weights, config, family), max_shard_bytes)
         tokens = token_ids or {}
         fields = {
-            "model_type": kind,
+            "model_type": name,
             **class_fields(family.architecture, labels),
             **family.write_config(config),
             **tokens,
