@@ -27,6 +27,7 @@ from torch import Tensor
 from ...errors import DivergedError, InputError
 from ...kernels import cross_entropy
 from ...model import GPT, GPTClassifier, GPTConfig
+from ...model.choices import ATTENTIONS
 from ..config import DIVERGED, TrainConfig
 from ..distributed.world import World
 from ..evaluate import Evaluation
@@ -128,6 +129,12 @@ def _check(config: TrainConfig) -> None:
         )
     if blocks is not None and config.adapter.lora:
         raise InputError(f"trained_blocks: expected none with `lora`, got {blocks}")
+    attention = config.execution.attention
+    if not ATTENTIONS[attention].spans_rows:
+        raise InputError(
+            f"attention: expected tritium in the task classify, whose texts can continue in the "
+            f"next row, got {attention}"
+        )
     for name in ("eval_text", "eval_choice"):
         if getattr(config.report, name):
             raise InputError(f"{name}: expected none, because a classifier predicts no tokens")

@@ -213,6 +213,7 @@ def test_a_classifier_is_not_used_as_a_language_model(tune, error_of):
         (None, ("--lora", 2, "--trained-blocks", 1), "--trained-blocks: expected none with"),
         (None, ("--prefix-tokens", 2), "--prefix-tokens: expected 0 in the task classify"),
         (None, ("--eval-text", "a=b"), "--eval-text: expected none, because a classifier predicts"),
+        (None, ("--attention", "sdpa"), "--attention: expected tritium in the task classify"),
         (None, ("--row-tokens", 65), "--row-tokens: expected at most the context of 64 tokens"),
     ],
 )
