@@ -268,10 +268,16 @@ def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: 
         last: the return to a checkpoint that did not help; None without one.
     """
     if bad_steps:
-        first, newest = bad_steps[0], bad_steps[-1]
+        first, newest = bad_steps[0]["step"], bad_steps[-1]["step"]
+        steps = f"step {first} was" if first == newest else f"steps {first} to {newest} were"
+        # metrics.jsonl has null for a number that is not finite.
+        loss, norm = (
+            "not finite" if bad_steps[0][name] is None else bad_steps[0][name]
+            for name in ("loss", "grad_norm")
+        )
         found = (
-            f"steps {first['step']} to {newest['step']} were bad: loss {first['loss']}, gradient "
-            f"norm {first['grad_norm']}, learning rate {first['lr']:.3g}"
+            f"{steps} bad: loss {loss}, gradient norm {norm}, learning rate "
+            f"{bad_steps[0]['lr']:.3g}"
         )
     else:
         found = f"the weights are not finite after {step} steps"

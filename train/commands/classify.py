@@ -49,8 +49,10 @@ def main(argv: Sequence[str]) -> int:
     from ..finetune.classify_batch import classify_texts
     from ..precision import choose_dtype, working_copy
     from ..run.models import open_model
+    from ..threads import limit_threads
 
     device = choose_device(options.device)
+    limit_threads()
     choose_matmul(device)
     trained = open_model(Path(options.model))
     tokenizer = trained.tokenizer(options.tokenizer)

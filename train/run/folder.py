@@ -159,8 +159,19 @@ def _is_temporary(path: Path) -> bool:
 
 
 def check_folder_unused(run: Path) -> None:
-    """Raise InputError unless `run` is new, empty, or a run that has no checkpoint yet."""
-    if run.exists() and (not run.is_dir() or not is_unstarted(run)):
+    """Raise InputError unless `run` is new, empty, or a run that has no checkpoint yet.
+
+    A new folder must be in one that can be written.
+    """
+    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{run}: expected a folder, got the file {nearest}; choose another `out`")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{run}: expected a folder to write to, got {nearest} without the right to write; "
+            "choose another `out`"
+        )
+    if run.exists() and not is_unstarted(run):
         what, hint = "holds other files", "choose another `out`"
         if (run / "config.json").exists():
             what, hint = "is a run already", "choose another `out`, or --resume it"

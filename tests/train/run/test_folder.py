@@ -81,6 +81,19 @@ def test_a_folder_in_use_raises(run, dataset, tmp_path):
         check_folder_unused(tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["text", "text/run"])
+def test_a_folder_at_or_below_a_file_raises(name, tmp_path):
+    (tmp_path / "text").write_text("x")
+    with pytest.raises(InputError, match=r"expected a folder, got the file .*text; choose another"):
+        check_folder_unused(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_written_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(InputError, match=r"got .* without the right to write; choose another"):
+        check_folder_unused(tmp_path / "new" / "run")
+
+
 def test_a_folder_that_is_not_a_run_raises(tmp_path):
     with pytest.raises(InputError, match="expected the folder of a run"):
         read_run(tmp_path)
