@@ -274,7 +274,13 @@ _fwd = define_op(
     composite_if=_uses_composite,
 )
 _bwd = define_op("embedding_bwd", launch=launch_bwd, reference=reference_bwd)
-_add = define_op("embedding_add", launch=launch_add, reference=reference_add, mutates=("dweight",))
+_add = define_op(
+    "embedding_add",
+    launch=launch_add,
+    reference=reference_add,
+    mutates=("dweight",),
+    public_name="embedding",
+)
 
 
 def _save(ctx, inputs, output):
@@ -371,10 +377,7 @@ def embedding(
     # Check and flatten.
     check_arguments(tokens, weight, position, position_weight, order, dtype)
     weight = as_rows(weight)
-    if position_weight is None:
-        position = None
-    else:
-        position_weight = as_rows(position_weight)
+    position_weight = None if position_weight is None else as_rows(position_weight)
     if position is not None:
         position = position.expand(tokens.shape).reshape(-1).contiguous()
     T = max(1, tokens.shape[-1]) if tokens.ndim else 1

@@ -251,18 +251,22 @@ def launch_attention_bwd(
 
 # --- operators
 
-_norm_rope = define_op("qk_norm_rope", launch=launch_norm_rope, reference=reference_norm_rope)
+_norm_rope = define_op(
+    "qk_norm_rope", launch=launch_norm_rope, reference=reference_norm_rope, public_name=NAME
+)
 _attention = define_op(
     "causal_attention_norm_rope_fwd",
     launch=launch_attention_fwd,
     reference=reference_attention_fwd,
     shapes=shapes_attention_fwd,
+    public_name=NAME,
 )
 _attention_bwd = define_op(
     "causal_attention_norm_rope_bwd",
     launch=launch_attention_bwd,
     reference=reference_attention_bwd,
     shapes=shapes_attention_bwd,
+    public_name=NAME,
 )
 
 # --- gradients

@@ -72,6 +72,9 @@ def _sdpa_packed(
 
 # --- operators
 
+# causal_attention and causal_attention_varlen call this operator.
+PUBLIC_NAMES = "causal_attention or causal_attention_varlen"
+
 attention = define_op(
     "causal_attention_fwd",
     launch=launch_fwd,
@@ -79,9 +82,14 @@ attention = define_op(
     shapes=shapes_fwd,
     composite=sdpa,
     composite_if=_sdpa_applies,
+    public_name=PUBLIC_NAMES,
 )
 _attention_bwd = define_op(
-    "causal_attention_bwd", launch=launch_bwd, reference=reference_bwd, shapes=shapes_bwd
+    "causal_attention_bwd",
+    launch=launch_bwd,
+    reference=reference_bwd,
+    shapes=shapes_bwd,
+    public_name=PUBLIC_NAMES,
 )
 packed_attention = define_op(
     "causal_attention_qkvpacked_fwd",

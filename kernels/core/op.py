@@ -83,6 +83,7 @@ def define_op(
     composite: Callable | None = None,
     composite_if: Callable[..., bool] = is_32_bit,
     mutates: Sequence[str] = (),
+    public_name: str | None = None,
 ) -> "Op":
     """Register `tritium::name` and return it, ready to call.
 
@@ -100,11 +101,12 @@ def define_op(
         composite_if: whether the composite applies to these arguments.
         mutates: names of the arguments written in place. `launch` must tell autograd about a write
             by a Triton kernel, with torch.autograd.graph.increment_version.
+        public_name: name for messages. Default: `name` without the suffix "_fwd" or "_bwd".
     Returns: the operator. Give it a gradient with `register_autograd`.
-    Raises: TypeError if the signature of `launch`, `shapes` or `composite` is not that of
-        `reference`.
+    Raises: TypeError if another function does not have the signature of `reference`.
     """
     _check_signatures(name, reference, launch=launch, shapes=shapes, composite=composite)
+    public_name = public_name or name.removesuffix("_fwd").removesuffix("_bwd")
     # The schema, and the reference for fake tensors.
     schema = _Schema(reference)
     implementations = {"cpu": without_autocast(reference)}
@@ -118,7 +120,6 @@ def define_op(
     kernels = {"CompositeExplicitAutograd": run_reference}
     if launch is not None and HAS_TRITON:
         LAUNCHERS[name] = schema.flat(launch)
-        public_name = name.removesuffix("_fwd").removesuffix("_bwd")
         run_launch = without_autocast(without_float64(public_name, launch))
         implementations["cuda"] = on_device_of_tensors(run_launch)
         kernels["CUDA"] = schema.flat(implementations["cuda"])
@@ -126,12 +127,13 @@ def define_op(
             implementations["cpu"] = run_launch
             kernels["CPU"] = schema.flat(run_launch)
     else:
-        kernels["CUDA"] = with_one_warning(name, run_reference)
+        kernels["CUDA"] = with_one_warning(public_name, run_reference)
     for key, kernel in kernels.items():
         _LIBRARY.impl(name, opaque(kernel), key)
     composite = composite and without_autocast(composite)
     # The dispatcher counts writes in place for autograd: such a call is never direct.
-    return Op(name, schema, composite, composite_if, {} if mutates else implementations)
+    direct = {} if mutates else implementations
+    return Op(name, public_name, schema, composite, composite_if, direct)
 
 
 def _check_signatures(name: str, reference: Callable, **roles: Callable | None) -> None:
@@ -151,12 +153,14 @@ class Op:
     def __init__(
         self,
         name: str,
+        public_name: str,
         schema: "_Schema",
         composite: Callable | None,
         composite_if: Callable[..., bool],
         implementations: dict[str, Callable],
     ):
         self._name = name
+        self._public_name = public_name
         self._overload = getattr(torch.ops.tritium, name).default
         self._has_gradient = False
         self._schema = schema
@@ -201,10 +205,9 @@ class Op:
         """Raise if an argument has a tangent. PyTorch would return a tangent of zero."""
         tensors = (arg for arg in args if isinstance(arg, Tensor))
         if any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
-            name = self._name.removesuffix("_fwd").removesuffix("_bwd")
             raise NotImplementedError(
-                f"{name}: forward-mode derivatives are not supported; use backward() or "
-                "torch.func.vjp"
+                f"{self._public_name}: forward-mode derivatives are not supported; "
+                "use backward() or torch.func.vjp"
             )
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:

@@ -188,12 +188,18 @@ def cost(
 _fwd = define_op(
     "linear_cross_entropy_fwd", launch=launch_fwd, reference=reference_fwd, shapes=shapes_fwd
 )
-_scale = define_op("linear_cross_entropy_scale", launch=launch_scale, reference=reference_scale)
+_scale = define_op(
+    "linear_cross_entropy_scale",
+    launch=launch_scale,
+    reference=reference_scale,
+    public_name="linear_cross_entropy",
+)
 _rows_bwd = define_op(
     "linear_cross_entropy_rows_bwd",
     launch=launch_rows_bwd,
     reference=reference_rows_bwd,
     shapes=shapes_rows_bwd,
+    public_name="linear_cross_entropy",
 )
 
 

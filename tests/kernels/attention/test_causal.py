@@ -376,10 +376,13 @@ def test_bad_input_raises(change, message):
 def test_float64_raises_under_the_name_of_the_public_function(device):
     q, k, v, *_ = make_inputs(1, 4, 4, 2, 2, 8, torch.float64, device)
     message = "the kernel takes float32, bfloat16 or float16, got float64"
-    with pytest.raises(TypeError, match=f"^causal_attention: {message}"):
+    names = "causal_attention or causal_attention_varlen"
+    with pytest.raises(TypeError, match=f"^{names}: {message}"):
         causal_attention(q, k, v)
-    with pytest.raises(TypeError, match=f"^causal_attention_qkvpacked: {message}"):
-        causal_attention_qkvpacked(packed(q, k, v), 2)
+    weight = torch.ones(8, dtype=torch.float64, device=device)
+    for options in ({}, {"q_norm_weight": weight, "k_norm_weight": weight}):
+        with pytest.raises(TypeError, match=f"^causal_attention_qkvpacked: {message}"):
+            causal_attention_qkvpacked(packed(q, k, v), 2, **options)
 
 
 @pytest.mark.plain

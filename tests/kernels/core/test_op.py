@@ -181,6 +181,27 @@ def test_launch_raises_for_float64():
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("test_default_fwd", {}, "test_default"),
+        ("test_other_fwd", {"public_name": "shown"}, "shown"),
+    ],
+)
+def test_messages_have_the_public_name(name, options, expected, monkeypatch):
+    names = []
+    monkeypatch.setattr(
+        "tritium.kernels.core.op.with_one_warning",
+        lambda name, reference: names.append(name) or reference,
+    )
+    op = define_op(name, launch=None, reference=double_reference, **options)
+    assert names == [expected]
+    x = torch.ones(2)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"^{expected}: forward"):
+        op(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.plain
 def test_launchers_are_registered_by_name():
     assert LAUNCHERS["test_double"] is double_launch
     assert "test_square" not in LAUNCHERS
