@@ -375,9 +375,10 @@ def _check_room(name: str, what: str, size: int, lengths: Tensor, new: int) -> N
     if not can_read_values(lengths) or torch.compiler.is_compiling():
         return
     if ((lengths < 0) | (lengths + new > size)).any():
+        tokens = "1 new token fits" if new == 1 else f"{new} new tokens fit"
         raise ValueError(
-            f"{name}: cache_seqlens must be from 0 to {size - new}, {what} {size} positions less "
-            f"{new} new, got {lengths.tolist()}"
+            f"{name}: cache_seqlens must be from 0 to {size - new}, so that {tokens} into {what} "
+            f"{size} positions, got {lengths.tolist()}"
         )
 
 

@@ -1,6 +1,6 @@
 """Losses and norms under the signatures of Liger Kernel's modules; see compat.py."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,63 +25,46 @@ class CrossEntropyOutput:
 
 
 class _Loss(nn.Module):
-    """The common part of both losses. Subclasses call `_set_options`."""
+    """The common part of both losses. Subclasses call `_set`."""
 
-    def _set_options(
+    def _set(
         self,
-        ignore_index: int,
-        lse_square_scale: float,
-        label_smoothing: float,
-        reduction: str,
-        softcap: float | None,
+        options: LossOptions,
         return_z_loss: bool,
         return_token_accuracy: bool,
         return_predicted_tokens: bool,
     ) -> None:
+        """Check the options and store them."""
         name = type(self).__name__
         check_default(name, return_predicted_tokens=(return_predicted_tokens, False))
-        options = LossOptions(
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=lse_square_scale,
-            softcap=softcap or 0.0,
-            reduction=reduction,
-        )
-        options.check(name, z_loss="lse_square_scale")
-        if return_token_accuracy and reduction == "none":
+        options.check(name, z_loss_label="lse_square_scale")
+        if return_token_accuracy and options.reduction == "none":
             raise ValueError(
                 f"{name}: return_token_accuracy needs reduction 'mean' or 'sum', got 'none'"
             )
-        self.ignore_index = ignore_index
-        self.lse_square_scale = lse_square_scale
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.softcap = softcap
+        self.options = options
         self.return_z_loss = return_z_loss
         self.return_token_accuracy = return_token_accuracy
 
     def _compute(self, function, target: Tensor, *args) -> Tensor | CrossEntropyOutput:
         """Call an operator. Convert its results."""
-        loss, lse, correct = function(
+        found = function(
             *args,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.lse_square_scale,
-            softcap=self.softcap,
-            reduction=self.reduction,
-            return_lse=True,
-            return_correct=True,
+            **asdict(self.options),
+            return_lse=self.return_z_loss,
+            return_correct=self.return_token_accuracy,
         )
         if not (self.return_z_loss or self.return_token_accuracy):
-            return loss
+            return found
+        loss, *rest = found
         output = CrossEntropyOutput(loss=loss)
-        count = (target != self.ignore_index).sum().clamp(min=1)
+        count = (target != self.options.ignore_index).sum().clamp(min=1)
         if self.return_z_loss:
-            rows = self.lse_square_scale * lse.square()
+            rows = self.options.z_loss * rest[0].square()  # rest[0] is lse
             sums = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / count}
-            output.z_loss = sums[self.reduction]
+            output.z_loss = sums[self.options.reduction]
         if self.return_token_accuracy:
-            output.token_accuracy = correct / count
+            output.token_accuracy = rest[-1] / count  # rest[-1] is correct
         return output
 
 
@@ -115,16 +98,14 @@ class LigerCrossEntropyLoss(_Loss):
     ):
         super().__init__()
         check_default("LigerCrossEntropyLoss", weight=(weight, None))
-        self._set_options(
-            ignore_index,
-            lse_square_scale,
-            label_smoothing,
-            reduction,
-            softcap,
-            return_z_loss,
-            return_token_accuracy,
-            return_predicted_tokens,
+        options = LossOptions(
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=lse_square_scale,
+            softcap=softcap or 0.0,
+            reduction=reduction,
         )
+        self._set(options, return_z_loss, return_token_accuracy, return_predicted_tokens)
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
         """Return the loss of logits (..., V) and targets (...)."""
@@ -163,16 +144,14 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
         check_default(name, use_token_scaling=(use_token_scaling, False))
         if accum_dtype not in (None, torch.float32):
             raise ValueError(f"{name}: accum_dtype must be None or float32, got {accum_dtype}")
-        self._set_options(
-            ignore_index,
-            lse_square_scale,
-            label_smoothing,
-            reduction,
-            softcap,
-            return_z_loss,
-            return_token_accuracy,
-            return_predicted_tokens,
+        options = LossOptions(
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=lse_square_scale,
+            softcap=softcap or 0.0,
+            reduction=reduction,
         )
+        self._set(options, return_z_loss, return_token_accuracy, return_predicted_tokens)
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None

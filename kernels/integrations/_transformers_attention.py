@@ -30,17 +30,18 @@ from ..attention.decode import attention_decode
 from ..attention.varlen import causal_attention_varlen
 
 NAME = "tritium"
-# attention_decode keeps at most 64 rows (tokens times heads per key head) in a tile.
+# attention_decode reads the keys once for 64 rows, which are tokens times query heads per key head.
+# With 4 query heads per key head, as in Llama 3 8B, 16 tokens are 64 rows.
 MAX_DECODE_TOKENS = 16
+PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 # The functions of transformers.masking_utils that a mask may combine.
 MASK_FUNCTIONS = {
+    PACKED,
     "and_masks.<locals>.and_mask",
     "causal_mask_function",
     "sliding_window_overlay.<locals>.inner_mask",
-    "packed_sequence_mask_function.<locals>.inner_mask",
     "remap_positions_for_packed_sequence.<locals>.inner_mask",
 }
-PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 # Arguments of attention functions that change the result, unless they are None, False or 0.
 UNSUPPORTED = ("head_mask", "output_attentions", "s_aux", "position_bias", "softcap")
 

@@ -39,7 +39,7 @@ SILUS = ("SiLUActivation", "SiLU")
 
 def patched_class(original: type, forward: Callable) -> type:
     """Return the subclass of `original` with this forward(self, original, *args, **kwargs)."""
-    patched = _CLASSES.get(original)
+    patched = _CLASSES.get((original, forward))
     if patched is not None:
         return patched
 
@@ -59,12 +59,12 @@ def patched_class(original: type, forward: Callable) -> type:
     namespace |= {"forward": run, "__reduce_ex__": __reduce_ex__}
     namespace |= {"_tritium_original": original, "_tritium_arguments": _argument_names(original)}
     patched = type(original.__name__, (original,), namespace)
-    _CLASSES[original] = patched
+    _CLASSES[original, forward] = patched
     return patched
 
 
-# Patched classes by original class.
-_CLASSES: dict[type, type] = {}
+# Patched classes by original class and forward.
+_CLASSES: dict[tuple[type, Callable], type] = {}
 
 
 def original_class(module: nn.Module) -> type | None:

@@ -164,9 +164,12 @@ def patch(model: PreTrainedModel, parts: Iterable[str] = PARTS) -> PreTrainedMod
     for name, role, module in modules:
         _check_module(name, role, module)
 
-    for part in model.modules():
-        if "_tritium_previous_attention" in vars(part):
-            unpatch(part)
+    for _, _, module in modules:
+        # transformers 4.56 leaves a reference to the forward of the class.
+        vars(module).pop("forward", None)
+    for module in model.modules():
+        if "_tritium_previous_attention" in vars(module):
+            unpatch(module)
     for part in parts:
         for _, role, module in modules:
             if role == ROLES[part]:
@@ -325,17 +328,15 @@ def _check_module(name: str, role: str, module: nn.Module) -> None:
     """Raise a ValueError if a module may compute something else than the kernels."""
     where = f"patch: {type(module).__name__} {name!r}".removesuffix(" ''")
     own = vars(module).get("forward")
-    if own is not None:
-        if getattr(own, "__func__", None) is not type(module).forward:
-            raise ValueError(
-                f"{where}: expected the forward of its class, got another one; patch before "
-                "accelerate, kernels or other libraries replace it"
-            )
-        del module.forward  # transformers 4.56 leaves a reference to the forward of the class
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        raise ValueError(
+            f"{where}: expected the forward of its class, got another one; patch before "
+            "accelerate, kernels or other libraries replace it"
+        )
     if role in ATTRIBUTES:
         public = {attribute for attribute in vars(module) if not attribute.startswith("_")}
         public |= {*module._parameters, *module._buffers, *module._modules}
-        unknown = sorted(public - ATTRIBUTES[role] - set(vars(nn.Module())))
+        unknown = sorted(public - ATTRIBUTES[role] - set(vars(nn.Module())) - {"forward"})
         if unknown:
             raise ValueError(f"{where}: unknown attribute {unknown[0]!r}; it may change the result")
     if role == "attention":

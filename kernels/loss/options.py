@@ -20,12 +20,12 @@ class LossOptions:
     softcap: float = 0.0
     reduction: str = "mean"
 
-    def check(self, name: str, z_loss: str = "z_loss") -> None:
+    def check(self, name: str, z_loss_label: str = "z_loss") -> None:
         """Raise a ValueError for an option out of range.
 
         Args:
             name: the operator.
-            z_loss: the name that it gives to the option z_loss.
+            z_loss_label: the name that it gives to the option z_loss.
         """
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(
@@ -33,7 +33,8 @@ class LossOptions:
             )
         if not 0 <= self.z_loss <= MAX_OPTION:
             raise ValueError(
-                f"{name}: {z_loss} must be from 0 (no z-loss) to {MAX_OPTION}, got {self.z_loss}"
+                f"{name}: {z_loss_label} must be from 0 (no z-loss) to {MAX_OPTION}, "
+                f"got {self.z_loss}"
             )
         if self.softcap and not 1 / MAX_OPTION <= self.softcap <= MAX_OPTION:
             raise ValueError(

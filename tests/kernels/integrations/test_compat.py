@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.kernels.attention.cases import needs_kernels
 from tests.kernels.compare import assert_close
 from tritium.kernels import attention_decode, causal_attention, cross_entropy, rotary
-from tritium.kernels.integrations import _compat_attention, compat
+from tritium.kernels.integrations import _compat_attention, _compat_liger, compat
 
 
 def randn(*shape, seed=0, device="cpu"):
@@ -307,7 +307,7 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
                 ({"cache_seqlens": torch.tensor(1)}, r"cache_seqlens must be .* got torch.int64"),
                 (
                     {"cache_seqlens": 2, "rotary_cos": Q[0, :2, 0], "rotary_sin": Q[0, :2, 0]},
-                    "from 0 to 1, rotary_cos's 2 positions",
+                    "from 0 to 1, so that 1 new token fits into rotary_cos's 2 positions",
                 ),
             )
         ),
@@ -427,6 +427,30 @@ def test_liger_losses_match_torch(reduction, device):
         lambda w, x, b: F.cross_entropy(F.linear(x, w, b), target, **options), [weight, x, bias]
     )
     assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", ["LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss"])
+@pytest.mark.parametrize("asked", [(), ("z_loss",), ("token_accuracy",)])
+def test_liger_losses_ask_the_operator_for_what_they_return(name, asked, monkeypatch):
+    logits, target = logits_and_target("cpu")
+    fused = "Fused" in name
+    operator = "linear_cross_entropy" if fused else "cross_entropy"
+    original, calls = getattr(_compat_liger, operator), []
+
+    def spy(*args, **kwargs):
+        calls.append((kwargs["return_lse"], kwargs["return_correct"]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(_compat_liger, operator, spy)
+    loss = getattr(compat, name)(**{f"return_{result}": True for result in asked})
+    inputs = (torch.eye(11), logits, target) if fused else (logits, target)
+    found = loss(*inputs)
+    assert calls == [("z_loss" in asked, "token_accuracy" in asked)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+    for result in asked:
+        torch.testing.assert_close(getattr(compiled, result), getattr(found, result))
+    assert isinstance(found, torch.Tensor) != bool(asked)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -16,7 +16,10 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from tritium.kernels.integrations import _transformers_attention  # noqa: E402
+from tritium.kernels.integrations import (  # noqa: E402
+    _transformers_attention,
+    _transformers_forward,
+)
 from tritium.kernels.integrations.transformers import (  # noqa: E402
     FAMILIES,
     patch,
@@ -606,6 +609,26 @@ def test_an_unsupported_model_raises_and_stays_as_it_was(make, message):
     with pytest.raises(ValueError, match=message):
         patch(model)
     assert layout_of(model) == before
+
+
+def test_a_module_keeps_its_reference_to_its_forward_if_a_later_module_raises():
+    """transformers 4.56 leaves such references."""
+    model = build("gpt2")
+    first, last = model.transformer.h[0].mlp, model.transformer.h[1].mlp
+    first.forward, last.scale = first.forward, 2
+    with pytest.raises(ValueError, match="unknown attribute 'scale'"):
+        patch(model)
+    assert "forward" in vars(first)
+    del last.scale
+    patch(model)
+    assert "forward" not in vars(first)
+
+
+def test_each_forward_has_a_patched_class_of_its_own():
+    forwards = (_transformers_forward.gpt2_mlp_forward, _transformers_forward.llama_mlp_forward)
+    classes = [_transformers_forward.patched_class(OwnMLP, forward) for forward in forwards]
+    assert classes[0] is not classes[1]
+    assert classes[0] is _transformers_forward.patched_class(OwnMLP, forwards[0])
 
 
 def test_a_patched_model_stays_patched_if_patching_again_raises():
