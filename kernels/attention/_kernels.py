@@ -40,13 +40,13 @@ Names      q, k, v, do, lse, delta without _ptr may be TMA descriptors, see _til
            group      query heads per key head, H / G
            heads      heads of all sequences: B H, or B G in the kernel that owns keys
            row        index of query 0 of this head in (B, H, T): addresses lse, counts random words
-           quads      Philox counters per query, four keys each
+           row_keys   keys per row of random words: S, also for a document
            threshold  a weight is kept if its random word is not below it
            keep       1 - dropout_p
            sums       partial sums over the tokens of a tile, for the gradient of a bias of qkv
 
 Options that do not apply are None. Triton compiles a kernel without the code that uses them.
-With dropout, `keep` is 1 - dropout_p, and `kept` is True for the weights to keep.
+With dropout, `kept` is True for the weights to keep.
 """
 
 from ..core.triton import tl, triton
@@ -68,8 +68,9 @@ from ._tiles import (
     _store_rows,
 )
 
-# A kernel is not compiled again for values of these arguments that are 1 or multiples of 16. Other
-# integers are strides, whose alignment allows wide loads, and `group`, whose 1 removes a loop.
+# Triton compiles a kernel again if an integer argument is 1 or a multiple of 16. It does not for
+# these arguments. It does for strides, whose alignment allows wide loads, and for `group`, where 1
+# removes a loop.
 COUNTS = ["T", "S", "H", "tiles", "heads", "heads_at_once", "window", "threshold"]
 
 # --- forward: a program owns BLOCK_M queries of one head
@@ -77,7 +78,7 @@ COUNTS = ["T", "S", "H", "tiles", "heads", "heads_at_once", "window", "threshold
 
 @triton.jit
 def _fwd_loop(
-    acc, total, m, q, k, v, lo, hi, seed, row, quads,
+    acc, total, m, q, k, v, lo, hi, seed, row, row_keys,
     batch, first_query, start, shift, S, kv_head,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, window, softcap, threshold,
@@ -103,7 +104,7 @@ def _fwd_loop(
         total = total * shrink + tl.sum(p, 1)
         if seed is not None:
             kept = _dropout_mask(
-                seed, row, quads, first_query, first_key, threshold, BLOCK_M, BLOCK_N
+                seed, row, row_keys, first_query, first_key, threshold, BLOCK_M, BLOCK_N
             )
             p = tl.where(kept, p, 0.0)
         # Weighted sum of the values.
@@ -132,7 +133,7 @@ def _causal_attention_fwd_kernel(
         q_ptr, batch, begin, end, head, stride_qb, stride_qt, stride_qh, HEAD, BLOCK_M, BLOCK_K
     )
     row = (batch * H + head).to(tl.int64) * T + start
-    seed, quads = None if seed_ptr is None else tl.load(seed_ptr), tl.cdiv(S, 4)
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
 
     # Loop over the keys: the window's edge, the interior, the diagonal.
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -141,7 +142,7 @@ def _causal_attention_fwd_kernel(
     for stage in tl.static_range(3):
         if stage > 0 or window is not None:
             acc, total, m = _fwd_loop(
-                acc, total, m, q, k, v, edges[stage], edges[stage + 1], seed, row, quads,
+                acc, total, m, q, k, v, edges[stage], edges[stage + 1], seed, row, S,
                 batch, first, start, shift, keys, head // group,
                 stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                 scale, window, softcap, threshold,
@@ -174,7 +175,7 @@ def _weights_and_dscores(s, dp, lse, delta, scale, softcap):
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k, v, lo, hi, seed, row, quads,
+    dq, q, do, lse, delta, k, v, lo, hi, seed, row, row_keys,
     batch, first_query, start, shift, S, kv_head,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, window, softcap, threshold, keep,
@@ -195,7 +196,7 @@ def _dq_loop(
         dp = tl.dot(do, values.T, input_precision="ieee")
         if seed is not None:
             kept = _dropout_mask(
-                seed, row, quads, first_query, first_key, threshold, BLOCK_M, BLOCK_N
+                seed, row, row_keys, first_query, first_key, threshold, BLOCK_M, BLOCK_N
             )
             dp = tl.where(kept, dp / keep, 0.0)
         # Gradient of the scores, zero where masked.
@@ -246,13 +247,13 @@ def _causal_attention_bwd_dq_kernel(
     )
     # After the last query lse is inf: p = exp2(s - inf) = 0.
     lse = tl.load(lse_ptr + row + offs, mask=offs < queries, other=float("inf")) * LOG2E
-    seed, quads = None if seed_ptr is None else tl.load(seed_ptr), tl.cdiv(S, 4)
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     edges = _key_range(first, queries, shift, window, BLOCK_M, BLOCK_N)
     for stage in tl.static_range(3):
         if stage > 0 or window is not None:
             dq = _dq_loop(
-                dq, q, do, lse, delta, k, v, edges[stage], edges[stage + 1], seed, row, quads,
+                dq, q, do, lse, delta, k, v, edges[stage], edges[stage + 1], seed, row, S,
                 batch, first, start, shift, keys, head // group,
                 stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                 scale, window, softcap, threshold, keep,
@@ -269,7 +270,7 @@ def _causal_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, keys, values, q, do, lses, deltas, lo, hi, seed, index, total, quads,
+    dk, dv, keys, values, q, do, lses, deltas, lo, hi, seed, index, total, row_keys,
     batch, head, first_key, start, shift, T,
     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
     scale, window, softcap, threshold, keep,
@@ -297,7 +298,7 @@ def _dkdv_loop(
         delta = _load_statistics(deltas, do, index, begin, end, total, 0.0, BLOCK_M)
         if seed is not None:
             row = index.to(tl.int64) * total + start
-            kept = _dropout_mask(seed, row, quads, first, first_key, threshold, BLOCK_M, BLOCK_N)
+            kept = _dropout_mask(seed, row, row_keys, first, first_key, threshold, BLOCK_M, BLOCK_N)
             kept = tl.trans(kept)
             dp = tl.where(kept, dp / keep, 0.0)
         # Weights and the gradient of the scores, zero where masked.
@@ -334,7 +335,7 @@ def _causal_attention_bwd_dkdv_kernel(
     v = _load_rows(
         v_ptr, batch, begin, end, kv_head, stride_vb, stride_vt, stride_vh, HEAD, BLOCK_N, BLOCK_K
     )
-    seed, quads = None if seed_ptr is None else tl.load(seed_ptr), tl.cdiv(S, 4)
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
 
     # Loop over the query heads of the group, and in each over the queries: the diagonal, the
     # interior, the window's edge.
@@ -346,7 +347,7 @@ def _causal_attention_bwd_dkdv_kernel(
             if stage < 2 or window is not None:
                 dk, dv = _dkdv_loop(
                     dk, dv, k, v, q, do, lse, delta, edges[stage], edges[stage + 1],
-                    seed, batch * H + head, T, quads, batch, head, first, start, shift, queries,
+                    seed, batch * H + head, T, S, batch, head, first, start, shift, queries,
                     stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
                     scale, window, softcap, threshold, keep,
                     stage != 1, HEAD, BLOCK_M, BLOCK_N, BLOCK_K,

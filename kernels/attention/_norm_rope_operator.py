@@ -27,14 +27,14 @@ from ._norm_rope import (
     reference_norm_rope_bwd,
 )
 from ._reference import (
-    reference_fwd,
+    attend,
     shapes_qkvpacked_bwd,
     shapes_qkvpacked_fwd,
     split_qkv,
     wide_grads,
 )
 from ._sdpa import is_plain, sdpa
-from .launch import launch_fwd, launch_packed_grads
+from .launch import launch_attend, launch_packed_grads
 from .options import AttentionOptions
 
 NAME = "causal_attention_qkvpacked"
@@ -131,7 +131,7 @@ def reference_attention_fwd(
     Only v of qkv is read. The bias, the weights and norm_rope are arguments for the gradient.
     """
     check_document_values(NAME, cu_seqlens, qkv.shape[1])
-    o, lse = reference_fwd(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = attend(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
     return o.flatten(2), lse
 
 
@@ -165,7 +165,7 @@ def launch_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_attention_fwd`."""
     check_document_values(NAME, cu_seqlens, qkv.shape[1])
-    o, lse = launch_fwd(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = launch_attend(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
     B, T, H, K = o.shape
     return o.view(B, T, H * K), lse
 

@@ -35,6 +35,13 @@ def reference_fwd(
     With cu_seqlens the batch size is 1. Tokens after the last document get zeros.
     """
     check_document_values("causal_attention_varlen", cu_seqlens, q.shape[1])
+    return attend(q, k, v, cu_seqlens, options)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the same as `reference_fwd`, for checked cu_seqlens."""
     o, lse = _attend(_by_head(q), _by_head(k), _by_head(v), cu_seqlens, options)
     return _by_token(o, q.dtype), lse
 
@@ -74,7 +81,7 @@ def wide_grads(
     cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in at least float32, as views of tensors whose first axis are the heads."""
+    """Return dq, dk, dv in at least float32, as views of tensors whose first axis is the heads."""
     do, o, *heads = (_by_head(x) for x in (do, o, q, k, v))
     grads = tuple(torch.zeros_like(x) for x in heads)
     _fill_grads(grads, do, dlse, o, *heads, cu_seqlens, options)
@@ -109,9 +116,8 @@ def reference_qkvpacked_fwd(
     The value of `added_bias` is not read: qkv contains it.
     """
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
-    q, k, v = (_by_head(x) for x in split_qkv(qkv, n_head, n_kv_head))
-    o, lse = _attend(q, k, v, cu_seqlens, options)
-    return _by_token(o, qkv.dtype).flatten(2), lse
+    o, lse = attend(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    return o.flatten(2), lse
 
 
 def shapes_qkvpacked_fwd(
@@ -175,7 +181,7 @@ def shapes_qkvpacked_bwd(
 
 def split_qkv(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q (B, T, H, K), k and v (B, T, G, K) in qkv (B, T, (H + 2 G) K)."""
-    # view and split_with_sizes take half of the host time of unflatten and split.
+    # view and split_with_sizes take half of the host time of unflatten and split (November 2026).
     B, T, width = qkv.shape
     heads = n_head + 2 * n_kv_head
     by_head = qkv.view(B, T, heads, width // heads)
@@ -212,8 +218,8 @@ def _attend(
     q, k, v = _flat(q, H), _flat(k, H), _flat(v, H)
     for rows, keys, mask in _blocks(T, S, options.window, starts, q):
         t = _scores(q[:, rows], k[:, keys], mask, options)
-        # torch.softmax takes half the time of torch.exp(t - lse). The largest p of a row is
-        # 1 / sum(exp(t - max(t))), which gives lse.
+        # torch.softmax takes half the time of torch.exp(t - lse) (November 2026). The largest p of
+        # a row is 1 / sum(exp(t - max(t))), which gives lse.
         p = torch.softmax(t, -1)
         lse[:, rows] = t.amax(-1) - p.amax(-1).log_()
         if options.dropout_p > 0:

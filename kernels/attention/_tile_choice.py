@@ -113,9 +113,9 @@ FLOAT32_TILES = _tiles(
     one_pass={64: (32, 32, 8, 2)},
 )
 # The backward in one pass has one program per multiprocessor, and a program works on one head at a
-# time. It is chosen if the programs need at least ONE_PASS_WAVES waves, if the average wave is at
-# least as full as ONE_PASS_FULL, and if the data that they read repeatedly stays in the L2
-# cache. The H100 and the H200 have an L2 cache of 50 MB.
+# time. With BACKWARD = "auto" it is chosen if the programs need at least ONE_PASS_WAVES waves, if
+# the average wave is at least as full as ONE_PASS_FULL, and if the data that they read repeatedly
+# stays in the L2 cache. The H100 and the H200 have an L2 cache of 50 MB.
 ONE_PASS_WAVES = 1.5
 ONE_PASS_FULL = 0.85
 ONE_PASS_L2_BYTES = 40 << 20

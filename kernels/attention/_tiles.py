@@ -9,6 +9,7 @@ Maximum    the running maximum starts at LOWEST, a finite number. For a query th
            yet, exp2(-inf - LOWEST) = 0, whereas exp2(-inf - (-inf)) would be NaN.
 """
 
+from ..core.dropout import kept_tile
 from ..core.tile import tanh
 from ..core.triton import tl, triton
 
@@ -132,11 +133,13 @@ def _load_statistics(source, rows, index, first, end, T, other, BLOCK: tl.conste
     """
     offs = first + tl.arange(0, BLOCK)
     if isinstance(source, tl.tensor_descriptor):
-        # An ordinary load puts each number into every thread that needs it: 32 more instructions.
+        # An ordinary load puts each number into every thread that needs it: 32 more instructions
+        # (November 2026).
         return source.load([index, first]).reshape(BLOCK)
     elif isinstance(rows, tl.tensor_descriptor):
         # For wgmma Triton gives a load of fewer numbers than threads to every thread that needs it:
-        # 190 more instructions and spilled registers. Four copies of each number prevent this.
+        # 190 more instructions and spilled registers (sm_90, November 2026). Four copies of each
+        # number prevent this.
         offs = offs[:, None] + 0 * tl.arange(0, 4)[None, :]
         copies = tl.load(source + index.to(tl.int64) * T + offs, mask=offs < end, other=other)
         return tl.max(copies, 1)
@@ -218,19 +221,12 @@ def _is_visible(queries, keys, shift, window):
 
 @triton.jit
 def _dropout_mask(
-    seed, row, quads_per_row, first_row, first_key, threshold,
+    seed, row, row_keys, first_row, first_key, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return True for the attention weights to keep, (BLOCK_M, BLOCK_N).
-
-    Key j takes word j % 4 of Philox counter row * quads_per_row + j / 4: four keys per counter.
-    """
+    """Return True for the attention weights to keep, (BLOCK_M, BLOCK_N)."""
     rows = row + first_row + tl.arange(0, BLOCK_M)
-    quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
-    w0, w1, w2, w3 = tl.randint4x(seed, rows[:, None] * quads_per_row + quads[None, :])
-    # These joins and the reshape put the four words of a counter next to each other, in order.
-    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return pairs.reshape(BLOCK_M, BLOCK_N).to(tl.int32, bitcast=True) >= threshold
+    return kept_tile(seed, rows, first_key, row_keys, threshold, BLOCK_M, BLOCK_N)
 
 
 # --- packed documents: a program writes BLOCK_T slots of the list of tiles

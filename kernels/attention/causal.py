@@ -31,12 +31,14 @@ Determinism  two passes: one backward kernel owns queries and writes dq (3 matmu
            keys and writes dk and dv (4 matmuls). Both compute s, p and dp, so 2 matmuls and the
            exponentials are done twice. There are no atomics.
            One pass: a kernel owns a head and computes all gradients with 5 matmuls. It adds to dq
-           in memory, in a fixed order. It needs as many heads as the GPU has multiprocessors, or
-           more, and is not the default yet. See BACKWARD in launch.py.
-Files      _reference.py definition    _kernels.py, _one_pass.py, _tiles.py kernels
+           in memory, in a fixed order. It is fast only with as many heads as the GPU has
+           multiprocessors, or more, and is not the default yet. See BACKWARD in launch.py.
+Files      _reference.py definition    _sdpa.py plain attention on a CPU
+           _kernels.py, _one_pass.py, _tiles.py kernels    _documents.py packed documents
            launch.py launchers    _tile_choice.py tile sizes    options.py options
            _inputs.py checks    _operator.py operators and gradients
-           _norm_rope.py, _norm_rope_operator.py QK-norm and RoPE of a packed qkv
+           _norm_rope.py, _norm_rope_kernels.py, _norm_rope_operator.py QK-norm and RoPE of a
+           packed qkv
 Bias       qkv already contains `added_bias`. Its value is not read. The backward returns its
            gradient, the sum of qkv's gradient over tokens, and need not read that gradient from
            memory again. Detach the bias where it is added, so that it gets the gradient once:

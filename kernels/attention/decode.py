@@ -31,7 +31,7 @@ from ..core.op import can_read_values, define_op, is_eager, public
 from ..core.triton import cdiv, next_power_of_2, tl, triton
 from ._inputs import check_head_counts
 from ._tiles import LOWEST, _capped_scores, _exp2_scale, _is_visible, _load_rows, _softmax_step
-from .options import MAX_HEAD_SIZE, check_score_options
+from .options import check_head_size, check_score_options
 
 MAX_SPLITS = 64
 
@@ -112,6 +112,7 @@ def _attention_decode_kernel(
     B, T, S, H, group, splits, scale, window, softcap,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Store o and lse of one split of the keys. lse is in base 2: the log2 of a sum of exp2."""
     # Find this program's rows. Sequences and tiles share the first axis of the grid, because CUDA
     # limits the other axes to 65,535.
     pid, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -160,7 +161,8 @@ def _attention_decode_kernel(
         )
         s = _capped_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
         offs_n = begin + tl.arange(0, BLOCK_N)
-        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
+        # Only the last split ends inside a tile. Its rows see no key from `hi` on.
+        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window)
         s = tl.where(seen, s, -float("inf"))
         p, shrink, m = _softmax_step(s, m, c, True)
         total = total * shrink + tl.sum(p, 1)
@@ -192,7 +194,7 @@ def _attention_decode_join_kernel(
     rows, splits,
     HEAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Average the splits of one row, each weighted by its sum of exponentials."""
+    """Average the splits of one row, each weighted by its sum of exponentials. lse is in base 2."""
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     offs = offs_s.to(tl.int64) * rows + row
@@ -250,6 +252,7 @@ def launch(
     partial = o
     if p.splits > 1:
         partial = torch.empty((p.splits, *o.shape), dtype=torch.float32, device=q.device)
+    # In base 2.
     lse = torch.empty((p.splits, B, T, H), dtype=torch.float32, device=q.device)
     launch_kernel(_attention_decode_kernel, (cdiv(T * H // G, p.block_m) * B, G, p.splits),
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=cache_lengths,
@@ -319,7 +322,7 @@ def attention_decode(
         window: how many keys a token sees, itself included. Default: all.
         softcap: c > 0 replaces a score s by c tanh(s / c). 0 or None: scores stay as they are.
     Returns: o (B, T, H, K), dtype of q; zero for a token that sees no key. It does not require a
-        gradient, also if an input does.
+        gradient, even if an input does.
     Raises: ValueError for a shape, dtype, device or option that does not fit. TypeError for float64
         on a GPU.
     """
@@ -344,11 +347,12 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -
             f"got {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         )
     B, _, _, K = q.shape
-    if k_cache.shape[0] != B or k_cache.shape[3] != K or not 1 <= K <= MAX_HEAD_SIZE:
+    if k_cache.shape[0] != B or k_cache.shape[3] != K:
         raise ValueError(
             f"{name}: the caches must have q's batch size {B} and head size {K}, "
-            f"at most {MAX_HEAD_SIZE}, got {tuple(k_cache.shape)}"
+            f"got {tuple(k_cache.shape)}"
         )
+    check_head_size(name, K)
     check_head_counts(name, q, k_cache)
     if not (q.dtype == k_cache.dtype == v_cache.dtype and q.is_floating_point()):
         raise ValueError(

@@ -27,7 +27,8 @@ from ._tile_choice import SHORT_KEYS, Tile, has_one_pass_tile, one_pass_fits, pa
 from .options import AttentionOptions
 
 # Keys and values of the heads that run at the same time should stay in the L2 cache, which has
-# 40 MB or more on data-center GPUs. 64 x 1,024 tokens on an H100: 4 MB take 1.36 ms, 16 MB 1.44.
+# 40 MB or more on data-center GPUs. 64 x 1,024 tokens on an H100 (November 2026): 4 MB take
+# 1.36 ms, 16 MB 1.44.
 L2_BYTES = 4 << 20
 # The backward's passes over q, k, v and do: "two passes", "one pass" or "auto". "auto" is one pass
 # if the kernel supports the arguments and `one_pass_fits`. On an H100 the backward takes 1.54 ms
@@ -58,16 +59,16 @@ def _plan(
         has_dropout,
     )
     # The gradient of a bias alone takes no registers in the loop.
-    options = sum(applied)
-    if options and dbias is not None:
-        options += 1
+    num_options = sum(applied)
+    if num_options and dbias is not None:
+        num_options += 1
     return plan(
         kernel,
         q.shape[-1],
         q.dtype,
         arch(q.device),
         has_dropout=has_dropout,
-        options=options,
+        options=num_options,
         is_short=k.shape[1] <= SHORT_KEYS,
     )
 
@@ -113,8 +114,15 @@ def launch_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
     check_document_values("causal_attention_varlen", cu_seqlens, q.shape[1])
+    return launch_attend(q, k, v, cu_seqlens, options)
+
+
+def launch_attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """Kernel counterpart of `attend`."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    group = H // max(1, G)
+    group = H // G
     o, lse = shapes_fwd(q, k, v, cu_seqlens, options)
     clear_padding(cu_seqlens, o)
     clear_padding(cu_seqlens, lse, axis=2)
@@ -162,7 +170,7 @@ def launch_qkvpacked_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
     check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
-    o, lse = launch_fwd(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = launch_attend(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
     B, T, H, K = o.shape
     return o.view(B, T, H * K), lse
 
@@ -233,7 +241,7 @@ def _launch_two_passes(
 ) -> None:
     """Launch the kernel that writes dq, then the kernel that writes dk and dv. See _kernels.py."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    group = H // max(1, G)
+    group = H // G
     dq, dk, dv = grads
     delta = torch.empty_like(lse)
     kv_bytes = 2 * S * K * k.element_size()

@@ -39,7 +39,7 @@ def device_of(args: Sequence) -> str | None:
     for arg in args:
         type_ = type(arg)
         if type_ is Tensor or type_ is Parameter:
-            # `device` takes a microsecond.
+            # `device` takes a microsecond (November 2026).
             device = device or arg.device.type
         elif isinstance(arg, Tensor):  # a subclass may define what operators do to it
             return None
@@ -57,7 +57,7 @@ def eager_function(
     """Return a function of autograd for direct calls of an implementation."""
 
     class Eager(torch.autograd.Function):
-        # Without a method setup_context: with one, `apply` inspects the signature at each call.
+        # No method setup_context: with one, `apply` would inspect the signature at each call.
         @staticmethod
         def forward(ctx, *args):
             output = implementation(*args)

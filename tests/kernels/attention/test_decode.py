@@ -163,7 +163,11 @@ def ones(*shape, **kwargs):
         ),
         (
             {"q": ones(3, 1, 4, 8)},
-            r"must have q's batch size 3 and head size 8, at most 256, got \(2, 9, 2, 8\)",
+            r"must have q's batch size 3 and head size 8, got \(2, 9, 2, 8\)",
+        ),
+        (
+            {name: ones(2, 1, 2, 300) for name in ("q", "k_cache", "v_cache")},
+            "the head size must be from 1 to 256, got 300",
         ),
         ({"q": ones(2, 1, 0, 8)}, r"q must have at least one head, got \(2, 1, 0, 8\)"),
         ({"q": ones(2, 1, 3, 8)}, "key heads must divide the 3 query heads, got 2"),

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tests.kernels.attention.cases import DTYPES, assert_bitwise_equal, needs_kernels, run
 from tests.kernels.compare import assert_close, opcheck
@@ -423,6 +424,30 @@ def test_bad_input_raises(change, message):
     } | change
     with pytest.raises(ValueError, match="^causal_attention_qkvpacked: " + message):
         causal_attention_qkvpacked(**arguments)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_values_of_cu_seqlens_are_checked_once(norm, device, monkeypatch):
+    qkv, _, gains, tables = tensors(1, 4, 2, 1, 6, torch.float32, device)
+    names = []
+    for module in ("launch", "_norm_rope_operator", "_reference"):
+        monkeypatch.setattr(
+            f"tritium.kernels.attention.{module}.check_document_values",
+            lambda name, *_: names.append(name),
+        )
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    options = keywords(gains, tables, False, norm)
+    causal_attention_qkvpacked(qkv, 2, n_kv_head=1, cu_seqlens=cu_seqlens, **options)
+    assert names == ["causal_attention_qkvpacked"]
+
+
+@pytest.mark.plain
+def test_forward_mode_derivatives_raise_under_the_name_of_the_public_function():
+    qkv, dqkv, gains, tables = tensors(1, 4, 2, 1, 6, torch.float32, "cpu")
+    options = keywords(gains, tables, True, True) | {"window": 2}
+    message = "^causal_attention_qkvpacked: forward-mode derivatives are not supported"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        causal_attention_qkvpacked(forward_ad.make_dual(qkv, dqkv), 2, n_kv_head=1, **options)
 
 
 @pytest.mark.plain
