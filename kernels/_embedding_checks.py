@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .core.op import FLOATS
 
 
 def check_arguments(
@@ -36,7 +36,7 @@ def check_arguments(
                 f"embedding: {name} must be int64 or int32 {expected} on {weight.device}, "
                 f"got {_describe(index)}"
             )
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in FLOATS:
         raise ValueError(
             f"embedding: dtype must be one of float32, bfloat16, float16 and float64, got {dtype}"
         )

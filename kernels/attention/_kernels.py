@@ -49,10 +49,9 @@ Options that do not apply are None. Triton compiles a kernel without the code th
 With dropout, `kept` is True for the weights to keep.
 """
 
+from ..core.tile import LN2, LOG2E
 from ..core.triton import tl, triton
 from ._tiles import (
-    LN2,
-    LOG2E,
     LOWEST,
     _capped_scores,
     _dropout_mask,

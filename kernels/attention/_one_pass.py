@@ -50,10 +50,10 @@ Limits     As many queries as keys, as many query heads as key heads, and no doc
            one column of a row, the last one.
 """
 
+from ..core.tile import LOG2E
 from ..core.triton import tl, triton
 from ._kernels import COUNTS, _weights_and_dscores
 from ._tiles import (
-    LOG2E,
     _is_visible,
     _load_rows,
     _load_statistics,

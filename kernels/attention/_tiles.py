@@ -10,11 +10,9 @@ Maximum    the running maximum starts at LOWEST, a finite number. For a query th
 """
 
 from ..core.dropout import kept_tile
-from ..core.tile import tanh
+from ..core.tile import LOG2E, tanh
 from ..core.triton import tl, triton
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
 
 

@@ -1,4 +1,4 @@
-"""Matmuls around the kernels: operand dtypes under autocast, and sums in float32."""
+"""Matmuls around the kernels: checks, operand dtypes under autocast, and sums in float32."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,15 @@ from torch import Tensor
 _AUTOCAST_DEVICES = [
     name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
 ]
+
+
+def check_x(name: str, x: Tensor) -> None:
+    """Raise a ValueError unless x is floating point (..., D); `name` is the operator."""
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: x must be floating point (..., D) with D at least 1, "
+            f"got {x.dtype} {tuple(x.shape)}"
+        )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

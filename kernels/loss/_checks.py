@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..core.matmul import check_x
 from ..core.op import can_read_values
 
 
@@ -13,11 +14,7 @@ def check_linear(
 
     `vocab_size` is the number of rows of weight that are not padding, or None.
     """
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"{name}: x must be floating point (..., D) with D at least 1, "
-            f"got {x.dtype} {tuple(x.shape)}"
-        )
+    check_x(name, x)
     D = x.shape[-1]
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != D:
         raise ValueError(

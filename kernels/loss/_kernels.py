@@ -17,11 +17,9 @@ Rows       A row whose target is ignore_index is not read: its loss and gradient
 Cost       memory-bound; cost() of cross_entropy.py gives bytes and FLOPs
 """
 
-from ..core.tile import tanh
+from ..core.tile import LN2, LOG2E, tanh
 from ..core.triton import tl, triton
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # The lowest finite float32. Unlike -inf, it can be subtracted from itself without a NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

@@ -64,6 +64,11 @@ def row_stride(V: int) -> int:
     return cdiv(V, LOGITS_MULTIPLE) * LOGITS_MULTIPLE
 
 
-def block_rows(N: int, V: int) -> int:
-    """Choose how many of N rows of V logits the reference takes at a time."""
-    return max(1, min(N, max(MIN_BLOCK_ROWS, BLOCK_LOGITS // V)))
+def block_rows(N: int, V: int, elements: int = BLOCK_LOGITS, least: int = MIN_BLOCK_ROWS) -> int:
+    """Choose how many of N rows of V logits a reference takes at a time.
+
+    Args:
+        elements: logits per block at most, unless `least` rows have more.
+        least: fewest rows per block.
+    """
+    return max(1, min(N, max(least, elements // V)))

@@ -43,6 +43,7 @@ from .block_loss import (
     row_blocks,
     row_weights,
 )
+from .chunks import block_rows
 from .launch import empty_gradient, launch_reduce, launch_rows_bwd, launch_rows_fwd
 from .options import LossOptions
 
@@ -51,11 +52,6 @@ from .options import LossOptions
 BLOCK_ELEMENTS = 1 << 20
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
-
-
-def block_rows(N: int, V: int) -> int:
-    """Choose how many of N rows of V logits the reference takes at a time."""
-    return max(1, min(N, BLOCK_ELEMENTS // V))
 
 
 def reference_fwd(
@@ -69,7 +65,7 @@ def reference_fwd(
     loss = torch.empty_like(weight)
     statistics = weight.new_empty(2, N)
     correct = empty_correct(logits, want_correct)
-    for rows in row_blocks(N, block_rows(N, V)):
+    for rows in row_blocks(N, block_rows(N, V, BLOCK_ELEMENTS, 1)):
         s = cap_logits(logits[rows], options.softcap)
         loss[rows], top, statistics[1, rows], _ = block_loss(s, index[rows], options)
         statistics[0, rows] = top
@@ -93,7 +89,7 @@ def reference_bwd(
     scale = apply_weights(dloss / divisor, weight)
     lse = statistics.sum(0)
     dlogits = empty_gradient(logits)
-    for rows in row_blocks(N, block_rows(N, V)):
+    for rows in row_blocks(N, block_rows(N, V, BLOCK_ELEMENTS, 1)):
         s = cap_logits(logits[rows], options.softcap)
         dlogits[rows] = block_dlogits(
             torch.softmax(s, -1), s, index[rows], lse[rows], scale[rows], options

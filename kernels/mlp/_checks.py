@@ -1,15 +1,6 @@
-"""Checks of the arguments of linear and of the MLPs."""
+"""Checks of the parameters of linear and of the MLPs."""
 
 from torch import Tensor
-
-
-def check_x(name: str, x: Tensor) -> None:
-    """Raise a ValueError unless x is floating point (..., D); `name` is the operator."""
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"{name}: x must be floating point (..., D) with D at least 1, "
-            f"got {x.dtype} {tuple(x.shape)}"
-        )
 
 
 def check_parameter(

@@ -24,7 +24,9 @@ from torch.nn import functional
 
 from ..core.device import sm_count
 from ..core.launch import launch_kernel
+from ..core.layout import wide
 from ..core.partial_sums import empty_partials, sum_partials
+from ..core.tile import LOG2E
 from ..core.triton import cdiv, tl, triton
 
 # Elements per tile: each of 128 threads loads 16 bytes of bfloat16 twice. Tiles of kernels that
@@ -34,7 +36,6 @@ PROGRAMS_PER_SM = 8
 
 SQRT_HALF, SQRT_1_OVER_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
 TWO_SQRT_2_OVER_PI, CUBIC = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # --- activations of a float32 tile, for the argument ACTIVATION: each returns value and derivative
@@ -164,6 +165,26 @@ ACTIVATIONS = {
 }
 
 
+# --- references of SwiGLU
+
+
+def reference_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """Return a = silu(gate) up."""
+    return functional.silu(wide(gate)).mul_(up).to(gate.dtype)
+
+
+def reference_swiglu_bwd(
+    da: Tensor, gate: Tensor, up: Tensor, *, want_a: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of gate and up, and a = silu(gate) up, or None if it is not wanted."""
+    da, g = wide(da), wide(gate)
+    s = torch.sigmoid(g)
+    silu = g * s
+    dgate = torch.addcmul(s, silu, 1 - s).mul_(da * up)
+    a = (silu * up).to(gate.dtype) if want_a else None
+    return dgate.to(gate.dtype), (da * silu).to(up.dtype), a
+
+
 # --- kernels: a program owns BLOCK elements, or COLUMNS columns of every P-th block of rows
 
 
@@ -204,9 +225,9 @@ def _mlp_activation_bwd_kernel(
 def _swiglu_fwd_kernel(gate_ptr, up_ptr, a_ptr, numel, BLOCK_N: tl.constexpr):
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < numel
-    gate = tl.load(gate_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + offs_n, mask=mask_n, other=0.0)
     up = tl.load(up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(a_ptr + offs_n, (gate * _sigmoid(gate) * up).to(a_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(a_ptr + offs_n, swiglu(up, gate).to(a_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -259,7 +280,7 @@ def launch_activation_bwd(da: Tensor, h: Tensor, activation: str, db: Tensor | N
 
 
 def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """Return a = silu(gate) up."""
+    """Kernel counterpart of `reference_swiglu_fwd`."""
     a = torch.empty_like(gate)
     launch_kernel(_swiglu_fwd_kernel, (cdiv(a.numel(), BLOCK),),
         gate_ptr=gate, up_ptr=up, a_ptr=a, numel=a.numel(), BLOCK_N=BLOCK,
@@ -270,7 +291,7 @@ def launch_swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 def launch_swiglu_bwd(
     da: Tensor, gate: Tensor, up: Tensor, *, want_a: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of gate and up, and a = silu(gate) up, or None if it is not wanted."""
+    """Kernel counterpart of `reference_swiglu_bwd`."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     a = torch.empty_like(gate) if want_a else None
     launch_kernel(_swiglu_bwd_kernel, (cdiv(gate.numel(), BLOCK),),

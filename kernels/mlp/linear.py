@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.layout import as_rows, like_rows_of
-from ..core.matmul import autocast
+from ..core.matmul import autocast, check_x
 from ..core.op import define_op, keep_needed, public
-from ._checks import check_parameter, check_x
+from ._checks import check_parameter
 from ._epilogues import ACTIVATIONS, launch_activation_bwd
 from ._linear_layer import linear_activation, linear_bwd
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.layout import as_rows, like_rows_of
-from ..core.matmul import autocast, matmul_out
+from ..core.matmul import autocast, check_x, matmul_out
 from ..core.op import Op, define_op, is_32_bit, keep_needed, public
-from ._checks import check_parameter, check_x
+from ._checks import check_parameter
 from ._epilogues import ACTIVATIONS, launch_activation_bwd, launch_activation_fwd
 from ._linear_layer import linear_activation, linear_bwd, linear_out
 from .gemm import gemm, is_fused

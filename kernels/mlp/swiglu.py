@@ -10,31 +10,26 @@ Cost       memory-bound: each tensor is read or written once; cost() gives bytes
 Source     Shazeer 2020, arXiv:2002.05202
 
 swiglu_mlp fuses SwiGLU with its linear layers. Use this operator if these layers are elsewhere, for
-example in a tensor-parallel or quantized layer. The kernels are in _epilogues.py.
+example in a tensor-parallel or quantized layer. Definition and kernels are in _epilogues.py.
 """
 
-import torch
 from torch import Tensor
 
-from ..core.layout import wide
 from ..core.op import define_op, public
-from ._epilogues import launch_swiglu_bwd, launch_swiglu_fwd
+from ._epilogues import (
+    launch_swiglu_bwd,
+    launch_swiglu_fwd,
+    reference_swiglu_bwd,
+    reference_swiglu_fwd,
+)
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
 
 
-def reference_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) up."""
-    return torch.nn.functional.silu(wide(gate)).mul_(up).to(gate.dtype)
-
-
 def reference_bwd(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up."""
-    da, g = wide(da), wide(gate)
-    s = torch.sigmoid(g)
-    silu = g * s
-    dgate = torch.addcmul(s, silu, 1 - s).mul_(da * up)
-    return dgate.to(gate.dtype), (da * silu).to(up.dtype)
+    dgate, dup, _ = reference_swiglu_bwd(da, gate, up, want_a=False)
+    return dgate, dup
 
 
 # --- launchers
@@ -58,7 +53,7 @@ def cost(elements: int, itemsize: int) -> dict[str, int]:
 
 # --- operator
 
-_fwd = define_op("swiglu_fwd", launch=launch_swiglu_fwd, reference=reference_fwd)
+_fwd = define_op("swiglu_fwd", launch=launch_swiglu_fwd, reference=reference_swiglu_fwd)
 _bwd = define_op("swiglu_bwd", launch=launch_bwd, reference=reference_bwd)
 
 

@@ -22,11 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.layout import as_rows, like_rows_of, wide
-from ..core.matmul import autocast
+from ..core.layout import as_rows, like_rows_of
+from ..core.matmul import autocast, check_x
 from ..core.op import define_op, keep_needed, public
-from ._checks import check_parameter, check_x
-from ._epilogues import launch_swiglu_bwd, launch_swiglu_fwd, swiglu
+from ._checks import check_parameter
+from ._epilogues import (
+    launch_swiglu_bwd,
+    launch_swiglu_fwd,
+    reference_swiglu_bwd,
+    reference_swiglu_fwd,
+    swiglu,
+)
 from .gemm import gemm, is_fused
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
@@ -38,8 +44,7 @@ def reference_fwd(
     """Return y, g and u. `matmul` is for the launcher: "auto", "fused" or "cublas"."""
     gate = functional.linear(x, w_gate)
     up = functional.linear(x, w_up)
-    a = functional.silu(wide(gate)).mul_(up).to(x.dtype)
-    return functional.linear(a, w_down), gate, up
+    return functional.linear(reference_swiglu_fwd(gate, up), w_down), gate, up
 
 
 def reference_bwd(
@@ -53,13 +58,7 @@ def reference_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of x, w_gate, w_up and w_down. Gradients that are not needed are empty."""
-    da = wide(torch.mm(dy, w_down))
-    g = wide(gate)
-    s = torch.sigmoid(g)
-    silu = g * s
-    dgate = torch.addcmul(s, silu, 1 - s).mul_(da * up).to(x.dtype)
-    dup = (da * silu).to(x.dtype)
-    a = (silu * up).to(x.dtype)
+    dgate, dup, a = reference_swiglu_bwd(torch.mm(dy, w_down), gate, up)
     return _matmuls_bwd(dy, x, w_gate, w_up, dgate, dup, a, needs)
 
 

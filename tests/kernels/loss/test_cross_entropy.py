@@ -498,7 +498,7 @@ def test_bad_arguments_raise(change, message):
 @pytest.mark.plain
 def test_blocks_of_rows_fit_in_the_cache():
     for N, V in itertools.product((0, 1, 100, 10**7), (1, 65, 50_304, 10**7)):
-        rows = block_rows(N, V)
+        rows = block_rows(N, V, BLOCK_ELEMENTS, 1)
         assert rows >= 1
         assert rows == 1 or (rows <= N and rows * V <= BLOCK_ELEMENTS)
 
