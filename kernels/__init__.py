@@ -1,7 +1,7 @@
 """Fused operators for training GPTs: Triton kernels on CUDA, PyTorch references on other devices.
 
-Operators need torch and triton only. They are differentiable and deterministic, pass opcheck, and
-compile with torch.compile(fullgraph=True).
+Operators need torch and triton only. All but attention_decode are differentiable. They are
+deterministic, pass opcheck, and compile with torch.compile(fullgraph=True).
 """
 
 if "." not in __name__:

@@ -67,7 +67,8 @@ def _embedding_bwd_kernel(
 ):  # fmt: skip
     """Program i sums a run of equal tokens, or the part of it that is in one piece.
 
-    Sorted position i is where the run begins, or where a piece begins inside the run.
+    Program i starts at sorted position i, if a run begins there or a piece begins inside a run.
+    Other programs return.
 
     keys: sorted tokens. The sum of a run in one piece goes to dweight. A longer run has a partial
     sum per piece, which goes to `partial` (pieces, 2, D): row 1 if the run begins in the piece,

@@ -287,8 +287,8 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             x: (B, T, D).
-            rope: (cos, sin) as for `rotary`: (S, K / 2) or (B, T, K / 2). None: no rotation. Of the
-                tables of transformers (B, T, K) pass the first half: cos[..., : K // 2].
+            rope: (cos, sin) as for `rotary`: (S, K / 2) or (B, T, K / 2). None: no rotation. Pass
+                the first half of the tables of transformers (B, T, K): cos[..., : K // 2].
             cu_seqlens: (documents + 1,) int32, for documents packed in the B T tokens, as for
                 causal_attention_varlen. None: B sequences.
         """
@@ -308,7 +308,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self._heads(x)
         if rope is not None:
             if isinstance(rope, Tensor) or len(rope) != 2:
-                raise ValueError("CausalSelfAttention: rope must be (cos, sin), a pair of tensors")
+                found = "one tensor" if isinstance(rope, Tensor) else f"{len(rope)} elements"
+                raise ValueError(
+                    f"CausalSelfAttention: rope must be (cos, sin), a pair of tensors, got {found}"
+                )
             q = rotary(q, *rope)
             k = rotary(k, *rope)
         if cu_seqlens is None:

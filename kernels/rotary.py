@@ -4,8 +4,8 @@
     backward   dx1 = dy1 cos + dy2 sin     dx2 = dy2 cos - dy1 sin     (the forward with -sin)
     pairs      x1, x2 are elements i and i + K / 2 of a head (Llama, GPT-NeoX);
                interleaved: elements 2 i and 2 i + 1 (the paper, GPT-J)
-    partial    only the first R elements of a head are rotated, K is R in the pairs; the others are
-               copied (GPT-NeoX, GPT-J, Phi)
+    partial    only the first R elements of a head are rotated; the pairs are then elements i and
+               i + R / 2. The others are copied (GPT-NeoX, GPT-J, Phi)
 
 Shapes     x, y: (B, T, H, K)   cos, sin: (S, R / 2) with S >= T, or (B, T, R / 2)   R <= K
 Precision  any float dtype in, the same dtype out; arithmetic in float32

@@ -15,7 +15,7 @@ def opaque(function: Callable) -> Callable:
     def run(*args):
         nonlocal disabled
         if disabled is None:
-            # Not when the operator is defined: this imports Dynamo.
+            # Disable at the first call, because this imports Dynamo.
             disabled = torch.compiler.disable(function)
         return disabled(*args)
 

@@ -45,7 +45,7 @@ def descriptor(x: Tensor, block: Sequence[int]):
     strides = _tma_strides(x.shape, x.stride(), x.element_size())
     if strides is None:
         return x
-    # Without the constructor, which checks the same conditions again in half of this function's
+    # Skip the constructor: it would check the same conditions again, in half of this function's
     # time. Its optional fields keep their defaults.
     made = object.__new__(TensorDescriptor)
     made.base = x

@@ -102,7 +102,7 @@ def block_loss(
     """Return the loss (M,), top = max_v s_v (M,), log_sum = lse - top (M,), and p (M, V)."""
     smoothing = options.label_smoothing
     # softmax takes 102 us for 64 x 4096 in float32, exp(s - lse) alone 157 us (AMD EPYC with
-    # AVX-512, one thread, 2026-11-20).
+    # AVX-512, one thread, November 2026).
     p = torch.softmax(s, -1)
     top = s.amax(-1)
     # The largest element of p is exp(0) / sum(exp(s - top)).

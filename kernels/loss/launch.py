@@ -44,9 +44,9 @@ class Lanes:
     programs: int
 
 
-# The first row is for kernels that read each row once. The in-place kernel takes the first row with
-# which all rows in flight fit into ROWS_IN_FLIGHT_BYTES, else the last. Estimates from machine
-# code, by the start of the architecture's name:
+# The first entry is for kernels that read each row once. The in-place kernel takes the first entry
+# for which the logits of all running programs fit into ROWS_IN_FLIGHT_BYTES, else the last entry.
+# Estimates from machine code, by the start of the architecture's name:
 #   unroll    With two loads in flight, the exponentials that rescale the sums take 86 % of the time
 #             that an H200 needs to load the logits. With eight loads, fewer programs fit on a
 #             multiprocessor. On AMD, with all options and 16-bit logits, four loads spill 16 to 68

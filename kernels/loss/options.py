@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ...errors import unknown_name
+
 REDUCTIONS = ("mean", "sum", "none")
 # float32 holds the squares of this number and of its reciprocal.
 MAX_OPTION = 1e18
@@ -42,6 +44,4 @@ class LossOptions:
                 f"got {self.softcap}"
             )
         if self.reduction not in REDUCTIONS:
-            raise ValueError(
-                f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
-            )
+            raise ValueError(f"{name}: {unknown_name('reduction', self.reduction, REDUCTIONS)}")

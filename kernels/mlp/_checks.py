@@ -1,6 +1,16 @@
-"""Checks of the parameters of linear and of the MLPs."""
+"""Checks of the arguments of linear and of the MLPs."""
+
+from collections.abc import Iterable
 
 from torch import Tensor
+
+from ...errors import unknown_name
+
+
+def check_choice(name: str, option: str, value: str, known: Iterable[str]) -> None:
+    """Raise a ValueError unless the value of an option is in `known`."""
+    if value not in known:
+        raise ValueError(f"{name}: {unknown_name(option, value, known)}")
 
 
 def check_parameter(

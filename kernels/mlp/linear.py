@@ -22,7 +22,7 @@ from torch.nn import functional
 from ..core.layout import as_rows, like_rows_of
 from ..core.matmul import autocast, check_x
 from ..core.op import define_op, keep_needed, public
-from ._checks import check_parameter
+from ._checks import check_choice, check_parameter
 from ._epilogues import ACTIVATIONS, launch_activation_bwd
 from ._linear_layer import linear_activation, linear_bwd
 
@@ -122,11 +122,8 @@ def linear(
     Raises: ValueError if shapes, dtypes or devices do not match, or for an unknown activation.
         TypeError for float64 with an activation on a GPU.
     """
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"linear: activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, "
-            f"got {activation!r}"
-        )
+    if activation is not None:
+        check_choice("linear", "activation", activation, ACTIVATIONS)
     x, weight, bias = autocast(x, weight, bias)
     check_x("linear", x)
     check_parameter("linear", "weight", weight, ("F", x.shape[-1]), x)

@@ -29,7 +29,7 @@ from torch.nn import functional
 from ..core.layout import as_rows, like_rows_of
 from ..core.matmul import autocast, check_x, matmul_out
 from ..core.op import Op, define_op, is_32_bit, keep_needed, public
-from ._checks import check_parameter
+from ._checks import check_choice, check_parameter
 from ._epilogues import ACTIVATIONS, launch_activation_bwd, launch_activation_fwd
 from ._linear_layer import linear_activation, linear_bwd, linear_out
 from .gemm import gemm, is_fused
@@ -44,11 +44,7 @@ APPROXIMATE = {"tanh": "gelu_tanh", "none": "gelu"}
 
 def check_approximate(name: str, approximate: str) -> None:
     """Raise a ValueError for an unknown `approximate`. `name` is the operator or module."""
-    if approximate not in APPROXIMATE:
-        raise ValueError(
-            f"{name}: approximate must be {' or '.join(map(repr, APPROXIMATE))}, "
-            f"got {approximate!r}"
-        )
+    check_choice(name, "approximate", approximate, APPROXIMATE)
 
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle

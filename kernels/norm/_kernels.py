@@ -133,7 +133,7 @@ def _layer_norm_bwd_kernel(
         dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-        # Sum over the blocks. After the loop, sum over the rows that are left.
+        # Add this block, folded to ROWS rows. tl.sum adds up these rows after the loop.
         if dw_partial_ptr is not None:
             dw += _fold(dy * xhat, BLOCK_M, BLOCK_N)
         if db_partial_ptr is not None:

@@ -315,7 +315,7 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
             (name, [], options, message)
             for name in ("LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss")
             for options, message in (
-                ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),
+                ({"reduction": "avg"}, "unknown reduction 'avg'; expected one of mean, sum, none"),
                 ({"label_smoothing": -0.1}, "label_smoothing must be from 0 to 1, got -0.1"),
                 ({"lse_square_scale": -1.0}, "lse_square_scale must be from 0"),
                 ({"softcap": -1.0}, "softcap must be"),

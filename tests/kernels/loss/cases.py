@@ -30,7 +30,7 @@ BAD_ARGUMENTS = [
         {"ignore_index": 2**40, "target": torch.zeros(2, dtype=torch.int32)},
         r"ignore_index must fit in the target's dtype torch.int32, got 1099511627776; use int64",
     ),
-    ({"reduction": "max"}, r"reduction must be one of mean, sum, none, got 'max'"),
+    ({"reduction": "means"}, "unknown reduction 'means'; did you mean 'mean'"),
 ]  # fmt: skip
 
 

@@ -25,9 +25,9 @@ from tritium.bench.codegen.disassembly import disassemblies, resources
 from tritium.bench.codegen.launches import TARGETS, compile_launch, record_launches
 from tritium.bench.codegen.machine_code import access_bytes, hottest_loop, occupancy
 from tritium.kernels.core.op import INTERPRET
+from tritium.kernels.loss.chunks import block_rows
 from tritium.kernels.loss.cross_entropy import (
     BLOCK_ELEMENTS,
-    block_rows,
     cost,
     cross_entropy,
     launch_bwd,
