@@ -161,8 +161,7 @@ def _attention_decode_kernel(
         )
         s = _capped_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
         offs_n = begin + tl.arange(0, BLOCK_N)
-        # Only the last split ends inside a tile. Its rows see no key from `hi` on.
-        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window)
+        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
         s = tl.where(seen, s, -float("inf"))
         p, shrink, m = _softmax_step(s, m, c, True)
         total = total * shrink + tl.sum(p, 1)
