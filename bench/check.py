@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..errors import InputError, unknown_name
 from ..kernels.core.op import INTERPRET
 from ..kernels.core.triton import HAS_TRITON
 from ..train.commands.cli import parse
 from ..train.device import choose_device, choose_matmul
-from .ops import OPERATORS
+from .ops import OPERATORS, choose
 from .ops.case import Implementation, Operator
 from .ops.check import find_error
 from .ops.compare import directions_of, rotated_inputs, timed
@@ -53,7 +52,7 @@ class CheckOptions:
     ] = ()
     """Operators; default: all."""
     device: str = "auto"
-    """cpu, cuda ...; auto: CUDA if there is one."""
+    """cpu, cuda ...; auto: CUDA if there is a GPU."""
     json: str | None = None
     """Write the results to this file, for a bug report."""
 
@@ -61,10 +60,7 @@ class CheckOptions:
 def main(argv: Sequence[str]) -> int:
     """Run `tritium check`. Returns: exit status, 1 if an operator is wrong."""
     options = parse(CheckOptions, argv, prog="tritium check", description=_DESCRIPTION)
-    for name in options.operators:
-        if name not in OPERATORS:
-            raise InputError(unknown_name("operator", name, OPERATORS))
-    operators = [OPERATORS[name] for name in options.operators or OPERATORS]
+    operators = choose(options.operators)
     out = None if options.json is None else check_writable(Path(options.json))
     device = choose_device(options.device)
     choose_matmul(device)

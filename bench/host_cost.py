@@ -11,22 +11,24 @@ On a CPU an operator runs its reference, whose own PyTorch calls are part of the
 row has no such part: an operator that only allocates its result.
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import InputError, unknown_name
+from ..errors import InputError
 from ..kernels.core import op
-from .ops import OPERATORS
+from ..train.commands.cli import parse
+from .ops import OPERATORS, choose
 from .ops.case import Operator, outputs_and_leaves
 from .record import check_writable, write_record
 
@@ -34,6 +36,24 @@ from .record import check_writable, write_record
 MAX_SIZE = 8
 CALLS_PER_ROUND = 10
 COLUMNS = ("eager", "eager, dispatcher", "eager, PyTorch", "compiled", "compiled, PyTorch")
+HELP = f"""Measure the host's time for a call of each operator: Python, dispatch and allocation.
+
+
+operators: {", ".join(OPERATORS)}; default: all"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """Options of `tritium bench host`."""
+
+    operators: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Operators; default: all."""
+    rounds: int = 30
+    """Samples per call."""
+    compile: bool = True
+    """Whether to measure compiled calls too."""
+    out: str | None = None
+    """Also write the figures to this file, as JSON."""
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -172,23 +192,16 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """tritium bench host"""
-    parser = argparse.ArgumentParser(prog="tritium bench host", description=__doc__.split("\n")[0])
-    parser.add_argument("ops", nargs="*", help="operators; default: all")
-    parser.add_argument("--rounds", type=int, default=30, help="samples per call; default: 30")
-    parser.add_argument("--no-compile", action="store_true", help="leave out compiled calls")
-    parser.add_argument("--out", type=Path, help="write a JSON record to this file")
-    options = parser.parse_args(argv)
-    out = options.out and check_writable(options.out)
-    for name in options.ops:
-        if name not in OPERATORS:
-            raise InputError(unknown_name("operator", name, OPERATORS))
+def main(argv: Sequence[str]) -> int:
+    """Run `tritium bench host`. Returns: exit status."""
+    options = parse(HostOptions, argv, prog="tritium bench host", description=HELP)
+    operators = [bare(), *choose(options.operators)]
+    if options.rounds < 1:
+        raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
+    out = None if options.out is None else check_writable(Path(options.out))
     torch.set_num_threads(1)
-    operators = [bare(), *(OPERATORS[name] for name in options.ops or OPERATORS)]
     rows = [
-        measure(operator, rounds=options.rounds, compiled=not options.no_compile)
-        for operator in operators
+        measure(operator, rounds=options.rounds, compiled=options.compile) for operator in operators
     ]
     Console(width=120).print(table(rows))
     if out:

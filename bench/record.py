@@ -100,14 +100,21 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
 def records_below(folder: Path, kinds: Container[str]) -> list[dict[str, Any]]:
     """Return the records of these kinds in a folder and below, in the order of their paths.
 
-    A record of bench/device.sh also holds the records of its parts. They come last.
+    A record of bench/device.sh also holds the records of its parts. They come last. The key "file"
+    of a record is the path of its file.
     """
     found = {path: kind_of(path) for path in sorted(folder.rglob("*.json"))}
-    records = [read_record(path, kind) for path, kind in found.items() if kind in kinds]
-    device = [read_record(path, kind) for path, kind in found.items() if kind == "device"]
-    parts = [part for record in device for part in record["records"].values()]
+    records, parts = [], []
+    for path, kind in found.items():
+        if kind not in kinds and kind != "device":
+            continue
+        record = {**read_record(path, kind), "file": str(path)}
+        if kind in kinds:
+            records.append(record)
+        if kind == "device":
+            parts += [{**part, "file": str(path)} for part in record.get("records", {}).values()]
     return records + [
-        part for part in parts if part["kind"] in kinds and part.get("format") == FORMAT
+        part for part in parts if part.get("kind") in kinds and part.get("format") == FORMAT
     ]
 
 

@@ -3,8 +3,9 @@
 Given another folder, print the report of its JSON files and write nothing.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import tyro
 
 from ..errors import InputError
 from ..train.commands.cli import parse
+from . import RESULTS
 from ._run_tables import nanogpt_table, runs_table, sweep_table
 from .record import FORMAT, describe_provenance, records_below
 
-RESULTS = Path(__file__).resolve().parent / "results"
 REPORT = RESULTS / "REPORT.md"
 HEAD = """# Measurements
 
@@ -44,7 +45,7 @@ class ReportOptions:
 def report(folder: Path) -> str:
     """Return the report on the records in a folder and below, as Markdown.
 
-    Raises: InputError if there are none.
+    Raises: InputError if there are none, or if one lacks a key.
     """
     records = _records(folder)
     if not records:
@@ -56,7 +57,11 @@ def report(folder: Path) -> str:
     if not any(map(_on_gpu, records)):
         parts.append(NO_GPU)
     for kind, (title, table) in SECTIONS.items():
-        tables = [table(record) for record in records if record["kind"] == kind]
+        tables = []
+        for record in records:
+            if record["kind"] == kind:
+                with _names_file(record):
+                    tables.append(table(record))
         if tables:
             parts += [f"## {title}", *tables]
     return "\n\n".join(parts) + "\n"
@@ -75,7 +80,20 @@ def _records(folder: Path) -> list[Record]:
 
 
 def _architectures_and_triton(record: Record) -> tuple[int, str]:
-    return len({row["arch"] for row in record["rows"]}), record["triton"]
+    with _names_file(record):
+        return len({row["arch"] for row in record["rows"]}), record["triton"]
+
+
+@contextlib.contextmanager
+def _names_file(record: Record) -> Iterator[None]:
+    """Raise InputError with the file of a record if the context does not find a key in it."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(
+            f"{record['file']}: expected a record of kind {record['kind']!r} with the key {error}, "
+            "found none; measure again"
+        ) from None
 
 
 def _on_gpu(record: Record) -> bool:

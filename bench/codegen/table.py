@@ -30,9 +30,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ...errors import InputError, unknown_name
+from ...errors import InputError
 from ...train.commands.cli import parse
-from ..ops import OPERATORS
+from ...train.records import check_names
+from ..ops import OPERATORS, choose
 from ..ops.case import Operator, outputs_and_leaves
 from ..record import check_writable, provenance, read_record, write_record
 from . import disassembly, machine_code
@@ -270,6 +271,9 @@ def _read(path: Path) -> dict[str, Any]:
     ):
         fields = ", ".join(sorted(wanted))
         raise InputError(f"{path}: expected rows with {fields}, got others; measure again")
+    for name in ("commit", "date", "triton"):
+        if name not in record:
+            raise InputError(f"{path}: expected a record with the key {name!r}; measure again")
     return record
 
 
@@ -292,17 +296,12 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench codegen`. Returns: exit status."""
     # Check the options.
     options = parse(CodegenOptions, argv, prog="tritium bench codegen", description=HELP)
-    for name in options.operators:
-        if name not in OPERATORS:
-            raise InputError(unknown_name("operator", name, OPERATORS))
-    for name in options.arch:
-        if name not in TARGETS:
-            raise InputError(unknown_name("architecture", name, TARGETS))
+    chosen = choose(options.operators)
+    check_names("architecture", options.arch, TARGETS)
     if not options.arch:
         raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
     old = _read(Path(options.compare)) if options.compare else None
     out = None if options.out is None else check_writable(Path(options.out))
-    chosen = [OPERATORS[name] for name in options.operators or OPERATORS]
     if out and out.exists():
         _check_complete(out, chosen, options.arch)
 

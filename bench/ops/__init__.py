@@ -1,5 +1,8 @@
 """The operators that are measured: a module and a row for each."""
 
+from collections.abc import Sequence
+
+from ...train.records import check_names
 from . import cross_entropy, layer_norm, linear_cross_entropy, mlp, rms_norm
 from .attention import ATTENTION
 from .attention_decode import ATTENTION_DECODE
@@ -35,3 +38,12 @@ OPERATORS: dict[str, Operator] = {
         linear_cross_entropy.LINEAR_CROSS_ENTROPY,
     )
 }
+
+
+def choose(names: Sequence[str]) -> list[Operator]:
+    """Return the operators with these names; all without names.
+
+    Raises: InputError for an unknown name.
+    """
+    check_names("operator", names, OPERATORS)
+    return [OPERATORS[name] for name in names or OPERATORS]

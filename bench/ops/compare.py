@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ...errors import InputError, unknown_name
+from ...errors import InputError
 from ...train.commands.cli import parse
 from ...train.device import choose_device, choose_matmul
+from ...train.records import check_names
 from ..record import write_record
 from ..timing import ceilings, input_sets, side_stream, time_in_turn
-from . import OPERATORS
+from . import OPERATORS, choose
 from .case import Operator, outputs_and_leaves
 from .check import find_error
 from .plot import plot_operator
@@ -51,7 +52,7 @@ class CompareOptions:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
-    """cpu, cuda ...; auto: CUDA if there is one."""
+    """cpu, cuda ...; auto: CUDA if there is a GPU."""
     rounds: int = 20
     """Samples per implementation."""
     without: tuple[str, ...] = ()
@@ -221,19 +222,23 @@ def shapes_of(
     return shapes
 
 
+def _implementation_names() -> dict[str, None]:
+    """Return the names of the implementations of all operators, each once."""
+    rows = (row for operator in OPERATORS.values() for row in operator.implementations())
+    return dict.fromkeys(row.name for row in rows)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench kernels`. Returns: exit status."""
     # Check the options.
     options = parse(CompareOptions, argv, prog="tritium bench kernels", description=HELP)
-    for name in options.operators:
-        if name not in OPERATORS:
-            raise InputError(unknown_name("operator", name, OPERATORS))
+    operators = choose(options.operators)
+    check_names("implementation", options.without, _implementation_names())
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
     device = choose_device(options.device)
     choose_matmul(device)
     dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    operators = [OPERATORS[name] for name in options.operators or OPERATORS]
     shapes = {operator.name: shapes_of(operator, options.shape, device) for operator in operators}
     out = None if options.out is None else Path(options.out)
     if out:

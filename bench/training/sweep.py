@@ -19,7 +19,9 @@ process of its own. It has the options that its README gives for a CPU, changed 
 """
 
 import json
+import math
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -88,8 +90,9 @@ class Options:
 
     def __post_init__(self):
         for name in ("seconds", "rounds"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name}: expected more than 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise InputError(f"--{name}: expected a finite number above 0, got {value}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,7 +123,9 @@ def read_rows(file: Path, name: str) -> list[tuple[str, dict[str, Any], TrainCon
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: expected a JSON file with rows, got: {error.strerror}") from None
+    except ValueError as error:
         raise InputError(f"{file}: expected a JSON file with rows, got: {error}") from None
     is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     if not is_list or not rows or any("name" not in row for row in rows):
@@ -145,7 +150,12 @@ def _read_row(row: dict[str, Any], base: TrainConfig) -> tuple[str, dict[str, An
             raise InputError(f"{name}: expected no value, because the sweep sets it")
     for part in OPTION_CLASSES:
         check_types(options, part)
-    return str(row["name"]), options, base.with_options(device="cpu", **options)
+    config = base.with_options(device="cpu", **options)
+    # Steps are timed before the tokenizer exists: its vocabulary size must follow from its name.
+    if not re.fullmatch(r"bytes|chars|gpt2|bpe:[0-9]{1,8}", str(config.tokenizer)):
+        expected = "expected bytes, chars, gpt2 or bpe:SIZE in a sweep"
+        raise InputError(f"tokenizer: {expected}, got {config.tokenizer!r}")
+    return str(row["name"]), options, config
 
 
 def _measured(rows: list, options: Options) -> Iterator[dict[str, Any]]:

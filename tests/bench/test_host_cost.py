@@ -27,6 +27,14 @@ def test_a_figure_is_the_median_of_the_fastest_calls_of_rounds():
     assert microseconds({"call": lambda: next(times)}, rounds=3) == {"call": 6.0}
 
 
-def test_unknown_operators_raise():
-    with pytest.raises(InputError, match="unknown operator 'rms_nrom'; did you mean 'rms_norm'"):
-        main(["rms_nrom"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rms_nrom"], "unknown operator 'rms_nrom'; did you mean 'rms_norm'"),
+        (["rms_norm", "--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["--foo"], "--foo.*; see tritium bench host --help"),
+    ],
+)
+def test_bad_options_raise(words, message):
+    with pytest.raises(InputError, match=message):
+        main(words)

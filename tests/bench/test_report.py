@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from tritium.bench import record
+from tritium.bench import RESULTS, record
 from tritium.bench import report as report_module
 from tritium.bench.record import write_record
-from tritium.bench.report import NO_GPU, REPORT, RESULTS, main, report
+from tritium.bench.report import NO_GPU, REPORT, main, report
 from tritium.errors import InputError
 
 pytestmark = pytest.mark.plain
@@ -232,6 +232,17 @@ def test_the_report_of_another_folder_is_printed_and_not_written(tmp_path, capsy
     assert "| tritium | 123,457 |" in capsys.readouterr().out
     assert REPORT.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("machine", "ceilings"), ("codegen", "rows"), ("device", "command")]
+)
+def test_a_record_without_a_key_is_named(kind, key, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"kind": kind, "format": record.FORMAT}))
+    with pytest.raises(
+        InputError, match=rf"x\.json: expected .* kind '{kind}' with the key '{key}'"
+    ):
+        main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

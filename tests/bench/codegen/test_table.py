@@ -13,7 +13,7 @@ from tritium.bench.codegen import disassembly, machine_code, table
 from tritium.bench.codegen.launches import TARGETS, compile_launch
 from tritium.bench.codegen.table import changes, main, regressions, rows_of
 from tritium.bench.ops import OPERATORS
-from tritium.bench.record import read_record, write_record
+from tritium.bench.record import FORMAT, read_record, write_record
 from tritium.errors import InputError
 from tritium.kernels.attention import launch as attention_launch
 from tritium.kernels.core.triton import tl, triton
@@ -252,6 +252,9 @@ def test_files_are_checked_before_anything_is_compiled(tmp_path):
     write_record(path, "codegen", {"rows": [{"operator": "layer_norm"}]})
     expected = r"x\.json: expected rows with arch, blocks_per_sm, .*, got others"
     with pytest.raises(InputError, match=expected):
+        main(["--compare", str(path)])
+    path.write_text(json.dumps({"kind": "codegen", "format": FORMAT, "rows": []}))
+    with pytest.raises(InputError, match=r"x\.json: expected a record with the key 'commit'"):
         main(["--compare", str(path)])
     with pytest.raises(InputError, match="expected a file that can be written, got a folder"):
         main(["--out", str(tmp_path)])

@@ -163,6 +163,7 @@ def test_gradients_of_the_outputs_are_not_made_while_the_time_is_taken(direction
         (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
         (["--device", "tpu9"], "device: expected a device"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--without", "torch.compiler"], "unknown implementation .*; did you mean 'torch.compile"),
     ],
 )
 def test_bad_options_raise(words, message):

@@ -66,6 +66,8 @@ def test_broken_samples_are_counted_if_the_prompt_is_that_of_python(tmp_path, mo
         ([{"name": "a"}, {"name": "b", "options": [1]}], "row 2: options: expected an object"),
         ([{"name": "a", "options": {"steps": "many"}}], "row 1: steps: expected int, got 'many'"),
         ([{"name": "a", "options": {"device": "cpu"}}], "row 1: device: expected no value"),
+        ([{"name": "a", "options": {"tokenizer": None}}], "row 1: tokenizer: .* bpe:SIZE .* None"),
+        ([{"name": "a", "options": {"tokenizer": "x.json"}}], "row 1: tokenizer: .* got 'x.json'"),
     ],
 )
 def test_bad_rows_raise(tmp_path, rows, message):
@@ -73,6 +75,15 @@ def test_bad_rows_raise(tmp_path, rows, message):
         sweep.read_rows(tmp_path / write(tmp_path / "rows.json", rows), "laptop")
 
 
-def test_no_time_raises(tmp_path):
-    with pytest.raises(InputError, match="--seconds: expected more than 0, got 0"):
-        sweep.main([write(tmp_path / "rows.json", [{"name": "a"}]), "--seconds", "0"])
+@pytest.mark.parametrize("seconds", ["0", "inf", "nan"])
+def test_no_time_or_endless_time_raises(tmp_path, seconds):
+    with pytest.raises(InputError, match=f"--seconds: expected a finite .* got {seconds}"):
+        sweep.main([write(tmp_path / "rows.json", [{"name": "a"}]), "--seconds", seconds])
+
+
+def test_a_missing_file_is_named_once(tmp_path):
+    expected = (
+        r"^/[^\[]*/rows\.json: expected a JSON file with rows, got: No such file or directory$"
+    )
+    with pytest.raises(InputError, match=expected):
+        sweep.main([str(tmp_path / "rows.json")])
