@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+
 TOTAL_SECONDS = 535
 SHORT_SECONDS = 430
 # Every kernel once, in float32 and bfloat16.

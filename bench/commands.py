@@ -44,7 +44,7 @@ Each command has --help."""
 
 
 def bench(argv: Sequence[str]) -> int:
-    """tritium bench"""
+    """Run `tritium bench`. Returns: exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from ..train.run.metrics import read_lines
-from ._device_parts import COMMANDS, ROOT, Part
+from . import ROOT
+from ._device_parts import COMMANDS, Part
 from .record import FORMAT, provenance, write_record
 
 SAVE_SECONDS = 15

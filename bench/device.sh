@@ -6,16 +6,17 @@
 #   bench/device.sh short|correct|train|models|kernels|tune|later OUT_DIR [--rehearse]
 #
 # Each command writes OUT_DIR/COMMAND.json and OUT_DIR/COMMAND.tar.gz while it runs, so a command
-# that is killed leaves its results. bench/_device_parts.py has the parts and their deadlines. --rehearse
-# runs tiny sizes on the CPU. The results decide this:
+# that is killed leaves its results. bench/_device_parts.py has the parts and their deadlines.
+# --rehearse runs tiny sizes on the CPU. The results decide this:
 #
 # correct   Limits of the machine, the kernels' tests, 20 steps of gpt2, two equal steps compared.
 #           If a test fails, the loss does not fall or the hashes differ, fix that before anything is
 #           timed. Limits that differ from LIMITS in bench/training/efficiency.py: correct LIMITS.
 # train     GPT-2 next to plain PyTorch and nanoGPT (a checkout in .nanogpt) with steps of 32
 #           sequences, a profile next to the prediction, and steps of 512 sequences without nanoGPT.
-#           README states the tokens per second. A row of the profile that is marked "!" is what to work on next, the longest row
-#           first; its measured efficiency replaces the estimate in bench/training/efficiency.py.
+#           README states the tokens per second. A row of the profile that is marked "!" is what to
+#           work on next, the longest row first; its measured efficiency replaces the estimate in
+#           bench/training/efficiency.py.
 # models    Kernel tests; shakespeare-char-gpu next to nanoGPT, and a whole run, with the text in
 #           .nanogpt/data/shakespeare_char/input.txt; the larger models. README states the tokens per
 #           second. Profile a model whose MFU is lower than that of gpt2.

@@ -38,7 +38,7 @@ class MachineOptions:
     micro_batch_size: int | None = None
     """Sequences of the step; default: the recipe's micro-batch."""
     device: str = "auto"
-    """cpu, cuda ...; auto: CUDA if there is one."""
+    """cpu, cuda ...; auto: CUDA if there is a GPU."""
     out: str | None = None
     """Also write the figures to this file, as JSON."""
 

@@ -43,7 +43,7 @@ def _add_ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tupl
 def _after_bias_eager(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, added_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # Adds 0, with the gradient that adding the bias had.
+    # Adds 0. The gradient is that of an added bias.
     return _add_eager(x + (added_bias - added_bias.detach()), weight, bias, residual)
 
 

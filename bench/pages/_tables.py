@@ -4,16 +4,14 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ... import kernels
+from .. import RESULTS, ROOT
 from ..ops import OPERATORS
 from ..record import describe_provenance, read_record, records_below
 from ._docstring import to_markdown
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results"
 CODEGEN = RESULTS / "codegen-triton-3.7.1.json"
 # The architecture of the large table. The small table has all.
 ARCH = "sm_90"

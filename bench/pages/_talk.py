@@ -4,9 +4,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .. import RESULTS
 from ..record import read_record
 from ._style import BLUE, GRAY, ORANGE, RUST, SKY, new_figure
-from ._tables import RESULTS
 
 # A color per part of a step, in the order in which parts are stacked.
 PARTS = {

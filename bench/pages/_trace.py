@@ -94,8 +94,8 @@ def trace(
 
     Args:
         kernel: the result of @triton.jit.
-        recorded: names of helpers, and how many values each returns: its first arguments. With
-            the name "range", the numbers of Python's loops are recorded too.
+        recorded: helper name -> number of values it returns; the helper returns its first
+            arguments. With the name "range", the numbers of Python's loops are recorded too.
         program, programs: this program's place in the grid, and the grid.
         values: numbers in memory, by pointer. All other loads are ignored.
         arguments: of the kernel. Other arguments are Ignored.

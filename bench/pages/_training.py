@@ -7,9 +7,10 @@ from typing import Any
 from ...model.cost import parameters
 from ...train.data.tokenizer import vocab_size_of
 from ...train.recipes import RECIPES
+from .. import RESULTS
 from ..record import describe_provenance, read_record
 from ..report import training_table
-from ._tables import RESULTS, table
+from ._tables import table
 
 
 def step_by_part() -> str:

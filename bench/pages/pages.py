@@ -17,8 +17,9 @@ from pathlib import Path
 from ...errors import InputError, unknown_name
 from ...kernels import __all__ as public_names
 from ...train.commands.cli import parse
+from .. import ROOT
 from . import _tables, _training
-from ._tables import ROOT, table
+from ._tables import table
 
 DOCS = ROOT / "docs"
 _PART = re.compile(

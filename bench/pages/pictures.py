@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from ...errors import InputError, unknown_name
 from ...train.commands.cli import parse
+from .. import ROOT
 from . import _attention, _matmuls, _rows, _talk
 from ._style import save, style
-from ._tables import ROOT
 
 IMAGES = ROOT / "docs" / "images"
 # Name of the file -> function that draws it.

@@ -18,8 +18,8 @@ from pathlib import Path
 from ...errors import InputError
 from ...kernels.core.device import DEFAULT_SM_COUNT
 from ...kernels.core.triton import cdiv
+from .. import RESULTS
 from ..record import read_record
-from ..report import RESULTS
 from .step import ATTENTION_MATMULS, Work
 
 

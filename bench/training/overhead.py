@@ -77,14 +77,14 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv[has_recipe:], prog="tritium bench overhead", description=HELP)
     out = None if options.out is None else check_writable(Path(options.out))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = {"recipe": name, **measure(name, config, options, Path(folder))}
+        figures = {"recipe": name, **measure(config, options, Path(folder))}
     print(_describe(provenance() | figures))
     if out:
         write_record(out, "overhead", figures)
     return 0
 
 
-def measure(name: str, config: TrainConfig, options: Options, folder: Path) -> dict[str, Any]:
+def measure(config: TrainConfig, options: Options, folder: Path) -> dict[str, Any]:
     """Train with and without each part, and return the figures of the record."""
     execution = resolve(config)
     choose_matmul(execution.device)

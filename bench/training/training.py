@@ -110,7 +110,7 @@ class Options:
     nanogpt: str | None = None
     """Folder of a nanoGPT checkout. Its model takes part, trained like its train.py."""
     device: str = "auto"
-    """cpu, cuda or cuda:1; auto: CUDA if there is one, else the CPU."""
+    """cpu, cuda or cuda:1; auto: CUDA if there is a GPU, else the CPU."""
     out: str | None = None
     """Also write the figures to this file, as JSON."""
 

@@ -6,9 +6,8 @@
 On CUDA, the time of an operator is the time of the kernels that it launched. On other devices it is
 the operator's own time, without the operators that it calls. Each operator counts in one part of a
 step: of all operators around it that match a pattern of PARTS, the outermost decides. Parts include
-forward and backward.
-The rest of the steps' duration is the row "between operators": on CUDA the device was idle, on a
-CPU Python ran.
+forward and backward. The rest of the steps' duration is the row "between operators": on CUDA the
+device was idle, on a CPU Python ran.
 """
 
 import re

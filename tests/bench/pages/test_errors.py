@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
+from tritium.bench import RESULTS
 from tritium.bench.ops import OPERATORS
 from tritium.bench.pages import errors
-from tritium.bench.pages._tables import DTYPES, RESULTS
+from tritium.bench.pages._tables import DTYPES
 from tritium.bench.pages.errors import main, measure
 from tritium.bench.record import read_record
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tritium.bench import RESULTS
 from tritium.bench.record import read_record
-from tritium.bench.report import RESULTS
 from tritium.bench.training import traffic
 from tritium.bench.training.traffic import (
     PRESET_NAMES,
