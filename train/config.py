@@ -56,7 +56,7 @@ class ExecutionOptions:
     attention: Literal[tuple(ATTENTIONS)] = "tritium"
     """tritium: own kernels; sdpa: PyTorch's; flash-attn: the package of that name, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
-    """Activation checkpointing: of GELU, of blocks except attention (selective), or of blocks."""
+    """Activation checkpointing. gelu: GELU; selective: blocks except attention; block: blocks."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences per forward and backward on each rank. auto: what fits; None: all of the rank."""
     max_minutes: float | None = None
@@ -149,7 +149,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
     skip_threshold: float = 20.0
-    """Skip a step if the robust z-score of its loss or norm is larger. 0: if it is not finite."""
+    """Skip steps whose loss or norm has a larger robust z-score. 0: only non-finite steps."""
     max_bad_steps: int = 5
     """Bad steps in a row after which the run goes back to a checkpoint. 0: never."""
 

@@ -28,7 +28,7 @@ class Evaluation:
     tokens: int
     """Number of targets."""
     unit: str = "token"
-    """The name of a target: token, record or pair."""
+    """The name of a target: token, text or pair."""
     more: dict[str, float] = field(default_factory=dict)
     """Other measures by their names, such as accuracy."""
 
@@ -82,7 +82,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Return the mean loss over all targets of all batches, on all ranks.
 
-    Nothing is dropped.
+    A smaller last batch counts too.
 
     Args:
         batches: the batches of this rank. All ranks have the same number of batches.

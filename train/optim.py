@@ -133,7 +133,8 @@ class Optimizer:
                 is judged.
         Returns: the global norm of the gradients before clipping, () on the device.
         """
-        # A graph has the learning rate in a float32 tensor. Without one, the same value is used.
+        # A CUDA graph reads the learning rate from a float32 tensor. Without a graph it is rounded
+        # to float32 too, so both give equal results.
         lr = ctypes.c_float(lr).value
         arguments = {"lr": lr} if loss is None else {"lr": lr, "loss": loss}
         change = self._change_weights if self._recorded is None else self._recorded_change

@@ -14,7 +14,7 @@ class Launch:
     """How the processes that torchrun starts divide the work. A resumed run may change this."""
 
     parallel: Literal[("auto", *_PARALLEL)] = "auto"
-    """ddp divides the batch, zero1 also optimizer state, fsdp also weights. auto: ddp or fsdp."""
+    """ddp divides batches, zero1 also optimizers, fsdp also weights. auto: ddp; fsdp if needed."""
     shard_ranks: int | None = None
     """fsdp: number of ranks that together hold one copy of the weights. None: all."""
     tensor_parallel: int = 1

@@ -64,8 +64,8 @@ class Session:
             lr = learning_rate(config, step)
             with self.metrics.waiting():
                 batch = next(batches)
-                # A rank learns one step later that another rank stops. A batch that cannot be read
-                # therefore stops the run two steps before.
+                # Ranks learn of a stop one step late. So the run must stop two steps before a batch
+                # that cannot be read.
                 error = batches.error(min(2, config.steps - step - 1))
             if isinstance(error, InputError | OSError):
                 self.signals.request_stop(error)

@@ -65,7 +65,8 @@ class Trainer:
         self.model = engine.model
         self.working = engine.working
         self._loss: Tensor | None = None
-        # Without graphs None: it would keep the tensors of a trainer until the collector runs.
+        # None without graphs: the object is part of a reference cycle, so the tensors would stay
+        # until the collector runs.
         self._recorded: _RecordedMicroSteps | None = None
         if engine.execution.cuda_graph:
             self._recorded = _RecordedMicroSteps(engine, optimizer)

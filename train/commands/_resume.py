@@ -95,7 +95,10 @@ def _finished_at(run: Path, steps: int) -> int | None:
 
 
 def _explain(error: InputError, words: Sequence[str]) -> InputError:
-    """Return a better error, or raise it, if an option is one of a new run."""
+    """Return or raise an error that names an option that a resumed run cannot take.
+
+    Returns: `error` if there is no such option.
+    """
     for word in words:
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in CHANGEABLE:

@@ -75,7 +75,8 @@ class Document(NamedTuple):
 
     Attributes:
         text: not empty, without lone surrogates.
-        source: the path of its file; for jsonl and parquet with `:line` or `:row`.
+        source: the path of its file. In types other than text, with `:` and the number of its line,
+            row or item.
         digest: 16 bytes, the BLAKE2b hash of the text.
         input: the index of its input.
     """

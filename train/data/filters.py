@@ -73,7 +73,7 @@ FILTERS: dict[str, Filter] = {
         usual=0.3,
         highest=1,
     ),
-    # It takes code for many languages, so nobody gets it without its name.
+    # It labels source code as many different languages, so it is never on by default.
     "language": Filter(
         help="code of the language; it misjudges code",
         values=_languages,

@@ -11,11 +11,11 @@ A document whose words are changed at random places in 10 % of the text has J = 
 original: a run of three words survives with probability 0.9**3 = 0.73, and 0.73 / (2 - 0.73) =
 0.57. Unrelated documents have J below 0.1.
 
-The signatures are in files while the source is read, one byte per hash. Then each band is read
-by itself, so memory holds about 40 bytes per document. Equal hashes of a band form a group; its
-members are compared with the first of the group. Members that differ from it form the next group,
-for at most _ROUNDS rounds. Of two similar documents the later one is dropped, unless the earlier
-one is dropped itself.
+While the source is read, the signatures are written to temporary files, one byte per hash. Then
+each band is read by itself, so memory holds about 40 bytes per document. Equal hashes of a band
+form a group; its members are compared with the first of the group. Members that differ from it form
+the next group, for at most _ROUNDS rounds. Of two similar documents the later one is dropped,
+unless the earlier one is dropped itself.
 """
 
 from pathlib import Path
@@ -71,7 +71,7 @@ class NearDuplicates:
 
     Args:
         folder: for temporary files, which `find` deletes.
-        similarity: smallest J of near duplicates, in (0, 1].
+        similarity: smallest J of near duplicates, in [0.2, 1].
     """
 
     def __init__(self, folder: Path, similarity: float):

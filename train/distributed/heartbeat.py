@@ -39,9 +39,9 @@ RANK_LOST = 75
 _LONG_TIMEOUT = 1800
 # Seconds in which all ranks raise an error that they agreed on.
 _AGREEMENT = 3.0
-# Beats in which a rank is watched before a run without progress ends.
+# Beats after the timeout for which a rank must make no progress before the run is ended.
 _CONFIRMATIONS = 4
-# Multiple of the longest pause so far that is not yet a hang.
+# A pause is a hang only if it is longer than this multiple of the longest pause so far.
 _PAUSES = 3
 
 

@@ -45,7 +45,7 @@ def check_tensor_parallel(config: GPTConfig, dtype: torch.dtype, ranks: int) -> 
                 f"got {ranks}"
             )
     if dtype == torch.float16:
-        # PyTorch's scaler finds overflows in the gradients of one mesh only.
+        # LossScale.unscale changes all gradients in one call, which PyTorch allows for one mesh.
         raise InputError(
             "--tensor-parallel: expected `precision` bfloat16 or float32 with it, got float16"
         )

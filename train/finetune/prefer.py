@@ -56,8 +56,9 @@ def open_data(
     run: Path | None = None,
     progress: bool = False,
 ) -> "PreferData":
-    """Read, split and encode the pairs of a run. See TaskData for the arguments.
+    """Read, split and encode the pairs of a run.
 
+    Args: record, run, progress: see pretrain.open_data. There is no progress bar.
     Raises: InputError, which names the line, for a bad record.
     """
     source = open_source(config, record, run)

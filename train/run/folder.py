@@ -1,12 +1,14 @@
 """The folder of a run: config.json, the dataset that it names, and who may write.
 
     format_version      of config.json
+    tritium             version of this package when the run began; also python and torch
     train               the options, by their flat names
     model               the shape of the model
     dataset             absolute path of the dataset folder, or of the file of records
     dataset_relative    the same path relative to the run folder
     tokens              training and validation tokens of the dataset, or rows of records
     data_sha256         hash of the file of records; null for a dataset
+    labels              the labels of a classifier; missing for other models
     tokenizer_sha256    hash of the dataset's tokenizer
     execution           device, precision, ranks, ... that the run uses: Execution.summary()
     history             what changed when the run was resumed: see history.py
@@ -199,7 +201,8 @@ def claim_folder(
 ) -> None:
     """Write config.json and tokenizer.json. The process must be the only writer of `run`.
 
-    `model` is the shape of the model. It can have more tokens than the tokenizer.
+    `model` is the shape of the model. It can have more tokens than the tokenizer. `dataset` is a
+    Dataset, or the TaskData of a run.
 
     Raises: InputError as check_folder_unused.
     """
@@ -221,7 +224,10 @@ def claim_folder(
 
 
 def record_dataset(run: Path, dataset: Dataset) -> dict[str, Any]:
-    """Return the fields of config.json that say where the dataset is, and its size."""
+    """Return the fields of config.json that say where the dataset is, and its size.
+
+    `dataset` is a Dataset, or the TaskData of a run.
+    """
     folder = dataset.path.resolve()
     labels = list(getattr(dataset, "labels", ()))
     return {

@@ -117,6 +117,7 @@ def note_resume(
     Args:
         record: config.json as it was.
         config: the options with which the run goes on.
+        dataset: a Dataset, or the TaskData of the run.
         step: number of optimizer steps done.
     Raises: InputError if the run is beyond the new number of steps.
     """

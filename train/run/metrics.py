@@ -68,7 +68,7 @@ class Metrics:
     val_perplexity, val_bits_per_byte and those of the task. It also has the keys of
     eval/in_training.py. A checkpoint writes a line with step, time (Unix seconds), wall_seconds and
     goodput: fractions of the wall time, see goodput.py. A run that went back to a checkpoint writes
-    a line with step, the next step, and restored, the steps of the checkpoint.
+    a line with `step` (the next step) and `restored` (the step of the checkpoint).
 
     Args:
         run: the folder of the run. Lines of metrics.jsonl from `start` on are deleted.

@@ -76,7 +76,7 @@ class CheckpointSaver:
         self._error: BaseException | None = None
         self.last_step: int | None = None
         self.stall_seconds = 0.0
-        # No process writes shards now either.
+        # Also delete shard folders of killed processes: no process writes them now.
         engine.world.on_rank0(lambda: delete_unfinished(run, ".step-*"))
 
     def __enter__(self) -> "CheckpointSaver":

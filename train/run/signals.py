@@ -86,7 +86,9 @@ def _caught() -> list[int]:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Raise InterruptedRun if a signal arrives inside the context. Signals has more inside steps.
+    """Raise InterruptedRun if a signal arrives inside the context.
+
+    During steps, the class Signals handles signals.
 
     Raises: InterruptedRun with the number of the signal.
     """
