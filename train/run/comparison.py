@@ -11,7 +11,7 @@ from ..files import write_whole
 from ..lock import is_locked
 from .checkpoint import checkpoints
 from .folder import read_run
-from .metrics import check_metrics, read_metrics
+from .metrics import check_metrics, describe_damage, read_metrics
 from .plots import running_mean
 
 
@@ -32,13 +32,16 @@ class Curves:
         check_metrics(run)
         training, evaluations = read_metrics(run)
         last = training[-1]
-        context = record.model.context_tokens
+        tokens_per_step = last.get("tokens", 0) / (last["step"] + 1)
+        # The rows of fine-tuning are shorter than the context.
+        row_tokens = round(tokens_per_step / record.train.batch_size)
+        row_tokens = row_tokens or record.model.context_tokens
         return cls(
             name=run.name,
             training=training,
             evaluations=evaluations,
-            tokens_per_step=last.get("tokens", 0) / (last["step"] + 1),
-            flops_per_token=flops_per_token(record.model, context),
+            tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token(record.model, row_tokens, record.train.adapter),
         )
 
     def x_of_steps(self, axis: str) -> dict[int, float]:
@@ -142,7 +145,9 @@ def describe_run(run: Path) -> dict[str, str]:
     record = read_run(run)
     has_metrics = (run / "metrics.jsonl").is_file()
     training, evaluations = read_metrics(run) if has_metrics else ([], [])
+    damage = describe_damage(run) if has_metrics else None
     done = max(checkpoints(run), default=0)
+    status = _status(run, done, record.train.steps)
     rates = sorted(line["tokens_per_second"] for line in training if "tokens_per_second" in line)
     last = evaluations[-1] if evaluations else {}
     bits = last.get("val_bits_per_byte")
@@ -155,7 +160,7 @@ def describe_run(run: Path) -> dict[str, str]:
         "loss": f"{last['val_loss']:.4f}" if last else "-",
         "bits per byte": f"{bits:.3f}" if bits is not None else "-",
         "tokens/s": f"{rates[len(rates) // 2]:,.0f}" if rates else "-",
-        "status": _status(run, done, record.train.steps),
+        "status": f"{status}; metrics.jsonl: {damage}" if damage else status,
     }
 
 

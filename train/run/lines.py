@@ -12,12 +12,15 @@ class _Line:
     """The values of a line that a program computes with."""
 
     step: int
+    tokens: int
+    tokens_per_second: float
     loss: float | None
     lr: float
     grad_norm: float | None
     skipped: bool
     overflow: bool
     val_loss: float
+    val_bits_per_byte: float
     time: float
     wall_seconds: float
     goodput: dict[str, float]
@@ -44,4 +47,4 @@ def parse_line(line: str) -> dict[str, Any] | None:
     is_known = any(
         name in row and all(other in row for other in others) for name, others in _GROUPS.items()
     )
-    return row if "step" in row and is_known else None
+    return row if row.get("step", -1) >= 0 and is_known else None

@@ -291,10 +291,16 @@ def check_metrics(run: Path) -> None:
             f"{file}: expected lines with step, loss, lr and grad_norm, found none; the run has no "
             "step yet, or an older version wrote it"
         )
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    if unread := len(lines) - len(list(_rows(file))):
-        found = f"{unread:,} of {len(lines):,} lines cannot be read and are left out"
+    if found := describe_damage(run):
         print(f"tritium: {file}: {found}", file=sys.stderr)
+
+
+def describe_damage(run: Path) -> str | None:
+    """Return how many lines of metrics.jsonl are damaged; None if there are none."""
+    file = run / "metrics.jsonl"
+    count = len(file.read_text(encoding="utf-8", errors="replace").splitlines())
+    unread = count - len(read_lines(run))
+    return f"{unread:,} of {count:,} lines cannot be read and are left out" if unread else None
 
 
 def read_lines(run: Path) -> list[dict]:
@@ -303,8 +309,14 @@ def read_lines(run: Path) -> list[dict]:
 
 
 def describe_goodput(run: Path) -> str:
-    """Describe how the run divided its wall time, and how many steps it skipped, in one line."""
-    *_, line = (row for row in _rows(run / "metrics.jsonl") if "goodput" in row)
+    """Describe how the run divided its wall time, and how many steps it skipped, in one line.
+
+    Returns "not known" if the file has no such line: it was deleted, or a program changed it.
+    """
+    lines = [row for row in _rows(run / "metrics.jsonl") if "goodput" in row]
+    if not lines or "steps" not in lines[-1]["goodput"]:
+        return "not known"
+    line = lines[-1]
     skipped = line["skipped_steps"]
     return describe(line) + (f"; {skipped} steps skipped" if skipped else "")
 

@@ -25,3 +25,9 @@ def test_each_run_has_a_line_with_its_status(tritium, error_of, tiny, tmp_path):
     assert run.endswith("  finished")
     with FolderLock(tmp_path / "run"):
         assert tritium("runs", tmp_path / "run")[1].endswith("  training\n")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "val_loss": 1, "val_bits_per_byte": "x"}\n')
+    status, out, _ = tritium("runs", tmp_path / "run")
+    assert status == 0
+    assert "  finished; metrics.jsonl: 1 of " in out
+    assert out.endswith(" lines cannot be read and are left out\n")

@@ -1,9 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from tritium.errors import InputError
+from tritium.model.config import AdapterOptions
+from tritium.model.cost import flops_per_token
+from tritium.train.run import comparison
 from tritium.train.run.comparison import Curves, plot_runs
+from tritium.train.run.folder import read_run
 
 pytestmark = pytest.mark.plain
 
@@ -25,6 +30,16 @@ def test_axes_grow_with_the_steps(run):
     assert flops[2] == 128 * curves.flops_per_token
     rates = [line["tokens_per_second"] for line in curves.training]
     assert seconds[3] == pytest.approx(sum(64 / rate for rate in rates))
+
+
+def test_flops_are_those_of_the_rows_and_the_adapter(run, monkeypatch):
+    record = read_run(run)
+    adapter = AdapterOptions(lora=2)
+    changed = replace(record, train=replace(record.train, adapter=adapter, init_from="run"))
+    monkeypatch.setattr(comparison, "read_run", lambda _: changed)
+    line = {"step": 1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 2 * 4 * 8}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert Curves.read(run).flops_per_token == flops_per_token(record.model, 8, adapter)
 
 
 def test_runs_are_drawn_into_one_file(run, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import time
 from types import SimpleNamespace
 
@@ -7,7 +8,13 @@ import torch
 from tritium.train.bad_steps import OVERFLOWED
 from tritium.train.evaluate import Evaluation
 from tritium.train.gpus import ceiling
-from tritium.train.run.metrics import STEPS_AHEAD, STEPS_PER_READ, Metrics, read_metrics
+from tritium.train.run.metrics import (
+    STEPS_AHEAD,
+    STEPS_PER_READ,
+    Metrics,
+    describe_goodput,
+    read_metrics,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -209,3 +216,10 @@ def test_on_cuda_reading_does_not_wait_for_the_newest_step(tmp_path, monkeypatch
     rows, _ = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(2 * STEPS_PER_READ + 1))
     assert rows[0]["memory"] == 7
+
+
+@pytest.mark.parametrize("shares", [None, {}])
+def test_goodput_without_its_line_is_not_known(shares, tmp_path):
+    line = {"step": 1, "goodput": shares, "time": 1, "wall_seconds": 1, "skipped_steps": 0}
+    (tmp_path / "metrics.jsonl").write_text("" if shares is None else json.dumps(line) + "\n")
+    assert describe_goodput(tmp_path) == "not known"
