@@ -127,7 +127,7 @@ def _read_csv(path: Path, field: str) -> Texts:
         with open(path, "rb") as raw:
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             rows = csv.reader(text, strict=True, **style)
-            column = int(field) - 1 if field.isdigit() else _column(path, next(rows, []), field)
+            column = _column(path, rows, field)
             for row in rows:
                 number = rows.line_num
                 if not row:
@@ -145,11 +145,15 @@ def _read_csv(path: Path, field: str) -> Texts:
         ) from None
 
 
-def _column(path: Path, names: list[str], field: str) -> int:
+def _column(path: Path, rows: Iterator[list[str]], field: str) -> int:
+    """Return the index of the column with a number from 1, or with a name in the first row."""
+    if field.isdecimal() and int(field) >= 1:
+        return int(field) - 1
+    names = next(rows, [])
     if field not in names:
         raise InputError(
             f"{path}:1: expected a column {field!r}, got {', '.join(names)[:100]}; give another "
-            "text field: the name of a column, or its number if the file has no names"
+            "text field: the name of a column, or its number from 1 if the file has no names"
         )
     return names.index(field)
 

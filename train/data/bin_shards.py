@@ -126,6 +126,8 @@ def _count_tokens(path: Path) -> int:
             "file again"
         )
     _, version, count = _FIELDS.unpack_from(header)
+    if count < 0:
+        raise InputError(f"{path}: expected 0 tokens or more, got {count:,}; get the file again")
     expected = _HEADER_BYTES + count * _TOKEN.itemsize
     if version != _VERSION or size != expected:
         raise InputError(
@@ -154,7 +156,8 @@ def read_bin(path: Path, vocab_size: int) -> np.ndarray:
 
     Raises: InputError if the file is damaged or has a token that is not below `vocab_size`.
     """
-    return np.concatenate([*_read(path, _count_tokens(path), vocab_size)])
+    count = _count_tokens(path)
+    return np.concatenate([np.empty(0, _TOKEN), *_read(path, count, vocab_size)])
 
 
 # --- export

@@ -81,14 +81,14 @@ def open_dataset(path: Path | str) -> Dataset:
     info = read_info(path)
     if not (path / "tokenizer.json").exists():
         raise InputError(
-            f"{path}: expected tokenizer.json next to dataset.json, found none; delete its folder "
+            f"{path}: expected tokenizer.json next to dataset.json, found none; delete this folder "
             "and build it again"
         )
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if tokenizer.sha256 != info.tokenizer_sha256:
         raise InputError(
             f"{path}: expected tokenizer {info.tokenizer_sha256[:12]}, tokenizer.json is "
-            f"{tokenizer.sha256[:12]}; delete its folder and build it again"
+            f"{tokenizer.sha256[:12]}; delete this folder and build it again"
         )
     splits = {name: _open_split(path, name, getattr(info, name), tokenizer) for name in SPLITS}
     return Dataset(path=path, tokenizer=tokenizer, info=info, **splits)
@@ -117,7 +117,7 @@ def read_info(path: Path) -> DatasetInfo:
         raise InputError(f"{file}: {error}; delete its folder and build it again") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: expected a dataset.json of tritium, got something else ({error!r}); delete "
+            f"{file}: expected a dataset.json of tritium, got something else ({error}); delete "
             "its folder and build it again"
         ) from None
     raise InputError(
@@ -152,8 +152,8 @@ def _open_split(path: Path, split: str, info: SplitInfo, tokenizer: Tokenizer) -
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(
-            f"{path}: expected shard {missing[0]}, found none; copy it again, or delete its folder "
-            "and build it again"
+            f"{path}: expected shard {missing[0]}, found none; copy it again, or delete this "
+            "folder and build it again"
         )
     stream = TokenStream.open(
         files, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size
@@ -161,6 +161,6 @@ def _open_split(path: Path, split: str, info: SplitInfo, tokenizer: Tokenizer) -
     if len(stream) != info.tokens:
         raise InputError(
             f"{path}: expected {info.tokens} {split} tokens, its shards hold {len(stream)}; delete "
-            "its folder and build it again"
+            "this folder and build it again"
         )
     return stream

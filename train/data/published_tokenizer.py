@@ -132,9 +132,7 @@ class PublishedTokenizer(Tokenizer):
 
         self.end_of_text = ids[end]
         self.start_tokens = self._find_start_tokens(settings.get("add_bos_token"))
-        more = _read_json(files, "generation_config.json").get("eos_token_id") or []
-        more = more if isinstance(more, list) else [more]
-        self.stop_tokens = tuple(dict.fromkeys([self.end_of_text, *more]))
+        self.stop_tokens = tuple(dict.fromkeys([self.end_of_text, *_more_stop_tokens(files)]))
         self.can_cut = _can_cut(self._definition)
         self.chat_template = _chat_template(settings, files)
 
@@ -150,6 +148,11 @@ class PublishedTokenizer(Tokenizer):
         """Return the ids that the folder puts before a text."""
         if isinstance(add_bos, bool):
             start = self.special_tokens.get("bos_token") if add_bos else None
+            if start is not None and start not in self._ids:
+                raise InputError(
+                    "expected a bos_token in tokenizer_config.json that is in the vocabulary, got "
+                    f"{start!r}; get the file again"
+                )
             return () if start is None else (self._ids[start],)
         found = self._plain.encode("a")
         text = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
@@ -251,9 +254,26 @@ def _chat_template(settings: dict[str, Any], files: dict[str, bytes]) -> str | N
         return files["chat_template.jinja"].decode("utf-8", "replace")
     template = settings.get("chat_template")
     if isinstance(template, list):  # templates by name
-        named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default")
+        if not all(isinstance(each, dict) for each in template):
+            raise InputError(
+                "tokenizer_config.json: expected objects with name and template in chat_template, "
+                "got something else; get the file again"
+            )
+        named = [each.get("template") for each in template if each.get("name") == "default"]
+        template = named[-1] if named else None
     return template if isinstance(template, str) else None
+
+
+def _more_stop_tokens(files: dict[str, bytes]) -> list[int]:
+    """Return the ids in generation_config.json that end an answer."""
+    found = _read_json(files, "generation_config.json").get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(each) is int and each >= 0 for each in ids):
+        raise InputError(
+            f"generation_config.json: expected an id or a list of ids as eos_token_id, got "
+            f"{str(found)[:60]}; get the file again"
+        )
+    return ids
 
 
 def _needs(package: str) -> str:
@@ -322,6 +342,11 @@ def _piece_decoder(definition: dict[str, Any]) -> Callable[[str], bytes]:
         elif kind == "Metaspace":
             space = part["replacement"]
         elif kind == "Replace" and part["content"] == " ":
+            if "String" not in part["pattern"]:
+                raise InputError(
+                    "decoder: expected Replace with a String as its pattern, got a Regex; tritium "
+                    "cannot turn its tokens into bytes"
+                )
             space = part["pattern"]["String"]
         elif kind not in ("Fuse", "Strip"):
             raise InputError(

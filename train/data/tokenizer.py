@@ -216,8 +216,8 @@ class Tokenizer:
             return read_published(path)
         try:
             definition = read_object(path)
-            if definition["format"] != _FORMAT:
-                raise KeyError("format")
+            if definition.get("format") != _FORMAT:
+                raise ValueError(f"expected the format {_FORMAT}")
             version = definition["version"]
             if version != FORMAT_VERSION:
                 raise InputError(
@@ -229,7 +229,7 @@ class Tokenizer:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}: expected a tokenizer.json of tritium, got something else ({error!r}); "
+                f"{path}: expected a tokenizer.json of tritium, got something else ({error}); "
                 "for another program's, give its folder"
             ) from None
 

@@ -107,7 +107,7 @@ def _read_columns(
                 if columns is None:
                     width = len(row)
                     columns = [_column(place, row, each) for each in (text_column, label_column)]
-                    if not (text_column.isdigit() and label_column.isdigit()):
+                    if not (text_column.isdecimal() and label_column.isdecimal()):
                         continue  # these are the names
                 if len(row) != width:
                     raise InputError(
@@ -125,7 +125,7 @@ def _read_columns(
 
 def _column(place: str, first_row: Sequence[str], field: str) -> int:
     """Return the index of the column with a name or a number from 1."""
-    if field.isdigit() and 1 <= int(field) <= len(first_row):
+    if field.isdecimal() and 1 <= int(field) <= len(first_row):
         return int(field) - 1
     if field not in first_row:
         raise InputError(

@@ -106,6 +106,7 @@ def test_find_bins_knows_them_by_their_magic(tmp_path, shards):
 def test_bad_shards_raise(tmp_path, shards):
     for tokens, change, message in (
         ([1, 2], {"count": 3}, r"expected version 1 and 1,030 bytes for 3 tokens, got .* 1,028"),
+        ([], {"count": -5}, "expected 0 tokens or more, got -5"),
         ([1, 2], {"version": 7}, "got version 7"),
         ([1, 300], {}, "expected tokens below 257, the size of the vocabulary, got 300"),
     ):

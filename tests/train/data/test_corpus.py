@@ -119,6 +119,13 @@ def test_malformed_json_and_csv_raise(tmp_path, name, content, message):
         _texts(Corpus([tmp_path / name]))
 
 
+@pytest.mark.parametrize("field", ["0", "²"])
+def test_columns_are_numbered_from_1(field, tmp_path):
+    (tmp_path / "a.csv").write_text("one,two\n")
+    with pytest.raises(InputError, match=f"a.csv:1: expected a column '{field}', got one, two"):
+        _texts(Corpus([tmp_path / "a.csv"], text_field=field))
+
+
 def test_folder_is_read_without_json_and_csv(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "package.json").write_text("{}")

@@ -63,7 +63,7 @@ def test_changed_record_raises(folder):
     content = json.loads(file.read_text())
     content["val"]["bytes"] *= 10
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="does not match its checksum"):
+    with pytest.raises(InputError, match=r"got something else \(it does not match its checksum"):
         open_dataset(folder)
 
 
@@ -73,7 +73,7 @@ def test_missing_file_raises(folder):
     with pytest.raises(InputError, match=r"expected shard train-00003.bin, found none"):
         open_dataset(folder)
     (folder.with_name("copy") / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"expected tokenizer.json next to dataset.json"):
+    with pytest.raises(InputError, match=r"expected tokenizer.json next to .*; delete this folder"):
         open_dataset(folder.with_name("copy"))
 
 

@@ -151,7 +151,7 @@ def test_save_and_load_keep_the_definition(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"sha256": "0" * 64}))
     with pytest.raises(InputError, match="damaged: expected sha256 000000000000"):
         Tokenizer.load(tmp_path / "tokenizer.json")
-    with pytest.raises(InputError, match="for another program's, give its folder"):
+    with pytest.raises(InputError, match=r"else \(expected the format .*give its folder"):
         Tokenizer.load(tmp_path / "folder" / "tokenizer.json")
 
 
@@ -190,6 +190,10 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
     ("changes", "message"),
     [
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "decoder: expected"),
+        (
+            {"decoder": {"type": "Replace", "pattern": {"Regex": "x"}, "content": " "}},
+            "decoder: expected Replace with a String",
+        ),
         ({"model": {"type": "words"}}, "expected a file of the package tokenizers"),
     ],
 )
@@ -214,6 +218,27 @@ def test_folders_without_a_tokenizer_or_its_end_of_text_raise(tmp_path, monkeypa
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"expected a folder with tokenizer\.json, found none"):
         Tokenizer.load(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("tokenizer_config.json", {"chat_template": ["x"]}, "objects with name and template"),
+        (
+            "tokenizer_config.json",
+            {"add_bos_token": True, "bos_token": "<none>"},
+            "expected a bos_token .* got '<none>'",
+        ),
+        ("generation_config.json", {"eos_token_id": [{}]}, r"as eos_token_id, got \[{}\]"),
+        ("generation_config.json", {"eos_token_id": "abc"}, "as eos_token_id, got abc"),
+    ],
+)
+def test_settings_with_other_types_raise(name, changes, message, tmp_path):
+    byte_level(tmp_path, template=None)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    (tmp_path / name).write_text(json.dumps(settings | changes))
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):

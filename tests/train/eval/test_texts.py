@@ -7,6 +7,7 @@ from tritium.train.data.dataset import open_dataset
 from tritium.train.data.shards import write_shard
 from tritium.train.data.tokenizer import from_spec
 from tritium.train.eval import texts
+from tritium.train.eval.perplexity import num_targets
 from tritium.train.eval.texts import read_text
 
 pytestmark = pytest.mark.plain
@@ -62,6 +63,11 @@ def test_shards_of_llm_c_are_read_with_and_without_a_tokenizer(tmp_path):
     assert read_text(file, None, 257).bytes is None
     with pytest.raises(InputError, match=r"a\.bin: expected tokens below 200"):
         read_text(file, None, 200)
+
+    header[2] = 0
+    file.write_bytes(header.tobytes())
+    with pytest.raises(InputError, match=r"a\.bin: expected text, got an empty file"):
+        num_targets(read_text(file, BYTES, 257), 4, 2)
 
 
 def test_bad_texts_raise(tmp_path):

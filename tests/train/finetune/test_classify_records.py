@@ -53,6 +53,13 @@ def test_each_type_of_file_is_read(name, content, fields, tmp_path):
     assert pairs_of(texts) == [("ham", 'says "hi'), ("spam", "win, now")]
 
 
+def test_columns_are_numbered_from_1(tmp_path):
+    (tmp_path / "a.tsv").write_text("ham\thi\n")
+    for field in ("0", "3", "²"):
+        with pytest.raises(InputError, match=f"a.tsv:1: expected a column '{field}', got ham, hi"):
+            read_labelled_texts(tmp_path / "a.tsv", field, "1")
+
+
 def test_numbers_are_labels_in_json(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "label": 3}))
     assert read_labelled_texts(tmp_path / "a.jsonl", "text", "label")[0].label == "3"
