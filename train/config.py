@@ -175,7 +175,8 @@ class TrainConfig:
                 raise InputError(f"{name}: expected {bound} or more, and finite, got {value}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed: expected a number from 0 to 2**63 - 1, got {self.seed}")
-        for name in ("beta1", "beta2", "held_out"):
+        check_held_out(self.held_out)
+        for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         minutes, status = self.execution.max_minutes, self.execution.stop_status
@@ -261,6 +262,14 @@ class TrainConfig:
     def from_options(cls, **options: Any) -> "TrainConfig":
         """Build a configuration from flat names. Missing options take their defaults."""
         return cls().with_options(**options)
+
+
+def check_held_out(held_out: float) -> None:
+    """Raise InputError unless the fraction leaves text for training and for validation."""
+    if not 0 < held_out < 1:
+        raise InputError(
+            f"held_out: expected a number between 0 and 1, got {held_out}; 0.1 is usual"
+        )
 
 
 def named_files(report: ReportOptions) -> dict[str, dict[str, str]]:

@@ -47,7 +47,10 @@ def read_config(path: Path) -> TrainConfig:
     base = TrainConfig()
     if "recipe" in options and not is_record:
         with _Names(path, text, "recipe"):
-            base = recipe(options.pop("recipe"))
+            name = options.pop("recipe")
+            if not isinstance(name, str):
+                raise InputError(f"recipe: expected str, got {name!r}; write one name")
+            base = recipe(name)
     for name in options:
         with _Names(path, text, name):
             check_names("option", [name], PART_OF)
@@ -85,9 +88,10 @@ class _Names:
 
 def _options_of_run(path: Path, text: str) -> dict[str, Any]:
     try:
-        record = parse_object(text)
-        options = dict(record["train"])
-    except (ValueError, KeyError, TypeError):
+        options = parse_object(text)["train"]
+        if not isinstance(options, dict):
+            raise ValueError("expected an object")
+    except (ValueError, KeyError):
         raise InputError(
             f"{path}: expected the config.json of a run, got something else; options of your own "
             "are written in TOML"
@@ -106,7 +110,14 @@ def _parse_toml(path: Path, text: str) -> dict[str, Any]:
             raise InputError(
                 f"{path}: expected options without tables, such as n_layer = 6, got [{name}]"
             )
-    return {name.replace("-", "_"): value for name, value in found.items()}
+    options = {}
+    for spelled, value in found.items():
+        name = spelled.replace("-", "_")
+        if name in options:
+            with _Names(path, text, name):
+                raise InputError(f"{name}: expected one value, got two, with - and with _")
+        options[name] = value
+    return options
 
 
 def to_toml(config: TrainConfig) -> str:

@@ -29,6 +29,8 @@ def test_a_file_changes_some_options_of_a_recipe(tmp_path):
         ("lr = 1\nn_layers = 2", "a.toml:2: unknown option 'n_layers'; did you mean 'n_layer'?"),
         ("lr = 1\n\nsteps = 'x'", "a.toml:3: steps: expected int, got 'x'"),
         ("recipe = 'gpt-2'", "a.toml:1: unknown recipe 'gpt-2'; did you mean 'gpt2'"),
+        ("recipe = ['laptop']", "a.toml:1: recipe: expected str, got ['laptop']"),
+        ("lr = 1\nn-layer = 2\nn_layer = 3", "a.toml:2: n_layer: expected one value, got two"),
         ("lora = '4'", "a.toml:1: lora: expected int, got '4'"),
         ("lr = ", "a.toml: expected TOML, got a syntax error"),
         ("[model]\nn_layer = 2", "a.toml: expected options without tables"),
@@ -57,8 +59,10 @@ def test_the_command_takes_a_file_and_the_config_of_a_run(tritium, error_of, tin
     assert read_config(tmp_path / "b.toml") == first
     assert "got both" in error_of("train", "laptop", "--config", tmp_path / "b.toml")
     assert "expected one file, got none" in error_of("train", "--config")
-    (tmp_path / "c.json").write_text("{}")
-    assert "expected the config.json of a run" in error_of("train", "--config", tmp_path / "c.json")
+    for content in ("{}", '{"train": []}'):
+        (tmp_path / "c.json").write_text(content)
+        line = error_of("train", "--config", tmp_path / "c.json")
+        assert "expected the config.json of a run" in line
     assert "missing.toml" in error_of("train", "--config", tmp_path / "missing.toml")
 
 

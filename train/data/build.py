@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.progress import TaskID
 
 from ...errors import InputError
+from ..config import check_held_out
 from ..files import seal, write_whole
 from ..progress import progress_bars
 from ._new_folder import check_unused, new_folder
@@ -131,10 +132,7 @@ def _check_no_selection(selection: SelectionOptions) -> None:
 
 
 def _check_numbers(held_out: float, shard_tokens: int, threads: int | None) -> None:
-    if not 0 < held_out < 1:
-        raise InputError(
-            f"held_out: expected a number between 0 and 1, got {held_out}; 0.1 is usual"
-        )
+    check_held_out(held_out)
     if shard_tokens < 1:
         raise InputError(
             f"shard_tokens: expected 1 or more, got {shard_tokens}; {_SHARD_TOKENS} is usual"
