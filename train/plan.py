@@ -289,7 +289,7 @@ def plan_of_run(record: RunRecord, world: World) -> Plan:
         sequences=config.batch_size // world.data_ranks,
         micro_batch=execution.micro_batch,
         context_tokens=config.model.context_tokens,
-        tokens=config.steps,
+        tokens=config.steps * config.batch_size * config.model.context_tokens,
         recompute=config.execution.recompute,
         optimizer=config.optimizer,
         adapter=config.adapter,

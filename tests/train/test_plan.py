@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from tritium.model.lora import add_lora, lora_parameters
 from tritium.train.choices import OPTIMIZERS
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
+from tritium.train.distributed.world import SINGLE_PROCESS
 from tritium.train.gpus import CEILINGS
 from tritium.train.memory import RESERVE
-from tritium.train.plan import Machine, PlanOptions, make_plan
+from tritium.train.plan import Machine, PlanOptions, make_plan, plan_of_run
 from tritium.train.recipes import RECIPES
 from tritium.train.trainer import Trainer, single_trainer
 
@@ -368,3 +370,9 @@ def test_default_machine_is_the_gpu_of_this_machine(name, is_known, monkeypatch)
 )
 def test_tokens_accept_suffixes_and_separators(text, count):
     assert make_plan(PlanOptions(recipe="gpt2", gpu="h100", tokens=text)).tokens == count
+
+
+def test_the_plan_of_a_run_has_the_tokens_of_its_steps():
+    train = TrainConfig.from_options(steps=5, batch_size=4, context_tokens=16, device="cpu")
+    plan = plan_of_run(SimpleNamespace(train=train, model=train.gpt(300)), SINGLE_PROCESS)
+    assert plan.tokens == 5 * plan.tokens_per_step == 5 * 4 * 16

@@ -80,6 +80,11 @@ def main(argv: Sequence[str]) -> int:
     is_printed = "--print-config" in argv
     argv = [word for word in argv if word != "--print-config"]
     if argv and argv[0].split("=")[0] == "--resume":
+        if is_printed:
+            raise InputError(
+                "--print-config: expected a new run, got --resume RUN_DIR; `tritium train --config "
+                "RUN_DIR --print-config` prints the options of a run"
+            )
         with loading(is_quiet=is_help(argv)):
             from ._resume import resume_run
 
@@ -166,16 +171,26 @@ def is_given(option: str, argv: Sequence[str]) -> bool:
 
 def _without_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the file of --config, and the other words."""
-    words = "\0".join(argv).replace("--config\0", "--config=").split("\0") if argv else []
-    files = [word.partition("=")[2] for word in words if word.split("=")[0] == "--config"]
-    if len(files) > 1 or "" in files or "--config" in words:
+    files = []
+    others = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--config":
+            files.append(value if equals else next(words, ""))
+        else:
+            others.append(word)
+    if len(files) > 1 or "" in files:
         raise InputError("--config: expected one file, got " + (" ".join(files) or "none"))
-    others = [word for word in words if word.split("=")[0] != "--config"]
     return (Path(files[0]) if files else None), others
 
 
 def _without_auto(argv: Sequence[str]) -> tuple[list[str], bool]:
     """Return the words without `--resume auto`, and whether they had it."""
-    text = "\0".join(argv).replace("--resume\0auto", "--resume=auto")
-    words = text.split("\0") if argv else []
+    words = []
+    for word in argv:
+        if word == "auto" and words[-1:] == ["--resume"]:
+            words[-1] = "--resume=auto"
+        else:
+            words.append(word)
     return [word for word in words if word != "--resume=auto"], "--resume=auto" in words

@@ -48,6 +48,7 @@ def test_unknown_recipe_and_option_suggest_near_names(error_of):
         (["--precision", "float8"], "invalid choice 'float8'"),
         (["--optimizer", "sgd"], "invalid choice 'sgd'"),
         (["--resume", "x"], "--resume RUN_DIR comes first"),
+        (["--held-out", "0"], "--held-out: expected a number between 0 and 1, got 0"),
         (["--tokens", "10B", "--steps", "5"], "--tokens: expected --tokens or --steps, got both"),
     ],
 )
@@ -59,6 +60,16 @@ def test_bad_option_is_one_line_and_makes_no_run(words, message, error_of, tiny,
 def test_a_small_batch_takes_a_micro_batch_that_divides_it(tiny, tritium, tmp_path):
     assert tritium("train", "gpt2", *tiny[2:], "--batch-size", 6, "--steps", 1)[0] == 0
     assert read_run(tmp_path / "run").train.micro_batch == 2  # 32 in the recipe
+
+
+def test_options_end_only_at_the_end_of_a_word(tiny, tritium):
+    text = ("--prompt", "see --config", "--print-config")
+    status, out, err = tritium(*tiny, *text)
+    assert status == 0, err
+    assert 'prompt = "see --config"' in out
+    status, _, err = tritium("train", "--print-config", "--prompt", "see --resume", "auto")
+    assert status == 2
+    assert "auto" in err
 
 
 def test_tokens_set_the_steps(tiny, tritium, error_of, tmp_path):
@@ -168,6 +179,8 @@ def test_bad_resume_is_one_line(error_of, tritium, tiny, tmp_path):
     assert "expected the folder of a run" in error_of("train", "--resume", tmp_path)
     assert "expected the folder of a run, or auto, got none" in error_of("train", "--resume")
     assert tritium("train", "--resume", "RUN_DIR", "--help")[0] == 0
+    line = error_of("train", "--resume", tmp_path, "--print-config")
+    assert "--print-config: expected a new run, got --resume RUN_DIR" in line
     assert tritium(*tiny)[0] == 0
     run = tmp_path / "run"
     record = json.loads((run / "config.json").read_text())
