@@ -19,6 +19,7 @@ from ..model import GPT
 from ..model.generation import Decoder, Sampling
 from .data.tokenizer import Tokenizer
 from .files import write_whole
+from .finetune.conversations import encode_question
 from .templates import TEMPLATES
 from .text import for_tokenizer, stream_sample
 
@@ -120,17 +121,11 @@ class Conversation:
         context = self.model.config.context_tokens
         reserved = min(self.sampling.max_new_tokens, context // 2)
         for dropped in range(0, len(messages), 2):
-            ids = self._encode(self._with_system(messages[dropped:]))
+            asked = self._with_system(messages[dropped:])
+            ids = encode_question(self.tokenizer, asked, self.template or "model")
             if len(ids) <= context - reserved:
                 return ids, dropped
         raise InputError(
             f"chat: expected at most {context - reserved} tokens of system message and question, "
             f"got {len(ids)}; shorten the question"
         )
-
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        tokenizer = self.tokenizer
-        if self.template is None:
-            return tokenizer.encode_rendered(tokenizer.render_chat(messages)).tolist()
-        prompt = TEMPLATES[self.template].prompt(messages)
-        return [*tokenizer.start_tokens, *tokenizer.encode(prompt).tolist()]

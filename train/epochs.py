@@ -25,11 +25,11 @@ def describe_epochs(tokens: int, corpus_tokens: int, dropout: float) -> str:
     line = f"{epochs:.3g} epochs: {tokens:,} tokens from a corpus of {corpus_tokens:,}"
     if epochs <= MOST_EPOCHS:
         return line
-    steps = "give more data or fewer steps"
+    advice = "give more data or fewer steps"
     return f"{line}; above {MOST_EPOCHS} " + (
-        f"a model learns less from each: {steps}"
+        f"a model learns less from each: {advice}"
         if dropout
-        else f"a model begins to memorize: {steps}, or set dropout to 0.1 or 0.2"
+        else f"a model begins to memorize: {advice}, or set dropout to 0.1 or 0.2"
     )
 
 

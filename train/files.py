@@ -103,3 +103,15 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_can_create(folder: Path) -> None:
+    """Raise InputError if `folder` is a file, or below a file or a folder that is not writable."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{folder}: expected a folder, got the file {nearest}; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{folder}: expected a folder to write to, got {nearest} without the right to write; "
+            "choose another"
+        )

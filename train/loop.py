@@ -178,7 +178,10 @@ def _train(
         trackers.append(CallbackTracker(callbacks, signals.request_stop))
     metrics = _open_metrics(config, run, engine, loader.context_tokens, first, trackers)
     if execution.is_compiled:
-        console.print("compiling the model: the first step takes longer if it is not in the cache")
+        console.print(
+            "compiling the model: the first step takes longer if it is not in the cache",
+            soft_wrap=True,
+        )
 
     # The steps.
     evaluations = world.on_each_node(lambda: open_evaluations(config, data.tokenizer))

@@ -7,9 +7,13 @@ from typing import Annotated, Any
 import tyro
 
 from ...errors import InputError
-from ...model.config import OPTIONS_OF_RUN
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..finetune.start import default_config, finetune_config, finetune_tasks
+from ..finetune.start import (
+    FIXED_OPTIONS,
+    default_config,
+    finetune_config,
+    finetune_tasks,
+)
 from ..finetune.tasks import TASKS
 from ..options import Launch
 from ..run.console import loading
@@ -35,18 +39,17 @@ tritium finetune {task} MODEL --data FILE [--key value ...]
 MODEL is a run, a checkpoint or a folder of transformers. Its shape and tokenizer are those of the
 new run. FILE has the records. By default a run takes 3 epochs and evaluates after each. The warm-up
 is at most a tenth of the steps. The new run is a run like others: sample, chat, export, resume."""
-# Options that follow from the model, the records and the epochs.
-_HIDDEN = ("task", "held_out", "text_field", "init_from", "document_mask")
-_HIDDEN_REPORT = ("eval_interval", "eval_tokens", "prompt")
 # tyro parses the file of each class, in search of help texts. Classes of make_dataclass would have
 # the longer types.py of the standard library.
 _NAMESPACE = {"__module__": __name__}
 
 
-def _hide(options: type, hidden: Sequence[str]) -> type:
-    """Return a subclass of a dataclass with fields that are no flags."""
-    types = {each.name: each.type for each in fields(options)}
-    found = [(name, tyro.conf.Suppress[tyro.conf.Fixed[types[name]]], field()) for name in hidden]
+def _without_fixed(options: type) -> type:
+    """Return a subclass of a dataclass in which FIXED_OPTIONS are no flags."""
+    types = {each.name: each.type for each in fields(options) if each.name in FIXED_OPTIONS}
+    found = [
+        (name, tyro.conf.Suppress[tyro.conf.Fixed[type_]], field()) for name, type_ in types.items()
+    ]
     return make_dataclass(
         options.__name__,
         found,
@@ -57,14 +60,12 @@ def _hide(options: type, hidden: Sequence[str]) -> type:
     )
 
 
-_ModelFlags = _hide(
-    ModelFlags, [each.name for each in fields(ModelFlags) if each.name not in OPTIONS_OF_RUN]
-)
-_ReportFlags = _hide(ReportOptions, _HIDDEN_REPORT)
+_ModelFlags = _without_fixed(ModelFlags)
+_ReportFlags = _without_fixed(ReportOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneFlags(_hide(TrainFlags, _HIDDEN)):
+class FinetuneFlags(_without_fixed(TrainFlags)):
     """TrainConfig as flat flags, without those that follow from the model."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
@@ -149,7 +150,7 @@ def _parse(task: str, default: TrainConfig, words: Sequence[str]) -> tuple[dict[
         description=description,
         default=command(run=flags(**values), launch=Launch()),
     )
-    hidden = (*_HIDDEN, *_HIDDEN_REPORT)
-    hidden += tuple(name for name in asdict(default.model) if name not in OPTIONS_OF_RUN)
     options = found.run.options()
-    return {name: value for name, value in options.items() if name not in hidden}, found.launch
+    return {
+        name: value for name, value in options.items() if name not in FIXED_OPTIONS
+    }, found.launch

@@ -267,6 +267,8 @@ def _walk(
             if name.endswith(suffixes) and not name.startswith(".")
         ]
         found += [path for path in paths if path.is_file()]  # not a dangling link
+    if not found and not may_be_empty and (root / "dataset.json").is_file():
+        raise InputError(f"data: {given}: expected a dataset alone, got it with other inputs")
     if not found and not may_be_empty:
         raise InputError(
             f"data: {given}: expected files of type {', '.join(suffixes)} below {root}, got none; "

@@ -41,7 +41,7 @@ from ..data.cache import cache_dir
 from ..data.dataset import SPLITS, Dataset, open_dataset
 from ..data.prepare import prepare
 from ..distributed.world import World
-from ..files import seal, unseal, write_whole
+from ..files import check_can_create, seal, unseal, write_whole
 from ..finetune.tasks import task_named
 from ..lock import LOCK_FILE, FolderLock
 from ..records import check_names, check_types, parse_object
@@ -161,18 +161,8 @@ def _is_temporary(path: Path) -> bool:
 
 
 def check_folder_unused(run: Path) -> None:
-    """Raise InputError unless `run` is new, empty, or a run that has no checkpoint yet.
-
-    A new folder must be in one that can be written.
-    """
-    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise InputError(f"{run}: expected a folder, got the file {nearest}; choose another `out`")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{run}: expected a folder to write to, got {nearest} without the right to write; "
-            "choose another `out`"
-        )
+    """Raise InputError unless `run` can be created, is empty, or has no checkpoint yet."""
+    check_can_create(run)
     if run.exists() and not is_unstarted(run):
         what, hint = "holds other files", "choose another `out`"
         if (run / "config.json").exists():
@@ -224,10 +214,7 @@ def claim_folder(
 
 
 def record_dataset(run: Path, dataset: Dataset) -> dict[str, Any]:
-    """Return the fields of config.json that say where the dataset is, and its size.
-
-    `dataset` is a Dataset, or the TaskData of a run.
-    """
+    """Return the fields of config.json about a Dataset, or about the TaskData of a run."""
     folder = dataset.path.resolve()
     labels = list(getattr(dataset, "labels", ()))
     return {

@@ -193,7 +193,7 @@ class Metrics:
         seconds = now - self._last_read
         self._last_read = now
         if warning := self._cores.end():
-            console.print(warning)
+            console.print(warning, soft_wrap=True)
         rate = count * self._tokens_per_step / seconds
         mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
         rates = {
@@ -371,7 +371,8 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
     if len(trained) < start:
         console.print(
             f"metrics.jsonl: {start - len(trained)} of the {start} steps before the checkpoint "
-            "have no line: they were lost"
+            "have no line: they were lost",
+            soft_wrap=True,
         )
     last_written = path.stat().st_mtime if path.exists() else None
     write_whole(path, ["".join(lines).encode()])
