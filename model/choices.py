@@ -136,15 +136,14 @@ def _relu2_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: 
 
 
 def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """Return the bytes of reference_bwd's tensors (N, F), and of the weight gradients after them.
+    """Return the bytes of reference_bwd: its tensors (N, F), or three of them and weight gradients.
 
     float32: da, s, silu(g), dg, du and a.
-    16 bits: da, g, s and silu(g) in float32; dg, du and a in 16 bits. One more float32 tensor, from
-    which a is rounded, is freed before the weight gradients are allocated.
+    16 bits: da, g, s, silu(g) and one from which a is rounded in float32; dg, du and a in 16 bits.
+    dg, du and a stay for the weight gradients.
     """
-    if itemsize < 4:
-        return (4 * 4 + 3 * itemsize) * N * F + max(3 * itemsize * F * D, 4 * N * F)
-    return 6 * 4 * N * F + 3 * itemsize * F * D
+    at_once = 4 * 5 + 3 * itemsize if itemsize < 4 else 6 * 4
+    return max(at_once * N * F, 3 * itemsize * (N * F + F * D))
 
 
 def _swiglu_width(d_model: int) -> int:

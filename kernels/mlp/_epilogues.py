@@ -180,9 +180,9 @@ def reference_swiglu_bwd(
     da, g = wide(da), wide(gate)
     s = torch.sigmoid(g)
     silu = g * s
-    dgate = torch.addcmul(s, silu, 1 - s).mul_(da * up)
-    a = (silu * up).to(gate.dtype) if want_a else None
-    return dgate.to(gate.dtype), (da * silu).to(up.dtype), a
+    dgate = torch.addcmul(s, silu, 1 - s).mul_(da * up).to(gate.dtype)
+    dup = (da * silu).to(up.dtype)
+    return dgate, dup, (silu * up).to(gate.dtype) if want_a else None
 
 
 # --- kernels: a program owns BLOCK elements, or COLUMNS columns of every P-th block of rows
