@@ -136,7 +136,7 @@ def _relu2_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: 
 
 
 def _swiglu_backward_bytes(N: int, D: int, F: int, itemsize: int, is_recomputed: bool) -> int:
-    """Return the bytes of reference_bwd: its tensors (N, F), or three of them and weight gradients.
+    """Return the largest bytes of reference_bwd: during SwiGLU, or during the weight gradients.
 
     float32: da, s, silu(g), dg, du and a.
     16 bits: da, g, s, silu(g) and one from which a is rounded in float32; dg, du and a in 16 bits.

@@ -71,7 +71,7 @@ def _seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> 
         return torch.randint(2**62, (), device=device)
     if not isinstance(seed, Tensor):
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"{name}: seed must be from 0 to 2**64 - 1, got {seed}")
+            raise ValueError(f"{name}: seed must be from -2**63 to 2**64 - 1, got {seed}")
         # torch.initial_seed() may return any 64 bits. int64 holds the same bits as a signed number.
         seed = seed - 2**64 if seed >= 2**63 else seed
         return torch.full((), seed, dtype=torch.int64, device=device)

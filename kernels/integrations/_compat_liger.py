@@ -24,6 +24,23 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
+def _options(
+    ignore_index: int,
+    lse_square_scale: float,
+    label_smoothing: float,
+    reduction: str,
+    softcap: float | None,
+) -> LossOptions:
+    """Return options of Liger's losses as those of our operators."""
+    return LossOptions(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=lse_square_scale,
+        softcap=softcap or 0.0,
+        reduction=reduction,
+    )
+
+
 class _Loss(nn.Module):
     """The common part of both losses. Subclasses call `_set`."""
 
@@ -98,13 +115,7 @@ class LigerCrossEntropyLoss(_Loss):
     ):
         super().__init__()
         check_default("LigerCrossEntropyLoss", weight=(weight, None))
-        options = LossOptions(
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=lse_square_scale,
-            softcap=softcap or 0.0,
-            reduction=reduction,
-        )
+        options = _options(ignore_index, lse_square_scale, label_smoothing, reduction, softcap)
         self._set(options, return_z_loss, return_token_accuracy, return_predicted_tokens)
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
@@ -144,13 +155,7 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
         check_default(name, use_token_scaling=(use_token_scaling, False))
         if accum_dtype not in (None, torch.float32):
             raise ValueError(f"{name}: accum_dtype must be None or float32, got {accum_dtype}")
-        options = LossOptions(
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=lse_square_scale,
-            softcap=softcap or 0.0,
-            reduction=reduction,
-        )
+        options = _options(ignore_index, lse_square_scale, label_smoothing, reduction, softcap)
         self._set(options, return_z_loss, return_token_accuracy, return_predicted_tokens)
 
     def forward(

@@ -120,7 +120,7 @@ def test_seeds_from_2_to_the_63_are_read_as_signed_bits():
         (1.0, 0, r"dropout_p must be in \[0, 1\), got 1.0"),
         (-0.1, 0, r"dropout_p must be in \[0, 1\), got -0.1"),
         (float("nan"), 0, r"dropout_p must be in \[0, 1\), got nan"),
-        (0.1, 2**64, r"seed must be from 0 to 2\*\*64 - 1, got 18446744073709551616"),
+        (0.1, 2**64, r"seed must be from -2\*\*63 to 2\*\*64 - 1, got 18446744073709551616"),
         (0.1, torch.zeros(1).long(), r"seed must be an int or a \(\) int64 tensor on cpu, got"),
         (0.1, torch.tensor(1.0), r"seed must be .* on cpu, got torch.float32 \(\) on cpu"),
         (0.1, torch.tensor(1, device="meta"), r"seed must be .* on cpu, got .* on meta"),
