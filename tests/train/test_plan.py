@@ -143,6 +143,8 @@ def in_each_precision(*case, slow=()):
         *in_each_precision(replace(LARGE_VOCABULARY, tied_head=False), 4, 1, slow=SLOW),
         *in_each_precision(LLAMA, 4, 4, slow=SLOW),
         *in_each_precision(LLAMA, 4, 2, slow=SLOW_IN_BFLOAT16),
+        # fullest in the weight gradients of the last MLP
+        *in_each_precision(replace(LLAMA, n_layer=1, d_hidden=1024, context_tokens=64), 2, 1),
         *in_each_precision(replace(DEEP, dropout=0.1, embedding_dropout=0.1), 4, 4),
         *in_each_precision(replace(DEEP, mlp="relu2", qk_norm=True), 4, 4, slow=SLOW_IN_BFLOAT16),
     ],
