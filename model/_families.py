@@ -50,11 +50,12 @@ class Family:
 # --- GPT-2
 
 _LINEAR_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-# The names of transformers for GELU in its tanh form, and for relu(x)^2.
+# The names of transformers for GELU, in its tanh form and exact, and for relu(x)^2.
 _ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
     "gelu_fast": "gelu",
+    "gelu": "gelu_exact",
     "relu2": "relu2",
 }
 # The first name of each MLP is the one to write.
@@ -233,6 +234,7 @@ def _read_nanogpt(fields: Fields) -> GPTConfig:
         vocab_size=fields["vocab_size"],
         context_tokens=fields["block_size"],
         bias=fields["bias"],
+        mlp="gelu_exact",
         # nanoGPT has one probability for all three.
         **dict.fromkeys(DROPOUTS, fields.get("dropout", 0.0)),
     )

@@ -161,6 +161,15 @@ MLPS = {
         extra_hidden_without_fusion=0,
         backward_bytes=_gelu_backward_bytes,
     ),
+    "gelu_exact": MLPRow(
+        implementation="layers:ExactGELUMLP",
+        width=lambda d_model: 4 * d_model,
+        matrices=2,
+        has_bias=True,
+        has_gate=False,
+        extra_hidden_without_fusion=0,
+        backward_bytes=_gelu_backward_bytes,
+    ),
     "relu2": MLPRow(
         implementation="layers:SquaredReLUMLP",
         width=lambda d_model: 4 * d_model,
@@ -299,8 +308,8 @@ class RecomputeRow(Choice):
     """Whether the inputs of each block are kept too, in addition to what dropped_bytes leaves."""
     in_mlp: bool = False
     """Whether the MLP module computes its activation again: GPT sets its attribute `recompute`."""
-    needs_mlp: str | None = None
-    """The row of MLPS that the mode needs. None: any."""
+    mlps: tuple[str, ...] = tuple(MLPS)
+    """The rows of MLPS that the mode fits."""
     extra_matmul_forwards: int = 0
     """How many times the backward runs the forward matmuls of each block again."""
     extra_attention_forwards: int = 0
@@ -313,7 +322,7 @@ class RecomputeRow(Choice):
 
     def fits(self, config: "GPTConfig") -> bool:
         """Return whether a model can use this mode."""
-        return self.needs_mlp in (None, config.mlp)
+        return config.mlp in self.mlps
 
 
 def _attention_bytes(config: "GPTConfig", itemsize: int) -> int:
@@ -329,7 +338,7 @@ RECOMPUTATIONS = {
         implementation="recompute:run_block",
         dropped_bytes=lambda config, itemsize, block: config.d_feedforward * itemsize,
         in_mlp=True,
-        needs_mlp="gelu",
+        mlps=("gelu", "gelu_exact"),
     ),
     "selective": RecomputeRow(
         implementation="recompute:checkpoint_except_attention",
@@ -354,6 +363,7 @@ def check_recompute(name: str, config: "GPTConfig") -> None:
     if not RECOMPUTATIONS[name].fits(config):
         *others, last = [mode for mode, row in RECOMPUTATIONS.items() if row.fits(config)]
         raise ValueError(
-            f"recompute: {name} needs mlp {RECOMPUTATIONS[name].needs_mlp}, got {config.mlp}; "
+            f"recompute: {name} needs mlp {' or '.join(RECOMPUTATIONS[name].mlps)}, "
+            f"got {config.mlp}; "
             f"use {', '.join(others)} or {last}"
         )

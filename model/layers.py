@@ -269,6 +269,13 @@ class MLP(nn.Module):
         return Branch(y, added_bias)
 
 
+class ExactGELUMLP(MLP):
+    """Two linear layers with GELU, not its tanh form, between them."""
+
+    operator = staticmethod(functools.partial(gelu_mlp, approximate="none"))
+    activation = staticmethod(F.gelu)
+
+
 class SquaredReLUMLP(MLP):
     """Two linear layers with relu(x)^2 between them."""
 

@@ -71,7 +71,9 @@ RECIPES: dict[str, TrainConfig] = {
     "shakespeare-char": TrainConfig(
         data=("tinyshakespeare.txt",),
         tokenizer="chars",
-        model=GPTConfig(n_layer=4, n_head=4, d_model=128, context_tokens=64, bias=False),
+        model=GPTConfig(
+            n_layer=4, n_head=4, d_model=128, context_tokens=64, bias=False, mlp="gelu_exact"
+        ),
         steps=2_000,
         batch_size=12,
         lr=1e-3,

@@ -13,6 +13,8 @@ Shapes     h (B, T, D), tokens (B, T), logits (B, T, V): B sequences, T tokens, 
 Source     Radford et al. 2019, "Language models are unsupervised multitask learners"
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,12 @@ from ...model.init import init_weights
 
 # cos and sin of the rotation of each position, (T, K / 2). None without RoPE.
 Rotation = tuple[Tensor, Tensor] | None
+# By the option `mlp`.
+ACTIVATIONS = {
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_exact": F.gelu,
+    "relu2": lambda h: F.relu(h).square(),
+}
 
 
 class Attention(nn.Module):
@@ -49,15 +57,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU (tanh form) between them."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.d_model, config.d_feedforward, bias=config.bias)
         self.c_proj = nn.Linear(config.d_feedforward, config.d_model, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class GatedMLP(nn.Module):
@@ -81,7 +90,7 @@ class Block(nn.Module):
         self.ln_1 = _norm(config)
         self.attn = Attention(config)
         self.ln_2 = _norm(config)
-        self.mlp = {"gelu": MLP, "swiglu": GatedMLP}[config.mlp](config)
+        self.mlp = GatedMLP(config) if config.mlp == "swiglu" else MLP(config)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation)

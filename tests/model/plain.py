@@ -1,5 +1,7 @@
 """A GPT in plain PyTorch, one line per layer: the definition that tests compare GPT with."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,6 +99,8 @@ def mlp(config: GPTConfig, weights: dict, x: Tensor) -> Tensor:
         hidden = F.silu(linear(weights, "mlp.c_gate", x)) * hidden
     elif config.mlp == "relu2":
         hidden = hidden.relu().square()
+    elif config.mlp == "gelu_exact":
+        hidden = hidden * torch.erfc(-hidden / math.sqrt(2)) / 2
     else:
         hidden = F.gelu(hidden, approximate="tanh")
     return linear(weights, "mlp.c_proj", hidden)

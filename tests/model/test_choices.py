@@ -32,7 +32,7 @@ def test_attention_without_its_package_raises(monkeypatch):
 
 
 def test_mode_that_the_mlp_does_not_have_raises():
-    message = "recompute: gelu needs mlp gelu, got swiglu; use none, "
+    message = "recompute: gelu needs mlp gelu or gelu_exact, got swiglu; use none, "
     with pytest.raises(ValueError, match=message):
         check_recompute("gelu", GPTConfig(mlp="swiglu"))
 

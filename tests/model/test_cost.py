@@ -96,6 +96,7 @@ def test_flops_of_attention_count_twice_the_keys_that_a_window_shows(window):
     [
         (SMALL, 2, 16),
         (replace(SMALL, bias=False), 2, 16),
+        (replace(SMALL, mlp="gelu_exact"), 2, 16),
         (LLAMA, 2, 16),
         (replace(SMALL, norm="rms", mlp="relu2"), 2, 16),
         (replace(SMALL, tied_head=False, window=5, softcap=2.0, head_softcap=2.0), 2, 16),
@@ -108,6 +109,7 @@ def test_flops_of_attention_count_twice_the_keys_that_a_window_shows(window):
     ids=[
         "gpt2",
         "no_bias",
+        "gelu_exact",
         "llama",
         "rms_relu2",
         "capped",

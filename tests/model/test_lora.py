@@ -29,6 +29,7 @@ pytestmark = pytest.mark.plain
 
 CONFIGS = {
     "gelu": SMALL,
+    "gelu_exact": replace(SMALL, mlp="gelu_exact"),
     "relu2": replace(SMALL, mlp="relu2"),
     "grouped heads": replace(SMALL, n_kv_head=2),
     "llama": replace(LLAMA, n_kv_head=2, tied_head=False),

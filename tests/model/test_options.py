@@ -14,6 +14,7 @@ OPTIONS = {
     "gpt2": SMALL,
     "llama": LLAMA,
     "sinusoidal": replace(SMALL, position="sinusoidal"),
+    "gelu_exact": replace(SMALL, mlp="gelu_exact"),
     "relu2": replace(SMALL, mlp="relu2"),
     "untied": replace(SMALL, tied_head=False),
     "head_softcap": replace(SMALL, head_softcap=2.0),

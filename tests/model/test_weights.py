@@ -39,6 +39,7 @@ LLAMA = {
 OTHERS = {
     "gpt2": transformers.GPT2Config(**GPT2),
     "gpt2_untied": transformers.GPT2Config(**GPT2, tie_word_embeddings=False),
+    "gpt2_gelu_exact": transformers.GPT2Config(**GPT2, activation_function="gelu"),
     "gpt2_relu2": transformers.GPT2Config(**GPT2, activation_function="relu2"),
     "llama": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "llama_untied": transformers.LlamaConfig(**LLAMA),
@@ -196,7 +197,7 @@ def test_bin_files_in_shards_and_names_without_a_prefix_are_read(kind, tmp_path)
 def test_a_checkpoint_of_nanogpt_is_read(bias, tmp_path):
     dropouts = dict.fromkeys(DROPOUTS, 0.1)
     shape = {"n_layer": 2, "n_head": 2, "d_model": 16, "vocab_size": 50, "context_tokens": 8}
-    config = GPTConfig(**shape, bias=bias, **dropouts)
+    config = GPTConfig(**shape, bias=bias, mlp="gelu_exact", **dropouts)
     model = GPT(config)
     weights = model.state_dict()
     weights["wte.weight"] = weights["wte.weight"][:50]

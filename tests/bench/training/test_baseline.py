@@ -20,6 +20,8 @@ LLAMA = replace(SMALL, position="rotary", norm="rms", mlp="swiglu", bias=False)
         replace(SMALL, n_kv_head=1),
         replace(SMALL, bias=False),
         replace(SMALL, norm="rms"),
+        replace(SMALL, mlp="gelu_exact"),
+        replace(SMALL, mlp="relu2"),
         LLAMA,
     ],
     ids=str,

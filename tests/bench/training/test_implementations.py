@@ -158,8 +158,10 @@ def test_a_folder_without_nanogpt_raises(tmp_path):
 def test_nanogpt_has_the_architecture_of_gpt2_only():
     plain = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=64)
     assert nanogpt_shape(plain) == plain
-    assert nanogpt_shape(replace(plain, n_kv_head=2)) == replace(plain, n_kv_head=2)
-    for change in ({"position": "rotary"}, {"norm": "rms"}, {"mlp": "swiglu"}, {"n_kv_head": 1}):
+    for same in ({"n_kv_head": 2}, {"mlp": "gelu_exact"}):
+        assert nanogpt_shape(replace(plain, **same)) == replace(plain, **same)
+    other_mlps = ({"mlp": "swiglu"}, {"mlp": "relu2"})
+    for change in ({"position": "rotary"}, {"norm": "rms"}, {"n_kv_head": 1}, *other_mlps):
         with pytest.raises(InputError, match="--nanogpt: expected a recipe with the positions"):
             nanogpt_shape(replace(plain, **change))
 
