@@ -11,8 +11,8 @@ SHORT_SECONDS = 430
 KERNEL_TESTS = "(accura or bits or packed_documents or last_rows) and not fp16"
 # Captures in CUDA graphs, and operators that are called without the dispatcher.
 GRAPH_TESTS = (
-    "tests/train/test_cuda_graph.py tests/kernels/test_operators.py tests/kernels/core/test_op.py "
-    "tests/model/generation/test_decoder.py"
+    "tests/train/machine/test_cuda_graph.py tests/kernels/test_operators.py "
+    "tests/kernels/core/test_op.py tests/model/generation/test_decoder.py"
 )
 
 
@@ -239,9 +239,10 @@ def short(rehearse: bool) -> list[Part]:
     models = "bench train gpt2 --attention"
     models_32 = f"{models}{_nanogpt()} --micro-batch-size 32"
     run = "train gpt2 --data stdlib --tokenizer bytes --eval-tokens 65536"
+    graphs = "tests/train/machine/test_cuda_graph.py tests/train/test_trainer.py"
     together = [
         _pytest("tests", 215, 9, "tests/kernels -m", "not codegen", "-k", KERNEL_TESTS),
-        _pytest("graphs", 215, 3, "tests/train/test_cuda_graph.py tests/train/test_trainer.py"),
+        _pytest("graphs", 215, 3, graphs),
         _tritium("fill-train", 215, f"{models_32} --steps 1 --cuda-graph off"),
         _tritium("fill-run", 215, f"{run} --steps 12 --batch-size 128 --out FOLDER/fill"),
     ]

@@ -29,7 +29,7 @@ from rich.table import Table
 from ..kernels.core.op import INTERPRET
 from ..kernels.core.triton import HAS_TRITON
 from ..train.commands.cli import parse
-from ..train.device import choose_device, choose_matmul
+from ..train.machine.device import choose_device, choose_matmul
 from .ops import OPERATORS, choose
 from .ops.case import Implementation, Operator
 from .ops.check import find_error

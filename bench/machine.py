@@ -19,8 +19,8 @@ from ..model import GPT, GPTConfig
 from ..train.commands.cli import parse
 from ..train.config import TrainConfig
 from ..train.data.tokenizer import vocab_size_of
-from ..train.device import choose_device, choose_matmul
 from ..train.execution import compiles_on
+from ..train.machine.device import choose_device, choose_matmul
 from ..train.precision import choose_dtype
 from ..train.recipes import default_recipe, recipe
 from .record import check_writable, write_record

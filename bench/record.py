@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON, triton
-from ..train.files import write_whole
+from ..train.storage.files import write_whole
 
 # Increase it when a field changes its name or meaning. Files of other formats are not read.
 FORMAT = 2

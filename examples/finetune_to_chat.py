@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tritium
 from tritium.model.generation import Sampling
-from tritium.train.chat import Conversation
+from tritium.train.generation.chat import Conversation
 
 CAPITALS = {
     **{"France": "Paris", "Spain": "Madrid", "Portugal": "Lisbon", "Austria": "Vienna"},

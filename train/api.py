@@ -23,22 +23,22 @@ from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTClassifier
 from ..model.generation import Sampling
 from .config import TrainConfig
-from .config_file import OPTION_CLASSES, read_config
 from .data.tokenizer import Tokenizer
-from .device import choose_device, choose_matmul
 from .evaluate import Evaluation
 from .finetune.classify_batch import classify_texts
 from .finetune.start import finetune_config
+from .generation.text import encode_prompt, stream_sample
 from .loop import resume, start
-from .new_run import new_config
+from .machine.device import choose_device, choose_matmul
 from .recipes import default_recipe, recipe
-from .records import check_types
 from .run.folder import create_free_folder
 from .run.metrics import check_metrics, read_lines
 from .run.models import SavedModel, open_model
 from .run.plots import plot_loss
 from .run.trackers import Callbacks
-from .text import encode_prompt, stream_sample
+from .start.config_file import OPTION_CLASSES, read_config
+from .start.new_run import new_config
+from .storage.records import check_types
 
 Callback = Callable[[dict[str, Any]], object]
 

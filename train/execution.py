@@ -18,7 +18,7 @@ from .data.tokenizer import vocab_size_of
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
 from .finetune.tasks import TASKS
-from .memory import device_bytes, largest_micro_batch
+from .machine.memory import device_bytes, largest_micro_batch
 from .precision import choose_dtype
 
 

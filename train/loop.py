@@ -12,10 +12,8 @@ from typing import Any
 
 from ..model import GPT
 from ..model.cost import check_size, flops_per_token
-from ._initial_model import initial_model, new_model
 from .config import TrainConfig
 from .data.prefetch import Prefetch
-from .device import choose_matmul, keep_freed_memory
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
 from .eval.in_training import open_evaluations
@@ -23,8 +21,9 @@ from .evaluate import Evaluation
 from .execution import Execution, resolve
 from .finetune.data import TaskData
 from .finetune.tasks import TASKS
+from .machine.device import choose_matmul, keep_freed_memory
+from .machine.threads import limit_threads
 from .optim import Optimizer
-from .progress import console, progress
 from .run.checkpoint import newest_checkpoint
 from .run.folder import (
     RunRecord,
@@ -50,7 +49,8 @@ from .run.trackers import (
 )
 from .schedule import check_learning_rates, describe_long_warmup
 from .session import Session
-from .threads import limit_threads
+from .start.initial_model import initial_model, new_model
+from .terminal.progress import console, progress
 from .trainer import Trainer, quiet_collector
 
 

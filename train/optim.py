@@ -1,12 +1,13 @@
 """The optimizers of a run, which OPTIMIZERS in choices.py names.
 
     adamw      PyTorch's AdamW, fused; decoupled weight decay of matrices and embeddings only
-    muon       Muon (muon.py) for the matrices of blocks:
+    muon       Muon (optimizer/muon.py) for the matrices of blocks:
                  W <- W - lr (decay W + 0.2 sqrt(max(rows, columns)) orthogonalized(momentum))
                and AdamW for all other parameters. The scale gives Muon's updates the size of
                AdamW's, so both use the same learning rate, schedule and decay. The matrix of
                queries, keys and values is orthogonalized as one matrix
-    bad steps  are skipped without waiting for the device: see bad_steps.py, also for float16
+    bad steps  are skipped without waiting for the device: see optimizer/bad_steps.py, also for
+               float16
 
 To add an optimizer, write a function like `adamw_parts`, add a row to OPTIMIZERS, and describe it
 in the help of `optimizer` in config.py. `tritium plan` reads its `block_matrix_state_bytes`.
@@ -23,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .bad_steps import LossScale, StepJudge
 from .choices import OPTIMIZERS
-from .cuda_graph import Recorded
-from .muon import Muon
+from .machine.cuda_graph import Recorded
+from .optimizer.bad_steps import LossScale, StepJudge
+from .optimizer.muon import Muon
 from .precision import linear_parameters
 
 if TYPE_CHECKING:

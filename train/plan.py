@@ -1,6 +1,6 @@
 """Estimate, before a run, whether it fits into memory and how long a step takes.
 
-Memory     memory.py: model/cost.step_bytes, which tests compare with measured peaks, plus
+Memory     machine/memory.py: model/cost.step_bytes, which tests compare with measured peaks, plus
            PROCESS_BYTES, must leave RESERVE of the memory free. Matmuls are bfloat16 on CUDA and
            float32 on a CPU. The formulas describe the reference implementations. The Triton kernels
            need less, except for the logits of the head: there the formula uses the larger of the
@@ -51,9 +51,9 @@ from .data.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
 from .finetune.start import with_prefix
-from .gpus import CEILINGS, Ceiling, ceiling
-from .memory import fits, host_bytes, memory
-from .options import PlanOptions
+from .machine.gpus import CEILINGS, Ceiling, ceiling
+from .machine.memory import fits, host_bytes, memory
+from .machine.options import PlanOptions
 from .recipes import recipe
 from .run.folder import RunRecord
 

@@ -20,7 +20,7 @@ Cost       bytes per weight of a linear layer, with 16-bit copies:
            casts it in each micro-batch, and its gradient is not rounded to 16 bits.
 
 fully_shard needs no working copy: it casts the weights when it gathers them.
-float16 overflows where bfloat16 does not, so its losses are scaled: see bad_steps.py.
+float16 overflows where bfloat16 does not, so its losses are scaled: see optimizer/bad_steps.py.
 """
 
 import copy

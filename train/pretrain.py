@@ -9,16 +9,16 @@ from ..model.generation import Sampling
 from .config import TrainConfig
 from .data.cache import cache_dir
 from .data.dataset import Dataset, open_dataset
+from .data.epochs import describe_epochs
 from .data.loader import Batch, Loader, evaluation_batches
 from .data.prepare import prepare
 from .distributed.world import World
-from .epochs import describe_epochs
 from .eval.in_training import open_evaluations
 from .evaluate import Evaluation, evaluate
 from .execution import Execution
 from .finetune.data import TaskData
+from .generation.text import sample_text
 from .run.folder import RunRecord, check_tokenizer, open_recorded_dataset
-from .text import sample_text
 
 
 def open_data(

@@ -15,7 +15,6 @@ from .distributed.world import World
 from .eval.in_training import TrainingEvaluations
 from .evaluate import Evaluation
 from .finetune.data import TaskBatch, TaskData, TaskLoader
-from .progress import console
 from .run.checkpoint import checkpoints, delete_newer
 from .run.metrics import Metrics
 from .run.plots import plot_loss
@@ -24,6 +23,7 @@ from .run.samples import add_sample
 from .run.saver import CheckpointSaver
 from .run.signals import Signals
 from .schedule import learning_rate
+from .terminal.progress import console
 from .trainer import Trainer
 
 
@@ -231,7 +231,7 @@ class Session:
         """Restore the newest checkpoint with a good step after it, and go on with `step`.
 
         The steps between that checkpoint and `step` are lost, and their data is left out: the run
-        ends like a run that never saw it. See bad_steps.py.
+        ends like a run that never saw it. See optimizer/bad_steps.py.
 
         Raises: DivergedError if the run has no such checkpoint since it went back, or no more
             steps. Newer checkpoints are deleted: a resumed run would have nothing but bad steps.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .cuda_graph import Recorded
 from .data.loader import Batch
 from .distributed.engines import SingleProcess
 from .evaluate import batch_loss
 from .execution import resolve
+from .machine.cuda_graph import Recorded
 from .optim import Optimizer
 
 

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...train.commands.cli import parse
-from ...train.records import check_names
+from ...train.storage.records import check_names
 from ..ops import OPERATORS, choose
 from ..ops.case import Operator, outputs_and_leaves
 from ..record import check_writable, provenance, read_record, write_record

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...train.records import check_names
+from ...train.storage.records import check_names
 from . import cross_entropy, layer_norm, linear_cross_entropy, mlp, rms_norm
 from .attention import ATTENTION
 from .attention_decode import ATTENTION_DECODE

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...train.commands.cli import parse
-from ...train.device import choose_device, choose_matmul
-from ...train.records import check_names
+from ...train.machine.device import choose_device, choose_matmul
+from ...train.storage.records import check_names
 from ..record import write_record
 from ..timing import ceilings, input_sets, side_stream, time_in_turn
 from . import OPERATORS, choose

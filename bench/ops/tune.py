@@ -25,7 +25,7 @@ from ...kernels.attention import launch as attention_launch
 from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import Tile
 from ...train.commands.cli import parse
-from ...train.device import choose_device, choose_matmul
+from ...train.machine.device import choose_device, choose_matmul
 from ..record import check_writable, write_record
 from ..timing import side_stream, time_in_turn
 from . import OPERATORS

@@ -31,8 +31,8 @@ from ...model.cost import parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
 from ...train.data.tokenizer import vocab_size_of
-from ...train.device import choose_matmul, keep_freed_memory
 from ...train.execution import resolve
+from ...train.machine.device import choose_matmul, keep_freed_memory
 from ...train.recipes import RECIPES, recipe
 from ...train.run.saver import CheckpointSaver, checkpoint_bytes
 from ...train.trainer import Trainer, single_trainer

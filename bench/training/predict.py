@@ -29,9 +29,9 @@ from ...model import GPT
 from ...model.cost import flops_per_token
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
-from ...train.device import choose_device, choose_matmul
 from ...train.execution import compiles_on
-from ...train.gpus import CEILINGS, ceiling
+from ...train.machine.device import choose_device, choose_matmul
+from ...train.machine.gpus import CEILINGS, ceiling
 from ...train.plan import Plan, PlanOptions, make_plan
 from ...train.recipes import recipe
 from ...train.run.profile import WARMUP_STEPS, activities, operators

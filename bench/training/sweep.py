@@ -41,12 +41,12 @@ from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
 from ...train.config import PYTHON_PROMPT, TrainConfig
-from ...train.config_file import OPTION_CLASSES
 from ...train.data.tokenizer import vocab_size_of
 from ...train.execution import resolve
 from ...train.pretrain import TextData, open_data
 from ...train.recipes import recipe
-from ...train.records import check_names, check_types
+from ...train.start.config_file import OPTION_CLASSES
+from ...train.storage.records import check_names, check_types
 from ...train.trainer import single_trainer
 from ..record import check_writable, describe_provenance, provenance, write_record
 from .implementations import import_nanogpt

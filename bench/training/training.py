@@ -24,7 +24,7 @@ Fairness
                    same round), so that a slow phase of the machine cancels.
 
 MFU        tokens per second x flops_per_token (model/cost.py) / bf16 peak of the device
-           (train/gpus.py)
+           (train/machine/gpus.py)
 Memory     CUDA: peak bytes that PyTorch allocated in a model's first steps, without the weights
            and optimizer states of the other models
 """
@@ -50,9 +50,9 @@ from ...train.commands.cli import parse
 from ...train.config import TrainConfig
 from ...train.data.loader import Batch, token_orders
 from ...train.data.tokenizer import vocab_size_of
-from ...train.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.execution import compiles_on
-from ...train.gpus import ceiling
+from ...train.machine.device import choose_device, choose_matmul, keep_freed_memory
+from ...train.machine.gpus import ceiling
 from ...train.precision import choose_dtype
 from ...train.recipes import RECIPES, default_recipe, recipe
 from ..record import check_writable, provenance, write_record

@@ -17,8 +17,8 @@ def break_at(number: int, *, step: int, log: str, kill: bool) -> None:
         kill: end the process with SIGKILL before the operation, or in the middle of a write. False:
             let the operation fail, as on a full disk.
     """
-    from tritium.train import files
     from tritium.train.run import saver
+    from tritium.train.storage import files
 
     thread = threading.local()
     operations = []

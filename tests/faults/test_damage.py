@@ -61,7 +61,8 @@ def execute(processes, root):
     """Run a command: execute(words, hook) -> (status, output)."""
 
     def call(words, hook="") -> tuple[int, str]:
-        start = "from tritium.train import files, trainer\nfrom tritium.train.run import metrics\n"
+        start = "from tritium.train import trainer\nfrom tritium.train.run import metrics\n"
+        start += "from tritium.train.storage import files\n"
         start += f"import os\nos.environ['TRITIUM_HOME'] = {str(root / 'home')!r}\n"
         process = processes.start(words, root / "process", start + hook)
         status = process.wait()

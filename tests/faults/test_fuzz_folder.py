@@ -26,11 +26,11 @@ from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.data.shards import HEADER_BYTES, Shard
 from tritium.train.data.tokenizer import Tokenizer, hash_parts
-from tritium.train.files import seal, unseal
 from tritium.train.run.folder import is_unstarted, read_run
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.models import open_model
 from tritium.train.run.samples import add_sample, last_sample
+from tritium.train.storage.files import seal, unseal
 
 pytestmark = pytest.mark.plain
 

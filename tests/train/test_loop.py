@@ -13,9 +13,9 @@ import torch
 
 from tritium.model import attention
 from tritium.train import loop, pretrain, session
-from tritium.train.lock import FolderLock
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.plots import plot_loss
+from tritium.train.storage.lock import FolderLock
 from tritium.train.trainer import quiet_collector
 
 pytestmark = pytest.mark.plain

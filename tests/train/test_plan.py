@@ -18,8 +18,8 @@ from tritium.train.choices import OPTIMIZERS
 from tritium.train.config import TrainConfig
 from tritium.train.data.loader import Batch
 from tritium.train.distributed.world import SINGLE_PROCESS
-from tritium.train.gpus import CEILINGS
-from tritium.train.memory import RESERVE
+from tritium.train.machine.gpus import CEILINGS
+from tritium.train.machine.memory import RESERVE
 from tritium.train.plan import Machine, PlanOptions, make_plan, plan_of_run
 from tritium.train.recipes import RECIPES
 from tritium.train.trainer import Trainer, single_trainer

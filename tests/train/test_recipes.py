@@ -3,8 +3,8 @@ import pytest
 from tritium.errors import InputError
 from tritium.model import PRESETS
 from tritium.model.cost import parameters
+from tritium.train.data.epochs import estimate_corpus_tokens
 from tritium.train.data.tokenizer import vocab_size_of
-from tritium.train.epochs import estimate_corpus_tokens
 from tritium.train.recipes import RECIPES, default_recipe, recipe
 
 pytestmark = pytest.mark.plain

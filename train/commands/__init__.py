@@ -3,8 +3,8 @@
 import importlib
 from collections.abc import Sequence
 
-from ..run.console import lossy_output
 from ..run.signals import restore_default_signals
+from ..terminal.console import lossy_output
 from .cli import paused_collector
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.

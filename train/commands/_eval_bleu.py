@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from ...errors import InputError
-from ..files import hash_file
-from ..progress import progress
-from ..run.console import loading
+from ..storage.files import hash_file
+from ..terminal.console import loading
+from ..terminal.progress import progress
 from ._evaluation import EvaluationOptions
 from .cli import parse
 

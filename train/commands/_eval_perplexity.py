@@ -9,8 +9,8 @@ import tyro
 
 from ...errors import InputError
 from ..eval.windows import COUNTINGS, check_sizes
-from ..progress import progress
-from ..run.console import loading
+from ..terminal.console import loading
+from ..terminal.progress import progress
 from ._evaluation import EvaluationOptions
 from .cli import parse
 

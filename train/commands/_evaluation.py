@@ -12,8 +12,8 @@ import tyro
 
 from ...errors import InputError
 from ..choices import PRECISIONS
-from ..files import write_whole
-from ..progress import progress
+from ..storage.files import write_whole
+from ..terminal.progress import progress
 
 if TYPE_CHECKING:
     from ..eval.model import EvaluatedModel

@@ -62,10 +62,10 @@ class GenerationOptions:
 
     def load(self) -> tuple["GPT", "Tokenizer"]:
         """Read the model, on its device and in its precision, and its tokenizer."""
-        from ..device import choose_device, choose_matmul
+        from ..machine.device import choose_device, choose_matmul
+        from ..machine.threads import limit_threads
         from ..precision import choose_dtype, working_copy
         from ..run.models import open_model
-        from ..threads import limit_threads
 
         device = choose_device(self.device)
         limit_threads()

@@ -9,8 +9,8 @@ from ...kernels.core.device import sm_count
 from ...kernels.core.op import INTERPRET
 from ...kernels.core.triton import HAS_TRITON, triton
 from ..data.cache import cache_dir
-from ..device import choose_device
-from ..gpus import ceiling
+from ..machine.device import choose_device
+from ..machine.gpus import ceiling
 from ..recipes import default_recipe
 
 

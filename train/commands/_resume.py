@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from ..distributed.launch import join
 from ..loop import resume
-from ..options import Launch
+from ..machine.options import Launch
 from ..run.checkpoint import checkpoints
 from ..run.folder import read_run
 from ..run.history import CHANGEABLE, FREE, check_changeable

@@ -23,13 +23,13 @@ from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..finetune.tasks import TASKS
 from ..loop import resume, start
-from ..options import Launch
-from ..progress import console
+from ..machine.options import Launch
 from ..run.checkpoint import checkpoints
 from ..run.folder import create_free_folder, is_unstarted, read_run
 from ..run.history import changes_between
 from ..run.metrics import describe_goodput
 from ..run.samples import last_sample
+from ..terminal.progress import console
 from ._plan_text import what_fits
 from .cli import is_out_of_memory, program
 

@@ -12,7 +12,7 @@ from ._generation import GenerationOptions
 from .cli import parse
 
 if TYPE_CHECKING:
-    from ..chat import Conversation
+    from ..generation.chat import Conversation
 
 _HELP = """/reset      forget the conversation
 /save FILE  write the conversation to a new JSON file
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         ChatOptions, argv, prog="tritium chat", description="Talk with a trained model."
     )
-    from ..chat import Conversation
+    from ..generation.chat import Conversation
     from ..run.models import open_model
 
     sampling = options.sampling()

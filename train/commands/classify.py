@@ -45,11 +45,11 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium classify`."""
     options = parse(ClassifyOptions, argv, prog="tritium classify", description=_DESCRIPTION)
     # The help is printed by now. The import of PyTorch takes seconds.
-    from ..device import choose_device, choose_matmul
     from ..finetune.classify_batch import classify_texts
+    from ..machine.device import choose_device, choose_matmul
+    from ..machine.threads import limit_threads
     from ..precision import choose_dtype, working_copy
     from ..run.models import open_model
-    from ..threads import limit_threads
 
     device = choose_device(options.device)
     limit_threads()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from ...errors import InputError, NoMemoryError, describe_os_error
-from ..run.console import is_local_rank0, print_from_handler
+from ..terminal.console import is_local_rank0, print_from_handler
 
 Options = TypeVar("Options")
 _NO_COMPILER = (

@@ -15,8 +15,8 @@ from ..finetune.start import (
     finetune_tasks,
 )
 from ..finetune.tasks import TASKS
-from ..options import Launch
-from ..run.console import loading
+from ..machine.options import Launch
+from ..terminal.console import loading
 from .cli import parse
 from .train import ModelFlags, TrainFlags, is_given
 from .train import main as train

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from ...errors import InputError
-from ..gpus import CEILINGS
-from ..options import PlanOptions
+from ..machine.gpus import CEILINGS
+from ..machine.options import PlanOptions
 from ..recipes import RECIPES, recipe
 from .cli import parse
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if options.price is not None and not 0 <= options.price < math.inf:
         raise InputError(f"price: expected 0 or more, and finite, got {options.price}")
     from ...model.cost import adapter_elements
-    from ..epochs import describe_epochs, estimate_corpus_tokens
+    from ..data.epochs import describe_epochs, estimate_corpus_tokens
     from ..plan import make_plan
     from ._plan_text import describe
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         SampleOptions, argv, prog="tritium sample", description="Write text with a trained model."
     )
-    from ..text import encode_prompt, stream_sample
+    from ..generation.text import encode_prompt, stream_sample
 
     sampling = options.sampling()
     model, tokenizer = options.load()

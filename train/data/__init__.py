@@ -14,4 +14,5 @@ dataset.py          open and check a dataset folder        verify.py    check it
 prepare.py          build a dataset once, cache it         cache.py     the folder of the cache
 loader.py           token ids to batches
 prefetch.py         read the next batches in a thread
+epochs.py           how often a run reads its corpus
 """

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import InputError
-from ..files import flush_folder
-from ..lock import FolderLock, delete_abandoned
+from ..storage.files import flush_folder
+from ..storage.lock import FolderLock, delete_abandoned
 
 
 def check_unused(out_dir: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ..files import seal, write_whole
+from ..storage.files import seal, write_whole
 from ._new_folder import check_unused, new_folder
 from ._split_writer import SplitWriter
 from .dataset import FORMAT_VERSION, SPLITS, Dataset, DatasetInfo

@@ -22,8 +22,8 @@ from rich.progress import TaskID
 
 from ...errors import InputError
 from ..config import check_held_out
-from ..files import seal, write_whole
-from ..progress import progress_bars
+from ..storage.files import seal, write_whole
+from ..terminal.progress import progress_bars
 from ._new_folder import check_unused, new_folder
 from ._split_writer import Part, SplitWriter
 from .bin_shards import build_from_bins, find_bins

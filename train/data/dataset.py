@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ..files import unseal
-from ..records import check_types
+from ..storage.files import unseal
+from ..storage.records import check_types
 from .selection import Dropped
 from .shards import TokenStream
 from .tokenizer import Tokenizer

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ..files import write_whole
+from ..storage.files import write_whole
 
 MAGIC = b"TRITIUM\0"
 VERSION = 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import InputError
-from ..files import write_whole
+from ..storage.files import write_whole
 from .cache import cache_dir
 
 

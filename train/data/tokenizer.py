@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ..files import write_whole
-from ..records import read_object
+from ..storage.files import write_whole
+from ..storage.records import read_object
 from ._vocabularies import (
     GPT2_PATTERN,
     LEARNED_PATTERN,

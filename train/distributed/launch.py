@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ...errors import InputError
 from ..choices import ENGINES
-from ..options import Launch
+from ..machine.options import Launch
 from .heartbeat import Heartbeat, is_hosted_by_torchrun
 from .world import SINGLE_PROCESS, World
 

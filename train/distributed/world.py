@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...errors import InputError, describe_os_error
-from ..device import choose_device
+from ..machine.device import choose_device
 from .heartbeat import Heartbeat
 
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ from ...errors import InputError
 from ...model import GPT
 from ...model.generation import Sampling
 from ..data.tokenizer import Tokenizer
-from ..text import encode_prompt, for_tokenizer
+from ..generation.text import encode_prompt, for_tokenizer
 from .jsonl import read_jsonl, shorten, text_of
 
 

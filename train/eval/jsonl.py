@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ..records import parse_object
+from ..storage.records import parse_object
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,11 +11,11 @@ from ... import __version__
 from ...kernels.core.triton import HAS_TRITON, triton
 from ...model import GPT
 from ..data.tokenizer import Tokenizer
-from ..device import choose_device, choose_matmul
-from ..files import hash_file
+from ..machine.device import choose_device, choose_matmul
+from ..machine.threads import limit_threads
 from ..precision import choose_dtype, working_copy
 from ..run.models import SavedModel, open_model
-from ..threads import limit_threads
+from ..storage.files import hash_file
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 

@@ -21,7 +21,7 @@ from ..data.bin_shards import is_bin, read_bin
 from ..data.dataset import open_dataset
 from ..data.shards import Shard, TokenStream
 from ..data.tokenizer import Tokenizer
-from ..files import hash_file
+from ..storage.files import hash_file
 from .jsonl import read_jsonl, read_utf8, text_of
 
 # Tokens that are decoded at once to count words.

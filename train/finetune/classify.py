@@ -32,9 +32,9 @@ from ..config import DIVERGED, TrainConfig
 from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..execution import Execution
-from ..files import write_whole
-from ..progress import console
 from ..run.folder import RunRecord
+from ..storage.files import write_whole
+from ..terminal.progress import console
 from .classify_batch import LabelledBatch, encode_labelled
 from .classify_metrics import Confusion
 from .classify_records import (

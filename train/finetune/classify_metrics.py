@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_whole
+from ..storage.files import write_whole
 
 # Labels in the text and in the picture are cut to this length.
 _LABEL_CHARACTERS = 24

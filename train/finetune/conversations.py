@@ -2,7 +2,7 @@
 
     records     {"instruction": ..., "input": ..., "output": ...}; `input` may be empty or missing
                 {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
-    text        the model's chat template ("model"), or a row of templates.py
+    text        the model's chat template ("model"), or a row of generation/templates.py
 
 An answer is a target up to its first stop token. The last answer gets one if the template has none.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import InputError
 from ..data.tokenizer import Tokenizer
 from ..eval.jsonl import shorten, text_of
-from ..templates import TEMPLATES, Message, check_messages
+from ..generation.templates import TEMPLATES, Message, check_messages
 from .records import Record
 from .rows import Example
 

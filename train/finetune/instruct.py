@@ -21,10 +21,10 @@ from ...model import GPT
 from ...model.generation import Decoder, Sampling, generate
 from ..config import TrainConfig
 from ..execution import Execution
-from ..files import write_whole
+from ..generation.templates import TEMPLATES, Message
+from ..generation.text import for_tokenizer
 from ..run.folder import RunRecord
-from ..templates import TEMPLATES, Message
-from ..text import for_tokenizer
+from ..storage.files import write_whole
 from .conversations import choose_template, encode, encode_question, read_messages
 from .data import TaskData
 from .records import (

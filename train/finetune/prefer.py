@@ -27,9 +27,9 @@ from ..distributed.engines import SingleProcess
 from ..distributed.world import World
 from ..evaluate import Evaluation
 from ..execution import Execution
-from ..files import seal, unseal, write_whole
-from ..progress import console, progress
 from ..run.folder import RunRecord
+from ..storage.files import seal, unseal, write_whole
+from ..terminal.progress import console, progress
 from .conversations import choose_template
 from .data import TaskData, model_options
 from .prefer_pairs import Counts, PairRows, check_not_empty, make_rows, read_pair, widest

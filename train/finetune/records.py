@@ -24,9 +24,9 @@ from ..data.loader import permute, permuted_positions
 from ..data.tokenizer import Tokenizer
 from ..eval.jsonl import read_jsonl, read_utf8, shorten
 from ..execution import Execution
-from ..files import hash_file
 from ..run.folder import RunRecord, recorded_paths
 from ..run.models import open_model
+from ..storage.files import hash_file
 from .data import TaskBatch
 
 # A record and where it is, for messages: FILE:LINE or FILE: record NUMBER.

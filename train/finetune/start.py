@@ -8,7 +8,7 @@ from ...errors import InputError, unknown_name
 from ...model import GPTConfig
 from ...model.config import OPTIONS_OF_RUN
 from ..config import TrainConfig
-from ..records import check_types
+from ..storage.records import check_types
 from .tasks import TASKS
 
 # Options that follow from the model, the records and the epochs.

@@ -32,7 +32,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ...errors import InputError, unknown_name
-from ..templates import TEMPLATES
+from ..generation.templates import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)

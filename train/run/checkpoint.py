@@ -31,10 +31,10 @@ from torch import Tensor
 
 from ...errors import InputError, describe_os_error
 from ...model import GPT
-from ..bad_steps import is_judge_state
 from ..distributed.engines import SingleProcess, States, Weights
-from ..files import flush_folder, hash_file, seal, unseal, write_flushed
 from ..optim import Optimizer
+from ..optimizer.bad_steps import is_judge_state
+from ..storage.files import flush_folder, hash_file, seal, unseal, write_flushed
 from ._shapes import Shapes, check_state_shapes, check_weight_shapes
 from .sharded_checkpoint import check_shards, is_shard, load_shards, read_complete
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from ...errors import InputError
 from ...model.cost import flops_per_token, parameters
 from ..choices import AXES
-from ..files import write_whole
-from ..lock import is_locked
+from ..storage.files import write_whole
+from ..storage.lock import is_locked
 from .checkpoint import checkpoints
 from .folder import read_run
 from .metrics import check_metrics, describe_damage, read_metrics

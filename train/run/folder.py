@@ -16,7 +16,7 @@
 
 A missing option takes its default, so older runs stay loadable. An unknown one is an error.
 
-One process at a time writes the folder (lock.py). A process that is killed before the first
+One process at a time writes the folder (storage/lock.py). A process that is killed before the first
 checkpoint leaves a folder without results. The next process takes it over.
 """
 
@@ -41,10 +41,10 @@ from ..data.cache import cache_dir
 from ..data.dataset import SPLITS, Dataset, open_dataset
 from ..data.prepare import prepare
 from ..distributed.world import World
-from ..files import check_can_create, seal, unseal, write_whole
 from ..finetune.tasks import task_named
-from ..lock import LOCK_FILE, FolderLock
-from ..records import check_names, check_types, parse_object
+from ..storage.files import check_can_create, seal, unseal, write_whole
+from ..storage.lock import LOCK_FILE, FolderLock
+from ..storage.records import check_names, check_types, parse_object
 from .checkpoint import checkpoints
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError
-from ..records import check_types, parse_object
+from ..storage.records import check_types, parse_object
 
 
 @dataclass

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, names_file
-from ..bad_steps import OVERFLOWED
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
-from ..files import write_whole
-from ..gpus import ceiling
-from ..progress import console, has_bars, progress_bars, task_of
-from ..threads import CoreTime
+from ..machine.gpus import ceiling
+from ..machine.threads import CoreTime
+from ..optimizer.bad_steps import OVERFLOWED
+from ..storage.files import write_whole
+from ..terminal.progress import console, has_bars, progress_bars, task_of
 from .goodput import Goodput, describe, seconds_before
 from .lines import parse_line
 from .trackers import Tracker

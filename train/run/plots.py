@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from ..files import write_whole
+from ..storage.files import write_whole
 from .metrics import read_metrics
 
 # Keys of an evaluation that the first panel draws or that follow from the loss.

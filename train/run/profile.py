@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity
 from ...errors import InputError
 from ..config import TrainConfig
 from ..distributed.world import SINGLE_PROCESS, World
-from ..files import write_whole
-from ..progress import console
+from ..storage.files import write_whole
+from ..terminal.progress import console
 from .metrics import Metrics
 
 # Steps before the profiled ones. The first steps compile, and allocate memory.

@@ -7,7 +7,7 @@ the text of the sample
 import re
 from pathlib import Path
 
-from ..files import write_whole
+from ..storage.files import write_whole
 
 _HEADER = re.compile(rb"^--- step (\d{1,18})$", re.MULTILINE)
 

@@ -32,9 +32,9 @@ from ...model.safetensors_file import flat_bytes, safetensors_header, safetensor
 from ..choices import OPTIMIZERS
 from ..config import ReportOptions, TrainConfig
 from ..distributed.engines import SingleProcess
-from ..files import check_free_space
 from ..optim import Optimizer
 from ..precision import linear_parameters
+from ..storage.files import check_free_space
 from .checkpoint import (
     Content,
     checkpoints,

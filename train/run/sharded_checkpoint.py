@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..distributed.engines import SingleProcess, States, Weights
-from ..files import flush_folder, hash_file
 from ..optim import Optimizer
+from ..storage.files import flush_folder, hash_file
 from ._shapes import Shapes, check_state_shapes, check_weight_shapes
 
 MIN_PARAMETERS = 2_000_000_000

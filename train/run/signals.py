@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ...errors import InterruptedRun, StopRequested
-from .console import is_local_rank0, print_from_handler
+from ..terminal.console import is_local_rank0, print_from_handler
 
 if TYPE_CHECKING:
     from ..distributed.world import World

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ...errors import InputError
 from ..config import TrainConfig
-from ..files import write_whole
+from ..storage.files import write_whole
 
 
 class Tracker(Protocol):

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritium.train.files import hash_file
 from tritium.train.run.metrics import read_metrics
+from tritium.train.storage.files import hash_file
 
 pytestmark = pytest.mark.plain
 

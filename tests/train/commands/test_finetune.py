@@ -96,7 +96,7 @@ def test_chat_uses_the_template_of_the_run(base, file, tritium, tmp_path, monkey
         prompts.append((tokenizer.decode(prompt), sampling.stop))
         yield "yes"
 
-    monkeypatch.setattr("tritium.train.chat.stream_sample", answer)
+    monkeypatch.setattr("tritium.train.generation.chat.stream_sample", answer)
     lines = iter(["hi"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, "/exit"))
     assert tritium("chat", out, "--max-new-tokens", 20)[1].strip() == "yes"

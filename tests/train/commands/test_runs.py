@@ -1,6 +1,6 @@
 import pytest
 
-from tritium.train.lock import FolderLock
+from tritium.train.storage.lock import FolderLock
 
 pytestmark = pytest.mark.plain
 

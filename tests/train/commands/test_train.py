@@ -9,7 +9,7 @@ import torch
 from tritium.model.cost import step_bytes
 from tritium.train import plan as planner
 from tritium.train.data.build import build
-from tritium.train.memory import RESERVE
+from tritium.train.machine.memory import RESERVE
 from tritium.train.plan import Machine
 from tritium.train.run.folder import read_run
 from tritium.train.trainer import Trainer
@@ -127,7 +127,7 @@ def test_out_of_memory_names_the_micro_batch_that_fits(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(planner, "_cpu_machine", machine)
-    monkeypatch.setattr("tritium.train.memory.PROCESS_BYTES", 0)
+    monkeypatch.setattr("tritium.train.machine.memory.PROCESS_BYTES", 0)
     monkeypatch.setattr(Trainer, "backward", full)
     answer = error_of(*tiny)
     assert re.fullmatch(

@@ -19,8 +19,8 @@ from tritium.train.data import build as module
 from tritium.train.data.build import build
 from tritium.train.data.corpus import Corpus
 from tritium.train.data.dataset import open_dataset
-from tritium.train.lock import FolderLock
-from tritium.train.progress import console
+from tritium.train.storage.lock import FolderLock
+from tritium.train.terminal.progress import console
 
 pytestmark = pytest.mark.plain
 

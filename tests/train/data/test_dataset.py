@@ -8,7 +8,7 @@ import pytest
 from tritium.errors import InputError
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset, read_info
-from tritium.train.files import seal, unseal
+from tritium.train.storage.files import seal, unseal
 
 pytestmark = pytest.mark.plain
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tritium.errors import InputError
-from tritium.train import files
 from tritium.train.data import shards
 from tritium.train.data.shards import HEADER_BYTES, DataChanged, Shard, TokenStream, write_shard
+from tritium.train.storage import files
 
 pytestmark = pytest.mark.plain
 

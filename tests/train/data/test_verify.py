@@ -8,7 +8,7 @@ from tritium.errors import InputError
 from tritium.train.data.build import build
 from tritium.train.data.shards import write_shard
 from tritium.train.data.verify import verify_dataset
-from tritium.train.files import seal
+from tritium.train.storage.files import seal
 
 pytestmark = pytest.mark.plain
 

@@ -12,7 +12,6 @@ from tritium.model import GPT, GPTConfig
 from tritium.train.config import ReportOptions, TrainConfig
 from tritium.train.distributed.engines import SingleProcess
 from tritium.train.execution import resolve
-from tritium.train.files import seal, unseal
 from tritium.train.optim import Optimizer
 from tritium.train.run import checkpoint
 from tritium.train.run.checkpoint import (
@@ -22,6 +21,7 @@ from tritium.train.run.checkpoint import (
     newest_checkpoint,
 )
 from tritium.train.run.saver import CheckpointSaver
+from tritium.train.storage.files import seal, unseal
 
 pytestmark = pytest.mark.plain
 

@@ -14,9 +14,9 @@ import pytest
 from tritium.__main__ import dispatch
 from tritium.train import loop, session
 from tritium.train.data import loader, shards
-from tritium.train.files import seal, unseal
 from tritium.train.run.folder import create_free_folder
 from tritium.train.run.metrics import read_metrics
+from tritium.train.storage.files import seal, unseal
 
 pytestmark = pytest.mark.plain
 

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 
 from tritium.errors import InputError
-from tritium.train import lock
 from tritium.train.config import TrainConfig
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.distributed.world import SINGLE_PROCESS
-from tritium.train.files import seal
 from tritium.train.run.folder import (
     check_folder_unused,
     claim_folder,
@@ -20,6 +18,8 @@ from tritium.train.run.folder import (
     read_run,
 )
 from tritium.train.run.metrics import read_metrics
+from tritium.train.storage import lock
+from tritium.train.storage.files import seal
 
 pytestmark = pytest.mark.plain
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritium.train.bad_steps import OVERFLOWED
 from tritium.train.evaluate import Evaluation
-from tritium.train.gpus import ceiling
+from tritium.train.machine.gpus import ceiling
+from tritium.train.optimizer.bad_steps import OVERFLOWED
 from tritium.train.run.metrics import (
     STEPS_AHEAD,
     STEPS_PER_READ,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritium.errors import InputError
-from tritium.train.bad_steps import is_judge_state
+from tritium.train.optimizer.bad_steps import is_judge_state
 from tritium.train.run.models import open_model
 from tritium.train.run.sharded_checkpoint import read_complete
 

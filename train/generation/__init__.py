@@ -1,0 +1,1 @@
+"""Text from a model: continuations of prompts, and conversations."""

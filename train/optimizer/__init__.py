@@ -1,0 +1,1 @@
+"""Parts of optim.py: Muon, and the steps that an optimizer skips."""

@@ -1,0 +1,70 @@
+"""The model with which a run starts: new weights, or those of a trained model."""
+
+from pathlib import Path
+
+import torch
+
+from ...errors import InputError
+from ...model import GPT, GPTConfig
+from ...model.lora import add_lora, freeze
+from ...model.prefix import add_prefix
+from ..config import TrainConfig
+from ..finetune.data import TaskData, model_options
+from ..finetune.start import with_prefix
+from ..run.models import open_model
+
+# A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
+# the size of the vocabulary up to a multiple of 64, others to a multiple of 128.
+_PADDING_TOKENS = 128
+
+
+def initial_model(config: TrainConfig, data: TaskData) -> GPT:
+    """Return a model with new weights, or the model to start from, in float32."""
+    if config.init_from is None:
+        return new_model(config, data, config.gpt(data.tokenizer.vocab_size))
+    _check(config, data)
+    torch.manual_seed(config.seed)
+    model = open_model(Path(config.init_from)).load(**model_options(config)).float()
+    if config.model.prefix_tokens:
+        add_prefix(model, config.model.prefix_tokens)
+    model.config = config.gpt(model.config.vocab_size)  # with the dropout of the run
+    return _with_adapter(data.adapt(model, config), config).train()
+
+
+def new_model(config: TrainConfig, data: TaskData, shape: GPTConfig) -> GPT:
+    """Return a model of the run's task with new weights."""
+    torch.manual_seed(config.seed)
+    return _with_adapter(data.new_model(config, shape), config)
+
+
+def _with_adapter(model: GPT, config: TrainConfig) -> GPT:
+    """Give the model the LoRA of the run, or freeze all but its prefix, if there is any."""
+    if config.model.prefix_tokens:
+        freeze(model)
+    if config.adapter.lora:
+        torch.manual_seed(config.seed)
+        add_lora(model, config.adapter)
+    return model
+
+
+def _check(config: TrainConfig, data: TaskData) -> None:
+    """Raise InputError if the model to start from has another shape or another tokenizer."""
+    trained = open_model(Path(config.init_from))
+    # Dropout is an option of the run, not of the model.
+    found = config.gpt(trained.config.vocab_size)
+    expected = with_prefix(trained.config.with_dropout_of(found), found.prefix_tokens)
+    if expected != found:
+        raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
+    tokenizer = data.tokenizer
+    if trained.tokenizer_path is not None:
+        own = trained.tokenizer()
+        if own.sha256 != tokenizer.sha256:
+            raise InputError(
+                f"tokenizer: expected {own.name} of {config.init_from}, got {tokenizer.name} with "
+                "other tokens; leave `tokenizer` out"
+            )
+    elif not 0 <= expected.vocab_size - tokenizer.vocab_size < _PADDING_TOKENS:
+        raise InputError(
+            f"tokenizer: expected {expected.vocab_size} tokens, as in {config.init_from}, got "
+            f"{tokenizer.vocab_size}; use the tokenizer of the model"
+        )

@@ -1,0 +1,1 @@
+"""What a run shows in a terminal: progress bars, and lines that never stop it."""
