@@ -61,14 +61,6 @@ def encode(tokenizer: Tokenizer, messages: list[Message], template: str) -> list
     return [_example(tokenizer, pieces, list(tokenizer.start_tokens), tokenizer.encode)]
 
 
-def encode_question(tokenizer: Tokenizer, messages: list[Message], template: str) -> list[int]:
-    """Return the ids of messages and of the words that begin the answer."""
-    if template == "model":
-        return tokenizer.encode_rendered(tokenizer.render_chat(messages)).tolist()
-    text = TEMPLATES[template].prompt(messages)
-    return [*tokenizer.start_tokens, *tokenizer.encode(text).tolist()]
-
-
 def _rendered_pieces(
     tokenizer: Tokenizer, messages: list[Message]
 ) -> Iterator[list[tuple[str, bool]]]:

@@ -22,10 +22,10 @@ from ...model.generation import Decoder, Sampling, generate
 from ..config import TrainConfig
 from ..execution import Execution
 from ..generation.templates import TEMPLATES, Message
-from ..generation.text import for_tokenizer
+from ..generation.text import encode_question, for_tokenizer
 from ..run.folder import RunRecord
 from ..storage.files import write_whole
-from .conversations import choose_template, encode, encode_question, read_messages
+from .conversations import choose_template, encode, read_messages
 from .data import TaskData
 from .records import (
     RecordLoader,

@@ -18,10 +18,9 @@ from ...errors import InputError
 from ...model import GPT
 from ...model.generation import Decoder, Sampling
 from ..data.tokenizer import Tokenizer
-from ..finetune.conversations import encode_question
 from ..storage.files import write_whole
 from .templates import TEMPLATES
-from .text import for_tokenizer, stream_sample
+from .text import encode_question, for_tokenizer, stream_sample
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Text from a model and its tokenizer: the continuation of a prompt."""
+"""Text from a model and its tokenizer: the continuation of a prompt or of messages."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +7,7 @@ from ...errors import InputError
 from ...model import GPT
 from ...model.generation import Decoder, Sampling, stream_text
 from ..data.tokenizer import Tokenizer
+from .templates import TEMPLATES, Message
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
@@ -22,6 +23,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
             "prompt: expected text, got an empty one; leave `prompt` out to start a document"
         )
     return [*tokenizer.start_tokens, *tokenizer.encode(prompt).tolist()]
+
+
+def encode_question(tokenizer: Tokenizer, messages: list[Message], template: str) -> list[int]:
+    """Return the ids of messages and of the words that begin the answer."""
+    if template == "model":
+        return tokenizer.encode_rendered(tokenizer.render_chat(messages)).tolist()
+    text = TEMPLATES[template].prompt(messages)
+    return [*tokenizer.start_tokens, *tokenizer.encode(text).tolist()]
 
 
 def for_tokenizer(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:
