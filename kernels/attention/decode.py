@@ -161,7 +161,9 @@ def _attention_decode_kernel(
         )
         s = _capped_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
         offs_n = begin + tl.arange(0, BLOCK_N)
-        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window) & (offs_n < hi)[None, :]
+        # No token sees a key from `hi` on: either the sequence ends there, or another split begins,
+        # and then `hi` is a multiple of BLOCK_N.
+        seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window)
         s = tl.where(seen, s, -float("inf"))
         p, shrink, m = _softmax_step(s, m, c, True)
         total = total * shrink + tl.sum(p, 1)
