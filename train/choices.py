@@ -59,7 +59,7 @@ def check_optimizer(name: str, tensor_ranks: int = 1) -> None:
         supported = [key for key, row in OPTIMIZERS.items() if row.supports_tensor_parallel]
         raise InputError(
             f"optimizer: expected {' or '.join(supported)} with {tensor_ranks} tensor ranks, got "
-            f"{name}; use --tensor-parallel 1"
+            f"{name}; set `tensor_parallel` to 1"
         )
 
 

@@ -93,7 +93,8 @@ def _check_adapter(config: TrainConfig, world: World) -> None:
             )
         if world.tensor_ranks > 1:
             raise InputError(
-                f"{name}: expected 1 tensor rank, got {world.tensor_ranks}; use --tensor-parallel 1"
+                f"{name}: expected 1 tensor rank, got {world.tensor_ranks}; set "
+                "`tensor_parallel` to 1"
             )
     if not config.model.prefix_tokens:
         return

@@ -242,7 +242,7 @@ def import_nanogpt(checkout: Path) -> ModuleType:
     file = checkout / "model.py"
     if not file.is_file() or b"class GPTConfig" not in file.read_bytes():
         raise InputError(
-            f"--nanogpt: expected a nanoGPT checkout with model.py, found none in {checkout}"
+            f"nanogpt: expected a nanoGPT checkout with model.py, found none in {checkout}"
         )
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -269,7 +269,7 @@ def nanogpt_shape(shape: GPTConfig) -> GPTConfig:
     )
     if replace(shape, vocab_size=plain.vocab_size) != plain:
         raise InputError(
-            "--nanogpt: expected a recipe with the positions, norms, heads and MLP of GPT-2, "
+            "nanogpt: expected a recipe with the positions, norms, heads and MLP of GPT-2, "
             "got another architecture; leave the option out"
         )
     return plain

@@ -40,7 +40,7 @@ def write_model(
     if prefix := trained.config.prefix_tokens:
         raise InputError(
             f"{trained.path}: expected a model without a prefix, got {prefix} prefix tokens, which "
-            "a folder of transformers cannot hold; add --adapter"
+            "a folder of transformers cannot hold; add `adapter`"
         )
     # Copy the files in a folder of transformers as they are, even if tritium cannot read them.
     files = files_in(trained.path) if spec is None and trained.is_folder_of_transformers else {}

@@ -42,6 +42,8 @@ _OTHER_NAMES = {
     "train-steps": "steps",
     "warmup-iters": "warmup-steps",
 }
+# Options that commands read before they parse the others.
+_NAMES_WITHOUT_FIELD = {"resume"}
 # Exit status of a program whose output is read no further: 128 + SIGPIPE.
 _BROKEN_PIPE = 141
 # Names of the options that the commands of this process have parsed.
@@ -145,7 +147,7 @@ def as_flags(message: str) -> str:
     """
     from ..config import PART_OF
 
-    names = _option_names | set(PART_OF)
+    names = _option_names | set(PART_OF) | _NAMES_WITHOUT_FIELD
 
     def flag(match: re.Match) -> str:
         name = match[1]

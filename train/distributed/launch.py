@@ -39,14 +39,15 @@ def join(launch: Launch) -> Iterator[World]:
     ranks = _read_ranks()
     if ranks is None:
         if launch != Launch():
+            names = [name for name, value in vars(launch).items() if value != getattr(Launch, name)]
             raise InputError(
-                "--parallel, --shard-ranks, --tensor-parallel, --sharded-checkpoints, "
-                "--rank-timeout: expected torchrun to start the program; see --help"
+                f"{', '.join(f'`{name}`' for name in names)}: expected torchrun to start the "
+                "program, found none of its variables; start it with torchrun"
             )
         yield SINGLE_PROCESS
         return
     if not 0 <= launch.rank_timeout < math.inf:
-        raise InputError(f"--rank-timeout: expected 0 or more seconds, got {launch.rank_timeout}")
+        raise InputError(f"rank_timeout: expected 0 or more seconds, got {launch.rank_timeout}")
     world = World(**ranks, **_resolve(launch, ranks["size"]), is_distributed=True)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
@@ -190,24 +191,24 @@ def _resolve(launch: Launch, size: int) -> dict[str, Any]:
     if engine == "auto":
         engine = "fsdp" if is_sharded else "ddp"
     if is_sharded and not ENGINES[engine].engine.shards_weights:
-        name = "--shard-ranks" if launch.shard_ranks is not None else "--tensor-parallel"
+        name = "shard_ranks" if launch.shard_ranks is not None else "tensor_parallel"
         raise InputError(
-            f"{name}: expected --parallel fsdp with it, got {engine}; leave one of them out"
+            f"{name}: expected `parallel` fsdp with it, got {engine}; leave one of them out"
         )
     if tensor_ranks < 1 or size % tensor_ranks:
         raise InputError(
-            f"--tensor-parallel: expected a divisor of the {size} ranks, got {tensor_ranks}"
+            f"tensor_parallel: expected a divisor of the {size} ranks, got {tensor_ranks}"
         )
     data_ranks = size // tensor_ranks
     shard_ranks = data_ranks if launch.shard_ranks is None else launch.shard_ranks
     if shard_ranks < 1 or data_ranks % shard_ranks:
         raise InputError(
-            f"--shard-ranks: expected a divisor of the {data_ranks} ranks that divide the batch, "
+            f"shard_ranks: expected a divisor of the {data_ranks} ranks that divide the batch, "
             f"got {shard_ranks}"
         )
     if launch.sharded_checkpoints == "on" and (engine != "fsdp" or tensor_ranks > 1):
         raise InputError(
-            "--sharded-checkpoints: expected --parallel fsdp without --tensor-parallel with it, "
+            "sharded_checkpoints: expected `parallel` fsdp without `tensor_parallel` with it, "
             f"got {engine} and {tensor_ranks}"
         )
     return {

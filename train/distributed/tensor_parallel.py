@@ -41,13 +41,12 @@ def check_tensor_parallel(config: GPTConfig, dtype: torch.dtype, ranks: int) -> 
     for name, size in sizes.items():
         if size % ranks:
             raise InputError(
-                f"--tensor-parallel: expected a divisor of the {size} {name} of a block, "
-                f"got {ranks}"
+                f"tensor_parallel: expected a divisor of the {size} {name} of a block, got {ranks}"
             )
     if dtype == torch.float16:
         # LossScale.unscale changes all gradients in one call, which PyTorch allows for one mesh.
         raise InputError(
-            "--tensor-parallel: expected `precision` bfloat16 or float32 with it, got float16"
+            "tensor_parallel: expected `precision` bfloat16 or float32 with it, got float16"
         )
 
 

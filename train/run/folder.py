@@ -166,7 +166,7 @@ def check_folder_unused(run: Path) -> None:
     if run.exists() and not is_unstarted(run):
         what, hint = "holds other files", "choose another `out`"
         if (run / "config.json").exists():
-            what, hint = "is a run already", "choose another `out`, or --resume it"
+            what, hint = "is a run already", "choose another `out`, or `resume` it"
         elif checkpoints(run):
             what = "has the checkpoints of a run without config.json"
             hint = "put config.json back, or choose another `out`"

@@ -147,7 +147,7 @@ def test_nanogpt_is_compiled_like_the_other_models(checkout, monkeypatch):
 
 
 def test_a_folder_without_nanogpt_raises(tmp_path):
-    expected = r"--nanogpt: expected a nanoGPT checkout with model\.py, found none in"
+    expected = r"nanogpt: expected a nanoGPT checkout with model\.py, found none in"
     with pytest.raises(InputError, match=expected):
         import_nanogpt(tmp_path)
     (tmp_path / "model.py").write_text("raise SystemExit(3)  # another project's")
@@ -162,7 +162,7 @@ def test_nanogpt_has_the_architecture_of_gpt2_only():
         assert nanogpt_shape(replace(plain, **same)) == replace(plain, **same)
     other_mlps = ({"mlp": "swiglu"}, {"mlp": "relu2"})
     for change in ({"position": "rotary"}, {"norm": "rms"}, {"n_kv_head": 1}, *other_mlps):
-        with pytest.raises(InputError, match="--nanogpt: expected a recipe with the positions"):
+        with pytest.raises(InputError, match="nanogpt: expected a recipe with the positions"):
             nanogpt_shape(replace(plain, **change))
 
 

@@ -86,6 +86,7 @@ def test_wrong_words_raise_one_line(words, message, capsys):
     [
         ("lr: expected 0 or more, got -1", "--lr: expected 0 or more, got -1"),
         ("give more `warmup_steps`", "give more --warmup-steps"),
+        ("choose another `out`, or `resume` it", "choose another --out, or --resume it"),
         ("use `wandb login`", "use `wandb login`"),
         ("data: expected text, got none", "data: expected text, got none"),
         ("rms_norm: expected a tensor", "rms_norm: expected a tensor"),

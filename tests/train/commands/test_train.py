@@ -150,7 +150,7 @@ def test_corpus_without_text_is_one_line_and_makes_no_run(error_of, tiny, tmp_pa
 def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_path):
     assert tritium(*tiny)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert "this one is a run already" in error_of(*tiny)
+    assert "is a run already; choose another --out, or --resume it" in error_of(*tiny)
     assert {
         path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
     } == before

@@ -28,7 +28,11 @@ def error_on_all_ranks(done: tuple[list[int], list[str], list[str]]) -> str:
 @pytest.mark.parametrize(
     ("ranks", "words", "message"),
     [
-        (0, ["--parallel", "fsdp"], "expected torchrun to start the program"),
+        (
+            0,
+            ["--parallel", "fsdp", "--rank-timeout", 9],
+            "--parallel, --rank-timeout: expected torchrun to start the program",
+        ),
         (2, ["--batch-size", 5], "--batch-size: expected a multiple of 2 ranks, got 5"),
         (
             2,
@@ -78,7 +82,7 @@ def error_on_all_ranks(done: tuple[list[int], list[str], list[str]]) -> str:
         (
             2,
             ["--tensor-parallel", 2, "--optimizer", "muon"],
-            "expected adamw with 2 tensor ranks, got muon",
+            "expected adamw with 2 tensor ranks, got muon; set --tensor-parallel to 1",
         ),
         (
             2,

@@ -20,9 +20,9 @@ def test_a_ranks_rows_are_the_queries_keys_and_values_of_its_heads():
 def test_sizes_that_ranks_cannot_divide_raise():
     config = GPTConfig(n_head=6, n_kv_head=3, d_model=48)
     check_tensor_parallel(config, torch.bfloat16, 3)
-    with pytest.raises(InputError, match="divisor of the 6 heads of a block, got 4"):
+    with pytest.raises(InputError, match="tensor_parallel: expected a divisor of the 6 heads"):
         check_tensor_parallel(config, torch.float32, 4)
     with pytest.raises(InputError, match="divisor of the 3 key and value heads of a block, got 2"):
         check_tensor_parallel(config, torch.float32, 2)
-    with pytest.raises(InputError, match="bfloat16 or float32 with it, got float16"):
+    with pytest.raises(InputError, match="`precision` bfloat16 or float32 with it, got float16"):
         check_tensor_parallel(config, torch.float16, 3)

@@ -72,7 +72,7 @@ def test_a_record_is_read_as_it_was_written(run, dataset):
 
 def test_a_folder_in_use_raises(run, dataset, tmp_path):
     (run / "checkpoints" / "step-0").mkdir(parents=True)
-    with pytest.raises(InputError, match="this one is a run already"):
+    with pytest.raises(InputError, match=r"is a run already; choose another `out`, or `resume` it"):
         claim_folder(run, CONFIG, CONFIG.gpt(257), dataset)
     (tmp_path / "other").mkdir()
     check_folder_unused(tmp_path / "other")
