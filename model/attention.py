@@ -23,8 +23,8 @@ from torch import Tensor
 from ..kernels import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
 
 
-class AttentionOptions(NamedTuple):
-    """Options of an attention, as causal_attention takes them.
+class AttentionArguments(NamedTuple):
+    """Keyword arguments of an attention function, named as those of causal_attention.
 
     Args:
         window: how many keys a query sees, itself included. None: all.
@@ -39,8 +39,8 @@ class AttentionOptions(NamedTuple):
     seed: Tensor | None = None
 
 
-class NormRope(NamedTuple):
-    """RoPE and QK-norm of queries and keys, as causal_attention_qkvpacked takes them.
+class NormRopeArguments(NamedTuple):
+    """Keyword arguments for RoPE and QK-norm, named as those of causal_attention_qkvpacked.
 
     Args:
         cos, sin: tables of RoPE, or None.
@@ -59,7 +59,7 @@ class NormRope(NamedTuple):
 class AttentionFunctions:
     """The functions that compute an attention."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionArguments], Tensor]
     """attend(q, k, v, cu_seqlens, options) returns o."""
     attend_packed: Callable[..., Tensor] | None = None
     """attend_packed(qkv, n_head, n_kv_head, cu_seqlens, added_bias, norm_rope, options) returns
@@ -69,7 +69,7 @@ class AttentionFunctions:
 
 
 def _tritium(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionArguments
 ) -> Tensor:
     if cu_seqlens is None:
         return causal_attention(q, k, v, **options._asdict())
@@ -85,8 +85,8 @@ def _tritium_packed(
     n_kv_head: int,
     cu_seqlens: Tensor | None,
     added_bias: Tensor | None,
-    norm_rope: NormRope,
-    options: AttentionOptions,
+    norm_rope: NormRopeArguments,
+    options: AttentionArguments,
 ) -> Tensor:
     return causal_attention_qkvpacked(
         qkv,
@@ -100,7 +100,7 @@ def _tritium_packed(
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionArguments
 ) -> Tensor:
     B, T = q.shape[:2]
     mask = None
@@ -123,7 +123,7 @@ def _sdpa(
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionArguments
 ) -> Tensor:
     import flash_attn
 

@@ -24,7 +24,7 @@ from ..kernels import (
     rotary,
     swiglu_mlp,
 )
-from .attention import AttentionOptions, NormRope
+from .attention import AttentionArguments, NormRopeArguments
 from .context import Branch, ForwardContext
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ class Attention(nn.Module):
         first = both.expand(B, *both.shape).unbind(2)
         return torch.cat((first[0], k), dim=1), torch.cat((first[1], v), dim=1)
 
-    def _options(self, context: ForwardContext, layer: int) -> AttentionOptions:
-        options = AttentionOptions(window=self.window, softcap=self.softcap)
+    def _options(self, context: ForwardContext, layer: int) -> AttentionArguments:
+        options = AttentionArguments(window=self.window, softcap=self.softcap)
         if context.seeds is None or context.attention_dropout == 0:
             return options
         seed = context.seeds[3 * layer + 1, 0]
@@ -215,11 +215,11 @@ class Attention(nn.Module):
             seed=seed + self.tensor_rank if self.tensor_rank else seed,
         )
 
-    def _norm_rope(self, rope: tuple[Tensor, Tensor] | None) -> NormRope:
+    def _norm_rope(self, rope: tuple[Tensor, Tensor] | None) -> NormRopeArguments:
         cos, sin = (None, None) if rope is None else rope
         if self.q_norm is None:
-            return NormRope(cos, sin)
-        return NormRope(cos, sin, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+            return NormRopeArguments(cos, sin)
+        return NormRopeArguments(cos, sin, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _split(
         self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None
