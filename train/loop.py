@@ -75,9 +75,9 @@ def start(
     open_data = TASKS[config.task].code.open_data
     data = world.on_each_node(lambda: open_data(config, progress=world.is_rank0))
     config = data.fit(config)
-    console.print(data.describe(config), soft_wrap=True)
+    console.print(data.describe(config))
     if warning := describe_long_warmup(config):
-        console.print(warning, soft_wrap=True)
+        console.print(warning)
     # Read the model to start from before anything is written: it may be damaged.
     with progress("initial weights"):
         model = world.run_on_all_ranks(lambda: initial_model(config, data))
@@ -178,10 +178,7 @@ def _train(
         trackers.append(CallbackTracker(callbacks, signals.request_stop))
     metrics = _open_metrics(config, run, engine, loader.context_tokens, first, trackers)
     if execution.is_compiled:
-        console.print(
-            "compiling the model: the first step takes longer if it is not in the cache",
-            soft_wrap=True,
-        )
+        console.print("compiling the model: the first step takes longer if it is not in the cache")
 
     # The steps.
     evaluations = world.on_each_node(lambda: open_evaluations(config, data.tokenizer))

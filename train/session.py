@@ -254,8 +254,7 @@ class Session:
             what = f"{len(bad_steps)} bad steps in a row" if bad_steps else "weights are not finite"
             console.print(
                 f"step {step}: {what}; restored the checkpoint of step {restored}, left out the "
-                f"data of steps {restored} to {step - 1}",
-                soft_wrap=True,
+                f"data of steps {restored} to {step - 1}"
             )
             self.metrics.went_back(step, restored)
             self.begin_checkpoint(step)

@@ -285,8 +285,7 @@ class ClassifyData(TaskData):
         confusion.draw(run / "confusion.png", f"{run.name}: {len(rows):,} test texts")
         console.print(
             f"test: {len(rows):,} texts, loss {results['loss']:.4f}, accuracy "
-            f"{confusion.accuracy:.4f}, macro F1 {results['f1']:.4f}\n{confusion.table()}",
-            soft_wrap=True,
+            f"{confusion.accuracy:.4f}, macro F1 {results['f1']:.4f}\n{confusion.table()}"
         )
 
 

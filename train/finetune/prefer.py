@@ -242,8 +242,7 @@ class PreferData(TaskData):
             low, high = bootstrap_interval(margins.numpy(), config.seed)
             console.print(
                 f"{name} margin {margins.mean():.4f} (95% interval {low:.4f} to {high:.4f}), "
-                f"accuracy {(margins > 0).double().mean():.4f}, over {len(margins)} pairs",
-                soft_wrap=True,
+                f"accuracy {(margins > 0).double().mean():.4f}, over {len(margins)} pairs"
             )
         write_whole(run / MARGINS, ["".join(lines).encode()])
 

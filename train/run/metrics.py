@@ -193,7 +193,7 @@ class Metrics:
         seconds = now - self._last_read
         self._last_read = now
         if warning := self._cores.end():
-            console.print(warning, soft_wrap=True)
+            console.print(warning)
         rate = count * self._tokens_per_step / seconds
         mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
         rates = {
@@ -256,7 +256,7 @@ class Metrics:
         more = more or {}
         self._write({"step": step, **result.values(), **more})
         self.evaluated.add(step)
-        console.print(f"step {step}: {result.describe()}", soft_wrap=True)
+        console.print(f"step {step}: {result.describe()}")
         for name, value in more.items():
             console.print(f"  {name} {value:.4f}")
 
@@ -371,8 +371,7 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
     if len(trained) < start:
         console.print(
             f"metrics.jsonl: {start - len(trained)} of the {start} steps before the checkpoint "
-            "have no line: they were lost",
-            soft_wrap=True,
+            "have no line: they were lost"
         )
     last_written = path.stat().st_mtime if path.exists() else None
     write_whole(path, ["".join(lines).encode()])

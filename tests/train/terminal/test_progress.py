@@ -58,6 +58,16 @@ def test_a_terminal_shows_done_and_total(terminal):
     assert re.search(r"train ━+╸ +5/20 loss 3\.1 0:00:00 left --:--", shown)
 
 
+def test_long_lines_are_not_broken_and_bars_end_with_the_terminal(terminal):
+    line = "a word " * 30
+    with progress_bars() as bars:
+        bars.add_task("train", total=20, note="x" * 200)
+        console.print(line)
+    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    assert line in shown
+    assert max(len(bar) for bar in shown if bar != line) <= 100
+
+
 def test_a_quiet_console_has_no_bar(terminal, monkeypatch):
     monkeypatch.setattr(console, "quiet", True)
     assert not has_bars()
