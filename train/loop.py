@@ -61,9 +61,11 @@ def start(
     world: World = SINGLE_PROCESS,
     *,
     callbacks: Callbacks = NO_CALLBACKS,
+    on_claimed: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Train a new model. Rank 0 writes the folder `run`, and calls the callbacks.
 
+    Args: on_claimed: called on rank 0 when the data was read and the folder has config.json.
     Returns: the evaluation of the finished model on all held-out text.
     Raises: InputError if the folder is in use, the data is bad, options do not fit together or the
         training diverges; InterruptedRun after a signal or `max_minutes`.
@@ -84,6 +86,8 @@ def start(
     with only_writer(run, world) as check_folder:
         summary = execution.summary()
         world.on_rank0(lambda: claim_folder(run, config, model.config, data, summary))
+        if on_claimed is not None and world.is_rank0:
+            on_claimed()
         return _train(config, run, model, data, execution, check_folder, callbacks, None)
 
 

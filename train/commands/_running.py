@@ -53,12 +53,16 @@ def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = F
             is_pretraining = config.task == "pretrain"
             changes = changes_between(run, record.train, config) if is_pretraining else {}
             return run_and_report(run, world, lambda: resume(run, world, changes))
-        if world.is_rank0:
+
+        def announce() -> None:
             # Flushed, because a log file would otherwise show it after the messages of the run.
             print(f"{name}: training into {run}; watch {run / 'metrics.jsonl'}", flush=True)
             _print_unused_gpus(world, config)
+
         try:
-            return run_and_report(run, world, lambda: start(config, run, world))
+            return run_and_report(
+                run, world, lambda: start(config, run, world, on_claimed=announce)
+            )
         finally:
             if not out and world.is_rank0:
                 with contextlib.suppress(OSError):

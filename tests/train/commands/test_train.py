@@ -136,7 +136,7 @@ def test_out_of_memory_names_the_micro_batch_that_fits(
     assert re.search(message, error_of("train", "--resume", tmp_path / "run"))
 
 
-def test_corpus_without_text_is_one_line_and_makes_no_run(error_of, tiny, tmp_path):
+def test_corpus_without_text_is_one_line_and_makes_no_run(error_of, tritium, tiny, tmp_path):
     empty, binary, folder = tmp_path / "empty.txt", tmp_path / "binary.txt", tmp_path / "folder"
     empty.write_text("")
     binary.write_bytes(b"\xff\xfe\x00\x01" * 10)
@@ -145,6 +145,13 @@ def test_corpus_without_text_is_one_line_and_makes_no_run(error_of, tiny, tmp_pa
     for path in (empty, binary, folder):
         assert str(path) in error_of(*tiny, "--data", path)
     assert not (tmp_path / "run").exists()
+    assert "training into" not in tritium(*tiny, "--data", empty)[1]
+
+
+def test_the_folder_of_the_run_is_announced_when_it_is_claimed(tritium, tiny, tmp_path):
+    _, out, _ = tritium(*tiny)
+    run = tmp_path / "run"
+    assert out.startswith(f"laptop: training into {run}; watch {run / 'metrics.jsonl'}\n")
 
 
 def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_path):
