@@ -1,6 +1,7 @@
 """Run a training and report its result: what `tritium train` and `tritium finetune` share."""
 
 import contextlib
+import re
 import shlex
 import signal
 import time
@@ -128,7 +129,8 @@ def _stop_status(run: Path, stop: InterruptedRun) -> int:
 def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     record = read_run(run)
     command = f"{program()} {{}} {shlex.quote(str(run))}"
-    print(f"\n{last_sample(run)}")
+    sample = last_sample(run)
+    print(f"\n{sample}")
     print(f"{result.describe()}, over all {result.tokens:,} held-out {result.unit}s")
     print(
         f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
@@ -137,7 +139,17 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     if record.train.task != "pretrain":
         print(f"next: {command.format(TASKS[record.train.task].next_command)}")
         return
-    prompt = shlex.quote(record.train.prompt or "Once")
-    print(f"next: {command.format('sample')} --prompt {prompt}")
+    prompt = record.train.prompt or _two_words(sample)
+    option = f" --prompt {shlex.quote(prompt)}" if prompt else ""
+    print(f"next: {command.format('sample')}{option}")
     steps = 4 * max(record.train.steps, record.train.warmup_steps)
     print(f"      for a better model, a new run with --steps {steps}")
+
+
+def _two_words(text: str) -> str:
+    """Return the first two words that a space separates; "" if there are none.
+
+    The words of a sample fit the data of the run, whether it is prose or code.
+    """
+    found = re.search(r"[^\W\d_]\w* \w+", text)
+    return found[0] if found else ""

@@ -154,6 +154,25 @@ def test_the_folder_of_the_run_is_announced_when_it_is_claimed(tritium, tiny, tm
     assert out.startswith(f"laptop: training into {run}; watch {run / 'metrics.jsonl'}\n")
 
 
+@pytest.mark.parametrize(
+    ("sample", "option"),
+    [
+        ("# --- 12\nimport os\nimport re\n", " --prompt 'import os'"),
+        ("ROMEO:\nGood morrow, cousin", " --prompt 'Good morrow'"),
+        ("-------- ------", ""),
+        ("", ""),
+    ],
+)
+def test_the_next_command_has_a_prompt_from_the_sample(sample, option, tritium, tiny, monkeypatch):
+    monkeypatch.setattr("tritium.train.commands._running.last_sample", lambda run: sample)
+    _, out, _ = tritium(*tiny, "--steps", 1)
+    assert re.search(rf"^next: .* sample \S+/run{option}$", out, re.MULTILINE), out
+
+
+def test_the_next_command_has_the_prompt_of_the_run(tritium, tiny):
+    assert "/run --prompt 'It is'\n" in tritium(*tiny, "--steps", 1, "--prompt", "It is")[1]
+
+
 def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_path):
     assert tritium(*tiny)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
