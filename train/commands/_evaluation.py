@@ -6,17 +6,17 @@ import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ...errors import InputError
-from ..choices import PRECISIONS
+from ..machine.options import OpenOptions
 from ..storage.files import write_whole
 from ..terminal.progress import progress
 
 if TYPE_CHECKING:
-    from ..eval.model import EvaluatedModel
+    from ..eval.model import OpenedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,7 @@ class EvaluationOptions:
     """A run, whose newest checkpoint is used, a checkpoint, or a folder of transformers."""
     batch_size: int = 8
     """Sequences per forward. It changes results only by rounding."""
-    tokenizer: str | None = None
-    """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
-    precision: Literal[tuple(PRECISIONS)] = "auto"
-    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+    opening: tyro.conf.OmitArgPrefixes[OpenOptions]
     json: str | None = None
     """File for the results and all that is needed to repeat them: checksums, options, versions."""
 
@@ -42,27 +37,24 @@ class EvaluationOptions:
         if self.json is not None:
             _check_writable(Path(self.json))
 
-    def open(self) -> "EvaluatedModel":
+    def open(self) -> "OpenedModel":
         """Read the model."""
         # Imported here because the import of PyTorch takes seconds.
-        from ..eval.model import EvaluatedModel
+        from ..eval.model import OpenedModel
 
         with progress("opening the model"):
-            return EvaluatedModel.open(
-                Path(self.model),
-                tokenizer=self.tokenizer,
-                device=self.device,
-                precision=self.precision,
-            )
+            return OpenedModel.open(Path(self.model), self.opening)
 
-    def write(self, model: "EvaluatedModel", command: str, argv: list[str], results: Any) -> None:
+    def write(self, model: "OpenedModel", command: str, argv: list[str], results: Any) -> None:
         """Write the JSON file, if one is asked for."""
         if self.json is None:
             return
+        options = asdict(self)
+        options |= options.pop("opening")
         record = {
             "command": shlex.join(["tritium", "eval", command, *argv]),
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "options": asdict(self),
+            "options": options,
             **model.record(),
             "results": results,
         }

@@ -3,12 +3,12 @@
 import secrets
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ...errors import InputError
-from ..choices import PRECISIONS
+from ..machine.options import OpenOptions
 
 if TYPE_CHECKING:
     from ...model import GPT
@@ -38,12 +38,7 @@ class GenerationOptions:
     """Text that ends the output and is not written. Can be given several times."""
     seed: int | None = None
     """The same seed gives the same text. None: different text each time."""
-    tokenizer: str | None = None
-    """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
-    precision: Literal[tuple(PRECISIONS)] = "auto"
-    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+    opening: tyro.conf.OmitArgPrefixes[OpenOptions]
 
     def sampling(self) -> "Sampling":
         """Return the options of generation. Raises: InputError if one is out of range."""
@@ -62,15 +57,7 @@ class GenerationOptions:
 
     def load(self) -> tuple["GPT", "Tokenizer"]:
         """Read the model, on its device and in its precision, and its tokenizer."""
-        from ..machine.device import choose_device, choose_matmul
-        from ..machine.threads import limit_threads
-        from ..precision import choose_dtype, working_copy
-        from ..run.models import open_model
+        from ..eval.model import OpenedModel
 
-        device = choose_device(self.device)
-        limit_threads()
-        choose_matmul(device)
-        trained = open_model(Path(self.model))
-        tokenizer = trained.tokenizer(self.tokenizer)
-        model = trained.load().float().to(device)
-        return working_copy(model, choose_dtype(self.precision, device)), tokenizer
+        opened = OpenedModel.open(Path(self.model), self.opening)
+        return opened.gpt, opened.needed_tokenizer()

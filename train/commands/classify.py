@@ -5,12 +5,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ...errors import InputError
-from ..choices import PRECISIONS
+from ..machine.options import OpenOptions
 from .cli import parse
 
 _DESCRIPTION = """Print the most likely label, and its probability, for each line of the input.
@@ -29,12 +29,7 @@ class ClassifyOptions:
     """Print an object per line, with the probabilities of all labels."""
     batch_size: int = 8
     """Lines per forward. It changes results only by rounding."""
-    tokenizer: str | None = None
-    """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
-    precision: Literal[tuple(PRECISIONS)] = "auto"
-    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+    opening: tyro.conf.OmitArgPrefixes[OpenOptions]
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -45,19 +40,12 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium classify`."""
     options = parse(ClassifyOptions, argv, prog="tritium classify", description=_DESCRIPTION)
     # The help is printed by now. The import of PyTorch takes seconds.
+    from ..eval.model import OpenedModel
     from ..finetune.classify_batch import classify_texts
-    from ..machine.device import choose_device, choose_matmul
-    from ..machine.threads import limit_threads
-    from ..precision import choose_dtype, working_copy
-    from ..run.models import open_model
 
-    device = choose_device(options.device)
-    limit_threads()
-    choose_matmul(device)
-    trained = open_model(Path(options.model))
-    tokenizer = trained.tokenizer(options.tokenizer)
-    model = trained.load_classifier().float().to(device)
-    model = working_copy(model, choose_dtype(options.precision, device)).eval()
+    opened = OpenedModel.open(Path(options.model), options.opening, is_classifier=True)
+    model = opened.gpt
+    tokenizer = opened.needed_tokenizer()
     describe = _as_json if options.json else _as_text
     count = 0
     for probabilities in classify_texts(model, tokenizer, _lines(), options.batch_size):

@@ -23,7 +23,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ...model.generation import Sampling
-from .model import EvaluatedModel
+from ..machine.options import OpenOptions
+from .model import OpenedModel
 from .scoring import score
 
 _AUTO_BATCH_SIZE = 16
@@ -36,7 +37,7 @@ class TritiumLM(TemplateLM):
     Args:
         pretrained: a run, a checkpoint, a folder of transformers or a GGUF file.
         tokenizer: another tokenizer than the model's own, as `from_spec` takes it.
-        device, precision: as for ExecutionOptions. Default of device: auto.
+        device, precision: as for OpenOptions. Default of device: auto.
         batch_size: sequences per forward. auto: 16.
         max_batch_size: not used. lm_eval passes it.
         max_gen_toks: largest number of new tokens, unless a task has its own.
@@ -54,9 +55,8 @@ class TritiumLM(TemplateLM):
         max_gen_toks: int = 256,
     ):
         super().__init__()
-        self._model = EvaluatedModel.open(
-            Path(pretrained), tokenizer=tokenizer, device=device or "auto", precision=precision
-        )
+        opening = OpenOptions(tokenizer=tokenizer, device=device or "auto", precision=precision)
+        self._model = OpenedModel.open(Path(pretrained), opening)
         self.tokenizer = self._model.needed_tokenizer()
         self._device = self._model.device
         is_auto = str(batch_size).startswith("auto")

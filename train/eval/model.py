@@ -1,4 +1,4 @@
-"""Open a model for evaluation, and describe it, so that an evaluation can be repeated."""
+"""Open a trained model on a device, and describe it, so that an evaluation can be repeated."""
 
 import platform
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from ...kernels.core.triton import HAS_TRITON, triton
 from ...model import GPT
 from ..data.tokenizer import Tokenizer
 from ..machine.device import choose_device, choose_matmul
+from ..machine.options import OpenOptions
 from ..machine.threads import limit_threads
 from ..precision import choose_dtype, working_copy
 from ..run.models import SavedModel, open_model
@@ -21,7 +22,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatedModel:
+class OpenedModel:
     """A model on its device, in evaluation mode, and where it came from."""
 
     saved: SavedModel
@@ -34,27 +35,30 @@ class EvaluatedModel:
 
     @classmethod
     def open(
-        cls, path: Path, *, tokenizer: str | None = None, device: str, precision: str
-    ) -> "EvaluatedModel":
+        cls, path: Path, options: OpenOptions, *, is_classifier: bool = False
+    ) -> "OpenedModel":
         """Read a model.
 
         Args:
             path: a run, a checkpoint, a folder of transformers, ...: see `open_model`.
-            tokenizer: another tokenizer than the model's own, as `from_spec` takes it.
-            device, precision: as for ExecutionOptions.
-        Raises: InputError if the path is no model, or the tokenizer or the device does not fit.
+            options: the tokenizer, the device and the precision.
+            is_classifier: whether to read a GPTClassifier instead of a language model.
+        Raises: InputError if the path is no model, or one of another type, or if the tokenizer or
+            the device does not fit.
         """
-        chosen = choose_device(device)
+        device = choose_device(options.device)
         limit_threads()
-        choose_matmul(chosen)
+        choose_matmul(device)
         saved = open_model(path)
-        has_tokenizer = tokenizer is not None or saved.tokenizer_path is not None
-        dtype = choose_dtype(precision, chosen)
+        has_tokenizer = options.tokenizer is not None or saved.tokenizer_path is not None
+        tokenizer = saved.tokenizer(options.tokenizer) if has_tokenizer else None
+        dtype = choose_dtype(options.precision, device)
+        model = saved.load_classifier() if is_classifier else saved.load()
         return cls(
             saved=saved,
-            tokenizer=saved.tokenizer(tokenizer) if has_tokenizer else None,
-            gpt=working_copy(saved.load().float().to(chosen), dtype).eval(),
-            device=chosen,
+            tokenizer=tokenizer,
+            gpt=working_copy(model.float().to(device), dtype).eval(),
+            device=device,
             dtype=dtype,
         )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...model.choices import RECOMPUTATIONS
-from ..choices import ENGINES
+from ..choices import ENGINES, PRECISIONS
 
 _PARALLEL = tuple(name for name, row in ENGINES.items() if row.is_parallel)
 
@@ -23,6 +23,18 @@ class Launch:
     """fsdp: each rank writes its part of a checkpoint. auto: from 2 billion parameters on."""
     rank_timeout: float = 25.0
     """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenOptions:
+    """How a command opens the model that it is given."""
+
+    tokenizer: str | None = None
+    """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
+    precision: Literal[tuple(PRECISIONS)] = "auto"
+    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
 
 
 @dataclass(frozen=True, kw_only=True)

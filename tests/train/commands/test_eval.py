@@ -34,7 +34,7 @@ def test_perplexity_of_the_validation_split_is_that_of_the_run(tritium, run, tmp
     }
     assert record["tokenizer"]["name"] == "bytes"
     assert (record["precision"], record["device"]) == ("float32", "cpu")
-    assert record["options"]["batch_size"] == 3
+    assert (record["options"]["batch_size"], record["options"]["precision"]) == (3, "auto")
     assert set(record["versions"]) == {"tritium", "torch", "triton", "python"}
     (text,) = record["results"]["texts"]
     assert text["loss"] == pytest.approx(last["val_loss"], rel=1e-5)

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
-from tritium.train.eval.model import EvaluatedModel
+from tritium.train.eval.model import OpenedModel
+from tritium.train.machine.options import OpenOptions
 
 pytestmark = pytest.mark.plain
 
@@ -11,8 +14,8 @@ pytestmark = pytest.mark.plain
 def test_a_model_without_tokenizer_opens_in_the_chosen_precision(tmp_path):
     config = GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=300, context_tokens=8)
     GPT(config).save_pretrained(tmp_path / "model")
-    options = {"device": "cpu", "precision": "bfloat16"}
-    model = EvaluatedModel.open(tmp_path / "model", **options)
+    options = OpenOptions(device="cpu", precision="bfloat16")
+    model = OpenedModel.open(tmp_path / "model", options)
     assert not model.gpt.training
     assert model.gpt(torch.zeros(1, 2, dtype=torch.int64)).dtype == torch.bfloat16
     assert model.tokenizer is None
@@ -22,5 +25,5 @@ def test_a_model_without_tokenizer_opens_in_the_chosen_precision(tmp_path):
     assert list(record["model"]["sha256"]) == ["model.safetensors"]
     with pytest.raises(InputError, match="expected a model with a tokenizer"):
         model.needed_tokenizer()
-    named = EvaluatedModel.open(tmp_path / "model", tokenizer="bytes", **options)
+    named = OpenedModel.open(tmp_path / "model", replace(options, tokenizer="bytes"))
     assert named.needed_tokenizer().name == "bytes"
