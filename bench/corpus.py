@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from ..train.data.build import build
-from ..train.data.corpus import Corpus
-from ..train.data.filters import apply_filters, parse_filters
-from ..train.data.near_duplicates import USUAL_SIMILARITY, NearDuplicates, signatures
-from ..train.data.selection import SelectionOptions
+from ..train.data.documents.corpus import Corpus
+from ..train.data.documents.filters import apply_filters, parse_filters
+from ..train.data.documents.near_duplicates import USUAL_SIMILARITY, NearDuplicates, signatures
+from ..train.data.documents.selection import SelectionOptions
+from ..train.data.documents.text_batch import TextBatch
 from ..train.data.shards import write_shard
-from ..train.data.text_batch import TextBatch
-from ..train.data.tokenizer import from_spec
+from ..train.data.tokenizers.tokenizer import from_spec
 
 _VOCABULARY = 50_000
 _DOCUMENT_WORDS = 330

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..model import GPT, GPTConfig
 from ..train.commands.cli import parse
 from ..train.config import TrainConfig
-from ..train.data.tokenizer import vocab_size_of
+from ..train.data.tokenizers.tokenizer import vocab_size_of
 from ..train.execution import compiles_on
 from ..train.machine.device import choose_device, choose_matmul
 from ..train.precision import choose_dtype

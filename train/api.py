@@ -23,7 +23,7 @@ from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTClassifier
 from ..model.generation import Sampling
 from .config import TrainConfig
-from .data.tokenizer import Tokenizer
+from .data.tokenizers.tokenizer import Tokenizer
 from .evaluate import Evaluation
 from .finetune.classify_batch import classify_texts
 from .finetune.start import finetune_config

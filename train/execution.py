@@ -14,7 +14,7 @@ from ..model.choices import choose_attention
 from ..model.lora import check_adapter
 from .choices import ENGINES, check_optimizer
 from .config import TrainConfig
-from .data.tokenizer import vocab_size_of
+from .data.tokenizers.tokenizer import vocab_size_of
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
 from .finetune.tasks import TASKS

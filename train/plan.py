@@ -47,7 +47,7 @@ from ..model.cost import (
     parameters,
 )
 from ..model.lora import check_adapter, lora_parameters
-from .data.tokenizer import vocab_size_of
+from .data.tokenizers.tokenizer import vocab_size_of
 from .distributed.world import World
 from .execution import resolve
 from .finetune.start import with_prefix

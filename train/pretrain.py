@@ -7,7 +7,6 @@ from pathlib import Path
 from ..model import GPT
 from ..model.generation import Sampling
 from .config import TrainConfig
-from .data.cache import cache_dir
 from .data.dataset import Dataset, open_dataset
 from .data.epochs import describe_epochs
 from .data.loader import Batch, Loader, evaluation_batches
@@ -19,6 +18,7 @@ from .execution import Execution
 from .finetune.data import TaskData
 from .generation.text import sample_text
 from .run.folder import RunRecord, check_tokenizer, open_recorded_dataset
+from .storage.cache import cache_dir
 
 
 def open_data(

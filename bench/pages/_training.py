@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...model.cost import parameters
-from ...train.data.tokenizer import vocab_size_of
+from ...train.data.tokenizers.tokenizer import vocab_size_of
 from ...train.recipes import RECIPES
 from .. import RESULTS
 from ..record import describe_provenance, read_record

@@ -30,7 +30,7 @@ from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
-from ...train.data.tokenizer import vocab_size_of
+from ...train.data.tokenizers.tokenizer import vocab_size_of
 from ...train.execution import resolve
 from ...train.machine.device import choose_matmul, keep_freed_memory
 from ...train.recipes import RECIPES, recipe

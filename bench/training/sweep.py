@@ -41,7 +41,7 @@ from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
 from ...train.config import PYTHON_PROMPT, TrainConfig
-from ...train.data.tokenizer import vocab_size_of
+from ...train.data.tokenizers.tokenizer import vocab_size_of
 from ...train.execution import resolve
 from ...train.pretrain import TextData, open_data
 from ...train.recipes import recipe

@@ -49,7 +49,7 @@ from ...model.cost import flops_per_token, parameters
 from ...train.commands.cli import parse
 from ...train.config import TrainConfig
 from ...train.data.loader import Batch, token_orders
-from ...train.data.tokenizer import vocab_size_of
+from ...train.data.tokenizers.tokenizer import vocab_size_of
 from ...train.execution import compiles_on
 from ...train.machine.device import choose_device, choose_matmul, keep_freed_memory
 from ...train.machine.gpus import ceiling

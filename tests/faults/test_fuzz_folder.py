@@ -25,7 +25,7 @@ from tritium.train.config import TrainConfig
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.data.shards import HEADER_BYTES, Shard
-from tritium.train.data.tokenizer import Tokenizer, hash_parts
+from tritium.train.data.tokenizers.tokenizer import Tokenizer, hash_parts
 from tritium.train.run.folder import is_unstarted, read_run
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.models import open_model

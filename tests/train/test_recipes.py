@@ -4,7 +4,7 @@ from tritium.errors import InputError
 from tritium.model import PRESETS
 from tritium.model.cost import parameters
 from tritium.train.data.epochs import estimate_corpus_tokens
-from tritium.train.data.tokenizer import vocab_size_of
+from tritium.train.data.tokenizers.tokenizer import vocab_size_of
 from tritium.train.recipes import RECIPES, default_recipe, recipe
 
 pytestmark = pytest.mark.plain

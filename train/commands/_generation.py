@@ -13,7 +13,7 @@ from ..machine.options import OpenOptions
 if TYPE_CHECKING:
     from ...model import GPT
     from ...model.generation import Sampling
-    from ..data.tokenizer import Tokenizer
+    from ..data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

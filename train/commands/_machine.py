@@ -8,10 +8,10 @@ from ... import __version__
 from ...kernels.core.device import sm_count
 from ...kernels.core.op import INTERPRET
 from ...kernels.core.triton import HAS_TRITON, triton
-from ..data.cache import cache_dir
 from ..machine.device import choose_device
 from ..machine.gpus import ceiling
 from ..recipes import default_recipe
+from ..storage.cache import cache_dir
 
 
 def describe_machine() -> dict[str, str]:

@@ -12,9 +12,9 @@ from ...errors import InputError, unknown_name
 from ..data.bin_shards import export_bins
 from ..data.build import build
 from ..data.dataset import DatasetInfo, open_dataset
-from ..data.filters import describe_filters, parse_filters
-from ..data.selection import SelectionOptions
-from ..data.tokenizer import DEFAULT_TOKENIZER
+from ..data.documents.filters import describe_filters, parse_filters
+from ..data.documents.selection import SelectionOptions
+from ..data.tokenizers.tokenizer import DEFAULT_TOKENIZER
 from ..data.verify import verify_dataset
 from .cli import parse, program
 

@@ -9,7 +9,7 @@ import numpy as np
 from ...errors import InputError
 from .dataset import SplitInfo
 from .shards import token_dtype, write_shard
-from .tokenizer import Tokenizer
+from .tokenizers.tokenizer import Tokenizer
 
 
 class Part(NamedTuple):

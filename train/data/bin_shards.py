@@ -27,7 +27,7 @@ from ..storage.files import seal, write_whole
 from ._new_folder import check_unused, new_folder
 from ._split_writer import SplitWriter
 from .dataset import FORMAT_VERSION, SPLITS, Dataset, DatasetInfo
-from .tokenizer import from_spec, needs_corpus
+from .tokenizers.tokenizer import from_spec, needs_corpus
 from .verify import piece_bytes, pieces
 
 _MAGIC = 20240520

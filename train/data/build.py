@@ -27,10 +27,10 @@ from ..terminal.progress import progress_bars
 from ._new_folder import check_unused, new_folder
 from ._split_writer import Part, SplitWriter
 from .bin_shards import build_from_bins, find_bins
-from .corpus import Corpus, Document, batches_of_text
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
-from .selection import Selection, SelectionOptions
-from .tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
+from .documents.corpus import Corpus, Document, batches_of_text
+from .documents.selection import Selection, SelectionOptions
+from .tokenizers.tokenizer import DEFAULT_TOKENIZER, Tokenizer, cut, from_spec
 
 # With 100 documents and held_out 0.1, the validation split is empty with probability 0.9**100: once
 # in 37,000 corpora.
@@ -57,11 +57,12 @@ def build(
 
     Args:
         out_dir: a folder that does not exist or is empty.
-        inputs: files, folders, stdlib, python (see corpus.py), or token shards (bin_shards.py).
-        tokenizer: spec (see tokenizer.py).
+        inputs: files, folders, stdlib, python (see documents/corpus.py), or token shards
+            (bin_shards.py).
+        tokenizer: spec (see tokenizers/tokenizer.py).
         held_out: fraction of the documents for the validation split, in (0, 1).
         shard_tokens: largest number of tokens per shard.
-        text_field: key or column that holds the text (see corpus.py).
+        text_field: key or column that holds the text (see documents/corpus.py).
         selection: filters, near duplicates and weights of the inputs.
         threads: number of threads. None: one per core. The result does not depend on it.
         progress: whether to show a progress bar on stderr if it is a terminal.

@@ -14,9 +14,9 @@ from typing import Any
 from ...errors import InputError
 from ..storage.files import unseal
 from ..storage.records import check_types
-from .selection import Dropped
+from .documents.selection import Dropped
 from .shards import TokenStream
-from .tokenizer import Tokenizer
+from .tokenizers.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")

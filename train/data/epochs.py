@@ -4,8 +4,8 @@ import functools
 
 from ...errors import InputError
 from ..config import TrainConfig
-from .corpus import Corpus
-from .sources import SOURCES, Download
+from .documents.corpus import Corpus
+from .documents.sources import SOURCES, Download
 
 # Repeating data up to about four times is almost as good as new data (arXiv:2305.16264).
 MOST_EPOCHS = 4

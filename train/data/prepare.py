@@ -12,9 +12,9 @@ from pathlib import Path
 from ...errors import InputError
 from .bin_shards import find_bins
 from .build import build
-from .corpus import Corpus, fingerprint
 from .dataset import FORMAT_VERSION, DatasetInfo, read_info
-from .tokenizer import DEFAULT_TOKENIZER, from_spec, needs_corpus
+from .documents.corpus import Corpus, fingerprint
+from .tokenizers.tokenizer import DEFAULT_TOKENIZER, from_spec, needs_corpus
 
 
 def prepare(
@@ -31,7 +31,7 @@ def prepare(
     Args:
         data: one dataset folder, or inputs for `build`.
         tokenizer: spec. None: the dataset's own, or bpe:4096.
-        cache_dir: where built datasets are kept; see cache.py.
+        cache_dir: where built datasets are kept; see storage/cache.py.
         held_out, text_field, progress: see `build`.
     Returns: a folder for `open_dataset`. Changed files, another tokenizer or another held_out give
         another folder.

@@ -8,7 +8,7 @@ import numpy as np
 from ...errors import InputError, describe_os_error
 from .dataset import SPLITS, Dataset, open_dataset, read_info
 from .shards import Shard, TokenStream
-from .tokenizer import Tokenizer
+from .tokenizers.tokenizer import Tokenizer
 
 _PIECE_TOKENS = 1 << 22
 

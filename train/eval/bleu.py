@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ...errors import InputError
 from ...model import GPT
 from ...model.generation import Sampling
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..generation.text import encode_prompt, for_tokenizer
 from .jsonl import read_jsonl, shorten, text_of
 

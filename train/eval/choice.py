@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ...errors import InputError
 from ...model import GPT
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from .scoring import score
 from .tasks import METRICS, TASKS, Example
 

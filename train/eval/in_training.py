@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...model import GPT
 from ..config import TrainConfig, named_files
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from .choice import Encoded, encode_examples, measure_choices
 from .perplexity import check_length, measure
 from .tasks import Example, read_examples

@@ -10,7 +10,7 @@ import torch
 from ... import __version__
 from ...kernels.core.triton import HAS_TRITON, triton
 from ...model import GPT
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..machine.device import choose_device, choose_matmul
 from ..machine.options import OpenOptions
 from ..machine.threads import limit_threads

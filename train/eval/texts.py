@@ -20,7 +20,7 @@ from ...errors import InputError
 from ..data.bin_shards import is_bin, read_bin
 from ..data.dataset import open_dataset
 from ..data.shards import Shard, TokenStream
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..storage.files import hash_file
 from .jsonl import read_jsonl, read_utf8, text_of
 

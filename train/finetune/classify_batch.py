@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...model import GPTClassifier
 from ..data.loader import copy_cu_seqlens, copy_to_device, seed_input
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from .classify_records import LabelledText
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ...errors import InputError
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..eval.jsonl import shorten, text_of
 from ..generation.templates import TEMPLATES, Message, check_messages
 from .records import Record

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...model import GPT, GPTConfig
 from ..config import TrainConfig
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..distributed.engines import SingleProcess
 from ..distributed.world import World
 from ..evaluate import Evaluation, evaluate

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..data.loader import IGNORE_INDEX, copy_to_device, seed_input
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..eval.jsonl import text_of
 from .conversations import encode, read_messages
 from .records import Record

@@ -21,7 +21,7 @@ import numpy as np
 from ...errors import InputError
 from ..config import TrainConfig
 from ..data.loader import permute, permuted_positions
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..eval.jsonl import read_jsonl, read_utf8, shorten
 from ..execution import Execution
 from ..run.folder import RunRecord, recorded_paths

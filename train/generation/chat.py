@@ -17,7 +17,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...model import GPT
 from ...model.generation import Decoder, Sampling
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from ..storage.files import write_whole
 from .templates import TEMPLATES
 from .text import encode_question, for_tokenizer, stream_sample

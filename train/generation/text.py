@@ -6,7 +6,7 @@ from dataclasses import replace
 from ...errors import InputError
 from ...model import GPT
 from ...model.generation import Decoder, Sampling, stream_text
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizers.tokenizer import Tokenizer
 from .templates import TEMPLATES, Message
 
 

@@ -24,7 +24,7 @@ from ...errors import InputError, unknown_name
 from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
 from ..data.dataset import Dataset
 from ..data.prepare import is_dataset
-from ..data.tokenizer import needs_corpus
+from ..data.tokenizers.tokenizer import needs_corpus
 from ..execution import Execution
 from ..schedule import check_learning_rates
 from .folder import RunRecord, record_dataset, update_record

@@ -1,1 +1,1 @@
-"""Files that are written completely or not at all, checked records, and locks of folders."""
+"""Files that are written completely or not at all, checked records, locks, and the cache folder."""

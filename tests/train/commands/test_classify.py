@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritium.model import GPT, GPTClassifier, GPTConfig
-from tritium.train.data.tokenizer import from_spec
+from tritium.train.data.tokenizers.tokenizer import from_spec
 
 pytestmark = pytest.mark.plain
 

@@ -4,9 +4,9 @@ import urllib.request
 
 import pytest
 
-from tritium.train.data import sources
 from tritium.train.data.build import build
 from tritium.train.data.dataset import read_info
+from tritium.train.data.documents import sources
 
 pytestmark = pytest.mark.plain
 

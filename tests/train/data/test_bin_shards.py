@@ -10,8 +10,8 @@ from tritium.errors import InputError
 from tritium.train.data.bin_shards import export_bins, find_bins
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
+from tritium.train.data.documents.selection import SelectionOptions
 from tritium.train.data.prepare import prepare
-from tritium.train.data.selection import SelectionOptions
 from tritium.train.data.verify import verify_dataset
 
 pytestmark = pytest.mark.plain

@@ -17,8 +17,8 @@ from tritium.errors import InputError
 from tritium.train.data import _split_writer
 from tritium.train.data import build as module
 from tritium.train.data.build import build
-from tritium.train.data.corpus import Corpus
 from tritium.train.data.dataset import open_dataset
+from tritium.train.data.documents.corpus import Corpus
 from tritium.train.storage.lock import FolderLock
 from tritium.train.terminal.progress import console
 

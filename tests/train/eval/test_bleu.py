@@ -5,7 +5,7 @@ import pytest
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.model.generation import Sampling
-from tritium.train.data.tokenizer import from_spec
+from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.eval.bleu import Pair, bleu, generate_texts, read_pairs
 
 pytestmark = pytest.mark.plain

@@ -5,7 +5,7 @@ import torch
 
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
-from tritium.train.data.tokenizer import from_spec
+from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.eval.choice import encode_examples, measure_choices
 from tritium.train.eval.tasks import Example
 

@@ -5,7 +5,7 @@ from tritium.errors import InputError
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.data.shards import write_shard
-from tritium.train.data.tokenizer import from_spec
+from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.eval import texts
 from tritium.train.eval.perplexity import num_targets
 from tritium.train.eval.texts import read_text

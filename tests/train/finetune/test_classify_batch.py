@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tritium.errors import InputError
-from tritium.train.data.tokenizer import from_spec
+from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.finetune.classify_batch import encode_labelled, encode_text, text_inputs
 from tritium.train.finetune.classify_records import LabelledText
 

@@ -1,7 +1,7 @@
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data.tokenizer import Tokenizer, from_spec
+from tritium.train.data.tokenizers.tokenizer import Tokenizer, from_spec
 from tritium.train.finetune.conversations import choose_template, encode, read_messages
 from tritium.train.generation.text import encode_question
 

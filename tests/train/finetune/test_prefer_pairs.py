@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tritium.errors import InputError
-from tritium.train.data.tokenizer import from_spec
+from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.finetune.prefer_pairs import Counts, make_rows, read_pair, widest
 from tritium.train.finetune.rows import Example
 

@@ -6,7 +6,7 @@ from tests.model.models import random_model
 from tritium.errors import InputError
 from tritium.model import GPTConfig
 from tritium.model.generation import Sampling
-from tritium.train.data.tokenizer import Tokenizer, from_spec
+from tritium.train.data.tokenizers.tokenizer import Tokenizer, from_spec
 from tritium.train.generation.chat import Conversation
 
 pytestmark = pytest.mark.plain

@@ -4,7 +4,7 @@ import torch
 from tests.model.models import SMALL, random_model
 from tritium.errors import InputError
 from tritium.model.generation import Sampling
-from tritium.train.data.tokenizer import Tokenizer
+from tritium.train.data.tokenizers.tokenizer import Tokenizer
 from tritium.train.generation.text import encode_prompt, sample_text, stream_sample
 
 pytestmark = pytest.mark.plain

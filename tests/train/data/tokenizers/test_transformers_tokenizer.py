@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tritium.train.data.tokenizer import from_spec
-from tritium.train.data.transformers_tokenizer import save_for_transformers
+from tritium.train.data.tokenizers.tokenizer import from_spec
+from tritium.train.data.tokenizers.transformers_tokenizer import save_for_transformers
 
 pytestmark = pytest.mark.plain
 transformers = pytest.importorskip("transformers")
 
-DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
+DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
 ALPHABETS = (
     "abc XYZ'll don't 12345 07",
     " \t\r\n\u3000  ",

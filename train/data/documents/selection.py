@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import InputError
+from ....errors import InputError
 from .corpus import Corpus, Document, batches_of_text
 from .filters import apply_filters
 from .near_duplicates import NearDuplicates, check_similarity, signatures

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data.near_duplicates import (
+from tritium.train.data.documents.near_duplicates import (
     NearDuplicates,
     check_similarity,
     rows_per_band,
     signatures,
 )
-from tritium.train.data.text_batch import TextBatch
+from tritium.train.data.documents.text_batch import TextBatch
 
 pytestmark = pytest.mark.plain
 pytest.importorskip("rensa")

@@ -6,8 +6,8 @@ import string
 import numpy as np
 import pytest
 
-from tritium.train.data import text_batch as module
-from tritium.train.data.text_batch import TextBatch
+from tritium.train.data.documents import text_batch as module
+from tritium.train.data.documents.text_batch import TextBatch
 
 pytestmark = pytest.mark.plain
 

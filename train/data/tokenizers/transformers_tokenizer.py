@@ -9,7 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from ...errors import InputError
+from ....errors import InputError
 from .tokenizer import END_OF_TEXT, Tokenizer
 
 # `++`, `?+`, `*+` and `{1,2}+`. The regular expressions of the tokenizers package have another

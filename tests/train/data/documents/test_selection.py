@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data import selection as module
-from tritium.train.data.corpus import Corpus
-from tritium.train.data.selection import Selection, SelectionOptions
+from tritium.train.data.documents import selection as module
+from tritium.train.data.documents.corpus import Corpus
+from tritium.train.data.documents.selection import Selection, SelectionOptions
 
 pytestmark = pytest.mark.plain
 
-DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
+DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
 
 
 def _jsonl(path, texts):

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data import tokenizer as module
-from tritium.train.data.tokenizer import Tokenizer, cut, from_spec, needs_corpus, vocab_size_of
+from tritium.train.data.tokenizers import tokenizer as module
+from tritium.train.data.tokenizers.tokenizer import (
+    Tokenizer,
+    cut,
+    from_spec,
+    needs_corpus,
+    vocab_size_of,
+)
 from tritium.train.recipes import RECIPES
 
 pytestmark = pytest.mark.plain
 
-DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
+DATA = Path(os.environ.get("TRITIUM_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
 GPT2 = DATA / "gpt2.tiktoken"
 needs_gpt2 = pytest.mark.skipif(
     not GPT2.exists(), reason=f"needs {GPT2.name} in ../shared/data or $TRITIUM_DATA"
@@ -140,7 +146,8 @@ def test_learned_vocabulary_has_the_requested_size_and_merges_indentation(learne
 
 def test_learned_vocabulary_does_not_depend_on_threads_process_or_order(learned):
     program = (
-        "import sys\nfrom pathlib import Path\nfrom tritium.train.data import tokenizer\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from tritium.train.data.tokenizers import tokenizer\n"
         "text = Path(tokenizer.__file__).read_text(encoding='utf-8')\n"
         "print(tokenizer.from_spec('bpe:512', lambda: [text]).sha256)\n"
     )

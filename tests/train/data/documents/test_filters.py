@@ -5,8 +5,13 @@ import builtins
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data.filters import FILTERS, apply_filters, describe_filters, parse_filters
-from tritium.train.data.text_batch import TextBatch
+from tritium.train.data.documents.filters import (
+    FILTERS,
+    apply_filters,
+    describe_filters,
+    parse_filters,
+)
+from tritium.train.data.documents.text_batch import TextBatch
 
 pytestmark = pytest.mark.plain
 

@@ -6,11 +6,11 @@ import urllib.request
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data import sources as module
 from tritium.train.data.build import build
-from tritium.train.data.corpus import Corpus
 from tritium.train.data.dataset import open_dataset
-from tritium.train.data.sources import SOURCES, Download, Hosted, find_source
+from tritium.train.data.documents import sources as module
+from tritium.train.data.documents.corpus import Corpus
+from tritium.train.data.documents.sources import SOURCES, Download, Hosted, find_source
 
 pytestmark = pytest.mark.plain
 

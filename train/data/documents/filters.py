@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError, unknown_name
+from ....errors import InputError, unknown_name
 from .text_batch import TextBatch
 
 # Gopher and its successors count repeated runs of five to ten words (arXiv:2112.11446).

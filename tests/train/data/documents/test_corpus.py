@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data.corpus import Corpus
+from tritium.train.data.documents.corpus import Corpus
 
 pytestmark = pytest.mark.plain
 

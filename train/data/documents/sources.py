@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...errors import InputError
-from ..storage.files import write_whole
-from .cache import cache_dir
+from ....errors import InputError
+from ...storage.cache import cache_dir
+from ...storage.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...errors import InputError
+from ....errors import InputError
 
 # Quantifiers that never need to backtrack are possessive (`++`). The matches are the same, and the
 # regular expression engine needs no backtracking stack.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import InputError
+from ....errors import InputError
 from .text_batch import TextBatch, mix
 
 USUAL_SIMILARITY = 0.4

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from ...errors import InputError
+from ....errors import InputError
 from ._readers import READERS, read_text
 from .sources import SOURCES, RemoteFile, find_source
 

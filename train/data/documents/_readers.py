@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ...errors import InputError
+from ....errors import InputError
 from .sources import RemoteFile
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.train.data.test_transformers_tokenizer import CORPUS, mixed_strings
+from tests.train.data.tokenizers.test_transformers_tokenizer import CORPUS, mixed_strings
 from tritium.errors import InputError
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
-from tritium.train.data.tokenizer import Tokenizer, from_spec
+from tritium.train.data.tokenizers.tokenizer import Tokenizer, from_spec
 
 pytestmark = pytest.mark.plain
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ A tokenizer is a list of byte strings, its pieces. The id of a piece is its inde
 tritium's own tokenizers the last piece is end-of-text; a published tokenizer names its id. A
 byte-pair tokenizer also has the pattern that splits text before pairs are merged. `sha256` covers
 this definition and `tokenizer.json` stores it. `<|endoftext|>` in a text is encoded like any other
-text. Only build.py inserts the end-of-text id, between documents.
+text. Only data/build.py inserts the end-of-text id, between documents.
 
 rustbpe learns byte pairs and tiktoken applies them. rustbpe gives tiktoken's ranks directly, its
 wheel is 1.1 MB and runs on Python 3.10 to 3.13, and it learns the same vocabulary on any number of
@@ -32,9 +32,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import InputError
-from ..storage.files import write_whole
-from ..storage.records import read_object
+from ....errors import InputError
+from ...storage.files import write_whole
+from ...storage.records import read_object
 from ._vocabularies import (
     GPT2_PATTERN,
     LEARNED_PATTERN,

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tritium.train.data import cache as module
-from tritium.train.data.cache import cache_dir
+from tritium.train.storage import cache as module
+from tritium.train.storage.cache import cache_dir
 
 pytestmark = pytest.mark.plain
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from ....errors import InputError
 from .tokenizer import Tokenizer, hash_parts, without_surrogates
 
 FILES = (
