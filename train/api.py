@@ -206,7 +206,7 @@ def finetune(
     """Train a model further on records, in this process, as `tritium finetune` does.
 
     Args:
-        task: a row of train/finetune/tasks.py, such as "instruct".
+        task: a row of train/tasks.py, such as "instruct".
         model: a Run, or the path of a run, a checkpoint or a folder of transformers.
         data: file of records.
         on_step, on_evaluation: as for `train`.

@@ -5,8 +5,8 @@
     PRECISIONS   dtypes of matmuls; precision.py
     AXES         what `tritium plot` draws against
 
-SCHEDULES is in schedule.py, TASKS in finetune/tasks.py. None of them imports PyTorch, because the
-import takes seconds.
+SCHEDULES is in schedule.py, TASKS in tasks.py. None of them imports PyTorch, because the import
+takes seconds.
 """
 
 from collections.abc import Callable

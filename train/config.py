@@ -5,7 +5,7 @@
       .execution        ExecutionOptions: device, precision, ...; results agree to rounding
       .report           ReportOptions: what the run writes, and when
       .adapter          AdapterOptions: LoRA, small weights that are trained alone
-      .task_options     the options of the task: finetune/tasks.py
+      .task_options     the options of the task: tasks.py
 
 Options have flat names on the command line and in config.json: `n_layer`, not `model.n_layer`.
 `from_options` and `options` convert between flat names and the nested dataclasses.
@@ -29,8 +29,8 @@ from ..model.choices import (
 )
 from ..model.config import AdapterOptions
 from .choices import OPTIMIZERS, PRECISIONS
-from .finetune.tasks import TASKS, TaskOptions, option_names, task_named
 from .schedule import SCHEDULES
+from .tasks import TASKS, TaskOptions, option_names, task_named
 
 _DEFAULT_MODEL = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)
 # It does not end with a space: in byte-pair vocabularies the space belongs to the next token.

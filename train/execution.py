@@ -17,9 +17,9 @@ from .config import TrainConfig
 from .data.tokenizers.tokenizer import vocab_size_of
 from .distributed.engines import SingleProcess
 from .distributed.world import SINGLE_PROCESS, World
-from .finetune.tasks import TASKS
 from .machine.memory import device_bytes, largest_micro_batch
 from .precision import choose_dtype
+from .tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)

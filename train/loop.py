@@ -20,7 +20,6 @@ from .eval.in_training import open_evaluations
 from .evaluate import Evaluation
 from .execution import Execution, resolve
 from .finetune.data import TaskData
-from .finetune.tasks import TASKS
 from .machine.device import choose_matmul, keep_freed_memory
 from .machine.threads import limit_threads
 from .optim import Optimizer
@@ -50,6 +49,7 @@ from .run.trackers import (
 from .schedule import check_learning_rates, describe_long_warmup
 from .session import Session
 from .start.initial_model import initial_model, new_model
+from .tasks import TASKS
 from .terminal.progress import console, progress
 from .trainer import Trainer, quiet_collector
 

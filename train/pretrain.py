@@ -1,4 +1,4 @@
-"""The task "pretrain": predict the next token of text. See finetune/tasks.py."""
+"""The task "pretrain": predict the next token of text. See tasks.py."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

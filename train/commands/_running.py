@@ -22,7 +22,6 @@ from ..distributed.launch import (
 )
 from ..distributed.world import World
 from ..evaluate import Evaluation
-from ..finetune.tasks import TASKS
 from ..loop import resume, start
 from ..machine.options import Launch
 from ..run.checkpoint import checkpoints
@@ -30,6 +29,7 @@ from ..run.folder import create_free_folder, is_unstarted, read_run
 from ..run.history import changes_between
 from ..run.metrics import describe_goodput
 from ..run.samples import last_sample
+from ..tasks import TASKS
 from ..terminal.progress import console
 from ._plan_text import what_fits
 from .cli import is_out_of_memory, program

@@ -14,8 +14,8 @@ from ..finetune.start import (
     finetune_config,
     finetune_tasks,
 )
-from ..finetune.tasks import TASKS
 from ..machine.options import Launch
+from ..tasks import TASKS
 from ..terminal.console import loading
 from .cli import parse
 from .train import ModelFlags, TrainFlags, is_given

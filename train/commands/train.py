@@ -10,9 +10,9 @@ import tyro
 from ...errors import InputError
 from ...model.config import AdapterOptions, GPTConfig
 from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..finetune.tasks import TaskOptions
 from ..machine.options import Launch
 from ..recipes import RECIPES, default_recipe, likely_default_recipe, recipe
+from ..tasks import TaskOptions
 from ..terminal.console import loading
 from .cli import is_help, parse
 

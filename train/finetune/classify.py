@@ -1,4 +1,4 @@
-"""The task "classify": give a text one of several labels. See tasks.py.
+"""The task "classify": give a text one of several labels. See train/tasks.py.
 
     texts     of one file, without copies (classify_records.py)
     parts     training, validation and test, by the seed

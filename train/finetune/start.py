@@ -9,7 +9,7 @@ from ...model import GPTConfig
 from ...model.config import OPTIONS_OF_RUN
 from ..config import TrainConfig
 from ..storage.records import check_types
-from .tasks import TASKS
+from ..tasks import TASKS
 
 # Options that follow from the model, the records and the epochs.
 FIXED_OPTIONS = (

@@ -40,11 +40,11 @@ from ..config import ExecutionOptions, ReportOptions, TrainConfig
 from ..data.dataset import SPLITS, Dataset, open_dataset
 from ..data.prepare import prepare
 from ..distributed.world import World
-from ..finetune.tasks import task_named
 from ..storage.cache import cache_dir
 from ..storage.files import check_can_create, seal, unseal, write_whole
 from ..storage.lock import LOCK_FILE, FolderLock
 from ..storage.records import check_names, check_types, parse_object
+from ..tasks import task_named
 from .checkpoint import checkpoints
 
 

@@ -3,7 +3,7 @@ import pytest
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train.finetune.start import default_config, finetune_config, finetune_tasks
-from tritium.train.finetune.tasks import TASKS
+from tritium.train.tasks import TASKS
 
 pytestmark = pytest.mark.plain
 

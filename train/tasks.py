@@ -4,19 +4,19 @@ A task is a module with a function
 
     open_data(config, *, record=None, run=None, progress=False) -> TaskData
 
-TaskData (data.py) is a base class. A task overrides what differs from pretraining: how records
-become batches, which model is built, how held-out data is evaluated, what a sample is, and what is
-written after the last step. train/loop.py is the only loop.
+TaskData (finetune/data.py) is a base class. A task overrides what differs from pretraining: how
+records become batches, which model is built, how held-out data is evaluated, what a sample is, and
+what is written after the last step. loop.py is the only loop.
 
 To add a task:
 
-    1. Write a module, such as instruct.py, with `open_data` and a subclass of TaskData.
+    1. Write a module, such as finetune/instruct.py, with `open_data` and a subclass of TaskData.
     2. Add a dataclass of its options here. The docstring of a field is its help text, in one line.
     3. Add the row:
 
         TASKS = {
             ...
-            "instruct": Task(".instruct", InstructOptions, "answer instructions"),
+            "instruct": Task(".finetune.instruct", InstructOptions, "answer instructions"),
         }
 
 The row gives the option `task` its new value, `tritium finetune` a new subcommand with its options,
@@ -31,8 +31,8 @@ from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any, Literal
 
-from ...errors import InputError, unknown_name
-from ..generation.templates import TEMPLATES
+from ..errors import InputError, unknown_name
+from .generation.templates import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +166,16 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "pretrain": Task("..pretrain", TaskOptions, "predict the next token of text"),
+    "pretrain": Task(".pretrain", TaskOptions, "predict the next token of text"),
     "instruct": Task(
-        ".instruct",
+        ".finetune.instruct",
         InstructOptions,
         "answer instructions and questions",
         has_documents=True,
         defaults=_FINETUNE,
     ),
     "classify": Task(
-        ".classify",
+        ".finetune.classify",
         ClassifyOptions,
         "give a text one of several labels",
         has_documents=True,
@@ -183,7 +183,7 @@ TASKS: dict[str, Task] = {
         defaults=_FINETUNE,
     ),
     "prefer": Task(
-        ".prefer",
+        ".finetune.prefer",
         PreferOptions,
         "prefer one answer to another (DPO)",
         defaults=_FINETUNE | {"lr": 5e-6},

@@ -6,7 +6,8 @@ import pytest
 from tritium.errors import InputError
 from tritium.model import GPTConfig
 from tritium.train.config import ExecutionOptions, ReportOptions, TrainConfig
-from tritium.train.finetune.tasks import (
+from tritium.train.run.folder import read_run
+from tritium.train.tasks import (
     TASKS,
     FinetuneOptions,
     Task,
@@ -14,7 +15,6 @@ from tritium.train.finetune.tasks import (
     option_names,
     task_named,
 )
-from tritium.train.run.folder import read_run
 
 pytestmark = pytest.mark.plain
 
