@@ -14,9 +14,9 @@ from ...model.lora import base_sha256, save_adapter
 from ...model.prefix import save_prefix
 from ...model.weights import write_folder
 from ..config import TrainConfig
-from ..data.tokenizers.published_tokenizer import PublishedTokenizer, files_in
+from ..data.tokenizers.for_transformers import save_for_transformers
+from ..data.tokenizers.published import PublishedTokenizer, files_in
 from ..data.tokenizers.tokenizer import EXPORTED_TOKENIZER
-from ..data.tokenizers.transformers_tokenizer import save_for_transformers
 from ..finetune.start import default_config
 from ..recipes import recipe
 from ..run.folder import read_run

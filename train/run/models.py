@@ -28,7 +28,7 @@ from ...model.lora import (
 )
 from ...model.prefix import is_prefix, load_prefix, read_prefix
 from ...model.weights import open_source
-from ..data.tokenizers.published_tokenizer import has_tokenizer
+from ..data.tokenizers.published import has_tokenizer
 from ..data.tokenizers.tokenizer import EXPORTED_TOKENIZER, Tokenizer, from_spec, needs_corpus
 from ..generation.templates import TEMPLATES
 from .checkpoint import load_weights, newest_checkpoint

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.test_gguf import write_gguf
 from tests.model.test_weights import change_config
-from tests.train.data.tokenizers.test_published_tokenizer import byte_level
+from tests.train.data.tokenizers.test_published import byte_level
 from tritium.model import GPT, hub
 from tritium.train.run.models import open_model
 

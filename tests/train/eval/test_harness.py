@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tritium.model import GPT, GPTConfig
+from tritium.train.data.tokenizers.for_transformers import save_for_transformers
 from tritium.train.data.tokenizers.tokenizer import EXPORTED_TOKENIZER, from_spec
-from tritium.train.data.tokenizers.transformers_tokenizer import save_for_transformers
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.plain

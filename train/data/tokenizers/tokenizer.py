@@ -5,7 +5,7 @@
     gpt2           OpenAI's 50,257 tokens (tiktoken downloads them once)
     FILE.tiktoken  ranks in tiktoken's file format, with GPT-2's split pattern, then end-of-text
     FILE.json      the tokenizer.json of a run or a dataset
-    FOLDER         the tokenizer of a published model (published_tokenizer.py), or of an export
+    FOLDER         the tokenizer of a published model (published.py), or of an export
     bpe:4096       byte pairs learned from the corpus; 4,096 ids, the last is end-of-text
 
 A tokenizer is a list of byte strings, its pieces. The id of a piece is its index in the list. In
@@ -211,7 +211,7 @@ class Tokenizer:
         if (path / EXPORTED_TOKENIZER).is_file():
             path = path / EXPORTED_TOKENIZER
         if path.is_dir() or path.suffix == ".gguf":
-            from .published_tokenizer import read_published
+            from .published import read_published
 
             return read_published(path)
         try:
@@ -237,7 +237,7 @@ class Tokenizer:
 def _from_definition(definition: dict, path: Path) -> Tokenizer:
     kind, name, stored = (str(definition[key]) for key in ("kind", "name", "sha256"))
     if kind == "published":
-        from .published_tokenizer import PublishedTokenizer
+        from .published import PublishedTokenizer
 
         files = {file: base64.b64decode(text) for file, text in definition["files"].items()}
         tokenizer = PublishedTokenizer(name, files)

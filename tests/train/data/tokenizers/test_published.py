@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.train.data.tokenizers.test_transformers_tokenizer import CORPUS, mixed_strings
+from tests.train.data.tokenizers.test_for_transformers import CORPUS, mixed_strings
 from tritium.errors import InputError
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tritium.train.data.tokenizers.for_transformers import save_for_transformers
 from tritium.train.data.tokenizers.tokenizer import from_spec
-from tritium.train.data.tokenizers.transformers_tokenizer import save_for_transformers
 
 pytestmark = pytest.mark.plain
 transformers = pytest.importorskip("transformers")
