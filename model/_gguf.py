@@ -101,7 +101,8 @@ def read_gguf(
     is_float = set(types) <= {"F32", "F16", "BF16"}
     heads = {
         "attn_q": fields.get("num_attention_heads"),
-        "attn_k": fields.get("num_key_value_heads"),
+        # A file may leave out the number of key heads: then there are as many as query heads.
+        "attn_k": fields.get("num_key_value_heads", fields.get("num_attention_heads")),
     }
     read = {}
     for name, tensor in tensors.items():

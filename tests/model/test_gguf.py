@@ -12,7 +12,7 @@ pytestmark = pytest.mark.plain
 gguf = pytest.importorskip("gguf")
 
 
-def write_gguf(file, kind, other, dtype=np.float32, quantize=None, **metadata):
+def write_gguf(file, kind, other, dtype=np.float32, quantize=None, has_kv_heads=True, **metadata):
     """Write a model of transformers as llama.cpp does, which permutes the rows of q and k."""
     config = other.config
     writer = gguf.GGUFWriter(file, kind)
@@ -22,7 +22,8 @@ def write_gguf(file, kind, other, dtype=np.float32, quantize=None, **metadata):
     writer.add_head_count(config.num_attention_heads)
     if kind == "llama":
         writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count_kv(config.num_key_value_heads)
+        if has_kv_heads:
+            writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     else:
@@ -67,6 +68,15 @@ def test_logits_match_transformers(kind, dtype, tmp_path):
     tokens = torch.randint(77, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), other(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_number_of_key_heads_there_are_as_many_as_query_heads(tmp_path):
+    other = published("llama_mha")
+    write_gguf(tmp_path / "model.gguf", "llama", other, has_kv_heads=False)
+    tokens = torch.randint(77, (2, 32))
+    with torch.no_grad():
+        logits = GPT.from_pretrained(tmp_path / "model.gguf")(tokens)
+        torch.testing.assert_close(logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_quantized_values_become_float32(tmp_path):

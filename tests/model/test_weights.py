@@ -42,6 +42,9 @@ OTHERS = {
     "gpt2_gelu_exact": transformers.GPT2Config(**GPT2, activation_function="gelu"),
     "gpt2_relu2": transformers.GPT2Config(**GPT2, activation_function="relu2"),
     "llama": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "llama_mha": transformers.LlamaConfig(
+        **LLAMA | {"num_key_value_heads": 6, "tie_word_embeddings": True}
+    ),
     "llama_untied": transformers.LlamaConfig(**LLAMA),
     "llama_bias": transformers.LlamaConfig(**LLAMA, attention_bias=True),
     "mistral": transformers.MistralConfig(**LLAMA, sliding_window=7),
