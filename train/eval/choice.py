@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ...errors import InputError
 from ...model import GPT
+from ..data.tokenizers.continuation import encode_continuation
 from ..data.tokenizers.tokenizer import Tokenizer
 from .scoring import score
 from .tasks import METRICS, TASKS, Example
@@ -15,20 +16,23 @@ Encoded = list[tuple[list[int], list[list[int]]]]
 def encode_examples(
     examples: Sequence[Example], tokenizer: Tokenizer, context_tokens: int
 ) -> Encoded:
-    """Convert examples to tokens. Context and choices are encoded separately.
+    """Convert examples to tokens.
 
     Raises: InputError if a choice has no token, or more than `context_tokens`.
     """
     encoded = []
     for number, example in enumerate(examples, 1):
-        choices = [tokenizer.encode(choice).tolist() for choice in example.choices]
+        context = tokenizer.encode(example.context).tolist()
+        choices = [
+            encode_continuation(tokenizer, example.context, choice, context)
+            for choice in example.choices
+        ]
         for tokens in choices:
             if not 1 <= len(tokens) <= context_tokens:
                 raise InputError(
                     f"choice: expected 1 to {context_tokens} tokens, the context of the model, got "
                     f"{len(tokens)} in example {number}"
                 )
-        context = tokenizer.encode(example.context).tolist()
         encoded.append(([*tokenizer.start_tokens, *context], choices))
     return encoded
 

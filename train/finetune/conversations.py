@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ...errors import InputError
+from ..data.tokenizers.continuation import encode_continuation
 from ..data.tokenizers.tokenizer import Tokenizer
 from ..eval.jsonl import shorten, text_of
 from ..generation.templates import TEMPLATES, Message, check_messages
@@ -98,9 +99,7 @@ def _example(
     is_answer = [False] * len(tokens)
     text = ""
     for place, (piece, is_target) in enumerate(pieces, 1):
-        # Some tokenizers put a space before a text. A piece alone would begin with it.
-        is_joined = bool(text) and not tokenizer.can_cut
-        new = _continuation(encode, text if is_joined else "", piece, tokens[len(start) :])
+        new = encode_continuation(tokenizer, text, piece, tokens[len(start) :], encode)
         text += piece
         flags = [is_target] * len(new)
         stops = [i for i, token in enumerate(new) if token in tokenizer.stop_tokens]
@@ -112,14 +111,3 @@ def _example(
         tokens += new
         is_answer += flags
     return Example(np.array(tokens, dtype=np.int32), np.array(is_answer, dtype=bool))
-
-
-def _continuation(
-    encode: Callable[[str], np.ndarray], text: str, piece: str, before: list[int]
-) -> list[int]:
-    """Return the ids of a piece that follows a text with the ids `before`."""
-    if text:
-        joined = encode(text + piece).tolist()
-        if joined[: len(before)] == before:
-            return joined[len(before) :]
-    return encode(piece).tolist()

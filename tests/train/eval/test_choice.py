@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from tests.train.data.tokenizers.test_continuation import Spaced
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train.data.tokenizers.tokenizer import from_spec
@@ -41,6 +42,13 @@ def test_last_word_perplexity_of_a_model_for_which_all_bytes_are_equally_likely(
     found = measure(model, "lambada", *examples)
     assert found["last_word_perplexity"] == pytest.approx(math.pow(257, 4), rel=1e-4)
     assert found["last_word_accuracy"] == 0
+
+
+def test_choices_are_encoded_as_they_follow_the_context():
+    spaced = Spaced("bytes", "bytes", BYTES.pieces)
+    ((context, choices),) = encode_examples([Example("one", (" two", " six"), 0)], spaced, 16)
+    joined = [spaced.encode("one" + choice).tolist() for choice in (" two", " six")]
+    assert [context + choice for choice in choices] == joined
 
 
 def test_a_choice_longer_than_the_context_raises():

@@ -2,5 +2,6 @@
 
 tokenizer.py           the tokenizers that a run can name or learn
 published.py           the tokenizers of published models
+continuation.py        the ids of a text that continues another one
 for_transformers.py    our tokenizers as tokenizers of transformers
 """
