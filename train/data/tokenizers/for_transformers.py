@@ -5,6 +5,7 @@ encoded like any other text.
 """
 
 import base64
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -45,6 +46,15 @@ def save_for_transformers(
         clean_up_tokenization_spaces=False,
         **({"pad_token": END_OF_TEXT} if pads else {}),
     ).save_pretrained(folder)
+    _name_class_of_version_4(folder / "tokenizer_config.json")
+
+
+def _name_class_of_version_4(file: Path) -> None:
+    """Name the class by which transformers 4 and 5 both know the tokenizer."""
+    settings = json.loads(file.read_bytes())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    file.write_text(json.dumps(settings, indent=2))
 
 
 def _convert_bytes(tokenizer: Tokenizer):

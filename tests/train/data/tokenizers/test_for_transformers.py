@@ -1,3 +1,4 @@
+import json
 import os
 import random
 from pathlib import Path
@@ -30,6 +31,13 @@ def mixed_strings(count: int) -> list[str]:
         alphabet = "".join(draw.sample(ALPHABETS, draw.randint(1, len(ALPHABETS))))
         strings.append("".join(draw.choices(alphabet, k=draw.randint(1, 60))))
     return strings
+
+
+def test_the_class_of_the_tokenizer_is_one_that_transformers_4_has(tmp_path):
+    save_for_transformers(from_spec("bytes", list), tmp_path, 128)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "backend" not in settings
 
 
 @pytest.mark.parametrize("spec", ["bytes", "chars", "bpe:300", "gpt2.tiktoken"])
