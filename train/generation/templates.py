@@ -11,7 +11,8 @@
 A question with an input has both: in `alpaca` the input is under "### Input:", else on its own
 line. `tritium chat` uses the template with which a run was fine-tuned, else `plain`.
 
-Source     Taori et al. 2023, "Stanford Alpaca" (alpaca)
+Source     Taori et al. 2023, "Stanford Alpaca" (alpaca). There, an answer begins on the line of
+           "### Response:", and the first sentence mentions the input, if there is one
 """
 
 from collections.abc import Sequence
