@@ -36,10 +36,9 @@ def row_weights(
     target: Tensor, V: int, ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return a column to read in each row, int64, and each row's weight: 1, 0 or NaN."""
-    has_loss = target != ignore_index
-    is_column = (target >= 0) & (target < V)
-    weight = has_loss.to(dtype).masked_fill_(has_loss & ~is_column, float("nan"))
-    return target.masked_fill(~(is_column & has_loss), 0).long(), weight
+    index = target.clamp(0, V - 1)
+    weight = torch.ones_like(target, dtype=dtype).masked_fill_(index != target, float("nan"))
+    return index.long(), weight.masked_fill_(target == ignore_index, 0.0)
 
 
 def apply_weights(rows: Tensor, weight: Tensor) -> Tensor:
@@ -126,20 +125,24 @@ def block_dlogits(
     # to 1.
     p.scatter_(1, column, 0.0)
     others = p.sum(-1)
-    z_term = 2 * options.z_loss * lse
-    at_target = (1 - others) * z_term - others + (options.label_smoothing - smoothing)
+    factor, at_target = scale, -others
+    if options.z_loss:
+        z_term = 2 * options.z_loss * lse
+        factor = scale * (1 + z_term)
+        at_target = (1 - others) * z_term - others
 
-    # gradient of s
-    p.mul_((scale * (1 + z_term))[:, None])
+    # gradient of s. On a CPU, skip passes over p that would not change it.
+    is_unscaled = can_read_values(factor) and bool((factor == 1).all())
+    if not is_unscaled:
+        p.mul_(factor[:, None])
     if smoothing:
         p.sub_((scale * smoothing)[:, None])
+        at_target = at_target + (options.label_smoothing - smoothing)
     p.scatter_(1, column, (scale * at_target)[:, None])
 
     # gradient of the logits
     if options.softcap:
         p.addcmul_(p * s, s, value=-(options.softcap**-2))
-    ignored = scale == 0
-    # Ignored rows become 0, even from NaN. On a CPU, skip this pass if no row is ignored.
-    if not can_read_values(ignored) or ignored.any():
-        p.masked_fill_(ignored[:, None], 0.0)
+    if not is_unscaled:
+        p.masked_fill_((scale == 0)[:, None], 0.0)  # ignored rows, even from NaN
     return p

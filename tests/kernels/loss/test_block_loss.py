@@ -87,7 +87,7 @@ def test_row_weights_are_one_or_zero_if_ignored_or_nan_if_invalid(dtype):
     target = torch.tensor([0, 4, -100, 5, -1], dtype=dtype)
     index, weight = row_weights(target, 5, -100, torch.float32)
     assert index.dtype == torch.int64
-    assert index.tolist() == [0, 4, 0, 0, 0]
+    assert index.tolist() == [0, 4, 0, 4, 0]
     assert weight[:3].tolist() == [1, 1, 0]
     assert weight[3:].isnan().all()
 
