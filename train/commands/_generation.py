@@ -59,5 +59,5 @@ class GenerationOptions:
         """Read the model, on its device and in its precision, and its tokenizer."""
         from ..eval.model import OpenedModel
 
-        opened = OpenedModel.open(Path(self.model), self.opening)
+        opened = OpenedModel.open(Path(self.model), self.opening, needs_tokenizer=True)
         return opened.gpt, opened.needed_tokenizer()

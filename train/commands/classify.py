@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
     from ..eval.model import OpenedModel
     from ..finetune.classify_batch import classify_texts
 
-    opened = OpenedModel.open(Path(options.model), options.opening, is_classifier=True)
+    opened = OpenedModel.open(
+        Path(options.model), options.opening, is_classifier=True, needs_tokenizer=True
+    )
     model = opened.gpt
     tokenizer = opened.needed_tokenizer()
     describe = _as_json if options.json else _as_text

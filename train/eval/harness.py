@@ -56,7 +56,7 @@ class TritiumLM(TemplateLM):
     ):
         super().__init__()
         opening = OpenOptions(tokenizer=tokenizer, device=device or "auto", precision=precision)
-        self._model = OpenedModel.open(Path(pretrained), opening)
+        self._model = OpenedModel.open(Path(pretrained), opening, needs_tokenizer=True)
         self.tokenizer = self._model.needed_tokenizer()
         self._device = self._model.device
         is_auto = str(batch_size).startswith("auto")

@@ -35,7 +35,12 @@ class OpenedModel:
 
     @classmethod
     def open(
-        cls, path: Path, options: OpenOptions, *, is_classifier: bool = False
+        cls,
+        path: Path,
+        options: OpenOptions,
+        *,
+        is_classifier: bool = False,
+        needs_tokenizer: bool = False,
     ) -> "OpenedModel":
         """Read a model.
 
@@ -43,6 +48,7 @@ class OpenedModel:
             path: a run, a checkpoint, a folder of transformers, ...: see `open_model`.
             options: the tokenizer, the device and the precision.
             is_classifier: whether to read a GPTClassifier instead of a language model.
+            needs_tokenizer: whether to raise before the weights are read if there is no tokenizer.
         Raises: InputError if the path is no model, or one of another type, or if the tokenizer or
             the device does not fit.
         """
@@ -51,7 +57,8 @@ class OpenedModel:
         choose_matmul(device)
         saved = open_model(path)
         has_tokenizer = options.tokenizer is not None or saved.tokenizer_path is not None
-        tokenizer = saved.tokenizer(options.tokenizer) if has_tokenizer else None
+        reads_tokenizer = has_tokenizer or needs_tokenizer
+        tokenizer = saved.tokenizer(options.tokenizer) if reads_tokenizer else None
         dtype = choose_dtype(options.precision, device)
         model = saved.load_classifier() if is_classifier else saved.load()
         return cls(
