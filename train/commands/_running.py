@@ -151,5 +151,5 @@ def _two_words(text: str) -> str:
 
     The words of a sample fit the data of the run, whether it is prose or code.
     """
-    found = re.search(r"[^\W\d_]\w* \w+", text)
+    found = re.search(r"(?<=\s)[^\W\d_]\w* \w+", text)
     return found[0] if found else ""

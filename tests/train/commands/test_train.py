@@ -159,6 +159,7 @@ def test_the_folder_of_the_run_is_announced_when_it_is_claimed(tritium, tiny, tm
     [
         ("# --- 12\nimport os\nimport re\n", " --prompt 'import os'"),
         ("ROMEO:\nGood morrow, cousin", " --prompt 'Good morrow'"),
+        ("hello world is big", " --prompt 'world is'"),
         ("-------- ------", ""),
         ("", ""),
     ],
