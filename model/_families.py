@@ -50,7 +50,7 @@ class Family:
 # --- GPT-2
 
 _LINEAR_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-# The names of transformers for GELU, in its tanh form and exact, and for relu(x)^2.
+# transformers' names of activations: GELU in the tanh form, exact GELU, relu(x)^2.
 _ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",

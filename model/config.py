@@ -51,8 +51,8 @@ class GPTConfig:
     norm: Literal[tuple(NORMS)] = "layer"
     """layer: layer norm; rms: root-mean-square norm."""
     mlp: Literal[tuple(MLPS)] = "gelu"
-    """gelu, gelu_exact, relu2: two layers with GELU in the tanh form of GPT-2, with exact GELU, or
-    with relu(x)^2 between them; swiglu: SwiGLU, three layers."""
+    """gelu: two layers and GELU in the tanh form of GPT-2; gelu_exact: exact GELU; relu2: relu(x)^2
+    in place of GELU; swiglu: SwiGLU, three layers."""
     d_hidden: int | None = None
     """Width of the MLP's hidden layer. None: four times d_model; SwiGLU: about 8 / 3 times."""
     norm_eps: float | None = None

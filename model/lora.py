@@ -226,7 +226,7 @@ def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) ->
     if options.lora and recompute == "gelu" and any(".mlp." in name for name in layers):
         raise InputError(
             "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "
-            "needs the fused MLP; or set lora_targets to c_attn and attn.c_proj"
+            "needs the fused MLP; or set `lora_targets` to c_attn and attn.c_proj"
         )
 
 

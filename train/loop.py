@@ -65,7 +65,7 @@ def start(
 ) -> Evaluation:
     """Train a new model. Rank 0 writes the folder `run`, and calls the callbacks.
 
-    Args: on_claimed: called on rank 0 when the data was read and the folder has config.json.
+    Args: on_claimed: called on rank 0 after the data is read and config.json is written.
     Returns: the evaluation of the finished model on all held-out text.
     Raises: InputError if the folder is in use, the data is bad, options do not fit together or the
         training diverges; InterruptedRun after a signal or `max_minutes`.

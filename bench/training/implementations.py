@@ -253,7 +253,8 @@ def import_nanogpt(checkout: Path) -> ModuleType:
 def nanogpt_shape(shape: GPTConfig) -> GPTConfig:
     """Return the shape with a vocabulary that needs no padding: nanoGPT does not pad.
 
-    nanoGPT always trains with exact GELU. Its tanh form takes longer on a CPU.
+    nanoGPT always trains with exact GELU. For a shape with the tanh form, which is slower on a CPU,
+    the two programs do not do equal work.
 
     Raises: InputError if nanoGPT has no such architecture.
     """

@@ -161,8 +161,8 @@ def _attention_decode_kernel(
         )
         s = _capped_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
         offs_n = begin + tl.arange(0, BLOCK_N)
-        # No token sees a key from `hi` on: either the sequence ends there, or another split begins,
-        # and then `hi` is a multiple of BLOCK_N.
+        # No mask for keys from `hi` on. If the next split begins there, whole tiles end there. Else
+        # no token of the tile sees them.
         seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window)
         s = tl.where(seen, s, -float("inf"))
         p, shrink, m = _softmax_step(s, m, c, True)

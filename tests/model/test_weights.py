@@ -77,6 +77,15 @@ def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu2"])
+def test_the_activation_of_gpt2_is_read_and_written(name, tmp_path):
+    config = FAMILIES["gpt2"].read_config(
+        transformers.GPT2Config(**GPT2, activation_function=name).to_dict()
+    )
+    assert config.mlp == {"gelu": "gelu_exact", "gelu_new": "gelu", "relu2": "relu2"}[name]
+    assert FAMILIES["gpt2"].write_config(config)["activation_function"] == name
+
+
 # --- the same numbers
 
 

@@ -48,7 +48,7 @@ def test_choices_are_encoded_as_they_follow_the_context():
     spaced = Spaced("bytes", "bytes", BYTES.pieces)
     ((context, choices),) = encode_examples([Example("one", (" two", " six"), 0)], spaced, 16)
     joined = [spaced.encode("one" + choice).tolist() for choice in (" two", " six")]
-    assert [context + choice for choice in choices] == joined
+    assert [context + choice for choice in choices] == [[256, *tokens] for tokens in joined]
 
 
 def test_a_choice_longer_than_the_context_raises():

@@ -22,7 +22,7 @@ def encode_continuation(
         encode: encodes a text. Default: tokenizer.encode.
     """
     encode = encode or tokenizer.encode
-    if text and not tokenizer.can_cut:
+    if not tokenizer.can_cut:
         joined = encode(text + piece).tolist()
         if joined[: len(before)] == before:
             return joined[len(before) :]
