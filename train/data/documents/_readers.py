@@ -173,7 +173,7 @@ def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
             rows = file.metadata.num_rows
             file_bytes = path.size if isinstance(path, RemoteFile) else path.stat().st_size
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
+                for text in batch.column(field).to_pylist():
                     row += 1
                     position = file_bytes * row // rows
                     yield text or "", f"{path}:{row}", position  # a null becomes an empty text

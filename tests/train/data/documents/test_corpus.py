@@ -190,6 +190,9 @@ def test_parquet_documents_and_wrong_columns(tmp_path):
         _texts(Corpus([path], text_field="body"))
     with pytest.raises(InputError, match="expected strings in column 'id', got int64"):
         _texts(Corpus([path], text_field="id"))
+    columns = {"a": [{"text": "in a struct"}], "a.text": ["in a column"]}
+    parquet.write_table(pyarrow.table(columns), path)
+    assert _texts(Corpus([path], text_field="a.text")) == ["in a column"]
     path.write_bytes(b"no parquet at all")
     with pytest.raises(InputError, match="expected parquet data"):
         _texts(Corpus([path]))
