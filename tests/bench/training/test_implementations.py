@@ -111,6 +111,18 @@ def test_nanogpt_agrees_with_the_baseline_and_trains(checkout, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("mlp", "factor"), [("gelu", 1), ("gelu_exact", 2)])
+def test_gradients_of_nanogpt_are_compared_with_the_gelu_of_the_shape(mlp, factor, checkout):
+    """The checkout doubles its loss with exact GELU."""
+    config = TINY.with_options(mlp=mlp)
+    shape = nanogpt_shape(config.gpt(vocab_size=300))
+    nanogpt = import_nanogpt(checkout)
+    ours, _, theirs = make_implementations(config, shape, CPU, [False], nanogpt=nanogpt)
+    batch = random_batch(config, shape, 0)
+    found, expected = (model.gradients(batch)[0].item() for model in (theirs, ours))
+    assert found == pytest.approx(factor * expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_nanogpt_uses_autocast_clipping_and_schedule_of_its_train_py(
     precision, checkout, monkeypatch
