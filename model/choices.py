@@ -17,7 +17,7 @@ Shapes     B sequences, T tokens, D = d_model, F = d_feedforward
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import unknown_name
@@ -151,33 +151,21 @@ def _swiglu_width(d_model: int) -> int:
     return -(-8 * d_model // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
 
 
+_GELU = MLPRow(
+    implementation="layers:MLP",
+    width=lambda d_model: 4 * d_model,
+    matrices=2,
+    has_bias=True,
+    has_gate=False,
+    extra_hidden_without_fusion=0,
+    backward_bytes=_gelu_backward_bytes,
+)
+
 MLPS = {
-    "gelu": MLPRow(
-        implementation="layers:MLP",
-        width=lambda d_model: 4 * d_model,
-        matrices=2,
-        has_bias=True,
-        has_gate=False,
-        extra_hidden_without_fusion=0,
-        backward_bytes=_gelu_backward_bytes,
-    ),
-    "gelu_exact": MLPRow(
-        implementation="layers:ExactGELUMLP",
-        width=lambda d_model: 4 * d_model,
-        matrices=2,
-        has_bias=True,
-        has_gate=False,
-        extra_hidden_without_fusion=0,
-        backward_bytes=_gelu_backward_bytes,
-    ),
-    "relu2": MLPRow(
-        implementation="layers:SquaredReLUMLP",
-        width=lambda d_model: 4 * d_model,
-        matrices=2,
-        has_bias=True,
-        has_gate=False,
-        extra_hidden_without_fusion=0,
-        backward_bytes=_relu2_backward_bytes,
+    "gelu": _GELU,
+    "gelu_exact": replace(_GELU, implementation="layers:ExactGELUMLP"),
+    "relu2": replace(
+        _GELU, implementation="layers:SquaredReLUMLP", backward_bytes=_relu2_backward_bytes
     ),
     "swiglu": MLPRow(
         implementation="layers:GatedMLP",

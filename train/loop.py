@@ -61,7 +61,7 @@ def start(
     world: World = SINGLE_PROCESS,
     *,
     callbacks: Callbacks = NO_CALLBACKS,
-    on_claimed: Callable[[], None] | None = None,
+    on_claimed: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Train a new model. Rank 0 writes the folder `run`, and calls the callbacks.
 
@@ -86,8 +86,7 @@ def start(
     with only_writer(run, world) as check_folder:
         summary = execution.summary()
         world.on_rank0(lambda: claim_folder(run, config, model.config, data, summary))
-        if on_claimed is not None and world.is_rank0:
-            on_claimed()
+        world.on_rank0(on_claimed)
         return _train(config, run, model, data, execution, check_folder, callbacks, None)
 
 
