@@ -43,7 +43,7 @@ def describe_long_warmup(config: "TrainConfig") -> str | None:
     return (
         f"the warm-up of {config.warmup_steps} steps is as long as the run or longer: the learning "
         f"rate ends at {learning_rate(config, config.steps - 1):.3g}, below lr {config.lr:.3g}; "
-        "lower warmup_steps"
+        "shorten the warm-up"
     )
 
 

@@ -161,8 +161,8 @@ def _attention_decode_kernel(
         )
         s = _capped_scores(tl.dot(q, keys.T, input_precision="ieee"), scale, softcap)
         offs_n = begin + tl.arange(0, BLOCK_N)
-        # No mask for keys from `hi` on. If the next split begins there, whole tiles end there. Else
-        # no token of the tile sees them.
+        # Keys from `hi` on need no mask. Either a tile of keys ends at `hi`, because the next split
+        # begins there, or no token of this program sees a later key.
         seen = _is_visible(tokens[:, None], offs_n[None, :], shift, window)
         s = tl.where(seen, s, -float("inf"))
         p, shrink, m = _softmax_step(s, m, c, True)

@@ -27,7 +27,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenOptions:
-    """How a command opens the model that it is given."""
+    """Tokenizer, device and precision of the model that a command opens."""
 
     tokenizer: str | None = None
     """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""

@@ -1,1 +1,1 @@
-"""What a new run starts from: its options, also in a file, and its model."""
+"""Prepare a new run: read its options, also from a file, and make its first model."""

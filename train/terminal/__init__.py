@@ -1,1 +1,1 @@
-"""What a run shows in a terminal: progress bars, and lines that never stop it."""
+"""Output to a terminal: progress bars and lines. A terminal that is gone does not stop a run."""
