@@ -157,14 +157,8 @@ def test_kernels_import_only_torch_and_triton():
     assert done.stdout.strip() == "[]"
 
 
-HIDE_TRITON = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ImportError("hidden")
-sys.meta_path.insert(0, Hide())
-"""
+# An entry of None makes `import triton` fail and importlib find no such module.
+HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
 def test_everything_but_kernels_works_without_triton():

@@ -84,8 +84,12 @@ def work(job: dict, rank: int, port: int) -> int:
 
 @functools.cache
 def warm_up(backend: str) -> None:
-    """Import what a first compilation needs, for all later ranks."""
-    torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(1, requires_grad=True))
+    """Import what a first compilation needs, for all later ranks.
+
+    Without a gradient: compiling one starts threads in PyTorch's CUDA builds, and then no fork of
+    this process can run a backward.
+    """
+    torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(1))
     torch._dynamo.reset()
     gc.freeze()
 
