@@ -8,8 +8,10 @@
 
 The package tokenizers turns text into ids, and transformers renders chat templates in a sandbox.
 Both are in the extra `hf`. transformers also writes tokenizer.json for a folder that has another
-format (vocab.json with merges.txt, tokenizer.model) and for a GGUF file. A run keeps all these
-files in its own tokenizer.json, and `tritium export` writes them again without a change.
+format (vocab.json with merges.txt, tokenizer.model) and for a GGUF file. It writes the special
+tokens of a folder that does not name its eos_token, such as GPT-2's: it knows them by the type of
+the model. A run keeps all these files in its own tokenizer.json, and `tritium export` writes them
+again without a change.
 
 An id stands for fixed bytes, as with tritium's own tokenizers. So the bytes of several ids can be
 joined. Llama's tokenizer puts a space before a text. The decoded text keeps it.
@@ -54,8 +56,11 @@ def read_published(path: Path) -> "PublishedTokenizer":
     try:
         if path.is_dir() and not has_tokenizer(path):
             raise InputError("expected a folder with tokenizer.json, found none")
-        if "tokenizer.json" not in files:
+        own = files.get("tokenizer.json")
+        if own is None or "eos_token" not in _special_tokens_in(files):
             files |= _convert(path)
+        if own is not None:  # transformers may add tokens that the model does not have
+            files["tokenizer.json"] = own
         return PublishedTokenizer(
             path.resolve().stem if path.is_file() else path.resolve().name, files
         )
@@ -118,9 +123,7 @@ class PublishedTokenizer(Tokenizer):
 
         ids = self._plain.get_vocab(with_added_tokens=True)
         settings = _read_json(files, "tokenizer_config.json")
-        self.special_tokens = _special_tokens(
-            settings, _read_json(files, "special_tokens_map.json")
-        )
+        self.special_tokens = _special_tokens_in(files)
         end = self.special_tokens.get("eos_token")
         if end not in ids:
             raise InputError(
@@ -236,8 +239,10 @@ def _read_json(files: dict[str, bytes], name: str) -> dict[str, Any]:
     return content
 
 
-def _special_tokens(*settings: dict[str, Any]) -> dict[str, str]:
-    """Return the names of special tokens by their roles. The first setting of a role wins."""
+def _special_tokens_in(files: dict[str, bytes]) -> dict[str, str]:
+    """Return the names of special tokens by their roles. The first file with a role wins."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    settings = [_read_json(files, name) for name in names]
     found = {}
     for role in _ROLES:
         for each in settings:

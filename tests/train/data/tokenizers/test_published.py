@@ -171,6 +171,33 @@ def test_vocab_and_merges_are_converted(tmp_path):
     np.testing.assert_array_equal(tokenizer.encode("def f(x): é"), expected)
 
 
+def test_a_folder_that_names_no_special_tokens_has_those_of_its_model_type(tmp_path, monkeypatch):
+    """As GPT-2's folder on Hugging Face."""
+    byte_level(tmp_path, template=None)
+    for file in tmp_path.iterdir():
+        if file.name != "tokenizer.json":
+            file.unlink()
+    file = tmp_path / "tokenizer.json"
+    named = file.read_text()
+    file.write_text(named.replace(SPECIAL[1], "<|endoftext|>"))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.end_of_text == other.eos_token_id == 1
+    assert tokenizer.token_ids == {"bos_token_id": 1, "eos_token_id": 1}
+    assert tokenizer.files["tokenizer.json"] == file.read_bytes()
+    assert tokenizer.encode("def f(x): é").tolist() == other.encode("def f(x): é")
+    # transformers would add the token to this vocabulary.
+    file.write_text(named)
+    with pytest.raises(InputError, match=r"in the vocabulary, got '<\|endoftext\|>'"):
+        Tokenizer.load(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(InputError, match=r"package transformers, found none; pip") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
     byte_level(tmp_path, template=None)
     file = tmp_path / "tokenizer_config.json"
