@@ -167,7 +167,7 @@ class TritiumLM(TemplateLM):
             new = tokens[len(prompt) :]
             if new and new[-1] in sampling.stop_tokens:
                 new = new[:-1]
-            text = postprocess_generated_text(self.tokenizer.decode(new), stop, None)
+            text = postprocess_generated_text(self.tokenizer.decode_answer(new), stop, None)
             self.cache_hook.add_partial("generate_until", request.args, text)
             found.append(text)
         return found

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from tests.train.data.tokenizers.test_published import byte_fallback
 from tritium.model import GPT, GPTConfig
 from tritium.train.data.tokenizers.for_transformers import save_for_transformers
 from tritium.train.data.tokenizers.tokenizer import EXPORTED_TOKENIZER, from_spec
@@ -46,18 +47,40 @@ TASKS = {
 }
 
 
-@pytest.fixture
-def exported(tmp_path):
-    """A folder of transformers with a model whose predictions depend on the context."""
-    torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=2, d_model=32, vocab_size=257, context_tokens=48)
+def made_model(vocab_size: int, seed: int = 0) -> GPT:
+    """Return a model whose predictions depend on the context."""
+    torch.manual_seed(seed)
+    config = GPTConfig(n_layer=2, n_head=2, d_model=32, vocab_size=vocab_size, context_tokens=48)
     model = GPT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder of transformers with tritium's own tokenizer."""
     tokenizer = from_spec("bytes", list)
+    model = made_model(tokenizer.vocab_size)
     model.save_pretrained(tmp_path / "model", end_of_text=tokenizer.end_of_text)
     save_for_transformers(tokenizer, tmp_path / "model", 48)
     tokenizer.save(tmp_path / "model" / EXPORTED_TOKENIZER)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def like_llama(tmp_path):
+    """A folder of transformers with a tokenizer like Llama's. The model writes <s> and ▁a."""
+    model = made_model(266, seed=1)
+    others = [token for token in range(266) if token not in (1, 263)]
+    with torch.no_grad():
+        model.ln_f.bias.zero_()
+        model.wte.weight[others] *= 0.1
+    model.save_pretrained(tmp_path / "model", end_of_text=2)
+    byte_fallback(tmp_path / "model")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = names | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
     return tmp_path / "model"
 
 
@@ -119,6 +142,26 @@ def test_answers_equal_those_of_lm_evals_model_for_transformers(exported, task_f
         pytest.approx([r[0] for r in responses], abs=1e-4) for responses in theirs["tiny_rolling"]
     ]
     assert ours["tiny_generate"] == theirs["tiny_generate"]
+
+
+@pytest.mark.slow
+def test_generated_texts_have_no_special_tokens_and_no_first_space(like_llama):
+    """As those of lm_eval's model for transformers."""
+    pytest.importorskip("accelerate")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from tritium.train.eval.harness import TritiumLM
+
+    requests = [
+        Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 12}), 0)
+        for text in ("ab", "a b c", "Why?")
+    ]
+    ours = TritiumLM(str(like_llama), device="cpu", batch_size=2)
+    found = ours.generate_until(requests)
+    assert found == HFLM(str(like_llama), device="cpu", batch_size=2).generate_until(requests)
+    assert all(text.startswith("a a") for text in found)
+    assert ours.tokenizer.decode([1, 263, 1, 263]) == "<s> a<s> a"
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ the model. A run keeps all these files in its own tokenizer.json, and `tritium e
 again without a change.
 
 An id stands for fixed bytes, as with tritium's own tokenizers. So the bytes of several ids can be
-joined. Llama's tokenizer puts a space before a text. The decoded text keeps it.
+joined. Llama's tokenizer puts a space before a text. The decoded text keeps it, and names of
+special tokens. `decode_answer` leaves both out, as transformers does.
 """
 
 import base64
@@ -191,6 +192,16 @@ class PublishedTokenizer(Tokenizer):
         """
         ids = np.asarray(ids if hasattr(ids, "__array__") else list(ids), dtype=np.int64)
         return super().decode_bytes(ids[ids < self.vocab_size])
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """Convert the ids of an answer to text as transformers does: without special tokens.
+
+        The space that Llama's tokenizer puts before a text is left out too.
+        """
+        # transformers also skips a token that only tokenizer_config.json calls special.
+        special = {self._ids.get(name) for name in self.special_tokens.values()}
+        kept = [number for number in map(int, ids) if number not in special]
+        return self._with_special.decode(kept, skip_special_tokens=True)
 
     def encode_rendered(self, text: str) -> np.ndarray:
         """Convert text to ids. The names of special tokens become their ids."""

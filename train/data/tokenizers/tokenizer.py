@@ -120,14 +120,10 @@ class Tokenizer:
         return self._encode(without_surrogates(text)).astype(self.dtype, copy=False)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Encode each text, as `encode` does, on `threads` threads.
-
-        tiktoken releases the interpreter lock, so the threads run in parallel.
-        """
+        """Encode each text as `encode` does, on threads: tiktoken releases the interpreter lock."""
         if threads <= 1 or len(texts) <= 1:
             return [self.encode(text) for text in texts]
-        # Give a thread several texts at a time: passing it one short text takes longer than
-        # encoding that text.
+        # A thread gets several texts at a time. To pass one takes longer than to encode it.
         size = max(1, len(texts) // (8 * threads))
         groups = [texts[start : start + size] for start in range(0, len(texts), size)]
         with ThreadPoolExecutor(threads) as pool:
@@ -156,6 +152,10 @@ class Tokenizer:
         Args and Raises: see `decode_bytes`.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """Convert the ids of an answer to text, without special tokens that a text can name."""
+        return self.decode(ids)
 
     @property
     def token_ids(self) -> dict[str, int]:

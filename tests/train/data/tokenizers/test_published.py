@@ -124,6 +124,29 @@ def test_a_byte_fallback_tokenizer_gives_bytes_and_start_tokens(tmp_path):
     assert tokenizer.token_ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
+@pytest.mark.parametrize(
+    ("write", "settings", "answer"),
+    [
+        (byte_fallback, {"eos_token": "</s>"}, "ab cab é"),
+        # A token that only tokenizer_config.json calls special.
+        (byte_level, {"pad_token": "!"}, "ab cabé"),
+    ],
+)
+def test_an_answer_is_decoded_as_transformers_does(write, settings, answer, tmp_path):
+    write(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    draw = np.random.default_rng(0)
+    lists = [draw.integers(tokenizer.vocab_size, size=length) for length in [0, 1, 2, 3, 9] * 20]
+    for ids in [*lists, tokenizer.encode("!"), tokenizer.encode(" ab! ")]:
+        expected = other.decode(ids.tolist(), skip_special_tokens=True)
+        assert tokenizer.decode_answer(ids) == expected
+    ids = [*tokenizer.encode("ab cab"), tokenizer.end_of_text, *tokenizer.encode("é")]
+    assert tokenizer.decode_answer(ids) == answer
+
+
 def test_a_dataset_has_start_and_end_tokens_and_keeps_the_files(tmp_path):
     byte_fallback(tmp_path / "llama")
     for i in range(3):
