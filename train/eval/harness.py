@@ -22,6 +22,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from ...errors import InputError
 from ...model.generation import Sampling
 from ..machine.options import OpenOptions
 from .model import OpenedModel
@@ -130,6 +131,7 @@ class TritiumLM(TemplateLM):
         texts: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
+            _check_options(request.args[1])
             groups.setdefault(repr(request.args[1]), []).append(index)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for indices in groups.values():
@@ -171,3 +173,12 @@ class TritiumLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
             found.append(text)
         return found
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    # transformers counts max_length with the padding, so results would depend on the batch.
+    if "max_length" in options:
+        raise InputError(
+            "generation_kwargs: expected max_gen_toks, the largest number of new tokens, got "
+            f"max_length={options['max_length']}"
+        )

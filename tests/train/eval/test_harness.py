@@ -165,6 +165,13 @@ def test_generated_texts_have_no_special_tokens_and_no_first_space(like_llama):
 
 
 @pytest.mark.slow
+def test_max_length_raises_and_names_max_gen_toks(error_of, exported, task_folder):
+    words = ("--tasks", "tiny_generate", "--include_path", task_folder, "--device", "cpu")
+    error = error_of("eval", "lm-eval", exported, *words, "--gen_kwargs", "max_length=20")
+    assert "expected max_gen_toks, the largest number of new tokens, got max_length=20" in error
+
+
+@pytest.mark.slow
 def test_lm_eval_finds_the_model_by_its_entry_point():
     """As lm_eval after 0.4.13 does: the registry holds the name of the class until it is needed."""
     code = """if True:
