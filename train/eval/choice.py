@@ -24,7 +24,7 @@ def encode_examples(
     for number, example in enumerate(examples, 1):
         context = tokenizer.encode(example.context).tolist()
         choices = [
-            encode_continuation(tokenizer, example.context, choice, context)
+            encode_continuation(tokenizer, example.context, example.space + choice, context)
             for choice in example.choices
         ]
         for tokens in choices:

@@ -4,23 +4,26 @@
                         build-nanogpt read it: the context and " " + ending as they are
     hellaswag-lm-eval   the same file, read as lm-evaluation-harness reads it: the activity label in
                         front, and marks such as [title] removed
-    lambada             {"text"}: the last word is to be predicted
+    lambada             {"text"}: the last word is to be predicted, as in lm-evaluation-harness
     plain               {"context", "choices", "label"}: each choice follows the context as it is,
                         so a choice begins with its space
+
+lm-evaluation-harness moves spaces at the end of a context to the start of what follows, before it
+encodes. So do hellaswag-lm-eval and lambada.
 
 A row says which metrics are printed. All are the mean over the examples:
 
     accuracy_sum             the choice with the largest log-likelihood is right (lm-eval: acc)
     accuracy_per_token       log-likelihood / tokens (acc_norm of llm.c and build-nanogpt)
-    accuracy_per_character   log-likelihood / characters, without the space in front of the choice
-                             (acc_norm of lm-eval)
+    accuracy_per_character   log-likelihood / characters, without the one space that separates the
+                             choice from its context (acc_norm of lm-eval)
     last_word_accuracy       each token of the last word is the most likely one
     last_word_perplexity     exp(-mean log-likelihood of the last word)
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +38,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A context, texts that may follow it, and the index of the right one."""
+    """A context, texts that may follow it, and the index of the right one.
+
+    Attributes:
+        space: from the end of the context. It is encoded in front of each choice.
+    """
 
     context: str
     choices: tuple[str, ...]
     label: int
+    space: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,14 @@ def _hellaswag_lm_eval(record: dict[str, Any], place: str) -> Example:
         raise InputError(f"{place}: ctx_b: expected text, got {shorten(second)}")
     endings = tuple(map(_without_marks, _choices(record, "endings", place)))
     context = _without_marks(f"{label}: {first} {second.capitalize()}")
-    return Example(
-        context, tuple(f" {ending}" for ending in endings), _label(record, len(endings), place)
-    )
+    choices = tuple(f" {ending}" for ending in endings)
+    return _move_space(Example(context, choices, _label(record, len(endings), place)))
+
+
+def _move_space(example: Example) -> Example:
+    """Move spaces and line ends at the end of the context, as lm-evaluation-harness does."""
+    context = example.context.rstrip()
+    return replace(example, context=context, space=example.context[len(context) :])
 
 
 def _without_marks(text: str) -> str:
@@ -92,7 +105,7 @@ def _lambada(record: dict[str, Any], place: str) -> Example:
         raise InputError(
             f"{place}: text: expected two words or more, got {shorten(record['text'])}"
         )
-    return Example(context, (space + word,), 0)
+    return _move_space(Example(context, (space + word,), 0))
 
 
 def _plain(record: dict[str, Any], place: str) -> Example:
@@ -196,7 +209,7 @@ def _last_word_perplexity(
 METRICS = {
     "accuracy_sum": _accuracy(lambda choice, score: 1.0),
     "accuracy_per_token": _accuracy(lambda choice, score: score.num_tokens),
-    "accuracy_per_character": _accuracy(lambda choice, score: max(1, len(choice.lstrip()))),
+    "accuracy_per_character": _accuracy(lambda choice, score: len(choice.removeprefix(" ")) or 1),
     "last_word_accuracy": _last_word_accuracy,
     "last_word_perplexity": _last_word_perplexity,
 }

@@ -51,6 +51,11 @@ def test_choices_are_encoded_as_they_follow_the_context():
     assert [context + choice for choice in choices] == [[256, *tokens] for tokens in joined]
 
 
+def test_the_space_of_a_context_is_encoded_with_each_choice():
+    ((context, choices),) = encode_examples([Example("one", (" a", "b"), 0, " ")], BYTES, 16)
+    assert (context, choices) == (list(b"one"), [list(b"  a"), list(b" b")])
+
+
 def test_a_choice_longer_than_the_context_raises():
     with pytest.raises(InputError, match=r"choice: expected 1 to 16 tokens.*got 17 in example 1"):
         encode_examples([Example("a", ("b", "c" * 17), 0)], BYTES, 16)

@@ -172,6 +172,64 @@ def test_max_length_raises_and_names_max_gen_toks(error_of, exported, task_folde
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["exported", "like_llama"])
+def test_the_format_hellaswag_lm_eval_has_the_numbers_of_lm_evals_task(
+    folder, request, tmp_path, monkeypatch
+):
+    """With spaces at the end of contexts, and endings that begin with a space."""
+    import lm_eval
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    from tritium.train.eval.choice import encode_examples, measure_choices
+    from tritium.train.eval.harness import TritiumLM
+    from tritium.train.eval.scoring import score
+    from tritium.train.eval.tasks import read_examples
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = [
+        {"ctx_a": "ab [step]", "ctx_b": "[substeps]", "endings": ["[x] a", "b cab", "c"]},
+        {"ctx_a": "ab a", "ctx_b": "cab", "endings": ["ab", "[x] c", " ab ab"]},
+    ]
+    lines = [
+        {"activity_label": "A", "ctx": "unused", "label": str(label), **text}
+        for text in texts
+        for label in range(3)
+    ]
+    file = tmp_path / "hellaswag.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    task = {
+        "task": "tiny_hellaswag",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "process_docs": process_docs,
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    model = TritiumLM(str(request.getfixturevalue(folder)), device="cpu")
+    theirs = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
+
+    name, examples = read_examples(file, "hellaswag-lm-eval")
+    encoded = encode_examples(examples, model.tokenizer, model.max_length)
+    pairs = [(context, choice) for context, choices in encoded for choice in choices]
+    samples = theirs["samples"]["tiny_hellaswag"]
+    expected = [float(number) for each in samples for ((number, _),) in each["resps"]]
+    found = [each.log_likelihood for each in score(model._model.gpt, pairs, batch_size=1)]
+    assert found == pytest.approx(expected, abs=1e-4)
+    metrics = measure_choices(model._model.gpt, name, examples, encoded, batch_size=1)
+    results = theirs["results"]["tiny_hellaswag"]
+    assert metrics["accuracy_sum"] == results["acc,none"]
+    for example, each in zip(examples, samples, strict=True):
+        assert [len(choice.removeprefix(" ")) for choice in example.choices] == [
+            len(choice) for choice in each["doc"]["choices"]
+        ]
+    assert metrics["accuracy_per_character"] == results["acc_norm,none"]
+
+
+@pytest.mark.slow
 def test_lm_eval_finds_the_model_by_its_entry_point():
     """As lm_eval after 0.4.13 does: the registry holds the name of the class until it is needed."""
     code = """if True:

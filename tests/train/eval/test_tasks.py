@@ -47,6 +47,22 @@ def test_hellaswag_is_read_as_llm_c_and_as_lm_eval_read_it(tmp_path):
     ]
 
 
+def test_spaces_at_the_end_of_a_context_move_to_the_choice_as_in_lm_eval(tmp_path):
+    marked = HELLASWAG | {"ctx_a": "[header] How [title] Look up [step]", "ctx_b": "[substeps]"}
+    marked["endings"] = ["[step] Look.", "Ask."]
+    assert read(tmp_path, marked, name="hellaswag-lm-eval")[1] == [
+        Example("Roof shingle removal: How. Look up", ("  Look.", " Ask."), 1, " ")
+    ]
+    # llm.c and build-nanogpt encode the context as it is.
+    spaced = HELLASWAG | {"ctx": "He is "}
+    assert read(tmp_path, spaced)[1][0].context == "He is "
+    found = read(tmp_path, {"text": "to the \n moon"}, {"text": "to the  moon"})
+    assert found == (
+        "lambada",
+        [Example("to the", (" moon",), 0, " \n"), Example("to the", (" moon",), 0, " ")],
+    )
+
+
 def test_lambada_predicts_the_last_word_and_plain_choices_stay_as_they_are(tmp_path):
     found = read(tmp_path, {"text": 'he said "to the moon'})
     assert found == ("lambada", [Example('he said "to the', (" moon",), 0)])
@@ -66,12 +82,12 @@ def test_accuracies_by_hand():
         for label in range(3):
             examples = [Example("", example.choices, label), Example("", example.choices, 0)]
             assert METRICS[name](examples, [scores, scores]) == (label == choice) / 2
-    # The character count leaves out the space: with it, " ab" would win over " a".
-    short = Example("", (" ab", " a"), 1)
-    assert (
-        METRICS["accuracy_per_character"]([short], [[Score(-2.2, 1, False), Score(-1.0, 1, False)]])
-        == 1
-    )
+    # The character count leaves out one space: with it, " ab" would win over " a". An ending can
+    # begin with a space itself.
+    for choices, sums in (((" ab", " a"), (-2.2, -1.0)), ((" a", "  a"), (-1.0, -1.1))):
+        short = Example("", choices, 1, space="  ")
+        scores = [Score(each, 1, False) for each in sums]
+        assert METRICS["accuracy_per_character"]([short], [scores]) == 1
 
 
 def test_last_word_by_hand():
