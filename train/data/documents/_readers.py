@@ -70,8 +70,10 @@ def _parse_line(line: bytes, field: str, source: str) -> str:
 
 
 def _text_of(record: object, field: str, source: str) -> str:
-    """Return the text in one field of a JSON object."""
+    """Return the text in one field of a JSON object. A null becomes an empty text."""
     text = record.get(field) if isinstance(record, dict) else None
+    if text is None and isinstance(record, dict) and field in record:
+        return ""
     if not isinstance(text, str):
         found = (
             f"fields {', '.join(map(repr, record))}"
@@ -93,20 +95,11 @@ def _text_of(record: object, field: str, source: str) -> str:
 
 
 def _read_json(path: Path, field: str) -> Texts:
-    """A list of objects or strings, or one object. The file is read completely."""
-    try:
-        records = json.loads(path.read_bytes())
-    except RecursionError:
-        raise InputError(
-            f"{path}: expected JSON, got brackets nested too deeply; correct the file"
-        ) from None
-    except ValueError as error:
-        raise InputError(
-            f"{path}: expected JSON ({error}); correct the file, or name a file with one object "
-            "per line .jsonl"
-        ) from None
-    if not isinstance(records, list):
-        records = [records]
+    """A list of objects or strings, or one object; otherwise one object per line."""
+    records = _parse_json(path)
+    if records is None:
+        yield from _read_jsonl(path, field)
+        return
     for number, record in enumerate(records, 1):
         source = f"{path}:{number}"
         yield (
@@ -114,6 +107,21 @@ def _read_json(path: Path, field: str) -> Texts:
             source,
             0,
         )
+
+
+def _parse_json(path: Path) -> list | None:
+    """Read a file completely and return its items. None: there is more after the first value."""
+    try:
+        records = json.loads(path.read_bytes())
+    except RecursionError:
+        raise InputError(
+            f"{path}: expected JSON, got brackets nested too deeply; correct the file"
+        ) from None
+    except ValueError as error:
+        if getattr(error, "msg", None) == "Extra data":
+            return None
+        raise InputError(f"{path}: expected JSON ({error}); correct the file") from None
+    return records if isinstance(records, list) else [records]
 
 
 def _read_csv(path: Path, field: str) -> Texts:
@@ -213,7 +221,8 @@ def _check_column(path: Path | RemoteFile, schema: "pyarrow.Schema", field: str)
             "give another text field"
         )
     dtype = schema.field(field).type
-    if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
+    values = dtype.value_type if pyarrow.types.is_dictionary(dtype) else dtype
+    if str(values) not in ("string", "large_string", "string_view"):
         raise InputError(
             f"{path}: expected strings in column {field!r}, got {dtype}; give another text field"
         )

@@ -2,7 +2,7 @@
 
     .txt .md .py       one document per file, UTF-8
     .jsonl .jsonl.gz   one document per line: a JSON object with the text in one field
-    .json              one document per item of a list: such an object, or a string
+    .json              one document per item of a list: such an object, or a string; or as jsonl
     .csv .tsv          one document per row: the text in one column, by its name in the first row,
                        or by its number in a file without names
     .parquet           one document per row: the text in one column (needs pyarrow)
@@ -14,8 +14,9 @@
 Documents keep the order of the inputs. Files of one input are sorted. A folder is read without its
 .json, .csv and .tsv files, which often hold other things than text; name such files themselves.
 Memory holds one text file, one json file, one line or one batch of parquet rows at a time. Empty
-documents and exact duplicates are dropped. Text files with NUL bytes or invalid UTF-8 are skipped.
-Duplicates and skipped files are counted. Write `./stdlib` to read a folder with the name `stdlib`.
+documents, nulls and exact duplicates are dropped. Text files with NUL bytes or invalid UTF-8 are
+skipped. Duplicates and skipped files are counted. Write `./stdlib` to read a folder with the name
+`stdlib`.
 """
 
 import hashlib

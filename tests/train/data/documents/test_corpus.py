@@ -90,6 +90,7 @@ def test_documents_are_read_one_at_a_time(tmp_path):
     [
         ("a.json", '[{"text": "one"}, "two", {"text": "", "id": 1}]', "text", ["one", "two"]),
         ("a.json", '{"body": "one"}', "body", ["one"]),
+        ("a.json", '{"text": "one"}\n\n{"text": "two"}\n', "text", ["one", "two"]),
         ("a.csv", 'id,text\n1,"a, ""b""\nc"\n\n2,d\n', "text", ['a, "b"\nc', "d"]),
         ("a.tsv", 'ham\tsay "hi\nspam\tbuy\n', "2", ['say "hi', "buy"]),
         ("a.csv", f"text\n{'x' * 200_000}\n", "text", ["x" * 200_000]),
@@ -101,9 +102,26 @@ def test_json_csv_and_tsv_give_documents(tmp_path, name, content, field, texts):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": null}\n{"text": "one"}\n{"text": null}\n{"text": "one"}\n'),
+        ("a.json", '[{"text": null}, {"text": "one"}, {"text": null}, "one"]'),
+        ("a.csv", 'id,text\n1,\n2,one\n3,""\n4,one\n'),
+    ],
+)
+def test_nulls_are_dropped_and_are_not_duplicates(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    corpus = Corpus([tmp_path / name])
+    assert _texts(corpus) == ["one"]
+    assert corpus.duplicates == 1
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "[1", r"a.json: expected JSON .*one object per line .jsonl"),
+        ("a.json", "[1", r"a.json: expected JSON \(Expecting ',' .*\); correct the file"),
+        ("a.json", '{"text": "one"}\n{"id": 3}', r"a.json:2: .*string in field 'text', got"),
+        ("a.json", "[null]", r"a.json:1: .*string in field 'text', got NoneType"),
         ("a.json", "[" * 100_000, r"a.json: .*brackets nested too deeply"),
         ("a.json", '["one", {"id": 3}]', r"a.json:2: .*string in field 'text', got fields 'id'"),
         ("a.csv", "id,body\n1,2\n", r"a.csv:1: expected a column 'text', got id, body"),
@@ -195,6 +213,25 @@ def test_parquet_documents_and_wrong_columns(tmp_path):
     assert _texts(Corpus([path], text_field="a.text")) == ["in a column"]
     path.write_bytes(b"no parquet at all")
     with pytest.raises(InputError, match="expected parquet data"):
+        _texts(Corpus([path]))
+
+
+def test_parquet_strings_of_all_types_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    plain = pyarrow.array(["eins", None, "zwei", "eins"])
+    columns = [plain, plain.cast("large_string"), plain.dictionary_encode()]
+    if hasattr(pyarrow, "string_view"):
+        columns.append(plain.cast("string_view"))
+    for column in columns:
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        assert parquet.read_schema(path).field("text").type == column.type
+        assert _texts(Corpus([path])) == ["eins", "zwei"]
+    binary = pyarrow.array([b"eins", b"eins"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": binary}), path)
+    with pytest.raises(InputError, match="expected strings in column 'text', got dictionary"):
         _texts(Corpus([path]))
 
 
