@@ -30,6 +30,8 @@ class BleuOptions(EvaluationOptions):
     """Largest number of tokens to write per prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text that ends an answer. Can be given several times. None given: the end of a line."""
+    tokenize: str = "13a"
+    """How sacrebleu splits texts into words: none, zh, 13a, intl, char or another of its names."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,9 +39,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(BleuOptions, argv, prog="tritium eval bleu", description=_DESCRIPTION)
     with loading():
         from ...model.generation import Sampling
-        from ..eval.bleu import bleu, check_sacrebleu, generate_texts, read_pairs
+        from ..eval.bleu import bleu, generate_texts, open_bleu, read_pairs
 
-    check_sacrebleu()
+    metric = open_bleu(options.tokenize)
     path = Path(options.file)
     pairs = read_pairs(path)
     stop = options.stop or ("\n",)
@@ -57,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
             batch_size=options.batch_size,
             report=report,
         )
-    found = bleu(texts, pairs)
+    found = bleu(metric, texts, pairs)
     print(f"{path}: BLEU {found['bleu']:.2f} over {len(pairs):,} texts ({found['signature']})")
     results = {
         "path": str(path.resolve()),

@@ -6,14 +6,17 @@ A line of the jsonl file is {"prompt": TEXT, "reference": TEXT}, or "references"
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...errors import InputError
+from ...errors import InputError, unknown_name
 from ...model import GPT
 from ...model.generation import Sampling
 from ..data.tokenizers.tokenizer import Tokenizer
 from ..generation.text import encode_prompt, for_tokenizer
 from .jsonl import read_jsonl, shorten, text_of
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU
 
 
 class Pair(NamedTuple):
@@ -23,12 +26,25 @@ class Pair(NamedTuple):
     references: list[str]
 
 
-def check_sacrebleu() -> None:
-    """Raise InputError if sacrebleu is not installed."""
+def open_bleu(tokenize: str = "13a") -> "BLEU":
+    """Return sacrebleu's metric.
+
+    Args: tokenize: a name of sacrebleu for how it splits texts into words.
+    Raises: InputError if sacrebleu or a package for the tokenization is not installed, or if
+        sacrebleu does not know the name.
+    """
     if importlib.util.find_spec("sacrebleu") is None:
         raise InputError(
             "eval bleu: expected an installed sacrebleu, found none; pip install 'tritium[eval]'"
         )
+    from sacrebleu.metrics import BLEU
+
+    if tokenize not in BLEU.TOKENIZERS:
+        raise InputError(f"tokenize: {unknown_name('name', tokenize, BLEU.TOKENIZERS)}")
+    try:
+        return BLEU(tokenize=tokenize)
+    except (ImportError, RuntimeError) as error:  # it says what to install
+        raise InputError(f"tokenize: {' '.join(str(error).split())}") from None
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -86,11 +102,8 @@ def generate_texts(
     return texts
 
 
-def bleu(texts: Sequence[str], pairs: Sequence[Pair]) -> dict[str, float | str]:
+def bleu(metric: "BLEU", texts: Sequence[str], pairs: Sequence[Pair]) -> dict[str, float | str]:
     """Return the BLEU of texts, 0 to 100, and sacrebleu's signature, which names its options."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU()
     references = [list(column) for column in zip(*(pair.references for pair in pairs), strict=True)]
     found = metric.corpus_score([text.strip() for text in texts], references)
     return {"bleu": found.score, "signature": str(metric.get_signature())}

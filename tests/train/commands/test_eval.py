@@ -145,6 +145,22 @@ def test_choice_prints_and_writes_metrics(tritium, run, tmp_path):
         assert f"{name:24} {results[name]:.4f}" in out
 
 
+def test_bleu_writes_how_texts_are_split(tritium, error_of, run, tmp_path):
+    pytest.importorskip("sacrebleu")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "the quick", "reference": "brown fox"}')
+    words = ("--max-new-tokens", 4, "--tokenize")
+    status, out, err = tritium("eval", "bleu", run, file, *words, "char", "--json", tmp_path / "o")
+    assert (status, err) == (0, "")
+    assert "tok:char" in out
+    record = json.loads((tmp_path / "o").read_text())
+    assert record["options"]["tokenize"] == "char"
+    assert "tok:char" in record["results"]["signature"]
+    assert "--tokenize: unknown name 'chars'" in error_of(
+        "eval", "bleu", run, file, *words, "chars"
+    )
+
+
 def test_bad_input_is_one_line(error_of, run, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("short")

@@ -6,7 +6,7 @@ from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.model.generation import Sampling
 from tritium.train.data.tokenizers.tokenizer import from_spec
-from tritium.train.eval.bleu import Pair, bleu, generate_texts, read_pairs
+from tritium.train.eval.bleu import Pair, bleu, generate_texts, open_bleu, read_pairs
 
 pytestmark = pytest.mark.plain
 BYTES = from_spec("bytes", list)
@@ -47,7 +47,27 @@ def test_texts_end_before_a_stop_text_and_do_not_depend_on_the_batch():
 def test_equal_texts_have_a_bleu_of_100():
     pytest.importorskip("sacrebleu")
     pairs = [Pair("a", ["the quick brown fox jumps"]), Pair("b", ["over the very lazy dog"])]
-    found = bleu([" the quick brown fox jumps", "over the very lazy dog\n"], pairs)
+    found = bleu(open_bleu(), [" the quick brown fox jumps", "over the very lazy dog\n"], pairs)
     assert found["bleu"] == pytest.approx(100)
     assert "nrefs:1" in found["signature"]
-    assert bleu(["a b c d e", "f g h i j"], pairs)["bleu"] < 1
+    assert bleu(open_bleu(), ["a b c d e", "f g h i j"], pairs)["bleu"] < 1
+
+
+def test_texts_are_split_as_the_name_says():
+    metrics = pytest.importorskip("sacrebleu").metrics
+    pairs = [Pair("a", ["the quick-brown fox (jumps) over"])]
+    texts = ["the quick brown fox jumps over"]
+    for name in ("none", "13a", "intl", "char"):
+        found = bleu(open_bleu(name), texts, pairs)
+        expected = metrics.BLEU(tokenize=name).corpus_score(texts, [pairs[0].references])
+        assert found["bleu"] == expected.score
+        assert f"tok:{name}" in found["signature"]
+    with pytest.raises(InputError, match="tokenize: unknown name '13'; did you mean '13a'"):
+        open_bleu("13")
+
+
+def test_a_tokenization_without_its_package_is_one_line(monkeypatch):
+    pytest.importorskip("sacrebleu")
+    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    with pytest.raises(InputError, match=r"^tokenize: Please .* pip install sentencepiece$"):
+        open_bleu("flores200")
