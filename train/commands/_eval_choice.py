@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
         found = measure_choices(
             model.gpt, task, examples, encoded, batch_size=options.batch_size, report=report
         )
-    print(f"{path}: {len(examples):,} examples of the task {task}")
+    count = "1 example" if len(examples) == 1 else f"{len(examples):,} examples"
+    print(f"{path}: {count} of the task {task}")
     for name, value in found.items():
         print(f"  {name:24} {value:.4f}")
     results = {

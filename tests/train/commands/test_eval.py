@@ -138,7 +138,7 @@ def test_choice_prints_and_writes_metrics(tritium, run, tmp_path):
     words = ("--limit", 1, "--json", tmp_path / "out.json")
     status, out, err = tritium("eval", "choice", run, file, *words)
     assert (status, err) == (0, "")
-    assert "1 examples of the task plain" in out
+    assert "choices.jsonl: 1 example of the task plain" in out
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results["sha256"] == hash_file(file)
     for name in ("accuracy_sum", "accuracy_per_token", "accuracy_per_character"):

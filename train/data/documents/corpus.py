@@ -154,14 +154,12 @@ class Corpus:
                     yield Document(text, source, digest, self._input_of[path])
             self.bytes_read = before + size
         if not seen:
-            reason = (
-                f"{self.skipped_files} of them binary or not UTF-8"
-                if self.skipped_files
-                else "all of them empty"
-            )
+            reason = "binary or not UTF-8" if self.skipped_files else "empty"
+            count = len(self.files)
+            some = f"{count} files, {self.skipped_files or 'all'} of them {reason}"
+            found = f"1 file, which is {reason}" if count == 1 else some
             raise InputError(
-                f"data: expected text in {' '.join(self.inputs)}, got {len(self.files)} files, "
-                f"{reason}; give UTF-8 text"
+                f"data: expected text in {' '.join(self.inputs)}, got {found}; give UTF-8 text"
             )
 
     def _texts(self, path: Path | RemoteFile) -> Iterator[tuple[str, str, int]]:

@@ -269,6 +269,11 @@ def test_bad_inputs_raise(tmp_path):
     (tmp_path / "b.md").write_bytes(b"")
     with pytest.raises(InputError, match="got 2 files, all of them empty"):
         _texts(Corpus([tmp_path]))
+    with pytest.raises(InputError, match="got 1 file, which is empty; give UTF-8 text"):
+        _texts(Corpus([tmp_path / "a.txt"]))
+    (tmp_path / "a.txt").write_bytes(b"\0")
+    with pytest.raises(InputError, match="got 1 file, which is binary or not UTF-8; give"):
+        _texts(Corpus([tmp_path / "a.txt"]))
 
 
 def test_fingerprint_changes_with_files_and_text_field(tmp_path):
