@@ -86,11 +86,8 @@ class Checker:
         if words[:1] == ["train"]:
             self._train(words[1:])
             return
-        try:
+        if words[:2] != ["eval", "lm-eval"]:  # which has the parser of lm_eval
             self._parse(lambda: dispatch(words))
-        except InputError as error:
-            if "expected an installed lm_eval" not in str(error):
-                raise
 
     def _parse(self, command: Callable[[], object]) -> None:
         """Run a command up to the end of its parser."""

@@ -94,7 +94,7 @@ def generate_texts(
             new = tokens[len(prompt) :]
             if new and new[-1] in sampling.stop_tokens:
                 new = new[:-1]
-            text = tokenizer.decode(new)
+            text = tokenizer.decode_answer(new)
             for stop in sampling.stop:
                 text = text.split(stop)[0]
             texts.append(text)

@@ -38,7 +38,8 @@ class TritiumLM(TemplateLM):
     Args:
         pretrained: a run, a checkpoint, a folder of transformers or a GGUF file.
         tokenizer: another tokenizer than the model's own, as `from_spec` takes it.
-        device, precision: as for OpenOptions. Default of device: auto.
+        device, precision: as for OpenOptions. None and cuda:0, lm_eval's default also where there
+            is no GPU, mean auto.
         batch_size: sequences per forward. auto: 16.
         max_batch_size: not used. lm_eval passes it.
         max_gen_toks: largest number of new tokens, unless a task has its own.
@@ -56,7 +57,8 @@ class TritiumLM(TemplateLM):
         max_gen_toks: int = 256,
     ):
         super().__init__()
-        opening = OpenOptions(tokenizer=tokenizer, device=device or "auto", precision=precision)
+        device = "auto" if device in (None, "cuda:0") else device
+        opening = OpenOptions(tokenizer=tokenizer, device=device, precision=precision)
         self._model = OpenedModel.open(Path(pretrained), opening, needs_tokenizer=True)
         self.tokenizer = self._model.needed_tokenizer()
         self._device = self._model.device
