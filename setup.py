@@ -40,7 +40,8 @@ setup(
         # lm_eval after 0.4.13 finds models by this entry point.
         "lm_eval.models": ["tritium = tritium.train.eval.harness:TritiumLM"],
     },
-    # Tested: torch 2.11.0 on an H100 and an H200, 2.13.0 on CPUs; triton 3.6.0, 3.7.1 and 3.9.0.
+    # Tested: torch 2.11.0 on an H100 and an H200, 2.13.0 and 2.14.1 on CPUs; triton 3.6.0, 3.7.1,
+    # 3.8.0 and 3.9.0.
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
