@@ -12,7 +12,7 @@ def column_sums(dx: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return dx.new_empty(0)
     sums = torch.promote_types(dx.dtype, torch.float32)
-    return dx.flatten(0, -2).sum(0, dtype=sums).to(dtype)
+    return dx.reshape(-1, dx.shape[-1]).sum(0, dtype=sums).to(dtype)
 
 
 def attach(x: Tensor, added_bias: Tensor | None) -> Tensor:

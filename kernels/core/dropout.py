@@ -87,11 +87,12 @@ def _seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> 
 
 
 def drop(x: Tensor, dropout: Dropout) -> Tensor:
-    """Return z x in at least float32, for x (M, N). Without dropout, return x."""
+    """Return z x in at least float32, for x (..., N). Without dropout, return x."""
     if dropout.dropout_p == 0:
         return x
     x = wide(x)
-    kept = kept_elements(*x.shape, dropout)
+    N = x.shape[-1]
+    kept = kept_elements(x.numel() // N, N, dropout).view(x.shape)
     return x * kept.to(x.dtype).mul_(1 / (1 - dropout.dropout_p))
 
 

@@ -63,10 +63,15 @@ def reference_add_fwd(
     added_bias: Tensor | None,
     dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y in x's dtype, h = z x + residual in the dtype of x + residual, mean, rstd."""
+    """Return y in x's dtype, h = z x + residual in the dtype of x + residual, mean, rstd.
+
+    x, residual, y and h are (..., N). If x and residual became rows before this operator, autograd
+    would give them gradients in the same memory, and each would change the other.
+    """
     h = (drop(x, dropout) + residual).to(torch.promote_types(x.dtype, residual.dtype))
-    y, mean, rstd = reference_fwd(h, weight, bias, eps, None)
-    return y.to(x.dtype), h, mean, rstd
+    h = h.contiguous()
+    y, mean, rstd = reference_fwd(as_rows(h), weight, bias, eps, None)
+    return like_rows_of(h, y.to(x.dtype)), h, mean, rstd
 
 
 def reference_bwd(
@@ -90,7 +95,7 @@ def reference_bwd(
     w = weight.to(centered.dtype)
     # w takes the place of the bias, whose values have no influence on the gradients.
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        wide(dy), centered, h.shape[-1:], torch.zeros_like(mean)[:, None], rstd[:, None],
+        dy.to(w.dtype), centered, h.shape[-1:], torch.zeros_like(mean)[:, None], rstd[:, None],
         w, w if has_bias else None, [True, True, has_bias],
     )  # fmt: skip
     if dh is not None:
@@ -125,7 +130,9 @@ def launch_add_fwd(
     dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_add_fwd`."""
-    return launch_norm_fwd(x, residual, weight, bias, eps, dropout, centered=True)
+    rows = as_rows(x), as_rows(residual)
+    y, h, mean, rstd = launch_norm_fwd(*rows, weight, bias, eps, dropout, centered=True)
+    return like_rows_of(x, y), like_rows_of(x, h), mean, rstd
 
 
 def launch_bwd(
@@ -219,15 +226,17 @@ def _save_add(ctx, inputs, output):
 def _grad_add(ctx, dy, dh, _dmean, _drstd):
     if dy is None and dh is None:
         return (None,) * 7
-    dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
+    dy = torch.zeros_like(dh) if dy is None else dy
     dh = None if dh is None else as_rows(dh)
     added_dtype = ctx.added_dtype if ctx.needs_input_grad[5] else None
-    *saved, seed = ctx.saved_tensors
+    h, *saved, seed = ctx.saved_tensors
     dropout = Dropout(dropout_p=ctx.dropout_p, seed=seed)
-    grads = _bwd(dy, dh, *saved, ctx.has_bias, added_dtype, dropout)
+    grads = _bwd(as_rows(dy), dh, as_rows(h), *saved, ctx.has_bias, added_dtype, dropout)
     needs = (True, ctx.dropout_p > 0, True, ctx.has_bias, added_dtype is not None)
     dx, dresidual, dw, db, dadded = keep_needed(grads, needs)
-    dresidual = dx if dresidual is None else dresidual
+    dx = like_rows_of(h, dx)
+    # One tensor for both. Autograd then copies it where it would become the .grad of both.
+    dresidual = dx if dresidual is None else like_rows_of(h, dresidual)
     x_dtype, residual_dtype = ctx.dtypes
     return dx.to(x_dtype), dresidual.to(residual_dtype), dw, db, None, dadded, None
 
@@ -310,9 +319,8 @@ def add_layer_norm(
     check_residual("add_layer_norm", x, residual)
     weight, bias = _same_dtype(weight, bias)
     dropout = resolve_dropout("add_layer_norm", dropout_p, seed, x.device)
-    rows = as_rows(x), as_rows(residual)
-    y, h, _, _ = _add_fwd(*rows, weight, bias, eps, added_bias, dropout)
-    return like_rows_of(x, y), like_rows_of(x, h)
+    y, h, _, _ = _add_fwd(x, residual, weight, bias, eps, added_bias, dropout)
+    return y, h
 
 
 def _same_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

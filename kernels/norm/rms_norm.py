@@ -57,10 +57,14 @@ def reference_add_fwd(
     added_bias: Tensor | None,
     dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y in x's dtype, h = z x + residual in the dtype of x + residual, rstd."""
+    """Return y in x's dtype, h = z x + residual in the dtype of x + residual, rstd.
+
+    x, residual, y and h are (..., N), as in layer_norm's reference_add_fwd.
+    """
     h = (drop(x, dropout) + residual).to(torch.promote_types(x.dtype, residual.dtype))
-    y, rstd = reference_fwd(h, weight, eps, None)
-    return y.to(x.dtype), h, rstd
+    h = h.contiguous()
+    y, rstd = reference_fwd(as_rows(h), weight, eps, None)
+    return like_rows_of(h, y.to(x.dtype)), h, rstd
 
 
 def reference_bwd(
@@ -112,8 +116,9 @@ def launch_add_fwd(
     dropout: Dropout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel of `reference_add_fwd`."""
-    y, h, _, rstd = launch_norm_fwd(x, residual, weight, None, eps, dropout, centered=False)
-    return y, h, rstd
+    rows = as_rows(x), as_rows(residual)
+    y, h, _, rstd = launch_norm_fwd(*rows, weight, None, eps, dropout, centered=False)
+    return like_rows_of(x, y), like_rows_of(x, h), rstd
 
 
 def launch_bwd(
@@ -183,15 +188,16 @@ def _save_add(ctx, inputs, output):
 def _grad_add(ctx, dy, dh, _drstd):
     if dy is None and dh is None:
         return (None,) * 6
-    dy = torch.zeros_like(dh) if dy is None else as_rows(dy)
+    dy = torch.zeros_like(dh) if dy is None else dy
     dh = None if dh is None else as_rows(dh)
     added_dtype = ctx.added_dtype if ctx.needs_input_grad[4] else None
     h, weight, rstd, seed = ctx.saved_tensors
     dropout = Dropout(dropout_p=ctx.dropout_p, seed=seed)
-    grads = _bwd(dy, dh, h, weight, rstd, added_dtype, dropout)
+    grads = _bwd(as_rows(dy), dh, as_rows(h), weight, rstd, added_dtype, dropout)
     needs = (True, ctx.dropout_p > 0, weight is not None, added_dtype is not None)
     dx, dresidual, dw, dadded = keep_needed(grads, needs)
-    dresidual = dx if dresidual is None else dresidual
+    dx = like_rows_of(h, dx)
+    dresidual = dx if dresidual is None else like_rows_of(h, dresidual)
     x_dtype, residual_dtype = ctx.dtypes
     return dx.to(x_dtype), dresidual.to(residual_dtype), dw, None, dadded, None
 
@@ -259,5 +265,5 @@ def add_rms_norm(
     check_residual("add_rms_norm", x, residual)
     dropout = resolve_dropout("add_rms_norm", dropout_p, seed, x.device)
     weight = None if weight is None else weight.contiguous()
-    y, h, _ = _add_fwd(as_rows(x), as_rows(residual), weight, eps, added_bias, dropout)
-    return like_rows_of(x, y), like_rows_of(x, h)
+    y, h, _ = _add_fwd(x, residual, weight, eps, added_bias, dropout)
+    return y, h

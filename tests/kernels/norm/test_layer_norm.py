@@ -16,7 +16,7 @@ from tritium.bench.codegen.launches import (
     compile_launch,
     record_launches,
 )
-from tritium.kernels import add_layer_norm, layer_norm
+from tritium.kernels import add_layer_norm, add_rms_norm, layer_norm
 from tritium.kernels.core.dropout import Dropout, resolve_dropout
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.partial_sums import PARTIALS_PER_STEP
@@ -381,6 +381,40 @@ def test_reruns_are_bitwise_equal(device):
     first, second = (run(add_layer_norm_after_bias, inputs, incoming) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operator", [add_layer_norm, add_rms_norm])
+def test_two_backwards_add_up_in_x_and_in_residual(operator, dtype, backend, device):
+    """Also for more than two axes, where autograd could give both the same memory."""
+    x, residual = (
+        torch.randn(2, 3, 8, dtype=dtype, device=device, requires_grad=True) for _ in range(2)
+    )
+    weight = torch.ones(8, dtype=dtype, device=device)
+    call = operator if backend is None else torch.compile(operator, backend=backend)
+    dy, dh = torch.randn(2, 2, 3, 8, device=device).to(dtype)
+    passed = dh.clone()
+    grads = []
+    for _ in range(2):
+        torch.autograd.backward(call(x, residual, weight), (dy, passed))
+        grads.append((x.grad.clone(), residual.grad.clone()))
+    for once, twice in zip(*grads, strict=True):
+        assert torch.equal(2 * once, twice)
+    assert torch.equal(passed, dh)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_residual_may_be_float64_on_a_cpu(dtype):
+    x, residual, weight, bias, dy, _ = tensors(4, 12, torch.float64, "cpu")
+    x, weight, bias = (each.to(dtype) for each in (x, weight, bias))
+    inputs = [each.requires_grad_() for each in (x, residual, weight, bias)]
+    got = torch.autograd.grad(add_layer_norm(*inputs)[0], inputs, dy.to(dtype))
+    exact = [each.double() for each in inputs]
+    expected = torch.autograd.grad(add_layer_norm(*exact)[0], exact, dy)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
