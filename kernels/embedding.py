@@ -230,7 +230,7 @@ def _launch_sums(
     if order is None:
         keys, order = tokens.sort(stable=True)
     else:
-        keys = tokens[order]
+        keys, order = tokens[order], order.contiguous()
     block_n = _block_columns(D)
     pieces = cdiv(N, PIECE)
     partial = torch.empty((pieces, 2, D), dtype=torch.float32, device=dy.device)

@@ -270,6 +270,16 @@ def test_order_from_the_host_gives_bitwise_the_same_gradient(dtype, device):
     )
 
 
+def test_order_may_have_gaps_in_memory(device):
+    tokens, weight, table, dy = tensors(3, 100, 11, 8, torch.bfloat16, device)
+    order = order_of(tokens)
+    with_gaps = torch.stack((order, torch.zeros_like(order)), 1)[:, 0]
+    assert_equal(
+        run(embedding, tokens, weight, table, dy, order=with_gaps),
+        run(embedding, tokens, weight, table, dy, order=order),
+    )
+
+
 def test_opcheck(device):
     tokens, weight, table, dy = tensors(2, 6, 7, 8, torch.float32, device)
     rows, dy, ops = tokens.flatten(), dy.flatten(0, 1), torch.ops.tritium
