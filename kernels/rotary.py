@@ -42,11 +42,13 @@ def reference_rotary(
     x, rest = x.split_with_sizes((R, K - R), -1)
     if interleaved:
         x1, x2 = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
-        y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+        # A flattened stack would be a view, which autograd does not let callers change in place.
+        y = x.new_empty(x.shape)
+        y[..., ::2] = x1 * cos - x2 * sin
+        y[..., 1::2] = x2 * cos + x1 * sin
     else:
         x1, x2 = wide(x).chunk(2, -1)
-        y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
-    y = y.to(x.dtype)
+        y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
     return y if R == K else torch.cat((y, rest), -1)
 
 

@@ -229,6 +229,23 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(device):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("R", [4, 8])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_output_can_be_changed_in_place(interleaved, R, dtype, device):
+    x, _, _, dy = tensors(2, 5, 3, 8, dtype, device)
+    _, cos, sin, _ = tensors(2, 5, 3, R, dtype, device)
+    assert not rotary(x, cos, sin, interleaved=interleaved)._is_view()
+
+    def doubled(*args, **options):
+        return rotary(*args, **options).mul_(2)
+
+    got = run(doubled, x, cos, sin, dy, interleaved=interleaved)
+    expected = run(rotary, x, cos, sin, dy, interleaved=interleaved)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, 2 * b)
+
+
 def test_autocast_keeps_the_dtype_of_x(device):
     x, cos, sin, _ = tensors(2, 5, 3, 8, torch.bfloat16, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
