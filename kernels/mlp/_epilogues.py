@@ -150,6 +150,11 @@ def _gelu(approximate: str, **kernels: Any) -> Activation:
     )
 
 
+def _reference_relu2_bwd(da: Tensor, h: Tensor) -> Tensor:
+    # In float16, 2 da would overflow for da above 32,752.
+    return (wide(da) * (2 * functional.relu(wide(h)))).to(h.dtype)
+
+
 ACTIVATIONS = {
     "gelu": _gelu("none", tile=gelu_erf, epilogue_fwd=_gelu_erf_fwd, epilogue_bwd=_gelu_erf_bwd),
     "gelu_tanh": _gelu(
@@ -157,7 +162,7 @@ ACTIVATIONS = {
     ),
     "relu2": Activation(
         reference=lambda h: functional.relu(h).square(),
-        reference_bwd=lambda da, h: 2 * da * functional.relu(h),
+        reference_bwd=_reference_relu2_bwd,
         tile=relu2,
         epilogue_fwd=_relu2_fwd,
         epilogue_bwd=_relu2_bwd,

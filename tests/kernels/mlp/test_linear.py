@@ -76,6 +76,15 @@ def test_gelu_matches_torch_far_from_zero(activation, dtype, device, matmul):
     assert_close(got, [value.to(dtype) for value in expected], rtol=4e-6, atol=1e-6)
 
 
+def test_gradient_of_relu2_is_computed_in_float32(device, matmul):
+    """In float16, twice the incoming gradient would be infinite."""
+    inputs = [torch.full((1, 1), value, dtype=torch.float16, device=device) for value in (1e-3, 1)]
+    incoming = torch.full((1, 1), 40_000.0, dtype=torch.float16, device=device)
+    got = run(linear, inputs, incoming, activation="relu2")
+    expected = run(torch_linear, double(inputs), incoming, activation="relu2")
+    assert_close(got, [value.half() for value in expected], rtol=1e-3, atol=0)
+
+
 # --- 2. kernel against the float64 reference
 
 

@@ -326,6 +326,19 @@ def test_float64_raises_for_kernels(operator, device):
         operator(*inputs)
 
 
+def test_gradient_of_relu2_mlp_is_computed_in_float32(device, matmul):
+    """In float16, twice the gradient of the activation would be infinite."""
+    values = {"x": 1e-3, "w1": 1.0, "b1": 0.0, "w2": 1.0, "b2": 0.0, "dy": 40_000.0}
+    shapes = {name: (1,) if name in ("b1", "b2") else (1, 1) for name in values}
+    *inputs, incoming = (
+        torch.full(shapes[name], value, dtype=torch.float16, device=device)
+        for name, value in values.items()
+    )
+    _, dx, dw1, db1, *_ = run(relu2_mlp, inputs, incoming)
+    assert_close([dx.flatten(), db1], [torch.full_like(db1, 80.0)] * 2, rtol=1e-3, atol=0)
+    assert_close([dw1], [torch.full_like(dw1, 0.08)], rtol=1e-3, atol=0)
+
+
 def test_relu2_of_nan_is_nan(device, matmul):
     """The maximum of two numbers is usually the other one if one is NaN."""
     inputs, incoming = tensors(6, 8, 12, torch.float32, device)
