@@ -16,7 +16,9 @@ module. The layout "gpt2" therefore stores weights as (in, out), as the Conv1D o
 A module never guesses the layout from shapes, because a square weight fits both.
 
 All modules take `device` and `dtype`, also device="meta", and have reset_parameters(). Copying,
-pickling, to(), torch.compile and autocast work as for torch.nn.
+pickling, to(), torch.compile and autocast work as for torch.nn. The MLPs call their layers, with
+PyTorch's activation between them, if a layer is not a plain one: an adapter such as LoRA, a
+subclass, or a layer with hooks or parametrizations.
 
 Shapes     x: (B, T, D)   B sequences, T tokens, D = d_model; F = d_hidden; V = vocab_size
            H = n_head query heads, G = n_kv_head key and value heads, K = head_size
@@ -24,8 +26,9 @@ Shapes     x: (B, T, D)   B sequences, T tokens, D = d_model; F = d_hidden; V = 
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ._conv1d import linear_layer
+from ._conv1d import Conv1D, linear_layer
 from ._module_checks import check_heads, check_layout, check_norm, check_sizes
 from .attention.causal import causal_attention, causal_attention_qkvpacked
 from .attention.options import check_head_size, check_score_options
@@ -38,6 +41,7 @@ from .mlp.mlp import check_approximate, gelu_mlp
 from .mlp.swiglu_mlp import swiglu_mlp
 from .norm.layer_norm import add_layer_norm, layer_norm
 from .norm.rms_norm import add_rms_norm, rms_norm
+from .plain import is_plain
 from .rotary import rotary
 
 
@@ -113,7 +117,7 @@ class GELUMLP(nn.Module):
         bias: whether both layers have a bias.
         approximate: "tanh" or "none", as for torch.nn.GELU. GPT-2 has "tanh".
         recompute: keep one (..., F) tensor for the backward instead of two, and compute GELU again
-            there.
+            there. It has no effect if a layer is not a plain one.
         layout: "linear" or "gpt2", see the top of this file.
     Raises: ValueError for a bad size or option.
     """
@@ -151,18 +155,15 @@ class GELUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., D) for x (..., D)."""
-        w1, w2 = self.c_fc.weight, self.c_proj.weight
+        c_fc, c_proj = self.c_fc, self.c_proj
+        cls = Conv1D if self.layout == "gpt2" else nn.Linear
+        if not (is_plain(c_fc, cls) and is_plain(c_proj, cls)):
+            return c_proj(functional.gelu(c_fc(x), approximate=self.approximate))
+        w1, w2 = c_fc.weight, c_proj.weight
         if self.layout == "gpt2":
             w1, w2 = w1.t(), w2.t()  # views: the kernels take any strides
-        return gelu_mlp(
-            x,
-            w1,
-            self.c_fc.bias,
-            w2,
-            self.c_proj.bias,
-            approximate=self.approximate,
-            recompute=self.recompute,
-        )
+        options = {"approximate": self.approximate, "recompute": self.recompute}
+        return gelu_mlp(x, w1, c_fc.bias, w2, c_proj.bias, **options)
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}, layout={self.layout!r}"
@@ -192,7 +193,10 @@ class SwiGLUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., D) for x (..., D)."""
-        return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not all(is_plain(each, nn.Linear) and each.bias is None for each in (gate, up, down)):
+            return down(functional.silu(gate(x)) * up(x))
+        return swiglu_mlp(x, gate.weight, up.weight, down.weight)
 
 
 class CausalSelfAttention(nn.Module):

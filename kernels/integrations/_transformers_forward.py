@@ -25,6 +25,7 @@ from ..mlp.mlp import gelu_mlp
 from ..mlp.swiglu_mlp import swiglu_mlp
 from ..modules import LayerNorm
 from ..norm.rms_norm import add_rms_norm, rms_norm
+from ..plain import is_plain
 from ._transformers_attention import NAME
 
 # GELU by the class of the activation in transformers: the argument `approximate` of gelu_mlp.
@@ -84,13 +85,6 @@ def _empty(original: type, forward: Callable) -> nn.Module:
     """Make a patched module without state, for copy and pickle."""
     patched = patched_class(original, forward)
     return patched.__new__(patched)
-
-
-def is_plain(layer: nn.Module, cls: type) -> bool:
-    """Whether a layer is exactly of this class, without hooks."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    is_hooked = "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
-    return type(layer) is cls and not is_hooked
 
 
 # --- norms and MLPs

@@ -114,6 +114,128 @@ def test_gelu_mlp_matches_linear_layers(x):
     torch.testing.assert_close(module(x), expected)
 
 
+# --- MLPs with layers that are not plain
+
+# Layers of each MLP, in the order in which its forward calls them.
+MLP_LAYERS = {
+    "GELUMLP": ("c_fc", "c_proj"),
+    "GELUMLP-gpt2": ("c_fc", "c_proj"),
+    "SwiGLUMLP": ("gate_proj", "up_proj", "down_proj"),
+}
+LAYERS = [(name, layer) for name, layers in MLP_LAYERS.items() for layer in layers]
+
+
+class LoRA(nn.Module):
+    """An adapter whose attributes weight and bias are those of the layer in it, as in PEFT."""
+
+    def __init__(self, base: nn.Module, n_in: int, n_out: int):
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(torch.randn(2, n_in, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(n_out, 2, dtype=torch.float64))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.a.t() @ self.b.t()
+
+
+def merged(adapter: LoRA, layout: str) -> nn.Module:
+    """Return the layer with the update of the adapter added to its weight."""
+    layer = copy.deepcopy(adapter.base)
+    update = (adapter.b @ adapter.a).detach()
+    with torch.no_grad():
+        layer.weight += update.t() if layout == "gpt2" else update
+    return layer
+
+
+def fused_calls(monkeypatch) -> list[str]:
+    """Return a list to which each call of a fused MLP adds the name of the operator."""
+    calls = []
+
+    def record(name):
+        operator = getattr(modules, name)
+
+        def call(*args, **options):
+            calls.append(name)
+            return operator(*args, **options)
+
+        monkeypatch.setattr(modules, name, call)
+
+    record("gelu_mlp")
+    record("swiglu_mlp")
+    return calls
+
+
+@pytest.mark.parametrize("name", MLP_LAYERS)
+def test_plain_mlps_run_the_fused_operator(name, x, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    MODULES[name](dtype=torch.float64)(x)
+    assert calls == ["swiglu_mlp" if name == "SwiGLUMLP" else "gelu_mlp"]
+
+
+@pytest.mark.parametrize(("name", "layer"), LAYERS)
+def test_an_adapter_in_an_mlp_changes_the_output_and_gets_gradients(name, layer, x):
+    mlp = MODULES[name](dtype=torch.float64)
+    sizes = (24, 16) if layer in ("c_proj", "down_proj") else (16, 24)
+    adapter = LoRA(getattr(mlp, layer).requires_grad_(False), *sizes)
+    expected_module = copy.deepcopy(mlp)
+    setattr(expected_module, layer, merged(adapter, getattr(mlp, "layout", "")))
+    plain = mlp(x)
+    setattr(mlp, layer, adapter)
+    y = mlp(x)
+    assert not torch.allclose(y, plain)
+    torch.testing.assert_close(y, expected_module(x))
+    y.square().sum().backward()
+    assert adapter.a.grad.abs().sum() > 0
+    assert adapter.b.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_an_mlp_with_an_adapter_keeps_its_activation(approximate, x):
+    mlp = modules.GELUMLP(16, 24, approximate=approximate, dtype=torch.float64)
+    expected = mlp(x)
+    mlp.c_fc = nn.Sequential(mlp.c_fc)
+    torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize(("name", "layer"), LAYERS)
+def test_a_hook_on_a_layer_of_an_mlp_runs(name, layer, x):
+    mlp = MODULES[name](dtype=torch.float64)
+    keys = list(mlp.state_dict())
+    plain = mlp(x)
+    calls = []
+    handle = getattr(mlp, layer).register_forward_hook(lambda *_: calls.append(layer))
+    torch.testing.assert_close(mlp(x), plain)
+    assert calls == [layer]
+    assert list(mlp.state_dict()) == keys
+    handle.remove()
+    assert torch.equal(mlp(x), plain)
+    assert calls == [layer]
+
+
+def test_a_bias_that_a_user_adds_to_swiglu_mlp_is_applied(x):
+    mlp = modules.SwiGLUMLP(16, 24, dtype=torch.float64)
+    plain = mlp(x)
+    down = nn.Linear(24, 16, dtype=torch.float64)
+    down.weight = mlp.down_proj.weight
+    mlp.down_proj = down
+    torch.testing.assert_close(mlp(x), plain + down.bias)
+
+
+def test_an_mlp_with_a_hook_compiles_as_one_graph(x):
+    mlp = modules.GELUMLP(16, 24, dtype=torch.float64)
+    mlp.c_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), mlp(x))
+
+
 def test_packed_attention_matches_sdpa(x):
     module = modules.CausalSelfAttention(16, 4, n_kv_head=2, dtype=torch.float64)
     q, k, v = module.c_attn(x).unflatten(-1, (-1, 4)).transpose(1, 2).split((4, 2, 2), dim=1)
