@@ -3,7 +3,8 @@
 from ..errors import unknown_name
 
 
-def check_norm(name: str, normalized_shape: tuple[int, ...], eps: float | None) -> None:
+def check_norm(name: str, normalized_shape: tuple[int, ...], eps: float | None) -> float | None:
+    """Return eps as a float, or None. PyTorch cannot add an int over 64 bits to a tensor."""
     if len(normalized_shape) != 1:
         raise ValueError(
             f"{name}: normalized_shape must have one axis, got {tuple(normalized_shape)}; "
@@ -11,6 +12,7 @@ def check_norm(name: str, normalized_shape: tuple[int, ...], eps: float | None) 
         )
     if eps is not None and not eps >= 0:
         raise ValueError(f"{name}: eps must be at least 0, got {eps}")
+    return None if eps is None else float(eps)
 
 
 def check_layout(name: str, layout: str, known: tuple[str, ...]) -> None:

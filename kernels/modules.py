@@ -62,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
         dtype=None,
     ):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        check_norm("LayerNorm", self.normalized_shape, eps)
+        self.eps = check_norm("LayerNorm", self.normalized_shape, eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of x (..., D); with `residual` the norm of the sum, and the sum.
@@ -92,7 +92,7 @@ class RMSNorm(nn.RMSNorm):
         dtype=None,
     ):
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        check_norm("RMSNorm", self.normalized_shape, eps)
+        self.eps = check_norm("RMSNorm", self.normalized_shape, eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of x; with `residual` the norm of x + residual, and x + residual."""

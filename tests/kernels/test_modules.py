@@ -96,6 +96,13 @@ def test_default_eps_of_rms_norm_is_that_of_torch(dtype):
     torch.testing.assert_close(y, nn.RMSNorm(16, dtype=dtype)(x))
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_take_an_eps_that_is_a_large_int(name, x):
+    module, expected = (getattr(modules, name)(16, eps=eps) for eps in (10**30, 1e30))
+    assert isinstance(module.eps, float)
+    assert torch.equal(module(x.float()), expected(x.float()))
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_norms_check_the_last_axis(name, affine, x):
