@@ -1,5 +1,6 @@
 """Argument checks of layer_norm and rms_norm."""
 
+import torch
 from torch import Tensor
 
 MAX_WIDTH = 65_536
@@ -13,10 +14,11 @@ def check(
     *,
     bias: Tensor | None = None,
     added_bias: Tensor | None = None,
-) -> None:
-    """Raise a ValueError unless x has rows of a supported width that all vectors match.
+) -> float:
+    """Return eps as a float, after the checks: an int over 64 bits fits no argument of a kernel.
 
-    None as a weight, bias or added_bias is valid here.
+    Raise a ValueError unless x has rows of a supported width that all vectors match. None as a
+    weight, bias or added_bias is valid here.
     """
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(
@@ -41,6 +43,7 @@ def check(
             )
         if not vector.is_floating_point():
             raise ValueError(f"{name}: {label} must be floating point, got {vector.dtype}; cast it")
+    return torch.sym_float(eps)  # keeps a symbolic eps of torch.compile
 
 
 def check_residual(name: str, x: Tensor, residual: Tensor) -> None:

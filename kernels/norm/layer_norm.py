@@ -273,7 +273,7 @@ def layer_norm(
             or eps is negative.
         TypeError: x is float64 on a GPU.
     """
-    check("layer_norm", x, weight, eps, bias=bias, added_bias=added_bias)
+    eps = check("layer_norm", x, weight, eps, bias=bias, added_bias=added_bias)
     weight, bias = _same_dtype(weight, bias)
     y, _, _ = _fwd(as_rows(x), weight, bias, eps, added_bias)
     return like_rows_of(x, y)
@@ -315,7 +315,7 @@ def add_layer_norm(
     Raises: as layer_norm; ValueError if residual does not have the shape and device of x, or if
         dropout_p or seed is not as documented.
     """
-    check("add_layer_norm", x, weight, eps, bias=bias, added_bias=added_bias)
+    eps = check("add_layer_norm", x, weight, eps, bias=bias, added_bias=added_bias)
     check_residual("add_layer_norm", x, residual)
     weight, bias = _same_dtype(weight, bias)
     dropout = resolve_dropout("add_layer_norm", dropout_p, seed, x.device)

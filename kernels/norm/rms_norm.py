@@ -229,7 +229,7 @@ def rms_norm(
             eps is negative.
         TypeError: x is float64 on a GPU.
     """
-    check("rms_norm", x, weight, eps, added_bias=added_bias)
+    eps = check("rms_norm", x, weight, eps, added_bias=added_bias)
     weight = None if weight is None else weight.contiguous()
     y, _ = _fwd(as_rows(x), weight, eps, added_bias)
     return like_rows_of(x, y)
@@ -261,7 +261,7 @@ def add_rms_norm(
     Raises: as rms_norm; ValueError if residual does not have the shape and device of x, or if
         dropout_p or seed is not as documented.
     """
-    check("add_rms_norm", x, weight, eps, added_bias=added_bias)
+    eps = check("add_rms_norm", x, weight, eps, added_bias=added_bias)
     check_residual("add_rms_norm", x, residual)
     dropout = resolve_dropout("add_rms_norm", dropout_p, seed, x.device)
     weight = None if weight is None else weight.contiguous()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.compare import opcheck
+from tests.kernels.compare import assert_equal, opcheck
 from tests.tolerance import assert_accurate
 from tritium.bench.codegen.disassembly import resources
 from tritium.bench.codegen.launches import (
@@ -351,6 +351,14 @@ def test_compiles_as_one_graph(device):
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+def test_eps_can_be_a_large_int(device):
+    """Such an int does not fit 64 bits."""
+    x, weight = torch.arange(8.0, device=device)[None] * 1e15, torch.ones(8, device=device)
+    assert_equal([layer_norm(x, weight, eps=10**30)], [layer_norm(x, weight, eps=1e30)])
+    got, expected = (add_layer_norm(x, x, weight, eps=eps) for eps in (10**30, 1e30))
+    assert_equal(got, expected)
 
 
 def test_autocast_keeps_the_dtype_of_x(device):

@@ -229,6 +229,14 @@ def test_compiles_as_one_graph_for_any_number_of_rows(device):
                 assert torch.equal(a, b)
 
 
+def test_eps_can_be_a_large_int(device):
+    """Such an int does not fit 64 bits."""
+    x, weight = torch.full((2, 8), 1e15, device=device), torch.ones(8, device=device)
+    assert torch.equal(rms_norm(x, weight, eps=10**30), rms_norm(x, weight, eps=1e30))
+    got, expected = (add_rms_norm(x, x, weight, eps=eps) for eps in (10**30, 1e30))
+    assert_equal(got, expected)
+
+
 def test_autocast_keeps_the_dtype_of_x(device):
     x, _, weight, *_ = tensors(4, 32, torch.bfloat16, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
