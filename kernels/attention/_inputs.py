@@ -78,7 +78,7 @@ def _check_added_bias(name: str, added_bias: Tensor | None, qkv: Tensor) -> None
 
 def check_documents(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
     """Check the shape, dtype and device of cu_seqlens."""
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{name}: cu_seqlens must be int32 (documents + 1,), "
             f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"

@@ -119,3 +119,19 @@ def test_fake_outputs_match_real_outputs(dtype, device):
             real, fake = [real], [fake]
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), op
+
+
+class Documents(torch.nn.Module):
+    def forward(self, q, k, v, cu_seqlens):
+        return causal_attention_varlen(q, k, v, cu_seqlens, 64)
+
+
+@pytest.mark.plain
+def test_exports_for_any_number_of_documents():
+    q, k, v = (torch.randn(9, 2, 16) for _ in range(3))
+    inputs = (q, k, v, torch.tensor([0, 4, 9]).int())
+    documents = {0: torch.export.Dim("documents_and_one", min=2)}
+    shapes = ({}, {}, {}, documents)
+    exported = torch.export.export(Documents(), inputs, dynamic_shapes=shapes, strict=False)
+    other = torch.tensor([0, 2, 5, 6, 9]).int()
+    assert torch.equal(exported.module()(q, k, v, other), Documents()(q, k, v, other))
