@@ -21,7 +21,9 @@ and the backward needs neither p nor dp of other tiles.
 Shapes     q, o: (B, T, H, K)   k, v: (B, S, G, K)   lse: (B, H, T) float32, natural logarithm
            G divides H: H / G query heads share a key head.   S >= T
 Precision  any float dtype in and out; scores, softmax and sums in float32. p and ds are rounded to
-           the dtype of the inputs before they enter a matmul.
+           the dtype of the inputs before they enter a matmul. In the backward the relative error
+           of p is about 2^-24 |score| for float32 inputs, because lse is rounded to float32: 6 % at
+           a score of 10^6, and far more at larger ones.
 Dropout    random bits depend only on the seed and on (b, h, i, j), so the backward and activation
            checkpointing get the mask of the forward. Word j % 4 of Philox counter
            ((b H + h) T + i) ceil(S / 4) + j / 4. j is counted from the document's first key.
