@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .core.op import FLOATS
+from .core.op import FLOATS, can_read_values
 
 
 def check_arguments(
@@ -56,6 +56,19 @@ def check_arguments(
         raise ValueError(
             f"embedding: position_weight must be {weight.dtype} ({rows} or more, {D}) on "
             f"{weight.device}, got {_describe(table)}"
+        )
+
+
+def check_values(name: str, index: Tensor, table: Tensor) -> None:
+    """Raise an IndexError for an index outside the table, if values can be read without waiting."""
+    if not can_read_values(index):
+        return
+    rows = table.shape[0]
+    outside = (index < 0) | (index >= rows)
+    if outside.any():
+        raise IndexError(
+            f"embedding: {name} must be from 0 to {rows - 1}, got {index[outside][0].item()}; "
+            "check the size of the table"
         )
 
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._embedding_checks import check_arguments
+from ._embedding_checks import check_arguments, check_values
 from ._embedding_kernels import (
     _embedding_bwd_kernel,
     _embedding_bwd_long_runs_kernel,
@@ -42,7 +42,7 @@ from ._embedding_kernels import (
 from .core.dropout import Dropout, drop, resolve_dropout
 from .core.launch import launch_kernel
 from .core.layout import as_rows, wide
-from .core.op import can_read_values, define_op, is_eager, public
+from .core.op import define_op, is_eager, is_transformed, public
 from .core.triton import cdiv, next_power_of_2
 
 # --- reference: the definition; also the CPU implementation, the shape rule and the test oracle
@@ -59,12 +59,12 @@ def reference_fwd(
     dropout: Dropout,
 ) -> Tensor:
     """Return y. `order` is for the backward."""
-    _check_values("tokens", tokens, weight)
+    check_values("tokens", tokens, weight)
     y = wide(weight)[tokens]
     if position_weight is not None:
         if position is None:
             position = torch.arange(tokens.shape[0], device=tokens.device) % T
-        _check_values("position", position, position_weight)
+        check_values("position", position, position_weight)
         y = y + wide(position_weight)[position]
     return drop(y, dropout).to(dtype)
 
@@ -116,9 +116,9 @@ def _composite_fwd(
     dropout: Dropout,
 ) -> Tensor:
     """Compute y with PyTorch functions that autograd can differentiate."""
-    _check_values("tokens", tokens, weight)
+    check_values("tokens", tokens, weight)
     if position is not None:
-        _check_values("position", position, position_weight)
+        check_values("position", position, position_weight)
     y = F.embedding(tokens, weight)
     if position_weight is not None and position is None:
         position = torch.arange(T, device=tokens.device)
@@ -132,19 +132,6 @@ def _uses_composite(tokens: Tensor, weight: Tensor, *_) -> bool:
     """Whether the composite adds gradients in a fixed order, and in at least float32."""
     # Compiled for a CPU, the gradient of F.embedding uses atomics.
     return weight.dtype.itemsize > 2 and is_eager(weight)
-
-
-def _check_values(name: str, index: Tensor, table: Tensor) -> None:
-    """Raise an IndexError for an index outside the table, if values can be read without waiting."""
-    if not can_read_values(index):
-        return
-    rows = table.shape[0]
-    outside = (index < 0) | (index >= rows)
-    if outside.any():
-        raise IndexError(
-            f"embedding: {name} must be from 0 to {rows - 1}, got {index[outside][0].item()}; "
-            "check the size of the table"
-        )
 
 
 # --- launchers: allocate, plan, launch by keyword; no checks, no autograd
@@ -386,8 +373,9 @@ def embedding(
     dtype = dtype or weight.dtype
     inputs = (flat_tokens, weight, position, position_weight, order, T, dtype, dropout)
 
-    # Look up.
-    if return_weight and torch.is_grad_enabled() and not _fwd.uses_composite(*inputs):
+    # Look up. torch.func cannot transform the backward that writes to the head's gradient.
+    is_tied = return_weight and torch.is_grad_enabled() and not is_transformed()
+    if is_tied and not _fwd.uses_composite(*inputs):
         y, weight = _TiedEmbedding.apply(*inputs)
     else:
         y = _fwd(*inputs)

@@ -27,7 +27,7 @@ from ..core.device import DEFAULT_SM_COUNT, sm_count
 from ..core.launch import launch_kernel
 from ..core.layout import strides_bth, unit_stride, wide
 from ..core.matmul import autocast
-from ..core.op import can_read_values, define_op, is_eager, public
+from ..core.op import can_read_values, define_op, is_eager, is_transformed, public
 from ..core.triton import cdiv, next_power_of_2, tl, triton
 from ._inputs import check_head_counts
 from ._tiles import LOWEST, _capped_scores, _exp2_scale, _is_visible, _load_rows, _softmax_step
@@ -283,8 +283,11 @@ def cost(B: int, T: int, S: int, H: int, G: int, K: int, itemsize: int) -> dict[
 
 
 def _needs_no_operator(q: Tensor, *_) -> bool:
-    """There are no gradients, so eager code may call the reference directly."""
-    return is_eager(q)
+    """There are no gradients, so eager code may call the reference directly.
+
+    Inside torch.func.vmap lengths cannot be read. There the operator runs once per example.
+    """
+    return is_eager(q) and not is_transformed()
 
 
 _decode = define_op(

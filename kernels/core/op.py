@@ -300,8 +300,11 @@ def is_eager(x: Tensor) -> bool:
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether the values of `x` can be read without synchronizing with a device."""
-    return x.device.type == "cpu"
+    """Whether the values of `x` can be read, without synchronizing with a device.
+
+    Inside torch.func.vmap a tensor stands for a batch, and its values cannot be read.
+    """
+    return x.device.type == "cpu" and not is_transformed()
 
 
 def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

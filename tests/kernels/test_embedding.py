@@ -554,3 +554,37 @@ def test_compiles_for_every_target_without_spills(arch, has_dropout):
 @pytest.mark.plain
 def test_columns_of_a_program_cover_common_widths_without_waste():
     assert all(D % BLOCK_COLUMNS == 0 for D in (768, 1024, 1280))
+
+
+# --- torch.func
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_torch_func_for_each_sequence_match_autograd(dtype, device):
+    tokens, weight, table, dy = tensors(3, 5, 7, 8, dtype, device)
+
+    def total(weight, table, tokens, dy):
+        return (embedding(tokens, weight, position_weight=table) * dy).sum()
+
+    gradient = torch.func.grad(total, (0, 1))
+    found = torch.func.vmap(gradient, (None, None, 0, 0))(weight, table, tokens, dy)
+    for i in range(3):
+        leaves = [weight.clone().requires_grad_(), table.clone().requires_grad_()]
+        expected = torch.autograd.grad(total(*leaves, tokens[i], dy[i]), leaves)
+        assert_close([grad[i] for grad in found], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_torch_func_for_a_weight_shared_with_a_head_matches_autograd(dtype, device):
+    tokens, weight, _, dy = tensors(2, 3, 5, 8, dtype, device)
+
+    def total(weight):
+        y, head = embedding(tokens, weight, return_weight=True)
+        return (y * dy).sum() + (head * head).sum()
+
+    leaf = weight.clone().requires_grad_()
+    expected = torch.autograd.grad(total(leaf), leaf)
+    # In bfloat16 the sum of both gradients is rounded once, or once more.
+    tolerance = {"rtol": 2.0**-7, "atol": 2.0**-5} if dtype == torch.bfloat16 else {}
+    assert_close([torch.func.grad(total)(weight)], expected, **tolerance)

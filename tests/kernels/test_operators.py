@@ -196,12 +196,48 @@ def test_gradients_of_torch_func_match_autograd(name, device):
     assert_close([grad[1] for grad in grads], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("function", "width"),
+    [
+        (lambda x, bias: kernels.layer_norm(x, x[0], added_bias=bias), 8),
+        (lambda x, bias: kernels.add_layer_norm(x, x + 1, x[0], added_bias=bias)[0], 8),
+        (lambda x, bias: kernels.causal_attention_qkvpacked(x[None], 2, added_bias=bias), 24),
+    ],
+)
+def test_gradients_of_torch_func_for_an_added_bias_match_autograd(function, width, device):
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0)).to(device)
+    bias = torch.zeros(width, device=device)
+
+    def total(x, bias):
+        return function(x, bias).square().sum()
+
+    leaves = [value.clone().requires_grad_() for value in (x, bias)]
+    expected = torch.autograd.grad(total(*leaves), leaves)
+    assert_close(torch.func.grad(total, (0, 1))(x, bias), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_second_derivatives_of_torch_func_raise(device):
     x, weight = torch.randn(3, 8, device=device), torch.ones(8, device=device)
     first = torch.func.grad(sum_of_first(kernels.rms_norm))
     message = "rms_norm_bwd: no autograd formula was registered"
     with pytest.raises(RuntimeError, match=message):
         torch.func.grad(lambda x: first(x, weight).sum())(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "attention_decode"])
+def test_batched_gradients_match_single_ones(name, device):
+    """torch.autograd.grad has a vmap of its own, not that of torch.func."""
+    function, make = CASES[name]
+    values, others = make(5, device)
+    leaves = [value.requires_grad_() for value in values]
+    output = function(*leaves, *others)
+    output = output[0] if isinstance(output, tuple) else output
+    incoming = torch.randn(2, *output.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    single = [torch.autograd.grad(output, leaves, dy, retain_graph=True) for dy in incoming]
+    batched = torch.autograd.grad(output, leaves, incoming, is_grads_batched=True)
+    expected = [torch.stack(grads) for grads in zip(*single, strict=True)]
+    assert_close(batched, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- threads and processes

@@ -265,3 +265,16 @@ def test_sizes_of_one_compile(S, kernels):
     assert len(launches) == kernels
     for one in launches:
         assert "cubin" in compile_launch(one, "sm_90").asm, one.kernel.__name__
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("lengths_axis", [0, None])
+def test_vmap_matches_a_loop(lengths_axis, device):
+    q, k, v, lengths = make_caches(6, 1, 9, 2, 1, 16, torch.float32, device)
+    batch = [x.unflatten(0, (3, 2)) for x in (q, k.nan_to_num(), v.nan_to_num(), lengths)]
+    if lengths_axis is None:
+        batch[3] = batch[3][0]
+    got = torch.func.vmap(attention_decode, (0, 0, 0, lengths_axis))(*batch)
+    for i in range(3):
+        given = batch[3] if lengths_axis is None else batch[3][i]
+        torch.testing.assert_close(got[i], attention_decode(*(x[i] for x in batch[:3]), given))

@@ -380,6 +380,9 @@ def test_public_compiles_no_more_often_than_its_function_for_any_number():
 def test_values_can_be_read_on_a_cpu_only():
     assert can_read_values(torch.ones(1))
     assert not can_read_values(torch.ones(1, device="meta"))
+    found = []
+    torch.func.vmap(lambda x: found.append(can_read_values(x)) or x)(torch.ones(2))
+    assert found == [False]
 
 
 @pytest.mark.plain
