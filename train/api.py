@@ -107,14 +107,19 @@ class Run:
             prompt: text to continue, at most as long as the context. None: the start of a document.
             max_new_tokens, temperature, top_p, options: fields of model.generation.Sampling.
         Returns: the prompt and its continuation.
-        Raises: InputError if the model is a classifier, or the prompt is too long.
+        Raises: InputError if the model is a classifier, an option is out of range, or the prompt
+            is too long.
         """
         values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         if isinstance(self.model, GPTClassifier):
             raise InputError(f"{self.folder}: expected a language model, got a classifier")
-        sampling = Sampling(**values | options)
-        ids = encode_prompt(self.tokenizer, prompt)
-        return (prompt or "") + "".join(stream_sample(self.model, self.tokenizer, ids, sampling))
+        try:
+            sampling = Sampling(**values | options)
+            ids = encode_prompt(self.tokenizer, prompt)
+            found = stream_sample(self.model, self.tokenizer, ids, sampling)
+            return (prompt or "") + "".join(found)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
     def classify(self, texts: Iterable[str]) -> list[dict[str, float]]:
         """Return the probabilities of all labels for each text.

@@ -60,12 +60,13 @@ def muon_parts(model: nn.Module, config: "TrainConfig") -> list[Part]:
     for parameter in _trained(model):
         is_matrix = parameter.ndim == 2 and id(parameter) in in_linear_layers
         (matrices if is_matrix else others).append(parameter)
-    adamw = _adamw_part(others, config)
-    if not matrices:
-        return [adamw]
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
-    groups = [{"params": matrices}]
-    return [adamw, Part(optimizer=Muon, groups=groups, options=options)]
+    parts = []
+    if others:  # with LoRA all trained parameters are matrices
+        parts.append(_adamw_part(others, config))
+    if matrices:
+        options = {"lr": config.lr, "weight_decay": config.weight_decay}
+        parts.append(Part(optimizer=Muon, groups=[{"params": matrices}], options=options))
+    return parts
 
 
 def _adamw_part(parameters: list[nn.Parameter], config: "TrainConfig") -> Part:

@@ -138,6 +138,8 @@ class Trainer:
         tensors = [value for state in states for value in state.values()]
         tensors += [parameter.detach() for parameter in self.model.parameters()]
         local = [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
+        # FSDP gives some ranks no rows of a parameter that has fewer rows than there are ranks.
+        local = [each for each in local if each.numel()]
         largest = torch.stack(torch._foreach_norm(local, torch.inf)).max()
         num_bad = largest.isfinite().logical_not().float()
         return self.engine.world.mean(num_bad).item() == 0

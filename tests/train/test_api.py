@@ -45,6 +45,8 @@ def test_a_run_samples_plots_and_is_fine_tuned(options, tmp_path):
     text = run.sample("the qu", max_new_tokens=4, seed=1)
     assert text.startswith("the qu")
     assert text == run.sample("the qu", max_new_tokens=4, seed=1)
+    with pytest.raises(tritium.InputError, match="top_p"):
+        run.sample("the qu", top_p=2.0)
     assert not run.model.training
     assert run.plot().read_bytes().startswith(b"\x89PNG")
     records = tmp_path / "records.json"

@@ -47,6 +47,13 @@ def test_a_run_trains_only_lora_and_resumes_bitwise(words, tritium, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in tensors(run).items())
 
 
+def test_fsdp_writes_checkpoints_if_a_parameter_has_fewer_rows_than_ranks(words, launch, tmp_path):
+    more = ("--parallel", "fsdp", "--batch-size", 6, "--steps", 2)
+    status, _, errors = launch(3, *words[1:], *more)
+    assert status == [0, 0, 0], errors
+    assert tensors(tmp_path / "lora", 2)
+
+
 def test_run_export_and_adapter_are_the_same_model(words, tritium, tmp_path):
     assert tritium(*words)[0] == 0
     run = tmp_path / "lora"

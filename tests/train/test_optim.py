@@ -59,6 +59,15 @@ def test_a_parameter_in_no_group_raises(model, monkeypatch):
         make_optimizer(model)
 
 
+def test_muon_alone_trains_a_model_whose_trained_parameters_are_matrices(model):
+    """As those of LoRA are."""
+    matrices = {"h.0.mlp.c_fc.weight", "h.1.mlp.c_fc.weight"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in matrices)
+    (part,) = make_optimizer(model, optimizer="muon").parts
+    assert sum(len(group["params"]) for group in part.param_groups) == 2
+
+
 def test_frozen_parameters_are_in_no_group(model):
     model.wte.weight.requires_grad_(False)
     parts = make_optimizer(model).parts

@@ -73,7 +73,7 @@ def open_data(
     found = [counts.cut([pairs[i] for i in part.tolist()], T) for part in splits]
     kept = dict(zip(_SPLITS, (each for each, _ in found), strict=True))
     check_not_empty({name: kept[name] for name in _SPLITS[:2]}, source.path, T)
-    width = widest(kept.values())
+    width = min(widest(kept.values()), config.model.context_tokens)
     train, val, test = (make_rows(each, width) for each in kept.values())
     return PreferData(
         path=source.path,

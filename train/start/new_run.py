@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...model import GPTConfig
 from ..config import TrainConfig
 from ..data.prepare import is_dataset
 from ..finetune.start import with_prefix
@@ -41,18 +40,18 @@ def new_config(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
             # A dataset has its own tokenizer. The recipe's tokenizer is for the recipe's data.
             config = replace(config, tokenizer=None)
     if config.init_from is not None:
-        config = _start_from(config, base.model, options)
+        config = _start_from(config, options)
     return config
 
 
-def _start_from(config: TrainConfig, default: GPTConfig, given: Collection[str]) -> TrainConfig:
+def _start_from(config: TrainConfig, given: Collection[str]) -> TrainConfig:
     """Give the run the shape and the tokenizer of the model that it starts from."""
     trained = open_model(Path(config.init_from))
     own = trained.config.with_dropout_of(config.model)
     shape = with_prefix(own, config.model.prefix_tokens)
     for each in fields(shape):
         value, expected = getattr(config.model, each.name), getattr(own, each.name)
-        if value not in (expected, getattr(shape, each.name), getattr(default, each.name)):
+        if each.name in given and value not in (expected, getattr(shape, each.name)):
             raise InputError(
                 f"{each.name}: expected {expected}, as in {config.init_from}, got {value}; "
                 "leave it out"

@@ -48,6 +48,14 @@ def weights(run, step):
     return load_file(run / "checkpoints" / f"step-{step}" / "model.safetensors")
 
 
+def test_rows_are_at_most_as_long_as_the_context(model, words, pairs, tritium):
+    """A prefix of 4 tokens leaves a context of 44, which is no multiple of the row width 8."""
+    long = [{"prompt": "say", "chosen": f"{i} " * 40, "rejected": f"no {i}"} for i in range(40)]
+    pairs.write_text(json.dumps(long))
+    status, _, err = tritium(*words, "--prefix-tokens", 4)
+    assert status == 0, err
+
+
 @pytest.mark.parametrize("more", [[], ["--lora", 2, "--length-normalize", "--micro-batch-size", 2]])
 def test_a_run_starts_at_log_2_prefers_chosen_answers_and_resumes(more, words, tritium, tmp_path):
     status, out, err = tritium(*words, *more)

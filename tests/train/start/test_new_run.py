@@ -30,6 +30,11 @@ def test_a_run_that_starts_from_a_model_has_its_shape(tmp_path):
     assert config.tokenizer == "bytes"
     with pytest.raises(InputError, match=r"n_layer: expected 1, as in .*, got 3; leave it out"):
         new_config(BASE, given | {"n_layer": 3})
+    # Also if the recipe has the same value.
+    recipe_layers = BASE.model.n_layer
+    assert recipe_layers != 1
+    with pytest.raises(InputError, match=f"n_layer: expected 1, as in .*, got {recipe_layers}"):
+        new_config(BASE, given | {"n_layer": recipe_layers})
     del given["tokenizer"]
     with pytest.raises(InputError, match=r"tokenizer: expected the tokenizer of .* came without"):
         new_config(BASE, given)
