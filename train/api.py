@@ -231,7 +231,7 @@ def load(run_or_folder: str | Path) -> Run:
     Returns: a Run. Its model is read when it is first used.
     Raises: InputError if there is no model.
     """
-    folder = Path(run_or_folder)
+    folder = Path(run_or_folder).absolute()
     open_model(folder)
     return Run(folder)
 
@@ -256,6 +256,7 @@ def _as_options(options: dict[str, Any]) -> dict[str, Any]:
 def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:
     """Train a new run in its folder, or in the next free folder runs/NAME-N."""
     folder = Path(config.report.out) if config.report.out else create_free_folder(name)
+    folder = folder.absolute()  # a callback may change the working directory
     try:
         return _finish(folder, lambda: start(config, folder, callbacks=callbacks))
     finally:

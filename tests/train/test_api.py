@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_a_run_samples_plots_and_is_fine_tuned(options, tmp_path):
 def test_runs_without_out_get_the_next_free_folder(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     del options["out"]
-    assert str(api.train("laptop", **options | {"steps": 1}).folder) == "runs/laptop-1"
+    run = api.train("laptop", **options | {"steps": 1})
+    assert run.folder == tmp_path / "runs" / "laptop-1"
     with pytest.raises(tritium.InputError, match="`data`: expected files"):
         api.train("laptop", **options | {"data": [], "steps": 1})
     with pytest.raises(tritium.InputError):
@@ -112,20 +114,38 @@ def test_callbacks_get_the_lines_of_metrics(options, tmp_path):
     assert [line["step"] for line in again] == [6, 7]
 
 
+def test_a_callback_may_change_the_working_directory(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    run = api.train("laptop", **options | {"out": "run"}, on_step=lambda line: os.chdir(other))
+    assert checkpoints(tmp_path / "run")
+    assert len([line for line in run.metrics() if "loss" in line]) == 6
+
+
 class EnoughError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("name", "at"), [("on_step", 3), ("on_evaluation", 6)])
-def test_an_exception_in_a_callback_stops_the_run_with_a_checkpoint(name, at, options, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "at", "error"),
+    [
+        ("on_step", 3, EnoughError),
+        ("on_step", 3, KeyboardInterrupt),
+        ("on_evaluation", 6, EnoughError),
+    ],
+)
+def test_an_exception_in_a_callback_stops_the_run_with_a_checkpoint(
+    name, at, error, options, tmp_path
+):
     calls = []
 
     def stop(line):
         calls.append(line["step"])
         if line["step"] >= at - (name == "on_step"):
-            raise EnoughError(at)
+            raise error(at)
 
-    with pytest.raises(EnoughError) as found:
+    with pytest.raises(error) as found:
         api.train("laptop", **options, **{name: stop})
     assert found.value.args == (at,)
     assert calls[-1] == at - (name == "on_step")  # no call after the exception

@@ -134,10 +134,10 @@ class Signals:
 
     def __init__(self, world: "World"):
         self._world = world
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._is_received_on_any = False
 
-    def request_stop(self, error: Exception) -> None:
+    def request_stop(self, error: BaseException) -> None:
         """Stop all ranks as a signal does. Any rank can call it. `raise_stop` raises the error.
 
         The first error counts.

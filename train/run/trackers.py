@@ -103,7 +103,7 @@ class CallbackTracker:
     Args: stop: called with the exception of a function.
     """
 
-    def __init__(self, callbacks: Callbacks, stop: Callable[[Exception], None]):
+    def __init__(self, callbacks: Callbacks, stop: Callable[[BaseException], None]):
         self._callbacks = callbacks
         self._stop = stop
 
@@ -115,7 +115,7 @@ class CallbackTracker:
             return
         try:
             function(line)
-        except Exception as error:
+        except BaseException as error:  # KeyboardInterrupt too: the run writes a checkpoint first
             self._callbacks = NO_CALLBACKS
             self._stop(error)
 
