@@ -31,7 +31,9 @@ from .generation.text import encode_prompt, stream_sample
 from .loop import resume, start
 from .machine.device import choose_device, choose_matmul
 from .recipes import default_recipe, recipe
+from .run.checkpoint import checkpoints
 from .run.folder import create_free_folder
+from .run.goodput import begin_now
 from .run.metrics import check_metrics, read_lines
 from .run.models import SavedModel, open_model
 from .run.plots import plot_loss
@@ -265,9 +267,10 @@ def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:
                 folder.rmdir()  # only if the run did not start: then it is empty
 
 
-def _finish(folder: Path, work) -> Run:
-    """Run `work` to the end. An interrupted run says how to go on."""
+def _finish(folder: Path, work: Callable[[], Evaluation]) -> Run:
+    """Run `work` to the end. An interrupted run with a checkpoint says how to go on."""
+    begin_now()
     try:
         return Run(folder, work())
     except InterruptedRun as stop:
-        raise InterruptedRun(stop.number, folder) from None
+        raise InterruptedRun(stop.number, folder if checkpoints(folder) else None) from None

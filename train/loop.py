@@ -170,10 +170,11 @@ def _train(
         else:
             first = saver.load()
             world.on_rank0(lambda: check_space_for_run(run, config, engine))
-            world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
 
     # The data, and the metrics of its steps.
     data.begin(run, engine, config, first)
+    if record is not None:  # after all that may raise for changed options
+        world.on_rank0(lambda: note_resume(run, record, config, data, execution, first))
     loader = data.loader(config, execution)
     signals = Signals(world)
     trackers = open_trackers(config, run, first) if world.is_rank0 else []

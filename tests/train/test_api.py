@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -121,6 +123,23 @@ def test_a_callback_may_change_the_working_directory(options, tmp_path, monkeypa
     run = api.train("laptop", **options | {"out": "run"}, on_step=lambda line: os.chdir(other))
     assert checkpoints(tmp_path / "run")
     assert len([line for line in run.metrics() if "loss" in line]) == 6
+
+
+def test_the_time_of_a_run_begins_with_the_call(options, tmp_path, monkeypatch):
+    """Not with the start of the process, which may be a notebook of yesterday."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        began = time.perf_counter()
+        run = api.train("laptop", **options | {"out": None})
+        elapsed = time.perf_counter() - began
+        wall_seconds = [line["wall_seconds"] for line in run.metrics() if "goodput" in line]
+        assert 0 < wall_seconds[-1] <= elapsed
+
+
+def test_a_time_limit_outside_of_the_main_thread_raises(options):
+    """Signals do not reach other threads, so the limit would have no effect."""
+    with ThreadPoolExecutor(1) as pool, pytest.raises(tritium.InputError, match="max_minutes: exp"):
+        pool.submit(api.train, "laptop", **options, max_minutes=5.0).result()
 
 
 class EnoughError(Exception):

@@ -5,7 +5,7 @@ data_wait      waiting for a batch
 evaluation     evaluations, samples and the plot
 checkpoints    the steps wait while a checkpoint is written
 compilation    the first step of each process on CUDA or with torch.compile
-setup          from the start of the first process to its first step
+setup          from the start of the first process, or of the call from Python, to its first step
 restarts       steps that a resumed process takes again, because the process before it died
                after its newest checkpoint; going back to a checkpoint; and from the start of a
                resumed process to its first step. Time without any process does not count
@@ -89,8 +89,23 @@ def describe(line: dict) -> str:
     return f"{shares['steps']:.1%} of {line['wall_seconds']:.0f} s in steps; " + ", ".join(others)
 
 
+# When the work of this process began; None: when the process started.
+_began: float | None = None
+
+
+def begin_now() -> None:
+    """Let the time of runs begin now. A process that calls Python functions may be old."""
+    global _began
+    _began = time.perf_counter()
+
+
 def process_age() -> float:
-    """Return the seconds since this process started; 0 where the system does not tell."""
+    """Return the seconds since this process started, or since `begin_now`.
+
+    Returns: 0 where the system does not tell.
+    """
+    if _began is not None:
+        return time.perf_counter() - _began
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
             started = int(file.read().rpartition(")")[2].split()[19])

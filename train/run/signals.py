@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from ...errors import InterruptedRun, StopRequested
+from ...errors import InputError, InterruptedRun, StopRequested
 from ..terminal.console import is_local_rank0, print_from_handler
 
 if TYPE_CHECKING:
@@ -113,7 +113,12 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def set_time_limit(seconds: float) -> None:
-    """Send SIGALRM to this process after `seconds`. Does nothing outside of the main thread."""
+    """Send SIGALRM to this process after `seconds`.
+
+    Raises: InputError outside of the main thread, where Python handles no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError("max_minutes: expected a run in the main thread, got another thread")
     if _TIME_LIMIT is not None and signal.getsignal(_TIME_LIMIT) is _note:
         # 0 would mean no limit, and the system has a largest time.
         signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), _LONGEST_LIMIT))

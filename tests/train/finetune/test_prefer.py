@@ -96,7 +96,20 @@ def test_a_damaged_reference_is_one_line(words, tritium, error_of, tmp_path):
         "train", "--resume", run
     )
     file.unlink()
-    assert "reference.json: damaged or missing" in error_of("train", "--resume", run)
+    assert "expected the pairs of answers with which the run was started" in error_of("train", "--resume", run)
+
+
+def test_other_data_that_the_run_cannot_use_changes_no_option(words, pairs, tritium, tmp_path):
+    assert tritium(*words)[0] == 0
+    run = tmp_path / "prefer"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(pairs.read_text())[1:]))
+    before = (run / "config.json").read_bytes()
+    change = ("--change", f"data={other}", "--change", "steps=20")
+    status, _, err = tritium("finetune", "--resume", run, *change)
+    assert status == 2
+    assert "expected the pairs of answers with which the run was started" in err
+    assert (run / "config.json").read_bytes() == before
 
 
 def test_bad_pairs_and_options_are_one_line(words, pairs, error_of):

@@ -1,9 +1,10 @@
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tritium.errors import InterruptedRun
+from tritium.errors import InputError, InterruptedRun
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.signals import set_time_limit, stop_on_signals
 
@@ -49,12 +50,11 @@ def test_time_limits_of_any_length_are_accepted():
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_a_thread_has_no_handlers():
+def test_a_thread_has_no_handlers_and_no_time_limit():
     def work():
         with stop_on_signals():
             set_time_limit(1e-3)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="max_minutes: expected"):
+        pool.submit(work).result()
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
