@@ -64,7 +64,7 @@ def read_labelled_texts(path: Path, text_column: str, label_column: str) -> list
 
 
 def _check_label(label: object, field: str, place: str) -> str:
-    is_number = isinstance(label, int) and not isinstance(label, bool)
+    is_number = isinstance(label, int | float) and not isinstance(label, bool)
     if not (is_number or isinstance(label, str)) or not str(label).strip():
         raise InputError(f"{place}: {field}: expected a label, got {shorten(label)}")
     return str(label).strip()

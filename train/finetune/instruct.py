@@ -81,6 +81,12 @@ def open_data(
             "the validation split, got none; give a longer context"
         )
     train, val = (make_rows(each, T if options.packing else None) for each in examples)
+    for i in splits[2].tolist():
+        try:
+            # Here, and not after the last step.
+            encode_question(tokenizer, conversations[i][:-1], template)
+        except InputError as error:
+            raise InputError(f"{source.records[i][0]}: {error}") from None
     return InstructData(
         path=source.path,
         sha256=source.sha256,

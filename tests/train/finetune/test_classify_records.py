@@ -60,9 +60,10 @@ def test_columns_are_numbered_from_1(tmp_path):
             read_labelled_texts(tmp_path / "a.tsv", field, "1")
 
 
-def test_numbers_are_labels_in_json(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "label": 3}))
-    assert read_labelled_texts(tmp_path / "a.jsonl", "text", "label")[0].label == "3"
+@pytest.mark.parametrize(("number", "label"), [(3, "3"), (1.5, "1.5")])
+def test_numbers_are_labels_in_json(number, label, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "label": number}))
+    assert read_labelled_texts(tmp_path / "a.jsonl", "text", "label")[0].label == label
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,24 @@ def test_a_character_without_a_token_raises_with_its_record(tiny, file, tritium,
         open_data(finetune_config("instruct", tmp_path / "chars", file))
 
 
+def test_a_test_question_without_a_token_raises_before_the_first_step(
+    tiny, corpus, file, tritium, tmp_path
+):
+    corpus.write_text(corpus.read_text() + "User: a\nAssistant: b\n" * 9)
+    words = ["--context-tokens", 64, "--tokenizer", "chars", "--steps", 1]
+    assert tritium(*tiny, *words, "--out", tmp_path / "chars")[0] == 0
+    records = [{"instruction": "a", "output": "b"} for _ in range(20)]
+    file.write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    config = finetune_config(
+        "instruct", tmp_path / "chars", file, test_fraction=0.2, template="plain"
+    )
+    place = open_data(config).splits[2][0]
+    records[place]["instruction"] = "\u20ac"
+    file.write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    with pytest.raises(InputError, match=rf"records.json:{place + 1}: tokenizer chars: expected"):
+        open_data(config)
+
+
 def test_missing_files_and_models_raise(base, file, tmp_path):
     config = finetune_config("instruct", base, tmp_path / "none.json")
     with pytest.raises(InputError, match=r"none.json: expected a file of records, found none"):
