@@ -96,9 +96,7 @@ def test_a_damaged_reference_is_one_line(words, tritium, error_of, tmp_path):
         "train", "--resume", run
     )
     file.unlink()
-    assert "expected the pairs of answers with which the run was started" in error_of(
-        "train", "--resume", run
-    )
+    assert "reference.json: damaged or missing" in error_of("train", "--resume", run)
 
 
 def test_other_data_that_the_run_cannot_use_changes_no_option(words, pairs, tritium, tmp_path):
