@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
 from ...model import GPTClassifier
 from ..data.loader import copy_cu_seqlens, copy_to_device, seed_input
 from ..data.tokenizers.tokenizer import Tokenizer
 from .classify_records import LabelledText
+from .records import errors_name
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,8 @@ def encode_labelled(
     """
     encoded = []
     for each in texts:
-        try:
+        with errors_name(each.place):
             encoded.append(encode_text(tokenizer, each.text))
-        except InputError as error:
-            raise InputError(f"{each.place}: {error}") from None
     number = {label: index for index, label in enumerate(labels)}
     label = np.array([number[each.label] for each in texts], np.int64)
     per_label = np.array(weights or [1.0] * len(labels), np.float32)

@@ -30,6 +30,7 @@ from .data import TaskData
 from .records import (
     RecordLoader,
     describe_epochs,
+    errors_name,
     fit_epochs,
     open_source,
     record_batches,
@@ -70,10 +71,8 @@ def open_data(
     for part in splits[:2]:
         encoded = []
         for i in part.tolist():
-            try:
+            with errors_name(source.records[i][0]):  # the tokenizer may not have a character
                 encoded += encode(tokenizer, conversations[i], template)
-            except InputError as error:  # the tokenizer does not have a character
-                raise InputError(f"{source.records[i][0]}: {error}") from None
         examples.append(counts.cut(encoded, T))
     if not all(examples):
         raise InputError(
@@ -81,12 +80,10 @@ def open_data(
             "the validation split, got none; give a longer context"
         )
     train, val = (make_rows(each, T if options.packing else None) for each in examples)
+    # A test question that cannot be encoded ends the run here, not after the last step.
     for i in splits[2].tolist():
-        try:
-            # Here, and not after the last step.
+        with errors_name(source.records[i][0]):
             encode_question(tokenizer, conversations[i][:-1], template)
-        except InputError as error:
-            raise InputError(f"{source.records[i][0]}: {error}") from None
     return InstructData(
         path=source.path,
         sha256=source.sha256,

@@ -22,7 +22,7 @@ from ..data.loader import IGNORE_INDEX, copy_to_device, seed_input
 from ..data.tokenizers.tokenizer import Tokenizer
 from ..eval.jsonl import text_of
 from .conversations import encode, read_messages
-from .records import Record
+from .records import Record, errors_name
 from .rows import Example
 
 # Batches that are not compiled are as wide as their longest answer, rounded up to this.
@@ -44,7 +44,9 @@ def read_pair(record: Record, tokenizer: Tokenizer, template: str) -> Pair:
     examples = []
     for answer in answers:
         one = (place, question | {"output": answer})
-        (example,) = encode(tokenizer, read_messages(one, template), template)
+        messages = read_messages(one, template)
+        with errors_name(place):  # the tokenizer may not have a character
+            (example,) = encode(tokenizer, messages, template)
         examples.append(example)
     return tuple(examples)
 

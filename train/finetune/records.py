@@ -9,6 +9,7 @@ A batch depends on the step only, as in data/loader.py, so a resumed run continu
 batch. In each epoch every row is read exactly once.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,17 @@ from .data import TaskBatch
 
 # A record and where it is, for messages: FILE:LINE or FILE: record NUMBER.
 Record = tuple[str, dict[str, Any]]
+
+
+@contextlib.contextmanager
+def errors_name(place: str) -> Iterator[None]:
+    """Put the place of a record before the message of an InputError that is raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
 # Smallest number of records: one to train on and one for validation.
 _LEAST_RECORDS = 2
 

@@ -35,6 +35,12 @@ def test_a_pair_has_one_prompt_and_two_answers(tokenizer):
     assert "### Input:\n1 + 1" in prompts.pop()
 
 
+def test_a_character_without_a_token_raises_with_its_record():
+    chars = from_spec("chars", lambda: ["abc"])
+    with pytest.raises(InputError, match=r"^pairs.jsonl:3: tokenizer chars: expected one of"):
+        read_pair((PLACE, RECORD), chars, "plain")
+
+
 def test_prompt_is_an_instruction_without_input(tokenizer):
     record = {"prompt": "Add 1 and 1.", "chosen": "2", "rejected": "three"}
     other = RECORD | {"instruction": "Add 1 and 1.", "input": ""}
