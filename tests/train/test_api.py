@@ -126,7 +126,7 @@ def test_a_callback_may_change_the_working_directory(options, tmp_path, monkeypa
 
 
 def test_the_time_of_a_run_begins_with_the_call(options, tmp_path, monkeypatch):
-    """Not with the start of the process, which may be a notebook of yesterday."""
+    """The process itself may have started hours before, as that of a notebook."""
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         began = time.perf_counter()
@@ -134,6 +134,16 @@ def test_the_time_of_a_run_begins_with_the_call(options, tmp_path, monkeypatch):
         elapsed = time.perf_counter() - began
         wall_seconds = [line["wall_seconds"] for line in run.metrics() if "goodput" in line]
         assert 0 < wall_seconds[-1] <= elapsed
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_is_not_to_be_resumed(options, monkeypatch):
+    def stop(*arguments, **more):
+        raise tritium.InterruptedRun(signal.SIGALRM)
+
+    monkeypatch.setattr(api, "start", stop)
+    with pytest.raises(tritium.InterruptedRun) as stopped:
+        api.train("laptop", **options)
+    assert str(stopped.value) == f"the run was stopped by signal {signal.SIGALRM:d}"
 
 
 def test_a_time_limit_outside_of_the_main_thread_raises(options):

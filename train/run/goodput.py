@@ -89,20 +89,20 @@ def describe(line: dict) -> str:
     return f"{shares['steps']:.1%} of {line['wall_seconds']:.0f} s in steps; " + ", ".join(others)
 
 
-# When the work of this process began; None: when the process started.
+# When the call from Python began. None: the process is a command, which began when it started.
 _began: float | None = None
 
 
 def begin_now() -> None:
-    """Let the time of runs begin now. A process that calls Python functions may be old."""
+    """Count the time of runs from now on: from Python, the process may be hours old."""
     global _began
     _began = time.perf_counter()
 
 
 def process_age() -> float:
-    """Return the seconds since this process started, or since `begin_now`.
+    """Return the seconds since `begin_now`, or else since this process started.
 
-    Returns: 0 where the system does not tell.
+    Returns: 0 if the system does not tell when the process started.
     """
     if _began is not None:
         return time.perf_counter() - _began

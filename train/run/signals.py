@@ -118,7 +118,9 @@ def set_time_limit(seconds: float) -> None:
     Raises: InputError outside of the main thread, where Python handles no signals.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise InputError("max_minutes: expected a run in the main thread, got another thread")
+        raise InputError(
+            "max_minutes: expected a run in the main thread, got another thread; leave it out"
+        )
     if _TIME_LIMIT is not None and signal.getsignal(_TIME_LIMIT) is _note:
         # 0 would mean no limit, and the system has a largest time.
         signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), _LONGEST_LIMIT))

@@ -71,8 +71,9 @@ def _parse_line(line: bytes, field: str, source: str) -> str:
 
 def _text_of(record: object, field: str, source: str) -> str:
     """Return the text in one field of a JSON object. A null becomes an empty text."""
-    text = record.get(field) if isinstance(record, dict) else None
-    if text is None and isinstance(record, dict) and field in record:
+    has_field = isinstance(record, dict) and field in record
+    text = record[field] if has_field else None
+    if has_field and text is None:
         return ""
     if not isinstance(text, str):
         found = (
