@@ -157,7 +157,7 @@ def test_kernels_import_only_torch_and_triton():
     assert done.stdout.strip() == "[]"
 
 
-# An entry of None makes `import triton` fail and importlib find no such module.
+# If sys.modules has None for a name, Python behaves as if that package were not installed.
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

@@ -86,8 +86,8 @@ def work(job: dict, rank: int, port: int) -> int:
 def warm_up(backend: str) -> None:
     """Import what a first compilation needs, for all later ranks.
 
-    Without a gradient: compiling one starts threads in PyTorch's CUDA builds, and then no fork of
-    this process can run a backward.
+    The compiled function has no gradient. In a CUDA build of PyTorch, compiling a gradient starts
+    threads of autograd. A process that was forked after that cannot run a backward.
     """
     torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(1))
     torch._dynamo.reset()

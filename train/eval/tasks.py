@@ -41,7 +41,7 @@ class Example:
     """A context, texts that may follow it, and the index of the right one.
 
     Attributes:
-        space: from the end of the context. It is encoded in front of each choice.
+        space: spaces that were at the end of the context. They are encoded with each choice.
     """
 
     context: str
@@ -88,7 +88,7 @@ def _hellaswag_lm_eval(record: dict[str, Any], place: str) -> Example:
 
 
 def _move_space(example: Example) -> Example:
-    """Move spaces and line ends at the end of the context, as lm-evaluation-harness does."""
+    """Move the spaces and line ends at the end of the context to `space`."""
     context = example.context.rstrip()
     return replace(example, context=context, space=example.context[len(context) :])
 

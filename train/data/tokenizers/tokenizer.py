@@ -120,10 +120,10 @@ class Tokenizer:
         return self._encode(without_surrogates(text)).astype(self.dtype, copy=False)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Encode each text as `encode` does, on threads: tiktoken releases the interpreter lock."""
+        """Encode each text, as `encode` does, on `threads` threads that run in parallel."""
         if threads <= 1 or len(texts) <= 1:
             return [self.encode(text) for text in texts]
-        # A thread gets several texts at a time. To pass one takes longer than to encode it.
+        # Several texts per call: passing a thread one short text takes longer than encoding it.
         size = max(1, len(texts) // (8 * threads))
         groups = [texts[start : start + size] for start in range(0, len(texts), size)]
         with ThreadPoolExecutor(threads) as pool:
