@@ -339,6 +339,17 @@ def test_opcheck(device):
     )
 
 
+@pytest.mark.parametrize("operator", [add_layer_norm, add_rms_norm])
+def test_results_for_transposed_axes_are_contiguous(operator, device):
+    """On the meta device too: torch.compile expects the strides that a tensor has there."""
+    x, residual = torch.randn(2, 3, 4, 8, device=device).transpose(1, 2).bfloat16()
+    weight = torch.ones(8, device=device)
+    for target in (device, "meta"):
+        inputs = [each.to(target) for each in (x, residual, weight)]
+        assert not inputs[0].is_contiguous()
+        assert all(result.is_contiguous() for result in operator(*inputs))
+
+
 def test_compiles_as_one_graph(device):
     *inputs, dy, dh = tensors(6, 40, torch.float32, device)
     inputs.append(inputs[2].flip(0))
