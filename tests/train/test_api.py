@@ -123,6 +123,10 @@ def test_a_callback_may_change_the_working_directory(options, tmp_path, monkeypa
     run = api.train("laptop", **options | {"out": "run"}, on_step=lambda line: os.chdir(other))
     assert checkpoints(tmp_path / "run")
     assert len([line for line in run.metrics() if "loss" in line]) == 6
+    monkeypatch.chdir(tmp_path)
+    opened = tritium.load("run")
+    monkeypatch.chdir(other)
+    assert opened.metrics() == run.metrics()
 
 
 def test_the_time_of_a_run_begins_with_the_call(options, tmp_path, monkeypatch):
