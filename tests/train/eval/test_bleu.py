@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -42,6 +43,16 @@ def test_texts_end_before_a_stop_text_and_do_not_depend_on_the_batch():
     sampling = Sampling(max_new_tokens=6, temperature=0, stop=(stop,))
     (text,) = generate_texts(model, BYTES, prompts[:1], sampling, batch_size=1)
     assert text == texts[0][0][: texts[0][0].index(stop)]
+
+
+def test_texts_are_decoded_as_answers():
+    """Published tokenizers leave special tokens out of answers."""
+    config = GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=257, context_tokens=16)
+    tokenizer = copy.copy(BYTES)
+    tokenizer.decode_answer = lambda ids: "an answer"
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    found = generate_texts(GPT(config).eval(), tokenizer, ["abc"], sampling, batch_size=1)
+    assert found == ["an answer"]
 
 
 def test_equal_texts_have_a_bleu_of_100():
