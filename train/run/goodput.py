@@ -8,7 +8,7 @@ compilation    the first step of each process on CUDA or with torch.compile
 setup          from the start of the first process, or of the call from Python, to its first step
 restarts       steps that a resumed process takes again, because the process before it died
                after its newest checkpoint; going back to a checkpoint; and from the start of a
-               resumed process to its first step. Time without any process does not count
+               resumed process to its first step
 """
 
 import contextlib
@@ -66,15 +66,15 @@ class Goodput:
         return {"time": time.time(), "wall_seconds": total, "goodput": shares}
 
 
-def seconds_before(line: dict, last_written: float) -> dict[str, float]:
+def seconds_before(line: dict, lost: float) -> dict[str, float]:
     """Return the seconds of each phase in earlier processes.
 
     Args:
         line: `record` of the checkpoint from which the run is resumed.
-        last_written: when the process before wrote for the last time, as time.time().
+        lost: seconds of the steps after this checkpoint, which are taken again.
     """
     seconds = {phase: line["goodput"].get(phase, 0.0) * line["wall_seconds"] for phase in PHASES}
-    seconds["restarts"] += max(0.0, last_written - line["time"])
+    seconds["restarts"] += lost
     return seconds
 
 

@@ -347,6 +347,7 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
         kept.seconds = {}
     lines = []
     trained = set()
+    goodput, lost = None, 0.0
     for row in _rows(path) if path.exists() else ():
         step = row["step"]
         if "loss" in row and step < start:
@@ -364,8 +365,10 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
             kept.restored = row
             kept.bad_steps.clear()
         elif "goodput" in row and step <= start:
-            kept.seconds = seconds_before(row, path.stat().st_mtime)
+            goodput = row
         else:
+            if rate := row.get("tokens_per_second"):
+                lost += row.get("tokens", 0) / (step + 1) / rate
             continue
         lines.append(json.dumps(row) + "\n")
     if len(trained) < start:
@@ -373,11 +376,9 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
             f"metrics.jsonl: {start - len(trained)} of the {start} steps before the checkpoint "
             "have no line: they were lost"
         )
-    last_written = path.stat().st_mtime if path.exists() else None
     write_whole(path, ["".join(lines).encode()])
-    if last_written is not None:
-        # A next resume must not count the time until now: no process ran.
-        os.utime(path, (last_written, last_written))
+    if goodput is not None:
+        kept.seconds = seconds_before(goodput, lost)
     return kept
 
 

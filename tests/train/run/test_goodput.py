@@ -32,10 +32,9 @@ def test_shares_add_up_to_the_wall_time_and_a_resume_goes_on_with_them(clock):
     assert line["goodput"]["steps"] == pytest.approx(10 / 20)
     assert sum(line["goodput"].values()) == pytest.approx(1)
 
-    # The process wrote its last line 5 s later and died. The next one started after a day.
-    died = clock[0] + 5
+    # The process made steps for 5 s more and died. The next one started after a day.
     clock[0] += 86_400
-    second = Goodput(seconds_before(line, died))
+    second = Goodput(seconds_before(line, lost=5))
     clock[0] += 2
     second.begin("steps")
     after = second.record()

@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from tritium.train.evaluate import Evaluation
 from tritium.train.machine.gpus import ceiling
 from tritium.train.optimizer.bad_steps import OVERFLOWED
+from tritium.train.run import goodput
 from tritium.train.run.metrics import (
     STEPS_AHEAD,
     STEPS_PER_READ,
@@ -223,3 +225,20 @@ def test_goodput_without_its_line_is_not_known(shares, tmp_path):
     line = {"step": 1, "goodput": shares, "time": 1, "wall_seconds": 1, "skipped_steps": 0}
     (tmp_path / "metrics.jsonl").write_text("" if shares is None else json.dumps(line) + "\n")
     assert describe_goodput(tmp_path) == "not known"
+
+
+def test_steps_that_are_taken_again_count_as_restarts(tmp_path, monkeypatch):
+    monkeypatch.setattr(goodput, "process_age", lambda: 0.0)
+    with metrics(tmp_path) as m:
+        record(m, range(4))
+        m.flush()
+        m.write_goodput(4)
+    line = {"tokens": 0, "loss": 4.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 10.0}
+    file = tmp_path / "metrics.jsonl"
+    with open(file, "a") as lines:
+        for step in range(4, 10):  # 100 tokens per step
+            lines.write(json.dumps(line | {"step": step, "tokens": 100 * (step + 1)}) + "\n")
+    os.utime(file, (2**31, 2**31))  # as after a copy of the folder
+
+    with metrics(tmp_path, start=4) as m:
+        assert m.goodput.seconds["restarts"] == pytest.approx(6 * 10, abs=5)
