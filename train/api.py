@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTClassifier
 from ..model.generation import Sampling
@@ -241,18 +243,25 @@ def load(run_or_folder: str | Path) -> Run:
 def _as_options(options: dict[str, Any]) -> dict[str, Any]:
     """Turn lists into tuples, paths into texts, and one path of `data` into a tuple.
 
+    Numbers of NumPy become Python's.
+
     Raises: InputError for a value of the wrong type.
     """
     found = {}
     for name, value in options.items():
         if name == "data" and isinstance(value, str | Path):
             value = (value,)
-        if isinstance(value, list | tuple):
-            value = tuple(str(each) if isinstance(each, Path) else each for each in value)
-        found[name] = str(value) if isinstance(value, Path) else value
+        is_list = isinstance(value, list | tuple)
+        found[name] = tuple(map(_as_option, value)) if is_list else _as_option(value)
     for part in OPTION_CLASSES:
         check_types(found, part)
     return found
+
+
+def _as_option(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:

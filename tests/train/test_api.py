@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import tritium
@@ -114,6 +115,12 @@ def test_callbacks_get_the_lines_of_metrics(options, tmp_path):
     again = []
     run.resume(steps=8, on_step=again.append)
     assert [line["step"] for line in again] == [6, 7]
+
+
+def test_numbers_of_numpy_are_options(options):
+    run = api.train("laptop", **options | {"steps": np.int64(2), "lr": np.float32(0.5)})
+    assert run.metrics()[-1]["step"] == 2
+    assert '"lr": 0.5' in (run.folder / "config.json").read_text()
 
 
 def test_a_callback_may_change_the_working_directory(options, tmp_path, monkeypatch):
