@@ -77,6 +77,8 @@ def open_data(
     )
     texts = without_copies(source.records)
     num_copies = len(source.records) - len(texts)
+    label_of = {each.text: each.label for each in texts}
+    num_contradictions = sum(each.label != label_of[each.text] for each in source.records)
     if options.balance:
         texts = balanced(texts, config.seed)
     fractions = {"val_fraction": options.val_fraction, "test_fraction": options.test_fraction}
@@ -110,7 +112,7 @@ def open_data(
         labels=parts.labels,
         rows=rows,
         texts={"val": parts.val, "test": parts.test},
-        note=_describe(texts, num_copies, num_cut, most_tokens),
+        note=_describe(texts, num_copies, num_contradictions, num_cut, most_tokens),
     )
 
 
@@ -141,7 +143,11 @@ def _check(config: TrainConfig) -> None:
 
 
 def _describe(
-    texts: Sequence[LabelledText], num_copies: int, num_cut: int, most_tokens: int
+    texts: Sequence[LabelledText],
+    num_copies: int,
+    num_contradictions: int,
+    num_cut: int,
+    most_tokens: int,
 ) -> str:
     counts = collections.Counter(each.label for each in texts).most_common()
     lines = [
@@ -149,6 +155,8 @@ def _describe(
     ]
     if num_copies:
         lines.append(f"copies of a text left out: {num_copies:,}")
+    if num_contradictions:
+        lines.append(f"copies with another label than the first: {num_contradictions:,}")
     if num_cut:
         lines.append(f"texts cut after {most_tokens} tokens: {num_cut:,}")
     return "; ".join(lines)

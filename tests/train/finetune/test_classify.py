@@ -182,6 +182,16 @@ def test_texts_that_are_cut_or_left_out_are_counted(base, file):
     assert max(len(ids) for rows in data.rows.values() for ids in rows.texts) <= 30
 
 
+def test_copies_with_another_label_are_counted(base, file):
+    file.write_text(file.read_text() + "small\tbig dog number 0\n")
+    options = {"text_column": "2", "label_column": "1"}
+    data = open_data(finetune_config("classify", base, file, **options))
+    assert (
+        "20 big, 20 small; copies of a text left out: 3; copies with another label than the "
+        "first: 1"
+    ) in data.note
+
+
 # --- bad input
 
 
