@@ -1,6 +1,7 @@
 """is_plain tells whether a fused forward may read the parameters of a layer directly."""
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -26,6 +27,16 @@ def with_hook(method: str):
     return change
 
 
+class Quantized(torch.Tensor):
+    """A weight with its own operations."""
+
+
+def with_quantized_weight(layer: nn.Module) -> nn.Module:
+    weight = layer.weight.detach().as_subclass(Quantized)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 CHANGES = {
     "adapter": lambda layer: nn.Sequential(layer),
     "subclass": lambda layer: Subclass(4, 3),
@@ -35,6 +46,7 @@ CHANGES = {
     "parametrization": lambda layer: parametrize.register_parametrization(
         layer, "weight", nn.Identity()
     ),
+    "quantized weight": with_quantized_weight,
     "forward hook": with_hook("register_forward_hook"),
     "forward pre-hook": with_hook("register_forward_pre_hook"),
     "backward hook": with_hook("register_full_backward_hook"),

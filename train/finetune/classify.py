@@ -75,10 +75,8 @@ def open_data(
         run,
         read=lambda path: read_labelled_texts(path, options.text_column, options.label_column),
     )
-    texts = without_copies(source.records)
+    texts, num_contradictions = without_copies(source.records)
     num_copies = len(source.records) - len(texts)
-    label_of = {each.text: each.label for each in texts}
-    num_contradictions = sum(each.label != label_of[each.text] for each in source.records)
     if options.balance:
         texts = balanced(texts, config.seed)
     fractions = {"val_fraction": options.val_fraction, "test_fraction": options.test_fraction}

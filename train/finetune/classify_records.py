@@ -146,12 +146,13 @@ _READERS: dict[str, Callable[[Path, str, str], Iterator[tuple[str, str, object]]
 # --- choose and split
 
 
-def without_copies(texts: Sequence[LabelledText]) -> list[LabelledText]:
-    """Keep the first of equal texts."""
+def without_copies(texts: Sequence[LabelledText]) -> tuple[list[LabelledText], int]:
+    """Return the first of equal texts, and how many of the others have another label than it."""
     first: dict[str, LabelledText] = {}
     for each in texts:
         first.setdefault(each.text, each)
-    return list(first.values())
+    num_contradictions = sum(each.label != first[each.text].label for each in texts)
+    return list(first.values()), num_contradictions
 
 
 def balanced(texts: Sequence[LabelledText], seed: int) -> list[LabelledText]:
