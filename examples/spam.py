@@ -49,7 +49,7 @@ CLASSIFIERS = ("pretrained", "random", "words")
 
 def parts_of(file: Path, set_name: str, seed: int) -> Parts:
     """Return the parts that a run with this seed uses."""
-    texts = without_copies(read_labelled_texts(file, "2", "1"))
+    texts, _ = without_copies(read_labelled_texts(file, "2", "1"))
     if SETS[set_name]["balance"]:
         texts = balanced(texts, seed)
     return split_texts(texts, val_fraction=0.1, test_fraction=0.2, seed=seed)
