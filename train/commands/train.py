@@ -57,10 +57,6 @@ class TrainFlags(TrainConfig):
         values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
         return cls(**values | {"model": ModelFlags(**asdict(config.model))})
 
-    def config(self) -> TrainConfig:
-        """Return the configuration that the flags describe."""
-        return TrainConfig.from_options(**self.options())
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
