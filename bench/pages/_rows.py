@@ -22,10 +22,10 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, color: str
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, **options))
 
 
-def _label(axes: Axes, x: float, y: float, text: str, background: str, size: int = 7) -> None:
+def _label(axes: Axes, x: float, y: float, text: str, background: str) -> None:
     """Write text on a box, in a color that can be read there."""
     color = "white" if background in (BLUE, RUST) else "black"
-    axes.text(x, y, text, ha="center", va="center", size=size, color=color)
+    axes.text(x, y, text, ha="center", va="center", size=7, color=color)
 
 
 def norms() -> Figure:

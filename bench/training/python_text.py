@@ -4,12 +4,12 @@ import codeop
 import warnings
 
 
-def is_broken(text: str, lines: int = 3) -> bool:
-    """Return whether the first lines of a text cannot be the start of Python code.
+def is_broken(text: str) -> bool:
+    """Return whether the first three lines of a text cannot be the start of Python code.
 
     Empty lines do not count. If the first line is indented, the lines are checked inside functions.
     """
-    first = [line for line in text.expandtabs().splitlines() if line.strip()][:lines]
+    first = [line for line in text.expandtabs().splitlines() if line.strip()][:3]
     if not first:
         return True
     indentation = len(first[0]) - len(first[0].lstrip())
