@@ -125,13 +125,13 @@ class Selection:
         self._by_filters: list[Dropped] = []
         self.dropped: list[Dropped] = []
 
-    def decide(self, source: Documents | None = None) -> None:
+    def decide(self, source: Documents) -> None:
         """Run the pass that near duplicates and weights need, if they are on.
 
         Args and Raises: see `documents`.
         """
         if self._codes is None and (self.options.near_duplicates or self.options.weights):
-            self._decide(source or self._corpus.documents)
+            self._decide(source)
 
     def documents(self, source: Documents | None = None) -> Iterator[Document]:
         """Yield the documents that remain.
