@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import InputError, InterruptedRun
 from ..model import GPT, GPTClassifier
 from ..model.generation import Sampling
-from .config import TrainConfig
+from .config import OPTION_CLASSES, TrainConfig
 from .data.tokenizers.tokenizer import Tokenizer
 from .evaluate import Evaluation
 from .finetune.classify_batch import classify_texts
@@ -40,7 +40,7 @@ from .run.metrics import check_metrics, read_lines
 from .run.models import SavedModel, open_model
 from .run.plots import plot_loss
 from .run.trackers import Callbacks
-from .start.config_file import OPTION_CLASSES, read_config
+from .start.config_file import read_config
 from .start.new_run import new_config
 from .storage.records import check_types
 

@@ -40,12 +40,11 @@ from ...errors import InputError
 from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
-from ...train.config import PYTHON_PROMPT, TrainConfig
+from ...train.config import OPTION_CLASSES, PYTHON_PROMPT, TrainConfig
 from ...train.data.tokenizers.tokenizer import vocab_size_of
 from ...train.execution import resolve
 from ...train.pretrain import TextData, open_data
 from ...train.recipes import recipe
-from ...train.start.config_file import OPTION_CLASSES
 from ...train.storage.records import check_names, check_types
 from ...train.trainer import single_trainer
 from ..record import check_writable, describe_provenance, provenance, write_record

@@ -35,8 +35,7 @@ import torch
 from ... import __version__
 from ...errors import InputError
 from ...model import GPTConfig
-from ...model.config import AdapterOptions
-from ..config import ExecutionOptions, ReportOptions, TrainConfig
+from ..config import OPTION_CLASSES, TrainConfig
 from ..data.dataset import SPLITS, Dataset, open_dataset
 from ..data.prepare import prepare
 from ..distributed.world import World
@@ -287,14 +286,7 @@ def _parse_record(content: bytes) -> RunRecord:
     check_names("model option", record["model"], _field_names(GPTConfig))
     options = record["train"]
     task = task_named(options.get("task", "pretrain"))
-    for part in (
-        TrainConfig,
-        GPTConfig,
-        AdapterOptions,
-        ExecutionOptions,
-        ReportOptions,
-        task.options,
-    ):
+    for part in (*OPTION_CLASSES, task.options):
         check_types(options, part)
     check_types(record["model"], GPTConfig)
     found = {name: record[name] for name in _field_names(RunRecord) if name in record}

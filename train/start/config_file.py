@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...model import GPTConfig
-from ...model.config import AdapterOptions
-from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
+from ..config import OPTION_CLASSES, PART_OF, TrainConfig
 from ..recipes import recipe
 from ..storage.records import check_names, check_types, parse_object
 
@@ -25,8 +23,6 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
-
-OPTION_CLASSES = (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions)
 
 
 def read_config(path: Path) -> TrainConfig:
