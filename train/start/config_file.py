@@ -9,8 +9,10 @@
 The command line may change any of them. `to_toml` writes a configuration in this format.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,13 @@ def read_config(path: Path) -> TrainConfig:
     options = _options_of_run(path, text) if is_record else _parse_toml(path, text)
     base = TrainConfig()
     if "recipe" in options and not is_record:
-        with _Names(path, text, "recipe"):
+        with _names_line(path, text, "recipe"):
             name = options.pop("recipe")
             if not isinstance(name, str):
                 raise InputError(f"recipe: expected str, got {name!r}; write one name")
             base = recipe(name)
     for name in options:
-        with _Names(path, text, name):
+        with _names_line(path, text, name):
             check_names("option", [name], PART_OF)
             for part in OPTION_CLASSES:
                 check_types({name: options[name]}, part)
@@ -65,21 +67,16 @@ def read_config(path: Path) -> TrainConfig:
     return config
 
 
-class _Names:
-    """Context manager that adds the file and the line of an option to an InputError."""
-
-    def __init__(self, path: Path, text: str, name: str):
-        self._path, self._text, self._name = path, text, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _, error: BaseException | None, __) -> None:
-        if isinstance(error, InputError):
-            spelled = self._name.replace("_", "[_-]")
-            match = re.search(rf'^[ \t]*"?{spelled}"?\s*[=:]', self._text, re.MULTILINE)
-            line = f":{self._text[: match.start(0)].count(chr(10)) + 1}" if match else ""
-            raise InputError(f"{self._path}{line}: {error}") from None
+@contextlib.contextmanager
+def _names_line(path: Path, text: str, name: str) -> Iterator[None]:
+    """Add the file and the line of an option to an InputError of the context."""
+    try:
+        yield
+    except InputError as error:
+        spelled = name.replace("_", "[_-]")
+        match = re.search(rf'^[ \t]*"?{spelled}"?\s*[=:]', text, re.MULTILINE)
+        line = f":{text[: match.start(0)].count(chr(10)) + 1}" if match else ""
+        raise InputError(f"{path}{line}: {error}") from None
 
 
 def _options_of_run(path: Path, text: str) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def _parse_toml(path: Path, text: str) -> dict[str, Any]:
     for spelled, value in found.items():
         name = spelled.replace("-", "_")
         if name in options:
-            with _Names(path, text, name):
+            with _names_line(path, text, name):
                 raise InputError(f"{name}: expected one value, got two, with - and with _")
         options[name] = value
     return options
