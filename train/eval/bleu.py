@@ -13,7 +13,8 @@ from ...model import GPT
 from ...model.generation import Sampling
 from ..data.tokenizers.tokenizer import Tokenizer
 from ..generation.text import encode_prompt, for_tokenizer
-from .jsonl import read_jsonl, shorten, text_of
+from ..storage.records import shorten
+from .jsonl import read_jsonl, text_of
 
 if TYPE_CHECKING:
     from sacrebleu.metrics import BLEU

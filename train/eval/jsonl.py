@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ..storage.records import parse_object
+from ..storage.records import parse_object, shorten
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,9 +49,3 @@ def text_of(record: dict[str, Any], key: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{place}: {key}: expected text, got {shorten(value)}")
     return value
-
-
-def shorten(value: object) -> str:
-    """Return the repr of a value, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError
-from .jsonl import read_jsonl, shorten, text_of
+from ..storage.records import shorten
+from .jsonl import read_jsonl, text_of
 
 if TYPE_CHECKING:
     from .scoring import Score

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ..eval.jsonl import read_jsonl, shorten
+from ..eval.jsonl import read_jsonl
+from ..storage.records import shorten
 
 _LONGEST_FIELD = (1 << 31) - 1  # of csv; Python's default is 131,072
 

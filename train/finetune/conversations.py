@@ -14,8 +14,9 @@ import numpy as np
 from ...errors import InputError
 from ..data.tokenizers.continuation import encode_continuation
 from ..data.tokenizers.tokenizer import Tokenizer
-from ..eval.jsonl import shorten, text_of
+from ..eval.jsonl import text_of
 from ..generation.templates import TEMPLATES, Message, check_messages
+from ..storage.records import shorten
 from .records import Record
 from .rows import Example
 

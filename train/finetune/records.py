@@ -23,11 +23,12 @@ from ...errors import InputError
 from ..config import TrainConfig
 from ..data.loader import permute, permuted_positions
 from ..data.tokenizers.tokenizer import Tokenizer
-from ..eval.jsonl import read_jsonl, read_utf8, shorten
+from ..eval.jsonl import read_jsonl, read_utf8
 from ..execution import Execution
 from ..run.folder import RunRecord, recorded_paths
 from ..run.models import open_model
 from ..storage.files import hash_file
+from ..storage.records import shorten
 from .data import TaskBatch
 
 # A record and where it is, for messages: FILE:LINE or FILE: record NUMBER.

@@ -48,7 +48,7 @@ def check_types(record: dict[str, Any], dataclass_type: type) -> None:
     hints = _hints(dataclass_type)
     for name, value in record.items():
         if name in hints and not _fits(value, hints[name]):
-            raise InputError(f"{name}: expected {_describe(hints[name])}, got {_shorten(value)}")
+            raise InputError(f"{name}: expected {_describe(hints[name])}, got {shorten(value)}")
 
 
 @functools.cache
@@ -88,6 +88,7 @@ def _describe(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """Return the repr of a value, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.storage.records import check_names, check_types, parse_object
+from tritium.train.storage.records import check_names, check_types, parse_object, shorten
 
 pytestmark = pytest.mark.plain
 
@@ -62,3 +62,8 @@ def test_unknown_names_raise():
     check_names("field", ["a"], ["a", "b"])
     with pytest.raises(InputError, match="unknown field 'stepz'; did you mean 'steps'"):
         check_names("field", {"stepz": 1}, ["steps"])
+
+
+def test_a_long_value_is_cut():
+    assert shorten("x" * 100) == f"'{'x' * 56}..."
+    assert shorten("x" * 58) == f"'{'x' * 58}'"
