@@ -37,7 +37,7 @@ class Evaluation:
         """exp(loss), or infinity. None if the targets are not tokens."""
         if self.unit != "token":
             return None
-        return math.exp(self.loss) if self.loss < _MAX_EXPONENT else math.inf
+        return exp_or_inf(self.loss)
 
     def values(self) -> dict[str, float]:
         """Return the values by their keys in metrics.jsonl."""
@@ -57,6 +57,11 @@ class Evaluation:
         if self.bits_per_byte is not None:
             line += f", {self.bits_per_byte:.3f} bits per byte"
         return line + "".join(f", {name} {value:.4f}" for name, value in self.more.items())
+
+
+def exp_or_inf(nats: float) -> float:
+    """Return exp(nats); infinity if it is too large for a float64."""
+    return math.exp(nats) if nats < _MAX_EXPONENT else math.inf
 
 
 def batch_loss(model: nn.Module, batch: Batch, dropout_seed: int | None = None) -> Tensor:

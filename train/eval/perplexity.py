@@ -18,12 +18,11 @@ import numpy as np
 from ...errors import InputError
 from ...model import GPT
 from ..data.shards import TokenStream
+from ..evaluate import exp_or_inf
 from .scoring import target_losses
 from .texts import Text
 from .windows import COUNTINGS, Window, check_sizes
 
-# exp() of a larger number is infinite in float64.
-_MAX_EXPONENT = 709
 Place = tuple[TokenStream, Window]
 
 
@@ -42,7 +41,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(loss), or infinity."""
-        return _exp(self.loss)
+        return exp_or_inf(self.loss)
 
 
 def measure(
@@ -135,10 +134,6 @@ def _perplexity(text: Text, loss: float, targets: int) -> Perplexity:
     return Perplexity(
         loss=loss,
         targets=targets,
-        word_perplexity=_exp(nats / text.words) if text.words else None,
+        word_perplexity=exp_or_inf(nats / text.words) if text.words else None,
         bits_per_byte=nats / text.bytes / math.log(2) if text.bytes else None,
     )
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < _MAX_EXPONENT else math.inf
