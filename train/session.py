@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import DivergedError, InputError
-from ..model import GPT
 from .config import DIVERGED, TrainConfig
 from .data.prefetch import Prefetch
 from .distributed.world import World
@@ -101,10 +100,8 @@ class Session:
             self.metrics.progress("test records", None) as advance,
         ):
             report = functools.partial(_report, engine.world, advance, 1)
-            finish = functools.partial(_finish, self.data, self.run, model, self.config, report)
-            is_done = engine.world.on_rank0(
-                lambda: self.signals.interruptible(finish, is_local=True)
-            )
+            finish = functools.partial(self.data.finish, self.run, model, self.config, report)
+            is_done = self.completes_on_rank0(finish)
         if not is_done:
             self.stop(self.config.steps)
 
@@ -188,9 +185,7 @@ class Session:
 
     def draw(self) -> bool:
         """Draw loss.png on rank 0. Returns: False if a signal came."""
-        draw = functools.partial(_draw, self.run)
-        world = self.trainer.engine.world
-        return bool(world.on_rank0(lambda: self.signals.interruptible(draw, is_local=True)))
+        return self.completes_on_rank0(functools.partial(plot_loss, self.run))
 
     def evaluation_batches(self, done: int) -> Iterable[TaskBatch]:
         """Return held-out data. Raises: InputError if it cannot be read, after a checkpoint."""
@@ -213,10 +208,24 @@ class Session:
 
     def write_sample(self, done: int) -> bool:
         """Append a sample to samples.txt. Returns: False if a signal came."""
-        engine = self.trainer.engine
-        model = engine.complete_model()
-        write = functools.partial(_write_sample, self.config, self.run, model, self.data, done)
-        return bool(engine.world.on_rank0(lambda: self.signals.interruptible(write, is_local=True)))
+        model = self.trainer.engine.complete_model()
+
+        def write() -> None:
+            text = self.data.sample(model, self.config)
+            if text is not None:
+                add_sample(self.run, done, text)
+
+        return self.completes_on_rank0(write)
+
+    def completes_on_rank0(self, work: Callable[[], object]) -> bool:
+        """Run `work`, which does not communicate, on rank 0. Returns: False if a signal came."""
+
+        def complete() -> bool:
+            work()
+            return True
+
+        interruptible = functools.partial(self.signals.interruptible, complete, is_local=True)
+        return bool(self.trainer.engine.world.on_rank0(interruptible))
 
     def stop(self, done: int) -> NoReturn:
         """Write a checkpoint after `done` steps, if there is none.
@@ -316,25 +325,3 @@ def _report(world: World, advance: Callable[[float], None], amount: float) -> No
     """Show work of rank 0 on its bar, and the other ranks, which wait, that it does not hang."""
     advance(amount)
     world.mark()
-
-
-def _write_sample(config: TrainConfig, run: Path, model: GPT, data: TaskData, step: int) -> bool:
-    """Add a sample to samples.txt. Returns: True."""
-    text = data.sample(model, config)
-    if text is not None:
-        add_sample(run, step, text)
-    return True
-
-
-def _finish(
-    data: TaskData, run: Path, model: GPT, config: TrainConfig, report: Callable[[], None]
-) -> bool:
-    """Write the task's results of the test records. Returns: True."""
-    data.finish(run, model, config, report)
-    return True
-
-
-def _draw(run: Path) -> bool:
-    """Draw loss.png. Returns: True."""
-    plot_loss(run)
-    return True
