@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium check`. Returns: exit status, 1 if an operator is wrong."""
     options = parse(CheckOptions, argv, prog="tritium check", description=_DESCRIPTION)
     operators = choose(options.operators)
-    out = None if options.json is None else check_writable(Path(options.json))
+    out = check_writable(options.json)
     device = choose_device(options.device)
     choose_matmul(device)
     print(describe_provenance({**provenance(), "device": device.type}))

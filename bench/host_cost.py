@@ -15,7 +15,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
     operators = [bare(), *choose(options.operators)]
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     torch.set_num_threads(1)
     rows = [
         measure(operator, rounds=options.rounds, compiled=options.compile) for operator in operators

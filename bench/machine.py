@@ -8,7 +8,6 @@ bit: their hashes are compared, without and, on a GPU, with torch.compile.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--micro-batch-size: expected 1 or more, got {micro_batch}")
     config = config.with_options(micro_batch_size=micro_batch, batch_size=micro_batch)
     shape = config.gpt(vocab_size_of(config.tokenizer))
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     device = choose_device(options.device)
     choose_matmul(device)
 

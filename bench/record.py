@@ -63,11 +63,14 @@ def write_record(path: Path, kind: str, figures: dict[str, Any]) -> None:
     write_whole(path, [(json.dumps(record, indent=1) + "\n").encode()])
 
 
-def check_writable(path: Path) -> Path:
-    """Return the path if a file can be written there. Call it before long work.
+def check_writable(name: str | None) -> Path | None:
+    """Return the path of a file that can be written, or None for None. Call it before long work.
 
-    Raises: InputError if it cannot.
+    Raises: InputError if it cannot be written.
     """
+    if name is None:
+        return None
+    path = Path(name)
     if path.is_dir():
         raise InputError(f"{path}: expected a file that can be written, got a folder")
     try:

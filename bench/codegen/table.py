@@ -301,7 +301,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.arch:
         raise InputError(f"--arch: expected one or more of {', '.join(TARGETS)}, got none")
     old = _read(Path(options.compare)) if options.compare else None
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     if out and out.exists():
         _check_complete(out, chosen, options.arch)
 

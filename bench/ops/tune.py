@@ -11,7 +11,6 @@ import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -273,7 +272,7 @@ def main(argv: Sequence[str]) -> int:
             "tritium bench tune: expected a GPU, found none; `tritium bench codegen` needs no GPU"
         )
     choose_matmul(device)
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     console = Console(width=None if Console().is_terminal else 140)
     operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):

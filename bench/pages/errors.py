@@ -6,7 +6,6 @@ Each operator runs at its `tiny_shape`, which takes the interpreter about a seco
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def measure(operator: Operator, dtype: torch.dtype) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     """Run `tritium bench errors`. Returns: exit status."""
     options = parse(ErrorOptions, argv, prog="tritium bench errors", description=__doc__)
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     if INTERPRET:
         repair_rounding_to_bfloat16()
         repair_dot_of_16_bits()

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     name = argv[0] if has_recipe else "laptop"
     config = recipe(name).with_options(device="cpu")
     options = parse(Options, argv[has_recipe:], prog="tritium bench overhead", description=HELP)
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         figures = {"recipe": name, **measure(config, options, Path(folder))}
     print(_describe(provenance() | figures))

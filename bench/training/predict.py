@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -238,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(
             "--gpu, --batch-size, --micro-batch-size, --measure: expected a recipe with them"
         )
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     with backward_in("auto") if options.one_pass else nullcontext():
         steps = _all_steps() if options.recipe is None else [_one_step(options)]
     for step in steps:

@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     if not has_file:
         raise InputError("tritium bench sweep: expected a JSON file with rows; see --help")
     rows = read_rows(Path(argv[0]), options.recipe)
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     if options.nanogpt is not None:
         import_nanogpt(Path(options.nanogpt))  # raises if the folder has no nanoGPT
 

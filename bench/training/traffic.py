@@ -50,7 +50,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -322,7 +321,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench traffic`. Returns: exit status."""
     about = "Count the bytes that a block moves per token."
     options = parse(TrafficOptions, argv, prog="tritium bench traffic", description=about)
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
     found = figures()
     print(traffic_table({**provenance(), **found}))
     if out:

@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
     shape = config.gpt(vocab_size_of(config.tokenizer))
     if options.nanogpt is not None:
         shape = nanogpt_shape(shape)
-    out = None if options.out is None else check_writable(Path(options.out))
+    out = check_writable(options.out)
 
     # Measure, show and write.
     if device.type == "cpu":

@@ -30,7 +30,8 @@ def test_kind_of_is_none_for_other_files(tmp_path):
 
 def test_check_writable_leaves_no_file_behind(tmp_path):
     path = tmp_path / "new" / "a.json"
-    assert check_writable(path) == path
+    assert check_writable(str(path)) == path
+    assert check_writable(None) is None
     assert not list(path.parent.iterdir())
 
 
@@ -39,10 +40,10 @@ def test_check_writable_raises_for_folders_and_impossible_paths(tmp_path):
     file.write_text("")
     expected = "expected a file that can be written, got"
     with pytest.raises(InputError, match=f"{expected} a folder"):
-        check_writable(tmp_path)
+        check_writable(str(tmp_path))
     for path in (Path("/proc/a.json"), file / "a.json"):
         with pytest.raises(InputError, match=f"{expected}: "):
-            check_writable(path)
+            check_writable(str(path))
 
 
 def test_reading_another_kind_or_format_raises(tmp_path, monkeypatch):
