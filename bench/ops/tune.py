@@ -19,12 +19,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ...errors import InputError, unknown_name
+from ...errors import InputError
 from ...kernels.attention import launch as attention_launch
 from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import Tile
 from ...train.commands.cli import parse
 from ...train.machine.device import choose_device, choose_matmul
+from ...train.storage.records import check_names
 from ..record import check_writable, write_record
 from ..timing import side_stream, time_in_turn
 from . import OPERATORS
@@ -250,9 +251,7 @@ def _print(entry: dict[str, Any], console: Console) -> None:
 def _chosen(operator: str, names: Sequence[str]) -> list[Variant]:
     """Return the named variants of an operator; all without names."""
     known = {variant.name: variant for variant in VARIANTS[operator]}
-    for name in names:
-        if name not in known:
-            raise InputError(unknown_name("variant", name, known))
+    check_names("variant", names, known)
     return [known[name] for name in names or known]
 
 
@@ -261,8 +260,7 @@ def main(argv: Sequence[str]) -> int:
     about = "Compare the launch sizes of an operator in one run."
     options = parse(TuneOptions, argv, prog="tritium bench tune", description=about)
     name = options.operator
-    if name not in VARIANTS:
-        raise InputError(unknown_name("operator with variants", name, VARIANTS))
+    check_names("operator with variants", [name], VARIANTS)
     if options.rounds < 1:
         raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
     variants = _chosen(name, options.variant)

@@ -7,8 +7,8 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from ...errors import InputError, unknown_name
 from ...train.commands.cli import parse
+from ...train.storage.records import check_names
 from .. import ROOT
 from . import _attention, _matmuls, _rows, _talk
 from ._style import save, style
@@ -47,9 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench pictures`. Returns: exit status."""
     about = "Draw the pictures of docs/images from the code and bench/results."
     options = parse(PictureOptions, argv, prog="tritium bench pictures", description=about)
-    for name in options.names:
-        if name not in PICTURES:
-            raise InputError(unknown_name("picture", name, PICTURES))
+    check_names("picture", options.names, PICTURES)
     folder = IMAGES if options.out is None else Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.names or PICTURES:
