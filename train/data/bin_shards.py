@@ -27,15 +27,15 @@ from ..storage.files import seal, write_whole
 from ._new_folder import check_unused, new_folder
 from ._split_writer import SplitWriter
 from .dataset import FORMAT_VERSION, SPLITS, Dataset, DatasetInfo
+from .shards import PIECE_TOKENS
 from .tokenizers.tokenizer import from_spec, needs_corpus
-from .verify import piece_bytes, pieces
+from .verify import piece_bytes
 
 _MAGIC = 20240520
 _VERSION = 1
 _HEADER_BYTES = 1024
 _FIELDS = struct.Struct("<iii")
 _TOKEN = np.dtype("<u2")
-_PIECE_TOKENS = 1 << 22
 _EXPORTED_TOKENS = 10**8  # as fineweb.py of llm.c
 
 
@@ -141,8 +141,8 @@ def _read(path: Path, count: int, vocab_size: int) -> Iterator[np.ndarray]:
     """Yield the tokens of a .bin file in pieces."""
     with open(path, "rb") as file:
         file.seek(_HEADER_BYTES)
-        for start in range(0, count, _PIECE_TOKENS):
-            tokens = np.fromfile(file, _TOKEN, min(_PIECE_TOKENS, count - start))
+        for start in range(0, count, PIECE_TOKENS):
+            tokens = np.fromfile(file, _TOKEN, min(PIECE_TOKENS, count - start))
             if len(tokens) and int(tokens.max()) >= vocab_size:
                 raise InputError(
                     f"{path}: expected tokens below {vocab_size}, the size of the vocabulary, got "
@@ -204,7 +204,7 @@ def _shards(dataset: Dataset, split: str, shard_tokens: int) -> Iterator[np.ndar
     count = len(stream) - is_last_end
     size = len(waiting)
     position = 0
-    for tokens in pieces(stream):
+    for tokens in stream.pieces():
         tokens = tokens[: count - position].astype(_TOKEN)
         position += len(tokens)
         waiting.append(tokens)

@@ -31,7 +31,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +50,8 @@ _CHANGED = "copy it again, then resume the run"
 _BLOCK_BYTES = 1 << 14
 _OPEN_BLOCKS = 1 << 10  # blocks per read when a shard is opened
 _IN_MEMORY_BYTES = 1 << 26
+# Tokens that fit into memory at once.
+PIECE_TOKENS = 1 << 22
 
 
 class DataChanged(InputError):  # noqa: N818 - it says what happened
@@ -307,3 +309,8 @@ class TokenStream:
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def pieces(self, size: int = PIECE_TOKENS) -> Iterator[np.ndarray]:
+        """Yield all tokens in pieces of `size` tokens. The last piece may be shorter."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(start + size, len(self)))

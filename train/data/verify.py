@@ -1,16 +1,13 @@
 """Check a dataset completely: checksums, vocabulary, and the counts that dataset.json records."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import InputError, describe_os_error
 from .dataset import SPLITS, Dataset, open_dataset, read_info
-from .shards import Shard, TokenStream
+from .shards import Shard
 from .tokenizers.tokenizer import Tokenizer
-
-_PIECE_TOKENS = 1 << 22
 
 
 def verify_dataset(path: Path | str) -> Dataset:
@@ -48,7 +45,7 @@ def _check_counts(dataset: Dataset, split: str) -> None:
     info = getattr(dataset.info, split)
     sizes = piece_bytes(dataset.tokenizer)
     documents = size = 0
-    for tokens in pieces(getattr(dataset, split)):
+    for tokens in getattr(dataset, split).pieces():
         documents += int(np.count_nonzero(tokens == dataset.tokenizer.end_of_text))
         size += int(sizes[tokens].sum())
     # No end-of-text follows the last document of a split that was cut inside a document.
@@ -70,9 +67,3 @@ def piece_bytes(tokenizer: Tokenizer) -> np.ndarray:
     sizes = np.array([len(piece) for piece in tokenizer.pieces])
     sizes[tokenizer.end_of_text] = 0
     return sizes
-
-
-def pieces(stream: TokenStream) -> Iterator[np.ndarray]:
-    """Yield the tokens of a stream in pieces that fit into memory."""
-    for start in range(0, len(stream), _PIECE_TOKENS):
-        yield stream.read(start, min(start + _PIECE_TOKENS, len(stream)))

@@ -10,7 +10,6 @@ split or a shard is one sequence of tokens. It has end-of-text tokens between it
 first token is not predicted.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,18 +149,13 @@ def _check_tokens(
         )
 
 
-def _pieces(stream: TokenStream) -> Iterator[np.ndarray]:
-    for start in range(0, len(stream), _PIECE_TOKENS):
-        yield stream.read(start, min(start + _PIECE_TOKENS, len(stream)))
-
-
 def _count(stream: TokenStream, tokenizer: Tokenizer) -> tuple[int, int]:
     """Return the bytes and the words of tokens. End-of-text has no byte, and ends a word."""
     end = tokenizer.end_of_text
     num_bytes = 0
     words = 0
     is_in_word = False
-    for piece in _pieces(stream):
+    for piece in stream.pieces(_PIECE_TOKENS):
         for document in np.split(piece, np.flatnonzero(piece == end)):
             if len(document) and document[0] == end:
                 document = document[1:]
