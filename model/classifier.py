@@ -22,7 +22,7 @@ from ..kernels import cross_entropy, linear
 from .config import GPTConfig
 from .gpt import GPT
 from .init import STANDARD_DEVIATION
-from .weights import MAX_SHARD_BYTES, Source, load_into, open_source, write_folder
+from .weights import MAX_SHARD_BYTES, load_into, open_source, write_folder
 
 
 class GPTClassifier(GPT):
@@ -151,21 +151,17 @@ class GPTClassifier(GPT):
         Returns: the model on the CPU, in evaluation mode.
         Raises: InputError if the folder is not a classifier that tritium has, or is damaged.
         """
-        model = cls.from_source(open_source(Path(path)), attention=attention, recompute=recompute)
-        return model if dtype is None else model.to(dtype)
-
-    @classmethod
-    def from_source(cls, source: Source, **options: str) -> "GPTClassifier":
-        """Read the weights of an open source. Options, Returns and Raises: see from_pretrained."""
+        source = open_source(Path(path))
         if not source.labels:
             raise InputError(
                 f"{source.path}: expected a model that classifies texts, got a language model; "
                 "`tritium finetune classify` makes one"
             )
         with torch.device("meta"):
-            model = cls(source.config, source.labels, **options)
+            model = cls(source.config, source.labels, attention=attention, recompute=recompute)
         load_into(model, source)
-        return model.eval()
+        model.eval()
+        return model if dtype is None else model.to(dtype)
 
     def save_pretrained(
         self,
