@@ -147,10 +147,6 @@ class LossScale:
     def is_enabled(self) -> bool:
         return self._enabled
 
-    def get_scale(self) -> float:
-        """Return the scale. It waits for the device."""
-        return self._scale.item() if self._enabled else 1.0
-
     def scale(self, loss: Tensor) -> Tensor:
         """Return the scaled loss."""
         return loss * self._scale if self._enabled else loss
