@@ -163,7 +163,7 @@ HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 def test_everything_but_kernels_works_without_triton():
     code = HIDE_TRITON + (
-        "import torch, tritium.train.commands.train\n"
+        "import torch, tritium.train.commands.training.train\n"
         "from tritium.model import GPT, GPTConfig\n"
         "from tritium.kernels.core.triton import HAS_TRITON\n"
         "from tritium.kernels.norm.launch import plan\n"

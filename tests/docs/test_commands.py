@@ -13,11 +13,11 @@ import tyro
 
 from tritium.__main__ import dispatch
 from tritium.errors import InputError
-from tritium.train.commands import _resume, _running
-from tritium.train.commands import train as train_command
-from tritium.train.commands._resume import ResumeOptions
-from tritium.train.commands.chat import ChatOptions
-from tritium.train.commands.sample import SampleOptions
+from tritium.train.commands.models.chat import ChatOptions
+from tritium.train.commands.models.sample import SampleOptions
+from tritium.train.commands.training import _resume, _running
+from tritium.train.commands.training import train as train_command
+from tritium.train.commands.training._resume import ResumeOptions
 from tritium.train.config import PART_OF
 from tritium.train.distributed.launch import Launch
 

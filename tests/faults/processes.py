@@ -72,13 +72,13 @@ class Process:
 def _serve() -> None:
     from tritium.__main__ import dispatch
     from tritium.train import session
-    from tritium.train.commands import train
     from tritium.train.commands.cli import run
+    from tritium.train.commands.training import train
     from tritium.train.run.signals import end_at_once_on_signals
 
     session.plot_loss = lambda run: None  # drawing takes longer than the run
     # Import the modules that a run imports later, and fill the cache of the parser.
-    commands = "tritium.train.commands"
+    commands = "tritium.train.commands.training"
     for name in (
         *("numpy.ma", "torch._dynamo", "torch.utils.serialization"),
         *(f"{commands}._resume", f"{commands}._running"),

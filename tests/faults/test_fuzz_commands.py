@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.faults.test_fuzz_folder import NUMBERS, folders  # noqa: F401 - a fixture
 from tritium.__main__ import dispatch
 from tritium.errors import InputError
-from tritium.train.commands import _resume, _running, cli
+from tritium.train.commands import cli
+from tritium.train.commands.training import _resume, _running
 from tritium.train.config import PART_OF
 
 pytestmark = pytest.mark.plain

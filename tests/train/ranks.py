@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from tritium.train import session
 from tritium.train.commands.cli import run
-from tritium.train.commands.train import _parse_new_run, main
+from tritium.train.commands.training.train import _parse_new_run, main
 
 for name in (
     "numpy.ma",
@@ -39,8 +39,8 @@ for name in (
     "torch.distributed.fsdp",
     "torch.distributed.optim",
     "torch.utils.serialization",
-    "tritium.train.commands._resume",
-    "tritium.train.commands._running",
+    "tritium.train.commands.training._resume",
+    "tritium.train.commands.training._running",
 ):
     importlib.import_module(name)
 # Drawing takes longer than the run.

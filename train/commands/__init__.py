@@ -1,4 +1,4 @@
-"""The commands of `tritium`. Each is a file of this folder, imported when the command runs."""
+"""The commands of `tritium`. Each is a file, which is imported when the command runs."""
 
 import importlib
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from .cli import paused_collector
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 COMMANDS = {
-    "train": "train",
-    "finetune": "finetune",
+    "train": "training.train",
+    "finetune": "training.finetune",
     "data": "data",
     "runs": "runs",
     "plot": "plot",
-    "sample": "sample",
-    "chat": "chat",
-    "classify": "classify",
-    "export": "export",
-    "import": "import_model",
-    "plan": "plan",
-    "eval": "eval",
+    "sample": "models.sample",
+    "chat": "models.chat",
+    "classify": "models.classify",
+    "export": "models.export",
+    "import": "models.import_model",
+    "plan": "training.plan",
+    "eval": "evaluation.eval",
     "info": "info",
 }
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tritium.errors import InputError
-from tritium.train.commands import _running
+from tritium.train.commands.training import _running
 from tritium.train.config import TrainConfig
 from tritium.train.distributed.world import World
 

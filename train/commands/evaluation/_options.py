@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ...errors import InputError
-from ..machine.options import OpenOptions
-from ..storage.files import write_whole
-from ..terminal.progress import progress
+from ....errors import InputError
+from ...machine.options import OpenOptions
+from ...storage.files import write_whole
+from ...terminal.progress import progress
 
 if TYPE_CHECKING:
-    from ..eval.model import OpenedModel
+    from ...eval.model import OpenedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class EvaluationOptions:
     def open(self) -> "OpenedModel":
         """Read the model."""
         # Imported here because the import of PyTorch takes seconds.
-        from ..eval.model import OpenedModel
+        from ...eval.model import OpenedModel
 
         with progress("opening the model"):
             return OpenedModel.open(Path(self.model), self.opening)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ...errors import InputError
-from ..machine.options import OpenOptions
+from ....errors import InputError
+from ...machine.options import OpenOptions
 
 if TYPE_CHECKING:
-    from ...model import GPT
-    from ...model.generation import Sampling
-    from ..data.tokenizers.tokenizer import Tokenizer
+    from ....model import GPT
+    from ....model.generation import Sampling
+    from ...data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class GenerationOptions:
         """Return the options of generation. Raises: InputError if one is out of range."""
         # The methods import what needs PyTorch, whose import takes seconds: --help does not call
         # them.
-        from ...model.generation import Sampling
+        from ....model.generation import Sampling
 
         names = {field.name for field in fields(Sampling)} & {field.name for field in fields(self)}
         options = {name: getattr(self, name) for name in names}
@@ -57,7 +57,7 @@ class GenerationOptions:
 
     def load(self) -> tuple["GPT", "Tokenizer"]:
         """Read the model, on its device and in its precision, and its tokenizer."""
-        from ..eval.model import OpenedModel
+        from ...eval.model import OpenedModel
 
         opened = OpenedModel.open(Path(self.model), self.opening, needs_tokenizer=True)
         return opened.gpt, opened.needed_tokenizer()

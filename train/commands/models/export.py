@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .cli import parse
+from ..cli import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         prog="tritium export",
         description="Write a trained model as a folder that transformers opens.",
     )
-    from ..run.models import open_model
+    from ...run.models import open_model
     from ._model_folder import model_card, write_adapter, write_model
 
     trained = open_model(Path(options.model))

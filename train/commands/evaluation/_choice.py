@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ...errors import InputError
-from ..eval.tasks import TASKS, read_examples
-from ..storage.files import hash_file
-from ..terminal.console import loading
-from ..terminal.progress import progress
-from ._evaluation import EvaluationOptions
-from .cli import parse
+from ....errors import InputError
+from ...eval.tasks import TASKS, read_examples
+from ...storage.files import hash_file
+from ...terminal.console import loading
+from ...terminal.progress import progress
+from ..cli import parse
+from ._options import EvaluationOptions
 
 _DESCRIPTION = """Choose texts that follow contexts: HellaSwag, LAMBADA, or a file of your own.
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium eval choice`."""
     options = parse(ChoiceOptions, argv, prog="tritium eval choice", description=_DESCRIPTION)
     with loading():
-        from ..eval.choice import encode_examples, measure_choices
+        from ...eval.choice import encode_examples, measure_choices
 
     path = Path(options.file)
     task, examples = read_examples(path, options.task)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from ...errors import InputError
-from ..machine.gpus import CEILINGS
-from ..machine.options import PlanOptions
-from ..recipes import RECIPES, recipe
-from .cli import parse
+from ....errors import InputError
+from ...machine.gpus import CEILINGS
+from ...machine.options import PlanOptions
+from ...recipes import RECIPES, recipe
+from ..cli import parse
 
 _DESCRIPTION = f"""Estimate what a run needs: memory, time and price.
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(PlanFlags, argv, prog="tritium plan", description=_DESCRIPTION)
     if options.price is not None and not 0 <= options.price < math.inf:
         raise InputError(f"price: expected 0 or more, and finite, got {options.price}")
-    from ...model.cost import adapter_elements
-    from ..data.epochs import describe_epochs, estimate_corpus_tokens
-    from ..plan import make_plan
+    from ....model.cost import adapter_elements
+    from ...data.epochs import describe_epochs, estimate_corpus_tokens
+    from ...plan import make_plan
     from ._plan_text import describe
 
     plan = make_plan(options)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ...errors import InputError
-from ..eval.windows import COUNTINGS, check_sizes
-from ..terminal.console import loading
-from ..terminal.progress import progress
-from ._evaluation import EvaluationOptions
-from .cli import parse
+from ....errors import InputError
+from ...eval.windows import COUNTINGS, check_sizes
+from ...terminal.console import loading
+from ...terminal.progress import progress
+from ..cli import parse
+from ._options import EvaluationOptions
 
 if TYPE_CHECKING:
-    from ..eval.perplexity import Perplexity
-    from ..eval.texts import Text
+    from ...eval.perplexity import Perplexity
+    from ...eval.texts import Text
 
 _DESCRIPTION = """Compute the perplexity of texts, in windows with a stride.
 
@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
         PerplexityOptions, argv, prog="tritium eval perplexity", description=_DESCRIPTION
     )
     with loading():
-        from ..eval.perplexity import measure, num_targets
-        from ..eval.texts import read_text
+        from ...eval.perplexity import measure, num_targets
+        from ...eval.texts import read_text
 
     model = options.open()
     longest = model.gpt.config.context_tokens

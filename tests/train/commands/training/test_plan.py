@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritium.train import plan as plan_module
-from tritium.train.commands._plan_text import describe
+from tritium.train.commands.training._plan_text import describe
 from tritium.train.plan import PlanOptions, make_plan
 
 pytestmark = pytest.mark.plain

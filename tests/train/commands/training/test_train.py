@@ -165,7 +165,7 @@ def test_the_folder_of_the_run_is_announced_when_it_is_claimed(tritium, tiny, tm
     ],
 )
 def test_the_next_command_has_a_prompt_from_the_sample(sample, option, tritium, tiny, monkeypatch):
-    monkeypatch.setattr("tritium.train.commands._running.last_sample", lambda run: sample)
+    monkeypatch.setattr("tritium.train.commands.training._running.last_sample", lambda run: sample)
     _, out, _ = tritium(*tiny, "--steps", 1)
     assert re.search(rf"^next: .* sample \S+/run{option}$", out, re.MULTILINE), out
 

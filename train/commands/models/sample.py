@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...errors import InputError
+from ....errors import InputError
+from ..cli import parse
 from ._generation import GenerationOptions
-from .cli import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         SampleOptions, argv, prog="tritium sample", description="Write text with a trained model."
     )
-    from ..generation.text import encode_prompt, stream_sample
+    from ...generation.text import encode_prompt, stream_sample
 
     sampling = options.sampling()
     model, tokenizer = options.load()

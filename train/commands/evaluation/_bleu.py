@@ -7,12 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from ...errors import InputError
-from ..storage.files import hash_file
-from ..terminal.console import loading
-from ..terminal.progress import progress
-from ._evaluation import EvaluationOptions
-from .cli import parse
+from ....errors import InputError
+from ...storage.files import hash_file
+from ...terminal.console import loading
+from ...terminal.progress import progress
+from ..cli import parse
+from ._options import EvaluationOptions
 
 _DESCRIPTION = """Compute the BLEU of texts that the model writes, with sacrebleu.
 
@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium eval bleu`."""
     options = parse(BleuOptions, argv, prog="tritium eval bleu", description=_DESCRIPTION)
     with loading():
-        from ...model.generation import Sampling
-        from ..eval.bleu import bleu, generate_texts, open_bleu, read_pairs
+        from ....model.generation import Sampling
+        from ...eval.bleu import bleu, generate_texts, open_bleu, read_pairs
 
     metric = open_bleu(options.tokenize)
     path = Path(options.file)

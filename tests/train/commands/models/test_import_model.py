@@ -177,7 +177,7 @@ def test_bad_options_are_one_line(folder, error_of, tiny, tritium, tmp_path, mon
     def no_network(name, revision):
         raise hub.InputError(f"{name}: expected a model that huggingface.co has, got {revision}")
 
-    monkeypatch.setattr("tritium.train.commands.import_model.download", no_network)
+    monkeypatch.setattr("tritium.train.commands.models.import_model.download", no_network)
     assert "owner/name: expected a model" in error_of("import", "owner/name", out)
     assert tritium(*tiny)[0] == 0
     assert "expected a published model, got a run" in error_of("import", tmp_path / "run", out)

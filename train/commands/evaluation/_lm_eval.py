@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from ...errors import InputError
+from ....errors import InputError
 
 _HELP = """usage: tritium eval lm-eval MODEL --tasks NAME [NAME ...] [options of lm_eval]
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         )
     from lm_eval.__main__ import cli_evaluate
 
-    from ..eval import harness  # noqa: F401 - registers the model
+    from ...eval import harness  # noqa: F401 - registers the model
 
     before = sys.argv
     sys.argv = ["lm_eval", *_words(argv)]

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import tyro
 
-from ...errors import InputError
-from ...model.config import AdapterOptions, GPTConfig
-from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..machine.options import Launch
-from ..recipes import RECIPES, default_recipe, likely_default_recipe, recipe
-from ..tasks import TaskOptions
-from ..terminal.console import loading
-from .cli import is_help, parse
+from ....errors import InputError
+from ....model.config import AdapterOptions, GPTConfig
+from ...config import ExecutionOptions, ReportOptions, TrainConfig
+from ...machine.options import Launch
+from ...recipes import RECIPES, default_recipe, likely_default_recipe, recipe
+from ...tasks import TaskOptions
+from ...terminal.console import loading
+from ..cli import is_help, parse
 
 _DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine. The defaults below are those of {{base}}.
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     with loading(is_quiet=is_help(argv)):
         name, config, launch = _parse_new_run(argv)
     if is_printed:
-        from ..start.config_file import to_toml
+        from ...start.config_file import to_toml
 
         print(to_toml(config), end="")
         return 0
@@ -118,7 +118,7 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
             f'recipe = "{argv[0]}" into the file'
         )
     if file is not None:
-        from ..start.config_file import read_config
+        from ...start.config_file import read_config
 
         base = read_config(file)
         name = file.parent.name if file.name == "config.json" else file.stem
@@ -139,8 +139,8 @@ def _parse_new_run(argv: Sequence[str]) -> tuple[str, TrainConfig, Launch]:
         description=_DESCRIPTION.format(base=described),
         default=TrainOptions(run=TrainFlags.of(default), launch=Launch()),
     )
-    from ..plan import count_tokens
-    from ..start.new_run import new_config
+    from ...plan import count_tokens
+    from ...start.new_run import new_config
 
     before = base.options()
     given = {

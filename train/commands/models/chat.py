@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import InputError, describe_os_error, unknown_name
+from ....errors import InputError, describe_os_error, unknown_name
+from ..cli import parse
 from ._generation import GenerationOptions
-from .cli import parse
 
 if TYPE_CHECKING:
-    from ..generation.chat import Conversation
+    from ...generation.chat import Conversation
 
 _HELP = """/reset      forget the conversation
 /save FILE  write the conversation to a new JSON file
@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         ChatOptions, argv, prog="tritium chat", description="Talk with a trained model."
     )
-    from ..generation.chat import Conversation
-    from ..run.models import open_model
+    from ...generation.chat import Conversation
+    from ...run.models import open_model
 
     sampling = options.sampling()
     model, tokenizer = options.load()

@@ -5,7 +5,7 @@ import shlex
 import pytest
 import torch
 
-from tritium.train.commands import _model_folder
+from tritium.train.commands.models import _model_folder
 from tritium.train.run.folder import read_run
 from tritium.train.run.models import open_model
 

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from ...model.choices import RECOMPUTATIONS
-from ...model.cost import adapter_elements, cache_bytes, flops_per_token, parameters
-from ..choices import ENGINES
-from ..distributed.world import World
-from ..machine.memory import RESERVE
-from ..plan import DEFAULT_GENERATION, MATMUL_RATES, Plan, largest_divisor, plan_of_run
-from ..run.folder import RunRecord
+from ....model.choices import RECOMPUTATIONS
+from ....model.cost import adapter_elements, cache_bytes, flops_per_token, parameters
+from ...choices import ENGINES
+from ...distributed.world import World
+from ...machine.memory import RESERVE
+from ...plan import DEFAULT_GENERATION, MATMUL_RATES, Plan, largest_divisor, plan_of_run
+from ...run.folder import RunRecord
 
 _MEMORY_NOTES = {
     "weights": "float32",

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import torch
 
-from ...errors import InputError
-from ...model.config import OPTIONS_OF_RUN
-from ...model.cost import parameters
-from ...model.folder import check_new_folder
-from ...model.lora import base_sha256, save_adapter
-from ...model.prefix import save_prefix
-from ...model.weights import write_folder
-from ..config import TrainConfig
-from ..data.tokenizers.for_transformers import save_for_transformers
-from ..data.tokenizers.published import PublishedTokenizer, files_in
-from ..data.tokenizers.tokenizer import EXPORTED_TOKENIZER
-from ..finetune.start import default_config
-from ..recipes import recipe
-from ..run.folder import read_run
-from ..run.metrics import read_metrics
-from ..run.models import SavedModel
+from ....errors import InputError
+from ....model.config import OPTIONS_OF_RUN
+from ....model.cost import parameters
+from ....model.folder import check_new_folder
+from ....model.lora import base_sha256, save_adapter
+from ....model.prefix import save_prefix
+from ....model.weights import write_folder
+from ...config import TrainConfig
+from ...data.tokenizers.for_transformers import save_for_transformers
+from ...data.tokenizers.published import PublishedTokenizer, files_in
+from ...data.tokenizers.tokenizer import EXPORTED_TOKENIZER
+from ...finetune.start import default_config
+from ...recipes import recipe
+from ...run.folder import read_run
+from ...run.metrics import read_metrics
+from ...run.models import SavedModel
 
 
 def write_model(

@@ -10,29 +10,29 @@ from pathlib import Path
 
 import torch
 
-from ...errors import DivergedError, InputError, InterruptedRun, NoMemoryError
-from ...model.cost import parameters
-from ..config import TrainConfig
-from ..distributed.launch import (
+from ....errors import DivergedError, InputError, InterruptedRun, NoMemoryError
+from ....model.cost import parameters
+from ...config import TrainConfig
+from ...distributed.launch import (
     is_restarted,
     join,
     remember_folder,
     remembered_folder,
     stop_status,
 )
-from ..distributed.world import World
-from ..evaluate import Evaluation
-from ..loop import resume, start
-from ..machine.options import Launch
-from ..run.checkpoint import checkpoints
-from ..run.folder import create_free_folder, is_unstarted, read_run
-from ..run.history import changes_between
-from ..run.metrics import describe_goodput
-from ..run.samples import last_sample
-from ..tasks import TASKS
-from ..terminal.progress import console
+from ...distributed.world import World
+from ...evaluate import Evaluation
+from ...loop import resume, start
+from ...machine.options import Launch
+from ...run.checkpoint import checkpoints
+from ...run.folder import create_free_folder, is_unstarted, read_run
+from ...run.history import changes_between
+from ...run.metrics import describe_goodput
+from ...run.samples import last_sample
+from ...tasks import TASKS
+from ...terminal.progress import console
+from ..cli import is_out_of_memory, program
 from ._plan_text import what_fits
-from .cli import is_out_of_memory, program
 
 
 def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = False) -> int:

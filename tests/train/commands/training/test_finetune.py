@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tritium.train.commands import _running
+from tritium.train.commands.training import _running
 from tritium.train.finetune.start import finetune_tasks
 from tritium.train.run.folder import read_run
 

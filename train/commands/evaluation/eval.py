@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
-from ...errors import InputError, unknown_name
+from ....errors import InputError, unknown_name
 
 _HELP = """usage: tritium eval perplexity|choice|lm-eval|bleu MODEL ...
 
@@ -16,10 +16,10 @@ Each command has --help. MODEL is a run, a checkpoint, a folder of transformers 
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 _COMMANDS = {
-    "perplexity": "_eval_perplexity",
-    "choice": "_eval_choice",
-    "lm-eval": "_eval_lm_eval",
-    "bleu": "_eval_bleu",
+    "perplexity": "_perplexity",
+    "choice": "_choice",
+    "lm-eval": "_lm_eval",
+    "bleu": "_bleu",
 }
 
 

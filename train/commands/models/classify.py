@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from ...errors import InputError
-from ..machine.options import OpenOptions
-from .cli import parse
+from ....errors import InputError
+from ...machine.options import OpenOptions
+from ..cli import parse
 
 _DESCRIPTION = """Print the most likely label, and its probability, for each line of the input.
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium classify`."""
     options = parse(ClassifyOptions, argv, prog="tritium classify", description=_DESCRIPTION)
     # The help is printed by now. The import of PyTorch takes seconds.
-    from ..eval.model import OpenedModel
-    from ..finetune.classify_batch import classify_texts
+    from ...eval.model import OpenedModel
+    from ...finetune.classify_batch import classify_texts
 
     opened = OpenedModel.open(
         Path(options.model), options.opening, is_classifier=True, needs_tokenizer=True

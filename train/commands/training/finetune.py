@@ -6,18 +6,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from ...errors import InputError
-from ..config import ExecutionOptions, ReportOptions, TrainConfig
-from ..finetune.start import (
+from ....errors import InputError
+from ...config import ExecutionOptions, ReportOptions, TrainConfig
+from ...finetune.start import (
     FIXED_OPTIONS,
     default_config,
     finetune_config,
     finetune_tasks,
 )
-from ..machine.options import Launch
-from ..tasks import TASKS
-from ..terminal.console import loading
-from .cli import parse
+from ...machine.options import Launch
+from ...tasks import TASKS
+from ...terminal.console import loading
+from ..cli import parse
 from .train import ModelFlags, TrainFlags, is_given
 from .train import main as train
 

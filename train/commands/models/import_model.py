@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ...errors import InputError
-from ...model.hub import download, is_hub_name
-from .cli import parse, program
+from ....errors import InputError
+from ....model.hub import download, is_hub_name
+from ..cli import parse, program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         prog="tritium import",
         description="Make a published model a folder that tritium and transformers open.",
     )
-    from ..run.models import open_model
+    from ...run.models import open_model
     from ._model_folder import model_card, write_model
 
     path = Path(options.source)

@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from ...errors import InputError
-from ..config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
-from ..distributed.launch import join
-from ..loop import resume
-from ..machine.options import Launch
-from ..run.checkpoint import checkpoints
-from ..run.folder import read_run
-from ..run.history import CHANGEABLE, FREE, check_changeable
+from ....errors import InputError
+from ...config import PART_OF, ExecutionOptions, ReportOptions, TrainConfig
+from ...distributed.launch import join
+from ...loop import resume
+from ...machine.options import Launch
+from ...run.checkpoint import checkpoints
+from ...run.folder import read_run
+from ...run.history import CHANGEABLE, FREE, check_changeable
+from ..cli import parse
 from ._running import run_and_report
-from .cli import parse
 
 _RESUME = f"""Go on with a stopped run. Options that are not given keep their values.
 
