@@ -280,30 +280,29 @@ def per_token(small: Counter[str], large: Counter[str], tokens: Sequence[int]) -
     }
 
 
+def counts_of(passes: Callable[[GPTConfig, int], Passes], config: GPTConfig) -> dict[str, Any]:
+    """Return the bytes of a block per token and per step, by direction."""
+    tokens = [sequences * config.context_tokens for sequences in SEQUENCES]
+    small, large = (passes(config, sequences) for sequences in SEQUENCES)
+    return {direction: per_token(small[direction], large[direction], tokens) for direction in small}
+
+
 def block_row(preset: str) -> dict[str, Any]:
     """Count the bytes of one preset's block."""
     config = PRESETS[preset]
-    row = {"preset": preset, "d_model": config.d_model, "least": least(config, DTYPE.itemsize)}
-    tokens = [sequences * config.context_tokens for sequences in SEQUENCES]
-    implementations = {
-        "tritium": tritium_passes,
-        "one_pass": one_pass_passes,
-        "eager": eager_passes,
+    return {
+        "preset": preset,
+        "d_model": config.d_model,
+        "least": least(config, DTYPE.itemsize),
+        "tritium": counts_of(tritium_passes, config),
+        "one_pass": counts_of(one_pass_passes, config),
+        "eager": counts_of(eager_passes, config),
     }
-    for name, passes in implementations.items():
-        small, large = (passes(config, sequences) for sequences in SEQUENCES)
-        row[name] = {
-            direction: per_token(small[direction], large[direction], tokens) for direction in small
-        }
-    return row
 
 
 def option_row(options: dict[str, Any]) -> dict[str, Any]:
     """Count the bytes of gpt2's block with other options."""
-    config = replace(PRESETS["gpt2"], **options)
-    tokens = [sequences * config.context_tokens for sequences in SEQUENCES]
-    small, large = (tritium_passes(config, sequences) for sequences in SEQUENCES)
-    return {direction: per_token(small[direction], large[direction], tokens) for direction in small}
+    return counts_of(tritium_passes, replace(PRESETS["gpt2"], **options))
 
 
 def figures() -> dict[str, Any]:
