@@ -30,7 +30,8 @@ from .choices import MLPS, NORMS, POSITIONS, RECOMPUTATIONS
 from .config import DROPOUTS, AdapterOptions, GPTConfig
 from .lora import lora_layers, lora_parameters
 
-_ADAMW_STATE_BYTES = 8
+# Two float32 moments per parameter.
+ADAMW_STATE_BYTES = 8
 
 
 def parameters(config: GPTConfig) -> int:
@@ -201,7 +202,7 @@ def step_bytes(
     *,
     accumulates: bool,
     recompute: str = "none",
-    block_matrix_state_bytes: int = _ADAMW_STATE_BYTES,
+    block_matrix_state_bytes: int = ADAMW_STATE_BYTES,
     adapter: AdapterOptions | None = None,
 ) -> dict[str, int]:
     """Return the bytes allocated at the fullest moment of a training step, by part.
@@ -231,10 +232,10 @@ def step_bytes(
     weights = _weight_bytes(config)
     trained = adapter_elements(config, adapter)
     if trained:
-        of_prefix = _ADAMW_STATE_BYTES * _prefix_elements(config)
+        of_prefix = ADAMW_STATE_BYTES * _prefix_elements(config)
         optimizer = block_matrix_state_bytes * lora_parameters(config, adapter) + of_prefix
     else:
-        saved_state = (_ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
+        saved_state = (ADAMW_STATE_BYTES - block_matrix_state_bytes) * matrices(config)
         optimizer = 2 * weights - saved_state
     moments = _moments(config, batch, tokens, itemsize, accumulates, recompute, adapter)
     names = ("copies", "gradients", "activations", "head", "temporaries")

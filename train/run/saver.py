@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...model.cost import ADAMW_STATE_BYTES
 from ...model.safetensors_file import flat_bytes, safetensors_header, safetensors_pieces
 from ..choices import OPTIMIZERS
 from ..config import ReportOptions, TrainConfig
@@ -299,7 +300,7 @@ def checkpoint_bytes(config: TrainConfig, engine: SingleProcess) -> int:
     in_blocks = {id(each) for each in linear_parameters(engine.model) if each.ndim == 2}
     total = 0
     for parameter in engine.model.parameters():
-        state = row.block_matrix_state_bytes if id(parameter) in in_blocks else 8
+        state = row.block_matrix_state_bytes if id(parameter) in in_blocks else ADAMW_STATE_BYTES
         state = state if parameter.requires_grad else 0
         total += parameter.numel() * (4 + state)
     return total
