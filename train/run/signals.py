@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-_TIME_LIMIT = getattr(signal, "SIGALRM", None)
+TIME_LIMIT = getattr(signal, "SIGALRM", None)  # Windows has none
 _LONGEST_LIMIT = 1e9  # seconds
 _STOPPING = "stopping; a checkpoint will be written"
 
@@ -96,15 +96,15 @@ def stop_on_signals() -> Iterator[None]:
     _State.is_raised = True
     _State.is_alone = True
     numbers = _caught()
-    if numbers and _TIME_LIMIT is not None:
-        numbers.append(_TIME_LIMIT)
+    if numbers and TIME_LIMIT is not None:
+        numbers.append(TIME_LIMIT)
     before = {number: signal.signal(number, _note) for number in numbers}
     try:
         yield
     except StopRequested as stop:
         raise InterruptedRun(stop.number) from None
     finally:
-        if _TIME_LIMIT in before:
+        if TIME_LIMIT in before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             # More signals do not end a process that is about to print how to go on.
@@ -121,7 +121,7 @@ def set_time_limit(seconds: float) -> None:
         raise InputError(
             "max_minutes: expected a run in the main thread, got another thread; leave it out"
         )
-    if _TIME_LIMIT is not None and signal.getsignal(_TIME_LIMIT) is _note:
+    if TIME_LIMIT is not None and signal.getsignal(TIME_LIMIT) is _note:
         # 0 would mean no limit, and the system has a largest time.
         signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), _LONGEST_LIMIT))
 

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import shlex
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from ...run.folder import create_free_folder, is_unstarted, read_run
 from ...run.history import changes_between
 from ...run.metrics import describe_goodput
 from ...run.samples import last_sample
+from ...run.signals import TIME_LIMIT
 from ...tasks import TASKS
 from ...terminal.progress import console
 from ..cli import is_out_of_memory, program
@@ -123,7 +123,7 @@ def _stop_status(run: Path, stop: InterruptedRun) -> int:
         status = read_run(run).train.execution.stop_status
         if status is not None:
             return status
-    return 0 if stop.number == getattr(signal, "SIGALRM", None) else 128 + stop.number
+    return 0 if stop.number == TIME_LIMIT else 128 + stop.number
 
 
 def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
