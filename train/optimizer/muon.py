@@ -44,7 +44,6 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, a number or a tensor.
         weight_decay: decoupled weight decay.
         momentum: of the gradients.
-        nesterov: whether the newest gradient is added to the momentum again.
     Attributes:
         found_inf: () float32 on the device of the parameters. 1: `step` changes neither weights nor
             momentum. None: no step is skipped.
@@ -59,10 +58,9 @@ class Muon(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
-        nesterov: bool = True,
     ):
-        options = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, options | {"momentum": momentum, "nesterov": nesterov})
+        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, options)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -85,11 +83,8 @@ class Muon(torch.optim.Optimizer):
             # B -= (1 - momentum) (B - gradient): the gradient is subtracted, and B decays by 1.
             self._descend(buffers, gradients, lr=1 - momentum, decay=1.0, maximize=True)
 
-            if group["nesterov"]:
-                gradients, buffers = _local(gradients), _local(buffers)
-                updates = torch._foreach_lerp(gradients, buffers, momentum)
-            else:
-                updates = _local(buffers)
+            # U = gradient + momentum (B - gradient)
+            updates = torch._foreach_lerp(_local(gradients), _local(buffers), momentum)
             scaled = [torch.empty(0)] * len(updates)
             for batch in _batches(parameters):
                 together = [_complete(updates[index], parameters[index]) for index in batch]
