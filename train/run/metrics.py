@@ -217,7 +217,7 @@ class Metrics:
             }
             if skipped == OVERFLOWED:
                 line["overflow"] = True
-            self._count_skipped(line)
+            self.skipped += _count_skipped(line, self.bad_steps)
             self._write(line | rates)
             if self._log_interval and (step + 1) % self._log_interval == 0:
                 console.print(f"step {step + 1}: loss {loss:.4f}, {rate:,.0f} tokens/s")
@@ -225,13 +225,6 @@ class Metrics:
         if self.skipped:
             note += f"  {self.skipped} skipped"
         self._bars.update(self._task, note=note)
-
-    def _count_skipped(self, line: dict) -> None:
-        self.skipped += line["skipped"]
-        if _is_bad(line):
-            self.bad_steps.append(line)
-        elif not line["skipped"]:
-            self.bad_steps.clear()
 
     def went_back(self, step: int, restored: int) -> None:
         """Record that the run goes on at `step` with the checkpoint of `restored` steps."""
@@ -268,9 +261,17 @@ class Metrics:
             tracker.write(line)
 
 
-def _is_bad(line: dict) -> bool:
-    """Return whether a training line is of a bad step, and not of an overflow of float16."""
-    return bool(line.get("skipped")) and not line.get("overflow")
+def _count_skipped(line: dict, bad_steps: list[dict]) -> bool:
+    """Return whether a training line is of a skipped step. Add a bad step to `bad_steps`.
+
+    A good step ends a series of bad ones. An overflow of float16 does neither.
+    """
+    is_skipped = bool(line.get("skipped"))
+    if not is_skipped:
+        bad_steps.clear()
+    elif not line.get("overflow"):
+        bad_steps.append(line)
+    return is_skipped
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
@@ -352,11 +353,7 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
         step = row["step"]
         if "loss" in row and step < start:
             trained.add(step)
-            kept.skipped += bool(row.get("skipped"))
-            if _is_bad(row):
-                kept.bad_steps.append(row)
-            elif not row.get("skipped"):
-                kept.bad_steps.clear()
+            kept.skipped += _count_skipped(row, kept.bad_steps)
         # The evaluation after the last step is always repeated: resuming a finished run
         # returns it.
         elif "val_loss" in row and (step < start or step == start < steps):
