@@ -46,7 +46,7 @@ from .classify_records import (
     without_copies,
 )
 from .data import TaskData, model_options
-from .records import RecordLoader, fit_epochs, open_source, record_batches, row_tokens
+from .records import RecordLoader, fit_epochs, open_records, record_batches, row_tokens
 
 # Validation texts in a sample, and characters of each.
 _SAMPLE_TEXTS = 5
@@ -69,7 +69,7 @@ def open_data(
     _check(config)
 
     # Read, choose and split.
-    source = open_source(
+    source = open_records(
         config,
         record,
         run,

@@ -32,7 +32,7 @@ from .records import (
     describe_epochs,
     errors_name,
     fit_epochs,
-    open_source,
+    open_records,
     record_batches,
     row_tokens,
     split,
@@ -56,7 +56,7 @@ def open_data(
     Args: record, run, progress: see pretrain.open_data. There is no progress bar.
     Raises: InputError, which names the line, for a bad record.
     """
-    source = open_source(config, record, run)
+    source = open_records(config, record, run)
     options = config.task_options
     tokenizer = source.tokenizer
     template = choose_template(options.template, tokenizer)

@@ -37,7 +37,7 @@ from .records import (
     RecordLoader,
     describe_epochs,
     fit_epochs,
-    open_source,
+    open_records,
     record_batches,
     row_tokens,
     split,
@@ -61,7 +61,7 @@ def open_data(
     Args: record, run, progress: see pretrain.open_data. There is no progress bar.
     Raises: InputError, which names the line, for a bad record.
     """
-    source = open_source(config, record, run)
+    source = open_records(config, record, run)
     options = config.task_options
     template = choose_template(options.template, source.tokenizer)
     pairs = [read_pair(each, source.tokenizer, template) for each in source.records]

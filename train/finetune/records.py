@@ -49,7 +49,7 @@ _LEAST_RECORDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RecordFile:
     """The file of a run's records, and the tokenizer of the run."""
 
     path: Path
@@ -59,12 +59,12 @@ class Source:
     tokenizer: Tokenizer
 
 
-def open_source(
+def open_records(
     config: TrainConfig,
     record: RunRecord | None,
     run: Path | None,
     read: Callable[[Path], list] | None = None,
-) -> Source:
+) -> RecordFile:
     """Read the records and the tokenizer of a run.
 
     Args:
@@ -94,7 +94,7 @@ def open_source(
             "the file back, or start a new run"
         )
     records = (read or read_records)(path)
-    return Source(path=path, sha256=sha256, records=records, tokenizer=tokenizer)
+    return RecordFile(path=path, sha256=sha256, records=records, tokenizer=tokenizer)
 
 
 def read_records(path: Path) -> list[Record]:
