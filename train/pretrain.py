@@ -10,7 +10,7 @@ from .config import TrainConfig
 from .data.dataset import Dataset, open_dataset
 from .data.epochs import describe_epochs
 from .data.loader import Batch, Loader, evaluation_batches
-from .data.prepare import prepare
+from .data.prepare import prepare_for
 from .distributed.world import World
 from .eval.in_training import open_evaluations
 from .evaluate import Evaluation, evaluate
@@ -18,7 +18,6 @@ from .execution import Execution
 from .finetune.data import TaskData
 from .generation.text import sample_text
 from .run.folder import RunRecord, check_tokenizer, open_recorded_dataset
-from .storage.cache import cache_dir
 
 
 def open_data(
@@ -47,15 +46,7 @@ def open_data(
 
 def _prepare_dataset(config: TrainConfig, *, progress: bool) -> Dataset:
     """Build or find the dataset, and check that the run can use it."""
-    path = prepare(
-        config.data,
-        config.tokenizer,
-        cache_dir() / "datasets",
-        held_out=config.held_out,
-        text_field=config.text_field,
-        progress=progress,
-    )
-    dataset = open_dataset(path)
+    dataset = open_dataset(prepare_for(config, progress=progress))
     # Raise now if the prompt, an evaluation or a batch would raise later in the run.
     T = config.model.context_tokens
     dataset.tokenizer.encode(config.prompt)

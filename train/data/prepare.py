@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
+from ..config import TrainConfig
+from ..storage.cache import cache_dir
 from .bin_shards import find_bins
 from .build import build
 from .dataset import FORMAT_VERSION, DatasetInfo, read_info
@@ -17,10 +19,22 @@ from .documents.corpus import Corpus, fingerprint
 from .tokenizers.tokenizer import DEFAULT_TOKENIZER, from_spec, needs_corpus
 
 
+def prepare_for(config: TrainConfig, *, progress: bool) -> Path:
+    """Return the dataset folder of a run, as `prepare` does. Built datasets are in the cache."""
+    return prepare(
+        config.data,
+        config.tokenizer,
+        cache_dir() / "datasets",
+        held_out=config.held_out,
+        text_field=config.text_field,
+        progress=progress,
+    )
+
+
 def prepare(
     data: Sequence[str],
     tokenizer: str | None,
-    cache_dir: Path | str,
+    cache: Path | str,
     *,
     held_out: float = 0.1,
     text_field: str = "text",
@@ -31,7 +45,7 @@ def prepare(
     Args:
         data: one dataset folder, or inputs for `build`.
         tokenizer: spec. None: the dataset's own, or bpe:4096.
-        cache_dir: where built datasets are kept; see storage/cache.py.
+        cache: folder in which built datasets are kept.
         held_out, text_field, progress: see `build`.
     Returns: a folder for `open_dataset`. Changed files, another tokenizer or another held_out give
         another folder.
@@ -55,7 +69,7 @@ def prepare(
         FORMAT_VERSION,
     ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{Path(data[0]).stem or 'data'}-{Path(spec).stem}")
-    target = Path(cache_dir) / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    target = Path(cache) / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if not (target / "dataset.json").is_file():
         try:
             build(target, data, spec, held_out=held_out, text_field=text_field, progress=progress)

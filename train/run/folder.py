@@ -37,9 +37,8 @@ from ...errors import InputError
 from ...model import GPTConfig
 from ..config import OPTION_CLASSES, TrainConfig
 from ..data.dataset import SPLITS, Dataset, open_dataset
-from ..data.prepare import prepare
+from ..data.prepare import prepare_for
 from ..distributed.world import World
-from ..storage.cache import cache_dir
 from ..storage.files import check_can_create, seal, unseal, write_whole
 from ..storage.lock import LOCK_FILE, FolderLock
 from ..storage.records import check_names, check_types, parse_object
@@ -355,14 +354,7 @@ def _build_again(record: RunRecord, run: Path, progress: bool) -> Path:
             file=sys.stderr,
         )
     try:
-        return prepare(
-            config.data,
-            config.tokenizer,
-            cache_dir() / "datasets",
-            held_out=config.held_out,
-            text_field=config.text_field,
-            progress=progress,
-        )
+        return prepare_for(config, progress=progress)
     except InputError as error:
         raise InputError(
             f"{record.dataset}: expected the dataset of {run}, found none, and it cannot be built "
