@@ -12,7 +12,7 @@ from ...errors import InputError, unknown_name
 from ...model import GPT
 from ...model.generation import Sampling
 from ..data.tokenizers.tokenizer import Tokenizer
-from ..generation.text import encode_prompt, for_tokenizer
+from ..generation.text import answer_text, encode_prompt, for_tokenizer
 from ..storage.records import shorten
 from .jsonl import read_jsonl, text_of
 
@@ -92,10 +92,7 @@ def generate_texts(
         ]
         continued = model.generate(encoded, sampling=sampling, tokenizer=tokenizer)
         for prompt, tokens in zip(encoded, continued, strict=True):
-            new = tokens[len(prompt) :]
-            if new and new[-1] in sampling.stop_tokens:
-                new = new[:-1]
-            text = tokenizer.decode_answer(new)
+            text = answer_text(tokenizer, prompt, tokens)
             for stop in sampling.stop:
                 text = text.split(stop)[0]
             texts.append(text)

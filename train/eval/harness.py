@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ...errors import InputError
 from ...model.generation import Sampling
+from ..generation.text import answer_text, for_tokenizer
 from ..machine.options import OpenOptions
 from .model import OpenedModel
 from .scoring import score
@@ -155,10 +156,9 @@ class TritiumLM(TemplateLM):
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),
             stop=tuple(text for text in stop if text),
-            stop_tokens=tuple(self.tokenizer.stop_tokens),
-            vocab_size=self.tokenizer.vocab_size,
             seed=options.get("seed", 0),
         )
+        sampling = for_tokenizer(sampling, self.tokenizer)
         # As lm_eval does for transformers: a context that is too long loses its first tokens.
         room = max(1, self.max_length - sampling.max_new_tokens)
         prompts = [
@@ -168,10 +168,8 @@ class TritiumLM(TemplateLM):
         continued = self._model.gpt.generate(prompts, sampling=sampling, tokenizer=self.tokenizer)
         found = []
         for request, prompt, tokens in zip(requests, prompts, continued, strict=True):
-            new = tokens[len(prompt) :]
-            if new and new[-1] in sampling.stop_tokens:
-                new = new[:-1]
-            text = postprocess_generated_text(self.tokenizer.decode_answer(new), stop, None)
+            text = answer_text(self.tokenizer, prompt, tokens)
+            text = postprocess_generated_text(text, stop, None)
             self.cache_hook.add_partial("generate_until", request.args, text)
             found.append(text)
         return found

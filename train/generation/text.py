@@ -1,6 +1,6 @@
 """Text from a model and its tokenizer: the continuation of a prompt or of messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...errors import InputError
@@ -37,6 +37,14 @@ def for_tokenizer(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:
     """Add what the tokenizer knows: the ids that end a text, and how many ids there are."""
     stop_tokens = (*sampling.stop_tokens, *tokenizer.stop_tokens)
     return replace(sampling, stop_tokens=stop_tokens, vocab_size=tokenizer.vocab_size)
+
+
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return the text that follows a prompt in `tokens`, without the stop token that ended it."""
+    answer = tokens[len(prompt) :]
+    if answer and answer[-1] in tokenizer.stop_tokens:
+        answer = answer[:-1]
+    return tokenizer.decode_answer(answer)
 
 
 def stream_sample(
