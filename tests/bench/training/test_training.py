@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from tests.bench.training.test_implementations import CPU, TINY
 from tritium.bench.record import read_record
 from tritium.bench.training import training
 from tritium.bench.training.baseline import Baseline
@@ -16,18 +17,6 @@ from tritium.train.recipes import RECIPES
 
 pytestmark = pytest.mark.plain
 
-CPU = torch.device("cpu")
-TINY = TrainConfig.from_options(
-    tokenizer="bpe:300",
-    n_layer=1,
-    n_head=2,
-    d_model=16,
-    context_tokens=16,
-    batch_size=4,
-    micro_batch_size=2,
-    lr=1e-2,
-    warmup_steps=2,
-)
 SHAPE = TINY.gpt(vocab_size=300)
 
 
