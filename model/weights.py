@@ -149,8 +149,8 @@ class Source:
 def open_source(path: Path) -> Source:
     """Open a Hugging Face folder, a GGUF file, or the checkpoint file of nanoGPT.
 
-    Raises: InputError if it is neither, if the architecture is not supported, or if the files are
-        too small for the model.
+    Raises: InputError if it is none of them, if the architecture is not supported, or if the files
+        are too small for the model.
     """
     source = _open(path)
     check_size(path, source.config)

@@ -89,12 +89,11 @@ RECIPES: dict[str, TrainConfig] = {
     "gpt2-large": _like_gpt2("gpt2-large", micro_batch_size=8, lr=2.5e-4),
     "gpt2-xl": _like_gpt2("gpt2-xl", micro_batch_size=4, lr=2e-4),
     "llama-124m": _like_gpt2("llama-124m", micro_batch_size=32, lr=6e-4),
-    # For a GPU: the model, with the tanh form of GELU, and the batch of nanoGPT's
-    # config/train_shakespeare_char.py. With the
-    # schedule of that file, 5,000 steps of AdamW, the validation loss was lowest at step 1,500:
-    # 1.481. Then it rose, and the run was stopped after step 2,000. 1,500 steps of Muon ended at
-    # 1.477. Without dropout of embeddings and attention weights the lowest loss was 1.571 (H200,
-    # November 2026).
+    # For a GPU: the model and the batch of nanoGPT's config/train_shakespeare_char.py, but with the
+    # tanh form of GELU. With the schedule of that file, 5,000 steps of AdamW, the validation loss
+    # was lowest at step 1,500: 1.481. Then it rose, and the run was stopped after step 2,000. 1,500
+    # steps of Muon ended at 1.477. Without dropout of embeddings and attention weights the lowest
+    # loss was 1.571 (H200, November 2026).
     "shakespeare-char-gpu": TrainConfig(
         data=("tinyshakespeare.txt",),
         tokenizer="chars",
