@@ -364,12 +364,22 @@ def cu_seqlens_of(is_start: Tensor) -> Tensor:
     """Return the starts of the documents in rows that are laid end to end.
 
     Args: is_start: (B, T) bool, on the CPU. Whether a document starts here; true in column 0.
-    Returns: (documents + 1,) int32; the first entry is 0 and the last is B * T. Empty documents at
-        the end pad `documents` to a power of two, so that few different lengths occur, and to two
-        or more: torch.compile would compile a length of one for itself.
+    Returns: as `pad_starts`.
     """
-    starts = is_start.flatten().nonzero()[:, 0].to(torch.int32)
+    return pad_starts(is_start.flatten().nonzero()[:, 0], is_start.numel())
+
+
+def pad_starts(starts: Tensor, num_tokens: int) -> Tensor:
+    """Add empty documents at the end, until their number is a power of two, and two or more.
+
+    So few different lengths occur. torch.compile would compile a length of one for itself.
+
+    Args:
+        starts: (n,) integers on the CPU, where documents start; the first is 0.
+        num_tokens: of all documents.
+    Returns: (documents + 1,) int32; the last entry is num_tokens.
+    """
     documents = max(2, 1 << (len(starts) - 1).bit_length())
-    cu_seqlens = starts.new_full((1 + documents,), is_start.numel())
+    cu_seqlens = torch.full((1 + documents,), num_tokens, dtype=torch.int32)
     cu_seqlens[: len(starts)] = starts
     return cu_seqlens

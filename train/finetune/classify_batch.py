@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...model import GPTClassifier
-from ..data.loader import copy_cu_seqlens, copy_to_device, seed_input
+from ..data.loader import copy_cu_seqlens, copy_to_device, pad_starts, seed_input
 from ..data.tokenizers.tokenizer import Tokenizer
 from .classify_records import LabelledText
 from .records import errors_name
@@ -80,24 +80,16 @@ def text_inputs(
     rows = -(-len(packed) // context_tokens)
     padding = -len(packed) % rows
     tokens = torch.from_numpy(np.pad(packed, (0, padding))).view(rows, -1)
-    ends = torch.from_numpy(np.cumsum([len(ids) for ids in texts]))
+    # The last entry is where the padding starts.
+    starts = torch.from_numpy(np.cumsum([0, *map(len, texts)]))
     tokens = copy_to_device(tokens, device)
     # The length differs between batches: torch.compile compiles once for any length.
     torch._dynamo.maybe_mark_dynamic(tokens, 1)
     return {
         "tokens": tokens,
-        "last": copy_to_device(ends - 1, device),
-        "cu_seqlens": copy_cu_seqlens(_cu_seqlens(ends, tokens.numel()), device),
+        "last": copy_to_device(starts[1:] - 1, device),
+        "cu_seqlens": copy_cu_seqlens(pad_starts(starts, tokens.numel()), device),
     }
-
-
-def _cu_seqlens(ends: Tensor, num_tokens: int) -> Tensor:
-    """Return the starts of texts that end at `ends`, padded like those of document_starts."""
-    documents = max(2, 1 << len(ends).bit_length())
-    cu_seqlens = torch.full((1 + documents,), num_tokens, dtype=torch.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : 1 + len(ends)] = ends
-    return cu_seqlens
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
