@@ -40,6 +40,14 @@ def with_prefix(shape: GPTConfig, tokens: int) -> GPTConfig:
         raise InputError(str(error).removeprefix("GPTConfig: ")) from None
 
 
+def shape_for_run(trained: GPTConfig, options: GPTConfig) -> GPTConfig:
+    """Return the shape of a trained model with the dropout and the prefix of a new run.
+
+    Raises: InputError as `with_prefix`.
+    """
+    return with_prefix(trained.with_dropout_of(options), options.prefix_tokens)
+
+
 def default_config(task: str) -> TrainConfig:
     """Return the default options of a task.
 
@@ -76,7 +84,4 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
     default = default_config(task)
     check_types(options, TASKS[task].options)
     config = default.with_options(init_from=str(model), data=(str(data),), **options)
-    # The run has the shape of the model. Dropout is an option of the run.
-    shape = open_model(Path(model)).config.with_dropout_of(config.model)
-    shape = with_prefix(shape, config.model.prefix_tokens)
-    return replace(config, model=shape)
+    return replace(config, model=shape_for_run(open_model(Path(model)).config, config.model))

@@ -10,7 +10,7 @@ from ...model.lora import add_lora, freeze
 from ...model.prefix import add_prefix
 from ..config import TrainConfig
 from ..finetune.data import TaskData, model_options
-from ..finetune.start import with_prefix
+from ..finetune.start import shape_for_run
 from ..run.models import open_model
 
 # A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
@@ -50,9 +50,8 @@ def _with_adapter(model: GPT, config: TrainConfig) -> GPT:
 def _check(config: TrainConfig, data: TaskData) -> None:
     """Raise InputError if the model to start from has another shape or another tokenizer."""
     trained = open_model(Path(config.init_from))
-    # Dropout is an option of the run, not of the model.
     found = config.gpt(trained.config.vocab_size)
-    expected = with_prefix(trained.config.with_dropout_of(found), found.prefix_tokens)
+    expected = shape_for_run(trained.config, found)
     if expected != found:
         raise InputError(f"init_from: expected a model of shape {found}, got {expected}")
     tokenizer = data.tokenizer

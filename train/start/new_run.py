@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import InputError
 from ..config import TrainConfig
 from ..data.prepare import is_dataset
-from ..finetune.start import with_prefix
+from ..finetune.start import shape_for_run
 from ..run.models import open_model
 
 
@@ -47,10 +47,9 @@ def new_config(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
 def _start_from(config: TrainConfig, given: Collection[str]) -> TrainConfig:
     """Give the run the shape and the tokenizer of the model that it starts from."""
     trained = open_model(Path(config.init_from))
-    own = trained.config.with_dropout_of(config.model)
-    shape = with_prefix(own, config.model.prefix_tokens)
+    shape = shape_for_run(trained.config, config.model)
     for each in fields(shape):
-        value, expected = getattr(config.model, each.name), getattr(own, each.name)
+        value, expected = getattr(config.model, each.name), getattr(trained.config, each.name)
         if each.name in given and value not in (expected, getattr(shape, each.name)):
             raise InputError(
                 f"{each.name}: expected {expected}, as in {config.init_from}, got {value}; "
