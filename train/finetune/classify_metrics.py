@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..run.plots import shown
 from ..storage.files import write_whole
 
 # Labels in the text and in the picture are cut to this length.
@@ -89,7 +90,7 @@ class Confusion:
         from matplotlib.figure import Figure
 
         C = min(len(self.labels), _MOST_DRAWN)
-        names = [_short(label) for label in self.labels[:C]]
+        names = [shown(_short(label)) for label in self.labels[:C]]
         counts = self.counts[:C, :C]
         size = 3 + 0.5 * C
         figure = Figure(figsize=(size, size), layout="constrained")
@@ -101,7 +102,7 @@ class Confusion:
             axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=color)
         axes.set_xticks(range(C), names, rotation=45 if C > 4 else 0)
         axes.set_yticks(range(C), names)
-        axes.set(xlabel="prediction", ylabel="label", title=title)
+        axes.set(xlabel="prediction", ylabel="label", title=shown(title))
         content = io.BytesIO()
         figure.savefig(content, dpi=150, format="png")
         write_whole(file, [content.getbuffer()])

@@ -12,7 +12,7 @@ from ..storage.lock import is_locked
 from .checkpoint import checkpoints
 from .folder import read_run
 from .metrics import check_metrics, describe_damage, read_metrics
-from .plots import running_mean
+from .plots import running_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def plot_runs(runs: list[Path], file: Path, axis: str) -> None:
     if file.suffix.removeprefix(".") not in formats:
         raise InputError(f"out: expected a file that ends in .png, .svg or .pdf, got {str(file)!r}")
     curves = [Curves.read(run) for run in runs]
-    names = _distinct_names(runs)
+    names = [shown(name) for name in _distinct_names(runs)]
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
     for number, (name, curve) in enumerate(zip(names, curves, strict=True)):

@@ -55,7 +55,7 @@ def plot_loss(run: Path) -> Path:
 
     has_tokens = not evaluations or "val_perplexity" in evaluations[-1]
     ylabel = "cross-entropy (nats per token)" if has_tokens else "loss (nats)"
-    axes.set(xlabel="step", ylabel=ylabel, title=run.name)
+    axes.set(xlabel="step", ylabel=ylabel, title=shown(run.name))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -88,7 +88,7 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
             [line["step"] * tokens_per_step for line in lines],
             [line[name] for line in lines],
             "s--" if is_accuracy else "o-",
-            label="validation" if name == "val_bits_per_byte" else label,
+            label="validation" if name == "val_bits_per_byte" else shown(label),
             markersize=4,
             color=f"C{list(names).index(name)}",
         )
@@ -109,6 +109,16 @@ def _tokens_per_step(training: list[dict]) -> float:
     """Return the targets per step; 1 if no line has them."""
     found = [line["tokens"] / (line["step"] + 1) for line in training if "tokens" in line]
     return found[-1] if found else 1.0
+
+
+def shown(name: str) -> str:
+    """Return the text with which matplotlib shows any name as it is.
+
+    Matplotlib reads text between two dollar signs as math, leaves labels that begin with "_" out of
+    legends, and cannot draw lone surrogates, which stand for bytes of a path that are not UTF-8.
+    """
+    text = name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def running_mean(values: list[float], fraction: float = 0.05) -> list[float]:

@@ -33,7 +33,7 @@ def test_the_table_has_a_row_per_label():
 
 
 def test_the_picture_is_a_png(tmp_path):
-    Confusion.of(("a label\nof two lines", "b" * 99, "c", "d"), TRUTH, PREDICTION).draw(
-        tmp_path / "confusion.png", "run"
+    Confusion.of(("a label\nof two lines", "b" * 99, r"$\frac$", "_d"), TRUTH, PREDICTION).draw(
+        tmp_path / "confusion.png", r"$\frac$"
     )
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")

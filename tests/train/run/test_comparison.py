@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,16 @@ def test_runs_are_drawn_into_one_file(run, tmp_path):
     assert file.read_text().startswith("<?xml")
     with pytest.raises(InputError, match=r"out: expected a file that ends in \.png"):
         plot_runs([run], tmp_path / "all.txt", "steps")
+
+
+def test_runs_with_any_names_are_drawn(run, tmp_path):
+    names = (r"$\frac$", "_old")
+    copies = [shutil.copytree(run, tmp_path / name) for name in names]
+    plot_runs(copies, tmp_path / "all.svg", "steps")
+    drawn = (tmp_path / "all.svg").read_text()
+    for name in names:
+        assert f"{name} -->" in drawn
+        assert f"{name}, validation -->" in drawn
 
 
 def test_lines_that_cannot_be_read_are_counted_and_left_out(run, capsys):

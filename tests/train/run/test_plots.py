@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tritium.train.run.metrics import read_metrics
-from tritium.train.run.plots import _draw_more, _tokens_per_step, plot_loss, running_mean
+from tritium.train.run.plots import _draw_more, _tokens_per_step, plot_loss, running_mean, shown
 
 pytestmark = pytest.mark.plain
 
@@ -51,3 +51,16 @@ def test_the_measures_of_a_task_are_drawn():
 def test_running_mean_of_a_constant_is_the_constant():
     assert running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
     assert running_mean([]) == []
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "$10-$20", "_old", "k\udcefl", "a_b", "50 $"])
+def test_any_name_is_drawn_as_it_is(name, tmp_path):
+    axes = Figure().subplots()
+    axes.plot([0, 1], label=shown(name))
+    legend = axes.legend()
+    assert len(legend.get_texts()) == 1
+    axes.figure.savefig(tmp_path / "a.svg")
+    (text,) = legend.get_texts()
+    drawn, is_math = text._preprocess_math(text.get_text())
+    assert not is_math
+    assert drawn.strip() == name.replace("\udcef", "?")
