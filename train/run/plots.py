@@ -75,7 +75,8 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
     names = dict.fromkeys(name for line in evaluations for name in line)
     has_bits = False
     for name in names:
-        is_accuracy = "accuracy" in name or "f1" in name
+        measure = name.rpartition("/")[2]  # the parts before it are names of the user
+        is_accuracy = "accuracy" in measure or "f1" in measure
         is_of_task = name.startswith("val_") and name not in _KEYS
         if is_of_task and "/" in name:
             continue  # a measure of one label; there may be many labels

@@ -48,6 +48,16 @@ def test_the_measures_of_a_task_are_drawn():
     assert left.get_ylabel() == ""
 
 
+def test_the_name_of_a_text_does_not_make_its_loss_an_accuracy():
+    evaluation = {"step": 2, "val_loss": 3.0, "text/f1/loss": 4.0, "text/f1/bits_per_byte": 2.5}
+    evaluation |= {"choice/accuracy/last_word_perplexity": 90.0}
+    figure = Figure()
+    _draw_more(figure.subplots(), [evaluation], 1.0)
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[2.5]]
+    assert not right.lines
+
+
 def test_running_mean_of_a_constant_is_the_constant():
     assert running_mean([2.0] * 50) == pytest.approx([2.0] * 50)
     assert running_mean([]) == []
