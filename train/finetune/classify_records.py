@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
+from ..data.tokenizers.tokenizer import without_surrogates
 from ..eval.jsonl import read_jsonl
 from ..storage.records import shorten
 
@@ -49,6 +50,7 @@ def read_labelled_texts(path: Path, text_column: str, label_column: str) -> list
     """Read a file.
 
     Args: text_column, label_column: names of columns or keys, or numbers of columns from 1.
+    Returns: the texts. A lone surrogate becomes U+FFFD, as when a text is encoded.
     Raises: InputError, which names the line, if a line cannot be parsed or has no text or label;
         also for another type of file, an empty file and a column that does not exist.
     """
@@ -56,7 +58,11 @@ def read_labelled_texts(path: Path, text_column: str, label_column: str) -> list
     if suffix not in _READERS:
         raise InputError(f"{path}: expected a file {', '.join(_READERS)}, got {path.name!r}")
     texts = [
-        LabelledText(text=text, label=_check_label(label, label_column, place), place=place)
+        LabelledText(
+            text=without_surrogates(text),
+            label=_check_label(label, label_column, place),
+            place=place,
+        )
         for place, text, label in _READERS[suffix](path, text_column, label_column)
     ]
     if not texts:
@@ -68,7 +74,7 @@ def _check_label(label: object, field: str, place: str) -> str:
     is_number = isinstance(label, int | float) and not isinstance(label, bool)
     if not (is_number or isinstance(label, str)) or not str(label).strip():
         raise InputError(f"{place}: {field}: expected a label, got {shorten(label)}")
-    return str(label).strip()
+    return without_surrogates(str(label)).strip()
 
 
 def _read_objects(

@@ -53,6 +53,12 @@ def test_each_type_of_file_is_read(name, content, fields, tmp_path):
     assert pairs_of(texts) == [("ham", 'says "hi'), ("spam", "win, now")]
 
 
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800", "label": "\\udc00"}\n')
+    texts = read_labelled_texts(tmp_path / "a.jsonl", "text", "label")
+    assert pairs_of(texts) == [("\ufffd", "a\ufffd")]
+
+
 def test_columns_are_numbered_from_1(tmp_path):
     (tmp_path / "a.tsv").write_text("ham\thi\n")
     for field in ("0", "3", "²"):
