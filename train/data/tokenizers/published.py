@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import InputError
+from ._cuts import splits_at_cuts
 from .tokenizer import Tokenizer, hash_parts, without_surrogates
 
 FILES = (
@@ -137,7 +138,7 @@ class PublishedTokenizer(Tokenizer):
         self.end_of_text = ids[end]
         self.start_tokens = self._find_start_tokens(settings.get("add_bos_token"))
         self.stop_tokens = tuple(dict.fromkeys([self.end_of_text, *_more_stop_tokens(files)]))
-        self.can_cut = _can_cut(self._definition)
+        self.can_cut = _can_cut(self._definition, self._plain)
         self.chat_template = _chat_template(settings, files)
 
     def _definition_sha256(self) -> str:
@@ -327,11 +328,15 @@ def _parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [part]
 
 
-def _can_cut(definition: dict[str, Any]) -> bool:
+def _can_cut(definition: dict[str, Any], backend) -> bool:
     """Return whether text is split before merging, and no space is put before it."""
     parts = _parts_of(definition, "pre_tokenizer")
-    return any(part["type"] == "ByteLevel" for part in parts) and not any(
-        part.get("add_prefix_space") for part in parts
+    tokens = definition.get("added_tokens") or []
+    added = [each["content"] for each in tokens if not each["special"]]
+    return (
+        any(part["type"] == "ByteLevel" for part in parts)
+        and not any(part.get("add_prefix_space") for part in parts)
+        and splits_at_cuts(backend, added)
     )
 
 

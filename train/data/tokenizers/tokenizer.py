@@ -52,7 +52,7 @@ FORMAT_VERSION = 1
 
 # Places where text may be cut without changing its ids: after a single line end that is followed by
 # text, and before a single space between two letters. Both patterns always end a piece there.
-_SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
+SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
 # tiktoken fails on a run of 1,000,000 spaces. Such text is encoded in parts of this length.
 _STEP_CHARACTERS = 1 << 19
 _SMALLEST_BPE = 258  # 256 bytes, one merge, end-of-text
@@ -341,7 +341,7 @@ def cut(text: str, characters: int) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > characters:
-        place = _SAFE_CUT.search(text, start + characters)
+        place = SAFE_CUT.search(text, start + characters)
         if place is None:
             break
         yield text[start : place.end()]

@@ -90,6 +90,34 @@ def test_a_byte_level_tokenizer_encodes_as_transformers_does(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
+WORDS = r" ?\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "added", "can_cut"),
+    [
+        (WORDS, (), True),
+        (WORDS, ("  ", "<one>"), True),
+        (WORDS, ("two words",), False),
+        (WORDS.replace(r"\n", r"\n/"), (), False),
+        (r"\p{N}", (), False),
+    ],
+)
+def test_text_is_cut_only_where_the_tokenizer_ends_a_piece(pattern, added, can_cut, tmp_path):
+    byte_level(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pre_tokenizers = tokenizers.pre_tokenizers
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.add_tokens([tokenizers.AddedToken(each, normalized=False) for each in added])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).can_cut == can_cut
+
+
 def test_bytes_of_single_ids_join_to_the_text(tmp_path):
     byte_level(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
