@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import InputError
-from ._cuts import splits_at_cuts
+from ._definition import can_cut, parts_of
 from .tokenizer import Tokenizer, hash_parts, without_surrogates
 
 FILES = (
@@ -138,7 +138,7 @@ class PublishedTokenizer(Tokenizer):
         self.end_of_text = ids[end]
         self.start_tokens = self._find_start_tokens(settings.get("add_bos_token"))
         self.stop_tokens = tuple(dict.fromkeys([self.end_of_text, *_more_stop_tokens(files)]))
-        self.can_cut = _can_cut(self._definition, self._plain)
+        self.can_cut = can_cut(self._definition, self._plain)
         self.chat_template = _chat_template(settings, files)
 
     def _definition_sha256(self) -> str:
@@ -234,10 +234,23 @@ class PublishedTokenizer(Tokenizer):
 
     def _content(self) -> dict:
         files = {name: base64.b64encode(content).decode() for name, content in self.files.items()}
-        return {"files": files}
+        return {"files": files, "files_sha256": _hash_files(self.files)}
 
 
 # --- the files
+
+
+def unpack_files(content: dict[str, Any]) -> dict[str, bytes]:
+    """Return the files in a tokenizer.json of tritium. Raises: ValueError if one was changed."""
+    files = {name: base64.b64decode(text) for name, text in content["files"].items()}
+    # Older files have no hash.
+    if content.get("files_sha256") not in (None, _hash_files(files)):
+        raise ValueError("a file in it does not match its checksum")
+    return files
+
+
+def _hash_files(files: dict[str, bytes]) -> str:
+    return hash_parts(*(part for name in sorted(files) for part in (name.encode(), files[name])))
 
 
 def _read_json(files: dict[str, bytes], name: str) -> dict[str, Any]:
@@ -318,28 +331,6 @@ def _encode(backend, text: str) -> np.ndarray:
     return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
 
-def _parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the parts of a decoder or pre-tokenizer, each of which has a "type"."""
-    part = definition.get(name)
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        return part.get("decoders") or part.get("pretokenizers") or []
-    return [part]
-
-
-def _can_cut(definition: dict[str, Any], backend) -> bool:
-    """Return whether text is split before merging, and no space is put before it."""
-    parts = _parts_of(definition, "pre_tokenizer")
-    tokens = definition.get("added_tokens") or []
-    added = [each["content"] for each in tokens if not each["special"]]
-    return (
-        any(part["type"] == "ByteLevel" for part in parts)
-        and not any(part.get("add_prefix_space") for part in parts)
-        and splits_at_cuts(backend, added)
-    )
-
-
 def _pieces(definition: dict[str, Any], ids: dict[str, int]) -> list[bytes]:
     """Return the bytes of each id. An id that no token has stands for no bytes."""
     added = {each["id"] for each in definition.get("added_tokens") or []}
@@ -354,7 +345,7 @@ def _piece_decoder(definition: dict[str, Any]) -> Callable[[str], bytes]:
     """Return the function from a token to its bytes that the decoder describes."""
     space = None
     has_bytes = has_byte_tokens = False
-    for part in _parts_of(definition, "decoder"):
+    for part in parts_of(definition, "decoder"):
         kind = part["type"]
         if kind == "ByteLevel":
             has_bytes = True

@@ -237,10 +237,9 @@ class Tokenizer:
 def _from_definition(definition: dict, path: Path) -> Tokenizer:
     kind, name, stored = (str(definition[key]) for key in ("kind", "name", "sha256"))
     if kind == "published":
-        from .published import PublishedTokenizer
+        from .published import PublishedTokenizer, unpack_files
 
-        files = {file: base64.b64decode(text) for file, text in definition["files"].items()}
-        tokenizer = PublishedTokenizer(name, files)
+        tokenizer = PublishedTokenizer(name, unpack_files(definition))
         _check_sha256(tokenizer.sha256, stored, path)
         return tokenizer
     pieces = [base64.b64decode(piece, validate=True) for piece in definition["pieces"]]

@@ -1,5 +1,6 @@
 """Tokenizers of published models: byte-level like GPT-2's, and with byte fallback like Llama's."""
 
+import base64
 import json
 import shutil
 
@@ -204,6 +205,22 @@ def test_save_and_load_keep_the_definition(tmp_path):
         Tokenizer.load(tmp_path / "tokenizer.json")
     with pytest.raises(InputError, match=r"else \(expected the format .*give its folder"):
         Tokenizer.load(tmp_path / "folder" / "tokenizer.json")
+
+
+def test_a_changed_file_in_a_saved_tokenizer_raises(tmp_path):
+    byte_level(tmp_path / "folder")
+    saved = tmp_path / "tokenizer.json"
+    Tokenizer.load(tmp_path / "folder").save(saved)
+    content = json.loads(saved.read_bytes())
+    for name, text in content["files"].items():
+        changed = base64.b64encode(base64.b64decode(text).replace(b"i", b"a", 1)).decode()
+        assert changed != text
+        saved.write_text(json.dumps(content | {"files": content["files"] | {name: changed}}))
+        with pytest.raises(InputError, match=r"tokenizer\.json: "):
+            Tokenizer.load(saved)
+    del content["files_sha256"]  # as older versions wrote it
+    saved.write_text(json.dumps(content))
+    assert Tokenizer.load(saved).chat_template == TEMPLATE
 
 
 def test_vocab_and_merges_are_converted(tmp_path):

@@ -1,0 +1,52 @@
+"""What the content of a tokenizer.json of the package tokenizers says about text.
+
+Parts of a long document are encoded separately. Most patterns end a piece of text in the places
+where `cut` cuts. Some do not: o200k's has a piece ";\\n//", and a ByteLevel without a pattern has
+one piece per text. So examples are tried.
+"""
+
+import itertools
+from typing import Any
+
+from .tokenizer import SAFE_CUT
+
+_BEFORE = "aZé1;}'日"
+_AFTER = "aZé1/#'日"
+_EXAMPLES = [(f"{a}\n", b) for a, b in itertools.product(_BEFORE, _AFTER)]
+_EXAMPLES += [(a, f" {b}") for a, b in itertools.product("aZ", "aZ")]
+
+
+def parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the parts of a decoder or pre-tokenizer, each of which has a "type"."""
+    part = definition.get(name)
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return part.get("decoders") or part.get("pretokenizers") or []
+    return [part]
+
+
+def can_cut(definition: dict[str, Any], backend) -> bool:
+    """Return whether the parts that `cut` gives can be encoded separately.
+
+    Text must be split there before merging, no space may be put before it, and no added token may
+    reach over a cut.
+
+    Args: backend: the Tokenizer of the package tokenizers with this definition.
+    """
+    parts = parts_of(definition, "pre_tokenizer")
+    has_bytes = any(part["type"] == "ByteLevel" for part in parts)
+    if not has_bytes or any(part.get("add_prefix_space") for part in parts):
+        return False
+    for token in definition.get("added_tokens") or []:
+        if not token["special"] and SAFE_CUT.search(token["content"]):
+            return False
+    return all(
+        _pieces(backend, a + b) == _pieces(backend, a) + _pieces(backend, b) for a, b in _EXAMPLES
+    )
+
+
+def _pieces(backend, text: str) -> list[str]:
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
