@@ -105,7 +105,7 @@ class Conversation:
         if path.exists():
             raise InputError(f"{path}: expected a new file, found one; give another name")
         text = json.dumps(self._with_system(self.messages), indent=2, ensure_ascii=False)
-        write_whole(path, [text.encode() + b"\n"])
+        write_whole(path, [text.encode("utf-8", "replace") + b"\n"])
 
     def _seed(self) -> int | None:
         seed = self.sampling.seed

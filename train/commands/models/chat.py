@@ -1,6 +1,7 @@
 """tritium chat: talk with a trained model in the terminal."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = options.load()
     template = open_model(Path(options.model)).template
     conversation = Conversation(model, tokenizer, sampling, options.system, template)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may have bytes that are not UTF-8
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):

@@ -57,6 +57,18 @@ def test_lines_of_a_pipe_are_questions_and_commands(piped, tmp_path):
     assert "/save FILE" in out
 
 
+def test_bytes_that_are_not_utf8_are_questions_and_can_be_saved(
+    tritium, monkeypatch, words, tmp_path
+):
+    file = tmp_path / "chat.json"
+    lines = b"h\xffi\n/save %s\n" % str(file).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
+    status, _, err = tritium(*words, "--max-new-tokens", 5, "--system", "s\udcff")
+    assert (status, err) == (0, "")
+    contents = [message["content"] for message in json.loads(file.read_text("utf-8"))]
+    assert contents[:2] == ["s?", "h\ufffdi"]
+
+
 def test_bad_commands_are_one_line_and_the_conversation_goes_on(piped, tmp_path):
     (tmp_path / "file").touch()
     lines = ("/resett", "/save", f"/save {tmp_path / 'file'}", f"/save {tmp_path}/no/file", "hi")
