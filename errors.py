@@ -65,6 +65,15 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+def check_utf8(path: object) -> None:
+    """Raise InputError if a path has bytes that are not UTF-8: safetensors cannot read from it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode("utf-8", "replace").decode()
+        raise InputError(f"{shown}: expected a path in UTF-8; choose another name") from None
+
+
 @contextlib.contextmanager
 def names_file(path: object) -> Iterator[None]:
     """Add the name of a file to errors of the context: open() names it, write() does not."""

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError, names_file
+from ..errors import InputError, check_utf8, names_file
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise InputError unless the folder is empty or does not exist."""
+    """Raise InputError unless the folder is empty or does not exist, and its path is UTF-8."""
+    check_utf8(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: expected a new or empty folder; choose another name")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tritium.errors import InputError
+from tritium.model.folder import check_new_folder
 from tritium.train.config import TrainConfig
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
@@ -79,6 +80,12 @@ def test_a_folder_in_use_raises(run, dataset, tmp_path):
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="this one holds other files"):
         check_folder_unused(tmp_path / "other")
+
+
+def test_a_folder_whose_path_is_not_utf8_raises(tmp_path):
+    for check in (check_folder_unused, check_new_folder):
+        with pytest.raises(InputError, match=r"/k\?: expected a path in UTF-8"):
+            check(tmp_path / "k\udcef")
 
 
 @pytest.mark.parametrize("name", ["text", "text/run"])
