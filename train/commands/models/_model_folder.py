@@ -61,7 +61,7 @@ def write_model(
             context = model.config.context_tokens
             save_for_transformers(tokenizer, folder, context, pads=bool(trained.labels))
             tokenizer.save(folder / EXPORTED_TOKENIZER)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_bytes(card.encode("utf-8", "replace"))
 
     token_ids = (tokenizer.token_ids if tokenizer else {}) | trained.token_ids
     if trained.labels:

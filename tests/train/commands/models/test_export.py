@@ -91,3 +91,11 @@ def test_bad_input_is_one_line_and_writes_nothing(run, error_of, tmp_path):
     # The folder is checked before the weights are read.
     assert "expected a new or empty folder" in error_of("export", run, run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_a_file_whose_name_is_not_utf8_is_exported(tritium, tiny, tmp_path):
+    data = tmp_path / "t\udcef.txt"
+    data.write_text("the quick brown fox\n" * 200)
+    assert tritium(*tiny, "--data", data)[0] == 0
+    assert tritium("export", tmp_path / "run", tmp_path / "out")[0] == 0
+    assert "t?.txt |" in (tmp_path / "out" / "README.md").read_text()
