@@ -182,7 +182,7 @@ def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
             rows = file.metadata.num_rows
             file_bytes = path.size if isinstance(path, RemoteFile) else path.stat().st_size
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for text in batch.column(field).to_pylist():
+                for text in _strings(path, batch.column(field), row):
                     row += 1
                     position = file_bytes * row // rows
                     yield text or "", f"{path}:{row}", position  # a null becomes an empty text
@@ -191,6 +191,21 @@ def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
             f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
             "get the file again"
         ) from None
+
+
+def _strings(path: Path | RemoteFile, column: "pyarrow.Array", row: int) -> list[str | None]:
+    """Return the strings of a column whose first row is `row` + 1. pyarrow writes any bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        for number, value in enumerate(column, row + 1):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: expected UTF-8 text, got {error}; correct the row"
+                ) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -216,9 +231,9 @@ def _opened(path: Path | RemoteFile) -> Iterator[BinaryIO]:
 def _check_column(path: Path | RemoteFile, schema: "pyarrow.Schema", field: str) -> None:
     import pyarrow
 
-    if field not in schema.names:
+    if schema.names.count(field) != 1:
         raise InputError(
-            f"{path}: expected a column {field!r}, got {', '.join(schema.names)}; "
+            f"{path}: expected one column {field!r}, got {', '.join(schema.names)}; "
             "give another text field"
         )
     dtype = schema.field(field).type

@@ -204,7 +204,7 @@ def test_parquet_documents_and_wrong_columns(tmp_path):
     corpus = Corpus([path])
     assert _texts(corpus) == ["eins", "zwei"]
     assert corpus.duplicates == 1
-    with pytest.raises(InputError, match="expected a column 'body', got text, id"):
+    with pytest.raises(InputError, match="expected one column 'body', got text, id"):
         _texts(Corpus([path], text_field="body"))
     with pytest.raises(InputError, match="expected strings in column 'id', got int64"):
         _texts(Corpus([path], text_field="id"))
@@ -233,6 +233,25 @@ def test_parquet_strings_of_all_types_are_read(tmp_path):
     parquet.write_table(pyarrow.table({"text": binary}), path)
     with pytest.raises(InputError, match="expected strings in column 'text', got dictionary"):
         _texts(Corpus([path]))
+
+
+def test_parquet_with_bytes_that_are_not_utf8_or_with_two_columns_raises(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    binary = pyarrow.array([b"one"] * 1500 + [b"bad \xff"])
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), len(binary), binary.buffers())
+    parquet.write_table(pyarrow.table({"text": strings}), path)
+    with pytest.raises(
+        InputError, match=r"a\.parquet:1501: expected UTF-8 text, got 'utf-8' codec"
+    ):
+        list(Corpus([path]).documents())
+
+    column = pyarrow.array(["one"])
+    parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), path)
+    with pytest.raises(InputError, match="expected one column 'text', got text, text"):
+        list(Corpus([path]).documents())
 
 
 def test_parquet_without_pyarrow_raises(tmp_path, monkeypatch):
