@@ -279,8 +279,9 @@ class ClassifyData(TaskData):
             "confusion": confusion.counts.tolist(),
         }
         write_whole(run / "test.json", [json.dumps(results, indent=2).encode(), b"\n"])
+        # The name of the file alone: a resumed run opens it by its absolute path.
         lines = [
-            {"place": each.place, "label": each.label, "prediction": self.labels[found]}
+            {"place": Path(each.place).name, "label": each.label, "prediction": self.labels[found]}
             | {"probability": float(row[found]), "text": each.text}
             for each, found, row in zip(
                 self.texts["test"], prediction.tolist(), probabilities, strict=True

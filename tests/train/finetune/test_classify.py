@@ -72,18 +72,22 @@ def test_a_run_learns_labels_and_writes_test_results(tune, monkeypatch, tritium)
     assert "(label small): small" in (run / "samples.txt").read_text()
 
 
-def test_a_resumed_run_ends_bitwise_like_an_unbroken_one(tune, tritium):
-    run, _ = tune("--steps", 6, "--checkpoint-interval", 3, "--class-weights", "--dropout", 0.1)
+def test_a_resumed_run_ends_bitwise_like_an_unbroken_one(tune, file, tritium, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    words = ("--data", file.name, "--steps", 6, "--checkpoint-interval", 3, "--class-weights")
+    run, _ = tune(*words, "--dropout", 0.1)
     broken = run.with_name("broken")
     shutil.copytree(run, broken)
     shutil.rmtree(broken / "checkpoints" / "step-6")
-    (broken / "test.json").unlink()
+    for name in ("test.json", "predictions.jsonl"):
+        (broken / name).unlink()
     shutil.rmtree(run.with_name("base"))  # a resumed run does not need it
     assert tritium("finetune", "--resume", broken)[0] == 0
     first = weights(run, 6)
     for name, value in weights(broken, 6).items():
         assert torch.equal(first[name], value), name
-    assert (run / "test.json").read_bytes() == (broken / "test.json").read_bytes()
+    for name in ("test.json", "predictions.jsonl"):
+        assert (run / name).read_bytes() == (broken / name).read_bytes()
 
 
 @pytest.mark.parametrize("trained_blocks", [0, 1])
