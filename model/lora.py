@@ -216,6 +216,8 @@ def lora_layers(config: GPTConfig, targets: tuple[str, ...] = ()) -> dict[str, t
 
 def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) -> None:
     """Raise InputError if LoRA does not fit the model or its mode of activation checkpointing."""
+    if not options.lora:
+        return
     layers = lora_layers(config, options.lora_targets)
     name = min(layers, key=lambda name: min(layers[name]))
     if options.lora > min(layers[name]):
@@ -223,7 +225,7 @@ def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) ->
             f"lora: expected a rank of at most {min(layers[name])}, the smaller size of {name} "
             f"{layers[name]}, got {options.lora}; a larger one adds weights without effect"
         )
-    if options.lora and recompute == "gelu" and any(".mlp." in name for name in layers):
+    if recompute == "gelu" and any(".mlp." in name for name in layers):
         raise InputError(
             "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "
             "needs the fused MLP; or set `lora_targets` to c_attn and attn.c_proj"

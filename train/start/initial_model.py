@@ -6,11 +6,13 @@ import torch
 
 from ...errors import InputError
 from ...model import GPT, GPTConfig
+from ...model.cost import parameters
 from ...model.lora import add_lora, freeze
 from ...model.prefix import add_prefix
 from ..config import TrainConfig
 from ..finetune.data import TaskData, model_options
 from ..finetune.start import shape_for_run
+from ..machine.memory import host_bytes
 from ..run.models import open_model
 
 # A published model can have this many rows in its vocabulary that no token uses: nanoGPT rounds
@@ -32,9 +34,28 @@ def initial_model(config: TrainConfig, data: TaskData) -> GPT:
 
 
 def new_model(config: TrainConfig, data: TaskData, shape: GPTConfig) -> GPT:
-    """Return a model of the run's task with new weights."""
+    """Return a model of the run's task with new weights.
+
+    Raises: InputError if the weights are larger than the memory of this machine.
+    """
+    _check_weights_fit(shape)
     torch.manual_seed(config.seed)
     return _with_adapter(data.new_model(config, shape), config)
+
+
+def _check_weights_fit(shape: GPTConfig) -> None:
+    """Raise InputError if this machine has too little memory to build the model.
+
+    Without this check PyTorch cannot describe some layers, and many layers take hours to build.
+    """
+    count = parameters(shape)
+    memory_bytes = host_bytes()
+    if memory_bytes is not None and 4 * count > memory_bytes:
+        raise InputError(
+            f"the model: expected weights that fit into the {memory_bytes / 1e9:,.0f} GB of memory "
+            f"of this machine, got {count:,} parameters of 4 bytes each; give smaller sizes, such "
+            "as `n_layer` or `d_model`"
+        )
 
 
 def _with_adapter(model: GPT, config: TrainConfig) -> GPT:

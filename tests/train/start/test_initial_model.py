@@ -88,3 +88,13 @@ def test_models_that_do_not_fit_are_one_line(tiny, options, tritium, error_of, t
     file.write_bytes(file.read_bytes()[:-1])
     assert "damaged" in error_of(*options, *second, tmp_path / "run")
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("size", [("--n-layer", 10**8), ("--d-model", 10**9)])
+def test_a_model_that_is_larger_than_the_memory_is_one_line(size, tiny, tritium, tmp_path):
+    status, _, err = tritium(*tiny, *size)
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("tritium: the model: expected weights that fit into the ")
+    assert line.endswith(" bytes each; give smaller sizes, such as --n-layer or --d-model")
+    assert not (tmp_path / "run").exists()
