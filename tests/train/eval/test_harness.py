@@ -251,3 +251,12 @@ def test_the_command_runs_tasks_on_any_machine(tritium, exported, task_folder):
     assert status == 0, err
     assert "tiny_choice" in out
     assert "acc_norm" in out
+
+
+@pytest.mark.parametrize("words", [("--tasks", "no_such_task"), ()])
+def test_unknown_and_missing_tasks_are_one_line(words, tritium, tmp_path):
+    status, _, err = tritium("eval", "lm-eval", tmp_path / "model", *words)
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("tritium: eval lm-eval: expected --tasks with names of tasks")
+    assert line.endswith("; `tritium eval lm-eval ls tasks` lists them")

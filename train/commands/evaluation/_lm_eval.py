@@ -16,6 +16,9 @@ model are `--model_args precision=... tokenizer=...`.
   tritium eval lm-eval ls tasks                           other commands of lm_eval
   tritium eval lm-eval --model hf --model_args ...        another model, to compare"""
 
+# How lm_eval's messages about unknown and missing tasks begin.
+_TASK_ERRORS = ("Tasks not found", "No tasks specified")
+
 
 def main(argv: Sequence[str]) -> int:
     """Run `tritium eval lm-eval`."""
@@ -34,6 +37,13 @@ def main(argv: Sequence[str]) -> int:
     sys.argv = ["lm_eval", *_words(argv)]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith(_TASK_ERRORS):
+            raise
+        raise InputError(
+            f"eval lm-eval: expected --tasks with names of tasks that lm_eval has, got: {error}; "
+            "`tritium eval lm-eval ls tasks` lists them"
+        ) from None
     finally:
         sys.argv = before
     return 0
