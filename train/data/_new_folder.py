@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import InputError
-from ..storage.files import flush_folder
+from ..storage.files import check_can_create, flush_folder
 from ..storage.lock import FolderLock, delete_abandoned
 
 
 def check_unused(out_dir: Path) -> None:
-    """Raise InputError unless the folder does not exist or is empty."""
+    """Raise InputError unless the folder can be created, or is empty."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(
             f"data: expected a new or empty folder to build in, got {out_dir}, which is in use; "
             "choose another"
         )
+    check_can_create(out_dir)
 
 
 @contextlib.contextmanager

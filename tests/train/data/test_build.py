@@ -189,6 +189,13 @@ def test_out_dir_in_use_raises_and_is_unchanged(tmp_path, many):
     assert len(open_dataset(tmp_path / "out").train)
 
 
+def test_out_dir_below_a_file_raises_and_names_the_file(tmp_path, many):
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(InputError, match=r"expected a folder, got the file .*file; choose"):
+        build(tmp_path / "file" / "out", [many], "bytes", progress=False)
+    assert (tmp_path / "file").read_text() == "keep"
+
+
 @pytest.mark.parametrize("held_out", [0, 1, -0.1, 2, float("nan")])
 def test_held_out_outside_0_to_1_raises(tmp_path, many, held_out):
     with pytest.raises(InputError, match="held_out: expected a number between 0 and 1"):

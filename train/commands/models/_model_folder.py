@@ -22,6 +22,7 @@ from ...recipes import recipe
 from ...run.folder import read_run
 from ...run.metrics import read_metrics
 from ...run.models import SavedModel
+from ...storage.files import check_can_create
 
 
 def write_model(
@@ -34,9 +35,11 @@ def write_model(
         card: content of README.md.
         dtype: of the weights. auto: as they are.
         spec: another tokenizer than the model's own, see `from_spec`.
-    Raises: InputError if the folder is in use, or if transformers has no such model.
+    Raises: InputError if the folder is in use or cannot be created, or if transformers has no such
+        model.
     """
     check_new_folder(out)
+    check_can_create(out)
     if prefix := trained.config.prefix_tokens:
         raise InputError(
             f"{trained.path}: expected a model without a prefix, got {prefix} prefix tokens, which "
@@ -82,11 +85,12 @@ def write_adapter(trained: SavedModel, out: Path, *, dtype: str = "auto") -> Non
 
     The folder names the model that the run started from. That model must stay where it is.
 
-    Raises: InputError if the folder is in use, if the model has neither, or if transformers has no
-        such model.
+    Raises: InputError if the folder is in use or cannot be created, if the model has neither, or if
+        transformers has no such model.
     """
     if dtype not in ("auto", "float32"):
         raise InputError(f"dtype: expected auto or float32 with `adapter`, got {dtype}")
+    check_can_create(out)
     model = trained.load_with_adapter()
     base = str(Path(read_run(trained.run).train.init_from).resolve())
     if model.prefix is None:

@@ -99,3 +99,11 @@ def test_a_run_of_a_file_whose_name_is_not_utf8_is_exported(tritium, tiny, tmp_p
     assert tritium(*tiny, "--data", data)[0] == 0
     assert tritium("export", tmp_path / "run", tmp_path / "out")[0] == 0
     assert "t?.txt |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_below_a_file_names_the_file(run, tritium, tmp_path):
+    (tmp_path / "file").write_text("keep")
+    status, _, err = tritium("export", run, tmp_path / "file" / "out")
+    assert status == 2
+    assert err.endswith(f"expected a folder, got the file {tmp_path / 'file'}; choose another\n")
+    assert (tmp_path / "file").read_text() == "keep"
