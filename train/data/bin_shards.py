@@ -43,15 +43,22 @@ def find_bins(inputs: Sequence[str | Path]) -> list[Path]:
     """Return the .bin files that the inputs name; [] if they name other things.
 
     A folder counts if it has .bin files with the magic, and is no dataset.
+
+    Raises: InputError for such files together with other things.
     """
-    found = []
+    found, others = [], []
     for given in map(Path, inputs):
         paths = [given]
         if given.is_dir():
-            paths = sorted(path for path in given.glob("*.bin") if not path.name.startswith("."))
-        if not paths or not all(is_bin(path) for path in paths):
-            return []
-        found += paths
+            bins = sorted(path for path in given.glob("*.bin") if not path.name.startswith("."))
+            paths = bins or paths
+        for path in paths:
+            (found if is_bin(path) else others).append(path)
+    if found and others:
+        raise InputError(
+            f"data: expected token shards only, or none, got the token shard {found[0]} and "
+            f"{others[0]}, which is not one; leave one of the two out"
+        )
     return found
 
 

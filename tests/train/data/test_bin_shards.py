@@ -98,9 +98,19 @@ def test_find_bins_knows_them_by_their_magic(tmp_path, shards):
     assert find_bins([shards / "x_val_000000.bin", shards])
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.bin").write_bytes(b"other")
-    for inputs in ([tmp_path / "a.txt"], [tmp_path / "b.bin"], [shards, tmp_path / "a.txt"]):
+    for inputs in ([tmp_path / "a.txt"], [tmp_path / "b.bin"]):
         assert find_bins(inputs) == []
     assert find_bins(["stdlib"]) == find_bins([]) == []
+
+
+def test_shards_with_other_things_raise_and_name_both(tmp_path, shards):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=r"x_train_000001\.bin and .*a\.txt, which is not one"):
+        build(tmp_path / "out", [shards, tmp_path / "a.txt"], "bytes", progress=False)
+    (shards / "x_train_000003.bin").write_bytes(b"other")
+    with pytest.raises(InputError, match=r"and .*x_train_000003\.bin, which is not one; leave"):
+        build(tmp_path / "out", [shards], "bytes", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_shards_raise(tmp_path, shards):
