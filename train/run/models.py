@@ -201,10 +201,14 @@ def open_model(path: Path) -> SavedModel:
             note=source.note,
         )
     if not is_checkpoint and not _is_run(path):
-        hint = "; `tritium import` downloads it" if is_hub_name(str(path)) else ""
+        found = "found none"
+        if (path / "config.json").is_file():
+            found = "got a folder whose config.json is of another program, or damaged; get it again"
+        elif is_hub_name(str(path)):
+            found += "; `tritium import` downloads it"
         raise InputError(
             f"{path}: expected a run, a checkpoint, a folder of transformers, a GGUF file, a "
-            f"checkpoint of nanoGPT or an adapter of PEFT, found none{hint}"
+            f"checkpoint of nanoGPT or an adapter of PEFT, {found}"
         )
     record = read_run(run)
     template = getattr(record.train.task_options, "template", None)

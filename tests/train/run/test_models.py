@@ -33,3 +33,10 @@ def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
         found.tokenizer()
     with pytest.raises(InputError, match="expected a run, a checkpoint"):
         open_model(tmp_path / "none")
+
+
+def test_a_folder_with_a_damaged_config_is_named_as_such(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    message = "got a folder whose config.json is of another program, or damaged; get it again"
+    with pytest.raises(InputError, match=message):
+        open_model(tmp_path)
