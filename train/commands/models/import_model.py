@@ -10,7 +10,7 @@ import tyro
 
 from ....errors import InputError
 from ....model.hub import download, is_hub_name
-from ..cli import parse, program
+from ..cli import as_flags, parse, program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         open_model(out).tokenizer()
     except InputError as error:
-        print(f"{error}; give another one to the commands that need it: --tokenizer")
+        message = as_flags(str(error))
+        hint = "give another one to the commands that need it: --tokenizer"
+        print(message if "--tokenizer" in message else f"{message}; {hint}")
     else:
         print(f"next: {program()} sample {shlex.quote(options.out)} --prompt Once")
     return 0

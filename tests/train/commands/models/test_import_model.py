@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.model.test_gguf import write_gguf
 from tests.model.test_weights import change_config
 from tests.train.data.tokenizers.test_published import byte_level
-from tritium.model import GPT, hub
+from tritium.model import GPT, GPTConfig, hub
 from tritium.train.run.models import open_model
 
 pytestmark = pytest.mark.plain
@@ -182,3 +182,12 @@ def test_bad_options_are_one_line(folder, error_of, tiny, tritium, tmp_path, mon
     assert tritium(*tiny)[0] == 0
     assert "expected a published model, got a run" in error_of("import", tmp_path / "run", out)
     assert not out.exists()
+
+
+def test_an_import_without_a_tokenizer_says_once_how_to_name_one(tritium, tmp_path):
+    config = GPTConfig(n_layer=1, n_head=2, d_model=8, vocab_size=300, context_tokens=8)
+    GPT(config).save_pretrained(tmp_path / "model")
+    status, out, err = tritium("import", tmp_path / "model", tmp_path / "out")
+    assert status == 0, err
+    hint = "expected a model with a tokenizer, found none; name it with --tokenizer"
+    assert out == f"{tmp_path / 'out'}: {hint}\n"
