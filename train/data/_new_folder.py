@@ -24,11 +24,14 @@ def check_unused(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename it to `out_dir` at the end; delete it after an error.
+    """Yield a temporary folder. Rename it to `out_dir` at the end.
+
+    After an error delete it, and the folders above it that did not exist before.
 
     The lock of the folder tells other builds that it is in use. They delete folders without a lock,
     which killed builds left behind.
     """
+    parents = [parent for parent in out_dir.absolute().parents if not parent.exists()]
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(out_dir.parent, ".*.tmp")
     temporary = Path(
@@ -43,6 +46,9 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         os.rename(temporary, out_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another program may have written there
+            for parent in parents:
+                parent.rmdir()
         raise
     flush_folder(out_dir.parent)
 

@@ -196,6 +196,13 @@ def test_out_dir_below_a_file_raises_and_names_the_file(tmp_path, many):
     assert (tmp_path / "file").read_text() == "keep"
 
 
+def test_a_failed_build_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": ')
+    with pytest.raises(InputError, match="expected one JSON object per line"):
+        build(tmp_path / "a" / "b" / "out", [tmp_path / "bad.jsonl"], "bytes", progress=False)
+    assert os.listdir(tmp_path) == ["bad.jsonl"]
+
+
 @pytest.mark.parametrize("held_out", [0, 1, -0.1, 2, float("nan")])
 def test_held_out_outside_0_to_1_raises(tmp_path, many, held_out):
     with pytest.raises(InputError, match="held_out: expected a number between 0 and 1"):
