@@ -1,11 +1,15 @@
 """Token shards of llm.c and modded-nanogpt: read as a dataset, and written from one.
 
     offset  bytes  field (little endian)
-    0       4      magic, 20240520
-    4       4      version, 1
+    0       4      magic, which tells the type of the tokens
+    4       4      version
     8       4      number of tokens
     12      1012   zeros
-    1024    ...    tokens, uint16
+    1024    ...    tokens
+
+    tokens  magic     version
+    uint16  20240520  1
+    uint32  20240801  7, which llm.c writes for Llama 3
 
 The files have no checksum and do not name their tokenizer. `tritium data build OUT_DIR
 fineweb10B/ --tokenizer gpt2` copies them into a dataset that has both. Files with `val` in their
@@ -19,6 +23,7 @@ import dataclasses
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,12 +36,28 @@ from .shards import PIECE_TOKENS
 from .tokenizers.tokenizer import from_spec, needs_corpus
 from .verify import piece_bytes
 
-_MAGIC = 20240520
-_VERSION = 1
 _HEADER_BYTES = 1024
 _FIELDS = struct.Struct("<iii")
-_TOKEN = np.dtype("<u2")
 _EXPORTED_TOKENS = 10**8  # as fineweb.py of llm.c
+
+
+class _Format(NamedTuple):
+    """A row of _FORMATS."""
+
+    magic: int
+    version: int
+    dtype: np.dtype
+
+
+_FORMATS = (_Format(20240520, 1, np.dtype("<u2")), _Format(20240801, 7, np.dtype("<u4")))
+
+
+class _Bin(NamedTuple):
+    """A .bin file whose header was read."""
+
+    path: Path
+    dtype: np.dtype
+    count: int
 
 
 def find_bins(inputs: Sequence[str | Path]) -> list[Path]:
@@ -67,7 +88,8 @@ def is_bin(path: Path) -> bool:
     if path.suffix != ".bin" or not path.is_file():
         return False
     with open(path, "rb") as file:
-        return file.read(4) == struct.pack("<i", _MAGIC)
+        magic = file.read(4)
+    return any(magic == struct.pack("<i", each.magic) for each in _FORMATS)
 
 
 def build_from_bins(
@@ -90,17 +112,17 @@ def build_from_bins(
         )
     check_unused(out_dir)
     made = from_spec(spec, list)
-    counts = {path: _count_tokens(path) for path in paths}
-    parts = {"train": [path for path in paths if "val" not in path.name]}
-    parts["val"] = [path for path in paths if "val" in path.name]
+    bins = [_open(path) for path in paths]
+    parts = {"train": [each for each in bins if "val" not in each.path.name]}
+    parts["val"] = [each for each in bins if "val" in each.path.name]
     with new_folder(out_dir) as folder:
         writers = {split: SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
         sizes = piece_bytes(made)
-        total = sum(counts.values())
+        total = sum(each.count for each in bins)
         left = total if parts["val"] else int(total * (1 - held_out))  # still to write to train
         for split in SPLITS:
-            for path in parts[split]:
-                for tokens in _read(path, counts[path], made.vocab_size):
+            for each in parts[split]:
+                for tokens in _read(each, made.vocab_size):
                     head = tokens[:left] if split == "train" else tokens[:0]
                     left -= len(head)
                     writers["train"].add_tokens(head, sizes)
@@ -122,7 +144,7 @@ def build_from_bins(
     return info
 
 
-def _count_tokens(path: Path) -> int:
+def _open(path: Path) -> _Bin:
     """Read the header of a .bin file. Raises: InputError if it does not match the file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -132,39 +154,40 @@ def _count_tokens(path: Path) -> int:
             f"{path}: cut short: expected a header of {_HEADER_BYTES} bytes, got {size}; get the "
             "file again"
         )
-    _, version, count = _FIELDS.unpack_from(header)
+    magic, version, count = _FIELDS.unpack_from(header)
+    found = next(each for each in _FORMATS if each.magic == magic)
     if count < 0:
         raise InputError(f"{path}: expected 0 tokens or more, got {count:,}; get the file again")
-    expected = _HEADER_BYTES + count * _TOKEN.itemsize
-    if version != _VERSION or size != expected:
+    expected = _HEADER_BYTES + count * found.dtype.itemsize
+    if version != found.version or size != expected:
         raise InputError(
-            f"{path}: expected version {_VERSION} and {expected:,} bytes for {count:,} tokens, got "
-            f"version {version} and {size:,} bytes; get the file again"
+            f"{path}: expected version {found.version} and {expected:,} bytes for {count:,} "
+            f"tokens, got version {version} and {size:,} bytes; get the file again"
         )
-    return count
+    return _Bin(path, found.dtype, count)
 
 
-def _read(path: Path, count: int, vocab_size: int) -> Iterator[np.ndarray]:
+def _read(file: _Bin, vocab_size: int) -> Iterator[np.ndarray]:
     """Yield the tokens of a .bin file in pieces."""
-    with open(path, "rb") as file:
-        file.seek(_HEADER_BYTES)
-        for start in range(0, count, PIECE_TOKENS):
-            tokens = np.fromfile(file, _TOKEN, min(PIECE_TOKENS, count - start))
+    with open(file.path, "rb") as content:
+        content.seek(_HEADER_BYTES)
+        for start in range(0, file.count, PIECE_TOKENS):
+            tokens = np.fromfile(content, file.dtype, min(PIECE_TOKENS, file.count - start))
             if len(tokens) and int(tokens.max()) >= vocab_size:
                 raise InputError(
-                    f"{path}: expected tokens below {vocab_size}, the size of the vocabulary, got "
-                    f"{tokens.max()}; give the tokenizer that wrote the file"
+                    f"{file.path}: expected tokens below {vocab_size}, the size of the "
+                    f"vocabulary, got {tokens.max()}; give the tokenizer that wrote the file"
                 )
             yield tokens
 
 
 def read_bin(path: Path, vocab_size: int) -> np.ndarray:
-    """Return the tokens of a .bin file, (n,) uint16.
+    """Return the tokens of a .bin file, (n,) uint16 or uint32.
 
     Raises: InputError if the file is damaged or has a token that is not below `vocab_size`.
     """
-    count = _count_tokens(path)
-    return np.concatenate([np.empty(0, _TOKEN), *_read(path, count, vocab_size)])
+    file = _open(path)
+    return np.concatenate([np.empty(0, file.dtype), *_read(file, vocab_size)])
 
 
 # --- export
@@ -175,44 +198,43 @@ def export_bins(
 ) -> dict[str, int]:
     """Write a dataset as NAME_train_000000.bin, ..., NAME_val_000000.bin and tokenizer.json.
 
+    Tokens have 16 bits if the vocabulary fits into 16 bits.
+
     Args:
-        dataset: with a vocabulary of at most 65,536 tokens.
         out_dir: a folder that does not exist or is empty. NAME is its name.
         shard_tokens: largest number of tokens per file.
     Returns: the number of tokens of each split.
     """
     check_unused(out_dir)
-    if dataset.tokenizer.vocab_size > 1 << 16:
-        raise InputError(
-            f"{dataset.path}: expected a vocabulary of at most 65,536 tokens, which fit into 16 "
-            f"bits, got {dataset.tokenizer.vocab_size:,}; build it with another tokenizer"
-        )
+    magic, version, dtype = _FORMATS[dataset.tokenizer.vocab_size > 1 << 16]
     written = {}
     with new_folder(out_dir) as folder:
         for split in SPLITS:
             written[split] = 0
-            for number, tokens in enumerate(_shards(dataset, split, shard_tokens)):
+            for number, tokens in enumerate(_shards(dataset, split, shard_tokens, dtype)):
                 path = folder / f"{out_dir.name}_{split}_{number:06d}.bin"
-                header = _FIELDS.pack(_MAGIC, _VERSION, len(tokens)).ljust(_HEADER_BYTES, b"\0")
+                header = _FIELDS.pack(magic, version, len(tokens)).ljust(_HEADER_BYTES, b"\0")
                 write_whole(path, [header, tokens.data])
                 written[split] += len(tokens)
         dataset.tokenizer.save(folder / "tokenizer.json")
     return written
 
 
-def _shards(dataset: Dataset, split: str, shard_tokens: int) -> Iterator[np.ndarray]:
+def _shards(
+    dataset: Dataset, split: str, shard_tokens: int, dtype: np.dtype
+) -> Iterator[np.ndarray]:
     """Yield the content of each .bin file of a split. Each document begins with end-of-text."""
     stream = getattr(dataset, split)
     end = dataset.tokenizer.end_of_text
     waiting: list[np.ndarray] = []
     if stream.read(0, 1)[0] != end:
-        waiting.append(np.array([end], _TOKEN))
+        waiting.append(np.array([end], dtype))
     is_last_end = bool(waiting) and stream.read(len(stream) - 1, len(stream))[0] == end
     count = len(stream) - is_last_end
     size = len(waiting)
     position = 0
     for tokens in stream.pieces():
-        tokens = tokens[: count - position].astype(_TOKEN)
+        tokens = tokens[: count - position].astype(dtype)
         position += len(tokens)
         waiting.append(tokens)
         size += len(tokens)

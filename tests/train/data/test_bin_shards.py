@@ -134,11 +134,28 @@ def test_bad_shards_raise(tmp_path, shards):
     assert not (tmp_path / "out").exists()
 
 
-def test_large_vocabularies_cannot_be_exported(tmp_path):
+def test_large_vocabularies_have_32_bits_per_token(tmp_path):
+    """In the format that llm.c writes for Llama 3. End-of-text is token 65,792 here."""
     pieces = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(1 << 16)]
     lines = [base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces)]
-    (tmp_path / "large.tiktoken").write_bytes(b"".join(lines))
-    (tmp_path / "a.txt").write_text("some text " * 20)
-    build(tmp_path / "out", [tmp_path / "a.txt"], str(tmp_path / "large.tiktoken"), progress=False)
-    with pytest.raises(InputError, match="at most 65,536 tokens, which fit into 16 bits"):
-        export_bins(open_dataset(tmp_path / "out"), tmp_path / "x")
+    spec = tmp_path / "large.tiktoken"
+    spec.write_bytes(b"".join(lines))
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    build(tmp_path / "out", sorted(tmp_path.glob("*.txt")), str(spec), progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    export_bins(dataset, tmp_path / "x")
+    content = (tmp_path / "x" / "x_train_000000.bin").read_bytes()
+    tokens = np.frombuffer(content, np.uint32, offset=1024)
+    assert np.frombuffer(content, np.int32, 3).tolist() == [20240801, 7, len(tokens)]
+    assert tokens[0] == dataset.tokenizer.end_of_text == 65_792
+    assert dataset.tokenizer.decode(tokens[1:7]).startswith("text ")
+
+    build(tmp_path / "again", [tmp_path / "x"], str(spec), progress=False)
+    again = open_dataset(tmp_path / "again").train
+    np.testing.assert_array_equal(again.read(0, len(again)), tokens)
+    expected = dataset.train.read(0, len(dataset.train))
+    np.testing.assert_array_equal(tokens[1:], expected)  # it ends in the middle of a document
+    (tmp_path / "x" / "x_train_000000.bin").write_bytes(content[:-1])
+    with pytest.raises(InputError, match="expected version 7 and"):
+        build(tmp_path / "third", [tmp_path / "x"], str(spec), progress=False)
