@@ -149,7 +149,8 @@ class SavedModel:
         """Read the tokenizer.
 
         Args: spec: another tokenizer than the model's own, as `from_spec` takes it.
-        Raises: InputError if there is none, or if it has more tokens than the model.
+        Raises: InputError if there is none, if it has more tokens than the model, or other tokens
+            than the run was trained with.
         """
         if spec is None and self.tokenizer_path is None:
             raise InputError(
@@ -173,7 +174,22 @@ class SavedModel:
                 f"tokenizer: expected at most {self.config.vocab_size} tokens, as {self.path} has, "
                 f"got {found.vocab_size} of {found.name}"
             )
+        if spec is not None and self.run is not None:
+            self._check_tokens(found)
         return found
+
+    def _check_tokens(self, given: Tokenizer) -> None:
+        """Raise InputError if the run has a tokenizer that can be read, with other tokens."""
+        try:
+            own = Tokenizer.load(self.tokenizer_path)
+        except InputError:
+            return  # the given one replaces it
+        if own.pieces != given.pieces:
+            raise InputError(
+                f"tokenizer: expected the {own.vocab_size} tokens of {own.name}, with which "
+                f"{self.run} was trained, got the {given.vocab_size} of {given.name}; leave "
+                "`tokenizer` out"
+            )
 
 
 def open_model(path: Path) -> SavedModel:

@@ -23,6 +23,19 @@ def test_a_run_and_its_checkpoints_open(tritium, tiny, tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_another_tokenizer_for_a_run_must_have_its_tokens(tritium, tiny, tmp_path):
+    assert tritium(*tiny, "--tokenizer", "bpe:300")[0] == 0
+    run = open_model(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"expected the 300 tokens of bpe:300, .* the 257 of bytes"
+    ):
+        run.tokenizer("bytes")
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(run.tokenizer_path.read_bytes())
+    run.tokenizer_path.write_text("damaged")
+    assert run.tokenizer(str(copy)).name == "bpe:300"
+
+
 def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
     model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=50, context_tokens=8))
     model.save_pretrained(tmp_path / "out")
