@@ -89,23 +89,23 @@ class GPTConfig:
             if size is None and name in _OPTIONAL_SIZES:
                 continue
             if not isinstance(size, Integral):
-                raise ValueError(f"GPTConfig: {name} must be an integer, got {size!r}")
+                raise ValueError(f"GPTConfig: {name}: expected an integer, got {size!r}")
             if size < 1:
-                raise ValueError(f"GPTConfig: {name} must be at least 1, got {size}")
+                raise ValueError(f"GPTConfig: {name}: expected 1 or more, got {size}")
         if not isinstance(self.prefix_tokens, Integral) or self.prefix_tokens < 0:
             raise ValueError(
-                f"GPTConfig: prefix_tokens must be an integer of at least 0, "
-                f"got {self.prefix_tokens!r}"
+                f"GPTConfig: prefix_tokens: expected an integer of 0 or more, got "
+                f"{self.prefix_tokens!r}"
             )
         if self.d_model % self.n_head:
             raise ValueError(
-                f"GPTConfig: d_model must be a multiple of n_head ({self.n_head}), "
-                f"got {self.d_model}"
+                f"GPTConfig: d_model: expected a multiple of `n_head`, {self.n_head}, got "
+                f"{self.d_model}"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(
-                f"GPTConfig: n_head must be a multiple of n_kv_head ({self.n_kv_head}), "
-                f"got {self.n_head}"
+                f"GPTConfig: n_head: expected a multiple of `n_kv_head`, {self.n_kv_head}, got "
+                f"{self.n_head}"
             )
         for name, rows in _CHOICES.items():
             choice = getattr(self, name)
@@ -113,19 +113,21 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {unknown_name(name, choice, rows)}")
         for name, value in (("norm_eps", self.eps), ("rope_base", self.rope_base)):
             if not 0 < value < float("inf"):
-                raise ValueError(f"GPTConfig: {name} must be a positive number, got {value}")
+                raise ValueError(f"GPTConfig: {name}: expected a positive number, got {value}")
         for name in ("softcap", "head_softcap"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                raise ValueError(f"GPTConfig: {name} must be 0 or more, and finite, got {value}")
+                raise ValueError(f"GPTConfig: {name}: expected 0 or more, and finite, got {value}")
         for name in DROPOUTS:
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise ValueError(f"GPTConfig: {name} must be in [0, 1), got {value}")
+                raise ValueError(
+                    f"GPTConfig: {name}: expected 0 or more, and less than 1, got {value}"
+                )
         if POSITIONS[self.position].rotates and self.head_size % 2:
             raise ValueError(
-                f"GPTConfig: {self.position} positions need an even head size, "
-                f"got {self.head_size}; change n_head"
+                f"GPTConfig: position: expected an even head size for {self.position}, got "
+                f"{self.head_size}; change `n_head`"
             )
 
     def with_dropout_of(self, other: "GPTConfig") -> "GPTConfig":

@@ -255,7 +255,7 @@ class TrainConfig:
         except InputError:
             raise
         except ValueError as error:
-            raise InputError(f"model: {str(error).removeprefix('GPTConfig: ')}") from None
+            raise InputError(str(error).removeprefix("GPTConfig: ")) from None
         return replace(self, **parts, **changes)
 
     @classmethod

@@ -130,7 +130,7 @@ def test_dropout_compiles_as_one_graph():
 @pytest.mark.parametrize("name", DROPOUTS)
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_a_probability_outside_its_range_raises(name, value):
-    with pytest.raises(ValueError, match=rf"GPTConfig: {name} must be in \[0, 1\), got {value}"):
+    with pytest.raises(ValueError, match=f"GPTConfig: {name}: .* less than 1, got {value}"):
         GPTConfig(**{name: value})
 
 

@@ -47,7 +47,7 @@ def test_an_unknown_option_suggests_the_nearest():
             "keep_every: expected a multiple of the checkpoint",
         ),
         ({"micro_batch_size": 0}, "micro_batch_size: .* got 0"),
-        ({"n_head": 5}, r"model: d_model must be a multiple of n_head \(5\), got 256"),
+        ({"n_head": 5}, "^d_model: expected a multiple of `n_head`, 5, got 256"),
     ],
 )
 def test_values_out_of_range_raise_and_name_the_option(change, message):

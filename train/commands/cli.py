@@ -128,7 +128,8 @@ def _one_line(box: str, prog: str) -> str:
         if not is_rule
     ]
     message, *others = groups if has_title_in_edge else groups[1:]
-    text = re.sub(r"^Error parsing [A-Za-z][\w.-]*: ", "", " ".join(message)).rstrip(".")
+    text = re.sub(r"^Error parsing [A-Za-z][\w.-]*: (GPTConfig: )?", "", " ".join(message))
+    text = text.rstrip(".")
     if "nrecognized" in text:
         known = {name.replace("_", "-") for name in _option_names}
         given = [word.replace("_", "-") for word in re.findall(r"--([\w-]+)", text)]

@@ -38,7 +38,7 @@ def test_unknown_recipe_and_option_suggest_near_names(error_of):
         (["--lr", "fast"], "could not convert string to float: 'fast'"),
         (["--schedule", "linear"], "invalid choice 'linear'"),
         (["--steps", "0"], "--steps: expected 1 or more, and finite, got 0"),
-        (["--n-head", "3"], "d_model must be a multiple of n_head (3), got 16"),
+        (["--n-head", "3"], "--d-model: expected a multiple of --n-head, 3, got 16"),
         (["--device", "tpu"], "--device: expected a device"),
         (["--data", "missing.txt"], "missing.txt"),
         (["--data", ""], "--data: expected files, folders, a dataset, stdlib or python, got none"),
