@@ -22,7 +22,7 @@ from ...model.generation import Decoder, Sampling, generate
 from ..config import TrainConfig
 from ..execution import Execution
 from ..generation.templates import TEMPLATES, Message
-from ..generation.text import encode_question, for_tokenizer
+from ..generation.text import answer_text, encode_question, for_tokenizer
 from ..run.folder import RunRecord
 from ..storage.files import write_whole
 from .conversations import choose_template, encode, read_messages
@@ -210,7 +210,7 @@ class InstructData(TaskData):
             model, fitting, sampling=sampling, tokenizer=self.tokenizer, decoder=decoder
         )
         answers = [
-            self._text(ids[len(prompt) :], stop) for ids, prompt in zip(found, fitting, strict=True)
+            self._text(prompt, ids, stop) for prompt, ids in zip(fitting, found, strict=True)
         ]
         # The longest prompt ended the answers of the others: answer these again without it.
         ended = [
@@ -225,10 +225,9 @@ class InstructData(TaskData):
         rest = iter(answers)
         return [next(rest) if len(prompt) < context else None for prompt in prompts]
 
-    def _text(self, ids: list[int], stop: tuple[str, ...]) -> str:
-        """Return the text of an answer, up to a stop token or a stop text."""
-        stops = (place for place, token in enumerate(ids) if token in self.tokenizer.stop_tokens)
-        text = self.tokenizer.decode(ids[: next(stops, len(ids))])
+    def _text(self, prompt: list[int], ids: list[int], stop: tuple[str, ...]) -> str:
+        """Return the text after a prompt, up to a stop token or a stop text."""
+        text = answer_text(self.tokenizer, prompt, ids)
         for each in stop:
             text = text.partition(each)[0]
         return text.strip()

@@ -151,6 +151,13 @@ def test_prompts_that_fill_the_context_have_no_answer(base, file):
     assert len(answers[1]) <= 2 * 3, "the context has room for two tokens"
 
 
+def test_texts_of_answers_have_no_special_tokens(base, file):
+    """decode_answer leaves them out. Tests of tokenizers check it."""
+    data = open_data(finetune_config("instruct", base, file, device="cpu"))
+    data.tokenizer.decode_answer = lambda ids: " an answer "
+    assert data.answer(open_model(base).load().eval(), [[97] * 5], 3) == ["an answer"]
+
+
 def test_a_long_prompt_does_not_shorten_the_answers_of_its_batch(base, file):
     data = open_data(finetune_config("instruct", base, file, device="cpu"))
     model = open_model(base).load().eval()
