@@ -34,6 +34,8 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=["tritium", *(f"tritium.{name}" for name in find_packages(include=FOLDERS))],
     package_dir={"tritium": "."},
+    # `tritium bench predict` reads it.
+    package_data={"tritium.bench": ["results/codegen-triton-3.6.0.json"]},
     cmdclass={"build_py": BuildPackages},
     entry_points={
         "console_scripts": ["tritium = tritium.__main__:main"],
