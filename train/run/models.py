@@ -182,7 +182,7 @@ class SavedModel:
         """Raise InputError if the run has a tokenizer that can be read, with other tokens."""
         try:
             own = Tokenizer.load(self.tokenizer_path)
-        except InputError:
+        except (InputError, OSError):
             return  # the given one replaces it
         if own.pieces != given.pieces:
             raise InputError(

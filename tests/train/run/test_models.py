@@ -34,6 +34,8 @@ def test_another_tokenizer_for_a_run_must_have_its_tokens(tritium, tiny, tmp_pat
     copy.write_bytes(run.tokenizer_path.read_bytes())
     run.tokenizer_path.write_text("damaged")
     assert run.tokenizer(str(copy)).name == "bpe:300"
+    run.tokenizer_path.unlink()
+    assert run.tokenizer(str(copy)).name == "bpe:300"
 
 
 def test_a_folder_of_transformers_opens_without_a_tokenizer(tmp_path):
