@@ -179,12 +179,13 @@ class SavedModel:
         return found
 
     def _check_tokens(self, given: Tokenizer) -> None:
-        """Raise InputError if the run has a tokenizer that can be read, with other tokens."""
+        """Raise InputError if the tokenizer of the run can be read and has other tokens."""
         try:
             own = Tokenizer.load(self.tokenizer_path)
         except (InputError, OSError):
             return  # the given one replaces it
-        if own.pieces != given.pieces:
+        is_of_run = self.tokenizer_sha256 in (None, own.sha256)
+        if is_of_run and own.pieces != given.pieces:
             raise InputError(
                 f"tokenizer: expected the {own.vocab_size} tokens of {own.name}, with which "
                 f"{self.run} was trained, got the {given.vocab_size} of {given.name}; leave "

@@ -3,6 +3,7 @@ import torch
 
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
+from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.run.models import open_model
 
 pytestmark = pytest.mark.plain
@@ -35,6 +36,8 @@ def test_another_tokenizer_for_a_run_must_have_its_tokens(tritium, tiny, tmp_pat
     run.tokenizer_path.write_text("damaged")
     assert run.tokenizer(str(copy)).name == "bpe:300"
     run.tokenizer_path.unlink()
+    assert run.tokenizer(str(copy)).name == "bpe:300"
+    from_spec("bytes", list).save(run.tokenizer_path)  # the tokenizer of another dataset
     assert run.tokenizer(str(copy)).name == "bpe:300"
 
 
