@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...errors import InputError
+from ...errors import InputError, check_utf8
 from ...model import GPTConfig
 from ..config import OPTION_CLASSES, TrainConfig
 from ..data.dataset import SPLITS, Dataset, open_dataset
@@ -159,7 +159,11 @@ def _is_temporary(path: Path) -> bool:
 
 
 def check_folder_unused(run: Path) -> None:
-    """Raise InputError unless `run` can be created, is empty, or has no checkpoint yet."""
+    """Raise InputError unless `run` can be created, is empty, or has no checkpoint yet.
+
+    Its path must be UTF-8.
+    """
+    check_utf8(run)
     check_can_create(run)
     if run.exists() and not is_unstarted(run):
         what, hint = "holds other files", "choose another `out`"

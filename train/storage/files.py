@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...errors import InputError, check_utf8, names_file
+from ...errors import InputError, names_file
 from .records import parse_object
 
 _PIECE_BYTES = 1 << 26
@@ -106,8 +106,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def check_can_create(folder: Path) -> None:
-    """Raise InputError if the path of a run is a file, is not UTF-8, or cannot be written."""
-    check_utf8(folder)
+    """Raise InputError if `folder` is a file, or below a file or a folder that is not writable."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise InputError(f"{folder}: expected a folder, got the file {nearest}; choose another")

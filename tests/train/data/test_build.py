@@ -196,6 +196,11 @@ def test_out_dir_below_a_file_raises_and_names_the_file(tmp_path, many):
     assert (tmp_path / "file").read_text() == "keep"
 
 
+def test_the_path_of_out_dir_may_have_bytes_that_are_not_utf8(tmp_path, many):
+    build(tmp_path / "k\udcef" / "out", [many], "bytes", progress=False)
+    assert len(open_dataset(tmp_path / "k\udcef" / "out").train)
+
+
 def test_a_failed_build_leaves_no_folder_behind(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": ')
     with pytest.raises(InputError, match="expected one JSON object per line"):
