@@ -1,6 +1,7 @@
 """Tokenizers of published models: byte-level like GPT-2's, and with byte fallback like Llama's."""
 
 import base64
+import functools
 import json
 import shutil
 
@@ -91,6 +92,7 @@ def test_a_byte_level_tokenizer_encodes_as_transformers_does(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
+ADDED = functools.partial(tokenizers.AddedToken, normalized=False)
 WORDS = r" ?\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s+(?!\S)|\s+"
 
 
@@ -98,8 +100,12 @@ WORDS = r" ?\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s+(?!\S)|\s+"
     ("pattern", "added", "can_cut"),
     [
         (WORDS, (), True),
-        (WORDS, ("  ", "<one>"), True),
-        (WORDS, ("two words",), False),
+        (WORDS, (ADDED("  "), ADDED("<one>"), ADDED(" one"), ADDED("one\n")), True),
+        (WORDS, (ADDED("two words"),), False),
+        (WORDS, (ADDED("\none"),), False),
+        (WORDS, (ADDED("one "),), False),
+        (WORDS, (ADDED("<one>", lstrip=True),), False),
+        (WORDS, (ADDED("one", rstrip=True),), False),
         (WORDS.replace(r"\n", r"\n/"), (), False),
         (r"\p{N}", (), False),
     ],
@@ -114,7 +120,7 @@ def test_text_is_cut_only_where_the_tokenizer_ends_a_piece(pattern, added, can_c
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.add_tokens([tokenizers.AddedToken(each, normalized=False) for each in added])
+    made.add_tokens(list(added))
     made.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.load(tmp_path).can_cut == can_cut
 
