@@ -201,11 +201,15 @@ def test_the_path_of_out_dir_may_have_bytes_that_are_not_utf8(tmp_path, many):
     assert len(open_dataset(tmp_path / "k\udcef" / "out").train)
 
 
-def test_a_failed_build_leaves_no_folder_behind(tmp_path):
+def test_a_failed_build_leaves_no_folder_behind_and_deletes_no_other(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": ')
-    with pytest.raises(InputError, match="expected one JSON object per line"):
-        build(tmp_path / "a" / "b" / "out", [tmp_path / "bad.jsonl"], "bytes", progress=False)
-    assert os.listdir(tmp_path) == ["bad.jsonl"]
+    (tmp_path / "empty").mkdir()
+    for parent in ("a", "empty"):
+        out = tmp_path / parent / "b" / "out"
+        with pytest.raises(InputError, match="expected one JSON object per line"):
+            build(out, [tmp_path / "bad.jsonl"], "bytes", progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "empty"]
+    assert not os.listdir(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("held_out", [0, 1, -0.1, 2, float("nan")])
