@@ -93,6 +93,16 @@ def test_export_moves_end_of_text_to_the_start_of_documents(tmp_path):
     assert tokens[0] == expected[-1] == END
 
 
+def test_exported_tokens_have_16_bits_if_the_vocabulary_fits(tmp_path, shards, monkeypatch):
+    build(tmp_path / "one", [shards], "bytes", progress=False)
+    dataset = open_dataset(tmp_path / "one")
+    for vocab_size, magic in ((1 << 16, 20240520), ((1 << 16) + 1, 20240801)):
+        monkeypatch.setattr(dataset.tokenizer, "vocab_size", vocab_size)
+        export_bins(dataset, tmp_path / str(vocab_size))
+        path = tmp_path / str(vocab_size) / f"{vocab_size}_val_000000.bin"
+        assert np.fromfile(path, np.int32, 1) == magic
+
+
 def test_find_bins_knows_them_by_their_magic(tmp_path, shards):
     assert [path.name for path in find_bins([shards])] == sorted(os.listdir(shards))
     assert find_bins([shards / "x_val_000000.bin", shards])
@@ -107,6 +117,9 @@ def test_shards_with_other_things_raise_and_name_both(tmp_path, shards):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"x_train_000001\.bin and .*a\.txt, which is not one"):
         build(tmp_path / "out", [shards, tmp_path / "a.txt"], "bytes", progress=False)
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(InputError, match=r"and .*texts, which is not one"):
+        build(tmp_path / "out", [shards, tmp_path / "texts"], "bytes", progress=False)
     (shards / "x_train_000003.bin").write_bytes(b"other")
     with pytest.raises(InputError, match=r"and .*x_train_000003\.bin, which is not one; leave"):
         build(tmp_path / "out", [shards], "bytes", progress=False)
@@ -118,7 +131,7 @@ def test_bad_shards_raise(tmp_path, shards):
         ([1, 2], {"count": 3}, r"expected version 1 and 1,030 bytes for 3 tokens, got .* 1,028"),
         ([], {"count": -5}, "expected 0 tokens or more, got -5"),
         ([1, 2], {"version": 7}, "got version 7"),
-        ([1, 300], {}, "expected tokens below 257, the size of the vocabulary, got 300"),
+        ([1, 257], {}, "expected tokens below 257, the size of the vocabulary, got 257"),
     ):
         path = _write(tmp_path / "bad.bin", tokens, **change)
         with pytest.raises(InputError, match=message):
