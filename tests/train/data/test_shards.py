@@ -240,6 +240,14 @@ def test_a_stream_is_not_harmed_by_a_shard_that_is_cut(in_memory, long_shard, mo
             stream.read(0, 1)
 
 
+def test_the_pieces_of_a_stream_join_to_its_tokens():
+    for length in (0, 1, 4, 8, 9):
+        tokens = np.arange(length, dtype=np.uint16)
+        pieces = list(TokenStream([tokens]).pieces(4))
+        assert all(len(piece) == 4 for piece in pieces[:-1])
+        assert np.concatenate([tokens[:0], *pieces]).tolist() == tokens.tolist()
+
+
 def test_shards_with_different_vocabularies_raise(tmp_path):
     for vocab_size in (300, 70_000):
         write_shard(tmp_path / f"{vocab_size}.bin", np.arange(9), vocab_size, SHA)
