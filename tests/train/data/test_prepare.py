@@ -5,11 +5,12 @@ import os
 import pytest
 
 from tritium.errors import InputError
+from tritium.train.config import TrainConfig
 from tritium.train.data import prepare as module
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.data.loader import Loader, evaluation_batches
-from tritium.train.data.prepare import prepare
+from tritium.train.data.prepare import prepare, prepare_for
 
 pytestmark = pytest.mark.plain
 
@@ -39,6 +40,17 @@ def test_same_request_is_built_once(tmp_path, book, monkeypatch):
     assert path.name.startswith("my-book-bytes-")
     monkeypatch.setattr(module, "build", lambda *_, **__: pytest.fail("built again"))
     assert prepare([str(book)], "bytes", cache, progress=False) == path
+
+
+def test_the_dataset_of_a_run_has_its_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"body": "It was a dark and stormy night."}\n')
+    options = {"tokenizer": "bytes", "held_out": 0.5, "text_field": "body"}
+    config = TrainConfig.from_options(data=(str(file),), **options)
+    dataset = open_dataset(prepare_for(config, progress=False))
+    assert dataset.path.is_relative_to(tmp_path / "cache")
+    assert (len(dataset.train), len(dataset.val)) == (15, 16)
 
 
 def test_other_options_or_changed_files_give_another_folder(tmp_path, book):
