@@ -5,7 +5,7 @@ from tests.model.models import SMALL, random_model
 from tritium.errors import InputError
 from tritium.model.generation import Sampling
 from tritium.train.data.tokenizers.tokenizer import Tokenizer
-from tritium.train.generation.text import encode_prompt, sample_text, stream_sample
+from tritium.train.generation.text import answer_text, encode_prompt, sample_text, stream_sample
 
 pytestmark = pytest.mark.plain
 
@@ -30,6 +30,13 @@ def test_prompt_begins_with_the_start_tokens(monkeypatch):
     assert encode_prompt(TOKENIZER, None) == [7]
     with pytest.raises(InputError, match="prompt: expected text, got an empty one"):
         encode_prompt(TOKENIZER, "")
+
+
+def test_the_text_of_an_answer_has_no_prompt_and_no_stop_token():
+    for answer in ([3, 4], [3, 4, 40]):
+        assert answer_text(TOKENIZER, [1, 2], [1, 2, *answer]) == "34"
+    assert answer_text(TOKENIZER, [1, 2], [1, 2, 40]) == ""
+    assert answer_text(TOKENIZER, [1, 2], [1, 2]) == ""
 
 
 def test_only_ids_of_the_tokenizer_are_chosen(model):
