@@ -224,6 +224,14 @@ def test_a_changed_file_in_a_saved_tokenizer_raises(tmp_path):
         saved.write_text(json.dumps(content | {"files": content["files"] | {name: changed}}))
         with pytest.raises(InputError, match=r"tokenizer\.json: "):
             Tokenizer.load(saved)
+    files = content["files"]
+    renamed = {
+        "added_tokens.json" if name.endswith(".jinja") else name: files[name] for name in files
+    }
+    assert renamed != files
+    saved.write_text(json.dumps(content | {"files": renamed}))
+    with pytest.raises(InputError, match="a file in it does not match its checksum"):
+        Tokenizer.load(saved)
     del content["files_sha256"]  # as older versions wrote it
     saved.write_text(json.dumps(content))
     assert Tokenizer.load(saved).chat_template == TEMPLATE
