@@ -43,6 +43,7 @@ def test_shares_add_up_to_the_wall_time_and_a_resume_goes_on_with_them(clock):
     assert describe(after) == (
         "33.3% of 30 s in steps; evaluation 6.7%, checkpoints 13.3%, setup 13.3%, restarts 33.3%"
     )
+    assert seconds_before(after, lost=4)["restarts"] == pytest.approx(10 + 4)
 
 
 def test_the_age_of_this_process_is_known():
