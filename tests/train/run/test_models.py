@@ -1,3 +1,5 @@
+import string
+
 import pytest
 import torch
 
@@ -31,6 +33,9 @@ def test_another_tokenizer_for_a_run_must_have_its_tokens(tritium, tiny, tmp_pat
         InputError, match=r"expected the 300 tokens of bpe:300, .* the 257 of bytes"
     ):
         run.tokenizer("bytes")
+    from_spec("bpe:300", lambda: [string.printable * 50]).save(tmp_path / "other.json")
+    with pytest.raises(InputError, match=r"expected the 300 tokens of .* the 300 of bpe:300"):
+        run.tokenizer(str(tmp_path / "other.json"))
     copy = tmp_path / "copy.json"
     copy.write_bytes(run.tokenizer_path.read_bytes())
     run.tokenizer_path.write_text("damaged")
