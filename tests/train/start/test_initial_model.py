@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.model.test_weights import change_config
+from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
+from tritium.model.cost import parameters
 from tritium.train.run.metrics import read_metrics
+from tritium.train.start import initial_model as module
 
 pytestmark = pytest.mark.plain
 
@@ -88,6 +91,17 @@ def test_models_that_do_not_fit_are_one_line(tiny, options, tritium, error_of, t
     file.write_bytes(file.read_bytes()[:-1])
     assert "damaged" in error_of(*options, *second, tmp_path / "run")
     assert not (tmp_path / "second").exists()
+
+
+def test_weights_may_be_as_large_as_the_memory(monkeypatch):
+    shape = GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=10, context_tokens=4)
+    weight_bytes = 4 * parameters(shape)
+    for memory_bytes in (None, weight_bytes):
+        monkeypatch.setattr(module, "host_bytes", lambda size=memory_bytes: size)
+        module._check_weights_fit(shape)
+    monkeypatch.setattr(module, "host_bytes", lambda: weight_bytes - 1)
+    with pytest.raises(InputError, match="expected weights that fit into the 0 GB of memory"):
+        module._check_weights_fit(shape)
 
 
 @pytest.mark.parametrize("size", [("--n-layer", 10**8), ("--d-model", 10**9)])
