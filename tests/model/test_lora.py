@@ -185,6 +185,12 @@ def test_options_out_of_range_raise(options, message):
         AdapterOptions(**options)
 
 
+def test_without_lora_every_recomputation_fits():
+    check_adapter(AdapterOptions(), SMALL, "gelu")
+    with pytest.raises(InputError, match="recompute: expected none, selective or block with LoRA"):
+        check_adapter(AdapterOptions(lora=1), SMALL, "gelu")
+
+
 def test_a_rank_above_the_size_of_a_layer_raises():
     check_adapter(AdapterOptions(lora=32), SMALL, "none")
     with pytest.raises(
