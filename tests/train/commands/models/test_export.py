@@ -103,7 +103,8 @@ def test_a_run_of_a_file_whose_name_is_not_utf8_is_exported(tritium, tiny, tmp_p
 
 def test_an_export_below_a_file_names_the_file(run, tritium, tmp_path):
     (tmp_path / "file").write_text("keep")
-    status, _, err = tritium("export", run, tmp_path / "file" / "out")
-    assert status == 2
-    assert err.endswith(f"expected a folder, got the file {tmp_path / 'file'}; choose another\n")
+    for words in ((), ("--adapter",)):
+        status, _, err = tritium("export", run, tmp_path / "file" / "out", *words)
+        assert status == 2
+        assert err.endswith(f"got the file {tmp_path / 'file'}; choose another\n")
     assert (tmp_path / "file").read_text() == "keep"
