@@ -243,7 +243,7 @@ def load(run_or_folder: str | Path) -> Run:
 def _as_options(options: dict[str, Any]) -> dict[str, Any]:
     """Turn lists into tuples, paths into texts, and one path of `data` into a tuple.
 
-    Numbers of NumPy become Python's.
+    NumPy numbers become Python numbers.
 
     Raises: InputError for a value of the wrong type.
     """

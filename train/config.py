@@ -304,7 +304,7 @@ def _task_option_names() -> set[str]:
     return {name for task in TASKS.values() for name in option_names(task)}
 
 
-# The dataclasses whose fields are the options of all tasks.
+# The dataclasses of the options that every task has.
 OPTION_CLASSES = (TrainConfig, GPTConfig, AdapterOptions, ExecutionOptions, ReportOptions)
 
 # Flat name -> function that returns the part of a TrainConfig with this option.

@@ -26,7 +26,7 @@ def check_unused(out_dir: Path) -> None:
 def new_folder(out_dir: Path) -> Iterator[Path]:
     """Yield a temporary folder. Rename it to `out_dir` at the end.
 
-    After an error delete it, and the folders above it that did not exist before.
+    After an error, delete it and the folders above it that did not exist before.
 
     The lock of the folder tells other builds that it is in use. They delete folders without a lock,
     which killed builds left behind.

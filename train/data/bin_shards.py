@@ -61,11 +61,11 @@ class _Bin(NamedTuple):
 
 
 def find_bins(inputs: Sequence[str | Path]) -> list[Path]:
-    """Return the .bin files that the inputs name; [] if they name other things.
+    """Return the token shards that the inputs name; [] if no input is a token shard.
 
-    A folder counts if it has .bin files with the magic, and is no dataset.
+    A folder with .bin files stands for these files.
 
-    Raises: InputError for such files together with other things.
+    Raises: InputError if only some of the inputs are token shards.
     """
     found, others = [], []
     for given in map(Path, inputs):
@@ -198,7 +198,7 @@ def export_bins(
 ) -> dict[str, int]:
     """Write a dataset as NAME_train_000000.bin, ..., NAME_val_000000.bin and tokenizer.json.
 
-    Tokens have 16 bits if the vocabulary fits into 16 bits.
+    Tokens have 16 bits if all ids of the vocabulary fit into 16 bits, and 32 bits otherwise.
 
     Args:
         out_dir: a folder that does not exist or is empty. NAME is its name.

@@ -370,14 +370,15 @@ def cu_seqlens_of(is_start: Tensor) -> Tensor:
 
 
 def pad_starts(starts: Tensor, num_tokens: int) -> Tensor:
-    """Add empty documents at the end, until their number is a power of two, and two or more.
+    """Return `cu_seqlens` for documents, with empty documents added at the end.
 
-    So few different lengths occur. torch.compile would compile a length of one for itself.
+    The number of documents becomes a power of two, so that few different lengths occur. It becomes
+    two or more, because torch.compile would compile again for a length of one.
 
     Args:
         starts: (n,) integers on the CPU, where documents start; the first is 0.
-        num_tokens: of all documents.
-    Returns: (documents + 1,) int32; the last entry is num_tokens.
+        num_tokens: number of tokens of all documents.
+    Returns: (documents + 1,) int32: the starts, then num_tokens once or more.
     """
     documents = max(2, 1 << (len(starts) - 1).bit_length())
     cu_seqlens = torch.full((1 + documents,), num_tokens, dtype=torch.int32)

@@ -50,7 +50,7 @@ _CHANGED = "copy it again, then resume the run"
 _BLOCK_BYTES = 1 << 14
 _OPEN_BLOCKS = 1 << 10  # blocks per read when a shard is opened
 _IN_MEMORY_BYTES = 1 << 26
-# Tokens that fit into memory at once.
+# Number of tokens that a long stream is read in at once. They fit into memory.
 PIECE_TOKENS = 1 << 22
 
 

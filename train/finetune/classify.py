@@ -279,7 +279,7 @@ class ClassifyData(TaskData):
             "confusion": confusion.counts.tolist(),
         }
         write_whole(run / "test.json", [json.dumps(results, indent=2).encode(), b"\n"])
-        # The name of the file alone: a resumed run opens it by its absolute path.
+        # Without the folder of the file: a resumed run opens the file by its absolute path.
         lines = [
             {"place": Path(each.place).name, "label": each.label, "prediction": self.labels[found]}
             | {"probability": float(row[found]), "text": each.text}

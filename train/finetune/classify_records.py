@@ -154,7 +154,7 @@ _READERS: dict[str, Callable[[Path, str, str], Iterator[tuple[str, str, object]]
 
 
 def without_copies(texts: Sequence[LabelledText]) -> tuple[list[LabelledText], int]:
-    """Return the first of equal texts, and how many of the others have another label than it."""
+    """Keep the first of equal texts. Also return how many of its copies have another label."""
     first: dict[str, LabelledText] = {}
     for each in texts:
         first.setdefault(each.text, each)

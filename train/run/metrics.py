@@ -262,9 +262,10 @@ class Metrics:
 
 
 def _count_skipped(line: dict, bad_steps: list[dict]) -> bool:
-    """Return whether a training line is of a skipped step. Add a bad step to `bad_steps`.
+    """Return whether a training line is of a skipped step, and bring `bad_steps` up to date.
 
-    A good step ends a series of bad ones. An overflow of float16 does neither.
+    A bad step is added. A step that was not skipped empties the list. A step that overflowed in
+    float16 does not change it.
     """
     is_skipped = bool(line.get("skipped"))
     if not is_skipped:

@@ -75,7 +75,7 @@ def _draw_more(axes, evaluations: list[dict], tokens_per_step: float) -> None:
     names = dict.fromkeys(name for line in evaluations for name in line)
     has_bits = False
     for name in names:
-        measure = name.rpartition("/")[2]  # the parts before it are names of the user
+        measure = name.rpartition("/")[2]  # the user chose the parts before it
         is_accuracy = "accuracy" in measure or "f1" in measure
         is_of_task = name.startswith("val_") and name not in _KEYS
         if is_of_task and "/" in name:

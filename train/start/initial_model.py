@@ -46,7 +46,8 @@ def new_model(config: TrainConfig, data: TaskData, shape: GPTConfig) -> GPT:
 def _check_weights_fit(shape: GPTConfig) -> None:
     """Raise InputError if this machine has too little memory to build the model.
 
-    Without this check PyTorch cannot describe some layers, and many layers take hours to build.
+    Without this check, very large layers raise an error of PyTorch that names no option, and very
+    many layers take hours to build.
     """
     count = parameters(shape)
     memory_bytes = host_bytes()

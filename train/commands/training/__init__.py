@@ -1,1 +1,1 @@
-"""Commands that train a model, or plan a training."""
+"""Commands that train a model, or plan a run."""

@@ -194,7 +194,11 @@ def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
 
 
 def _strings(path: Path | RemoteFile, column: "pyarrow.Array", row: int) -> list[str | None]:
-    """Return the strings of a column whose first row is `row` + 1. pyarrow writes any bytes."""
+    """Return the strings of a column whose first row is `row` + 1.
+
+    Raises: InputError, which names the row, for bytes that are not UTF-8. pyarrow does not check
+        them when it writes a file.
+    """
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

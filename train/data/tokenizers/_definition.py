@@ -1,8 +1,8 @@
-"""What the content of a tokenizer.json of the package tokenizers says about text.
+"""Read the definition of a tokenizer: a tokenizer.json of the package tokenizers.
 
 Parts of a long document are encoded separately. Most patterns end a piece of text in the places
 where `cut` cuts. Some do not: o200k's has a piece ";\\n//", and a ByteLevel without a pattern has
-one piece per text. So examples are tried.
+one piece per text. So `can_cut` tries examples.
 """
 
 import itertools
@@ -29,8 +29,8 @@ def parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def can_cut(definition: dict[str, Any], backend) -> bool:
     """Return whether the parts that `cut` gives can be encoded separately.
 
-    Text must be split there before merging, no space may be put before it, and no added token may
-    reach over a cut.
+    Text must be split at each cut before merging. No space may be put before a part. No cut may be
+    inside an added token.
 
     Args: backend: the Tokenizer of the package tokenizers with this definition.
     """
@@ -51,7 +51,7 @@ def _reaches_over_cut(token: dict[str, Any]) -> bool:
     if token.get("lstrip") or token.get("rstrip"):
         return True
     content = token["content"]
-    # Text may be cut most often between letters.
+    # Letters next to the token allow the most cuts.
     places = (match.end() - 1 for match in SAFE_CUT.finditer(f"a{content}a"))
     return any(0 < place < len(content) for place in places)
 
