@@ -70,8 +70,10 @@ class Source:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            # Without backticks, which would make it a flag: no command changes the configuration.
+            reason = str(error).removeprefix("GPTConfig: ").replace("`", "")
             raise InputError(
-                f"{path}: expected the configuration of a model, got something else ({error})"
+                f"{path}: expected the configuration of a model, got something else ({reason})"
             ) from None
         named = {name: fields.get(name) for name in _TOKEN_IDS}
         self.token_ids = {name: value for name, value in named.items() if value is not None}

@@ -249,7 +249,7 @@ def change_config(folder, **fields):
     [
         ({"model_type": "bert"}, "expected model_type gpt2, llama, mistral, .*, got 'bert'"),
         ({"tie_word_embeddings": False}, r"expected a tensor lm_head\.weight, found none"),
-        ({"n_embd": 50}, "d_model: expected a multiple of `n_head`"),
+        ({"n_embd": 50}, r"got something else \(d_model: expected a multiple of n_head, 4, got 50"),
         ({"n_embd": 52}, r"expected wte\.weight of shape \(77, 52\) .*, got \(77, 48\)"),
         ({"vocab_size": 78}, r"expected wte\.weight of shape \(78, 48\)"),
         ({"n_layer": 3}, r"expected a tensor h\.2\.ln_1\.weight, found none"),
