@@ -52,6 +52,7 @@ def test_swiglu_mlp_is_eight_thirds_as_wide_as_the_model(n_head, d_model, width)
         ({"d_model": None}, "d_model: expected an integer, got None"),
         ({"n_kv_head": -1}, "n_kv_head: expected 1 or more, got -1"),
         ({"window": 0}, "window: expected 1 or more, got 0"),
+        ({"prefix_tokens": -1}, "prefix_tokens: expected an integer of 0 or more, got -1"),
         ({"softcap": -1.0}, r"softcap: expected 0 or more, and finite, got -1\.0"),
         ({"d_hidden": 0}, "d_hidden: expected 1 or more, got 0"),
         ({"norm_eps": -1.0}, r"norm_eps: expected a positive number, got -1\.0"),
