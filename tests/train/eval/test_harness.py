@@ -165,6 +165,18 @@ def test_generated_texts_have_no_special_tokens_and_no_first_space(like_llama):
 
 
 @pytest.mark.slow
+def test_generated_texts_end_at_the_stop_tokens_of_the_tokenizer(exported):
+    from lm_eval.api.instance import Instance
+
+    from tritium.train.eval.harness import TritiumLM
+
+    ours = TritiumLM(str(exported), device="cpu")
+    ours.tokenizer.stop_tokens = tuple(range(257))
+    request = Instance("generate_until", {}, ("Why?", {"until": ["\n"], "max_gen_toks": 12}), 0)
+    assert ours.generate_until([request]) == [""]
+
+
+@pytest.mark.slow
 def test_max_length_raises_and_names_max_gen_toks(error_of, exported, task_folder):
     words = ("--tasks", "tiny_generate", "--include_path", task_folder, "--device", "cpu")
     error = error_of("eval", "lm-eval", exported, *words, "--gen_kwargs", "max_length=20")
