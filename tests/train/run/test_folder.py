@@ -142,6 +142,7 @@ def test_missing_options_take_their_defaults(run):
         ({"train": {"data": "abc"}}, r"data: expected tuple\[str, ...\], got 'abc'"),
         ({"train": {"precision": "int3"}}, "precision: expected .*'bfloat16'.*, got 'int3'"),
         ({"train": {"lr": True}}, "lr: expected float, got True"),
+        ({"train": {"task": "instruct", "packing": "x"}}, "packing: expected bool, got 'x'"),
         ({"tokens": {"val": [7]}}, r"tokens: expected dict\[str, int\] . None, got"),
         ({"format_version": 2}, "expected format_version 1, got 2; use the version of tritium"),
         ({"train": {"steps": 0}}, "steps: expected 1 or more"),
