@@ -183,6 +183,7 @@ def test_texts_that_are_cut_or_left_out_are_counted(base, file):
     options = {"text_column": "2", "label_column": "1", "row_tokens": 30, "balance": True}
     data = open_data(finetune_config("classify", base, file, **options))
     assert data.note.startswith("40 texts: 20 big, 20 small; copies of a text left out: 2")
+    assert "another label" not in data.note
     assert max(len(ids) for rows in data.rows.values() for ids in rows.texts) <= 30
 
 
