@@ -168,6 +168,20 @@ def test_planted_duplicates_in_speeches_are_found(tmp_path):
     assert all(speech in kept for speech in speeches)
 
 
+def test_documents_are_decided_once(tmp_path):
+    corpus = Corpus([_jsonl(tmp_path / "a.jsonl", ["one", "two"])])
+    chosen = Selection(corpus, SelectionOptions(weights=(1,)), tmp_path)
+    passes = []
+
+    def source():
+        passes.append("pass")
+        return corpus.documents()
+
+    chosen.decide(source)
+    assert [document.text for document in chosen.documents(source)] == ["one", "two"]
+    assert len(passes) == 2
+
+
 def test_equal_weights_keep_documents_spread_over_the_larger_input(tmp_path):
     texts = [f"{number:0100}" for number in range(4)]
     paths = [_jsonl(tmp_path / "a.jsonl", texts[:1]), _jsonl(tmp_path / "b.jsonl", texts[1:])]
