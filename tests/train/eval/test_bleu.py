@@ -49,10 +49,11 @@ def test_texts_are_decoded_as_answers():
     """Published tokenizers leave special tokens out of answers."""
     config = GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=257, context_tokens=16)
     tokenizer = copy.copy(BYTES)
-    tokenizer.decode_answer = lambda ids: "an answer"
+    tokenizer.decode_answer = lambda ids: f"an answer of {len(ids)} tokens"
+    tokenizer.stop_tokens = ()
     sampling = Sampling(max_new_tokens=6, temperature=0)
     found = generate_texts(GPT(config).eval(), tokenizer, ["abc"], sampling, batch_size=1)
-    assert found == ["an answer"]
+    assert found == ["an answer of 6 tokens"]
 
 
 def test_equal_texts_have_a_bleu_of_100():
