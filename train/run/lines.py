@@ -24,6 +24,7 @@ class _Line:
     time: float
     wall_seconds: float
     goodput: dict[str, float]
+    lost_seconds: float
     skipped_steps: int
     restored: int
 

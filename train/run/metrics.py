@@ -67,7 +67,8 @@ class Metrics:
     An evaluation writes a line with step and the keys of Evaluation.values(): val_loss,
     val_perplexity, val_bits_per_byte and those of the task. It also has the keys of
     eval/in_training.py. A checkpoint writes a line with step, time (Unix seconds), wall_seconds and
-    goodput: fractions of the wall time, see goodput.py. A run that went back to a checkpoint writes
+    goodput: fractions of the wall time, see goodput.py. A resumed run adds lost_seconds to this
+    line: the time of later steps, which it takes again. A run that went back to a checkpoint writes
     a line with `step` (the next step) and `restored` (the step of the checkpoint).
 
     Args:
@@ -347,7 +348,7 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
     kept = _Kept()
     if start > 0:
         kept.seconds = {}
-    lines = []
+    rows = []
     trained = set()
     goodput, lost = None, 0.0
     for row in _rows(path) if path.exists() else ():
@@ -368,15 +369,18 @@ def _cut_back(path: Path, start: int, steps: int) -> _Kept:
             if rate := row.get("tokens_per_second"):
                 lost += row.get("tokens", 0) / (step + 1) / rate
             continue
-        lines.append(json.dumps(row) + "\n")
+        rows.append(row)
     if len(trained) < start:
         console.print(
             f"metrics.jsonl: {start - len(trained)} of the {start} steps before the checkpoint "
             "have no line: they were lost"
         )
-    write_whole(path, ["".join(lines).encode()])
     if goodput is not None:
+        lost += goodput.get("lost_seconds", 0.0)
+        if lost:  # the next resume from this checkpoint does not find the deleted lines
+            goodput["lost_seconds"] = lost
         kept.seconds = seconds_before(goodput, lost)
+    write_whole(path, ["".join(json.dumps(row) + "\n" for row in rows).encode()])
     return kept
 
 
