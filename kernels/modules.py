@@ -18,7 +18,7 @@ A module never guesses the layout from shapes, because a square weight fits both
 All modules take `device` and `dtype`, also device="meta", and have reset_parameters(). Copying,
 pickling, to(), torch.compile and autocast work as for torch.nn. The MLPs call their layers, with
 PyTorch's activation between them, if a layer is not a plain one: an adapter such as LoRA, a
-subclass, or a layer with hooks or parametrizations.
+subclass, or a layer with hooks, parametrizations or quantized weights.
 
 Shapes     x: (B, T, D)   B sequences, T tokens, D = d_model; F = d_hidden; V = vocab_size
            H = n_head query heads, G = n_kv_head key and value heads, K = head_size
