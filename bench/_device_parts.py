@@ -141,12 +141,12 @@ def kernels(rehearse: bool) -> list[Part]:
     return parts
 
 
-# Operator, its shape, the variants to compare, and the deadline. No variants: all.
+# Operator, its shapes, the variants to compare, and the deadline. No variants: all.
 TUNED = (
     ("causal_attention", "64x1024x12x64", "", 220),
     ("linear_cross_entropy", "65536x768x50257", "", 360),
     ("cross_entropy", "8192x50304", "", 420),
-    ("layer_norm", "65536x768", "", 450),
+    ("layer_norm", "65536x768 32768x1024", "", 450),
     ("embedding", "64x1024x768x50304", "", 480),
     ("gelu_mlp", "65536x768", "cublas", TOTAL_SECONDS),
 )
@@ -157,9 +157,9 @@ def tune(rehearse: bool) -> list[Part]:
     rows = (("layer_norm", "8x64", "", TOTAL_SECONDS),) if rehearse else TUNED
     options = " --device cpu --rounds 1" * rehearse
     parts = []
-    for operator, shape, variants, until in rows:
+    for operator, shapes, variants, until in rows:
         variant = f"--variant {variants}" if variants else ""
-        words = f"--shape {shape} {variant}{options} --out FOLDER/{operator}.json"
+        words = f"--shape {shapes} {variant}{options} --out FOLDER/{operator}.json"
         parts.append(_tritium(operator, until, f"bench tune {operator} {words}"))
     return parts
 

@@ -23,6 +23,7 @@ from ...errors import InputError
 from ...kernels.attention import launch as attention_launch
 from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import Tile
+from ...kernels.norm import launch as norm_launch
 from ...train.commands.cli import parse
 from ...train.machine.device import choose_device, choose_matmul
 from ...train.storage.records import check_names
@@ -103,6 +104,15 @@ def _chunk_rows(rows: int) -> Variant:
     )
 
 
+def _norm_plan(option: str, value: int) -> Variant:
+    shipped = norm_launch.plan
+    return Variant(
+        name=f"{option} {value}",
+        target="norm.launch.plan",
+        value=lambda *sizes: shipped(*sizes, **{option: value}),
+    )
+
+
 def _constant(target: str, value: Any) -> Variant:
     return Variant(name=f"{target.rsplit('.', 1)[1]} {value}", target=target, value=value)
 
@@ -165,7 +175,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(_loss_lanes(*sizes) for sizes in ((256, 2), (256, 4), (512, 2))),
     ),
     "linear_cross_entropy": (
-        *(_loss_lanes(*sizes) for sizes in ((128, 4), (256, 4), (512, 2), (512, 4), (1024, 1))),
+        *(_loss_lanes(*sizes) for sizes in ((128, 4), (256, 4), (512, 4), (1024, 1))),
         *(_chunk_rows(rows) for rows in (4_096, 5_504, 5_632, 11_264)),
     ),
     "embedding": (
@@ -173,8 +183,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(_constant("embedding.BLOCK_ROWS", rows) for rows in (2, 8)),
         *(_constant("embedding.BLOCK_COLUMNS", columns) for columns in (512, 1024)),
     ),
-    "layer_norm": tuple(
-        _constant("norm.launch.TILE_ELEMENTS", elements) for elements in (1024, 4096)
+    "layer_norm": (
+        *(_norm_plan("stages", stages) for stages in (2, 3)),
+        *(_norm_plan("tile_elements", elements) for elements in (1024, 4096)),
     ),
 }
 

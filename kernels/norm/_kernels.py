@@ -80,12 +80,13 @@ def _layer_norm_bwd_kernel(
     dw_partial_ptr, db_partial_ptr, dadded_partial_ptr,
     stride_dym, stride_dhm, stride_hm,
     M, N, threshold, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program p of P owns blocks p, p + P, p + 2 P ... of BLOCK_M rows.
 
     It writes dx and dresidual of its rows, and one row of partial sums each of dw, db and the
-    columns of dx. Without dropout dx is also the gradient of the residual.
+    columns of dx. Without dropout dx is also the gradient of the residual. With STAGES of 2 or
+    more, dy, h and dh of the next STAGES - 1 blocks are loaded in the meantime.
     """
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
@@ -99,7 +100,8 @@ def _layer_norm_bwd_kernel(
     dw = tl.zeros((ROWS, BLOCK_N), tl.float32)
     db = tl.zeros((ROWS, BLOCK_N), tl.float32)
     dadded = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    programs = tl.num_programs(0)
+    for block in tl.range(pid, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES):
         offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]

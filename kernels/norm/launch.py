@@ -32,6 +32,8 @@ class Plan:
         block_m, block_n: rows and columns of a tile.
         num_warps: warps per program.
         partials: programs of the backward, each with one row of partial sums.
+        stages: blocks of rows that a program of the backward holds in shared memory or waits for;
+            1: it loads a block into registers when it needs it. Wide rows ignore it.
     """
 
     is_wide: bool
@@ -39,6 +41,7 @@ class Plan:
     block_n: int
     num_warps: int
     partials: int
+    stages: int
 
     @property
     def tile(self) -> dict[str, int]:
@@ -48,19 +51,32 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(M: int, N: int, sms: int = DEFAULT_SM_COUNT) -> Plan:
+def plan(
+    M: int,
+    N: int,
+    sms: int = DEFAULT_SM_COUNT,
+    *,
+    tile_elements: int = TILE_ELEMENTS,
+    stages: int = 1,
+) -> Plan:
     """Choose launch sizes for M rows of N elements on a device with `sms` multiprocessors.
 
-    A tile has about TILE_ELEMENTS elements: several rows if rows are short. The backward starts
+    A tile has about `tile_elements` elements: several rows if rows are short. The backward starts
     four programs per multiprocessor, as many as its registers allow to run at once.
+    `tritium bench tune` compares other values of the last two arguments.
     """
     is_wide = N > MAX_RESIDENT_WIDTH
     block_n = WIDE_BLOCK_N if is_wide else next_power_of_2(max(N, 16))
-    block_m = 1 if is_wide else min(max(1, TILE_ELEMENTS // block_n), next_power_of_2(M))
+    block_m = 1 if is_wide else min(max(1, tile_elements // block_n), next_power_of_2(M))
     num_warps = min(16, max(1, block_m * block_n // 512))
     partials = min(cdiv(M, block_m), 4 * sms)
     return Plan(
-        is_wide=is_wide, block_m=block_m, block_n=block_n, num_warps=num_warps, partials=partials
+        is_wide=is_wide,
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=num_warps,
+        partials=partials,
+        stages=stages,
     )
 
 
@@ -129,13 +145,14 @@ def launch_norm_bwd(
     dadded = h.new_empty(N if has_added else 0, dtype=added_dtype)
     dadded_partial = empty_partials(p.partials, h) if has_added else None
 
+    stages = {} if p.is_wide else {"STAGES": p.stages}
     kernel = _layer_norm_bwd_wide_kernel if p.is_wide else _layer_norm_bwd_kernel
     launch_kernel(kernel, (p.partials,),
         dy_ptr=dy, dh_ptr=dh, h_ptr=h, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         dx_ptr=dx, dresidual_ptr=dresidual if has_dropout else None,
         dw_partial_ptr=dw_partial, db_partial_ptr=db_partial, dadded_partial_ptr=dadded_partial,
         stride_dym=dy.stride(0), stride_dhm=0 if dh is None else dh.stride(0),
-        stride_hm=h.stride(0), M=M, N=N, **dropout.arguments, **p.tile,
+        stride_hm=h.stride(0), M=M, N=N, **dropout.arguments, **p.tile, **stages,
     )  # fmt: skip
     if weight is not None:
         sum_partials(dw_partial, dw, db_partial, db, dadded_partial, dadded)

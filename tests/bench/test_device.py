@@ -153,8 +153,8 @@ def test_shapes_and_variants_fit_their_operators():
     for names, shapes in KERNEL_SHAPES:
         for name in names.split():
             assert shapes_of(OPERATORS[name], shapes.split(), cpu)
-    for name, shape, variants, _ in TUNED:
-        assert shapes_of(OPERATORS[name], [shape], cpu)
+    for name, shapes, variants, _ in TUNED:
+        assert shapes_of(OPERATORS[name], shapes.split(), cpu)
         assert set(variants.split()) <= {variant.name for variant in VARIANTS[name]}
 
 

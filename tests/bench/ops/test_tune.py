@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -5,11 +6,12 @@ import inspect
 import pytest
 import torch
 
+from tritium.bench.codegen.table import operator_launches
 from tritium.bench.ops import OPERATORS
 from tritium.bench.ops.tune import VARIANTS, Variant, main, tune
 from tritium.bench.record import read_record
 from tritium.errors import InputError
-from tritium.kernels.norm import launch as norm_launch
+from tritium.kernels.attention import launch as attention_launch
 
 pytestmark = pytest.mark.plain
 
@@ -27,23 +29,47 @@ def test_variants_replace_a_value_by_another_of_its_type(name):
     assert len({variant.name for variant in VARIANTS[name]}) == len(VARIANTS[name])
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_changes_a_launch(name):
+    operator = OPERATORS[name]
+
+    def sizes(shape):
+        launches = operator_launches(operator, shape, torch.bfloat16, "sm_90")
+        return [
+            (launch.kernel.__name__, launch.grid, _numbers(launch.arguments)) for launch in launches
+        ]
+
+    left = {variant.name: variant for variant in VARIANTS[name]}
+    for shape in operator.shapes:
+        shipped = sizes(shape)
+        for variant in list(left.values()):
+            with variant.active(), contextlib.suppress(ValueError):  # one pass: not every shape
+                if sizes(shape) != shipped:
+                    del left[variant.name]
+    assert not list(left)
+
+
+def _numbers(arguments):
+    return {name: value for name, value in arguments.items() if isinstance(value, int | float)}
+
+
 def test_a_variant_is_active_only_during_its_call():
-    shipped = norm_launch.TILE_ELEMENTS
-    variant = Variant(name="tiny", target="norm.launch.TILE_ELEMENTS", value=1)
-    assert variant.active()(lambda add: norm_launch.TILE_ELEMENTS + add)(2) == 3
-    assert shipped == norm_launch.TILE_ELEMENTS
+    shipped = attention_launch.L2_BYTES
+    variant = Variant(name="tiny", target="attention.launch.L2_BYTES", value=1)
+    assert variant.active()(lambda add: attention_launch.L2_BYTES + add)(2) == 3
+    assert shipped == attention_launch.L2_BYTES
 
 
 def test_correct_variants_are_timed_in_each_direction_and_wrong_ones_named():
     layer_norm, seen = OPERATORS["layer_norm"], set()
 
     def ours(**inputs):
-        seen.add(norm_launch.TILE_ELEMENTS)
-        return layer_norm.ours(**inputs) * (2 if norm_launch.TILE_ELEMENTS == 7 else 1)
+        seen.add(attention_launch.L2_BYTES)
+        return layer_norm.ours(**inputs) * (2 if attention_launch.L2_BYTES == 7 else 1)
 
     operator = dataclasses.replace(layer_norm, ours=ours)
     variants = [
-        Variant(name=str(size), target="norm.launch.TILE_ELEMENTS", value=size) for size in (7, 8)
+        Variant(name=str(size), target="attention.launch.L2_BYTES", value=size) for size in (7, 8)
     ]
     entry = tune(operator, variants, (8, 64), torch.float32, CPU, 1)
     assert set(entry["seconds"]) == {"as shipped", "8"}
@@ -51,7 +77,7 @@ def test_correct_variants_are_timed_in_each_direction_and_wrong_ones_named():
         assert set(samples) == {"forward", "backward", "both"}
     assert list(entry["failed"]) == ["7"]
     assert "off by" in entry["failed"]["7"]
-    assert seen == {7, 8, norm_launch.TILE_ELEMENTS}
+    assert seen == {7, 8, attention_launch.L2_BYTES}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +108,9 @@ def test_chosen_variants_are_rehearsed_on_a_cpu(tmp_path, capsys):
         "--rounds",
         "1",
         "--variant",
-        "TILE_ELEMENTS 1024",
+        "tile_elements 1024",
     ]
     assert main(["layer_norm", *words, "--out", str(out)]) == 0
     (entry,) = read_record(out, "tune")["entries"]
-    assert set(entry["seconds"]) == {"as shipped", "TILE_ELEMENTS 1024"}
-    assert "TILE_ELEMENTS 1024" in capsys.readouterr().out
+    assert set(entry["seconds"]) == {"as shipped", "tile_elements 1024"}
+    assert "tile_elements 1024" in capsys.readouterr().out
