@@ -16,9 +16,16 @@ import torch
 from ..errors import InputError
 from ..kernels.core.triton import HAS_TRITON, triton
 from ..train.storage.files import write_whole
+from . import ROOT
 
 # Increase it when a field changes its name or meaning. Files of other formats are not read.
 FORMAT = 2
+
+
+def check_checkout(command: str) -> None:
+    """Raise InputError unless the package is a checkout, which has docs and all results."""
+    if not (ROOT / "setup.py").exists():
+        raise InputError(f"{command}: expected a checkout of tritium, got an installed package")
 
 
 def provenance() -> dict[str, Any]:

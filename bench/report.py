@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..train.commands.cli import parse
 from . import RESULTS
 from ._run_tables import nanogpt_table, runs_table, sweep_table
-from .record import FORMAT, describe_provenance, records_below
+from .record import FORMAT, check_checkout, describe_provenance, records_below
 
 REPORT = RESULTS / "REPORT.md"
 HEAD = """# Measurements
@@ -377,6 +377,7 @@ def main(argv: Sequence[str]) -> int:
     about = "Write bench/results/REPORT.md from the JSON files next to it."
     options = parse(ReportOptions, argv, prog="tritium bench report", description=about)
     if options.folder is None:
+        check_checkout("tritium bench report without a folder")
         REPORT.write_text(report(RESULTS), encoding="utf-8")
         print(f"written: {REPORT}")
     else:

@@ -18,6 +18,7 @@ from ...errors import InputError, unknown_name
 from ...kernels import __all__ as public_names
 from ...train.commands.cli import parse
 from .. import ROOT
+from ..record import check_checkout
 from . import _tables, _training
 from ._tables import table
 
@@ -98,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench pages`. Returns: exit status."""
     about = "Write the generated parts of the documentation from the code and bench/results."
     parse(PagesOptions, argv, prog="tritium bench pages", description=about)
+    check_checkout("tritium bench pages")
     for path in write_pages():
         print(f"written: {path.relative_to(ROOT)}")
     missing = sorted(set(public_names) - page_of().keys())

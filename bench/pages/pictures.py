@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from ...train.commands.cli import parse
 from ...train.storage.records import check_names
 from .. import ROOT
+from ..record import check_checkout
 from . import _attention, _matmuls, _rows, _talk
 from ._style import save, style
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench pictures`. Returns: exit status."""
     about = "Draw the pictures of docs/images from the code and bench/results."
     options = parse(PictureOptions, argv, prog="tritium bench pictures", description=about)
+    check_checkout("tritium bench pictures")
     check_names("picture", options.names, PICTURES)
     folder = IMAGES if options.out is None else Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 import pytest
 
+from tritium.bench import record
 from tritium.bench.commands import COMMANDS, bench
 from tritium.errors import InputError
 
@@ -23,3 +24,10 @@ def test_each_command_has_help(command, capsys):
         bench([command, "--help"])
     assert not stop.value.code
     assert f"tritium bench {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["pages", "pictures", "report"])
+def test_commands_that_write_into_a_checkout_need_one(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    with pytest.raises(InputError, match=f"{command}.*: expected a checkout of tritium, got an"):
+        bench([command])
