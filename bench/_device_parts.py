@@ -182,7 +182,7 @@ def later(rehearse: bool) -> list[Part]:
 
 
 def models(rehearse: bool) -> list[Part]:
-    """Return the parts that measure other models than GPT-2 124M.
+    """Return the parts that measure other models than GPT-2 124M, and variants of LayerNorm.
 
     The first parts run at the same time. They test the kernels and CUDA graphs, and they compile
     what the later parts time, so that those find it in the caches. The parts of
@@ -195,6 +195,7 @@ def models(rehearse: bool) -> list[Part]:
         return _rehearsal_with_caches("shakespeare", words)
     shakespeare = f"bench train shakespeare-char-gpu --attention{_nanogpt()}"
     run = "train shakespeare-char-gpu --data .nanogpt/data/shakespeare_char/input.txt"
+    norms = "bench tune layer_norm --shape 65536x768 32768x1024"
     # Several micro-batches per step, so that the optimizer takes a smaller part of it. In the
     # recipes a step has 512 sequences. tritium and the baseline together need about 100 GB, an
     # estimate. With CUDA graphs each of them would keep the memory of its activations.
@@ -215,6 +216,7 @@ def models(rehearse: bool) -> list[Part]:
             f"{shakespeare} --cuda-graph off --out FOLDER/shakespeare-without-graph.json",
         ),
         _tritium("shakespeare-run", 330, f"{run} --out FOLDER/run"),
+        _tritium("layer_norm", 360, f"{norms} --out FOLDER/layer_norm.json"),
         *(
             _tritium(
                 name,
@@ -222,7 +224,7 @@ def models(rehearse: bool) -> list[Part]:
                 f"bench train {name} --attention --micro-batch-size {micro_batch} --batch-size "
                 f"{batch_size} --steps 4 --compile off --cuda-graph off --out FOLDER/{name}.json",
             )
-            for until, (name, micro_batch, batch_size) in zip((370, 440, 530), rows, strict=True)
+            for until, (name, micro_batch, batch_size) in zip((390, 455, 535), rows, strict=True)
         ),
     ]
 

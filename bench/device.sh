@@ -18,8 +18,9 @@
 #           work on next, the longest row first; its measured efficiency replaces the estimate in
 #           bench/training/efficiency.py.
 # models    Kernel tests; shakespeare-char-gpu next to nanoGPT, and a whole run, with the text in
-#           .nanogpt/data/shakespeare_char/input.txt; the larger models. README states the tokens per
-#           second. Profile a model whose MFU is lower than that of gpt2.
+#           .nanogpt/data/shakespeare_char/input.txt; variants of LayerNorm's launch sizes, see tune;
+#           the larger models. README states the tokens per second. Profile a model whose MFU is
+#           lower than that of gpt2.
 # kernels   Operators at a few shapes next to other libraries, without torch.compile. An operator
 #           that is slower than another implementation, or further below the ceiling than
 #           bench/training/efficiency.py assumes, is tuned or rewritten.
