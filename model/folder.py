@@ -18,30 +18,43 @@ def check_new_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, as `whole_folder` does.
+
+    Raises: InputError as `check_new_folder`.
+    """
+    check_new_folder(folder)
+    with whole_folder(folder, ".tmp") as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, suffix: str) -> Iterator[Path]:
     """Yield a temporary folder to fill. It becomes `folder` at the end of the context.
 
     After an error `folder` is as it was before.
 
-    Raises: InputError unless the folder is empty or does not exist.
+    Args:
+        folder: is empty or does not exist. If it has files at the end, OSError is raised.
+        suffix: of the temporary folder's name. A folder that has this name already is deleted.
     """
-    check_new_folder(folder)
     folder = folder.resolve()
     existed = folder.exists()
     parents = [parent for parent in folder.parents if not parent.exists()]
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}{suffix}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
-            folder.rmdir()
+            folder.rmdir()  # Windows cannot rename over a folder
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if existed:
             folder.mkdir(exist_ok=True)
         for parent in parents:
-            if parent.exists():  # mkdir may have failed before it made all of them
+            # mkdir may have failed before it made all of them. Another program may write there.
+            with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
 

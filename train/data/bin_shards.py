@@ -29,7 +29,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..storage.files import seal, write_whole
-from ._new_folder import check_unused, new_folder
+from ._new_folder import check_unused, new_locked_folder
 from ._split_writer import SplitWriter
 from .dataset import FORMAT_VERSION, SPLITS, Dataset, DatasetInfo
 from .shards import PIECE_TOKENS
@@ -115,7 +115,7 @@ def build_from_bins(
     bins = [_open(path) for path in paths]
     parts = {"train": [each for each in bins if "val" not in each.path.name]}
     parts["val"] = [each for each in bins if "val" in each.path.name]
-    with new_folder(out_dir) as folder:
+    with new_locked_folder(out_dir) as folder:
         writers = {split: SplitWriter(folder, split, made, shard_tokens) for split in SPLITS}
         sizes = piece_bytes(made)
         total = sum(each.count for each in bins)
@@ -208,7 +208,7 @@ def export_bins(
     check_unused(out_dir)
     magic, version, dtype = _FORMATS[dataset.tokenizer.vocab_size > 1 << 16]
     written = {}
-    with new_folder(out_dir) as folder:
+    with new_locked_folder(out_dir) as folder:
         for split in SPLITS:
             written[split] = 0
             for number, tokens in enumerate(_shards(dataset, split, shard_tokens, dtype)):

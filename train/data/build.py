@@ -24,7 +24,7 @@ from ...errors import InputError
 from ..config import check_held_out
 from ..storage.files import seal, write_whole
 from ..terminal.progress import progress_bars
-from ._new_folder import check_unused, new_folder
+from ._new_folder import check_unused, new_locked_folder
 from ._split_writer import Part, SplitWriter
 from .bin_shards import build_from_bins, find_bins
 from .dataset import FORMAT_VERSION, SPLITS, DatasetInfo, SplitInfo
@@ -81,7 +81,7 @@ def build(
     corpus = Corpus(inputs, text_field=text_field)
     threads = threads or _cores()
 
-    with new_folder(out_dir) as folder, _Progress(corpus, progress) as bars:
+    with new_locked_folder(out_dir) as folder, _Progress(corpus, progress) as bars:
         chosen = Selection(corpus, selection, folder, threads)
         chosen.decide(lambda: bars.documents("selecting"))
         made = from_spec(
