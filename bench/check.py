@@ -29,6 +29,7 @@ from ..kernels.core.op import INTERPRET
 from ..kernels.core.triton import HAS_TRITON
 from ..train.commands.cli import parse
 from ..train.machine.device import choose_device, choose_matmul
+from ..train.terminal.progress import table_console
 from .ops import OPERATORS, choose
 from .ops.case import Implementation, Operator
 from .ops.check import find_error
@@ -208,4 +209,4 @@ def _print_table(results: list[dict[str, Any]], speeds: dict[str, dict[str, Any]
         if speeds:
             row.append(f"{speeds[name]['share']:.0%}")
         table.add_row(name, *row)
-    Console(width=None if Console().is_terminal else 140).print(table)
+    table_console(140).print(table)

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 import triton
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from ...errors import InputError
 from ...train.commands.cli import parse
 from ...train.storage.records import check_names
+from ...train.terminal.progress import table_console
 from ..ops import OPERATORS, choose
 from ..ops.case import Operator, outputs_and_leaves
 from ..record import check_writable, provenance, read_record, write_record
@@ -225,7 +225,7 @@ def changes(rows: Sequence[dict], old: Sequence[dict]) -> list[str]:
 
 
 def _print_tables(rows: Sequence[dict]) -> None:
-    console = Console(width=None if Console().is_terminal else 200)
+    console = table_console(200)
     table = Table(*KEYS, title=f"triton {triton.__version__}, {DTYPE}".replace("torch.", ""))
     for title in ("warps", "registers", "spilled B", "shared B", "blocks/SM"):
         table.add_column(title, justify="right")

@@ -25,6 +25,7 @@ from ...errors import InputError
 from ...train.commands.cli import parse
 from ...train.machine.device import choose_device, choose_matmul
 from ...train.storage.records import check_names
+from ...train.terminal.progress import table_console
 from ..record import write_record
 from ..timing import ceilings, input_sets, side_stream, time_in_turn
 from . import OPERATORS, choose
@@ -255,7 +256,7 @@ def main(argv: Sequence[str]) -> int:
     )
 
     # Measure the operators. Write after each one: an interruption loses nothing.
-    console = Console(width=None if Console().is_terminal else 160)
+    console = table_console(160)
     run = {"device": device.type, "dtype": str(dtype), "ceilings": limits}
     entries: list[dict[str, Any]] = []
     for operator, shape in ((one, shape) for one in operators for shape in shapes[one.name]):

@@ -27,6 +27,7 @@ from ...kernels.norm import launch as norm_launch
 from ...train.commands.cli import parse
 from ...train.machine.device import choose_device, choose_matmul
 from ...train.storage.records import check_names
+from ...train.terminal.progress import table_console
 from ..record import check_writable, write_record
 from ..timing import side_stream, time_in_turn
 from . import OPERATORS
@@ -282,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
         )
     choose_matmul(device)
     out = check_writable(options.out)
-    console = Console(width=None if Console().is_terminal else 140)
+    console = table_console(140)
     operator, entries = OPERATORS[name], []
     for shape in shapes_of(operator, options.shape, device):
         with side_stream(device):

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from ...errors import InputError
@@ -34,6 +33,7 @@ from ...train.machine.gpus import CEILINGS, ceiling
 from ...train.plan import Plan, PlanOptions, make_plan
 from ...train.recipes import recipe
 from ...train.run.profile import WARMUP_STEPS, activities, operators
+from ...train.terminal.progress import table_console
 from ..ops.attention import backward_in
 from ..record import check_writable, write_record
 from ..report import predict_table
@@ -297,7 +297,7 @@ def _this_gpu() -> str:
 
 
 def _print_step(step: dict[str, Any]) -> None:
-    console = Console(width=None if Console().is_terminal else 160)
+    console = table_console(160)
     table = Table("part", "operator", "kernel", "calls", "GB", "TFLOP", "floor ms", "efficiency")
     table.add_column("predicted ms")
     table.title = (
@@ -353,7 +353,7 @@ def _print_comparison(step: dict[str, Any]) -> None:
     """Print the measured profile next to the prediction, first by part, then by operator."""
     measured = step["measured"]
     where = "this GPU" if measured["device"] == "cuda" else "this CPU: NO GPU WAS MEASURED"
-    console = Console(width=None if Console().is_terminal else 160)
+    console = table_console(160)
     rows = compare(step["rows"], measured["rows"])
     parts: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -32,6 +32,11 @@ _SECONDS_PER_UPDATE = 0.5
 _NOTEBOOK_COLUMNS = 100
 
 
+def table_console(columns: int) -> Console:
+    """Return a console for tables on stdout: as wide as the terminal, elsewhere `columns` wide."""
+    return Console(width=None if Console().is_terminal else columns)
+
+
 def has_bars() -> bool:
     """Return whether this process shows progress bars."""
     return not console.quiet and (console.is_terminal or console.is_jupyter)
