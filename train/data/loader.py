@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from .documents.text_batch import mix
 from .shards import TokenStream
 
 IGNORE_INDEX = -100
@@ -54,14 +55,11 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half_bits: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """A bijection of [0, 4**half_bits). The round function is the mixer of splitmix64."""
+    """A bijection of [0, 4**half_bits). The round function is `mix`."""
     left = x >> half_bits
     right = x & mask
     for key in keys:
-        z = right ^ key
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & mask)
+        left, right = right, left ^ (mix(right ^ key) & mask)
     return (left << half_bits) | right
 
 
