@@ -19,9 +19,7 @@ import numpy as np
 from ...errors import InputError
 from ..data.tokenizers.tokenizer import without_surrogates
 from ..eval.jsonl import read_jsonl
-from ..storage.records import shorten
-
-_LONGEST_FIELD = (1 << 31) - 1  # of csv; Python's default is 131,072
+from ..storage.records import csv_rows, shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +94,10 @@ def _read_objects(
 def _read_columns(
     path: Path, text_column: str, label_column: str
 ) -> Iterator[tuple[str, str, str]]:
-    # Quotes of tsv files are part of the text.
-    is_tsv = path.suffix.lower() == ".tsv"
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
-    csv.field_size_limit(_LONGEST_FIELD)
     number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines, **style)
+            rows = csv_rows(lines, path)
             columns = None
             width = 0
             for row in rows:

@@ -1,11 +1,15 @@
-"""Check records that were read from JSON: names and types, by the fields of a dataclass."""
+"""Records from files: rows of csv, and objects of JSON.
 
+Names and types in objects are checked by the fields of a dataclass.
+"""
+
+import csv
 import functools
 import json
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,18 @@ from ...errors import InputError, unknown_name
 
 # Most integers end up in a C program. Python's are unlimited.
 _LARGEST = 2**63
+_LONGEST_FIELD = (1 << 31) - 1  # of csv; Python's default is 131,072
+
+
+def csv_rows(lines: Iterable[str], path: Path) -> Iterator[list[str]]:
+    """Return csv.reader of the lines of a .csv or .tsv file. Quotes of .tsv are part of the text.
+
+    Raises: csv.Error for damage.
+    """
+    csv.field_size_limit(_LONGEST_FIELD)
+    is_tsv = path.suffix.lower() == ".tsv"
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+    return csv.reader(lines, strict=True, **style)
 
 
 def parse_object(content: bytes | str) -> dict[str, Any]:

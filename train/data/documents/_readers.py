@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ....errors import InputError
+from ...storage.records import csv_rows
 from .sources import RemoteFile
 
 if TYPE_CHECKING:
     import pyarrow
 
 _PARQUET_ROWS = 1024
-_LONGEST_FIELD = (1 << 31) - 1  # of csv; Python's default is 131,072
 
 Texts = Iterator[tuple[str, str, int]]
 
@@ -127,15 +127,11 @@ def _parse_json(path: Path) -> list | None:
 
 def _read_csv(path: Path, field: str) -> Texts:
     """Rows of a csv or tsv file. A number as field is the number of a column without a name."""
-    is_tsv = path.suffix == ".tsv"
-    # Quotes of tsv files are part of the text.
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
-    csv.field_size_limit(_LONGEST_FIELD)
     number = 0
     try:
         with open(path, "rb") as raw:
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-            rows = csv.reader(text, strict=True, **style)
+            rows = csv_rows(text, path)
             column = _column(path, rows, field)
             for row in rows:
                 number = rows.line_num
