@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import InputError
 from .dataset import SplitInfo
-from .shards import token_dtype, write_shard
+from .shards import write_shard
 from .tokenizers.tokenizer import Tokenizer
 
 
@@ -33,7 +33,7 @@ class SplitWriter:
         self._folder = folder
         self._split = split
         self._tokenizer = tokenizer
-        self._buffer = np.empty(shard_tokens, token_dtype(tokenizer.vocab_size))
+        self._buffer = np.empty(shard_tokens, tokenizer.dtype)
         self._filled = 0
         self._info = SplitInfo()
 

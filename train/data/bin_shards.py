@@ -32,7 +32,7 @@ from ..storage.files import seal, write_whole
 from ._new_folder import check_unused, new_locked_folder
 from ._split_writer import SplitWriter
 from .dataset import FORMAT_VERSION, SPLITS, Dataset, DatasetInfo
-from .shards import PIECE_TOKENS
+from .shards import PIECE_TOKENS, token_dtype
 from .tokenizers.tokenizer import from_spec, needs_corpus
 from .verify import piece_bytes
 
@@ -198,7 +198,7 @@ def export_bins(
 ) -> dict[str, int]:
     """Write a dataset as NAME_train_000000.bin, ..., NAME_val_000000.bin and tokenizer.json.
 
-    Tokens have 16 bits if all ids of the vocabulary fit into 16 bits, and 32 bits otherwise.
+    Tokens have the dtype of `token_dtype`.
 
     Args:
         out_dir: a folder that does not exist or is empty. NAME is its name.
@@ -206,7 +206,8 @@ def export_bins(
     Returns: the number of tokens of each split.
     """
     check_unused(out_dir)
-    magic, version, dtype = _FORMATS[dataset.tokenizer.vocab_size > 1 << 16]
+    dtype = token_dtype(dataset.tokenizer.vocab_size)
+    magic, version, _ = next(each for each in _FORMATS if each.dtype == dtype)
     written = {}
     with new_locked_folder(out_dir) as folder:
         for split in SPLITS:

@@ -35,6 +35,7 @@ import numpy as np
 from ....errors import InputError
 from ...storage.files import write_whole
 from ...storage.records import read_object
+from ..shards import token_dtype
 from ._vocabularies import (
     GPT2_PATTERN,
     LEARNED_PATTERN,
@@ -77,7 +78,7 @@ class Tokenizer:
         stop_tokens: ids that end an answer. The first is end_of_text.
         chat_template: the Jinja template that turns messages into text. None: there is none.
         can_cut: whether `cut` gives parts that can be encoded separately.
-        dtype: numpy uint16 if all ids fit, otherwise uint32.
+        dtype: of ids, see `token_dtype`.
         sha256: 64 hex digits, the hash of the definition. Tokenizers with equal hashes give equal
             ids for every text.
     """
@@ -94,7 +95,7 @@ class Tokenizer:
         self.vocab_size = len(self.pieces)
         self.end_of_text = self.vocab_size - 1
         self.stop_tokens: Sequence[int] = (self.end_of_text,)
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = token_dtype(self.vocab_size)
         self.sha256 = self._definition_sha256()
         self._encode = self._make_encoder()
 
