@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from ...errors import InputError, unknown_name
+from ..config import TrainConfig
 from ..data.bin_shards import export_bins
 from ..data.build import build
 from ..data.dataset import DatasetInfo, open_dataset
@@ -44,7 +45,7 @@ class DataOptions:
     """Files and folders of txt, md, py, jsonl, jsonl.gz, json, csv, tsv, parquet; stdlib: Python's standard library; python: also its installed packages."""  # noqa: E501 - --help keeps line breaks
     tokenizer: str = DEFAULT_TOKENIZER
     """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER of a published model, or bpe:SIZE."""
-    held_out: float = 0.1
+    held_out: float = TrainConfig.held_out
     """Fraction of the documents held out for validation."""
     text_field: str = "text"
     """Key of json objects, or column of csv, tsv and parquet files, that holds the text."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.progress import TaskID
 
 from ...errors import InputError
-from ..config import check_held_out
+from ..config import TrainConfig, check_held_out
 from ..storage.files import seal, write_whole
 from ..terminal.progress import progress_bars
 from ._new_folder import check_unused, new_locked_folder
@@ -46,7 +46,7 @@ def build(
     inputs: Sequence[str | Path],
     tokenizer: str = DEFAULT_TOKENIZER,
     *,
-    held_out: float = 0.1,
+    held_out: float = TrainConfig.held_out,
     shard_tokens: int = _SHARD_TOKENS,
     text_field: str = "text",
     selection: SelectionOptions = _KEEP_ALL,

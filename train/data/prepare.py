@@ -36,7 +36,7 @@ def prepare(
     tokenizer: str | None,
     cache: Path | str,
     *,
-    held_out: float = 0.1,
+    held_out: float = TrainConfig.held_out,
     text_field: str = "text",
     progress: bool = True,
 ) -> Path:
