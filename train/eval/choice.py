@@ -6,8 +6,8 @@ from ...errors import InputError
 from ...model import GPT
 from ..data.tokenizers.continuation import encode_continuation
 from ..data.tokenizers.tokenizer import Tokenizer
+from .choice_formats import FORMATS, METRICS, Example
 from .scoring import score
-from .tasks import METRICS, TASKS, Example
 
 Encoded = list[tuple[list[int], list[list[int]]]]
 """The tokens of the context and of each choice, per example."""
@@ -46,11 +46,11 @@ def measure_choices(
     batch_size: int,
     report: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Return the metrics of a task.
+    """Return the metrics of a format.
 
     Args:
         model: in evaluation mode.
-        task: a row of TASKS.
+        task: its name, a row of FORMATS.
         examples, encoded: from `read_examples` and `encode_examples`.
         batch_size: sequences per forward.
         report: called with the number of choices that are done since the last call.
@@ -58,4 +58,4 @@ def measure_choices(
     pairs = [(context, choice) for context, choices in encoded for choice in choices]
     found = iter(score(model, pairs, batch_size=batch_size, report=report))
     scores = [[next(found) for _ in choices] for _, choices in encoded]
-    return {name: METRICS[name](examples, scores) for name in TASKS[task].metrics}
+    return {name: METRICS[name](examples, scores) for name in FORMATS[task].metrics}

@@ -4,7 +4,7 @@ They add these keys to the evaluation lines of metrics.jsonl:
 
     text/NAME/loss              nats per token of the text NAME
     text/NAME/bits_per_byte     not for token shards without a tokenizer
-    choice/FILE/METRIC          a metric of tasks.py, for the file FILE.jsonl
+    choice/FILE/METRIC          a metric of choice_formats.py, for the file FILE.jsonl
 
 Windows do not overlap, as in training. All evaluations but the last use about `eval_tokens` tokens
 of each text, spread over it. Choices always use all examples. Rank 0 evaluates alone.
@@ -18,8 +18,8 @@ from ...model import GPT
 from ..config import TrainConfig, named_files
 from ..data.tokenizers.tokenizer import Tokenizer
 from .choice import Encoded, encode_examples, measure_choices
+from .choice_formats import Example, read_examples
 from .perplexity import check_length, measure
-from .tasks import Example, read_examples
 from .texts import Text, read_text
 
 

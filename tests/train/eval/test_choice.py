@@ -8,7 +8,7 @@ from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
 from tritium.train.data.tokenizers.tokenizer import from_spec
 from tritium.train.eval.choice import encode_examples, measure_choices
-from tritium.train.eval.tasks import Example
+from tritium.train.eval.choice_formats import Example
 
 pytestmark = pytest.mark.plain
 BYTES = from_spec("bytes", list)

@@ -193,9 +193,9 @@ def test_the_format_hellaswag_lm_eval_has_the_numbers_of_lm_evals_task(
     from lm_eval.tasks.hellaswag.utils import process_docs
 
     from tritium.train.eval.choice import encode_examples, measure_choices
+    from tritium.train.eval.choice_formats import read_examples
     from tritium.train.eval.harness import TritiumLM
     from tritium.train.eval.scoring import score
-    from tritium.train.eval.tasks import read_examples
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     texts = [

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ....errors import InputError
-from ...eval.tasks import TASKS, read_examples
+from ...eval.choice_formats import FORMATS, read_examples
 from ...storage.files import hash_file
 from ...terminal.console import loading
 from ...terminal.progress import progress
@@ -27,7 +27,7 @@ class ChoiceOptions(EvaluationOptions):
 
     file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
     """A jsonl file."""
-    task: Literal[("auto", *TASKS)] = "auto"
+    task: Literal[("auto", *FORMATS)] = "auto"
     """The format. auto: the first one that has the keys of the first line."""
     limit: int | None = None
     """Use only so many examples, the first ones. None: all."""

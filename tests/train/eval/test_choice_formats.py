@@ -4,8 +4,8 @@ import math
 import pytest
 
 from tritium.errors import InputError
+from tritium.train.eval.choice_formats import METRICS, Example, read_examples
 from tritium.train.eval.scoring import Score
-from tritium.train.eval.tasks import METRICS, Example, read_examples
 
 pytestmark = pytest.mark.plain
 HELLASWAG = {

@@ -1,4 +1,4 @@
-"""The jsonl formats of `tritium eval choice`: one row of TASKS per format.
+"""The jsonl formats of `tritium eval choice`: one row of FORMATS per format.
 
     hellaswag           {"ctx", "endings", "label"}: the published file, read as llm.c and
                         build-nanogpt read it: the context and " " + ending as they are
@@ -52,7 +52,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
+class Format:
     """A format.
 
     Attributes:
@@ -137,41 +137,41 @@ def _label(record: dict[str, Any], count: int, place: str) -> int:
 
 _ACCURACIES = ("accuracy_sum", "accuracy_per_token", "accuracy_per_character")
 _HELLASWAG_KEYS = ("ctx", "endings", "label")
-TASKS = {
-    "hellaswag": Task(_HELLASWAG_KEYS, _hellaswag, _ACCURACIES),
-    "hellaswag-lm-eval": Task(
+FORMATS = {
+    "hellaswag": Format(_HELLASWAG_KEYS, _hellaswag, _ACCURACIES),
+    "hellaswag-lm-eval": Format(
         (*_HELLASWAG_KEYS, "ctx_a", "ctx_b", "activity_label"), _hellaswag_lm_eval, _ACCURACIES
     ),
-    "plain": Task(("context", "choices", "label"), _plain, _ACCURACIES),
-    "lambada": Task(("text",), _lambada, ("last_word_accuracy", "last_word_perplexity")),
+    "plain": Format(("context", "choices", "label"), _plain, _ACCURACIES),
+    "lambada": Format(("text",), _lambada, ("last_word_accuracy", "last_word_perplexity")),
 }
 
 
 def read_examples(path: Path, name: str = "auto") -> tuple[str, list[Example]]:
     """Read a jsonl file.
 
-    Args: name: a row of TASKS. auto: the first row whose keys the first line has.
+    Args: name: a row of FORMATS. auto: the first row whose keys the first line has.
     Returns: the name of the row, and the examples.
     Raises: InputError, which names the file and the line, for a line that does not fit.
     """
     records = list(read_jsonl(path))
     if name == "auto":
         place, first = records[0]
-        fitting = [row for row, task in TASKS.items() if first.keys() >= set(task.keys)]
+        fitting = [row for row, each in FORMATS.items() if first.keys() >= set(each.keys)]
         if not fitting:
-            keys = "; ".join(", ".join(task.keys) for task in TASKS.values())
+            keys = "; ".join(", ".join(row.keys) for row in FORMATS.values())
             raise InputError(
                 f"{place}: expected the keys of a format ({keys}), got {shorten(list(first))}"
             )
         name = fitting[0]
-    task = TASKS[name]
+    row = FORMATS[name]
     for place, record in records:
-        missing = [key for key in task.keys if key not in record]
+        missing = [key for key in row.keys if key not in record]
         if missing:
             raise InputError(
-                f"{place}: expected {', '.join(task.keys)}, as {name} has, found no {missing[0]}"
+                f"{place}: expected {', '.join(row.keys)}, as {name} has, found no {missing[0]}"
             )
-    return name, [task.read(record, place) for place, record in records]
+    return name, [row.read(record, place) for place, record in records]
 
 
 # --- metrics
