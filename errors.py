@@ -59,6 +59,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}; expected one of {', '.join(known)}"
 
 
+def plural(count: float, noun: str, digits: str = ",") -> str:
+    """Return a number with its noun: `1 step`, `2,000 steps`."""
+    number = f"{count:{digits}}"
+    return f"{number} {noun}" if number == "1" else f"{number} {noun}s"
+
+
 def describe_os_error(error: OSError) -> str:
     """The system's description of a file error, with the file's name where it is known."""
     where = f"{error.filename}: " if error.filename else ""

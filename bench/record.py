@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, plural
 from ..kernels.core.triton import HAS_TRITON, triton
 from ..train.storage.files import write_whole
 from . import ROOT
@@ -50,7 +50,7 @@ def provenance() -> dict[str, Any]:
 
 def describe_provenance(record: dict[str, Any]) -> str:
     """Return where and when a record was measured, in one line."""
-    place = f"{record['cpu']}, {record['threads']} threads"
+    place = f"{record['cpu']}, {plural(record['threads'], 'thread')}"
     if record.get("device") == "cuda":
         place = record["gpu"]
     versions = [

@@ -1,6 +1,6 @@
 import pytest
 
-from tritium.errors import describe_os_error, names_file, unknown_name
+from tritium.errors import describe_os_error, names_file, plural, unknown_name
 
 pytestmark = pytest.mark.plain
 
@@ -18,6 +18,12 @@ def test_an_unknown_name_suggests_the_nearest():
 def test_a_name_like_no_other_lists_all():
     expected = "unknown recipe 'x'; expected one of laptop, gpt2, gpt2-xl"
     assert unknown_name("recipe", "x", RECIPES) == expected
+
+
+def test_one_has_no_plural():
+    assert plural(1, "step") == "1 step"
+    assert plural(2000, "step") == "2,000 steps"
+    assert plural(0.999, "epoch", ".2g") == "1 epoch"
 
 
 def test_a_file_error_names_the_file(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import DivergedError, InputError
+from ..errors import DivergedError, InputError, plural
 from .config import DIVERGED, TrainConfig
 from .data.prefetch import Prefetch
 from .distributed.world import World
@@ -289,7 +289,7 @@ def _describe_divergence(bad_steps: list[dict], step: int, restored: int, last: 
             f"{bad_steps[0]['lr']:.3g}"
         )
     else:
-        found = f"the weights are not finite after {step} steps"
+        found = f"the weights are not finite after {plural(step, 'step')}"
     if last is not None:
         found += (
             f"; the run had left out the data of steps {last['restored']} to {last['step'] - 1} "

@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tritium.errors import plural
 from tritium.train import session
 from tritium.train.run.metrics import read_metrics
 from tritium.train.trainer import Trainer
@@ -87,7 +88,7 @@ def test_a_run_with_bad_steps_ends_like_a_run_that_never_saw_them(
         status, out, err = tritium(*tiny, *words, "--out", tmp_path / "bad")
         assert status == 0, err
         monkeypatch.undo()
-    assert f"{len(steps)} steps skipped" in out
+    assert f"{plural(len(steps), 'step')} skipped" in out
     rows, _ = read_metrics(tmp_path / "bad")
     assert {row["step"] for row in rows if row["skipped"]} == steps
     monkeypatch.setenv("TRITIUM_HOME", str(tmp_path / "home"))

@@ -5,6 +5,7 @@ import platform
 import torch
 
 from ... import __version__
+from ...errors import plural
 from ...kernels.core.device import sm_count
 from ...kernels.core.op import INTERPRET
 from ...kernels.core.triton import HAS_TRITON, triton
@@ -44,7 +45,7 @@ def _describe_device(device: torch.device) -> dict[str, str]:
             )
     else:
         name = f"{platform.machine()} CPU"
-        cores = f"{torch.get_num_threads()} threads"
+        cores = plural(torch.get_num_threads(), "thread")
     uses_triton = device.type == "cuda" and HAS_TRITON
     return {
         "device": name,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ...errors import InputError, unknown_name
+from ...errors import InputError, plural, unknown_name
 from ..config import TrainConfig
 from ..data.bin_shards import export_bins
 from ..data.build import build
@@ -110,18 +110,17 @@ def _build(words: Sequence[str]) -> int:
 
 def _print_splits(info: DatasetInfo) -> None:
     for name, split in (("train", info.train), ("held out", info.val)):
-        print(
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes"
-        )
+        documents = plural(split.documents, "document")
+        print(f"{name}: {documents}, {split.tokens:,} tokens, {split.bytes:,} bytes")
 
 
 def _print_dropped(info: DatasetInfo) -> None:
     print(
-        f"dropped {info.duplicates_dropped:,} duplicate documents, skipped {info.files_skipped:,} "
-        "files that are not UTF-8 text"
+        f"dropped {plural(info.duplicates_dropped, 'duplicate document')}, "
+        f"skipped {plural(info.files_skipped, 'file')} that cannot be read as UTF-8 text"
     )
     for each in info.dropped:
-        size = f"{each.documents:,} documents, {each.characters:,} characters"
+        size = f"{plural(each.documents, 'document')}, {each.characters:,} characters"
         print(f"dropped by {each.reason}: {size}")
         for example in each.examples:
             value = f" ({example['value']})" if example["value"] else ""

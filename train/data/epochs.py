@@ -2,7 +2,7 @@
 
 import functools
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ..config import TrainConfig
 from .documents.corpus import Corpus
 from .documents.sources import SOURCES, Download
@@ -22,7 +22,7 @@ def describe_epochs(tokens: int, corpus_tokens: int, dropout: float) -> str:
         dropout: probability of the model.
     """
     epochs = tokens / max(1, corpus_tokens)
-    line = f"{epochs:.3g} epochs: {tokens:,} tokens from a corpus of {corpus_tokens:,}"
+    line = f"{plural(epochs, 'epoch', '.3g')}: {tokens:,} tokens from a corpus of {corpus_tokens:,}"
     if epochs <= MOST_EPOCHS:
         return line
     advice = "give more data or fewer steps"

@@ -31,7 +31,7 @@ def verify_dataset(path: Path | str) -> Dataset:
                 damaged.append((name, describe_os_error(error)))
     if damaged:
         names = ", ".join(name for name, _ in damaged[1:])
-        more = f"; {len(damaged) - 1} more shards are damaged: {names}" if names else ""
+        more = f"; also damaged: {names}" if names else ""
         raise InputError(f"{damaged[0][1]}{more}")
 
     dataset = open_dataset(path)

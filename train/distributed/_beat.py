@@ -13,6 +13,8 @@ from types import CodeType, FrameType
 
 import torch.distributed as dist
 
+from ...errors import plural
+
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 _TORCH = str(Path(dist.__file__).parents[1]) + os.sep
 _COMPILERS = (f"{_TORCH}_dynamo/convert_frame.py", f"{_TORCH}_inductor/compile_fx.py")
@@ -96,7 +98,8 @@ class Beat:
 
     def last_words(self) -> str:
         """Say where the rank was last."""
-        step = "before the first step" if self.step is None else f"after {self.step} steps"
+        is_first = self.step is None
+        step = "before the first step" if is_first else f"after {plural(self.step, 'step')}"
         return f"last words: {step}, in {self.place}"
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DivergedError, InputError
+from ...errors import DivergedError, InputError, plural
 from ...kernels import cross_entropy
 from ...model import GPT, GPTClassifier, GPTConfig
 from ...model.choices import ATTENTIONS
@@ -201,7 +201,8 @@ class ClassifyData(TaskData):
         epochs = config.steps * config.batch_size / train
         return (
             f"{self.note}\n{train:,} training, {val:,} validation and {test:,} test texts; "
-            f"{epochs:.3g} epochs are {config.steps:,} steps of {config.batch_size} texts"
+            f"{plural(epochs, 'epoch', '.3g')} in {plural(config.steps, 'step')} of "
+            f"{plural(config.batch_size, 'text')}"
         )
 
     def new_model(self, config: TrainConfig, shape: GPTConfig) -> GPTClassifier:

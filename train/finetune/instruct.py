@@ -133,9 +133,9 @@ class InstructData(TaskData):
             f"template {self.template}"
         )
         if self.counts.shortened:
-            line += f"; {self.counts.shortened} records were cut at {self._width} tokens"
+            line += f"; records cut at {self._width} tokens: {self.counts.shortened}"
         if self.counts.left_out:
-            line += f"; {self.counts.left_out} without room for an answer were left out"
+            line += f"; left out without room for an answer: {self.counts.left_out}"
         return line
 
     @property

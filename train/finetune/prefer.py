@@ -119,11 +119,11 @@ class PreferData(TaskData):
         line = f"{describe_epochs(config, len(self.train), sizes)}; template {self.template}"
         counts = self.counts
         if counts.shortened:
-            line += f"; {counts.shortened} pairs were cut at {row_tokens(config)} tokens"
+            line += f"; pairs cut at {row_tokens(config)} tokens: {counts.shortened}"
         if counts.equal:
-            line += f"; {counts.equal} pairs of equal answers were left out"
+            line += f"; pairs of equal answers left out: {counts.equal}"
         if counts.left_out:
-            line += f"; {counts.left_out} without room for an answer were left out"
+            line += f"; left out without room for an answer: {counts.left_out}"
         return line
 
     # --- the model, and the reference

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ..config import TrainConfig
 from ..data.loader import permute, permuted_positions
 from ..data.tokenizers.tokenizer import Tokenizer
@@ -232,6 +232,7 @@ def describe_epochs(config: TrainConfig, rows: int, splits: Sequence[int]) -> st
     train, val, test = splits
     epochs = config.steps * config.batch_size / rows
     return (
-        f"{train:,} training, {val:,} validation and {test:,} test records; {epochs:.3g} epochs "
-        f"are {config.steps:,} steps of {config.batch_size} rows"
+        f"{train:,} training, {val:,} validation and {test:,} test records; "
+        f"{plural(epochs, 'epoch', '.3g')} in {plural(config.steps, 'step')} of "
+        f"{plural(config.batch_size, 'row')}"
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import InputError, names_file
+from ...errors import InputError, names_file, plural
 from ..distributed.world import SINGLE_PROCESS, World
 from ..evaluate import Evaluation
 from ..machine.gpus import ceiling
@@ -321,7 +321,7 @@ def describe_goodput(run: Path) -> str:
         return "not known"
     line = lines[-1]
     skipped = line["skipped_steps"]
-    return describe(line) + (f"; {skipped} steps skipped" if skipped else "")
+    return describe(line) + (f"; {plural(skipped, 'step')} skipped" if skipped else "")
 
 
 def _rows(path: Path) -> Iterator[dict]:

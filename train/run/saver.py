@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import plural
 from ...model.cost import ADAMW_STATE_BYTES
 from ...model.safetensors_file import flat_bytes, safetensors_header, safetensors_pieces
 from ..choices import OPTIMIZERS
@@ -290,7 +291,7 @@ def check_space_for_run(run: Path, config: TrainConfig, engine: SingleProcess) -
     written = sum(
         file.stat().st_size for folder in checkpoints(run).values() for file in folder.iterdir()
     )
-    purpose = f"{count} checkpoints of {one / 1e9:.3g} GB"
+    purpose = f"{plural(count, 'checkpoint')} of {one / 1e9:.3g} GB"
     check_free_space(run, count * one - written, purpose, _SPACE_HINT)
 
 

@@ -72,7 +72,7 @@ def test_a_rank_that_has_left_is_not_killed(ranks, monkeypatch):
 def test_a_rank_without_beats_hangs_even_if_it_has_more_marks(ranks):
     beat(ranks, 1)
     ranks[2].mark()
-    with pytest.raises(EndedError, match=r"rank 2 hangs.*after 1 steps"):
+    with pytest.raises(EndedError, match=r"rank 2 hangs.*after 1 step,"):
         beat(ranks, TIMEOUT + 10, silent=2)
 
 

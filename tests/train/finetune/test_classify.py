@@ -57,7 +57,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_a_run_learns_labels_and_writes_test_results(tune, monkeypatch, tritium):
     run, err = tune("--epochs", 12, "--evals-per-epoch", 1)
     assert "40 texts: 20 big, 20 small; copies of a text left out: 2" in err
-    assert "28 training, 4 validation and 8 test texts; 12 epochs are 84 steps of 4 texts" in err
+    assert "28 training, 4 validation and 8 test texts; 12 epochs in 84 steps of 4 texts" in err
     assert "precision     recall         F1" in err
     assert read_run(run).labels == ["big", "small"]
     last = read_metrics(run)[1][-1]

@@ -175,8 +175,8 @@ def test_answers_that_are_too_long_are_cut_and_counted(tune, file, records, trit
     data = open_data(finetune_config("instruct", base, file, device="cpu"))
     assert data.counts.shortened + data.counts.left_out >= 14
     line = data.describe(finetune_config("instruct", base, file))
-    assert f"; {data.counts.shortened} records were cut at 64 tokens" in line
-    assert f"; {data.counts.left_out} without room for an answer were left out" in line
+    assert f"; records cut at 64 tokens: {data.counts.shortened}" in line
+    assert f"; left out without room for an answer: {data.counts.left_out}" in line
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ....errors import InputError
+from ....errors import InputError, plural
 from ...eval.choice_formats import FORMATS, read_examples
 from ...storage.files import hash_file
 from ...terminal.console import loading
@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
         found = measure_choices(
             model.gpt, task, examples, encoded, batch_size=options.batch_size, report=report
         )
-    count = "1 example" if len(examples) == 1 else f"{len(examples):,} examples"
-    print(f"{path}: {count} of the task {task}")
+    print(f"{path}: {plural(len(examples), 'example')} of the task {task}")
     for name, value in found.items():
         print(f"  {name:24} {value:.4f}")
     results = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ....errors import InputError, describe_os_error, unknown_name
+from ....errors import InputError, describe_os_error, plural, unknown_name
 from ..cli import parse
 from ._generation import GenerationOptions
 
@@ -95,7 +95,7 @@ def _answer(conversation: "Conversation", line: str) -> None:
         if not argument.strip():
             raise InputError("/save: expected the name of a file, got none")
         conversation.save(Path(argument.strip()).expanduser())
-        print(f"saved {len(conversation.messages)} messages", flush=True)
+        print(f"saved {plural(len(conversation.messages), 'message')}", flush=True)
     elif command.startswith("/") and "/" not in command[1:]:
         raise InputError(unknown_name("command", command, _COMMANDS))
     else:
@@ -112,4 +112,4 @@ def _print_answer(conversation: "Conversation", question: str) -> None:
             print(" [stopped]", end="")
     print(flush=True)
     if conversation.dropped:
-        print(f"[the oldest {conversation.dropped} messages no longer fit]", file=sys.stderr)
+        print(f"[oldest messages that no longer fit: {conversation.dropped}]", file=sys.stderr)

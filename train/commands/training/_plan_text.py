@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from ....errors import plural
 from ....model.choices import RECOMPUTATIONS
 from ....model.cost import adapter_elements, cache_bytes, flops_per_token, parameters
 from ...choices import ENGINES
@@ -32,16 +33,16 @@ def describe(plan: Plan, name: str, price: float | None) -> list[str]:
     trained = adapter_elements(model, plan.adapter)
     what = f"LoRA of rank {plan.adapter.lora}"
     if model.prefix_tokens:
-        what = f"a prefix of {model.prefix_tokens} tokens"
+        what = f"a prefix of {plural(model.prefix_tokens, 'token')}"
     adapter = [f"training   {what}: {trained:,} weights"] if trained else []
     return [
         f"{name} on {where}: {_verdict(plan)}",
         "",
-        f"model      {parameters(model):,} parameters: {model.n_layer} layers of {model.d_model}, "
-        f"vocabulary of {model.vocab_size:,}",
+        f"model      {parameters(model):,} parameters: "
+        f"{plural(model.n_layer, 'layer')} of {model.d_model}, vocabulary of {model.vocab_size:,}",
         *adapter,
         f"step       {plan.tokens_per_step:,} tokens; on each device {micro_batches} x "
-        f"{plan.micro_batch} sequences of {plan.context_tokens:,} tokens",
+        f"{plural(plan.micro_batch, 'sequence')} of {plan.context_tokens:,} tokens",
         f"generation {_size(cache)} of keys and values per sequence of {plan.context_tokens:,} "
         f"tokens in {8 * machine.itemsize} bits",
         "",
@@ -71,7 +72,7 @@ def _verdict(plan: Plan) -> str:
     most = plan.largest_micro_batch()
     if plan.fits(plan.micro_batch):
         all_of_a_step = " (all of a step)" if most == plan.sequences else ""
-        return f"fits, {sizes}; at most {most} sequences at once{all_of_a_step}"
+        return f"fits, {sizes}; at most {plural(most, 'sequence')} at once{all_of_a_step}"
     if most:
         smaller = largest_divisor(plan.sequences, most)
         mode = _cheapest_recompute(plan, plan.micro_batch)
