@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...errors import InputError
 from ...kernels.core.device import DEFAULT_SM_COUNT
@@ -147,8 +146,10 @@ def _attention(work: Work, limits: Limits) -> float:
 
 
 @functools.cache
-def _golden_rows(path: Path) -> tuple[dict, ...]:
-    return tuple(row for row in read_record(path, "codegen")["rows"] if row["arch"] == "sm_90")
+def _golden_rows() -> tuple[dict, ...]:
+    return tuple(
+        row for row in read_record(GOLDEN_TABLE, "codegen")["rows"] if row["arch"] == "sm_90"
+    )
 
 
 def _golden_row(kernel: str, head_size: int = 0) -> dict:
@@ -156,7 +157,7 @@ def _golden_row(kernel: str, head_size: int = 0) -> dict:
 
     Raises: InputError if the table does not have the kernel.
     """
-    rows = [row for row in _golden_rows(GOLDEN_TABLE) if row["kernel"] == kernel]
+    rows = [row for row in _golden_rows() if row["kernel"] == kernel]
     if not rows:
         raise InputError(
             f"{GOLDEN_TABLE.name}: expected a row for {kernel}, found none; run `tritium bench "

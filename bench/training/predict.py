@@ -116,7 +116,7 @@ def predict(plan: Plan, config: TrainConfig) -> dict[str, Any]:
         "host_seconds": {mode: sum_host(work, mode) for mode in HOST_SECONDS},
         "tokens_per_second": tokens_per_second,
         "mfu": flops / CEILINGS[plan.machine.name].bf16_flops,
-        "parts": _sums(rows, "part"),
+        "parts": _sum_parts(rows),
         "rows": rows,
     }
 
@@ -155,11 +155,11 @@ def sum_host(work: Sequence[tuple[Work, int]], mode: str) -> float:
     )
 
 
-def _sums(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
-    """Return seconds by the value of a key, the longest first."""
+def _sum_parts(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the seconds of each part of the model, the longest first."""
     sums: dict[str, float] = defaultdict(float)
     for row in rows:
-        sums[row[key]] += row["seconds"]
+        sums[row["part"]] += row["seconds"]
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 

@@ -68,11 +68,12 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _is_float32_accurate(n: int = 256) -> bool:
+def _is_float32_accurate() -> bool:
     """Return whether an n x n matmul is within the error bound of float32: n eps / 2 |a| @ |b|.
 
     Operands rounded to bfloat16 or TF32 make errors ten or more times as large.
     """
+    n = 256
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(n, n, generator=generator)
     b = torch.randn(n, n, generator=generator)

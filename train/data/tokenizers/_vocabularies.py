@@ -80,7 +80,7 @@ def read_ranks(path: Path) -> list[bytes]:
     return [ranks[i] for i in range(len(ranks))]
 
 
-def learn_bpe(size: int, texts: Iterable[str], pattern: str) -> list[bytes]:
+def learn_bpe(size: int, texts: Iterable[str]) -> list[bytes]:
     """Learn byte pairs. Returns: size - 1 pieces, in the order of their ranks.
 
     A small text has fewer pairs. Then there are fewer pieces, and a line on stderr says so.
@@ -90,7 +90,7 @@ def learn_bpe(size: int, texts: Iterable[str], pattern: str) -> list[bytes]:
     trainer = rustbpe.Tokenizer()
     # rustbpe holds `buffer_size` documents in memory. Its default of 8,192 would take
     # gigabytes for books.
-    trainer.train_from_iterator(iter(texts), size - 1, buffer_size=256, pattern=pattern)
+    trainer.train_from_iterator(iter(texts), size - 1, buffer_size=256, pattern=LEARNED_PATTERN)
     pieces = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
     merges = len(pieces) - 256
     if merges < 1:

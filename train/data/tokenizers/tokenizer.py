@@ -395,6 +395,6 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
                 f"tokenizer {spec}: expected a size from {_SMALLEST_BPE} (256 bytes, one "
                 f"merge, end-of-text) to 99999999, got {size!r}; try bpe:4096, or bytes"
             )
-        pieces = learn_bpe(int(size), texts(), LEARNED_PATTERN)
+        pieces = learn_bpe(int(size), texts())
         return Tokenizer("bpe", spec, [*pieces, end], LEARNED_PATTERN)
     raise InputError(f"tokenizer: expected {_SPECS}, got {spec!r}")
