@@ -36,21 +36,11 @@ def _add_eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tup
     return _eager(h, weight, bias), h
 
 
-def _add_ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return add_layer_norm(x, residual, weight, bias)
-
-
 def _after_bias_eager(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, added_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     # Adds 0. The gradient is that of an added bias.
     return _add_eager(x + (added_bias - added_bias.detach()), weight, bias, residual)
-
-
-def _after_bias_ours(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, added_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    return add_layer_norm(x, residual, weight, bias, added_bias=added_bias)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -91,7 +81,7 @@ LAYER_NORM = Operator(
 ADD_LAYER_NORM = Operator(
     name="add_layer_norm",
     inputs=_add_inputs,
-    ours=_add_ours,
+    ours=add_layer_norm,
     eager=_add_eager,
     cost=functools.partial(cost, residual=True),
     others=(
@@ -103,7 +93,7 @@ ADD_LAYER_NORM = Operator(
 ADD_LAYER_NORM_AFTER_BIAS = Operator(
     name="add_layer_norm:added_bias",
     inputs=_after_bias_inputs,
-    ours=_after_bias_ours,
+    ours=add_layer_norm,
     eager=_after_bias_eager,
     cost=functools.partial(cost, residual=True),
     **_COMMON,

@@ -28,16 +28,8 @@ def _gelu_eager(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Te
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
-def _gelu_ours(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
-    return gelu_mlp(x, w1, b1, w2, b2)
-
-
 def _relu2_eager(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, w1, b1)).square(), w2, b2)
-
-
-def _relu2_ours(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
-    return relu2_mlp(x, w1, b1, w2, b2)
 
 
 _COMMON: dict[str, Any] = {
@@ -54,7 +46,7 @@ _COMMON: dict[str, Any] = {
 }
 GELU_MLP = Operator(
     name="gelu_mlp",
-    ours=_gelu_ours,
+    ours=gelu_mlp,
     eager=_gelu_eager,
     others=tuple(
         forced("gelu_mlp", matmul, activation="gelu_tanh", recompute=False)
@@ -64,7 +56,7 @@ GELU_MLP = Operator(
 )
 RELU2_MLP = Operator(
     name="relu2_mlp",
-    ours=_relu2_ours,
+    ours=relu2_mlp,
     eager=_relu2_eager,
     others=tuple(
         forced("relu2_mlp", matmul, activation="relu2", recompute=False)

@@ -28,10 +28,6 @@ def _add_eager(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     return _eager(h, weight), h
 
 
-def _add_ours(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, residual, weight)
-
-
 def _liger(x: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -69,7 +65,7 @@ RMS_NORM = Operator(
 ADD_RMS_NORM = Operator(
     name="add_rms_norm",
     inputs=_add_inputs,
-    ours=_add_ours,
+    ours=add_rms_norm,
     eager=_add_eager,
     cost=functools.partial(cost, residual=True),
     **_COMMON,
