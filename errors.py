@@ -59,6 +59,14 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}; expected one of {', '.join(known)}"
 
 
+def check_positive(options: object, *names: str) -> None:
+    """Raise InputError for an option below 1. None is allowed."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}: expected 1 or more, got {value}")
+
+
 def plural(count: float, noun: str, digits: str = ",") -> str:
     """Return a number with its noun: `1 step`, `2,000 steps`."""
     number = f"{count:{digits}}"

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import check_positive
 from ..kernels.core import op
 from ..train.commands.cli import parse
 from .ops import OPERATORS, choose
@@ -195,8 +195,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench host`. Returns: exit status."""
     options = parse(HostOptions, argv, prog="tritium bench host", description=HELP)
     operators = [bare(), *choose(options.operators)]
-    if options.rounds < 1:
-        raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
+    check_positive(options, "rounds")
     out = check_writable(options.out)
     torch.set_num_threads(1)
     rows = [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import tyro
 
-from ..errors import InputError
+from ..errors import check_positive
 from ..model import GPT, GPTConfig
 from ..train.commands.cli import parse
 from ..train.config import TrainConfig
@@ -60,10 +60,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(MachineOptions, argv, prog="tritium bench machine", description=about)
     name = options.recipe or default_recipe()
     config = recipe(name)
-    given = options.micro_batch_size
-    micro_batch = config.micro_batch if given is None else given
-    if micro_batch < 1:
-        raise InputError(f"--micro-batch-size: expected 1 or more, got {micro_batch}")
+    check_positive(options, "micro_batch_size")
+    micro_batch = options.micro_batch_size or config.micro_batch
     config = config.with_options(micro_batch_size=micro_batch, batch_size=micro_batch)
     shape = config.gpt(vocab_size_of(config.tokenizer))
     out = check_writable(options.out)

@@ -1,6 +1,15 @@
+import types
+
 import pytest
 
-from tritium.errors import describe_os_error, names_file, plural, unknown_name
+from tritium.errors import (
+    InputError,
+    check_positive,
+    describe_os_error,
+    names_file,
+    plural,
+    unknown_name,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -18,6 +27,13 @@ def test_an_unknown_name_suggests_the_nearest():
 def test_a_name_like_no_other_lists_all():
     expected = "unknown recipe 'x'; expected one of laptop, gpt2, gpt2-xl"
     assert unknown_name("recipe", "x", RECIPES) == expected
+
+
+def test_an_option_below_one_raises():
+    options = types.SimpleNamespace(steps=1, rounds=None, batch_size=0)
+    check_positive(options, "steps", "rounds")
+    with pytest.raises(InputError, match="batch_size: expected 1 or more, got 0"):
+        check_positive(options, "steps", "batch_size")
 
 
 def test_one_has_no_plural():

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..errors import InputError, unknown_name
+from ..errors import InputError, check_positive, unknown_name
 from ..model.choices import RECOMPUTATIONS
 from ..model.config import AdapterOptions, GPTConfig
 from ..model.cost import (
@@ -235,10 +235,7 @@ def make_plan(options: PlanOptions) -> Plan:
         do not divide.
     """
     config = recipe(options.recipe)
-    for name in ("gpus", "micro_batch_size", "context_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name}: expected 1 or more, got {value}")
+    check_positive(options, "gpus", "micro_batch_size", "context_tokens")
     context = options.context_tokens or config.model.context_tokens
     recompute = options.recompute or config.execution.recompute
     config = config.with_options(context_tokens=context, recompute=recompute)

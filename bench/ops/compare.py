@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, check_positive
 from ...train.commands.cli import parse
 from ...train.machine.device import choose_device, choose_matmul
 from ...train.storage.records import check_names
@@ -235,8 +235,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(CompareOptions, argv, prog="tritium bench kernels", description=HELP)
     operators = choose(options.operators)
     check_names("implementation", options.without, _implementation_names())
-    if options.rounds < 1:
-        raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
+    check_positive(options, "rounds")
     device = choose_device(options.device)
     choose_matmul(device)
     dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)

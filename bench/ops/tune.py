@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ...errors import InputError
+from ...errors import InputError, check_positive
 from ...kernels.attention import launch as attention_launch
 from ...kernels.loss import launch as loss_launch
 from ...kernels.mlp.gemm import Tile
@@ -273,8 +273,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(TuneOptions, argv, prog="tritium bench tune", description=about)
     name = options.operator
     check_names("operator with variants", [name], VARIANTS)
-    if options.rounds < 1:
-        raise InputError(f"--rounds: expected 1 or more, got {options.rounds}")
+    check_positive(options, "rounds")
     variants = _chosen(name, options.variant)
     device = choose_device(options.device)
     if device.type != "cuda" and options.device == "auto":

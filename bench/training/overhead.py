@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ...errors import InputError
+from ...errors import check_positive
 from ...model import GPT
 from ...model.cost import parameters
 from ...train.commands.cli import parse
@@ -63,10 +63,7 @@ class Options:
     """Also write the figures to this file, as JSON."""
 
     def __post_init__(self):
-        for name in ("rounds", "steps", "checkpoint_interval"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: expected 1 or more, got {getattr(self, name)}")
+        check_positive(self, "rounds", "steps", "checkpoint_interval")
 
 
 def main(argv: Sequence[str]) -> int:

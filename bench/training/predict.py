@@ -22,7 +22,7 @@ import torch
 import tyro
 from rich.table import Table
 
-from ...errors import InputError
+from ...errors import InputError, check_positive
 from ...model import GPT
 from ...model.cost import flops_per_token
 from ...train.commands.cli import parse
@@ -229,6 +229,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `tritium bench predict`. Returns: exit status."""
     about = "Estimate a training step, kernel by kernel. Nothing is measured without --measure."
     options = parse(PredictOptions, argv, prog="tritium bench predict", description=about)
+    check_positive(options, "batch_size", "micro_batch_size")
     if options.measure < 0:
         raise InputError(f"--measure: expected 0 or more, got {options.measure}")
     if options.recipe is None and options != PredictOptions(
@@ -280,9 +281,6 @@ def _plan(
 ) -> tuple[Plan, TrainConfig]:
     """Return the sizes of a recipe's step, and its other options."""
     config = recipe(name)
-    for option, value in (("--batch-size", batch), ("--micro-batch-size", micro_batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{option}: expected 1 or more, got {value}")
     tokens = None if batch is None else str(batch * config.model.context_tokens)
     options = PlanOptions(
         recipe=name, gpu=gpu, tokens_per_step=tokens, micro_batch_size=micro_batch

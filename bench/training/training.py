@@ -42,7 +42,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ...errors import InputError
+from ...errors import InputError, check_positive
 from ...model import GPTConfig
 from ...model.config import DROPOUTS
 from ...model.cost import flops_per_token, parameters
@@ -115,11 +115,7 @@ class Options:
     """Also write the figures to this file, as JSON."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch_size", "context_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: expected 1 or more, got {value}")
+        check_positive(self, "steps", "batch_size", "micro_batch_size", "context_tokens")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ def test_a_figure_is_the_median_of_the_fastest_calls_of_rounds():
     ("words", "message"),
     [
         (["rms_nrom"], "unknown operator 'rms_nrom'; did you mean 'rms_norm'"),
-        (["rms_norm", "--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["rms_norm", "--rounds", "0"], "rounds: expected 1 or more, got 0"),
         (["--foo"], "--foo.*; see tritium bench host --help"),
     ],
 )

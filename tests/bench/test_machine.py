@@ -44,5 +44,5 @@ def test_other_weights_have_another_hash_and_the_status_is_1(monkeypatch, capsys
 
 
 def test_a_micro_batch_of_0_raises():
-    with pytest.raises(InputError, match="--micro-batch-size: expected 1 or more, got 0"):
+    with pytest.raises(InputError, match="micro_batch_size: expected 1 or more, got 0"):
         main(["tiny", "--micro-batch-size", "0"])

@@ -160,7 +160,7 @@ def test_gradients_of_the_outputs_are_not_made_while_the_time_is_taken(direction
         (["layer_norm", "--shape", "axb"], "got 'axb'"),
         (["layer_norm", "--shape", "0x5"], "got '0x5'"),
         (["layer_norm", "--shape", "²x8"], "got '²x8'"),
-        (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["--rounds", "0"], "rounds: expected 1 or more, got 0"),
         (["--device", "tpu9"], "device: expected a device"),
         (["--dtype", "int8"], "invalid choice"),
         (["--without", "torch.compiler"], "unknown implementation .*; did you mean 'torch.compile"),

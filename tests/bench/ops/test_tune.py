@@ -84,7 +84,7 @@ def test_correct_variants_are_timed_in_each_direction_and_wrong_ones_named():
     ("words", "message"),
     [
         (["rotary"], "unknown operator with variants 'rotary'; "),
-        (["gelu_mlp", "--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["gelu_mlp", "--rounds", "0"], "rounds: expected 1 or more, got 0"),
         (["gelu_mlp", "--variant", "cubals"], "unknown variant 'cubals'; did you mean 'cublas'"),
         pytest.param(
             ["gelu_mlp"],

@@ -118,7 +118,7 @@ def test_predicted_and_measured_rows_are_joined_by_part_and_operator():
     [
         (["gtp2"], "unknown recipe 'gtp2'; did you mean 'gpt2'"),
         (["--batch-size", "8"], "expected a recipe with them"),
-        (["gpt2", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
+        (["gpt2", "--batch-size", "0"], "batch_size: expected 1 or more, got 0"),
         (["gpt2", "--measure", "-1"], "--measure: expected 0 or more, got -1"),
         (
             ["gpt2", "--batch-size", "8", "--micro-batch-size", "3"],

@@ -197,8 +197,8 @@ def test_batches_repeat_per_step_and_have_frequent_and_rare_tokens():
     ("words", "message"),
     [
         (["tinny"], "unknown recipe 'tinny'; did you mean 'tiny'"),
-        (["tiny", "--steps", "0"], "--steps: expected 1 or more, got 0"),
-        (["tiny", "--micro-batch-size", "0"], "--micro-batch-size: expected 1 or more, got 0"),
+        (["tiny", "--steps", "0"], "steps: expected 1 or more, got 0"),
+        (["tiny", "--micro-batch-size", "0"], "micro_batch_size: expected 1 or more, got 0"),
         (["tiny", "--compile", "everything"], "invalid choice 'everything'"),
         (["tiny", "--step", "3"], "did you mean --steps"),
         (["tiny", "--device", "meta"], "device: expected"),

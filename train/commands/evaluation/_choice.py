@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ....errors import InputError, plural
+from ....errors import check_positive, plural
 from ...eval.choice_formats import FORMATS, read_examples
 from ...storage.files import hash_file
 from ...terminal.console import loading
@@ -34,8 +34,7 @@ class ChoiceOptions(EvaluationOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit: expected 1 or more, got {self.limit}")
+        check_positive(self, "limit")
 
 
 def main(argv: Sequence[str]) -> int:

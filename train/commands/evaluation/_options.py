@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ....errors import InputError
+from ....errors import InputError, check_positive
 from ...machine.options import OpenOptions
 from ...storage.files import write_whole
 from ...terminal.progress import progress
@@ -32,8 +32,7 @@ class EvaluationOptions:
     """File for the results and all that is needed to repeat them: checksums, options, versions."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise InputError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        check_positive(self, "batch_size")
         if self.json is not None:
             _check_writable(Path(self.json))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ....errors import InputError
+from ....errors import InputError, check_positive
 from ...machine.options import OpenOptions
 from ..cli import parse
 
@@ -32,8 +32,7 @@ class ClassifyOptions:
     opening: tyro.conf.OmitArgPrefixes[OpenOptions]
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise InputError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        check_positive(self, "batch_size")
 
 
 def main(argv: Sequence[str]) -> int:
