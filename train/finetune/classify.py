@@ -227,7 +227,7 @@ class ClassifyData(TaskData):
         self, config: TrainConfig, execution: Execution, *, is_last: bool
     ) -> Iterable[LabelledBatch]:
         """Return all validation texts of this rank."""
-        return record_batches(self.rows["val"], self.rows["val"].filler(), execution)
+        return record_batches(self.rows["val"], execution)
 
     def evaluate(
         self, model: GPTClassifier, batches: Iterable[LabelledBatch], world: World

@@ -51,9 +51,9 @@ class LabelledBatch:
         """Number of tokens, without padding."""
         return sum(map(len, self.texts))
 
-    def filler(self) -> "LabelledBatch":
-        """Return a batch of one text that does not count."""
-        return replace(self[:1], num_targets=np.zeros(1, np.int64))
+    def without_targets(self) -> "LabelledBatch":
+        """Return the texts with a weight of 0."""
+        return replace(self, num_targets=np.zeros_like(self.num_targets))
 
     def model_inputs(
         self, device: torch.device, dropout_seed: int | None = None

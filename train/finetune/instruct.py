@@ -158,7 +158,7 @@ class InstructData(TaskData):
         self, config: TrainConfig, execution: Execution, *, is_last: bool
     ) -> Iterator[Rows]:
         """Return the validation rows of this rank. Every evaluation uses all of them."""
-        return record_batches(self.val, self.val[:1].without_targets(), execution)
+        return record_batches(self.val, execution)
 
     def sample(self, model: GPT, config: TrainConfig) -> str:
         """Return the question of the first validation record and an answer to it."""

@@ -202,7 +202,7 @@ class PreferData(TaskData):
         self, config: TrainConfig, execution: Execution, *, is_last: bool
     ) -> Iterator[PairRows]:
         """Return the validation pairs of this rank. Every evaluation uses all of them."""
-        return record_batches(self.val, self.val[:1].without_targets(), execution)
+        return record_batches(self.val, execution)
 
     def evaluate(self, model: GPT, batches: Iterable[PairRows], world: World) -> Evaluation | None:
         """Return loss, margin and accuracy of the validation pairs. See TaskData.evaluate."""

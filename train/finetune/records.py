@@ -215,16 +215,17 @@ class RecordLoader:
         )
 
 
-def record_batches(rows: TaskBatch, empty: TaskBatch, execution: Execution) -> Iterator[TaskBatch]:
+def record_batches(rows: TaskBatch, execution: Execution) -> Iterator[TaskBatch]:
     """Yield the rows of this rank in order. Every rank gets the same number of batches.
 
-    Args: empty: a batch without targets, for ranks without rows.
+    Args: rows: `rows.without_targets()` has weights of 0. A rank without rows gets one such row.
     """
     size = execution.micro_batch
     world = execution.world
     for start in range(0, len(rows), size * world.data_ranks):
         first = start + world.data_rank * size
-        yield rows[first : first + size] if first < len(rows) else empty
+        has_rows = first < len(rows)
+        yield rows[first : first + size] if has_rows else rows[:1].without_targets()
 
 
 def describe_epochs(config: TrainConfig, rows: int, splits: Sequence[int]) -> str:

@@ -41,7 +41,7 @@ def test_texts_have_labels_weights_and_at_least_one_token():
     assert len(part) == 2
     assert part.model_inputs(CPU)["label"].tolist() == [1, 0]
     assert batch[np.array([2, 0])].label.tolist() == [0, 0]
-    assert batch.filler().num_targets.tolist() == [0]
+    assert batch.without_targets().num_targets.tolist() == [0, 0, 0]
 
 
 def test_a_character_without_a_token_is_named_with_its_line():
