@@ -63,12 +63,8 @@ def _check_heads(name: str, **tensors: Tensor) -> None:
             raise ValueError(f"{name}: {argument} must be (B, T, H, K), got {tuple(x.shape)}")
 
 
-def _results(
-    name: str, o: Tensor, lse: Tensor, dropout_p: float, return_attn_probs: bool
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Return o, or the three results of return_attn_probs. Without dropout the third is empty."""
-    if not return_attn_probs:
-        return o
+def _results(name: str, o: Tensor, lse: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of return_attn_probs. Without dropout the third is empty."""
     if dropout_p > 0:
         raise ValueError(
             f"{name}: return_attn_probs needs dropout_p 0, got {dropout_p}; "
@@ -156,7 +152,7 @@ def flash_attn_func(
     if not return_attn_probs:
         return causal_attention(q, k, v, **options)
     o, lse = causal_attention(q, k, v, **options, return_lse=True)
-    return _results(name, o, lse, dropout_p, return_attn_probs)
+    return _results(name, o, lse, dropout_p)
 
 
 @public
@@ -187,7 +183,7 @@ def flash_attn_qkvpacked_func(
     options = {"scale": softmax_scale, "window": window, "softcap": softcap, "dropout_p": dropout_p}
     if return_attn_probs:
         o, lse = causal_attention(*qkv.unbind(2), **options, return_lse=True)
-        return _results(name, o, lse, dropout_p, return_attn_probs)
+        return _results(name, o, lse, dropout_p)
     H, K = qkv.shape[3:]
     return causal_attention_qkvpacked(qkv.flatten(2), H, **options).unflatten(2, (H, K))
 
@@ -245,7 +241,7 @@ def flash_attn_varlen_func(
         dropout_p=dropout_p,
         return_lse=True,
     )
-    return _results(name, o, lse, dropout_p, return_attn_probs)
+    return _results(name, o, lse, dropout_p) if return_attn_probs else o
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
