@@ -12,6 +12,18 @@ from tritium.kernels.core.op import INTERPRET
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["o", "lse", "dq", "dk", "dv"]
+# Empty documents first, last and between; one longer than several tiles; single tokens; whole
+# tiles; no token at all.
+LENGTHS = [
+    (5, 0, 130, 64, 1, 0, 33),
+    (0, 0, 33, 0),
+    (1,) * 9,
+    (128, 128),
+    (64, 0, 0, 64, 1),
+    (300,),
+    (0, 0),
+    (3,),
+]
 
 needs_kernels = pytest.mark.skipif(
     not (INTERPRET or torch.cuda.is_available()),

@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.attention.cases import (
     DTYPES,
+    LENGTHS,
     assert_bitwise_equal,
     assert_matches_definition,
     make_inputs,
@@ -17,18 +18,6 @@ from tests.kernels.compare import opcheck
 from tritium.kernels import causal_attention, causal_attention_qkvpacked, causal_attention_varlen
 from tritium.kernels.core.op import INTERPRET
 
-# Empty documents first, last and between; one longer than several tiles; single tokens; whole
-# tiles; no token at all.
-LENGTHS = [
-    (5, 0, 130, 64, 1, 0, 33),
-    (0, 0, 33, 0),
-    (1,) * 9,
-    (128, 128),
-    (64, 0, 0, 64, 1),
-    (300,),
-    (0, 0),
-    (3,),
-]
 OPTIONS = [
     {},
     {"window": 50},
