@@ -30,7 +30,7 @@ from ..model.choices import (
 from ..model.config import AdapterOptions
 from .choices import OPTIMIZERS, PRECISIONS
 from .schedule import SCHEDULES
-from .tasks import TASKS, TaskOptions, option_names, task_named
+from .tasks import TASKS, TaskOptions, task_named
 
 _DEFAULT_MODEL = GPTConfig(n_layer=4, n_head=4, d_model=256, context_tokens=256)
 # It does not end with a space: in byte-pair vocabularies the space belongs to the next token.
@@ -301,7 +301,7 @@ def _names(part: type) -> list[str]:
 
 def _task_option_names() -> set[str]:
     """Return the names of the options of all tasks."""
-    return {name for task in TASKS.values() for name in option_names(task)}
+    return {name for task in TASKS.values() for name in _names(task.options)}
 
 
 # The dataclasses of the options that every task has.

@@ -27,7 +27,7 @@ config.py reads the table, so this file does not import it.
 
 import importlib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -196,8 +196,3 @@ def task_named(name: str) -> Task:
     if name not in TASKS:
         raise InputError(unknown_name("task", name, TASKS))
     return TASKS[name]
-
-
-def option_names(task: Task) -> list[str]:
-    """Return the names of the options of a task."""
-    return [each.name for each in fields(task.options)]

@@ -12,7 +12,6 @@ from tritium.train.tasks import (
     FinetuneOptions,
     Task,
     TaskOptions,
-    option_names,
     task_named,
 )
 
@@ -31,8 +30,8 @@ def count(monkeypatch):
     monkeypatch.setitem(TASKS, "count", Task(".count", CountOptions, "count"))
     from tritium.train import config
 
-    for name in option_names(TASKS["count"]):
-        monkeypatch.setitem(config.PART_OF, name, lambda config: config.task_options)
+    for each in fields(CountOptions):
+        monkeypatch.setitem(config.PART_OF, each.name, lambda config: config.task_options)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -41,7 +40,7 @@ def test_each_task_has_data_and_options_with_names_of_their_own(name):
     assert callable(TASKS[name].code.open_data)
     parts = (TrainConfig, GPTConfig, ExecutionOptions, ReportOptions)
     others = {each.name for part in parts for each in fields(part)}
-    assert not others & set(option_names(TASKS[name]))
+    assert not others & {each.name for each in fields(TASKS[name].options)}
 
 
 def test_the_options_of_a_task_are_options_of_its_runs_only(count):
