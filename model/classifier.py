@@ -4,7 +4,7 @@
     loss       mean_i weight_i cross_entropy(logits_i, label_i)
 
 Texts are rows with padding after their last token, or packed end to end without padding. Attention
-is causal, so the padding does not change the logits. A folder of transformers holds the model as
+is causal, so the padding does not change the logits. A Hugging Face folder holds the model as
 GPT2ForSequenceClassification, LlamaForSequenceClassification, and so on.
 
 Shapes     tokens (B, T); N texts; logits (N, C) for C labels
@@ -142,7 +142,7 @@ class GPTClassifier(GPT):
         attention: str = "tritium",
         recompute: str = "none",
     ) -> "GPTClassifier":
-        """Read a folder of transformers, such as one with a GPT2ForSequenceClassification.
+        """Read a Hugging Face folder, such as one with a GPT2ForSequenceClassification.
 
         Args:
             path: the folder.

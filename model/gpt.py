@@ -317,7 +317,7 @@ class GPT(nn.Module):
         """Read a published model of a family that _families.py lists.
 
         Args:
-            path: a folder of transformers, a GGUF file, a checkpoint of nanoGPT, or owner/name on
+            path: a Hugging Face folder, a GGUF file, a checkpoint of nanoGPT, or owner/name on
                 huggingface.co. Quantized values of a GGUF file become float32.
             revision: branch, tag or commit of owner/name.
             dtype: of the weights. Default: as in the file.

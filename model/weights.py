@@ -320,7 +320,7 @@ def write_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a model as a folder of transformers: the whole folder or nothing.
+    """Write a model as a Hugging Face folder: the whole folder or nothing.
 
     Args:
         folder: must not exist, or be empty.

@@ -52,7 +52,7 @@ class Run:
     """A trained model and the files of its training.
 
     Attributes:
-        folder: the folder of the run, a checkpoint, or a folder of transformers.
+        folder: the folder of the run, a checkpoint, or a Hugging Face folder.
         evaluation: of the finished model on all held-out data. None: `load` opened the run.
     """
 
@@ -216,7 +216,7 @@ def finetune(
 
     Args:
         task: a row of train/tasks.py, such as "instruct".
-        model: a Run, or the path of a run, a checkpoint or a folder of transformers.
+        model: a Run, or the path of a run, a checkpoint or a Hugging Face folder.
         data: file of records.
         on_step, on_evaluation: as for `train`.
         options: of TrainConfig and of the task, by their flat names: epochs, lr, out, ...
@@ -229,7 +229,7 @@ def finetune(
 
 
 def load(run_or_folder: str | Path) -> Run:
-    """Open a run, a checkpoint or a folder of transformers.
+    """Open a run, a checkpoint or a Hugging Face folder.
 
     Args: run_or_folder: its path.
     Returns: a Run. Its model is read when it is first used.

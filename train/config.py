@@ -121,7 +121,7 @@ class TrainConfig:
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     init_from: str | None = None
-    """Start from the weights of a run, a checkpoint or a folder of transformers, with its shape."""
+    """Start from the weights of a run, a checkpoint or a Hugging Face folder, with its shape."""
     model: GPTConfig = _DEFAULT_MODEL
     document_mask: bool = False
     """Documents in a sequence do not attend to each other, and each starts at position 0."""

@@ -37,7 +37,7 @@ class TritiumLM(TemplateLM):
     """A model that tritium can open.
 
     Args:
-        pretrained: a run, a checkpoint, a folder of transformers or a GGUF file.
+        pretrained: a run, a checkpoint, a Hugging Face folder or a GGUF file.
         tokenizer: another tokenizer than the model's own, as `from_spec` takes it.
         device, precision: as for OpenOptions. None and cuda:0, lm_eval's default also where there
             is no GPU, mean auto.

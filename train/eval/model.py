@@ -45,7 +45,7 @@ class OpenedModel:
         """Read a model.
 
         Args:
-            path: a run, a checkpoint, a folder of transformers, ...: see `open_model`.
+            path: a run, a checkpoint, a Hugging Face folder, ...: see `open_model`.
             options: the tokenizer, the device and the precision.
             is_classifier: whether to read a GPTClassifier instead of a language model.
             needs_tokenizer: whether to raise before the weights are read if there is no tokenizer.

@@ -63,7 +63,7 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
 
     Args:
         task: a row of TASKS.
-        model: a run, a checkpoint or a folder of transformers.
+        model: a run, a checkpoint or a Hugging Face folder.
         data: file of records.
         options: of TrainConfig and of the task, by their flat names. With `steps` and without
             `epochs`, the steps count.

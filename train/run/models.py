@@ -2,7 +2,7 @@
 
 RUN                        a run: its newest checkpoint
 RUN/checkpoints/step-N     one checkpoint
-FOLDER                     a folder of transformers (GPT-2, Llama)
+FOLDER                     a Hugging Face folder (GPT-2, Llama)
 FILE.gguf                  a GGUF file (GPT-2, Llama)
 FILE                       a checkpoint file of nanoGPT
 ADAPTER                    a folder of PEFT with an adapter, which names its model
@@ -224,7 +224,7 @@ def open_model(path: Path) -> SavedModel:
         elif is_hub_name(str(path)):
             found += "; `tritium import` downloads it"
         raise InputError(
-            f"{path}: expected a run, a checkpoint, a folder of transformers, a GGUF file, a "
+            f"{path}: expected a run, a checkpoint, a Hugging Face folder, a GGUF file, a "
             f"checkpoint of nanoGPT or an adapter of PEFT, {found}"
         )
     record = read_run(run)

@@ -59,7 +59,7 @@ def made_model(vocab_size: int, seed: int = 0) -> GPT:
 
 @pytest.fixture
 def exported(tmp_path):
-    """A folder of transformers with tritium's own tokenizer."""
+    """A Hugging Face folder with tritium's own tokenizer."""
     tokenizer = from_spec("bytes", list)
     model = made_model(tokenizer.vocab_size)
     model.save_pretrained(tmp_path / "model", end_of_text=tokenizer.end_of_text)
@@ -70,7 +70,7 @@ def exported(tmp_path):
 
 @pytest.fixture
 def like_llama(tmp_path):
-    """A folder of transformers with a tokenizer like Llama's. The model writes <s> and ▁a."""
+    """A Hugging Face folder with a tokenizer like Llama's. The model writes <s> and ▁a."""
     model = made_model(266, seed=1)
     others = [token for token in range(266) if token not in (1, 263)]
     with torch.no_grad():

@@ -12,7 +12,7 @@ _HELP = """usage: tritium eval perplexity|choice|lm-eval|bleu MODEL ...
   tritium eval lm-eval MODEL --tasks NAME ...  tasks of lm-evaluation-harness (extra `eval`)
   tritium eval bleu MODEL FILE                 generated texts against references (extra `eval`)
 
-Each command has --help. MODEL is a run, a checkpoint, a folder of transformers or a GGUF file."""
+Each command has --help. MODEL is a run, a checkpoint, a Hugging Face folder or a GGUF file."""
 
 # Command -> module of this folder. Its `main(argv)` runs the command and returns the exit status.
 _COMMANDS = {

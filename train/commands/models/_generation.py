@@ -21,7 +21,7 @@ class GenerationOptions:
     """Options of commands that generate text."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run, whose newest checkpoint is used, a checkpoint, or a folder of transformers."""
+    """A run, whose newest checkpoint is used, a checkpoint, or a Hugging Face folder."""
     max_new_tokens: int = 200
     """Largest number of tokens to write."""
     temperature: float = 0.8

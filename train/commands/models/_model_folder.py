@@ -1,4 +1,4 @@
-"""Write a trained model as a folder of transformers, or its adapter as a folder of PEFT."""
+"""Write a trained model as a Hugging Face folder, or its adapter as a folder of PEFT."""
 
 import shlex
 from dataclasses import asdict
@@ -28,7 +28,7 @@ from ...storage.files import check_can_create
 def write_model(
     trained: SavedModel, out: Path, card: str, *, dtype: str = "auto", spec: str | None = None
 ) -> None:
-    """Write a model, its tokenizer and its model card as a folder of transformers, or nothing.
+    """Write a model, its tokenizer and its model card as a Hugging Face folder, or nothing.
 
     Args:
         out: must not exist, or be empty.
@@ -43,9 +43,9 @@ def write_model(
     if prefix := trained.config.prefix_tokens:
         raise InputError(
             f"{trained.path}: expected a model without a prefix, got {prefix} prefix tokens, which "
-            "a folder of transformers cannot hold; add `adapter`"
+            "a Hugging Face folder cannot hold; add `adapter`"
         )
-    # Copy the files in a folder of transformers as they are, even if tritium cannot read them.
+    # Copy the files in a Hugging Face folder as they are, even if tritium cannot read them.
     files = files_in(trained.path) if spec is None and trained.is_folder_of_transformers else {}
     has_tokenizer = spec is not None or trained.tokenizer_path is not None
     tokenizer = trained.tokenizer(spec) if has_tokenizer and not files else None

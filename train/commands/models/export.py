@@ -15,7 +15,7 @@ class ExportOptions:
     """Options of `tritium export`."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run, a checkpoint, a folder of transformers, a GGUF file, or a checkpoint of nanoGPT."""
+    """A run, a checkpoint, a Hugging Face folder, a GGUF file, or a checkpoint of nanoGPT."""
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
     """New folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -18,7 +18,7 @@ class ImportOptions:
     """Options of `tritium import`."""
 
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SRC")]]
-    """A folder of transformers, FILE.gguf, nanoGPT's ckpt.pt, or OWNER/NAME on huggingface.co."""
+    """A Hugging Face folder, FILE.gguf, nanoGPT's ckpt.pt, or OWNER/NAME on huggingface.co."""
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
     """New folder, in the format of transformers."""
     revision: str | None = None

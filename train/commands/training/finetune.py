@@ -27,7 +27,7 @@ _HELP = """Train a model further, on records for a task.
   tritium finetune TASK --help                    the options of a task
   tritium finetune --resume RUN_DIR               go on with a stopped run
 
-MODEL is a run, a checkpoint or a folder of transformers. Tasks:
+MODEL is a run, a checkpoint or a Hugging Face folder. Tasks:
 
 """
 _DESCRIPTION = """{summary}.
@@ -36,7 +36,7 @@ _DESCRIPTION = """{summary}.
 tritium finetune {task} MODEL --data FILE [--key value ...]
 
 
-MODEL is a run, a checkpoint or a folder of transformers. Its shape and tokenizer are those of the
+MODEL is a run, a checkpoint or a Hugging Face folder. Its shape and tokenizer are those of the
 new run. FILE has the records. By default a run takes 3 epochs and evaluates after each. The warm-up
 is at most a tenth of the steps. The new run is a run like others: sample, chat, export, resume."""
 # tyro parses the file of each class, in search of help texts. Classes of make_dataclass would have
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     options, launch = _parse(task, default, words)
     if model is None:
         raise InputError(
-            f"finetune {task}: expected MODEL, a run, a checkpoint or a folder of transformers, "
+            f"finetune {task}: expected MODEL, a run, a checkpoint or a Hugging Face folder, "
             "got none"
         )
     if not is_given("--data", words):

@@ -1,4 +1,4 @@
-"""Tokenizers of published models: the files in a folder of transformers.
+"""Tokenizers of published models: the files in a Hugging Face folder.
 
     tokenizer.json             vocabulary, merges, how text is split, added tokens
     tokenizer_config.json      special tokens by their roles (eos_token ...), the chat template
@@ -49,7 +49,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 
 def read_published(path: Path) -> "PublishedTokenizer":
-    """Read the tokenizer in a folder of transformers, or in a GGUF file.
+    """Read the tokenizer in a Hugging Face folder, or in a GGUF file.
 
     Raises: InputError if there is none, if it is damaged or not supported, or if a package of the
         extra `hf` is not installed.

@@ -203,7 +203,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a file that `save` wrote, a folder of transformers or a GGUF file.
+        """Read a file that `save` wrote, a Hugging Face folder or a GGUF file.
 
         Raises: InputError if the file is not a tokenizer, has another version or was changed;
             OSError if it cannot be read.

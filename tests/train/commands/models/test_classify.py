@@ -14,7 +14,7 @@ pytestmark = pytest.mark.plain
 
 @pytest.fixture
 def folder(tmp_path):
-    """A classifier of bytes, in a folder of transformers."""
+    """A classifier of bytes, in a Hugging Face folder."""
     torch.manual_seed(0)
     config = GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=257, context_tokens=8)
     model = GPTClassifier(config, ("ham", "spam"))

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of transformers with a tokenizer of fewer tokens than the model has."""
+    """A Hugging Face folder with a tokenizer of fewer tokens than the model has."""
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=16, vocab_size=500, n_positions=16,
         bos_token_id=0, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
