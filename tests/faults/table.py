@@ -30,8 +30,7 @@ process, including its checkpoint. A test of kills or of saves fails if a named 
 damaged, if a file is left over, or if the run does not start again. A fuzz test tries 50 and 1,000
 contents of a file, or 20 and 300 command lines.
 
-All tests run processes on a CPU. They do not show CUDA, several machines or a power cut. The cost
-of checkpoints and of the judgement of bad steps is in [training.md](training.md).
+All tests run processes on a CPU. They do not cover CUDA, several machines or a power cut.
 
 """
 INTERRUPTED = "The command was interrupted, so cases are missing.\n\n"
