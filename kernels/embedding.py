@@ -337,7 +337,7 @@ def embedding(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Look up the row of `weight` of each token, add that of its position, drop, and cast.
+    """Look up a row of `weight` per token, add the row of its position, and apply dropout.
 
     Args:
         tokens: (..., T), int64 or int32.

@@ -63,7 +63,7 @@ def definition(file: str) -> str:
 
 
 def cost(*names: str) -> str:
-    """Return the least bytes and the FLOPs at the shapes of the benchmark, in 16 bits."""
+    """Return the minimum bytes and the FLOPs at the shapes of the benchmark, in 16 bits."""
     rows = []
     for name in names:
         operator = OPERATORS[name]
@@ -77,8 +77,8 @@ def cost(*names: str) -> str:
             rows.append(cells)
     heads = ["operator", "shape", "forward, MB", "GFLOP", "backward, MB", "GFLOP"]
     return (
-        "The least bytes to move and the FLOPs, from `cost()` of the kernel file, with 2 bytes\n"
-        f"per element:\n\n{table(heads, rows, texts=2)}"
+        "The minimum number of bytes to move and the FLOPs, from `cost()` of the kernel file, with "
+        f"2\nbytes per element:\n\n{table(heads, rows, texts=2)}"
     )
 
 
@@ -89,8 +89,8 @@ def errors(*names: str) -> str:
     """Return errors against float64: of the kernels in the interpreter, and of the references."""
     parts = []
     for runs, what in (
-        ("interpreter", "The Triton kernel in Triton's interpreter on a CPU"),
-        ("reference", "The PyTorch reference, which a CPU runs"),
+        ("interpreter", "The Triton kernels in Triton's interpreter on a CPU"),
+        ("reference", "The PyTorch references on a CPU"),
     ):
         record = read_record(RESULTS / f"errors-{runs}.json", "errors")
         cells: dict[tuple[str, ...], dict[str, str]] = {}
@@ -117,8 +117,8 @@ def machine_code(*names: str) -> str:
     parts = [
         f"{_how_to_read('machine-code')} Compiled without a GPU, in {dtype} "
         f"(triton {record['triton']}, {record['date']},\ncommit {record['commit']}). "
-        f"The first table of an operator is of {ARCH}, the second has the registers per thread\n"
-        "on each architecture, and spilled bytes after a plus sign."
+        f"Each operator has two tables. The first is for {ARCH}. The second has the registers per\n"
+        "thread on each architecture; the number after a plus sign is spilled bytes."
     ]
     for name in names:
         found = [row for row in record["rows"] if row["operator"] == name]
@@ -259,9 +259,8 @@ def _in_a_step(names: tuple[str, ...]) -> Iterator[str]:
         heads = ["operator", "GPU", "kernels per step", "ms per step", "µs per kernel"]
         yield (
             f"In a training step of {step['recipe']} with {step['batch']} x "
-            f"{step['context_tokens']:,} tokens, from PyTorch's profiler. Matmuls that cuBLAS\n"
-            f"computes are not part of these rows:\n\n{table(heads, rows, texts=2)}\n\n"
-            + "\n".join(places)
+            f"{step['context_tokens']:,} tokens, from PyTorch's profiler, without the matmuls\n"
+            f"of cuBLAS:\n\n{table(heads, rows, texts=2)}\n\n" + "\n".join(places)
         )
 
 

@@ -90,16 +90,16 @@ def recipes() -> str:
                 f"`{name}`",
                 ", ".join(config.data),
                 config.tokenizer,
-                f"{shape.n_layer} x {shape.d_model}",
-                f"{parameters(config.gpt(vocab_size_of(config.tokenizer))) / 1e6:,.1f}",
+                f"{parameters(config.gpt(vocab_size_of(config.tokenizer))) / 1e6:,.1f}M",
+                f"{shape.n_layer}",
+                f"{shape.d_model}",
                 f"{tokens:,}",
                 f"{config.steps:,}",
-                f"{config.steps * tokens / 1e6:,.1f}",
                 f"{config.lr:g}",
             ]
         )
-    size = ["layers x width", "million parameters"]
-    schedule = ["tokens per step", "steps", "million tokens", "peak lr"]
+    size = ["parameters", "layers", "width"]
+    schedule = ["tokens per step", "steps", "peak lr"]
     return table(["recipe", "data", "tokenizer", *size, *schedule], rows, texts=3)
 
 

@@ -14,9 +14,9 @@
     mask       query i sees key j if 0 <= (i + S - T) - j < window, and both are in one document.
                With more keys than queries (S > T) the last query is the same token as the last key.
 
-`dt` follows from p = exp(t - lse): dp_j of key j changes t_j by p_j dp_j, and through lse all t of
-the row by -p_j sum_k(p_k dp_k). That sum equals sum(do * o), so one number per query stands for it,
-and the backward needs neither p nor dp of other tiles.
+`dt` follows from p = exp(t - lse): dt_j = p_j dp_j - p_j sum_k(p_k dp_k), where the second term is
+the gradient through lse. The sum equals sum(do * o), one number per query, so the backward needs
+neither p nor dp of other tiles.
 
 Shapes     q, o: (B, T, H, K)   k, v: (B, S, G, K)   lse: (B, H, T) float32, natural logarithm
            G divides H: H / G query heads share a key head.   S >= T
@@ -35,15 +35,15 @@ Determinism  two passes: one backward kernel owns queries and writes dq (3 matmu
            One pass: a kernel owns a head and computes all gradients with 5 matmuls. It adds to dq
            in memory, in a fixed order. It is fast only with as many heads as the GPU has
            multiprocessors, or more, and is not the default yet. See BACKWARD in launch.py.
-Files      _reference.py definition    _sdpa.py plain attention on a CPU
-           _kernels.py, _one_pass.py, _tiles.py kernels    _documents.py packed documents
-           launch.py launchers    _tile_choice.py tile sizes    options.py options
-           _inputs.py checks    _operator.py operators and gradients
-           _norm_rope.py, _norm_rope_kernels.py, _norm_rope_operator.py QK-norm and RoPE of a
-           packed qkv
-Bias       qkv already contains `added_bias`. Its value is not read. The backward returns its
-           gradient, the sum of qkv's gradient over tokens, and need not read that gradient from
-           memory again. Detach the bias where it is added, so that it gets the gradient once:
+Files      _reference.py: definition; _sdpa.py: plain attention on a CPU; _kernels.py, _one_pass.py
+           and _tiles.py: kernels; _documents.py: packed documents; launch.py: launchers;
+           _tile_choice.py: tile sizes; options.py: options; _inputs.py: checks; _operator.py:
+           operators and gradients; _norm_rope.py, _norm_rope_kernels.py, _norm_rope_operator.py:
+           QK-norm and RoPE of a packed qkv
+Bias       `added_bias` is a bias that qkv already contains. Its value is not read. The backward
+           returns its gradient, the sum of qkv's gradient over tokens, and does not read that
+           gradient from memory again. Detach the bias where it is added, so that it gets its
+           gradient only once:
                qkv = linear(x, weight, bias.detach())
                o = causal_attention_qkvpacked(qkv, n_head, added_bias=bias)
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023 (FlashAttention-2), arXiv:2307.08691

@@ -7,8 +7,8 @@
 
 Shapes     x, dx: (N, D)   w, dw: (V, D)   b, db: (V,)   target: (N,)   l: (N,) float32
            N = all leading axes, flattened
-Padding    w and b may have rows from vocab_size on that are no classes. The matmuls multiply them
-           too, because cuBLAS is slow if V is odd. The loss kernel gives them probability 0 and
+Padding    the rows of w and b from vocab_size on are padding, not classes. The matmuls include
+           them, because cuBLAS is slow if V is odd. The loss kernel gives them probability 0 and
            dlogits 0, so their dw and db are 0.
 Precision  any float dtype in. A float32 w can have a 16-bit x: the matmuls take a copy in 16 bits,
            and dw is not rounded to 16 bits. dw and db are float32 and unscaled until the backward
