@@ -24,9 +24,9 @@ HEAD = """# Measurements
 Written by `tritium bench report` from the JSON files in this folder; do not edit it. Each table
 names the device, date, commit and versions of its file.
 
-Two figures of commit bb0f4b2 and older are wrong. Ceilings of memory bandwidth are too low: they
-were measured with copy nodes of a CUDA graph, and kernels can exceed them. The time of forward and
-backward together includes filling the gradients of the outputs."""
+Records of commit bb0f4b2 and older have two errors. Ceilings of memory bandwidth are too low,
+because they were measured with copy nodes of a CUDA graph. Times of forward and backward together
+include filling the gradients of the outputs."""
 NO_GPU = """No file here is from a GPU yet, so no speed on a GPU is stated. On a CPU PyTorch
 references run instead of the kernels, and only ratios within one run are comparable."""
 CODEGEN_ARCH = "sm_90"
@@ -154,7 +154,7 @@ def _mark(row: Record) -> str:
 def training_table(record: Record, *, speeds: bool) -> str:
     """Return the ratios of a training record, with tokens per second, MFU and memory if asked."""
     columns = ["tokens/s", "MFU", "step, median ms", "p10-p90 ms", "peak memory, GB"] * speeds
-    columns.append("tokens/s of tritium / this one")
+    columns.append("speedup of tritium")
     micro_batch = record["micro_batch_size"]
     batch_size = record.get("batch_size", micro_batch)
     batch = f"{batch_size} x {record['context_tokens']} tokens per step"
@@ -358,17 +358,17 @@ def _codegen_table(record: Record) -> str:
 
 # Kind of record -> title of its section, function that makes its table.
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "device": ("Commands on a GPU machine", _device_table),
-    "machine": ("Machines", _machine_table),
-    "kernels": ("Kernels", _kernels_table),
-    "tune": ("Launch sizes", _tune_table),
     "train": ("Training", lambda record: training_table(record, speeds=_on_gpu(record))),
+    "kernels": ("Kernels", _kernels_table),
     "runs": ("Training runs", runs_table),
     "sweep": ("Equal processor time", sweep_table),
     "nanogpt": ("nanoGPT, measured earlier", nanogpt_table),
+    "tune": ("Launch sizes", _tune_table),
+    "machine": ("Machines", _machine_table),
     "predict": ("Predicted training steps", predict_table),
     "traffic": ("Memory traffic", traffic_table),
     "codegen": ("Machine code", _codegen_table),
+    "device": ("Commands on a GPU machine", _device_table),
 }
 
 

@@ -9,7 +9,6 @@ from ...train.data.tokenizers.tokenizer import vocab_size_of
 from ...train.recipes import RECIPES
 from .. import RESULTS
 from ..record import describe_provenance, read_record
-from ..report import training_table
 from ._tables import table
 
 
@@ -33,7 +32,7 @@ def step_by_part() -> str:
     order = [part for part in columns if part not in last] + last
     rows = [[part, *(columns[part].get(name, "-") for name in head)] for part in order]
     places = [describe_provenance({**each, "device": "cuda"}) for each in records.values()]
-    return "\n".join([table(["part, ms", *head], rows), "", *(f"{each}." for each in places)])
+    return "\n".join([table(["part, ms", *head], rows), "", *(f"- {each}" for each in places)])
 
 
 def _by_part(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
@@ -65,7 +64,7 @@ def predicted_steps() -> str:
 
 
 def measured_steps() -> str:
-    """Return the measured throughput of gpt2 and of other models next to their baselines."""
+    """Return the measured throughput of models next to their baselines, a row per record."""
     short = read_record(RESULTS / "h100" / "short.json", "device")
     files = [RESULTS / "h200" / f"train-{batch}.json" for batch in (512, 32)]
     records = [read_record(file, "train") for file in files]
@@ -76,7 +75,43 @@ def measured_steps() -> str:
     ):
         parts = read_record(RESULTS / "h200" / file, "device")["records"]
         records += [parts[f"{name}.json"] for name in names]
-    return "\n\n".join(training_table(each, speeds=True) for each in records)
+    head = ["model", "GPU", "tokens per step", "mode"]
+    head += ["tritium", "MFU", "baseline", "nanoGPT", "peak memory, GB"]
+    places = sorted({describe_provenance(record) for record in records})
+    rows = [_throughput(record) for record in records]
+    return "\n".join([table(head, rows, texts=4), "", *(f"- {each}" for each in places)])
+
+
+def _throughput(record: dict[str, Any]) -> list[str]:
+    """Return a row of measured_steps: tokens per second of tritium, and of its baselines."""
+    implementations = record["implementations"]
+    gpu = record["gpu"].removeprefix("NVIDIA ").split()[0]
+    modes = []
+    if not any(row["compiled"] for row in implementations.values()):
+        modes.append("not compiled")
+    if not record.get("cuda_graph", True):
+        modes.append("no CUDA graphs")
+    speeds, memory = {}, []
+    for name in ("tritium", "baseline", "nanoGPT"):
+        if name not in implementations:
+            speeds[name] = "-"
+            continue
+        row = implementations[name]
+        speeds[name] = f"{row['tokens_per_second']:,.0f}"
+        if name != "tritium":
+            speeds[name] += f" ({row['ratio']['median']:.2f}x)"
+        memory.append(f"{row['peak_memory_bytes'] / 1e9:.1f}")
+    return [
+        record["recipe"],
+        gpu,
+        f"{record.get('batch_size', record['micro_batch_size'])} x {record['context_tokens']:,}",
+        ", ".join(modes) or "default",
+        speeds["tritium"],
+        f"{implementations['tritium']['mfu']:.1%}",
+        speeds["baseline"],
+        speeds["nanoGPT"],
+        " / ".join(memory),
+    ]
 
 
 def recipes() -> str:

@@ -249,7 +249,7 @@ def test_a_record_without_a_key_is_named(kind, key, tmp_path):
 def test_a_folder_without_records_raises(name, tmp_path):
     with pytest.raises(
         InputError,
-        match="expected a folder with records of format 2 of device, machine, kernels, tune, "
-        "train, runs, sweep, nanogpt, predict, traffic, codegen, found none",
+        match="expected a folder with records of format 2 of train, kernels, runs, sweep, nanogpt, "
+        "tune, machine, predict, traffic, codegen, device, found none",
     ):
         main([str(tmp_path / name)])
