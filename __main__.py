@@ -6,22 +6,22 @@ from collections.abc import Sequence
 HELP = """tritium: train GPTs with Triton kernels
 
   tritium train [RECIPE] [--key value ...]    train; without a recipe, the best one for this machine
-  tritium train --resume RUN_DIR              go on with a stopped run
-  tritium finetune TASK MODEL --data FILE     train a model further: answer instructions, ...
-  tritium data build OUT_DIR INPUT ...        text to token shards
+  tritium train --resume RUN_DIR              continue a stopped run
+  tritium finetune TASK MODEL --data FILE     fine-tune: instructions, labels, preferences
+  tritium data build OUT_DIR INPUT ...        turn text into token shards
   tritium data verify DATASET                 check token shards against their checksums
-  tritium eval perplexity|choice|... MODEL    perplexity, choices, lm-eval, BLEU
+  tritium eval perplexity|choice|... MODEL    perplexity, multiple choice, lm-eval, BLEU
   tritium runs [FOLDER]                       list runs: size, tokens, loss, speed, status
-  tritium plot RUN ...                        loss, learning rate, speed of runs in one picture
-  tritium sample MODEL --prompt TEXT          write text with a trained model
-  tritium chat MODEL                          talk with a trained model
+  tritium plot RUN ...                        plot loss, learning rate and speed of runs
+  tritium sample MODEL --prompt TEXT          generate text
+  tritium chat MODEL                          chat in the terminal
   tritium classify MODEL < FILE               label each line with a classifier
-  tritium import MODEL OUT_DIR                open a published model, a GGUF file, one of nanoGPT
+  tritium import MODEL OUT_DIR                convert a published model, GGUF file, nanoGPT ckpt.pt
   tritium export MODEL OUT_DIR                write a folder that transformers opens
-  tritium plan RECIPE --gpu NAME              what a run needs: memory, time, price
+  tritium plan RECIPE --gpu NAME              estimate what a run needs: memory, time, price
   tritium bench COMMAND                       measure: kernels, codegen, train, predict, ...
   tritium check                               compare every operator with float64
-  tritium info                                versions, device, limits, caches
+  tritium info                                print versions, device, limits, caches
 
 Each command has --help."""
 

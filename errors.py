@@ -46,7 +46,7 @@ class InterruptedRun(Exception):  # noqa: N818 - a requested stop is not an erro
         self.folder = folder
 
     def __str__(self) -> str:
-        hint = f"; go on with tritium.load({str(self.folder)!r}).resume()" if self.folder else ""
+        hint = f"; continue with tritium.load({str(self.folder)!r}).resume()" if self.folder else ""
         return f"the run was stopped by signal {self.number}{hint}"
 
 

@@ -119,14 +119,14 @@ def _embedding_bwd_long_runs_kernel(
     IS_ADDED: tl.constexpr,
     PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The program of a piece adds up the partial sums of the run that begins there and goes on."""
+    """The program of a piece adds the partial sums of the run that begins there and continues."""
     piece = tl.program_id(0)
     after = (piece + 1) * PIECE
     key = tl.load(keys_ptr + after - 1, mask=after < N, other=-1)
     before = tl.load(keys_ptr + piece * PIECE - 1, mask=piece > 0, other=-1)
     goes_on = tl.load(keys_ptr + after, mask=after < N, other=-1) == key
     if goes_on & (key != before) & (key >= 0) & (key < V):
-        # the number of pieces to which the run goes on
+        # the number of pieces to which the run continues
         count = 0
         for start in range(after, N, PIECE * BLOCK_P):
             offs = start + tl.arange(0, BLOCK_P) * PIECE

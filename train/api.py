@@ -9,7 +9,7 @@
     tritium.load("runs/laptop-1").plot()
 
 Bad input raises tritium.InputError. Ctrl-C writes a checkpoint and raises tritium.InterruptedRun;
-tritium.load(folder).resume() goes on.
+tritium.load(folder).resume() continues.
 """
 
 import contextlib
@@ -277,7 +277,7 @@ def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:
 
 
 def _finish(folder: Path, work: Callable[[], Evaluation]) -> Run:
-    """Run `work` to the end. An interrupted run with a checkpoint says how to go on."""
+    """Run `work` to the end. An interrupted run with a checkpoint says how to continue."""
     begin_now()
     try:
         return Run(folder, work())

@@ -40,27 +40,27 @@ DIVERGED = "training diverged: lower `lr`, raise `warmup_steps`, or set `grad_cl
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionOptions:
-    """How the run executes: device, precision, memory. Results differ only by rounding.
+    """How the run executes: device, precision, memory. They change results only by rounding.
 
-    With dropout they also depend on the micro-batches, which have their own masks.
+    With dropout, the micro-batch size changes results too, because masks differ.
     """
 
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
+    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, otherwise the CPU."""
     precision: Literal[tuple(PRECISIONS)] = "auto"
-    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+    """Dtype of matmuls. auto: float32 on a CPU, on CUDA bfloat16, or float16 on old GPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the model and its loss. auto: on CUDA."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whether to launch steps as CUDA graphs. auto: on CUDA, if all micro-batches are alike."""
+    """Whether to run steps as CUDA graphs. auto: on CUDA, if micro-batches have a fixed shape."""
     attention: Literal[tuple(ATTENTIONS)] = "tritium"
-    """tritium: own kernels; sdpa: PyTorch's; flash-attn: the package of that name, GPUs only."""
+    """tritium: own kernels; sdpa: PyTorch's; flash-attn: the flash-attn package, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
-    """Activation checkpointing. gelu: GELU; selective: blocks except attention; block: blocks."""
+    """What to recompute in the backward. selective: blocks except attention; block: all of them."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Sequences per forward and backward on each rank. auto: what fits; None: all of the rank."""
+    """Sequences per forward on each rank. auto: as many as fit; None: all sequences of the rank."""
     max_minutes: float | None = None
-    """Stop with a checkpoint this long after the start of the process. None: no limit."""
+    """Minutes after which the run writes a checkpoint and stops. None: no limit."""
     stop_status: int | None = None
     """Exit status of a stopped run. None: 128 + the signal's number, or 0 after max_minutes."""
 
@@ -86,13 +86,13 @@ class ReportOptions:
     keep_every: int = 0
     """Also keep the checkpoints at multiples of this number of steps. 0: none."""
     background_checkpoints: bool = True
-    """Write checkpoints while the steps go on. Needs host memory for one more copy of them."""
+    """Write checkpoints while training continues. Needs host memory for a copy of one."""
     prompt: str | None = None
-    """Text that samples continue. None: a line of Python if the data is Python's, else none."""
+    """Prompt of the samples. None: a line of Python if the data is stdlib or python, else empty."""
     sample_tokens: int = 200
     """Tokens per sample."""
     log_interval: int = 100
-    """Steps between lines with the loss, if the output is no terminal. 0: no lines."""
+    """Steps between lines with the loss, if the output is not a terminal. 0: no lines."""
     profile: int = 0
     """Number of steps to profile, after the first 10, into RUN/profile. 0: none."""
     wandb: str | None = None
@@ -111,7 +111,7 @@ class TrainConfig:
     task: Literal[tuple(TASKS)] = "pretrain"
     """The task that the model learns: a row of the table of tasks."""
     data: tuple[str, ...] = ("stdlib",)
-    """Text to train on: a dataset of `tritium data build`, files, folders, stdlib or python."""
+    """Training text: a dataset of `tritium data build`, files, folders, or names such as stdlib."""
     tokenizer: str | None = None
     """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER or bpe:SIZE. A dataset has its own."""
     held_out: float = 0.1
@@ -121,10 +121,10 @@ class TrainConfig:
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
     init_from: str | None = None
-    """Start from the weights of a run, a checkpoint or a Hugging Face folder, with its shape."""
+    """Model to start from, with its shape: a run, a checkpoint or a Hugging Face folder."""
     model: GPTConfig = _DEFAULT_MODEL
     document_mask: bool = False
-    """Documents in a sequence do not attend to each other, and each starts at position 0."""
+    """Keep documents in a sequence apart: no attention between them, and positions start at 0."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -133,15 +133,15 @@ class TrainConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
-    """Learning rate at the last step. The schedule constant does not use it."""
+    """Learning rate at the last step. Not used by the schedule constant."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"
-    """cosine: falls to min_lr; constant; wsd: constant, then linear to min_lr in the last fifth."""
+    """cosine: decays to min_lr; wsd: constant, then linear decay to min_lr in the last fifth."""
     optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"
     """adamw: AdamW; muon: Muon for the matrices of blocks, AdamW for all other parameters."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings. Biases and norms do not decay."""
+    """Decoupled weight decay of matrices and embeddings; none for biases and norms."""
     beta1: float = 0.9
     """AdamW's decay rate of the gradient's mean."""
     beta2: float = 0.95
@@ -149,9 +149,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
     skip_threshold: float = 20.0
-    """Skip steps whose loss or norm has a larger robust z-score. 0: only non-finite steps."""
+    """Skip steps whose loss or gradient norm has a larger robust z-score. 0: no outliers."""
     max_bad_steps: int = 5
-    """Bad steps in a row after which the run goes back to a checkpoint. 0: never."""
+    """Skipped steps in a row after which the run goes back to a checkpoint. 0: never."""
 
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)

@@ -237,7 +237,7 @@ class Session:
         self.signals.raise_stop()
 
     def go_back(self, step: int) -> None:
-        """Restore the newest checkpoint with a good step after it, and go on with `step`.
+        """Restore the newest checkpoint with a good step after it, and continue with `step`.
 
         The steps between that checkpoint and `step` are lost, and their data is left out: the run
         ends like a run that never saw it. See optimizer/bad_steps.py.

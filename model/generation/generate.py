@@ -154,7 +154,7 @@ def _steps(
     decoder.prefill(rows, [sequence.tokens for sequence in sequences])
     decoder.see(rows, [sequence.tokens for sequence in sequences])
     for numbers in draws:
-        # Sequences with a full context go on with its later half.
+        # Sequences with a full context continue with its later half.
         full = [row for row in rows if decoder.cache.host_lengths[row] == context]
         if full:
             kept = max(1, context // 2)

@@ -1,4 +1,4 @@
-"""Fine-tuning runs that are killed, and go on."""
+"""Fine-tuning runs that are killed, and continue."""
 
 import json
 import signal

@@ -242,7 +242,7 @@ def test_a_requested_stop_has_one_status_on_all_ranks(restarts, words, torchrun,
     wait_for_metrics(tmp_path / "run")
     os.kill(ranks_of(agent)[1], SIGTERM)
     out, err = agent.communicate(timeout=150)
-    assert "stopped; go on with" in out
+    assert "stopped; continue with" in out
     if restarts:
         assert agent.returncode == 0, err
         assert "ChildFailedError" not in err
@@ -253,7 +253,7 @@ def test_a_requested_stop_has_one_status_on_all_ranks(restarts, words, torchrun,
 
 @pytest.mark.slow
 def test_ranks_end_with_torchrun(words, torchrun, tmp_path):
-    """Ranks whose torchrun was killed would go on, and a second job would find the run locked."""
+    """Ranks without their torchrun would continue, and a second job would find the run locked."""
     agent = torchrun(*words, "--steps", 10**6, "--rank-timeout", TIMEOUT)
     wait_for_metrics(tmp_path / "run")
     ranks = ranks_of(agent)

@@ -177,7 +177,7 @@ def test_a_partial_sum_does_not_write_past_its_columns(device, monkeypatch):
         dy, torch.zeros(12, dtype=torch.long, device=device), None, 2, torch.float32, Dropout()
     )
     (partial,) = [tensor for tensor in allocated if tensor.shape == (3, 2, 5)]
-    # One run in three pieces: it begins in the first and goes on in the others.
+    # One run in three pieces: it begins in the first and continues in the others.
     assert not partial[[0, 1, 2], [1, 0, 0]].isnan().any()
     assert partial[[0, 1, 2], [0, 1, 1]].isnan().all()
 

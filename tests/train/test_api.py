@@ -97,7 +97,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "learning_rate", interrupted)
-        with pytest.raises(tritium.InterruptedRun, match=r"go on with tritium.load\(.*\).resume"):
+        with pytest.raises(tritium.InterruptedRun, match=r"continue with tritium.load\(.*\).res"):
             api.train("laptop", **options)
     assert (tmp_path / "run" / "checkpoints" / "step-4").is_dir()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -29,7 +29,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     """Import and run the command `name`. Returns: the exit status."""
     with paused_collector():
         module = importlib.import_module(f".{COMMANDS[name]}", __package__)
-    # They handle signals themselves, and go on if nobody reads their output.
+    # They handle signals themselves, and continue if nobody reads their output.
     if name in ("train", "finetune"):
         with lossy_output():
             return module.main(argv)

@@ -13,7 +13,7 @@ it cannot tell a hung rank from a rank 0 that writes a checkpoint. Beats can, fo
 
 The timeout begins after the first step. Compilation never counts as a hang. A run with slow steps
 gets three times the longest pause between its marks. The thread counts beats instead of seconds, so
-that a job goes on after all of its processes were suspended.
+that a job continues after all of its processes were suspended.
 """
 
 import contextlib

@@ -11,18 +11,18 @@ _PARALLEL = tuple(name for name, row in ENGINES.items() if row.is_parallel)
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How the processes that torchrun starts divide the work. A resumed run may change this."""
+    """How the processes of torchrun divide the work. A resumed run may change this."""
 
     parallel: Literal[("auto", *_PARALLEL)] = "auto"
-    """ddp divides batches, zero1 also optimizers, fsdp also weights. auto: ddp; fsdp if needed."""
+    """What is split. ddp: batches; zero1: also optimizers; fsdp: also weights. auto: ddp or fsdp."""
     shard_ranks: int | None = None
-    """fsdp: number of ranks that together hold one copy of the weights. None: all."""
+    """fsdp: number of ranks that hold one copy of the weights together. None: all ranks."""
     tensor_parallel: int = 1
     """fsdp: number of neighbouring ranks that compute each layer together."""
     sharded_checkpoints: Literal["auto", "on", "off"] = "auto"
     """fsdp: each rank writes its part of a checkpoint. auto: from 2 billion parameters on."""
     rank_timeout: float = 25.0
-    """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
+    """Seconds without progress after which a rank counts as hung, from step 1 on. 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class OpenOptions:
     tokenizer: str | None = None
     """Tokenizer, if the model has none: bytes, gpt2, FILE.tiktoken, FILE.json or FOLDER."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, else the CPU."""
+    """cpu, cuda, cuda:1, mps, ... auto: CUDA if there is a GPU, otherwise the CPU."""
     precision: Literal[tuple(PRECISIONS)] = "auto"
-    """Dtype of matmuls. auto: float32 on a CPU, bfloat16 on CUDA, float16 on GPUs without it."""
+    """Dtype of matmuls. auto: float32 on a CPU, on CUDA bfloat16, or float16 on old GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@
     CHANGEABLE     options that change the result: may change if the user names them as a change
     other options  never change
 
-config.json always has the options with which the run goes on. Its list `history` has one entry for
-each resume that changed something:
+config.json always has the current options. Its list `history` has one entry for each resume that
+changed something:
 
     {"step": 500, "time": "2026-11-26 10:44:08", "changes": {"lr": [0.001, 0.0001]}}
 
@@ -64,7 +64,7 @@ def check_changeable(name: str) -> None:
 
 
 def changes_between(run: Path, recorded: TrainConfig, given: TrainConfig) -> dict[str, Any]:
-    """Return the changes with which a run goes on when its command is given again.
+    """Return the changes with which a run continues when its command is given again.
 
     Raises: InputError, which names the option, if the command would give another result.
     """
@@ -83,7 +83,7 @@ def changes_between(run: Path, recorded: TrainConfig, given: TrainConfig) -> dic
 
 
 def with_changes(run: Path, recorded: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Return the options with which a run goes on.
+    """Return the options with which a run continues.
 
     Raises: InputError for a name that cannot change, and for values that do not fit.
     """
@@ -116,7 +116,7 @@ def note_resume(
 
     Args:
         record: config.json as it was.
-        config: the options with which the run goes on.
+        config: the options with which the run continues.
         dataset: a Dataset, or the TaskData of the run.
         step: number of optimizer steps done.
     Raises: InputError if the run is beyond the new number of steps.

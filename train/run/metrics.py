@@ -228,7 +228,7 @@ class Metrics:
         self._bars.update(self._task, note=note)
 
     def went_back(self, step: int, restored: int) -> None:
-        """Record that the run goes on at `step` with the checkpoint of `restored` steps."""
+        """Record that the run continues at `step` with the checkpoint of `restored` steps."""
         self.bad_steps.clear()
         self.restored = {"step": step, "restored": restored}
         self._write(self.restored, is_tracked=False)

@@ -1,7 +1,7 @@
 """Write the checkpoints of a run in the background.
 
     save(N)    wait for the checkpoint before, copy weights and optimizer state to a buffer, return
-    thread     write the buffer to RUN/checkpoints/step-N, while the steps go on
+    thread     write the buffer to RUN/checkpoints/step-N, while the steps continue
     wait()     wait for the thread, raise its error
 
 The run waits only for the copy. On CUDA it does not wait for the copy either: the buffer is pinned,

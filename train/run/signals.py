@@ -107,7 +107,7 @@ def stop_on_signals() -> Iterator[None]:
         if TIME_LIMIT in before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            # More signals do not end a process that is about to print how to go on.
+            # More signals do not end a process that is about to print how to continue.
             if _State.received is None or handler is not _end_at_once:
                 signal.signal(number, handler)
 

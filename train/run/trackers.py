@@ -140,7 +140,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def open_trackers(config: TrainConfig, run: Path, start: int) -> list[Tracker]:
-    """Open the requested trackers, to go on with step `start`."""
+    """Open the requested trackers, to continue with step `start`."""
     trackers: list[Tracker] = []
     if config.report.tensorboard:
         trackers.append(TensorBoard(run, start))

@@ -1,7 +1,7 @@
 """The terminal: lines that never stop a run, and output whose reader may go away.
 
 `tritium train ... | tee log` loses its reader if Ctrl-C ends tee, and a closed terminal takes no
-more output. A run goes on and writes its checkpoint.
+more output. A run continues and writes its checkpoint.
 """
 
 import contextlib

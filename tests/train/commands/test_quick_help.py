@@ -34,7 +34,7 @@ out = io.StringIO()
 for words in {commands}:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):
         dispatch([*words, "--help"])
-    print(*words, "torch" in sys.modules, out.getvalue().startswith(("usage:", "Train")))
+    print(*words, "torch" in sys.modules, out.getvalue().startswith(("usage:", "Fine-tune")))
     out.truncate(out.seek(0))
 """
 

@@ -24,7 +24,7 @@ class EvaluationOptions:
     """Options of all commands of `tritium eval`."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run, whose newest checkpoint is used, a checkpoint, or a Hugging Face folder."""
+    """A run (its newest checkpoint), a checkpoint, a Hugging Face folder or a GGUF file."""
     batch_size: int = 8
     """Sequences per forward. It changes results only by rounding."""
     opening: tyro.conf.OmitArgPrefixes[OpenOptions]

@@ -21,11 +21,11 @@ class GenerationOptions:
     """Options of commands that generate text."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run, whose newest checkpoint is used, a checkpoint, or a Hugging Face folder."""
+    """A run (its newest checkpoint), a checkpoint, a Hugging Face folder or a GGUF file."""
     max_new_tokens: int = 200
-    """Largest number of tokens to write."""
+    """Maximum number of tokens to generate."""
     temperature: float = 0.8
-    """Divides the logits. 0: always the most likely token."""
+    """Sampling temperature. 0: always the most likely token."""
     top_k: int | None = None
     """Sample from the k most likely tokens. None: from all."""
     top_p: float | None = 0.95
@@ -33,11 +33,11 @@ class GenerationOptions:
     min_p: float | None = None
     """Sample from tokens with at least this fraction of the largest probability. None: from all."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that the text already has become less likely."""
+    """Above 1: tokens that are already in the text become less likely."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text that ends the output and is not written. Can be given several times."""
+    """Text at which the output ends, before it. Can be given several times."""
     seed: int | None = None
-    """The same seed gives the same text. None: different text each time."""
+    """The same seed gives the same text. None: a different text each time."""
     opening: tyro.conf.OmitArgPrefixes[OpenOptions]
 
     def sampling(self) -> "Sampling":

@@ -1,4 +1,4 @@
-"""tritium chat: talk with a trained model in the terminal."""
+"""tritium chat: chat with a trained model in the terminal."""
 
 import contextlib
 import io
@@ -28,15 +28,15 @@ class ChatOptions(GenerationOptions):
     """Options of `tritium chat`."""
 
     system: str | None = None
-    """Message that tells the model how to behave. None: the default of its chat template."""
+    """System message. None: the default of the chat template."""
     max_new_tokens: int = 512
-    """Largest number of tokens of an answer."""
+    """Maximum number of tokens per answer."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `tritium chat`."""
     options = parse(
-        ChatOptions, argv, prog="tritium chat", description="Talk with a trained model."
+        ChatOptions, argv, prog="tritium chat", description="Chat with a trained model."
     )
     from ...generation.chat import Conversation
     from ...run.models import open_model

@@ -1,4 +1,4 @@
-"""tritium sample: write text with a trained model."""
+"""tritium sample: generate text with a trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class SampleOptions(GenerationOptions):
 def main(argv: Sequence[str]) -> int:
     """Run `tritium sample`."""
     options = parse(
-        SampleOptions, argv, prog="tritium sample", description="Write text with a trained model."
+        SampleOptions, argv, prog="tritium sample", description="Generate text with a model."
     )
     from ...generation.text import encode_prompt, stream_sample
 

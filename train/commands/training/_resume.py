@@ -20,17 +20,18 @@ from ...run.history import CHANGEABLE, FREE, check_changeable
 from ..cli import parse
 from ._running import run_and_report
 
-_RESUME = f"""Go on with a stopped run. Options that are not given keep their values.
+_RESUME = f"""Continue a stopped run. Options that you do not give keep their values.
 
 
-Without --change the result is the same as without the stop: bitwise if the device, the precision,
-the micro-batch, the ranks and the other options of the execution are the same, else to rounding.
+Without --change, the result is the same as without the stop. It is bitwise the same if the
+execution options, such as device, precision, micro-batch and ranks, do not change. Otherwise it is
+the same up to rounding.
 
 
---change NAME=VALUE changes the result. Names: {", ".join(CHANGEABLE)}.
+--change NAME=VALUE changes an option that affects the result: {", ".join(CHANGEABLE)}.
 
 
-config.json records each change, with its step, in the list `history`."""
+config.json records each change and its step in the list `history`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,11 @@ class ResumeOptions:
     change: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
     ] = ()
-    """Change an option that alters the result, such as lr=1e-4 or steps=2000."""
+    """Change an option that affects the result, such as lr=1e-4 or steps=2000."""
     execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
     report: tyro.conf.OmitArgPrefixes[ResumeReport]
     launch: tyro.conf.OmitArgPrefixes[Launch]
-    """How the processes that torchrun starts divide the work."""
+    """How the processes of torchrun divide the work."""
 
 
 def resume_run(argv: Sequence[str]) -> int:

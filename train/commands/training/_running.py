@@ -36,11 +36,11 @@ from ._plan_text import what_fits
 
 
 def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = False) -> int:
-    """Train a new run, or go on with it after a restart by torchrun. Returns: the exit status.
+    """Train a new run, or continue it after a restart by torchrun. Returns: the exit status.
 
     Args:
         name: of the recipe or the task, for the name of the folder.
-        is_auto: whether to go on if the folder of the run has a checkpoint.
+        is_auto: whether to continue if the folder of the run has a checkpoint.
     """
     out = config.report.out
     with join(launch) as world:
@@ -95,7 +95,8 @@ def run_and_report(run: Path, world: World, work: Callable[[], Evaluation]) -> i
         return stop_status(_stop_status(run, stop))
     except DivergedError as error:
         lower = f"--change lr={min(read_run(run).train.lr / 2, 0.01):g}"
-        raise InputError(f"{error}; go on with: {_resume_command(run, world)} {lower}") from error
+        hint = f"continue with: {_resume_command(run, world)} {lower}"
+        raise InputError(f"{error}; {hint}") from error
     except Exception as error:
         # If only one rank runs out of memory, the others wait for it until torchrun ends them.
         if is_out_of_memory(error) and (run / "config.json").exists():
@@ -113,7 +114,7 @@ def _resume_command(run: Path, world: World) -> str:
 
 def _describe_stop(run: Path, world: World) -> str:
     if checkpoints(run):
-        return f"stopped; go on with: {_resume_command(run, world)}"
+        return f"stopped; continue with: {_resume_command(run, world)}"
     return "stopped before the first step; nothing is saved"
 
 

@@ -21,11 +21,11 @@ from ..cli import parse
 from .train import ModelFlags, TrainFlags, is_given
 from .train import main as train
 
-_HELP = """Train a model further, on records for a task.
+_HELP = """Fine-tune a model on records for a task.
 
   tritium finetune TASK MODEL --data FILE [--key value ...]
   tritium finetune TASK --help                    the options of a task
-  tritium finetune --resume RUN_DIR               go on with a stopped run
+  tritium finetune --resume RUN_DIR               continue a stopped run
 
 MODEL is a run, a checkpoint or a Hugging Face folder. Tasks:
 
@@ -36,9 +36,9 @@ _DESCRIPTION = """{summary}.
 tritium finetune {task} MODEL --data FILE [--key value ...]
 
 
-MODEL is a run, a checkpoint or a Hugging Face folder. Its shape and tokenizer are those of the
-new run. FILE has the records. By default a run takes 3 epochs and evaluates after each. The warm-up
-is at most a tenth of the steps. The new run is a run like others: sample, chat, export, resume."""
+MODEL is a run, a checkpoint or a Hugging Face folder. The new run has its shape and tokenizer. FILE
+has the records. By default a run makes 3 epochs and evaluates after each. The warm-up is at most a
+tenth of the steps. Commands such as sample, chat, export and --resume work with the new run."""
 # tyro parses the file of each class, in search of help texts. Classes of make_dataclass would have
 # the longer types.py of the standard library.
 _NAMESPACE = {"__module__": __name__}

@@ -30,7 +30,7 @@ class PlanFlags(PlanOptions):
     recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
     """Recipe to plan for."""
     price: float | None = None
-    """Price per GPU and hour, in any currency. None: no price."""
+    """Price per GPU per hour, in any currency. None: no price."""
 
 
 def main(argv: Sequence[str]) -> int:

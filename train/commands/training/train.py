@@ -16,7 +16,7 @@ from ...tasks import TaskOptions
 from ...terminal.console import loading
 from ..cli import is_help, parse
 
-_DESCRIPTION = f"""Train a GPT on text. Without a recipe: the best recipe for this machine. The defaults below are those of {{base}}.
+_DESCRIPTION = f"""Train a GPT on text. Without a RECIPE, the best recipe for this machine is used. The defaults below are those of {{base}}.
 
 
 tritium train [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}
@@ -25,12 +25,12 @@ tritium train --config FILE [--key value ...]         options in TOML, or the co
 
 tritium train ... --print-config              print the options as TOML, and do not train
 
-tritium train --resume RUN_DIR                go on with a stopped run, exactly where it stopped
+tritium train --resume RUN_DIR                continue a stopped run exactly where it stopped
 
-tritium train ... --out RUN_DIR --resume auto         start, or go on if RUN_DIR has a checkpoint
+tritium train ... --out RUN_DIR --resume auto         start, or continue if RUN_DIR has a checkpoint
 
 
-torchrun --nproc-per-node 8 -m tritium.train ...      the same on the 8 GPUs of a machine"""  # noqa: E501 - --help keeps line breaks
+torchrun --nproc-per-node 8 -m tritium.train ...      the same on 8 GPUs"""  # noqa: E501 - --help keeps line breaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class TrainFlags(TrainConfig):
     task: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "pretrain"
     model: tyro.conf.OmitArgPrefixes[ModelFlags]
     adapter: tyro.conf.OmitArgPrefixes[AdapterOptions]
+    """LoRA: train small matrices while the weights of the model are frozen."""
     execution: tyro.conf.OmitArgPrefixes[ExecutionOptions]
     report: tyro.conf.OmitArgPrefixes[ReportOptions]
     task_options: tyro.conf.Suppress[TaskOptions]
@@ -63,11 +64,11 @@ class TrainOptions:
     """Options of `tritium train`."""
 
     run: tyro.conf.OmitArgPrefixes[TrainFlags]
-    """The experiment: data, batch, optimizer and learning rate."""
+    """Data, batch size, optimizer and learning rate."""
     tokens: str | None = None
     """Tokens to train on, instead of steps: 10B, 500M, 1.5e9, ..."""
     launch: tyro.conf.OmitArgPrefixes[Launch]
-    """How the processes that torchrun starts divide the work."""
+    """How the processes of torchrun divide the work."""
 
 
 def main(argv: Sequence[str]) -> int:
