@@ -14,7 +14,7 @@ class Launch:
     """How the processes of torchrun divide the work. A resumed run may change this."""
 
     parallel: Literal[("auto", *_PARALLEL)] = "auto"
-    """What is split. ddp: batches; zero1: also optimizers; fsdp: also weights. auto: ddp or fsdp."""
+    """ddp splits batches, zero1 also optimizers, fsdp also weights. auto: ddp; fsdp if needed."""
     shard_ranks: int | None = None
     """fsdp: number of ranks that hold one copy of the weights together. None: all ranks."""
     tensor_parallel: int = 1
