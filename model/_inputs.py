@@ -31,7 +31,7 @@ def check_documents(
     Args:
         cu_seqlens: as for GPT.forward.
         sizes: (B, T).
-        context: largest number of tokens of a document.
+        context: maximum number of tokens of a document.
         spans_rows: whether a document can continue in the next row.
     """
     if not (is_eager(cu_seqlens) and can_read_values(cu_seqlens)):

@@ -37,7 +37,7 @@ class GPTConfig:
     vocab_size: int = 50_257
     """Number of different tokens."""
     context_tokens: int = 1024
-    """Largest number of tokens that the model can attend to."""
+    """Maximum number of tokens that the model can attend to."""
     n_kv_head: int | None = None
     """Key and value heads per block. None: n_head."""
     bias: bool = True

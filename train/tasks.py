@@ -53,7 +53,7 @@ class FinetuneOptions(TaskOptions):
     test_fraction: float = 0.1
     """Fraction of the records that is held out for the test after training."""
     row_tokens: int | None = None
-    """Largest number of tokens per sequence. None: the context of the model."""
+    """Maximum number of tokens per sequence. None: the context of the model."""
 
     def __post_init__(self):
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -81,7 +81,7 @@ class InstructOptions(FinetuneOptions):
     packing: bool = True
     """Put several records into a row. They do not attend to each other."""
     answer_tokens: int = 256
-    """Largest number of tokens of an answer to a test record."""
+    """Maximum number of tokens of an answer to a test record."""
 
     def __post_init__(self):
         super().__post_init__()

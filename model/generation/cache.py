@@ -23,7 +23,7 @@ class KVCache:
     Args:
         config: the GPTConfig of the model.
         batch_size: number of sequences.
-        capacity: largest number of tokens per sequence. Default: config.context_tokens.
+        capacity: maximum number of tokens per sequence. Default: config.context_tokens.
         device: of the model.
     Attributes:
         keys, values: (L, B, prefix + capacity, G, K), in the dtype of the first keys. None until

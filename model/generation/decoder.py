@@ -27,7 +27,7 @@ class Decoder:
         model: a GPT. Its weights must not change while the decoder is in use.
         batch_size: number of sequences.
         sampling: how tokens are chosen. Its seed, stops and number of tokens are not used here.
-        capacity: largest number of tokens per sequence. Default: context_tokens of the model.
+        capacity: maximum number of tokens per sequence. Default: context_tokens of the model.
         use_graph: whether to capture a CUDA graph. None: on CUDA without autocast.
     Attributes:
         tokens: (B, 1) int64, the last token of each sequence, which the next step reads.

@@ -75,7 +75,7 @@ def generate(
         model: a GPT.
         prompts: (B, T) int64, or a list of 1-D tensors or of lists of ids. Each prompt has at least
             one token and at most context_tokens.
-        max_new_tokens: largest number of tokens to add to each sequence.
+        max_new_tokens: maximum number of tokens to add to each sequence.
         sampling: the options. Default: made from max_new_tokens and `options`.
         seeds: a seed per sequence. Default: sampling.seed + i for sequence i.
         tokenizer: has `decode_bytes(ids) -> bytes`. Needed for stop texts.

@@ -41,7 +41,7 @@ class Sampling:
     """
 
     max_new_tokens: int = 200
-    """Largest number of tokens to add to each sequence."""
+    """Maximum number of tokens to add to each sequence."""
     temperature: float = 1.0
     """Divides the logits. 0: always choose the most likely token."""
     top_k: int | None = None

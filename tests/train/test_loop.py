@@ -83,7 +83,7 @@ def test_resuming_a_finished_run_evaluates_it(tiny, tritium, tmp_path):
     status, out, err = tritium("train", "--resume", tmp_path / "run")
     assert status == 0
     assert "validation loss" in out
-    assert "all 20 steps were done before; to train on, give --change steps=N" in err
+    assert "all 20 steps were already done; to train longer, give --change steps=N" in err
     assert before == {path: path.read_bytes() for path in before}
     assert sorted(lines) == sorted((run / "metrics.jsonl").read_bytes().splitlines())
     assert not (tmp_path / "run" / ".lock").exists()

@@ -27,7 +27,7 @@ tritium data verify DATASET           check checksums, vocabulary and counts of 
 tritium data export DATASET OUT_DIR   write token shards for llm.c and modded-nanogpt
 
 
-filters, with their usual thresholds:
+filters, with their default thresholds:
 
 
 {describe_filters()}"""
@@ -42,7 +42,7 @@ class DataOptions:
     inputs: tyro.conf.Positional[
         Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT [INPUT ...]")]
     ]
-    """Files and folders of txt, md, py, jsonl, jsonl.gz, json, csv, tsv, parquet; stdlib: Python's standard library; python: also its installed packages."""  # noqa: E501 - --help keeps line breaks
+    """Files and folders of txt, md, py, jsonl, jsonl.gz, json, csv, tsv, parquet; stdlib: Python's standard library; python: stdlib and the installed packages; or a corpus such as tinystories."""  # noqa: E501 - --help keeps line breaks
     tokenizer: str = DEFAULT_TOKENIZER
     """bytes, chars, gpt2, FILE.tiktoken, FILE.json, FOLDER of a published model, or bpe:SIZE."""
     held_out: float = TrainConfig.held_out
@@ -50,11 +50,11 @@ class DataOptions:
     text_field: str = "text"
     """Key of json objects, or column of csv, tsv and parquet files, that holds the text."""
     filter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME[=THRESHOLD] ...")] = ()
-    """Drop documents by length, repetition, symbols or language; see below. None: keep all."""
+    """Drop documents by length, repetition, symbols or language; see above. Default: keep all."""
     near_duplicates: float = 0.0
-    """Drop documents with this similarity to an earlier one; 0.4 is usual. 0: keep them."""
+    """Drop documents with this similarity or more to an earlier one, such as 0.4. 0: keep them."""
     weights: tuple[float, ...] = ()
-    """Proportion of the characters of each INPUT, one number each. None: as they come."""
+    """Relative number of characters, one number per INPUT. Default: keep everything."""
     threads: int | None = None
     """Number of threads. None: one per core. The result does not depend on it."""
 

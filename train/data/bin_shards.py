@@ -102,7 +102,7 @@ def build_from_bins(
         paths: the files.
         spec: the tokenizer that wrote them.
         held_out: fraction of the tokens for the validation split, if no file is named for it.
-        shard_tokens: largest number of tokens per shard.
+        shard_tokens: maximum number of tokens per shard.
     Raises: InputError for damaged files, or tokens outside the vocabulary.
     """
     if needs_corpus(spec):
@@ -202,7 +202,7 @@ def export_bins(
 
     Args:
         out_dir: a folder that does not exist or is empty. NAME is its name.
-        shard_tokens: largest number of tokens per file.
+        shard_tokens: maximum number of tokens per file.
     Returns: the number of tokens of each split.
     """
     check_unused(out_dir)

@@ -61,7 +61,7 @@ def build(
             (bin_shards.py).
         tokenizer: spec (see tokenizers/tokenizer.py).
         held_out: fraction of the documents for the validation split, in (0, 1).
-        shard_tokens: largest number of tokens per shard.
+        shard_tokens: maximum number of tokens per shard.
         text_field: key or column that holds the text (see documents/corpus.py).
         selection: filters, near duplicates and weights of the inputs.
         threads: number of threads. None: one per core. The result does not depend on it.

@@ -285,7 +285,7 @@ def evaluation_batches(
         stream: the tokens.
         context_tokens: T. The stream may be shorter.
         batch_size: rows per rank.
-        max_tokens: largest number of targets. The windows are then spread evenly over the stream
+        max_tokens: maximum number of targets. The windows are then spread evenly over the stream
             and are always the same. At least one window is read. None: all windows.
         rank, world_size: which windows are this rank's.
         separator: see Batch.

@@ -43,7 +43,7 @@ class TritiumLM(TemplateLM):
             is no GPU, mean auto.
         batch_size: sequences per forward. auto: 16.
         max_batch_size: not used. lm_eval passes it.
-        max_gen_toks: largest number of new tokens, unless a task has its own.
+        max_gen_toks: maximum number of new tokens, unless a task has its own.
     """
 
     def __init__(
@@ -179,6 +179,6 @@ def _check_options(options: dict[str, Any]) -> None:
     # transformers counts max_length with the padding, so results would depend on the batch.
     if "max_length" in options:
         raise InputError(
-            "generation_kwargs: expected max_gen_toks, the largest number of new tokens, got "
+            "generation_kwargs: expected max_gen_toks, the maximum number of new tokens, got "
             f"max_length={options['max_length']}"
         )

@@ -66,7 +66,7 @@ def score(
         model: in evaluation mode.
         pairs: context and continuation, each 1 token or more. A continuation has at most as many
             tokens as the context of the model.
-        batch_size: largest number of sequences per forward.
+        batch_size: maximum number of sequences per forward.
         report: called with the number of pairs that are done since the last call.
     Returns: a score per pair.
     """

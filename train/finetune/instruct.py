@@ -192,7 +192,7 @@ class InstructData(TaskData):
 
         Args:
             prompts: ids, as `question` returns them.
-            most: largest number of tokens of an answer. Answers also end at the end of the context.
+            most: maximum number of tokens of an answer. Answers also end at the end of the context.
         Returns: None for a prompt that fills the context.
         """
         context = model.config.context_tokens

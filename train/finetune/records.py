@@ -172,7 +172,7 @@ def fit_epochs(config: TrainConfig, rows: int) -> TrainConfig:
 
 
 def row_tokens(config: TrainConfig) -> int:
-    """Return the largest number of tokens per row."""
+    """Return the maximum number of tokens per row."""
     context = config.model.context_tokens
     found = config.task_options.row_tokens or context
     if found > context:

@@ -27,7 +27,7 @@ class BleuOptions(EvaluationOptions):
     file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
     """A jsonl file."""
     max_new_tokens: int = 128
-    """Largest number of tokens to write per prompt."""
+    """Maximum number of tokens to write per prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text that ends an answer. Can be given several times. None given: the end of a line."""
     tokenize: str = "13a"

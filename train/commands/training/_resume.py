@@ -82,7 +82,7 @@ def resume_run(argv: Sequence[str]) -> int:
         has_trained = finished is None or _finished_at(run, recorded.steps) != finished
         if world.is_rank0 and not has_trained and "steps" not in changes:
             print(
-                f"{run}: all {recorded.steps} steps were done before; to train on, give "
+                f"{run}: all {recorded.steps} steps were already done; to train longer, give "
                 f"--change steps=N with N above {recorded.steps}",
                 file=sys.stderr,
             )

@@ -53,21 +53,21 @@ def _languages(batch: TextBatch) -> np.ndarray:
 
 FILTERS: dict[str, Filter] = {
     "length": Filter(
-        help="characters, at least",
+        help="minimum number of characters",
         values=lambda batch: batch.characters,
         drops=operator.lt,
         usual=200,
         highest=1e12,
     ),
     "repetition": Filter(
-        help=f"fraction of runs of {_RUN_WORDS} words that occurred before, at most",
+        help=f"maximum fraction of {_RUN_WORDS}-word sequences that repeat earlier ones",
         values=lambda batch: batch.repeated_shares(_RUN_WORDS),
         drops=operator.gt,
         usual=0.3,
         highest=1,
     ),
     "symbols": Filter(
-        help="fraction of characters that are ASCII symbols, at most",
+        help="maximum fraction of characters that are ASCII symbols",
         values=TextBatch.symbol_shares,
         drops=operator.gt,
         usual=0.3,
@@ -75,7 +75,7 @@ FILTERS: dict[str, Filter] = {
     ),
     # It labels source code as many different languages, so it is never on by default.
     "language": Filter(
-        help="code of the language; it misjudges code",
+        help="code of the language to keep; unreliable for source code",
         values=_languages,
         drops=operator.ne,
         usual="en",

@@ -38,7 +38,7 @@ _CHANCE = 1 / 256
 
 
 def rows_per_band(similarity: float) -> int:
-    """Return the largest number of rows with which pairs at the threshold are still found."""
+    """Return the maximum number of rows with which pairs at the threshold are still found."""
     rows = 1
     for more in range(2, _MOST_ROWS + 1):
         if 1 - (1 - similarity**more) ** (_HASHES // more) >= _RECALL:
