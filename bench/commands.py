@@ -29,7 +29,7 @@ HELP = """usage: tritium bench COMMAND [options]
   kernels [OP ...]     compare operators with eager PyTorch, torch.compile, SDPA and libraries
   codegen [OP ...]     compile every kernel and read its machine code; no GPU is needed
   train [RECIPE]       compare training speed with a plain PyTorch GPT
-  overhead [RECIPE]    measure what checkpoints and the judgement of bad steps cost, on a CPU
+  overhead [RECIPE]    measure what checkpoints and the check for bad steps cost, on a CPU
   sweep ROWS.json      train variations of a recipe, each for the same processor time
   host [OP ...]        measure the host's time per call of each operator, on a CPU
   tune OP              compare launch sizes of an operator on a GPU

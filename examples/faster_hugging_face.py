@@ -1,8 +1,8 @@
-"""A GPT-2 of Hugging Face with the kernels of tritium: the same loss, gradients and text.
+"""A Hugging Face GPT-2 with the kernels of tritium: the same loss, gradients and text.
 
     python examples/faster_hugging_face.py [FOLDER]
 
-FOLDER is a GPT-2 or Llama that transformers opens. Without it the model is a small GPT-2 with
+FOLDER is a GPT-2 or Llama in the Hugging Face format. By default the model is a small GPT-2 with
 random weights. `patch` replaces attention, norms, MLPs and the loss; `unpatch` undoes it. The
 program prints the time of a training step with and without the patch. Expect a gain on a GPU only:
 on a CPU the operators run their definitions in PyTorch. The output on one core of an AMD EPYC that

@@ -118,7 +118,7 @@ def _uses_cuda_graph(
     """Return whether the steps are recorded as CUDA graphs."""
     task = TASKS[config.task]
     obstacles = {
-        "the device is no GPU of NVIDIA": device.type != "cuda" or torch.version.cuda is None,
+        "the device is not an NVIDIA GPU": device.type != "cuda" or torch.version.cuda is None,
         "the number of documents varies with document_mask": config.document_mask,
         f"the number of packed records varies in the task {config.task}": task.has_documents,
         "fsdp communicates in each micro-batch": not engine.can_use_cuda_graph,

@@ -48,7 +48,7 @@ _FINEWEB_EDU = replace(
 
 
 RECIPES: dict[str, TrainConfig] = {
-    # For a CPU, in minutes. docs/lab-log.md says what led to the values.
+    # For a CPU, in minutes. docs/lab-log.md has the experiments behind the values.
     "laptop": TrainConfig(
         tokenizer="bpe:4096",
         # A small model that reads most of the text is better than a larger one that reads less:

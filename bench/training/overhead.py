@@ -1,4 +1,4 @@
-"""tritium bench overhead: what checkpoints and the judgement of bad steps cost a run.
+"""tritium bench overhead: what checkpoints and the check for bad steps cost a run.
 
     checkpoint    Rounds of steps with and without a checkpoint in the background, in turn. A round
                   ends when the checkpoint is written. The cost is the median difference of two
@@ -41,7 +41,7 @@ from .training import random_batch
 
 # Drawn before the clock starts, and used in turn.
 _BATCHES = 8
-HELP = f"""Measure the cost of checkpoints and of the judgement of bad steps, on a CPU.
+HELP = f"""Measure the cost of checkpoints and of the check for bad steps, on a CPU.
 
 
 tritium bench overhead [RECIPE] [--key value ...]      recipes: {", ".join(RECIPES)}"""

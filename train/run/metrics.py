@@ -80,7 +80,7 @@ class Metrics:
         device: the device of this rank.
         compiles: whether the first step compiles. Its time counts as compilation.
         world: all ranks. Each has its own Metrics.
-        log_interval: steps between lines with the loss, if the output is no terminal. 0: none.
+        log_interval: steps between lines with the loss, if the output is not a terminal. 0: none.
         trackers: receive the lines of training and of evaluations too.
     Attributes:
         evaluated: steps with an evaluation.

@@ -244,7 +244,7 @@ def test_a_skipped_step_changes_nothing_in_a_graph(stand_in):
 @pytest.mark.parametrize(
     ("options", "engine", "device", "message"),
     [
-        ({}, "single", "cpu", "the device is no GPU of NVIDIA"),
+        ({}, "single", "cpu", "the device is not an NVIDIA GPU"),
         ({"document_mask": True}, "single", "cuda", "the number of documents varies"),
         ({}, "fsdp", "cuda", "fsdp communicates in each micro-batch"),
     ],
