@@ -23,12 +23,19 @@ HEADER = """\
 
 Written by `{command}` on {date}, from commit {commit}, on {machine}.
 
-Each row is a test: `passed` and `failed` count its cases, and `-` means that the test does not
-measure the figure. `recovered bitwise` counts the faults after which a run ended with exactly the
-weights of a run without the fault; `seconds to stop` is the time from a signal to the end of the
-process, including its checkpoint. A test of kills or of saves fails if a named checkpoint is
-damaged, if a file is left over, or if the run does not start again. A fuzz test tries 50 and 1,000
-contents of a file, or 20 and 300 command lines.
+These tests kill and stop runs, fill disks and damage files. They check that a run then continues
+with the same result, or ends with one line that says why. Each row is a test.
+
+| column | meaning |
+| --- | --- |
+| passed, failed | cases; one of a fuzz test tries 50 or 1,000 files, or 20 or 300 commands |
+| recovered bitwise | faults after which the run ended with the weights of a run without it |
+| steps lost at most | steps that the resumed run had to compute again |
+| seconds to stop at most | from a signal to the end of the process, including its checkpoint |
+| - | the test does not measure this |
+
+A test of kills or saves fails if a named checkpoint is damaged, if a file is left over, or if the
+run does not start again.
 
 All tests run processes on a CPU. They do not cover CUDA, several machines or a power cut.
 
