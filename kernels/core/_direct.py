@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -20,11 +21,18 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _trace = torch._C._get_tracing_state
 _is_key_active = torch._C._dispatch_tls_is_dispatch_key_included
 _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
+_mode = torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active, such as grad or vmap."""
     return _transform() is not None
+
+
+def is_symbolic(x: Tensor) -> bool:
+    """Whether `x` stands for any values: a fake tensor, or one in make_fx or torch.jit.trace."""
+    return isinstance(x, FakeTensor) or _trace() is not None or _mode(_PROXY) is not None
 
 
 def device_of(args: Sequence) -> str | None:

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -38,6 +37,7 @@ from ._direct import (
     WithoutGradient,
     device_of,
     eager_function,
+    is_symbolic,
     is_transformed,
     needs_gradient,
     transformed_function,
@@ -295,16 +295,16 @@ def runs_reference(x: Tensor) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether a call with `x` computes values: not torch.compile, and not a fake tensor."""
-    return not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    """Whether a call with `x` only computes values: no torch.compile, trace or fake tensor."""
+    return not torch.compiler.is_compiling() and not is_symbolic(x)
 
 
 def can_read_values(x: Tensor) -> bool:
     """Whether the values of `x` can be read, without synchronizing with a device.
 
-    Inside torch.func.vmap a tensor stands for a batch, and its values cannot be read.
+    Inside torch.func.vmap a tensor stands for a batch, in a trace for any values.
     """
-    return x.device.type == "cpu" and not is_transformed()
+    return x.device.type == "cpu" and not is_transformed() and not is_symbolic(x)
 
 
 def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

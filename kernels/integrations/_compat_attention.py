@@ -213,7 +213,8 @@ def flash_attn_varlen_func(
         q: (N, H, K), documents packed end to end.
         k, v: (N, G, K).
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, the same lengths. On a GPU they must
-            be the same tensor: comparing their values would wait for the device.
+            be the same tensor: comparing their values would wait for the device. The same holds in
+            a traced or compiled graph.
         block_table: must be None.
         causal: must be True, except for window_size[1] = 0.
         other arguments: as for flash_attn_func.
@@ -227,7 +228,7 @@ def flash_attn_varlen_func(
     if not _are_equal(cu_seqlens_q, cu_seqlens_k):
         raise ValueError(
             f"{name}: cu_seqlens_k must equal cu_seqlens_q, because each query needs a key of its "
-            "own; on a GPU pass the same tensor for both"
+            "own; pass the same tensor for both on a GPU and in a traced or compiled graph"
         )
     o, lse = causal_attention_varlen(
         q,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.compare import assert_close, assert_equal
@@ -90,6 +91,14 @@ def test_operators_export(name, device):
     if isinstance(got, torch.Tensor):
         got, expected = [got], [expected]
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traced_graphs_match(name, device):
+    function, make = CASES[name]
+    values, others = make(5, device)
+    traced = make_fx(lambda *args: function(*args))(*values, *others)
+    torch.testing.assert_close(traced(*values, *others), function(*values, *others))
 
 
 # --- direct calls, which skip PyTorch's dispatcher

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.kernels.attention.cases import definition, make_inputs, meta, needs_kernels, sdpa
 from tests.kernels.compare import opcheck, slow_to_interpret
@@ -278,3 +279,17 @@ def test_vmap_matches_a_loop(lengths_axis, device):
     for i in range(3):
         given = batch[3] if lengths_axis is None else batch[3][i]
         torch.testing.assert_close(got[i], attention_decode(*(x[i] for x in batch[:3]), given))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "trace",
+    [lambda f, arguments: make_fx(lambda *x: f(*x))(*arguments), torch.jit.trace],
+    ids=["make_fx", "jit"],
+)
+def test_a_traced_graph_reads_the_lengths_that_it_gets(trace, device):
+    *tensors, lengths = make_caches(2, 1, 9, 2, 1, 16, torch.float32, device)
+    tensors = [x.nan_to_num() for x in tensors]
+    traced = trace(attention_decode, (*tensors, lengths))
+    for given in (lengths, torch.tensor([2, 7], dtype=torch.int32, device=device)):
+        torch.testing.assert_close(traced(*tensors, given), attention_decode(*tensors, given))

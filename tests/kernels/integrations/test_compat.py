@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.attention.cases import needs_kernels
 from tests.kernels.compare import assert_close
@@ -395,6 +396,15 @@ def test_options_that_are_not_supported_raise(name, args, options, message):
 
 
 @pytest.mark.plain
+def test_appending_to_fake_caches_reads_no_values():
+    with FakeTensorMode() as mode:
+        cache, new, lengths = (
+            mode.from_tensor(x) for x in (torch.ones(2, 9, 1, 4), torch.ones(2, 1, 1, 4), LENGTHS)
+        )
+        o = compat.flash_attn_with_kvcache(new, cache, cache, new, new, cache_seqlens=lengths)
+    assert o.shape == new.shape
+
+
 def test_a_failed_append_leaves_the_caches_as_they_were():
     k_cache, v_cache = torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="v_cache must be"):
