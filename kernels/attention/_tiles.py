@@ -5,15 +5,15 @@ Base 2     GPUs have an instruction for exp2 but none for exp. exp(scale q k^T) 
 Loads      a `source` is a TMA descriptor if the launcher could make one, otherwise a pointer. With
            a descriptor one instruction loads a whole tile. `_load_rows` and `_load_statistics`
            accept both.
-Maximum    the running maximum starts at LOWEST, a finite number. For a query that has seen no key
-           yet, exp2(-inf - LOWEST) = 0, whereas exp2(-inf - (-inf)) would be NaN.
+Maximum    the running maximum starts at LOWEST, the lowest finite float32. For a query that has
+           seen no key yet, exp2(-inf - LOWEST) = 0, whereas exp2(-inf - (-inf)) would be NaN.
 """
 
 from ..core.dropout import kept_tile
 from ..core.tile import LOG2E, tanh
 from ..core.triton import tl, triton
 
-LOWEST = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 # --- which tile a program owns

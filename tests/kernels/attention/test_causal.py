@@ -213,6 +213,14 @@ def test_scores_of_ten_thousand_give_finite_results(dtype, device):
         assert all(value.isfinite().all() for value in got)
 
 
+@pytest.mark.parametrize("T", [5, 140])
+def test_equal_scores_near_the_lowest_float32_average_the_values(T, device):
+    v = make_inputs(1, T, T, 2, 2, 16, torch.float32, device)[2]
+    q = torch.full_like(v, 1e18)
+    count = torch.arange(1, T + 1, device=device)[:, None, None]
+    torch.testing.assert_close(causal_attention(q, -q, v, scale=3.0), v.cumsum(1) / count)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_query_that_sees_one_key_returns_its_value_exactly(dtype, device):
     q, k, v, *_ = make_inputs(1, 140, 140, 2, 2, 16, dtype, device)

@@ -75,6 +75,13 @@ def test_new_tokens_match_the_last_rows_of_full_attention(shape, options, dtype,
         assert_accurate("o", got[b : b + 1], truth, theirs, length=length)
 
 
+def test_equal_scores_near_the_lowest_float32_average_the_values(device):
+    v = torch.randn(1, 20, 2, 16, device=device)
+    q = torch.full_like(v, 1e18)
+    o = attention_decode(q[:, :1], -q, v, torch.tensor([19], device=device), scale=3.0)
+    torch.testing.assert_close(o, v[:, :19].mean(1, keepdim=True))
+
+
 # --- 3. lengths and layouts
 
 
