@@ -22,7 +22,7 @@ _trace = torch._C._get_tracing_state
 _is_key_active = torch._C._dispatch_tls_is_dispatch_key_included
 _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 _mode = torch._C._get_dispatch_mode
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 
 
 def is_transformed() -> bool:
@@ -32,7 +32,9 @@ def is_transformed() -> bool:
 
 def is_symbolic(x: Tensor) -> bool:
     """Whether `x` stands for any values: a fake tensor, or one in make_fx or torch.jit.trace."""
-    return isinstance(x, FakeTensor) or _trace() is not None or _mode(_PROXY) is not None
+    if isinstance(x, FakeTensor) or _trace() is not None:
+        return True
+    return _dispatch_modes() > 0 and any(_mode(key) is not None for key in _TRACING_MODES)
 
 
 def device_of(args: Sequence) -> str | None:
