@@ -154,7 +154,9 @@ def signature(member, name: str) -> str:
     if inspect.isclass(member) and (is_dataclass(member) or issubclass(member, Exception)):
         return f"class {name}"
     found = inspect.signature(function_of(member))
-    parameters = [each for each in found.parameters.values() if each.name not in ("self", "cls")]
+    parameters = list(found.parameters.values())
+    if "." in name:  # a method: without its object
+        parameters = parameters[1:]
     words = []
     for each in parameters:
         star = "*" if each.kind is each.KEYWORD_ONLY else ""

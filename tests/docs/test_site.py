@@ -79,3 +79,4 @@ def test_docstrings_become_markdown(api):
     text = "".join(api.values())
     assert not re.search(r"^(Args|Returns|Raises):", text, re.MULTILINE)
     assert "Run.model: GPT" in api["tritium.md"]
+    assert "GPT.generate(\n    prompts: " in api["model.md"]
