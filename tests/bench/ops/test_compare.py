@@ -3,10 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tritium.bench.ops import OPERATORS, compare
 from tritium.bench.ops.case import Implementation
 from tritium.bench.ops.compare import main
+from tritium.bench.ops.plot import plot_operator
 from tritium.bench.record import read_record
 from tritium.errors import InputError
 from tritium.kernels import layer_norm
@@ -63,6 +65,33 @@ def test_a_slow_implementation_takes_longer_and_a_wrong_one_is_not_timed(plant, 
         assert row["rate"] == pytest.approx(nbytes / row["seconds"]["median"])
         assert row["share"] == pytest.approx(row["rate"] / record["ceilings"]["bytes_per_second"])
     assert (tmp_path / "out" / "layer_norm.png").stat().st_size > 10_000
+
+
+def test_matmuls_are_compared_with_the_limit_of_flops():
+    limits = {"bytes_per_second": 1e9, "flops_per_second": 4e9}
+    entry = compare.measure(
+        OPERATORS["linear"], (8, 16, 32), torch.float32, CPU, limits, 1, without=("torch.compile",)
+    )
+    flops = {"forward": 2 * 8 * 16 * 32, "backward": 4 * 8 * 16 * 32, "both": 6 * 8 * 16 * 32}
+    for row in entry["rows"]:
+        rate = flops[row["direction"]] / row["seconds"]["median"]
+        assert row["share"] == pytest.approx(rate / 4e9)
+
+
+def test_rates_and_the_ceiling_are_drawn_in_one_unit(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"implementation": "tritium", "direction": "forward"}
+    entries = [
+        {"operator": "linear", "label": "N=8", "bound": "flops", "rows": [row | {"rate": rate}]}
+        for rate in (2e12, 3e12)
+    ]
+    plot_operator(entries, {"bytes_per_second": 1e9, "flops_per_second": 4e12}, tmp_path)
+    (axes,) = drawn[0].axes
+    rates, ceiling = axes.lines
+    assert list(rates.get_ydata()) == [2, 3]
+    assert list(ceiling.get_ydata()) == [4, 4]
+    assert axes.get_ylabel() == "TFLOP/s"
 
 
 def test_a_failure_at_the_full_shape_is_named_and_the_others_are_timed(plant, tmp_path):

@@ -53,6 +53,14 @@ def _numbers(arguments):
     return {name: value for name, value in arguments.items() if isinstance(value, int | float)}
 
 
+def test_chunks_have_the_rows_in_their_name_at_every_size():
+    chunks = [v for v in VARIANTS["linear_cross_entropy"] if v.name.startswith("chunks")]
+    assert chunks
+    for variant in chunks:
+        for N in (1024, 65_536):
+            assert variant.name == f"chunks of {variant.value(N, 50_304, 768, 132)} rows"
+
+
 def test_a_variant_is_active_only_during_its_call():
     shipped = attention_launch.L2_BYTES
     variant = Variant(name="tiny", target="attention.launch.L2_BYTES", value=1)
