@@ -312,6 +312,17 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
                 ),
             )
         ),
+        (
+            "flash_attn_with_kvcache",
+            [Q, Q, Q, ONE_QUERY, ONE_QUERY],
+            {
+                "causal": True,
+                "cache_seqlens": 1,
+                "rotary_cos": Q[0, :, 0],
+                "rotary_sin": Q[0, :, 0],
+            },
+            "from 0 to 0, so that 3 new tokens fit into rotary_cos's 3 positions",
+        ),
         *(
             (name, [], options, message)
             for name in ("LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss")

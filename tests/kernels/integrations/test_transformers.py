@@ -535,6 +535,11 @@ def with_attribute(model: nn.Module, path: str, name: str, value: object) -> nn.
     return model
 
 
+def with_buffer(model: nn.Module, path: str, name: str, value: torch.Tensor) -> nn.Module:
+    model.get_submodule(path).register_buffer(name, value)
+    return model
+
+
 class OwnGPT2(transformers.GPT2LMHeadModel):
     pass
 
@@ -589,6 +594,10 @@ UNSUPPORTED = {
     ),
     "attribute": (
         lambda: with_attribute(build("llama"), "model.layers.1.self_attn", "sinks", 1),
+        "LlamaAttention 'model.layers.1.self_attn': unknown attribute 'sinks'",
+    ),
+    "buffer": (
+        lambda: with_buffer(build("llama"), "model.layers.1.self_attn", "sinks", torch.ones(4)),
         "LlamaAttention 'model.layers.1.self_attn': unknown attribute 'sinks'",
     ),
     "axes of a norm": (
@@ -680,6 +689,12 @@ FORWARDS = {
 def test_an_unsupported_forward_raises(options, message, tokens):
     with pytest.raises(NotImplementedError, match=message):
         patch(build("gpt2"))(tokens, **options)
+
+
+def test_attention_weights_that_the_configuration_asks_for_raise(tokens):
+    model = patch(build("gpt2", output_attentions=True))
+    with pytest.raises(NotImplementedError, match="output_attentions=True is not supported"):
+        model(tokens)
 
 
 @pytest.mark.parametrize(
