@@ -133,7 +133,9 @@ def _open(file: Path):
 
 def _fields(family: str, meta: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     scaling = meta.get(f"{family}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
+    if "rope_freqs.weight" in tensors:  # llama.cpp writes the factors of Llama 3 as a tensor
+        scaling = "rope_freqs.weight"
+    if scaling != "none":
         raise InputError(
             f"rope.scaling.type: expected none, got {scaling!r}; tritium does not scale RoPE"
         )

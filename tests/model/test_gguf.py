@@ -12,8 +12,13 @@ pytestmark = pytest.mark.plain
 gguf = pytest.importorskip("gguf")
 
 
-def write_gguf(file, kind, other, dtype=np.float32, quantize=None, has_kv_heads=True, **metadata):
-    """Write a model of transformers as llama.cpp does, which permutes the rows of q and k."""
+def write_gguf(
+    file, kind, other, dtype=np.float32, quantize=None, has_kv_heads=True, more=None, **metadata
+):
+    """Write a model of transformers as llama.cpp does, which permutes the rows of q and k.
+
+    Args: more: further tensors by name.
+    """
     config = other.config
     writer = gguf.GGUFWriter(file, kind)
     writer.add_block_count(config.num_hidden_layers)
@@ -50,6 +55,8 @@ def write_gguf(file, kind, other, dtype=np.float32, quantize=None, has_kv_heads=
             writer.add_tensor(theirs, data, raw_dtype=quantize)
         else:
             writer.add_tensor(theirs, value.astype(dtype if value.ndim == 2 else np.float32))
+    for name, value in (more or {}).items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -102,6 +109,12 @@ def test_files_that_do_not_fit_are_one_line(tmp_path):
     file = tmp_path / "model.gguf"
     write_gguf(file, "llama", published("llama"), **{"llama.rope.scaling.type": "yarn"})
     with pytest.raises(InputError, match=r"rope\.scaling\.type: expected none, got 'yarn'"):
+        GPT.from_pretrained(file)
+    write_gguf(file, "llama", published("llama"), more={"rope_freqs.weight": np.ones(4, "f4")})
+    with pytest.raises(InputError, match=r"expected none, got 'rope_freqs\.weight'"):
+        GPT.from_pretrained(file)
+    write_gguf(file, "llama", published("llama"), more={"output.weight": np.ones((77, 48))})
+    with pytest.raises(InputError, match=r"output\.weight: expected float .* got F64"):
         GPT.from_pretrained(file)
     write_gguf(file, "llama", published("llama"))
     content = file.read_bytes()
