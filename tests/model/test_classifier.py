@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.held import Held
 from tests.model.models import LLAMA, SMALL, random_model
 from tritium.errors import InputError
 from tritium.model import GPT, GPTClassifier
@@ -106,6 +107,23 @@ def test_weights_of_a_gpt_are_kept():
     found = model.state_dict()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_classifier_has_the_mode_of_its_gpt(is_training):
+    gpt = random_model(SMALL).train(is_training)
+    assert GPTClassifier.from_gpt(gpt, LABELS).training == is_training
+
+
+def test_activation_checkpointing_keeps_fewer_bytes():
+    tokens, last = batch()
+    kept = {}
+    for mode in ("none", "block"):
+        model = GPTClassifier(SMALL, LABELS, recompute=mode)
+        with Held(tokens, *model.parameters()) as held:
+            model(tokens, places(last, 12), torch.tensor([0, 2, 1, 2]))
+        kept[mode] = held.most
+    assert kept["block"] < 0.8 * kept["none"]
 
 
 # --- folders of transformers

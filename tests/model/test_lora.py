@@ -162,6 +162,7 @@ def test_a_target_can_name_one_layer():
         (SMALL, ("q_proj",), "unknown layer 'q_proj'; did you mean 'c_attn'?"),
         (SMALL, ("o_proj",), "unknown layer 'o_proj'; did you mean 'attn.c_proj'?"),
         (SMALL, ("wte",), "unknown layer 'wte'"),
+        (SMALL, ("proj",), "unknown layer 'proj'"),
         (LLAMA, ("q_proj", "v_proj"), "expected all of q_proj, k_proj, v_proj"),
     ],
 )
@@ -224,6 +225,13 @@ def test_a_saved_adapter_is_merged_into_its_base(name, tmp_path):
     torch.testing.assert_close(base(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-5)
 
 
+def test_the_files_of_an_adapter_have_its_dropout(tmp_path):
+    model = adapted(options=replace(OPTIONS, lora_dropout=0.25)).float()
+    save_adapter(model, tmp_path / "adapter", base="base")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["lora_dropout"] == 0.25
+
+
 def test_an_adapter_of_another_model_raises(tmp_path):
     model = adapted().float()
     save_adapter(model, tmp_path / "adapter", base="base")
@@ -258,9 +266,11 @@ def test_damaged_and_unsupported_adapters_raise(tmp_path):
     file.write_text(json.dumps(fields))
     tensors = load_file(folder / "adapter_model.safetensors")
     empty = {key: value[:0] if "lora_A" in key else value[:, :0] for key, value in tensors.items()}
-    save_file(empty, folder / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="expected lora_A"):
-        merge_adapter(model, folder)
+    short = {key: value[:-1] if "lora_B" in key else value for key, value in tensors.items()}
+    for changed in (empty, short):
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(InputError, match="expected lora_A"):
+            merge_adapter(model, folder)
     file.write_text("{")
     with pytest.raises(InputError, match="expected the configuration of an adapter"):
         merge_adapter(model, folder)

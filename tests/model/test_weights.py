@@ -273,6 +273,8 @@ def test_configurations_that_do_not_fit_are_one_line(fields, message, folder):
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
             "got 'linear'",
         ),
+        # the name before transformers 4.43
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
         ({"rope_parameters": "x"}, "expected the configuration of a model"),
         ({"tie_word_embeddings": None}, r"expected a tensor lm_head\.weight, found none"),
         ({"num_attention_heads": 0}, "expected the configuration of a model"),
@@ -318,6 +320,16 @@ def test_tensors_that_do_not_fit_are_one_line(changes, message, folder):
     save_file(load_file(weights) | changes, weights)
     with pytest.raises(InputError, match=message):
         GPT.from_pretrained(folder)
+
+
+def test_parts_of_one_weight_with_other_widths_are_one_line(tmp_path):
+    published("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    name = "model.layers.0.self_attn.k_proj.weight"
+    narrow = load_file(weights)[name][:, 1:].contiguous()
+    save_file(load_file(weights) | {name: narrow}, weights)
+    with pytest.raises(InputError, match=r"expected h\.0\.attn\.c_attn\.weight of shape .* and "):
+        GPT.from_pretrained(tmp_path)
 
 
 def save(content: bytes, path: Path) -> Path:

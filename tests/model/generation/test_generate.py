@@ -237,3 +237,5 @@ def test_decoder_for_another_batch_raises(model):
     decoder = Decoder(model, 2, Sampling(top_k=3))
     with pytest.raises(ValueError, match="expected a decoder for 1 sequences"):
         model.generate([[1]], 3, top_k=3, decoder=decoder)
+    with pytest.raises(ValueError, match="expected a decoder for 1 sequences"):
+        next(stream_text(model, Letters, [1], Sampling(top_k=3), decoder=decoder))
