@@ -1,5 +1,6 @@
 """Runs with LoRA: what is trained, stored, resumed and exported."""
 
+import json
 import shutil
 
 import pytest
@@ -70,6 +71,20 @@ def test_run_export_and_adapter_are_the_same_model(words, tritium, tmp_path):
     options = ("--prompt", "the", "--seed", 1, "--max-new-tokens", 8)
     texts = {tritium("sample", path, *options)[1] for path in (run, tmp_path / "adapter")}
     assert len(texts) == 1
+
+
+def test_an_adapter_names_its_base_from_any_working_directory(
+    words, tritium, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words[words.index("--init-from") + 1] = "run"
+    assert tritium(*words, "--steps", 1)[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert tritium("export", tmp_path / "lora", tmp_path / "adapter", "--adapter")[0] == 0
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / "run")
 
 
 def test_peft_opens_the_adapter_of_a_run(words, tritium, tmp_path):

@@ -83,5 +83,7 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
         options["epochs"] = None
     default = default_config(task)
     check_types(options, TASKS[task].options)
-    config = default.with_options(init_from=str(model), data=(str(data),), **options)
+    # An exported adapter names the model, from any working directory.
+    init_from = str(Path(model).absolute())
+    config = default.with_options(init_from=init_from, data=(str(data),), **options)
     return replace(config, model=shape_for_run(open_model(Path(model)).config, config.model))

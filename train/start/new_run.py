@@ -62,4 +62,5 @@ def _start_from(config: TrainConfig, given: Collection[str]) -> TrainConfig:
                 f"{trained.config.vocab_size} tokens, got none; the model came without one"
             )
         config = replace(config, tokenizer=str(trained.tokenizer_path))
-    return replace(config, model=shape)
+    # An exported adapter names the model, from any working directory.
+    return replace(config, model=shape, init_from=str(Path(config.init_from).absolute()))

@@ -27,6 +27,11 @@ def test_the_run_has_the_shape_of_the_model_and_the_defaults_of_the_task(model):
     assert config.task_options.epochs == 3
 
 
+def test_the_path_of_the_model_is_absolute(model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    assert finetune_config("instruct", model.name, "f.json").init_from == str(model)
+
+
 def test_steps_replace_epochs(model):
     config = finetune_config("instruct", model, "f.json", steps=7)
     assert (config.steps, config.task_options.epochs) == (7, None)
