@@ -55,7 +55,13 @@ def test_a_run_samples_plots_and_is_fine_tuned(options, tmp_path):
     assert run.plot().read_bytes().startswith(b"\x89PNG")
     records = tmp_path / "records.json"
     records.write_text(json.dumps([{"instruction": "a", "output": f"b{i}"} for i in range(10)]))
-    tuned = tritium.finetune("instruct", run, records, epochs=1, out=tmp_path / "tuned")
+    steps, evaluations = [], []
+    callbacks = {"on_step": steps.append, "on_evaluation": evaluations.append}
+    tuned = tritium.finetune(
+        "instruct", run, records, epochs=1, out=tmp_path / "tuned", **callbacks
+    )
+    assert steps == [line for line in tuned.metrics() if "loss" in line]
+    assert evaluations == [line for line in tuned.metrics() if "val_loss" in line]
     assert tuned.evaluation.bits_per_byte is None
     assert (tuned.folder / "answers.jsonl").exists()
     opened = tritium.load(tmp_path / "tuned")

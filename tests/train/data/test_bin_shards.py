@@ -113,6 +113,12 @@ def test_find_bins_knows_them_by_their_magic(tmp_path, shards):
     assert find_bins(["stdlib"]) == find_bins([]) == []
 
 
+def test_hidden_files_are_no_shards(shards):
+    """A copy from macOS may have one beside each file."""
+    (shards / "._x_train_000001.bin").write_bytes(b"other")
+    assert len(find_bins([shards])) == 3
+
+
 def test_shards_with_other_things_raise_and_name_both(tmp_path, shards):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"x_train_000001\.bin and .*a\.txt, which is not one"):
@@ -129,6 +135,7 @@ def test_shards_with_other_things_raise_and_name_both(tmp_path, shards):
 def test_bad_shards_raise(tmp_path, shards):
     for tokens, change, message in (
         ([1, 2], {"count": 3}, r"expected version 1 and 1,030 bytes for 3 tokens, got .* 1,028"),
+        ([1, 2], {"count": 1}, r"1,026 bytes for 1 tokens, got version 1 and 1,028 bytes"),
         ([], {"count": -5}, "expected 0 tokens or more, got -5"),
         ([1, 2], {"version": 7}, "got version 7"),
         ([1, 257], {}, "expected tokens below 257, the size of the vocabulary, got 257"),

@@ -42,6 +42,12 @@ def test_perplexity_of_the_validation_split_is_that_of_the_run(tritium, run, tmp
     assert len(text["sha256"]) == 64
 
 
+def test_the_model_is_opened_with_the_chosen_precision(tritium, run, corpus, tmp_path):
+    words = ("--precision", "bfloat16", "--json", tmp_path / "out.json")
+    assert tritium("eval", "perplexity", run, corpus, *words)[0] == 0
+    assert json.loads((tmp_path / "out.json").read_text())["precision"] == "bfloat16"
+
+
 @torch.no_grad()
 def losses_of_transformers(model, tokens: torch.Tensor, context: int, stride: int) -> list[float]:
     """Return the loss of each token after the first, in the first window that predicts it."""

@@ -106,6 +106,11 @@ def test_plan_that_does_not_fit_suggests_activation_checkpointing(tritium):
         "nor does a single sequence; one does with --recompute selective"
         in tritium(*long)[1].splitlines()[0]
     )
+    # Also if more than one would not.
+    assert (
+        "nor does a single sequence; one does with --recompute selective"
+        in tritium(*long[:-1], 16)[1].splitlines()[0]
+    )
 
 
 def test_small_model_is_bound_by_launches(tritium):
