@@ -134,7 +134,9 @@ def in_each_precision(*case, slow=()):
         *in_each_precision(DEEP, 4, 2, slow=SLOW),
         # fullest at the end of the backward
         *in_each_precision(replace(DEEP, context_tokens=16), 1, 1),
-        # fullest in the head, in several chunks
+        # fullest in the head, in several chunks of 256 rows
+        *in_each_precision(replace(LARGE_VOCABULARY, vocab_size=1 << 14), 12, 12),
+        # fullest in the head, in one chunk
         *in_each_precision(WIDE, 8, 8, slow=SLOW_IN_BFLOAT16),
         *in_each_precision(WIDE, 8, 2, slow=SLOW),
         *in_each_precision(LARGE_VOCABULARY, 4, 4, slow=SLOW),
