@@ -56,6 +56,11 @@ def error_on_all_ranks(done: tuple[list[int], list[str], list[str]]) -> str:
         ),
         (
             2,
+            ["--sharded-checkpoints", "on", "--tensor-parallel", 2],
+            "--sharded-checkpoints: expected --parallel fsdp without --tensor-parallel with it",
+        ),
+        (
+            2,
             ["--tensor-parallel", 3],
             "--tensor-parallel: expected a divisor of the 2 ranks, got 3",
         ),

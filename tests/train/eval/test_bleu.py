@@ -78,8 +78,16 @@ def test_texts_are_split_as_the_name_says():
         open_bleu("13")
 
 
-def test_a_tokenization_without_its_package_is_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "package", "message"),
+    [
+        ("flores200", "sentencepiece", "Please .* pip install sentencepiece$"),
+        ("ja-mecab", "MeCab", "Japanese tokenization requires extra dependencies"),
+    ],
+)
+def test_a_tokenization_without_its_package_is_one_line(name, package, message, monkeypatch):
     pytest.importorskip("sacrebleu")
-    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
-    with pytest.raises(InputError, match=r"^tokenize: Please .* pip install sentencepiece$"):
-        open_bleu("flores200")
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(InputError, match=f"^tokenize: {message}") as error:
+        open_bleu(name)
+    assert "\n" not in str(error.value)

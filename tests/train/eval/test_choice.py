@@ -59,3 +59,16 @@ def test_the_space_of_a_context_is_encoded_with_each_choice():
 def test_a_choice_longer_than_the_context_raises():
     with pytest.raises(InputError, match=r"choice: expected 1 to 16 tokens.*got 17 in example 1"):
         encode_examples([Example("a", ("b", "c" * 17), 0)], BYTES, 16)
+
+
+def test_an_empty_choice_raises():
+    with pytest.raises(InputError, match=r"choice: expected 1 to 16 tokens.*got 0 in example 2"):
+        encode_examples([Example("a", ("b", "c"), 0), Example("a", ("b", ""), 0)], BYTES, 16)
+
+
+def test_the_progress_of_a_task_counts_each_choice(model):
+    examples = [Example("one", (" a", " b"), 0), Example("two", (" c", " d", " e"), 1)]
+    done = []
+    encoded = encode_examples(examples, BYTES, 16)
+    measure_choices(model, "plain", examples, encoded, batch_size=2, report=done.append)
+    assert sum(done) == 5

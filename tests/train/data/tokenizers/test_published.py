@@ -280,6 +280,13 @@ def test_a_folder_that_names_no_special_tokens_has_those_of_its_model_type(tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_special_tokens_of_the_configuration_win_over_those_of_their_own_file(tmp_path):
+    byte_level(tmp_path, template="{{ eos_token }} {{ pad_token }}")
+    others = {"eos_token": SPECIAL[0], "pad_token": SPECIAL[0]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(others))
+    assert Tokenizer.load(tmp_path).render_chat([]) == f"{SPECIAL[1]} {SPECIAL[0]}"
+
+
 def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
     byte_level(tmp_path, template=None)
     file = tmp_path / "tokenizer_config.json"
