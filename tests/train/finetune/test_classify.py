@@ -110,6 +110,9 @@ def test_lora_and_the_head_are_trained_and_the_run_classifies(tune, tritium):
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     (found,) = load(run).classify([lines[0]["text"]])  # with LoRA added to the weights
     assert found[lines[0]["prediction"]] == pytest.approx(lines[0]["probability"], abs=1e-5)
+    status, _, err = tritium("export", run, run.with_name("exported"))
+    assert status == 0, err
+    assert load(run.with_name("exported")).classify([lines[0]["text"]]) == [pytest.approx(found)]
     status, _, err = tritium("export", run, run.with_name("adapter"), "--adapter")
     assert status == 2
     assert "whose head is not part of an adapter" in err

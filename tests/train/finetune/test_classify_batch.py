@@ -5,8 +5,14 @@ import pytest
 import torch
 
 from tritium.errors import InputError
+from tritium.model import GPTClassifier, GPTConfig
 from tritium.train.data.tokenizers.tokenizer import from_spec
-from tritium.train.finetune.classify_batch import encode_labelled, encode_text, text_inputs
+from tritium.train.finetune.classify_batch import (
+    classify_texts,
+    encode_labelled,
+    encode_text,
+    text_inputs,
+)
 from tritium.train.finetune.classify_records import LabelledText
 
 pytestmark = pytest.mark.plain
@@ -42,6 +48,22 @@ def test_texts_have_labels_weights_and_at_least_one_token():
     assert part.model_inputs(CPU)["label"].tolist() == [1, 0]
     assert batch[np.array([2, 0])].label.tolist() == [0, 0]
     assert batch.without_targets().num_targets.tolist() == [0, 0, 0]
+
+
+def test_a_text_longer_than_the_context_has_the_probabilities_of_its_start():
+    config = GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=257, context_tokens=8)
+    model = GPTClassifier(config, ("x", "y")).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    found, other, start = classify_texts(model, BYTES, ["abcdefghijkl", "b", "abcdefgh"])
+    assert found == pytest.approx(start, rel=1e-5)
+    assert found != pytest.approx(other, rel=1e-2)
+
+
+def test_the_seed_of_dropout_reaches_the_model():
+    batch, _ = encode_labelled(TEXTS, "xy", BYTES, most_tokens=4, weights=[0.75, 1.5])
+    assert batch.model_inputs(CPU, dropout_seed=3)["dropout_seed"].item() == 3
+    assert "dropout_seed" not in batch.model_inputs(CPU)
 
 
 def test_a_character_without_a_token_is_named_with_its_line():

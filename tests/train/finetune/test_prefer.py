@@ -85,6 +85,13 @@ def test_a_run_starts_at_log_2_prefers_chosen_answers_and_resumes(more, words, t
     assert open_model(run).load()(torch.arange(8)[None]).isfinite().all()
 
 
+def test_answers_that_are_equally_likely_are_not_right(words, tritium, tmp_path):
+    assert tritium(*words, "--lr", 1e-30)[0] == 0
+    (*_, last) = read_metrics(tmp_path / "prefer")[1]
+    assert last["val_margin"] == last["val_accuracy"] == 0
+    assert last["val_loss"] == pytest.approx(math.log(2))
+
+
 def test_a_damaged_reference_is_one_line(words, tritium, error_of, tmp_path):
     assert tritium(*words)[0] == 0
     run = tmp_path / "prefer"
