@@ -242,6 +242,11 @@ def test_optimizer_bytes_match_the_state(optimizer):
     assert plan.memory(1)["optimizer"] == measured
 
 
+def test_the_name_of_a_gpu_may_have_capital_letters():
+    plans = [make_plan(PlanOptions(recipe="gpt2", gpu=name)) for name in ("h100", "H100")]
+    assert plans[0] == plans[1]
+
+
 def test_largest_micro_batch_is_the_last_that_fits():
     plan = make_plan(PlanOptions(recipe="gpt2-xl", gpu="h100", gpus=8))
     most = plan.largest_micro_batch()

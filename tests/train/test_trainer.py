@@ -18,6 +18,7 @@ from tritium.train.distributed.world import World
 from tritium.train.evaluate import evaluate
 from tritium.train.execution import resolve
 from tritium.train.optim import Optimizer
+from tritium.train.optimizer.bad_steps import OVERFLOWED
 from tritium.train.precision import linear_parameters, refresh, working_copy
 from tritium.train.trainer import Trainer, quiet_collector, single_trainer
 
@@ -148,6 +149,7 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_halves_the_scale(optimi
     trainer.backward(batch())
     trainer.model.get_parameter(name).grad[0, 0] = torch.inf
     assert not trainer.update(1e-3).isfinite()
+    assert trainer.optimizer.skipped == OVERFLOWED, "it is not bad"
     assert trainer.optimizer.scaler.state_dict()["scale"] == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     trainer.backward(batch())

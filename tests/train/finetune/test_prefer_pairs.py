@@ -1,5 +1,7 @@
 """Records of pairs, their tokens and their rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,4 +101,7 @@ def test_model_inputs_have_all_chosen_answers_first():
     ]
     assert inputs["reference"].tolist() == [3.0, -1.0]
     assert rows[1:].model_inputs(torch.device("cpu"))["tokens"].shape == (2, 8)
+    wide = make_rows(pairs, 24)
+    assert wide[1:].width == 8
+    assert replace(wide, has_one_width=True)[1:].width == 24
     assert rows.sha256() == make_rows(pairs, 8).sha256() != make_rows(pairs[::-1], 8).sha256()

@@ -122,6 +122,15 @@ def test_each_epoch_reads_every_row_once_and_a_step_knows_all_its_targets():
         assert read[:10] != read[10:]
 
 
+def test_tensor_ranks_read_the_same_rows():
+    rows, one = Items(np.arange(10)), resolve(config())
+    worlds = [World(rank=rank, size=2, engine="fsdp", tensor_ranks=2) for rank in range(2)]
+    loaders = [RecordLoader(rows, config(), replace(one, world=each), 8) for each in worlds]
+    for step in range(5):
+        first, second = (loader.batch(step).num_targets.tolist() for loader in loaders)
+        assert first == second
+
+
 def test_all_ranks_have_the_same_number_of_evaluation_batches():
     rows = Items(np.arange(1, 6))
     both = [list(record_batches(rows, each)) for each in executions(config(), 2)]

@@ -3,9 +3,15 @@ import torch
 
 from tests.model.models import SMALL, random_model
 from tritium.errors import InputError
-from tritium.model.generation import Sampling
+from tritium.model.generation import Decoder, Sampling
 from tritium.train.data.tokenizers.tokenizer import Tokenizer
-from tritium.train.generation.text import answer_text, encode_prompt, sample_text, stream_sample
+from tritium.train.generation.text import (
+    answer_text,
+    encode_prompt,
+    for_tokenizer,
+    sample_text,
+    stream_sample,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -51,6 +57,12 @@ def test_text_ends_at_a_stop_token(model, monkeypatch):
     monkeypatch.setattr(TOKENIZER, "stop_tokens", (40, ord(text[3]) - 48))
     expected = text[: text.index(text[3])]
     assert "".join(stream_sample(model, TOKENIZER, [1, 2], GREEDY)) == expected
+
+
+def test_a_decoder_for_another_batch_raises(model):
+    decoder = Decoder(model, 2, for_tokenizer(GREEDY, TOKENIZER))
+    with pytest.raises(ValueError, match="expected a decoder for 1 sequences"):
+        next(stream_sample(model, TOKENIZER, [1, 2], GREEDY, decoder=decoder))
 
 
 def test_sample_of_a_training_run_reads_the_end_of_a_long_prompt(model):

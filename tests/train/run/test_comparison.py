@@ -3,6 +3,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 
 from tritium.errors import InputError
 from tritium.model.config import AdapterOptions
@@ -49,6 +50,15 @@ def test_runs_are_drawn_into_one_file(run, tmp_path):
     assert file.read_text().startswith("<?xml")
     with pytest.raises(InputError, match=r"out: expected a file that ends in \.png"):
         plot_runs([run], tmp_path / "all.txt", "steps")
+
+
+def test_a_loss_is_drawn_at_the_number_of_steps_done(run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot_runs([run], tmp_path / "all.svg", "steps")
+    training, evaluations = drawn[0].axes[0].lines
+    assert list(training.get_xdata()) == [1, 2, 3]
+    assert list(evaluations.get_xdata()) == [3]
 
 
 def test_runs_with_any_names_are_drawn(run, tmp_path):

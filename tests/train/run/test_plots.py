@@ -10,11 +10,24 @@ pytestmark = pytest.mark.plain
 
 
 def test_plot_loss_writes_a_png(tmp_path):
-    lines = [{"step": step, "loss": 5 - step / 10} for step in range(20)] + [
-        {"step": 20, "val_loss": 3.2}
-    ]
+    lines = [{"step": step, "loss": 5.0, "lr": 0.1, "grad_norm": 1.0} for step in range(20)]
+    lines += [{"step": 20, "val_loss": 3.2}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_is_drawn_at_the_number_of_steps_done(tmp_path, monkeypatch):
+    lines = [{"step": step, "loss": 5.0, "lr": 0.1, "grad_norm": 1.0} for step in range(2)]
+    lines += [{"step": 2, "val_loss": 3.2}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot_loss(tmp_path)
+    assert {line.get_label(): list(line.get_xdata()) for line in drawn[0].axes[0].lines} == {
+        "training, each step": [1, 2],
+        "training, running mean": [1, 2],
+        "validation": [2],
+    }
 
 
 def test_other_evaluations_get_a_panel(tmp_path):
