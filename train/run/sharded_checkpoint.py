@@ -110,7 +110,6 @@ def load_shards(folder: Path, engine: SingleProcess, optimizer: Optimizer) -> No
         _load(folder, tensors)
     for name, state in states.items():
         optimizer.load_state(parameters[name], state)
-    engine.refresh_working()
 
 
 def read_complete(folder: Path, *, with_optimizer: bool) -> tuple[Weights, States]:
