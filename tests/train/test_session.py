@@ -1,12 +1,18 @@
 """Bad steps in runs: each run is compared with one that leaves the same steps out."""
 
+import json
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
 import safetensors.torch
 import torch
 
 from tritium.errors import plural
-from tritium.train import session
+from tritium.train import evaluate, session
 from tritium.train.run.metrics import read_metrics
+from tritium.train.run.signals import Signals
 from tritium.train.trainer import Trainer
 
 pytestmark = pytest.mark.plain
@@ -176,6 +182,65 @@ def test_no_checkpoint_has_weights_that_are_not_finite(
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
         assert all(value.isfinite().all() for value in tensors.values()), folder
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_not_recorded(
+    tiny, tritium, tmp_path, monkeypatch
+):
+    """As on several ranks, where a signal does not interrupt the work."""
+    original = evaluate.batch_loss
+    calls = []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    words = [*tiny, "--steps", 2, "--eval-tokens", 640, "--micro-batch-size", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "batch_loss", signalled)
+        patch.setattr(Signals, "interruptible", lambda self, work, **_: work())
+        assert tritium(*words)[0] == 143
+    assert len(calls) == 1
+    run = tmp_path / "run"
+    assert not read_metrics(run)[1]
+    assert tritium("train", "--resume", run)[0] == 0
+    assert tritium(*words, "--out", tmp_path / "unbroken")[0] == 0
+    losses = [read_metrics(folder)[1][-1]["val_loss"] for folder in (run, tmp_path / "unbroken")]
+    assert losses[0] == losses[1]
+
+
+def test_the_lines_of_a_checkpoint_are_on_the_disk_before_it(tiny, tritium, tmp_path, monkeypatch):
+    """After a power cut a checkpoint without its lines would be of no use."""
+    original = os.fsync
+    flushed = []
+
+    def fsync(file):
+        status = os.fstat(file)
+        flushed.append((status.st_ino, status.st_size))
+        original(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert tritium(*tiny, "--steps", 2)[0] == 0
+    run = tmp_path / "run"
+    weights = (run / "checkpoints" / "step-2" / "model.safetensors").stat()
+    before = flushed[: flushed.index((weights.st_ino, weights.st_size))]
+    file = run / "metrics.jsonl"
+    size = max(size for number, size in before if number == file.stat().st_ino)
+    lines = file.read_bytes()[:size].splitlines()
+    assert [json.loads(line)["step"] for line in lines if b"lr" in line] == [0, 1]
+
+
+def test_the_progress_of_an_evaluation_counts_the_rows_of_all_ranks():
+    trainer = SimpleNamespace(
+        engine=SimpleNamespace(world=SimpleNamespace(data_ranks=4)), working=None
+    )
+    data = SimpleNamespace(evaluate=lambda model, batches, world: list(batches))
+    signals = SimpleNamespace(received=None)
+    rows = []
+    session._evaluate(trainer, data, signals, [[0, 0], [0]], rows.append)
+    assert rows == [8, 4]
 
 
 def test_a_learning_rate_that_overflows_is_an_error_in_one_line(tiny, error_of):
