@@ -53,6 +53,19 @@ def test_a_step_is_printed_and_written(tiny, tmp_path, capsys):
     assert step["tokens_per_second"] == pytest.approx(8 * 32 / step["seconds"])
 
 
+def test_short_rows_are_added_up_on_the_screen(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "SMALL_SHARE", 0.02)
+    out = tmp_path / "predict.json"
+    assert main(["tiny", "--gpu", "h100", "--out", str(out)]) == 0
+    (step,) = read_record(out, "predict")["steps"]
+    small = [row for row in step["rows"] if row["seconds"] < 0.02 * step["gpu_seconds"]]
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if " others " in row]
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[1] == f"{len(small)} others"
+    assert cells[3] == f"{sum(row['calls'] for row in small):,}"
+    assert cells[-1] == f"{1e3 * sum(row['seconds'] for row in small):.2f}"
+
+
 def test_one_pass_is_predicted_where_it_fits(tiny, tmp_path, capsys, monkeypatch):
     """The rows of the golden table are not needed: every loop has 500 instructions here."""
     golden = {"hottest_loop": {"instructions": 500}, "num_warps": 8, "blocks_per_sm": 1}

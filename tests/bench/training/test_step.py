@@ -80,6 +80,15 @@ def test_one_micro_batch_has_no_accumulation():
     assert len(step_work(MODEL, CONFIG, 4, 1)) > 40
 
 
+def test_activation_checkpointing_adds_the_forward_of_blocks(work):
+    again = step_work(MODEL, CONFIG.with_options(recompute="block"), 4, 3)
+    first, second = (
+        sum(count * piece.flops for piece, count in found if piece.sizes) for found in (work, again)
+    )
+    tokens = 3 * 4 * MODEL.context_tokens
+    assert second - first == 2 * matrices(MODEL) * tokens
+
+
 def test_the_bytes_are_those_of_traffic():
     x, weight = meta(64, 128), meta(128)
 

@@ -46,6 +46,15 @@ def test_models_train_with_adamw_whatever_the_recipe_has(monkeypatch):
     assert (configs[0].optimizer, configs[0].lr) == ("adamw", 1e-3)
 
 
+def test_a_cuda_graph_can_be_turned_off(monkeypatch):
+    configs = []
+    monkeypatch.setattr(training, "measure", lambda config, *_: configs.append(config) or {})
+    for words in ((), ("--cuda-graph", "off")):
+        with pytest.raises(KeyError):  # no figures to print
+            on_cpu(*words)
+    assert [config.execution.cuda_graph for config in configs] == ["auto", "off"]
+
+
 def test_figures_are_written_and_printed(tmp_path, capsys):
     path = tmp_path / "new" / "train.json"
     assert on_cpu("--out", str(path)) == 0

@@ -519,6 +519,22 @@ def test_a_wrapped_layer_is_called(tokens):
     assert calls == ["norm", "head"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("gpt2", "transformer.h.0.ln_2"),
+        ("llama", "model.layers.0.post_attention_layernorm"),
+    ],
+)
+def test_a_hook_on_a_norm_gets_its_output_and_can_change_it(kind, path, tokens):
+    model = build(kind)
+    model.get_submodule(path).register_forward_hook(lambda module, inputs, y: 2 * y)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = patch(model)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_other_heads_keep_their_loss(tokens):
     config = transformers.LlamaConfig(**SIZES, **GROUPED, **IDS, num_labels=3)
     model = transformers.LlamaForSequenceClassification(config)

@@ -219,6 +219,7 @@ def test_generation_works_under_autocast(model):
         ([[]], {}, "generate: expected a prompt of 1 to 16 tokens.*got 0; give a prompt"),
         ([[1] * 17], {}, "generate: expected a prompt of 1 to 16 tokens.*got 17; shorten it"),
         ([[50]], {}, "generate: expected token ids from 0 to 49, got 50 to 50"),
+        ([[1, -1]], {}, "generate: expected token ids from 0 to 49, got -1 to 1"),
         (torch.tensor([1, 2]), {}, r"expected prompts \(B, T\) or a list of prompts, got \(2,\)"),
         ([[1]], {"seeds": [1, 2]}, r"generate: expected a seed per sequence \(1\), got 2"),
         ([[1]], {"seeds": [-1]}, r"generate: expected seeds from 0 to 2\*\*63 - 1, got -1"),

@@ -1,3 +1,4 @@
+import io
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,3 +138,10 @@ def test_command_without_status_exits_with_0():
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(raising(ZeroDivisionError()), [])
+
+
+def test_a_terminal_without_a_character_gets_a_question_mark(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert run(lambda argv: print("größer"), []) == 0
+    assert stream.buffer.getvalue().decode().split() == ["gr??er"]
