@@ -40,6 +40,14 @@ def test_a_batch_that_ranks_cannot_divide_raises():
         resolve(TrainConfig.from_options(**options), world)
 
 
+@pytest.mark.parametrize("options", [{"lora": 2}, {"prefix_tokens": 2}])
+def test_adapters_with_tensor_ranks_raise(options):
+    world = World(size=2, engine="fsdp", tensor_ranks=2, is_distributed=True)
+    config = TrainConfig.from_options(device="cpu", n_head=4, init_from="model", **options)
+    with pytest.raises(InputError, match=f"{next(iter(options))}: expected 1 tensor rank, got 2"):
+        resolve(config, world)
+
+
 @pytest.mark.parametrize(
     ("device", "has_triton", "compiles"),
     [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],

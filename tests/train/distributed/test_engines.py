@@ -155,6 +155,27 @@ def test_a_run_matches_a_single_process(engine, once):
     assert_matches_single(once("gpt2", engine), once("gpt2", "single"))
 
 
+OTHER_WEIGHTS = """
+from tritium.model import gpt
+
+original = gpt.init_weights
+
+def init_weights(model, n_layer):
+    original(model, n_layer)
+    for parameter in model.parameters():
+        parameter.data.add_(rank)
+
+gpt.init_weights = init_weights
+"""
+
+
+def test_all_ranks_begin_with_the_weights_of_rank_0(words, launch, once, tmp_path):
+    """Other versions of a library may draw other numbers."""
+    status, _, err = launch(2, *words, "--out", tmp_path / "run", hook=OTHER_WEIGHTS)
+    assert status == [0, 0], err
+    assert_same(losses(tmp_path / "run"), losses(once("gpt2", "single")))
+
+
 @pytest.mark.parametrize(
     "engine",
     ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "fsdp-tensor"))],

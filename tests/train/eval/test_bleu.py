@@ -2,6 +2,7 @@ import copy
 import json
 
 import pytest
+import torch
 
 from tritium.errors import InputError
 from tritium.model import GPT, GPTConfig
@@ -43,6 +44,16 @@ def test_texts_end_before_a_stop_text_and_do_not_depend_on_the_batch():
     sampling = Sampling(max_new_tokens=6, temperature=0, stop=(stop,))
     (text,) = generate_texts(model, BYTES, prompts[:1], sampling, batch_size=1)
     assert text == texts[0][0][: texts[0][0].index(stop)]
+
+
+def test_a_long_prompt_loses_its_first_tokens():
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=1, n_head=1, d_model=16, vocab_size=257, context_tokens=16)
+    model = GPT(config).eval()
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    prompts = ["a" * 20 + "0123456789abcdef", "0123456789abcdef", "a" * 16]
+    long, end, begin = generate_texts(model, BYTES, prompts, sampling, batch_size=1)
+    assert long == end != begin
 
 
 def test_texts_are_decoded_as_answers():

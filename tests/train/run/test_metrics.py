@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tritium.train.distributed.world import World
 from tritium.train.evaluate import Evaluation
 from tritium.train.machine.gpus import ceiling
 from tritium.train.optimizer.bad_steps import OVERFLOWED
@@ -112,7 +113,7 @@ def test_data_wait_is_the_fraction_of_step_time_spent_waiting(tmp_path, monkeypa
     assert [row["data_wait"] for row in read_metrics(tmp_path)[0]] == [0.25, 0.25, 1.0]
 
 
-def test_mfu_is_null_for_gpus_with_unknown_peak(tmp_path, monkeypatch):
+def test_mfu_is_of_the_peak_of_all_gpus_and_null_if_it_is_unknown(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(
@@ -122,20 +123,27 @@ def test_mfu_is_null_for_gpus_with_unknown_peak(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    for name, mfu in (("NVIDIA H200", 0.5), ("NVIDIA Unheard-of", None)):
+    monkeypatch.setattr(World, "on_rank0", lambda self, work: work())
+    for name, ranks, mfu in (
+        ("NVIDIA H200", 1, 0.5),
+        ("NVIDIA H200", 2, 0.25),
+        ("NVIDIA Unheard-of", 1, None),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        (tmp_path / name).mkdir()
+        run = tmp_path / f"{name} {ranks}"
+        run.mkdir()
         flops = ceiling("NVIDIA H200").bf16_flops
         with metrics(
-            tmp_path / name,
+            run,
             device=torch.device("cuda"),
+            world=World(size=ranks),
             tokens_per_step=10,
             flops_per_token=flops / 10,
         ) as m:
             now[0] += 2
             record(m, [0])
             m.flush()
-        assert read_metrics(tmp_path / name)[0][0]["mfu"] == mfu
+        assert read_metrics(run)[0][0]["mfu"] == mfu
 
 
 def test_resumed_run_has_each_step_once(tmp_path):
