@@ -54,5 +54,5 @@ def test_unknown_tasks_and_options_suggest_the_nearest(model):
         finetune_config("instruct", model, "f.json", epoch=1)
     with pytest.raises(InputError, match="epochs: expected float"):
         finetune_config("instruct", model, "f.json", epochs="2")
-    with pytest.raises(InputError, match="nowhere: expected a run, a checkpoint, a folder"):
+    with pytest.raises(InputError, match="nowhere: expected a run, a checkpoint, a Hugging"):
         finetune_config("instruct", "nowhere", "f.json")
