@@ -295,7 +295,8 @@ def evaluation_batches(
     """
     if len(stream) < 2:
         raise InputError(
-            f"data: evaluation needs at least 2 tokens, got {len(stream)}; hold out more text"
+            f"data: evaluation needs at least 2 tokens, got {len(stream)}; give more text or a "
+            "larger `held_out`"
         )
     windows = -(-(len(stream) - 1) // context_tokens)
     count = windows if max_tokens is None else min(windows, max(1, max_tokens // context_tokens))

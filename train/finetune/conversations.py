@@ -40,6 +40,11 @@ def read_messages(record: Record, template: str) -> list[Message]:
     if "messages" in content:
         messages = check_messages(content["messages"], place)
         return messages if messages[-1]["role"] == "assistant" else messages[:-1]
+    if "instruction" not in content:
+        raise InputError(
+            f"{place}: expected the key 'instruction' or 'messages', got the keys "
+            f"{shorten(list(content))}"
+        )
     question = text_of(content, "instruction", place)
     answer = text_of(content, "output", place)
     more = content.get("input", "")

@@ -209,7 +209,7 @@ def test_evaluation_reads_at_most_max_tokens_spread_evenly():
     assert [count(limit) for limit in (1, 10, 59, 60, 10**9)] == [10, 10, 50, 60, 999]
     (spread,) = evaluation_batches(_stream(1000), context_tokens=10, batch_size=8, max_tokens=50)
     assert spread.inputs[:, 0].tolist() == [0, 200, 400, 600, 800]
-    with pytest.raises(InputError, match="at least 2 tokens, got 1"):
+    with pytest.raises(InputError, match=r"at least 2 tokens, got 1; .* a larger `held_out`"):
         next(
             evaluation_batches(
                 TokenStream([np.zeros(1, np.uint16)]), context_tokens=10, batch_size=4

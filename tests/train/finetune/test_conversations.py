@@ -129,7 +129,7 @@ def test_an_input_follows_its_instruction():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"output": "3"}, "f:7: expected the key 'instruction'"),
+        ({"output": "3"}, "f:7: expected the key 'instruction' or 'messages', got the keys"),
         ({"instruction": "a"}, "f:7: expected the key 'output'"),
         ({"instruction": "a", "output": " "}, "f:7: output: expected text, got ' '"),
         ({"instruction": "a", "output": "b", "input": 3}, "f:7: input: expected text, got 3"),

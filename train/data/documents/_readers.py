@@ -83,7 +83,7 @@ def _text_of(record: object, field: str, source: str) -> str:
         )
         raise InputError(
             f"{source}: expected an object with a string in field {field!r}, got {found}; "
-            "give another text field"
+            "set another `text_field`"
         )
     try:
         text.encode()
@@ -234,13 +234,13 @@ def _check_column(path: Path | RemoteFile, schema: "pyarrow.Schema", field: str)
     if schema.names.count(field) != 1:
         raise InputError(
             f"{path}: expected one column {field!r}, got {', '.join(schema.names)}; "
-            "give another text field"
+            "set another `text_field`"
         )
     dtype = schema.field(field).type
     values = dtype.value_type if pyarrow.types.is_dictionary(dtype) else dtype
     if str(values) not in ("string", "large_string", "string_view"):
         raise InputError(
-            f"{path}: expected strings in column {field!r}, got {dtype}; give another text field"
+            f"{path}: expected strings in column {field!r}, got {dtype}; set another `text_field`"
         )
 
 

@@ -72,7 +72,8 @@ def test_text_field_names_the_json_key(tmp_path):
     assert _texts(Corpus([tmp_path], text_field="body")) == ["hello"]
     with pytest.raises(
         InputError,
-        match=r"a.jsonl:1: expected an object with a string in field 'text', got fields 'body'",
+        match=r"a.jsonl:1: expected an object with a string in field 'text', got fields 'body'; "
+        "set another `text_field`",
     ):
         _texts(Corpus([tmp_path]))
 
