@@ -122,7 +122,6 @@ def model_card(trained: SavedModel) -> str:
     train = read_run(trained.run).train
     steps = int(trained.checkpoint.name.removeprefix("step-"))
     evaluations = [row for row in read_metrics(trained.run)[1] if row["step"] == steps]
-    per_token = "" if trained.labels else " per token"
     lines += [
         "Trained by tritium.",
         "",
@@ -133,7 +132,11 @@ def model_card(trained: SavedModel) -> str:
         f"| steps | {steps:,} of {train.steps:,} |",
         f"| tokens per step | {train.batch_size * config.context_tokens:,} |",
         f"| command | `{_command(train)}` |",
-        *(f"| validation loss | {row['val_loss']:.4f} nats{per_token} |" for row in evaluations),
+        *(
+            f"| validation loss | {row['val_loss']:.4f} nats"
+            f"{' per token' if 'val_perplexity' in row else ''} |"
+            for row in evaluations
+        ),
         *(
             f"| validation accuracy | {row['val_accuracy']:.4f} |"
             for row in evaluations

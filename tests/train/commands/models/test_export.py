@@ -40,6 +40,21 @@ def test_an_exported_run_opens_in_transformers_and_generates_the_same_tokens(
     assert "| steps | 20 of 20 |" in card
     assert "| tokens per step | 64 |" in card
     assert card.count("validation loss") == 1, "that of the last step"
+    assert re.search(r"validation loss [|] [\d.]+ nats per token [|]", card)
+
+
+def test_the_card_of_a_preference_run_has_no_loss_per_token(tiny, tritium, tmp_path):
+    assert tritium(*tiny, "--context-tokens", 48, "--steps", 2)[0] == 0
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 10
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    out = tmp_path / "prefer"
+    words = ("--data", tmp_path / "pairs.json", "--steps", 1, "--out", out)
+    status, _, err = tritium("finetune", "prefer", tmp_path / "run", *words)
+    assert status == 0, err
+    status, _, err = tritium("export", out, tmp_path / "out")
+    assert status == 0, err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"validation loss [|] [\d.]+ nats [|]", card)
 
 
 def test_sample_gives_the_same_text_from_run_checkpoint_and_export(run, tritium, tmp_path):
