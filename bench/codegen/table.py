@@ -29,7 +29,7 @@ import triton
 import tyro
 from rich.table import Table
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ...train.commands.cli import parse
 from ...train.storage.records import check_names
 from ...train.terminal.progress import table_console
@@ -314,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Show and write.
     _print_tables(rows)
-    print(f"{len(rows)} rows in {seconds:.0f} s; commit {provenance()['commit']}")
+    print(f"{plural(len(rows), 'row')} in {seconds:.0f} s; commit {provenance()['commit']}")
     if old:
         print(f"since commit {old['commit']} of {old['date']}, triton {old['triton']}:")
         for line in changes(rows, old["rows"]) or ["no row changed"]:

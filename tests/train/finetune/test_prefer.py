@@ -67,6 +67,8 @@ def test_a_run_starts_at_log_2_prefers_chosen_answers_and_resumes(more, words, t
     assert last["val_margin"] > 0
     assert 0.5 < last["val_accuracy"] <= 1
     assert "margin" in out
+    assert "over all 2 held-out pairs" in out
+    assert "\n\n\n" not in out, "no blank lines in place of a sample"
     assert "test margin" in err
     margins = [json.loads(line) for line in (run / "margins.jsonl").read_text().splitlines()]
     assert [row["split"] for row in margins] == ["validation"] * 2 + ["test"] * 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ....errors import DivergedError, InputError, InterruptedRun, NoMemoryError
+from ....errors import DivergedError, InputError, InterruptedRun, NoMemoryError, plural
 from ....model.cost import parameters
 from ...config import TrainConfig
 from ...distributed.launch import (
@@ -131,8 +131,8 @@ def _print_result(run: Path, result: Evaluation, seconds: float) -> None:
     record = read_run(run)
     command = f"{program()} {{}} {shlex.quote(str(run))}"
     sample = last_sample(run)
-    print(f"\n{sample}")
-    print(f"{result.describe()}, over all {result.tokens:,} held-out {result.unit}s")
+    print(f"\n{sample}" if sample else "")
+    print(f"{result.describe()}, over all {plural(result.tokens, f'held-out {result.unit}')}")
     print(
         f"{parameters(record.model):,} parameters, {seconds:.0f} s; loss curve: {run / 'loss.png'}"
     )
