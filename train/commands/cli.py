@@ -42,6 +42,13 @@ _OTHER_NAMES = {
     "train-steps": "steps",
     "warmup-iters": "warmup-steps",
 }
+# Messages of tyro and Python, and our words for them.
+_OUR_WORDS = (
+    (r"^Error parsing ([A-Za-z][\w.-]*: (GPTConfig: )?)?", ""),
+    (r"^Missing from [^:]+: (\S+) (.+?)\.? \(required\)$", r"expected \1: \2"),
+    (r"invalid literal for int\(\) with base 10: ", "expected an integer, got "),
+    (r"could not convert string to float: ", "expected a number, got "),
+)
 # Options that commands read before they parse the others.
 _NAMES_WITHOUT_FIELD = {"resume"}
 # Exit status of a program whose output is read no further: 128 + SIGPIPE.
@@ -128,8 +135,9 @@ def _one_line(box: str, prog: str) -> str:
         if not is_rule
     ]
     message, *others = groups if has_title_in_edge else groups[1:]
-    text = re.sub(r"^Error parsing [A-Za-z][\w.-]*: (GPTConfig: )?", "", " ".join(message))
-    text = text.rstrip(".")
+    text = " ".join(message).rstrip(".")
+    for pattern, ours in _OUR_WORDS:
+        text = re.sub(pattern, ours, text)
     if "nrecognized" in text:
         known = {name.replace("_", "-") for name in _option_names}
         given = [word.replace("_", "-") for word in re.findall(r"--([\w-]+)", text)]

@@ -1,8 +1,9 @@
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from tritium.errors import InputError
 from tritium.train.commands.cli import as_flags, parse, run
@@ -31,6 +32,17 @@ def raising(error):
         raise error
 
     return command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Options with a positional argument."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run or
+    a checkpoint."""
+    steps: int = 1
+    """Steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +80,7 @@ def test_default_gives_the_values_of_missing_options():
         ),
         (
             ("--learning-rate", "fast"),
-            r"could not convert string to float: 'fast'; see tritium test --help",
+            r"^--learning-rate: expected a number, got 'fast'; see tritium test --help",
         ),
         (("--shape", "oval"), r"invalid choice 'oval'.*'round', 'square'"),
         (("stray",), r"Unrecognized options: stray"),
@@ -80,6 +92,18 @@ def test_wrong_words_raise_one_line(words, message, capsys):
     assert "\n" not in str(caught.value)
     assert not any(corner in str(caught.value) for corner in "│╭─")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "expected MODEL: A run or a checkpoint; see tritium test --help"),
+        (("m", "--steps", "2.5"), "--steps: expected an integer, got '2.5'; see tritium test"),
+    ],
+)
+def test_a_missing_argument_and_a_wrong_integer_say_what_is_expected(words, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        parse(Words, words, prog="tritium test", description="Test.")
 
 
 @pytest.mark.parametrize(

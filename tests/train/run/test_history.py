@@ -102,7 +102,7 @@ def test_bad_changes_are_one_line_and_change_nothing(run, error_of):
         (["--change", "lrr=1"], "unknown change 'lrr'; did you mean 'lr'"),
         (["--change", "n_layer=3"], "--n-layer: a resumed run keeps its value; the options that"),
         (["--change", "device=cpu"], "--change: expected --device cpu instead"),
-        (["--change", "lr=fast"], "could not convert string to float: 'fast'"),
+        (["--change", "lr=fast"], "expected a number, got 'fast'"),
         (["--change", "lr=-1"], "--lr: expected 0 or more, and finite, got -1"),
         (["--change", "schedule=linear"], "invalid choice 'linear'"),
         (["--change", "steps=9"], "--steps: expected at least 10, which"),

@@ -35,7 +35,7 @@ def test_unknown_recipe_and_option_suggest_near_names(error_of):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--lr", "fast"], "--lr: expected a number, got 'fast'"),
         (["--schedule", "linear"], "invalid choice 'linear'"),
         (["--steps", "0"], "--steps: expected 1 or more, and finite, got 0"),
         (["--n-head", "3"], "--d-model: expected a multiple of --n-head, 3, got 16"),
