@@ -40,7 +40,10 @@ class DataOptions:
     out_dir: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT_DIR")]]
     """Folder to create. It must be new or empty."""
     inputs: tyro.conf.Positional[
-        Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT [INPUT ...]")]
+        Annotated[
+            tuple[str, ...],
+            tyro.conf.arg(metavar="INPUT [INPUT ...]", help_behavior_hint="(required)"),
+        ]
     ]
     """Files and folders of txt, md, py, jsonl, jsonl.gz, json, csv, tsv, parquet; stdlib: Python's standard library; python: stdlib and the installed packages; or a corpus such as tinystories."""  # noqa: E501 - --help keeps line breaks
     tokenizer: str = DEFAULT_TOKENIZER

@@ -18,7 +18,12 @@ _DESCRIPTION = "Draw loss, learning rate, gradient norm and throughput of runs i
 class PlotOptions:
     """Options of `tritium plot`."""
 
-    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+    runs: tyro.conf.Positional[
+        Annotated[
+            tuple[str, ...],
+            tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+        ]
+    ]
     """Folders of runs."""
     out: str = "runs.png"
     """File to write: .png, .svg, .pdf, ... An existing file is replaced."""

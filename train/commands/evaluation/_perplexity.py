@@ -29,7 +29,10 @@ class PerplexityOptions(EvaluationOptions):
     """Options of `tritium eval perplexity`."""
 
     texts: tyro.conf.Positional[
-        Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+        Annotated[
+            tuple[str, ...],
+            tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)"),
+        ]
     ]
     """Files of text, jsonl files, datasets (their validation split), token shards."""
     text_field: str = "text"
