@@ -14,6 +14,7 @@ import tyro
 from tritium.__main__ import dispatch
 from tritium.errors import InputError
 from tritium.train.commands.models.chat import ChatOptions
+from tritium.train.commands.models.import_model import ImportOptions
 from tritium.train.commands.models.sample import SampleOptions
 from tritium.train.commands.training import _resume, _running
 from tritium.train.commands.training import train as train_command
@@ -32,9 +33,9 @@ SEPARATORS = {"|", "&&", "||", ";", "&"}
 REDIRECTIONS = {"<", ">", ">>"}
 
 
-# Pages that name options of `tritium train`, `sample` and `chat` in their text.
-TRAINING_PAGES = (PAGES[0], DOCS / "training.md", DOCS / "scaling-out.md")
-OPTIONS = (Launch, SampleOptions, ChatOptions, ResumeOptions)
+# Pages that name options of `tritium train`, `sample`, `chat` and `import` in their text.
+TRAINING_PAGES = (PAGES[0], DOCS / "training.md", DOCS / "models.md", DOCS / "scaling-out.md")
+OPTIONS = (Launch, SampleOptions, ChatOptions, ImportOptions, ResumeOptions)
 
 
 class ParsedError(Exception):
