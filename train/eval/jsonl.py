@@ -7,6 +7,9 @@ from typing import Any
 from ...errors import InputError
 from ..storage.records import parse_object, shorten
 
+# The first bytes of a gzip file.
+_GZIP_MAGIC = b"\x1f\x8b"
+
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield "FILE:LINE" and the object of each line. Empty lines are skipped.
@@ -35,8 +38,11 @@ def read_utf8(path: Path) -> str:
 
     Raises: InputError if it is not UTF-8; OSError.
     """
+    content = path.read_bytes()
+    if content.startswith(_GZIP_MAGIC):
+        raise InputError(f"{path}: expected UTF-8 text, got a gzip file; unpack it with gunzip")
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error}") from None
 
