@@ -12,7 +12,7 @@ Source     Loshchilov & Hutter 2017, arXiv:1608.03983; Hu et al. 2024, arXiv:240
 import math
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import InputError, plural
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -41,9 +41,9 @@ def describe_long_warmup(config: "TrainConfig") -> str | None:
     if config.warmup_steps < config.steps:
         return None
     return (
-        f"the warm-up of {config.warmup_steps} steps is as long as the run or longer: the learning "
-        f"rate ends at {learning_rate(config, config.steps - 1):.3g}, below lr {config.lr:.3g}; "
-        "shorten the warm-up"
+        f"the warm-up of {plural(config.warmup_steps, 'step')} is as long as the run or longer: "
+        f"the learning rate ends at {learning_rate(config, config.steps - 1):.3g}, below lr "
+        f"{config.lr:.3g}; shorten the warm-up"
     )
 
 
