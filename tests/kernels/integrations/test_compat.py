@@ -416,6 +416,7 @@ def test_appending_to_fake_caches_reads_no_values():
     assert o.shape == new.shape
 
 
+@pytest.mark.plain
 def test_a_failed_append_leaves_the_caches_as_they_were():
     k_cache, v_cache = torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="v_cache must be"):
