@@ -56,11 +56,11 @@ class ExecutionOptions:
     attention: Literal[tuple(ATTENTIONS)] = "tritium"
     """tritium: own kernels; sdpa: PyTorch's; flash-attn: the flash-attn package, GPUs only."""
     recompute: Literal[tuple(RECOMPUTATIONS)] = "none"
-    """What to recompute in the backward. selective: blocks except attention; block: all of them."""
+    """Recompute in the backward. gelu: GELU; selective: blocks except attention; block: blocks."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences per forward on each rank. auto: as many as fit; None: all sequences of the rank."""
     max_minutes: float | None = None
-    """Minutes after which the run writes a checkpoint and stops. None: no limit."""
+    """Minutes after which the process writes a checkpoint and stops. None: no limit."""
     stop_status: int | None = None
     """Exit status of a stopped run. None: 128 + the signal's number, or 0 after max_minutes."""
 
@@ -149,9 +149,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
     skip_threshold: float = 20.0
-    """Skip steps whose loss or gradient norm has a larger robust z-score. 0: no outliers."""
+    """Skip a step if loss or gradient norm has a larger robust z-score. 0: only if not finite."""
     max_bad_steps: int = 5
-    """Skipped steps in a row after which the run goes back to a checkpoint. 0: never."""
+    """Bad steps in a row after which the run goes back to a checkpoint. 0: never."""
 
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)

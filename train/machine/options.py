@@ -22,7 +22,7 @@ class Launch:
     sharded_checkpoints: Literal["auto", "on", "off"] = "auto"
     """fsdp: each rank writes its part of a checkpoint. auto: from 2 billion parameters on."""
     rank_timeout: float = 25.0
-    """Seconds without progress after which a rank counts as hung, from step 1 on. 0: never."""
+    """Seconds without progress, after the first step, until a rank counts as hung. 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

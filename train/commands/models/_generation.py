@@ -35,7 +35,7 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     """Above 1: tokens that are already in the text become less likely."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text at which the output ends, before it. Can be given several times."""
+    """Text that ends the output and is not part of it. Can be given several times."""
     seed: int | None = None
     """The same seed gives the same text. None: a different text each time."""
     opening: tyro.conf.OmitArgPrefixes[OpenOptions]
