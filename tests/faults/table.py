@@ -29,6 +29,7 @@ with the same result, or ends with one line that says why. Each row is a test.
 | column | meaning |
 | --- | --- |
 | passed, failed | cases; one of a fuzz test tries 50 or 1,000 files, or 20 or 300 commands |
+| faults | kills, signals, full disks and other faults that the cases caused |
 | recovered bitwise | faults after which the run ended with the weights of a run without it |
 | steps lost at most | steps that the resumed run had to compute again |
 | seconds to stop at most | from a signal to the end of the process, including its checkpoint |
