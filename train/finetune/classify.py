@@ -149,7 +149,8 @@ def _describe(
 ) -> str:
     counts = collections.Counter(each.label for each in texts).most_common()
     lines = [
-        f"{len(texts):,} texts: " + ", ".join(f"{count:,} {label}" for label, count in counts[:20])
+        f"{plural(len(texts), 'text')}: "
+        + ", ".join(f"{count:,} {label}" for label, count in counts[:20])
     ]
     if num_copies:
         lines.append(f"copies of a text left out: {num_copies:,}")
@@ -290,9 +291,9 @@ class ClassifyData(TaskData):
         ]
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_whole(run / "predictions.jsonl", [content.encode()])
-        confusion.draw(run / "confusion.png", f"{run.name}: {len(rows):,} test texts")
+        confusion.draw(run / "confusion.png", f"{run.name}: {plural(len(rows), 'test text')}")
         console.print(
-            f"test: {len(rows):,} texts, loss {results['loss']:.4f}, accuracy "
+            f"test: {plural(len(rows), 'text')}, loss {results['loss']:.4f}, accuracy "
             f"{confusion.accuracy:.4f}, macro F1 {results['f1']:.4f}\n{confusion.table()}"
         )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from ....errors import InputError
+from ....errors import InputError, plural
 from ...storage.files import hash_file
 from ...terminal.console import loading
 from ...terminal.progress import progress
@@ -60,7 +60,9 @@ def main(argv: Sequence[str]) -> int:
             report=report,
         )
     found = bleu(metric, texts, pairs)
-    print(f"{path}: BLEU {found['bleu']:.2f} over {len(pairs):,} texts ({found['signature']})")
+    print(
+        f"{path}: BLEU {found['bleu']:.2f} over {plural(len(pairs), 'text')} ({found['signature']})"
+    )
     results = {
         "path": str(path.resolve()),
         "sha256": hash_file(path),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ....errors import InputError
+from ....errors import InputError, plural
 from ....model.config import OPTIONS_OF_RUN
 from ....model.cost import parameters
 from ....model.folder import check_new_folder
@@ -112,7 +112,7 @@ def model_card(trained: SavedModel) -> str:
         "",
         f"# {name}",
         "",
-        f"{what} with {parameters(config):,} parameters: {config.n_layer} layers, width "
+        f"{what} with {parameters(config):,} parameters: {plural(config.n_layer, 'layer')}, width "
         f"{config.d_model}, {config.vocab_size:,} tokens, a context of "
         f"{config.context_tokens:,} tokens.",
         "",
