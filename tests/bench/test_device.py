@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 from tritium.__main__ import dispatch
 from tritium.bench import device
@@ -156,6 +157,25 @@ def test_shapes_and_variants_fit_their_operators():
     for name, shapes, variants, _ in TUNED:
         assert shapes_of(OPERATORS[name], shapes.split(), cpu)
         assert set(variants.split()) <= {variant.name for variant in VARIANTS[name]}
+
+
+class ParsedError(Exception):
+    """Raised instead of running a command whose words are valid."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_words_of_all_parts_are_parsed(command, monkeypatch):
+    def parse_and_stop(*args, cli=tyro.cli, **keywords):
+        raise ParsedError(cli(*args, **keywords))
+
+    monkeypatch.setattr(tyro, "cli", parse_and_stop)
+    for part in COMMANDS[command](False):
+        if part.words[:2] == ("-m", "tritium") and part.words[2] != "info":
+            with pytest.raises(ParsedError) as parsed:
+                dispatch(list(part.words[2:]))
+            if part.words[2:4] == ("bench", "tune"):
+                options = parsed.value.args[0]
+                assert shapes_of(OPERATORS[options.operator], options.shape, torch.device("cpu"))
 
 
 # --- parts that do not end well
