@@ -9,6 +9,7 @@ pytestmark = pytest.mark.plain
 
 
 def test_a_folder_is_written_as_a_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a" / ".b.tmp" / "left by a killed program").mkdir(parents=True)
     with new_folder(tmp_path / "a" / "b") as folder:
         write_json(folder / "x.json", {"y": 1})
         assert not (tmp_path / "a" / "b").exists()
@@ -51,3 +52,14 @@ def test_a_folder_in_use_raises(tmp_path):
     with pytest.raises(InputError, match="expected a new or empty folder"), new_folder(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_files_that_another_program_writes_meanwhile_stay(tmp_path):
+    out = tmp_path / "new" / "a"
+    writing = new_folder(out)
+    writing.__enter__()
+    out.mkdir()
+    (out / "x").write_text("")
+    with pytest.raises(OSError, match=r"/new/a'$"):
+        writing.__exit__(None, None, None)
+    assert [path.name for path in out.parent.rglob("*")] == ["a", "x"]

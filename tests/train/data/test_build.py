@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data import _split_writer
+from tritium.train.data import _new_folder, _split_writer
 from tritium.train.data import build as module
 from tritium.train.data.build import build
 from tritium.train.data.dataset import open_dataset
 from tritium.train.data.documents.corpus import Corpus
-from tritium.train.storage.lock import FolderLock
+from tritium.train.storage.lock import LOCK_FILE, FolderLock
 from tritium.train.terminal.progress import console
 
 pytestmark = pytest.mark.plain
@@ -305,3 +305,15 @@ def test_folders_of_killed_builds_are_deleted(tmp_path):
         assert not (tmp_path / "out" / ".lock").exists()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.txt", "out", ".running.x2.tmp", ".other.tmp"}
+
+
+def test_of_two_builds_into_one_folder_the_first_to_end_stays(tmp_path):
+    out = tmp_path / "out"
+    slow = _new_folder.new_locked_folder(out)
+    folder = slow.__enter__()
+    with _new_folder.new_locked_folder(out) as fast:
+        (fast / "x").touch()
+    assert (folder / LOCK_FILE).exists()
+    with pytest.raises(OSError, match=r"out'$"):
+        slow.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "x"]
