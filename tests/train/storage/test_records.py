@@ -1,10 +1,17 @@
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.storage.records import check_names, check_types, parse_object, shorten
+from tritium.train.storage.records import (
+    check_names,
+    check_types,
+    csv_rows,
+    parse_object,
+    shorten,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -67,3 +74,15 @@ def test_unknown_names_raise():
 def test_a_long_value_is_cut():
     assert shorten("x" * 100) == f"'{'x' * 56}..."
     assert shorten("x" * 58) == f"'{'x' * 58}'"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "row"),
+    [
+        ("a.tsv", '"a, b"\tc', ['"a, b"', "c"]),
+        ("a.TSV", '"a, b"\tc', ['"a, b"', "c"]),
+        ("a.csv", '"a, b\t",c', ["a, b\t", "c"]),
+    ],
+)
+def test_quotes_are_part_of_the_text_in_tsv_only(name, line, row):
+    assert list(csv_rows([line], Path(name))) == [row]
