@@ -15,7 +15,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -29,6 +29,10 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+# Arguments of every kernel, such as num_warps.
+_OPTIONS = {
+    name for target in TARGETS.values() for name in vars(make_backend(target).parse_options({}))
 }
 
 
@@ -57,10 +61,13 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
     Args:
         arch: the architecture that launchers plan for, one of TARGETS.
     Yields: a list to which each launch inside the block appends a `Launch`.
+    Raises: KeyError, as Triton does, for an argument that the kernel does not have.
     """
     launches: list[Launch] = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
+        if unknown := kwargs.keys() - _OPTIONS - set(kernel.arg_names):
+            raise KeyError(f"{kernel.__name__}: unknown argument {', '.join(sorted(unknown))}")
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         for name, value in arguments.items():
             # A launcher may change the block of a descriptor for its next launch.

@@ -69,6 +69,11 @@ def test_launches_are_recorded_and_not_run():
     assert launch.arguments["num_warps"] == 1
 
 
+def test_an_argument_that_a_gpu_would_not_accept_raises():
+    with pytest.raises(KeyError, match="_apply_kernel: unknown argument STAGES"):
+        recorded(_apply_kernel, torch.ones(1), STAGES=1)
+
+
 def test_aligned_sizes_and_ones_are_specialized_as_at_run_time():
     x = torch.empty(1024, device="meta")
     aligned, odd, one = (
