@@ -29,7 +29,7 @@ def test_first_line_is_about_memory_and_last_about_speed(tritium):
     assert "at most 64 sequences at once" in lines[0]
     assert lines[-1].startswith("less than 3,")
     for words in (
-        "524,288 tokens",
+        "524,288 tokens; on each device 2 x 32 sequences of 1,024 tokens",
         "10,000,000,000 tokens",
         "hours",
         "MFU",
@@ -74,6 +74,7 @@ def test_a_prefix_takes_the_place_of_tokens_and_is_all_that_is_trained(tritium, 
 def test_plan_that_does_not_fit_suggests_a_micro_batch(tritium):
     status, out, _ = tritium("plan", "gpt2-xl", "--gpu", "h100", "--micro-batch-size", 64)
     assert status == 0
+    assert "48 layers of 1600" in out
     assert "does not fit" in out.splitlines()[0]
     assert "--micro-batch-size 16 does (at most" in out.splitlines()[0]
     assert (
