@@ -221,6 +221,13 @@ def test_a_wrong_bpe_size_raises(spec):
         from_spec(spec, lambda: [SOURCE])
 
 
+def test_learned_tokens_are_pieces_that_the_encoder_can_find():
+    """Texts are split as for encoding, where a number has pieces of two digits."""
+    pieces = from_spec("bpe:4096", lambda: ["12345 " * 9]).pieces
+    assert b"12" in pieces
+    assert not any(piece.isdigit() and len(piece) > 2 for piece in pieces)
+
+
 def test_a_small_text_gives_a_smaller_vocabulary(capsys):
     tokenizer = from_spec("bpe:4096", lambda: ["the cat sat on the mat"])
     assert 258 <= tokenizer.vocab_size < 300
