@@ -238,11 +238,18 @@ def test_options_reach_the_operator(name, args, operator, return_attn_probs, mon
         ),
         ("flash_attn_func", [Q] * 3, {}, "causal must be True, or window_size"),
         ("flash_attn_func", [Q] * 3, {"alibi_slopes": ONE}, "alibi_slopes is not supported"),
-        (
-            "flash_attn_func",
-            [Q] * 3,
-            {"causal": True, "dropout_p": 0.1, "return_attn_probs": True},
-            "return_attn_probs needs dropout_p 0, got 0.1",
+        *(
+            (
+                name,
+                args,
+                {"causal": True, "dropout_p": 0.1, "return_attn_probs": True},
+                "return_attn_probs needs dropout_p 0, got 0.1",
+            )
+            for name, args in (
+                ("flash_attn_func", [Q] * 3),
+                ("flash_attn_qkvpacked_func", [torch.stack([Q] * 3, 2)]),
+                ("flash_attn_varlen_func", [*[Q[0]] * 3, LENGTHS, LENGTHS, 3, 3]),
+            )
         ),
         *(
             ("flash_attn_func", [Q] * 3, {"causal": True, "window_size": size}, "window_size must")
