@@ -9,6 +9,7 @@ import torch
 from functorch.compile import aot_function, nop
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -383,6 +384,9 @@ def test_public_compiles_no_more_often_than_its_function_for_any_number():
 def test_values_can_be_read_on_a_cpu_only():
     assert can_read_values(torch.ones(1))
     assert not can_read_values(torch.ones(1, device="meta"))
+    assert not can_read_values(
+        FakeTensorMode().from_tensor(torch.ones(1))
+    )  # the mode is not active
     found = []
     for transform in (torch.func.vmap, make_fx, lambda function: aot_function(function, nop)):
         transform(lambda x: found.append(can_read_values(x)) or x)(torch.ones(2))
