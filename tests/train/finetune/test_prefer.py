@@ -51,9 +51,13 @@ def weights(run, step):
 def test_rows_are_at_most_as_long_as_the_context(model, words, pairs, tritium):
     """A prefix of 4 tokens leaves a context of 44, which is no multiple of the row width 8."""
     long = [{"prompt": "say", "chosen": f"{i} " * 40, "rejected": f"no {i}"} for i in range(40)]
-    pairs.write_text(json.dumps(long))
+    equal = [{"prompt": "say", "chosen": "yes", "rejected": "yes"}] * 2
+    no_room = [{"prompt": "say " * 40, "chosen": "yes", "rejected": "no"}] * 3
+    pairs.write_text(json.dumps([*long, *equal, *no_room]))
     status, _, err = tritium(*words, "--prefix-tokens", 4)
     assert status == 0, err
+    assert "; pairs cut at 44 tokens: 40; pairs of equal answers left out: 2; " in err
+    assert "; left out without room for an answer: 3\n" in err
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", 2, "--length-normalize", "--micro-batch-size", 2]])
