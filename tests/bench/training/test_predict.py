@@ -48,6 +48,7 @@ def test_a_step_is_printed_and_written(tiny, tmp_path, capsys):
     assert (step["batch"], step["micro_batch"]) == (8, 2)
     total = sum(row["seconds"] for row in step["rows"])
     assert step["gpu_seconds"] == pytest.approx(total) == pytest.approx(sum(step["parts"].values()))
+    assert list(step["parts"].values()) == sorted(step["parts"].values(), reverse=True)
     # So small a model waits for the host.
     assert step["seconds"] == step["host_seconds"]["compiled"] > step["gpu_seconds"]
     assert step["tokens_per_second"] == pytest.approx(8 * 32 / step["seconds"])
