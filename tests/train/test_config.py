@@ -2,7 +2,8 @@ import pytest
 
 from tritium.errors import InputError
 from tritium.model import GPTConfig
-from tritium.train.config import PYTHON_PROMPT, TrainConfig
+from tritium.train.config import PYTHON_PROMPT, ReportOptions, TrainConfig, named_files
+from tritium.train.tasks import TASKS
 
 pytestmark = pytest.mark.plain
 
@@ -21,6 +22,22 @@ def test_the_micro_batch_defaults_to_the_batch():
 def test_options_round_trip():
     config = TrainConfig.from_options(steps=7, n_layer=2, device="cpu", prompt="a")
     assert TrainConfig.from_options(**config.options()) == config
+
+
+@pytest.mark.parametrize("before", TASKS)
+def test_another_task_brings_its_own_options(before):
+    config = TrainConfig.from_options(task=before, steps=7)
+    for task, row in TASKS.items():
+        changed = config.with_options(task=task)
+        assert (changed.task_options, changed.steps) == (row.options(), 7)
+
+
+def test_files_of_evaluations_have_names():
+    report = ReportOptions(eval_text=("wiki-2=a=b.txt",), eval_choice=("tasks/hellaswag.jsonl",))
+    assert named_files(report) == {
+        "eval_text": {"wiki-2": "a=b.txt"},
+        "eval_choice": {"hellaswag": "tasks/hellaswag.jsonl"},
+    }
 
 
 def test_an_unknown_option_suggests_the_nearest():

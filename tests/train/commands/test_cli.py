@@ -6,7 +6,7 @@ import pytest
 import tyro
 
 from tritium.errors import InputError
-from tritium.train.commands.cli import as_flags, parse, run
+from tritium.train.commands.cli import as_flags, parse, program, run
 
 pytestmark = pytest.mark.plain
 
@@ -169,3 +169,18 @@ def test_a_terminal_without_a_character_gets_a_question_mark(monkeypatch):
     monkeypatch.setattr("sys.stdout", stream)
     assert run(lambda argv: print("größer"), []) == 0
     assert stream.buffer.getvalue().decode().split() == ["gr??er"]
+
+
+@pytest.mark.parametrize(
+    ("called", "found", "expected"),
+    [
+        ("/env/bin/tritium", "/env/bin/tritium", "tritium"),
+        ("/env/bin/tritium", "/other/bin/tritium", "/env/bin/tritium"),
+        ("/env/bin/tritium", None, "/env/bin/tritium"),
+        ("/repository/tritium/__main__.py", "/env/bin/tritium", "python -m tritium"),
+    ],
+)
+def test_hints_start_the_program_that_was_called(called, found, expected, monkeypatch):
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    assert program() == expected

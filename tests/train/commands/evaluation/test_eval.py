@@ -134,7 +134,7 @@ def test_a_json_file_that_cannot_be_written_is_found_before_the_work(tritium, tm
         assert found in err
 
 
-def test_choice_prints_and_writes_metrics(tritium, run, tmp_path):
+def test_choice_prints_and_writes_metrics(tritium, run, tmp_path, monkeypatch):
     lines = [
         {"context": "the quick", "choices": [" fox", " brown"], "label": 1},
         {"context": "the lazy", "choices": [" dog", " fox"], "label": 0},
@@ -142,11 +142,12 @@ def test_choice_prints_and_writes_metrics(tritium, run, tmp_path):
     file = tmp_path / "choices.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     words = ("--limit", 1, "--json", tmp_path / "out.json")
-    status, out, err = tritium("eval", "choice", run, file, *words)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = tritium("eval", "choice", run, file.name, *words)
     assert (status, err) == (0, "")
     assert "choices.jsonl: 1 example of the task plain" in out
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert results["sha256"] == hash_file(file)
+    assert (results["path"], results["sha256"]) == (str(file), hash_file(file))
     for name in ("accuracy_sum", "accuracy_per_token", "accuracy_per_character"):
         assert f"{name:24} {results[name]:.4f}" in out
 

@@ -39,9 +39,18 @@ def test_first_line_is_about_memory_and_last_about_speed(tritium):
         assert words in out
 
 
+def test_the_parts_of_the_memory_add_up_to_what_the_first_line_says(tritium):
+    lines = tritium("plan", "gpt2", "--gpu", "h100", "--micro-batch-size", 16)[1].splitlines()
+    (total,) = (line for line in lines if line.startswith("  total"))
+    assert f"fits, {' '.join(total.split()[1:3])} of " in lines[0]
+
+
 def test_plan_says_the_epochs(tritium):
-    out = tritium("plan", "gpt2-fineweb", "--gpu", "h100")[1]
-    assert "data       about 0.97 epochs: 9,890,693,120 tokens from a corpus of" in out
+    for adapter in ((), ("--lora", 8)):
+        out = tritium("plan", "gpt2-fineweb", "--gpu", "h100", *adapter)[1]
+        assert "data       about 0.97 epochs: 9,890,693,120 tokens from a corpus of" in out
+        rows = [line.split()[0] for line in out.splitlines() if line]
+        assert rows.index("data") == rows.index("step") + 1
     out = tritium("plan", "shakespeare-char-gpu", "--gpu", "h100")[1]
     assert "data       about 24.5 epochs" in out
     assert "above 4 a model learns less from each" in out

@@ -174,6 +174,11 @@ def test_the_next_command_has_the_prompt_of_the_run(tritium, tiny):
     assert "/run --prompt 'It is'\n" in tritium(*tiny, "--steps", 1, "--prompt", "It is")[1]
 
 
+def test_the_advised_run_is_longer_than_the_warmup(tritium, tiny):
+    out = tritium(*tiny, "--steps", 1, "--warmup-steps", 50)[1]
+    assert "for a better model, a new run with --steps 200\n" in out
+
+
 def test_existing_run_or_folder_is_not_overwritten(error_of, tritium, tiny, tmp_path):
     assert tritium(*tiny)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -59,11 +59,13 @@ def test_folder_gives_documents_of_all_types_without_duplicates(tmp_path):
     assert (corpus.duplicates, corpus.skipped_files) == (2, 2)
 
 
-def test_file_given_twice_is_read_once(tmp_path):
+def test_file_given_twice_is_read_once_as_part_of_the_first_input(tmp_path):
     _mixed(tmp_path)
     corpus = Corpus([tmp_path / "f.txt", tmp_path])
     assert len(corpus.files) == len(set(corpus.files))
-    assert _texts(corpus)[0] == "# title"
+    documents = list(corpus.documents())
+    assert documents[0].text == "# title"
+    assert [document.input for document in documents] == [0, *[1] * (len(documents) - 1)]
     assert corpus.duplicates == 2
 
 
