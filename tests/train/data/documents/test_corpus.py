@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tritium.errors import InputError
-from tritium.train.data.documents.corpus import Corpus
+from tritium.train.data.documents.corpus import Corpus, Document, batches_of_text
 
 pytestmark = pytest.mark.plain
 
@@ -78,6 +78,14 @@ def test_text_field_names_the_json_key(tmp_path):
         "set another `text_field`",
     ):
         _texts(Corpus([tmp_path]))
+
+
+def test_batches_have_about_so_many_characters():
+    """Each text counts as 64 characters more than it has."""
+    documents = [Document("a" * 36, f"{number}.txt", b"", 0) for number in range(7)]
+    batches = list(batches_of_text(documents, 300))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert sum(batches, []) == documents
 
 
 def test_documents_are_read_one_at_a_time(tmp_path):

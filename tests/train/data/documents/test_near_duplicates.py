@@ -63,6 +63,16 @@ def test_signatures_estimate_the_jaccard_index():
     assert np.mean(one == two) == pytest.approx(666 / 1334, abs=3 * 0.044)
 
 
+@pytest.mark.parametrize(("agreeing", "found"), [(64, [-1, -1]), (65, [-1, 0])])
+def test_hashes_that_agree_by_chance_do_not_count(tmp_path, agreeing, found):
+    """At a threshold of 0.5, half of 128 hashes is a quarter of a hash too few."""
+    rows = np.ones((2, 128), np.uint32)
+    rows[1, agreeing:] = 2
+    near = NearDuplicates(tmp_path, 0.5)
+    near.add(rows)
+    assert near.find().tolist() == found
+
+
 def test_rows_per_band_keep_pairs_at_the_threshold():
     for similarity in (0.2, 0.4, 0.6, 0.8, 0.95, 1.0):
         rows = rows_per_band(similarity)

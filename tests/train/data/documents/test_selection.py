@@ -127,9 +127,10 @@ def test_changed_files_raise(mixed, tmp_path):
     path, good = mixed
     chosen = Selection(Corpus([path]), SelectionOptions(filters={"length": 9}), tmp_path)
     list(chosen.documents())
-    _jsonl(path, good[:5])
-    with pytest.raises(InputError, match="the files changed while they were read"):
-        list(chosen.documents())
+    for texts in (good[:5], _sentences(1, 30)):
+        _jsonl(path, texts)
+        with pytest.raises(InputError, match="the files changed while they were read"):
+            list(chosen.documents())
 
 
 def _edit(text, rng, vocabulary):

@@ -133,6 +133,18 @@ def test_bytes_of_single_ids_join_to_the_text(tmp_path):
     assert tokenizer.decode_bytes([tokenizer.vocab_size + 5]) == b""
 
 
+def test_an_added_token_stands_for_its_own_text(tmp_path):
+    """Also if its characters are those that stand for bytes in other tokens."""
+    byte_level(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_tokens([ADDED("<é>")])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("a<é>é")
+    assert made.token_to_id("<é>") in ids
+    assert tokenizer.decode(ids) == "a<é>é"
+
+
 def test_special_tokens_are_read_in_rendered_text_only(tmp_path):
     other = byte_level(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
@@ -309,6 +321,10 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
         (
             {"decoder": {"type": "Replace", "pattern": {"Regex": "x"}, "content": " "}},
             "decoder: expected Replace with a String",
+        ),
+        (
+            {"decoder": {"type": "Replace", "pattern": {"String": "x"}, "content": ""}},
+            "decoder: expected ByteLevel, .* got Replace",
         ),
         ({"model": {"type": "words"}}, "expected a file of the package tokenizers"),
     ],

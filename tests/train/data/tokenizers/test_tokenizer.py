@@ -177,6 +177,7 @@ def test_cut_parts_have_the_ids_of_the_text(tokenizer, size):
     )
     parts = list(cut(text, size))
     assert "".join(parts) == text
+    assert all(len(part) >= size for part in parts[:-1])
     assert tokenizer.kind == "chars" or len(parts) > 5
     expected = tokenizer.encode(text).tolist()
     assert [i for part in parts for i in tokenizer.encode(part).tolist()] == expected
@@ -204,6 +205,20 @@ def test_gpt2_ranks_give_the_published_ids():
         220,
         502,
     ]
+
+
+def test_downloaded_gpt2_has_end_of_text_once(monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+    special = {"<|endoftext|>": 258}
+    published = tiktoken.Encoding(
+        "gpt2", pat_str=module.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": published}.__getitem__)
+    tokenizer = from_spec("gpt2", list)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (259, 258)
+    assert tokenizer.encode("the").tolist() == [257]
 
 
 # --- errors
