@@ -55,6 +55,20 @@ def test_buckets_start_in_order_even_if_they_are_complete_in_another(started):
     assert started == [9, 8, 7]
 
 
+def test_no_bucket_starts_before_the_last_backward(started):
+    first, second = (nn.Parameter(torch.ones(size)) for size in (7, 8))
+    gradients = GradientBuckets([first, second], 2)
+    for _ in range(2):
+        started.clear()
+        gradients.begin_step()
+        gradients.gradient_added(first)  # of the micro-batch before the last
+        gradients.gradient_added(second)
+        assert started == []
+        gradients.begin_last_backward()
+        gradients.finish()
+        assert started == [8, 7]
+
+
 def test_gradients_are_averages_and_start_at_zero_in_each_step(started):
     parameters = [nn.Parameter(torch.ones(size, size)) for size in (2, 3)]
     gradients = GradientBuckets(parameters, 2)

@@ -1,9 +1,12 @@
 """Heartbeats of several ranks in one process. The tests count the beats instead of the threads."""
 
+import io
+
 import pytest
 import torch.distributed as dist
 
 from tritium.train.distributed import heartbeat
+from tritium.train.distributed._beat import Process
 from tritium.train.distributed.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.plain
@@ -126,6 +129,39 @@ def test_a_rank_that_has_left_is_not_missed(ranks):
     ranks[1]._publish()
     with pytest.raises(EndedError, match="rank 1 hangs"):
         beat(ranks, TIMEOUT + 10, silent=1)
+
+
+def test_others_that_hang_are_named_before_a_rank_that_has_left(ranks):
+    ranks[1].leave()
+    with pytest.raises(EndedError, match="rank 0 hangs"):
+        beat(ranks, TIMEOUT + 10, silent=1)
+
+
+def test_a_rank_that_leaves_while_another_looks_for_it_has_not_died(ranks, monkeypatch):
+    def leaves(process, host):
+        ranks[1].leave()
+        return "has ended"
+
+    monkeypatch.setattr(Process, "state", leaves)
+    ranks[0]._watch_next_rank()
+
+
+def test_a_rank_can_leave_without_the_store(ranks, monkeypatch):
+    def fail(*arguments):
+        raise dist.DistError("rank 0 has ended")
+
+    monkeypatch.setattr(ranks[1], "_publish", fail)
+    ranks[1].leave()
+
+
+def test_a_rank_exits_although_its_output_is_closed(ranks, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    statuses = []
+    monkeypatch.setattr("os._exit", statuses.append)
+    monkeypatch.setattr("sys.stdout", closed)
+    ranks[0]._exit(3)
+    assert statuses == [3]
 
 
 def test_the_first_verdict_is_printed_and_ends_all_ranks(ranks, capsys):

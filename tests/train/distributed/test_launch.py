@@ -126,6 +126,7 @@ def test_missing_cuda_stops_all_ranks(tiny, launch):
         ),
         ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc; start with torchrun"),
         ({"LOCAL_WORLD_SIZE": "two"}, "expected ranks from 0 below their number"),
+        ({"LOCAL_WORLD_SIZE": 3}, "expected ranks from 0 below their number"),
     ],
 )
 def test_incomplete_variables_of_torchrun_raise(environment, message, tiny, launch):

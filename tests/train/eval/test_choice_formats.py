@@ -122,6 +122,7 @@ def test_bad_lines_raise_with_file_and_line(tmp_path):
     file.write_text('{"question": "a"}')
     with pytest.raises(InputError, match=r"g.jsonl:1: expected the keys of a format"):
         read_examples(file)
-    file.write_text('{"text": "word"}')
-    with pytest.raises(InputError, match="text: expected two words or more"):
-        read_examples(file)
+    for text in ("word", "  word", "word "):
+        file.write_text(json.dumps({"text": text}))
+        with pytest.raises(InputError, match="text: expected two words or more"):
+            read_examples(file)
