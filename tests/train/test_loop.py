@@ -255,3 +255,12 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_files(
     assert len(progress) == (file == "model.safetensors")
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_interrupted_first_checkpoint_leaves_no_run(tiny, tritium, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.CheckpointSaver, "save", interrupt)
+    assert tritium(*tiny)[0] == 130
+    assert not (tmp_path / "run").exists()

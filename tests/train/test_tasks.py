@@ -6,6 +6,7 @@ import pytest
 from tritium.errors import InputError
 from tritium.model import GPTConfig
 from tritium.train.config import ExecutionOptions, ReportOptions, TrainConfig
+from tritium.train.finetune.start import finetune_tasks
 from tritium.train.run.folder import read_run
 from tritium.train.tasks import (
     TASKS,
@@ -71,8 +72,9 @@ def test_the_options_of_a_task_are_options_of_its_runs_only(count):
 def test_values_out_of_range_raise(options, message):
     with pytest.raises(InputError, match=f"^{message}"):
         FinetuneOptions(**options)
-    with pytest.raises(InputError, match=f"^{message}"):
-        TrainConfig.from_options(task="instruct", **options)
+    for task in finetune_tasks():
+        with pytest.raises(InputError, match=f"^{message}"):
+            TrainConfig.from_options(task=task, **options)
 
 
 def test_unknown_tasks_suggest_the_nearest():

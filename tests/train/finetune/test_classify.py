@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 
 from tritium.errors import InputError
 from tritium.train.api import load
+from tritium.train.distributed.world import SINGLE_PROCESS
+from tritium.train.execution import resolve
 from tritium.train.finetune.classify import open_data
 from tritium.train.finetune.start import finetune_config
 from tritium.train.run.folder import read_run
@@ -152,6 +155,18 @@ def test_two_ranks_match_one_process(parallel, tune, launch, tritium):
     assert results[0]["confusion"] == results[1]["confusion"]
 
 
+def test_an_evaluation_counts_the_texts_of_all_ranks(base, file):
+    config = finetune_config("classify", base, file, text_column="2", label_column="1")
+    data = open_data(config)
+    model = data.adapt(open_model(base).load(), config).eval()
+    batches = list(data.evaluation_batches(config, resolve(config), is_last=True))
+    two = SimpleNamespace(mean=SINGLE_PROCESS.mean, data_ranks=2)  # with the same texts on both
+    found, expected = (data.evaluate(model, batches, each) for each in (two, SINGLE_PROCESS))
+    assert found.tokens == 2 * expected.tokens
+    assert found.loss == pytest.approx(expected.loss)
+    assert found.more == expected.more
+
+
 def test_bfloat16_gives_the_loss_of_float32_to_rounding(tune, command, tritium, tmp_path):
     run, _ = tune("--steps", 2)
     out = tmp_path / "narrow"
@@ -191,11 +206,11 @@ def test_texts_that_are_cut_or_left_out_are_counted(base, file):
 
 
 def test_copies_with_another_label_are_counted(base, file):
-    file.write_text(file.read_text() + "small\tbig dog number 0\n")
+    file.write_text(file.read_text() + "small\tbig dog number 0\nsmall\tone more\n")
     options = {"text_column": "2", "label_column": "1"}
     data = open_data(finetune_config("classify", base, file, **options))
     assert (
-        "20 big, 20 small; copies of a text left out: 3; copies with another label than the "
+        "21 small, 20 big; copies of a text left out: 3; copies with another label than the "
         "first: 1"
     ) in data.note
 

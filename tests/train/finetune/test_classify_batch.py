@@ -34,12 +34,14 @@ def test_texts_are_packed_into_the_fewest_rows_of_equal_length():
     assert inputs["last"].tolist() == [2, 3, 8, 12]
     assert inputs["cu_seqlens"].tolist() == [0, 3, 4, 9, 13, *[15] * 4]
     assert inputs["cu_seqlens"].dtype == torch.int32
+    assert text_inputs(texts[:1] * 4, 6, CPU)["tokens"].shape == (2, 6)  # no padding
 
 
 def test_texts_have_labels_weights_and_at_least_one_token():
     batch, num_cut = encode_labelled(TEXTS, "xy", BYTES, most_tokens=4, weights=[0.75, 1.5])
     assert [ids.tolist() for ids in batch.texts] == [list(b"abc"), [256], list(b"defg")]
     assert num_cut == 1
+    assert encode_labelled(TEXTS, "xy", BYTES, most_tokens=5)[1] == 0
     assert batch.label.tolist() == [0, 1, 0]
     assert batch.loss_weight.tolist() == [0.75, 1.5, 0.75]
     assert batch.tokens == 8

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def test_a_resumed_run_finds_its_records_and_notices_changes(tune, file, tritium
     run.rename(moved / "tuned")
     file.rename(moved / file.name)
     assert tritium("train", "--resume", moved / "tuned", "--change", "steps=3")[0] == 0
+    old = replace(read_run(moved / "tuned"), data_sha256=None)  # of a version without the hash
+    assert len(open_data(old.train, record=old, run=moved / "tuned").conversations) == 20
     (moved / file.name).write_text("[]")
     message = error_of("finetune", "--resume", moved / "tuned")
     assert f"{moved / file.name}: expected the records with which" in message

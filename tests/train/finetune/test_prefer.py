@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tritium.train.finetune.prefer import bootstrap_interval
+from tritium.train.finetune.prefer import bootstrap_interval, open_data
+from tritium.train.finetune.start import finetune_config
 from tritium.train.run.metrics import read_metrics
 from tritium.train.run.models import open_model
 
@@ -89,6 +90,24 @@ def test_a_run_starts_at_log_2_prefers_chosen_answers_and_resumes(more, words, t
     )
     assert (run / "reference.json").read_bytes() == reference
     assert open_model(run).load()(torch.arange(8)[None]).isfinite().all()
+
+
+def test_pairs_that_are_left_out_are_counted(model, pairs):
+    more = [
+        {"prompt": "say", "chosen": "yes", "rejected": "yes"},
+        {"prompt": "say" * 16, "chosen": "yes", "rejected": "no"},
+        {"prompt": "say", "chosen": "yes" * 16, "rejected": "no"},
+    ]
+    pairs.write_text(json.dumps(json.loads(pairs.read_text()) + more))
+    config = finetune_config("prefer", model, pairs, device="cpu", row_tokens=40)
+    assert (
+        open_data(config)
+        .describe(config)
+        .endswith(
+            "; pairs cut at 40 tokens: 1; pairs of equal answers left out: 1; left out without room "
+            "for an answer: 1"
+        )
+    )
 
 
 def test_answers_that_are_equally_likely_are_not_right(words, tritium, tmp_path):

@@ -35,6 +35,7 @@ def test_the_path_of_the_model_is_absolute(model, monkeypatch):
 def test_steps_replace_epochs(model):
     config = finetune_config("instruct", model, "f.json", steps=7)
     assert (config.steps, config.task_options.epochs) == (7, None)
+    assert finetune_config("instruct", model, "f.json", steps=7, epochs=None) == config
     with pytest.raises(InputError, match="steps: expected none with `epochs`, got both"):
         finetune_config("instruct", model, "f.json", steps=7, epochs=1)
 

@@ -85,7 +85,7 @@ def test_batches_have_about_so_many_characters():
     documents = [Document("a" * 36, f"{number}.txt", b"", 0) for number in range(7)]
     batches = list(batches_of_text(documents, 300))
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert sum(batches, []) == documents
+    assert [document for batch in batches for document in batch] == documents
 
 
 def test_documents_are_read_one_at_a_time(tmp_path):
