@@ -8,7 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.model import GPT
 from tritium.train.data.loader import Batch
-from tritium.train.optimizer.bad_steps import REFRESH, WINDOW, LossScale, StepJudge
+from tritium.train.optimizer.bad_steps import (
+    REFRESH,
+    WINDOW,
+    LossScale,
+    StepJudge,
+    is_judge_state,
+)
 from tritium.train.recipes import recipe
 from tritium.train.trainer import single_trainer
 
@@ -85,6 +91,27 @@ def test_a_judge_goes_on_from_its_state():
         arguments = torch.tensor(loss), torch.ones(())
         assert is_bad(step_judge, *arguments) == is_bad(other, *arguments)
     assert str(step_judge.state_dict()) == str(other.state_dict())  # NaN is not equal to NaN
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": -1},
+        {"count": 2**63},
+        {"count": 1.0},
+        {"window": [[0.0] * WINDOW]},
+        {"window": [[0.0], [0.0]]},
+        {"limits": [1.0]},
+        {"limits": [1, 2]},
+        {"limits": None},
+        {"other": 1},
+    ],
+    ids=str,
+)
+def test_another_record_is_no_state_of_a_judge(changes):
+    state = StepJudge(6.0, CPU).state_dict()
+    assert is_judge_state(state)
+    assert not is_judge_state(state | changes)
 
 
 def test_the_loss_scale_changes_as_in_pytorch_except_after_a_bad_step():

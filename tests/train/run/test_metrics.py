@@ -56,7 +56,7 @@ def test_each_step_has_a_line(tmp_path):
         "checkpoint_stall": 0.0,
     }  # fmt: skip
     assert rows[3]["tokens_per_second"] > 0
-    assert rows[3]["memory"] > 0
+    assert rows[3]["memory"] > 2**25  # in bytes: PyTorch alone takes more
     assert evaluations == [
         {
             "step": 12,

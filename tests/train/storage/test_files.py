@@ -1,6 +1,7 @@
 """write_whole leaves the old file or the new file, never a partial or a temporary file."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -85,3 +86,17 @@ def test_the_error_of_a_failed_write_names_the_file(tmp_path, monkeypatch):
         files.write_whole(tmp_path / "x", [b"1"])
     assert caught.value.filename == str(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows flushes no folders")
+def test_a_failed_flush_closes_the_folder(tmp_path, monkeypatch):
+    def fail(handle):
+        failed.append(handle)
+        raise OSError(5, "Input/output error")
+
+    failed = []
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.flush_folder(tmp_path)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(failed[0])

@@ -38,6 +38,7 @@ def notebook(monkeypatch) -> list[str]:
     package.display = display
     monkeypatch.setitem(sys.modules, "IPython.display", package)
     monkeypatch.setattr(console, "is_jupyter", True)
+    monkeypatch.setenv("COLUMNS", "40")  # of the terminal in which the server runs
     monkeypatch.setattr(module, "_SECONDS_PER_UPDATE", 0.0)
     return shown
 
@@ -86,6 +87,16 @@ def test_a_notebook_shows_one_text_that_is_replaced(notebook):
     assert [" 4/4 " in text for text in notebook[-2:]] == [True, True]
     assert any(" 2/4 " in text for text in notebook)
     assert not any("\x1b" in text or "\n" in text for text in notebook)
+
+
+def test_a_notebook_is_not_redrawn_at_each_step(notebook, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_PER_UPDATE", 60.0)
+    with progress_bars(has_count=True) as bars:
+        task = bars.add_task("train", total=20, note="")
+        for _ in range(20):
+            bars.update(task, advance=1)
+    assert len(notebook) < 5
+    assert " 20/20 " in notebook[-1]
 
 
 def test_a_notebook_shows_a_transient_bar_when_some_work_is_done(notebook):
