@@ -90,6 +90,9 @@ def test_an_adamw_step_matches_the_formula(model):
     torch.testing.assert_close(
         weight.detach(), before * (1 - 0.01 * 0.1) - 0.01 * grad / (grad.abs() + 1e-8)
     )
+    state = optimizer.states()[weight]
+    torch.testing.assert_close(state["exp_avg"], (1 - 0.9) * grad)
+    torch.testing.assert_close(state["exp_avg_sq"], (1 - 0.99) * grad.square())
 
 
 def test_muon_steps_have_the_size_of_adamw_steps(model):

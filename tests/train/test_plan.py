@@ -1,6 +1,7 @@
 """The plan, compared with published runs and with the memory that training allocates."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -310,6 +311,16 @@ def test_step_time_is_the_sum_of_its_terms():
     )
 
 
+def test_frozen_weights_take_two_thirds_of_the_matmuls_of_trained_ones():
+    times = []
+    for rank in (0, 8):
+        plan = make_plan(PlanOptions(recipe="gpt2", gpu="h100", lora=rank))
+        machine = replace(CEILINGS["h100"], bytes_per_second=math.inf)
+        times.append(replace(plan, machine=replace(plan.machine, ceiling=machine)).seconds()[0])
+    flops = 2 * 123_653_376 - 6 * 1_179_648  # per token
+    assert times[0] - times[1] == pytest.approx(flops * 524_288 / 750e12)
+
+
 def test_more_gpus_are_faster_but_not_in_proportion():
     one, eight = (make_plan(PlanOptions(recipe="gpt2", gpu="h100", gpus=gpus)) for gpus in (1, 8))
     for a, b in zip(one.seconds(), eight.seconds(), strict=True):
@@ -374,6 +385,7 @@ def test_default_machine_is_the_gpu_of_this_machine(name, is_known, monkeypatch)
         ("500M", 5 * 10**8),
         ("1.5e9", 15 * 10**8),
         ("524,288", 524_288),
+        ("524_288", 524_288),
         ("2.5k", 2500),
     ],
 )
