@@ -100,14 +100,9 @@ def test_pairs_that_are_left_out_are_counted(model, pairs):
     ]
     pairs.write_text(json.dumps(json.loads(pairs.read_text()) + more))
     config = finetune_config("prefer", model, pairs, device="cpu", row_tokens=40)
-    assert (
-        open_data(config)
-        .describe(config)
-        .endswith(
-            "; pairs cut at 40 tokens: 1; pairs of equal answers left out: 1; left out without room "
-            "for an answer: 1"
-        )
-    )
+    line = open_data(config).describe(config)
+    assert "; pairs cut at 40 tokens: 1; pairs of equal answers left out: 1;" in line
+    assert line.endswith("; left out without room for an answer: 1")
 
 
 def test_answers_that_are_equally_likely_are_not_right(words, tritium, tmp_path):

@@ -40,7 +40,7 @@ def dataset(corpus, tmp_path):
 def run(tmp_path, dataset) -> Path:
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
-    claim_folder(folder, CONFIG, CONFIG.gpt(257), dataset)
+    claim_folder(folder, CONFIG, CONFIG.gpt(257), dataset, {"device": "cpu"})
     return folder
 
 
@@ -65,6 +65,7 @@ def test_a_record_is_read_as_it_was_written(run, dataset):
     record = read_run(run)
     assert record.train == CONFIG
     assert record.model == CONFIG.gpt(257)
+    assert record.execution == {"device": "cpu"}
     assert record.dataset == dataset.path.resolve()
     assert record.dataset_relative == "../../dataset"
     assert record.tokens == {"train": len(dataset.train), "val": len(dataset.val)}
