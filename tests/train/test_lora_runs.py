@@ -73,6 +73,18 @@ def test_run_export_and_adapter_are_the_same_model(words, tritium, tmp_path):
     assert len(texts) == 1
 
 
+def test_an_adapter_of_weights_in_16_bits_is_added_in_float32(tiny, tritium, tmp_path):
+    assert tritium(*tiny, "--steps", 1)[0] == 0
+    open_model(tmp_path / "run").load().bfloat16().save_pretrained(tmp_path / "base")
+    assert open_model(tmp_path / "base").load().wte.weight.dtype == torch.bfloat16
+    words = ("--init-from", tmp_path / "base", "--out", tmp_path / "lora", "--steps", 2)
+    assert tritium(*tiny, *LORA, *words)[0] == 0
+    assert tritium("export", tmp_path / "lora", tmp_path / "adapter", "--adapter")[0] == 0
+    tokens = torch.arange(16)[None] + 97
+    found, expected = (open_model(tmp_path / name).load()(tokens) for name in ("adapter", "lora"))
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_adapter_names_its_base_from_any_working_directory(
     words, tritium, tmp_path, monkeypatch
 ):
