@@ -85,6 +85,18 @@ def test_dropout_differs_between_micro_batches_ranks_and_steps(monkeypatch):
     assert len({*first[:4], *second[:4]}) == 8
 
 
+def test_the_seed_of_the_run_chooses_what_is_dropped(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        "tritium.train.trainer.batch_loss",
+        lambda model, part, seed: seeds.append(seed) or model.wte.weight.sum(),
+    )
+    for seed in (1, 1, 2):
+        config = TrainConfig(seed=seed)
+        single_trainer(GPT(replace(SHAPE, dropout=0.1)), config).backward(batch(), step=0)
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
 def test_evaluations_drop_nothing_and_training_goes_on_with_dropout():
     trainer = single_trainer(GPT(replace(SHAPE, dropout=0.5)), TrainConfig())
     losses = [evaluate(trainer.working, [batch()], bytes_per_token=1.0).loss for _ in range(2)]

@@ -198,6 +198,14 @@ def test_a_batch_of_another_size_is_not_recorded(stand_in):
     assert trainer._recorded.first._num_calls == 0
 
 
+def test_a_micro_batch_that_communicates_is_not_recorded(stand_in, monkeypatch):
+    trainer = make_trainer(CPU, records=True)
+    monkeypatch.setattr(SingleProcess, "can_record", False)
+    loss = trainer.backward(batches(1)[0])
+    assert torch.equal(loss, make_trainer(CPU, records=False).backward(batches(1)[0]))
+    assert trainer._recorded.first._num_calls == 0
+
+
 def test_a_restored_state_is_recorded_again(stand_in):
     trainer = make_trainer(CPU, records=True)
     train(trainer, batches(6))
