@@ -248,6 +248,30 @@ def test_batched_gradients_match_single_ones(name, device):
     assert_close(batched, expected, rtol=1e-4, atol=1e-5)
 
 
+class NoGradient(torch.autograd.Function):
+    """The identity. Its input gets no gradient, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "attention_decode"])
+def test_outputs_without_gradients_give_their_inputs_none(name, device, monkeypatch):
+    monkeypatch.setattr(op.Op, "uses_composite", lambda *_: False)
+    function, make = CASES[name]
+    values, others = make(5, device)
+    leaves = [value.requires_grad_() for value in values]
+    outputs = function(*leaves, *others)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(NoGradient.apply(output).sum() for output in outputs).backward()
+    assert not any(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+
+
 # --- threads and processes
 
 

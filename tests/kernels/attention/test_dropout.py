@@ -13,7 +13,7 @@ from tests.kernels.attention.cases import (
     make_inputs,
     run,
 )
-from tritium.kernels import causal_attention
+from tritium.kernels import causal_attention, causal_attention_varlen
 from tritium.kernels.core.op import INTERPRET
 from tritium.kernels.core.philox import random_bits
 
@@ -41,6 +41,25 @@ def test_forward_and_backward_use_the_mask_of_the_seed(T, S, window, dtype, devi
     got = run(attend_lse(dropout_p=p, seed=seed, **options), (q, k, v), incoming)
     scale = dropout_scale(p, seed, B, H, T, S, device)
     assert_matches_definition(got, (q, k, v), incoming, dropout_scale=scale, **options)
+
+
+def test_a_document_uses_the_mask_of_its_tokens(device):
+    """Row i of the mask is for token i of all documents, column j for key j of its document."""
+    H, N, p, seed, document = 2, 21, 0.25, 7, slice(9, 21)
+    q, k, v, do, dlse = make_inputs(1, N, N, H, 1, 16, torch.float32, device)
+    cu_seqlens = torch.tensor([0, 9, N], dtype=torch.int32, device=device)
+
+    def attend_documents(*x):
+        x = [each[0] for each in x]
+        options = {"return_lse": True, "dropout_p": p, "seed": seed}
+        return [y[None] for y in causal_attention_varlen(*x, cu_seqlens, 12, **options)]
+
+    o, lse, *grads = run(attend_documents, (q, k, v), (do, dlse))
+    got = [o[:, document], lse[..., document], *(grad[:, document] for grad in grads)]
+    scale = dropout_scale(p, seed, 1, H, N, N, device)[:, :, document, :12]
+    inputs = [x[:, document] for x in (q, k, v)]
+    incoming = do[:, document], dlse[..., document]
+    assert_matches_definition(got, inputs, incoming, dropout_scale=scale)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -75,9 +75,13 @@ def test_tiles_are_chosen_by_architecture_head_size_and_dtype(arch, family):
     ("kernel", "owned", "looped"),
     [("fwd", "block_m", "block_n"), ("dkdv", "block_n", "block_m")],
 )
-def test_dropout_halves_the_side_that_is_looped_over(kernel, owned, looped):
-    tile = plan(kernel, 64, torch.bfloat16, "sm_90")
-    with_dropout = plan(kernel, 64, torch.bfloat16, "sm_90", has_dropout=True)
+@pytest.mark.parametrize(
+    ("head_size", "dtype"),
+    [(64, torch.bfloat16), pytest.param(256, torch.float32, id="smallest_tile")],
+)
+def test_dropout_halves_the_side_that_is_looped_over(head_size, dtype, kernel, owned, looped):
+    tile = plan(kernel, head_size, dtype, "sm_90")
+    with_dropout = plan(kernel, head_size, dtype, "sm_90", has_dropout=True)
     assert getattr(with_dropout, owned) == getattr(tile, owned)
     assert getattr(with_dropout, looped) == max(16, getattr(tile, looped) // 2)
 
@@ -212,7 +216,7 @@ def test_tokens_outside_of_all_documents_become_zero(bounds, device, monkeypatch
     cu_seqlens = torch.tensor([bounds[0], 1, bounds[1]], dtype=torch.int32, device=device)
     token = torch.arange(5, device=device)
     is_padding = (token < bounds[0]) | (token >= bounds[1])
-    for shape, axis in (((1, 5, 2, 3), 1), ((1, 2, 5), 2)):
+    for shape, axis in (((3, 5, 2, 3), 1), ((1, 2, 5), 2)):
         x = torch.ones(shape, device=device)
         clear_padding(cu_seqlens, x, axis)
         expected = (~is_padding).float().view([5 if i == axis else 1 for i in range(len(shape))])

@@ -239,9 +239,12 @@ def test_layouts_of_qkv_and_of_the_tables_do_not_change_the_result(device):
     sliced = torch.cat((qkv, qkv), -1)[..., qkv.shape[-1] :]
     strided = torch.stack((qkv, qkv), -1)[..., 0]
     per_token = [table[:T].expand(B, -1, -1).contiguous() for table in tables]
-    narrow = [torch.cat((table, table), -1)[:, : K // 2].double() for table in tables]
+    narrow = [torch.cat((table, table), -1)[:, : K // 2] for table in tables]
+    in_float64 = [table.double() for table in narrow]
+    one_narrow = (narrow[0], tables[1])
     two_apart = [torch.stack((gain, gain), -1)[:, 0] for gain in gains]
-    for x, (cos, sin) in ((swapped, per_token), (sliced, narrow), (strided, narrow)):
+    layouts = (swapped, per_token), (sliced, in_float64), (strided, narrow), (qkv, one_narrow)
+    for x, (cos, sin) in layouts:
         assert_close(attend(x, cos, sin, two_apart), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -348,12 +351,16 @@ def test_gradients_of_torch_func_match_autograd(options, device):
 
 def test_autocast_casts_qkv_and_keeps_the_dtypes_of_gradients(device):
     qkv, _, gains, tables = tensors(2, 5, 2, 1, 8, torch.float32, device)
-    leaves = [x.requires_grad_() for x in (qkv, *gains)]
-    arguments = keywords(gains, tables, True, True)
+    bias = torch.zeros(qkv.shape[-1], device=device)
+    leaves = [x.requires_grad_() for x in (qkv, *gains, bias)]
+    arguments = keywords(gains, tables, True, True) | {"added_bias": bias}
     with torch.autocast(device.type, dtype=torch.bfloat16):
         o = causal_attention_qkvpacked(qkv, 2, n_kv_head=1, **arguments)
     assert torch.equal(o, causal_attention_qkvpacked(qkv.bfloat16(), 2, n_kv_head=1, **arguments))
-    assert [x.dtype for x in torch.autograd.grad(o.sum(), leaves)] == [torch.float32] * 3
+    grads = torch.autograd.grad(o.sum(), leaves)
+    assert [x.dtype for x in grads] == [torch.float32] * 4
+    # The gradient of the bias is a sum in float32 that was not rounded to bfloat16.
+    assert not torch.equal(grads[3], grads[3].bfloat16().float())
 
 
 def test_reruns_are_bitwise_equal(device):

@@ -171,6 +171,19 @@ def test_documents_in_qkvpacked_match_separate_tensors(options, device):
     assert_bitwise_equal(got, (o.view(B, T, H * K), dqkv))
 
 
+def test_cu_seqlens_may_have_gaps_in_memory(device):
+    (q, k, v), _ = make_documents((5, 9), 2, 1, 16, torch.float32, device)
+    cu_seqlens = cumulative((5, 9), device)
+    gaps = torch.stack((cu_seqlens, cu_seqlens + 1), -1)[:, 0]
+    qkv = packed(*(x[None] for x in (q, k, v)))
+
+    def attend(ends):
+        o = causal_attention_varlen(q, k, v, ends, 9)
+        return o, causal_attention_qkvpacked(qkv, 2, n_kv_head=1, cu_seqlens=ends)
+
+    assert_bitwise_equal(attend(gaps), attend(cu_seqlens))
+
+
 @pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
 def test_documents_of_an_empty_qkvpacked(B, T, device):
     qkv = torch.ones(B, T, 4 * 8, device=device, requires_grad=True)
