@@ -77,7 +77,7 @@ def test_packed_texts_have_the_logits_of_padded_rows():
     torch.testing.assert_close(found, model(tokens, places(last, 12)))
 
 
-@pytest.mark.parametrize("trained_blocks", [0, 1, None])
+@pytest.mark.parametrize("trained_blocks", [0, 1, 2, None])
 def test_only_the_chosen_weights_are_trained(trained_blocks):
     model = classifier()
     model.freeze(trained_blocks)
@@ -85,7 +85,8 @@ def test_only_the_chosen_weights_are_trained(trained_blocks):
     model(tokens, places(last, 12), torch.tensor([0, 2, 1, 2])).backward()
     with_gradient = {name for name, each in model.named_parameters() if each.grad is not None}
     names = {name for name, _ in model.named_parameters()}
-    starts = {0: ("score",), 1: ("score", "ln_f", "h.1."), None: ("",)}[trained_blocks]
+    head = ("score", "ln_f")
+    starts = {0: ("score",), 1: (*head, "h.1."), 2: (*head, "h."), None: ("",)}[trained_blocks]
     assert with_gradient == {name for name in names if name.startswith(starts)}
 
 

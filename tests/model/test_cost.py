@@ -143,6 +143,13 @@ def test_step_holds_gradients_of_all_weights_if_it_accumulates():
     assert parts["optimizer"] == 2 * weights
 
 
+def test_step_with_a_prefix_holds_only_its_gradients_and_two_moments_each():
+    prefix = 20 * 12 * 2 * 768
+    parts = step_bytes(PRESETS["gpt2"].with_prefix(20), 8, 1004, 4, accumulates=True)
+    assert parts["gradients"] == 4 * prefix
+    assert parts["optimizer"] == 2 * 4 * prefix
+
+
 def test_step_without_accumulation_holds_no_gradients_at_its_fullest_moment():
     """The batch is large, so the fullest moment comes before the first gradient of a block."""
     assert step_bytes(PRESETS["gpt2"], 8, 1024, 4, accumulates=False)["gradients"] == 0

@@ -83,6 +83,14 @@ def test_the_merged_model_computes_the_same_and_trains_all_weights(config):
     assert model.adapter is None
 
 
+def test_a_merged_layer_shares_no_weight_with_the_frozen_one():
+    layer = adapted().h[0].attn.c_attn
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    for parameter in layer.merged().parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
 def test_gradients_are_those_of_the_merged_weight():
     """dA = s B^T dW and dB = s dW A^T, where dW is the gradient of the merged weight."""
     model = adapted()
@@ -230,6 +238,16 @@ def test_the_files_of_an_adapter_have_its_dropout(tmp_path):
     save_adapter(model, tmp_path / "adapter", base="base")
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["lora_dropout"] == 0.25
+
+
+def test_the_files_of_an_adapter_name_each_layer_unless_all_blocks_have_lora(tmp_path):
+    """PEFT adds LoRA to all layers whose names end like a target."""
+    options = replace(OPTIONS, lora_targets=("c_attn", "h.0.mlp.c_fc", "h.2.mlp.c_fc"))
+    model = adapted(replace(SMALL, n_layer=3), options).float()
+    save_adapter(model, tmp_path / "adapter", base="base")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = ["attn.c_attn", "transformer.h.0.mlp.c_fc", "transformer.h.2.mlp.c_fc"]
+    assert sorted(fields["target_modules"]) == names
 
 
 def test_an_adapter_of_another_model_raises(tmp_path):

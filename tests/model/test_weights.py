@@ -254,6 +254,7 @@ def change_config(folder, **fields):
         ({"vocab_size": 78}, r"expected wte\.weight of shape \(78, 48\)"),
         ({"n_layer": 3}, r"expected a tensor h\.2\.ln_1\.weight, found none"),
         ({"n_layer": 1}, r"expected only tensors of the model, got h\.1\.attn"),
+        ({"n_layer": 100}, "expected weights of the .* parameters in its configuration, got"),
         ({"n_head": "four"}, "config"),
     ],
 )  # fmt: skip

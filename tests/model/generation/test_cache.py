@@ -75,6 +75,15 @@ def test_more_tokens_than_the_capacity_raise():
         random_model()(torch.zeros(1, 5, dtype=torch.int64), cache=KVCache(SMALL, 1, capacity=4))
 
 
+def test_more_tokens_in_a_long_cache_than_the_context_raise():
+    """Rotary positions have no table whose end would raise."""
+    model, cache = random_model(LLAMA), KVCache(LLAMA, 1, capacity=30)
+    with torch.no_grad():
+        model(torch.zeros(1, 20, dtype=torch.int64), cache=cache)
+        with pytest.raises(ValueError, match="GPT: context_tokens is 24, got 25 tokens"):
+            model(torch.zeros(1, 5, dtype=torch.int64), cache=cache)
+
+
 def test_copies_of_sequences_go_on_without_changing_the_cache():
     model = random_model()
     tokens = torch.randint(90, (2, 9))

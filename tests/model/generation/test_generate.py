@@ -227,6 +227,7 @@ def test_generation_works_under_autocast(model):
         ([[1]], {"topk": 1}, "generate: unknown option 'topk'; did you mean 'top_k'"),
         ([[1]], {"top_k": 0}, "top_k: expected at least 1, got 0"),
         ([[1]], {"sampling": Sampling(), "top_k": 1}, "`sampling` or its options, got both"),
+        ([[1]], {"sampling": Sampling(), "max_new_tokens": 1}, "or its options, got both"),
     ],
 )
 def test_bad_input_raises(prompts, options, message):
@@ -234,8 +235,10 @@ def test_bad_input_raises(prompts, options, message):
         GPT(CONFIG).generate(prompts, **options)
 
 
-def test_decoder_for_another_batch_raises(model):
+def test_decoder_for_another_batch_or_sampling_raises(model):
     decoder = Decoder(model, 2, Sampling(top_k=3))
+    with pytest.raises(ValueError, match=r"expected a decoder for 2 .*'top_k': 4.*'top_k': 3"):
+        model.generate([[1], [2]], 3, top_k=4, decoder=decoder)
     with pytest.raises(ValueError, match="expected a decoder for 1 sequences"):
         model.generate([[1]], 3, top_k=3, decoder=decoder)
     with pytest.raises(ValueError, match="expected a decoder for 1 sequences"):
