@@ -113,7 +113,7 @@ class LoraLinear(Linear):
         with torch.device("meta"):
             plain = Linear(n_in, n_out, bias=self.bias is not None)
         change = self.lora_B.double() @ self.lora_A.double()
-        weight = self.weight.double().add_(change, alpha=self.scale)
+        weight = torch.add(self.weight.double(), change, alpha=self.scale)
         plain.weight = nn.Parameter(weight.to(self.weight.dtype))
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone())
