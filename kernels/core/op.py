@@ -302,7 +302,7 @@ def is_eager(x: Tensor) -> bool:
 def can_read_values(x: Tensor) -> bool:
     """Whether the values of `x` can be read, without synchronizing with a device.
 
-    Inside torch.func.vmap a tensor stands for a batch, in a trace for any values.
+    Inside torch.func.vmap a tensor stands for a batch. In a trace it stands for any values.
     """
     return x.device.type == "cpu" and not is_transformed() and not is_symbolic(x)
 

@@ -85,8 +85,8 @@ def _layer_norm_bwd_kernel(
     """Program p of P owns blocks p, p + P, p + 2 P ... of BLOCK_M rows.
 
     It writes dx and dresidual of its rows, and one row of partial sums each of dw, db and the
-    columns of dx. Without dropout dx is also the gradient of the residual. With STAGES of 2 or
-    more, dy, h and dh of the next STAGES - 1 blocks are loaded in the meantime.
+    columns of dx. Without dropout dx is also the gradient of the residual. If STAGES is 2 or
+    more, the next STAGES - 1 blocks of dy, h and dh are loaded while this one is computed.
     """
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)

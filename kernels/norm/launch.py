@@ -32,8 +32,8 @@ class Plan:
         block_m, block_n: rows and columns of a tile.
         num_warps: warps per program.
         partials: programs of the backward, each with one row of partial sums.
-        stages: blocks of rows that a program of the backward holds in shared memory or waits for;
-            1: it loads a block into registers when it needs it. Wide rows ignore it.
+        stages: 1: a program of the backward loads a block of rows when it needs it. 2 or more: it
+            also loads the next stages - 1 blocks, into shared memory. Wide rows do not use it.
     """
 
     is_wide: bool

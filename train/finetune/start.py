@@ -69,7 +69,7 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
             `epochs`, the steps count.
     Raises: InputError if the model or an option is wrong.
     """
-    from ..run.models import open_model
+    from ..run.models import open_model, recorded_path
 
     for name in options:
         if name in FIXED_OPTIONS:
@@ -83,7 +83,6 @@ def finetune_config(task: str, model: str | Path, data: str | Path, **options: A
         options["epochs"] = None
     default = default_config(task)
     check_types(options, TASKS[task].options)
-    # An exported adapter names the model, from any working directory.
-    init_from = str(Path(model).absolute())
+    init_from = recorded_path(model)
     config = default.with_options(init_from=init_from, data=(str(data),), **options)
     return replace(config, model=shape_for_run(open_model(Path(model)).config, config.model))

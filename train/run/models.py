@@ -193,6 +193,11 @@ class SavedModel:
             )
 
 
+def recorded_path(model: str | Path) -> str:
+    """Return a model's path for config.json: absolute, because an exported adapter names it."""
+    return str(Path(model).absolute())
+
+
 def open_model(path: Path) -> SavedModel:
     """Find a trained model. Its weights are not read yet.
 

@@ -10,7 +10,7 @@ from ...errors import InputError
 from ..config import TrainConfig
 from ..data.prepare import is_dataset
 from ..finetune.start import shape_for_run
-from ..run.models import open_model
+from ..run.models import open_model, recorded_path
 
 
 def new_config(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
@@ -62,5 +62,4 @@ def _start_from(config: TrainConfig, given: Collection[str]) -> TrainConfig:
                 f"{trained.config.vocab_size} tokens, got none; the model came without one"
             )
         config = replace(config, tokenizer=str(trained.tokenizer_path))
-    # An exported adapter names the model, from any working directory.
-    return replace(config, model=shape, init_from=str(Path(config.init_from).absolute()))
+    return replace(config, model=shape, init_from=recorded_path(config.init_from))

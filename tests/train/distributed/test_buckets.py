@@ -61,7 +61,7 @@ def test_no_bucket_starts_before_the_last_backward(started):
     for _ in range(2):
         started.clear()
         gradients.begin_step()
-        gradients.gradient_added(first)  # of the micro-batch before the last
+        gradients.gradient_added(first)  # This backward is not the last one.
         gradients.gradient_added(second)
         assert started == []
         gradients.begin_last_backward()

@@ -143,7 +143,8 @@ def test_a_rank_that_leaves_while_another_looks_for_it_has_not_died(ranks, monke
         return "has ended"
 
     monkeypatch.setattr(Process, "state", leaves)
-    ranks[0]._watch_next_rank()
+    ranks[0]._watch_next_rank()  # It does not raise.
+    assert ranks[0]._listen([1])[0].has_left
 
 
 def test_a_rank_can_leave_without_the_store(ranks, monkeypatch):
@@ -151,7 +152,8 @@ def test_a_rank_can_leave_without_the_store(ranks, monkeypatch):
         raise dist.DistError("rank 0 has ended")
 
     monkeypatch.setattr(ranks[1], "_publish", fail)
-    ranks[1].leave()
+    ranks[1].leave()  # It does not raise.
+    assert not ranks[1]._thread.is_alive()
 
 
 def test_a_rank_exits_although_its_output_is_closed(ranks, monkeypatch):

@@ -96,7 +96,8 @@ def test_a_resumed_run_finds_its_records_and_notices_changes(tune, file, tritium
     run.rename(moved / "tuned")
     file.rename(moved / file.name)
     assert tritium("train", "--resume", moved / "tuned", "--change", "steps=3")[0] == 0
-    old = replace(read_run(moved / "tuned"), data_sha256=None)  # of a version without the hash
+    # Older versions did not record the hash.
+    old = replace(read_run(moved / "tuned"), data_sha256=None)
     assert len(open_data(old.train, record=old, run=moved / "tuned").conversations) == 20
     (moved / file.name).write_text("[]")
     message = error_of("finetune", "--resume", moved / "tuned")

@@ -219,7 +219,7 @@ def test_a_system_without_locks_prints_a_warning(run, monkeypatch, capsys):
 
 def test_a_writer_deletes_temporary_files_of_killed_processes(run):
     (run / ".metrics.jsonl.17.tmp").touch()
-    (run / "notes.tmp").touch()  # of the user
+    (run / "notes.tmp").touch()  # The user made this file.
     before = {path.name for path in run.iterdir()} - {".metrics.jsonl.17.tmp"}
     with only_writer(run, SINGLE_PROCESS):
         pass

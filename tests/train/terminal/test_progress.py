@@ -38,7 +38,7 @@ def notebook(monkeypatch) -> list[str]:
     package.display = display
     monkeypatch.setitem(sys.modules, "IPython.display", package)
     monkeypatch.setattr(console, "is_jupyter", True)
-    monkeypatch.setenv("COLUMNS", "20")  # of the terminal in which the server runs
+    monkeypatch.setenv("COLUMNS", "20")  # the width of the terminal that runs Jupyter
     monkeypatch.setattr(module, "_SECONDS_PER_UPDATE", 0.0)
     return shown
 
