@@ -159,7 +159,7 @@ def test_max_minutes_stops_a_run_with_a_checkpoint(stop, tmp_path):
 import time
 limit, sleep, given = loop.set_time_limit, time.sleep, []
 loop.set_time_limit = given.append
-time.sleep = lambda seconds: (limit(given[0] / 360_000), sleep(seconds))
+time.sleep = lambda seconds: (given and limit(given.pop() / 360_000), sleep(seconds))
 """
     status, output = stop(DURING_STEPS["step"] + late, more=["--max-minutes", "600"])
     assert status == 0
