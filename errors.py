@@ -53,10 +53,14 @@ class InterruptedRun(Exception):  # noqa: N818 - a requested stop is not an erro
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is in no table: `unknown recipe 'gtp2'; did you mean 'gpt2'?`"""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
-    if near:
-        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
-    return f"unknown {kind} {name!r}; expected one of {', '.join(known)}"
+    hint = did_you_mean(name, known) or f"; expected one of {', '.join(known)}"
+    return f"unknown {kind} {name!r}{hint}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return the end of a message, `; did you mean 'gpt2'?`, or "" if no known name is similar."""
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def check_positive(options: object, *names: str) -> None:

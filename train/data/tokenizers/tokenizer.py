@@ -22,7 +22,6 @@ cores of an AMD EPYC, November 2026, with 12 MB of Python and 4,096 tokens: lear
 """
 
 import base64
-import functools
 import hashlib
 import json
 import re
@@ -32,10 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ....errors import InputError
+from ....errors import InputError, did_you_mean
 from ...storage.files import write_whole
 from ...storage.records import read_object
 from ..shards import token_dtype
+from ._encoders import bpe_encoder, chars_encoder, encode_bytes
 from ._vocabularies import (
     GPT2_PATTERN,
     LEARNED_PATTERN,
@@ -54,8 +54,6 @@ FORMAT_VERSION = 1
 # Places where text may be cut without changing its ids: after a single line end that is followed by
 # text, and before a single space between two letters. Both patterns always end a piece there.
 SAFE_CUT = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
-# tiktoken fails on a run of 1,000,000 spaces. Such text is encoded in parts of this length.
-_STEP_CHARACTERS = 1 << 19
 _SMALLEST_BPE = 258  # 256 bytes, one merge, end-of-text
 _FORMAT = "tritium tokenizer"
 _KINDS = ("bytes", "chars", "bpe")
@@ -107,8 +105,11 @@ class Tokenizer:
 
     def _make_encoder(self) -> Callable[[str], np.ndarray]:
         """Return a function from text without lone surrogates to ids of any unsigned dtype."""
-        encoders = {"bytes": _bytes_encoder, "chars": _chars_encoder, "bpe": _bpe_encoder}
-        return encoders[self.kind](self)
+        if self.kind == "bytes":
+            return encode_bytes
+        if self.kind == "chars":
+            return chars_encoder(self.pieces[:-1])
+        return bpe_encoder(self.pieces[:-1], self.pattern)
 
     def encode(self, text: str) -> np.ndarray:
         """Convert text to ids.
@@ -276,59 +277,6 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-# --- encoders of tritium's own tokenizers
-
-
-def _bytes_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
-    return lambda text: np.frombuffer(text.encode(), dtype=np.uint8)
-
-
-def _chars_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
-    characters = np.array([ord(piece.decode()) for piece in tokenizer.pieces[:-1]], dtype=np.uint32)
-    unknown = tokenizer.vocab_size
-    # A table from code point to id. Its last entry stands for all larger code points.
-    ids = np.full(int(characters.max()) + 2, unknown, dtype=np.uint32)
-    ids[characters] = np.arange(len(characters), dtype=np.uint32)
-
-    def encode(text: str) -> np.ndarray:
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        found = ids[np.minimum(points, len(ids) - 1)]
-        missing = np.flatnonzero(found == unknown)
-        if missing.size:
-            character = text[missing[0]]
-            raise InputError(
-                f"tokenizer chars: expected one of the {len(characters)} characters of its corpus, "
-                f"got {character!r} (U+{ord(character):04X}) at character {missing[0]}; remove it, "
-                "or use the tokenizer bytes, gpt2 or bpe:SIZE"
-            )
-        return found
-
-    return encode
-
-
-def _bpe_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
-    import tiktoken
-
-    encoding = tiktoken.Encoding(
-        tokenizer.name,
-        pat_str=tokenizer.pattern,
-        mergeable_ranks={piece: rank for rank, piece in enumerate(tokenizer.pieces[:-1])},
-        special_tokens={END_OF_TEXT: tokenizer.end_of_text},
-    )
-    encode_once = functools.partial(encoding.encode_to_numpy, disallowed_special=())
-
-    def encode(text: str) -> np.ndarray:
-        try:
-            return encode_once(text)
-        except ValueError:
-            starts = range(0, len(text), _STEP_CHARACTERS)
-            return np.concatenate(
-                [encode_once(text[start : start + _STEP_CHARACTERS]) for start in starts]
-            )
-
-    return encode
-
-
 def cut(text: str, characters: int) -> Iterator[str]:
     """Cut text into parts that can be encoded separately.
 
@@ -397,4 +345,5 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
             )
         pieces = learn_bpe(int(size), texts())
         return Tokenizer("bpe", spec, [*pieces, end], LEARNED_PATTERN)
-    raise InputError(f"tokenizer: expected {_SPECS}, got {spec!r}")
+    hint = did_you_mean(spec, ("bytes", "chars", "gpt2", DEFAULT_TOKENIZER))
+    raise InputError(f"tokenizer: expected {_SPECS}, got {spec!r}{hint}")
