@@ -14,9 +14,14 @@ _SUFFIX = "ForSequenceClassification"
 def labels_in(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
     """Return the labels of a classifier; () for a language model.
 
-    Raises: InputError, which names `path`, if the labels are not numbered from 0.
+    Raises: InputError, which names `path`, if `architectures` is not a list, or if the labels are
+        not numbered from 0.
     """
     architectures = fields.get("architectures") or [""]
+    if not isinstance(architectures, list):
+        raise InputError(
+            f"{path}: architectures: expected a list of names, got {str(architectures)[:60]}"
+        )
     if not str(architectures[0]).endswith(_SUFFIX):
         return ()
     # transformers writes no labels if there are two without names.

@@ -76,7 +76,7 @@ def check(strategy: st.SearchStrategy, examples: int, command, folder, monkeypat
 def test_any_options_of_train(folders, examples, monkeypatch):  # noqa: F811
     """The run itself does not start."""
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise InputError("the run would start")
 
     monkeypatch.setattr(_running, "start", stop)

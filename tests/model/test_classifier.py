@@ -171,10 +171,16 @@ def test_a_classifier_is_not_read_as_a_language_model(tmp_path):
         GPT.from_pretrained(tmp_path / "out")
 
 
-def test_labels_without_numbers_raise(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"id2label": {"a": "ham", "b": "spam"}}, "id2label: expected a name for each number"),
+        ({"architectures": True}, "architectures: expected a list of names, got True"),
+    ],
+)
+def test_wrong_fields_of_a_classifier_raise(changed, message, tmp_path):
     classifier().save_pretrained(tmp_path / "out")
     file = tmp_path / "out" / "config.json"
-    fields = json.loads(file.read_text()) | {"id2label": {"a": "ham", "b": "spam"}}
-    file.write_text(json.dumps(fields))
-    with pytest.raises(InputError, match="id2label: expected a name for each number from 0"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(InputError, match=message):
         GPTClassifier.from_pretrained(tmp_path / "out")
