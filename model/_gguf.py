@@ -80,16 +80,12 @@ def read_gguf(
     Raises: InputError if the file is damaged or its architecture is not supported, or if the
         package gguf is not installed.
     """
-    reader = _open(file)
-    # Longer arrays, such as the vocabulary, are not needed and are slow to convert.
-    meta = {name: field for name, field in reader.fields.items() if len(field.data) < 100}
-    meta = {name: field.contents() for name, field in meta.items()}
+    meta, tensors = _open(file)
     family = meta.get("general.architecture")
     if family not in _FIELDS:
         raise InputError(
             f"{file}: expected general.architecture {' or '.join(_FIELDS)}, got {family!r}"
         )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         fields = _fields(family, meta, tensors)
     except KeyError as error:
@@ -115,7 +111,8 @@ def read_gguf(
     return family, fields, read, note
 
 
-def _open(file: Path):
+def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metadata and the tensors of a file by their names."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -124,7 +121,11 @@ def _open(file: Path):
             "pip install 'tritium[hf]'"
         ) from None
     try:
-        return GGUFReader(file)
+        reader = GGUFReader(file)
+        # Longer arrays, such as the vocabulary, are not needed and are slow to convert.
+        short = {name: field for name, field in reader.fields.items() if len(field.data) < 100}
+        meta = {name: field.contents() for name, field in short.items()}
+        return meta, {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # damaged files raise many types
         raise InputError(
             f"{file}: damaged, or not a GGUF file ({type(error).__name__}); get it again"
@@ -182,7 +183,13 @@ def _reader(tensor, family: str, heads: dict[str, int | None], keep: bool) -> Ca
         part = tensor.name.split(".")[-2]
         if family == "llama" and part in heads and heads[part]:
             # llama.cpp interleaves the two halves of each head for its form of RoPE.
-            pairs = value.view(heads[part], -1, 2, *value.shape[1:])
+            try:
+                pairs = value.view(heads[part], -1, 2, *value.shape[1:])
+            except RuntimeError:
+                raise InputError(
+                    f"{tensor.name}: expected an even number of rows for each of {heads[part]} "
+                    f"heads, got the shape {tuple(value.shape)}"
+                ) from None
             value = pairs.transpose(1, 2).reshape(value.shape)
         if family == "gpt2" and _IS_LINEAR.fullmatch(tensor.name):
             value = value.t()

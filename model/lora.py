@@ -134,11 +134,11 @@ def add_lora(model: "GPT", options: AdapterOptions) -> None:
 
     The generator of PyTorch draws A. Modules that a subclass adds to GPT stay trained.
 
-    Raises: InputError for a target that the model does not have.
+    Raises: InputError for a target that the model does not have, or a rank above its size.
     """
-    names = lora_layers(model.config, options.lora_targets)
+    layers = _layers_of_rank(model.config, options)
     freeze(model)
-    for name in names:
+    for name in layers:
         layer = LoraLinear(
             model.get_submodule(name),
             rank=options.lora,
@@ -218,6 +218,16 @@ def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) ->
     """Raise InputError if LoRA does not fit the model or its mode of activation checkpointing."""
     if not options.lora:
         return
+    layers = _layers_of_rank(config, options)
+    if recompute == "gelu" and any(".mlp." in name for name in layers):
+        raise InputError(
+            "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "
+            "needs the fused MLP; or set `lora_targets` to c_attn and attn.c_proj"
+        )
+
+
+def _layers_of_rank(config: GPTConfig, options: AdapterOptions) -> dict[str, tuple[int, int]]:
+    """Return what `lora_layers` returns. Raise InputError if a layer is smaller than the rank."""
     layers = lora_layers(config, options.lora_targets)
     name = min(layers, key=lambda name: min(layers[name]))
     if options.lora > min(layers[name]):
@@ -225,11 +235,7 @@ def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) ->
             f"lora: expected a rank of at most {min(layers[name])}, the smaller size of {name} "
             f"{layers[name]}, got {options.lora}; a larger one adds weights without effect"
         )
-    if recompute == "gelu" and any(".mlp." in name for name in layers):
-        raise InputError(
-            "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "
-            "needs the fused MLP; or set `lora_targets` to c_attn and attn.c_proj"
-        )
+    return layers
 
 
 def lora_parameters(config: GPTConfig, options: AdapterOptions | None) -> int:

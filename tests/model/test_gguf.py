@@ -116,6 +116,9 @@ def test_files_that_do_not_fit_are_one_line(tmp_path):
     write_gguf(file, "llama", published("llama"), more={"output.weight": np.ones((77, 48))})
     with pytest.raises(InputError, match=r"output\.weight: expected float .* got F64"):
         GPT.from_pretrained(file)
+    write_gguf(file, "llama", published("llama"), has_kv_heads=False)
+    with pytest.raises(InputError, match=r"attn_k\.weight: expected an even number of rows for"):
+        GPT.from_pretrained(file)
     write_gguf(file, "llama", published("llama"))
     content = file.read_bytes()
     file.write_bytes(content.replace(b"llama", b"qwen9"))
@@ -123,7 +126,8 @@ def test_files_that_do_not_fit_are_one_line(tmp_path):
         InputError, match=r"expected general\.architecture gpt2 or llama, got 'qwen9'"
     ):
         GPT.from_pretrained(file)
-    for damaged in (content[:-5000], content[:300], b"", b"no GGUF file at all"):
+    not_utf8 = content.replace(b"llama", b"\x80lama", 1)
+    for damaged in (content[:-5000], content[:300], not_utf8, b"", b"no GGUF file at all"):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=r"model\.gguf: damaged, or not a GGUF file") as error:
             GPT.from_pretrained(file)

@@ -202,10 +202,11 @@ def test_without_lora_every_recomputation_fits():
 
 def test_a_rank_above_the_size_of_a_layer_raises():
     check_adapter(AdapterOptions(lora=32), SMALL, "none")
-    with pytest.raises(
-        InputError, match=r"lora: expected a rank of at most 32, .* h.0.attn.c_attn .*, got 33"
-    ):
+    message = r"lora: expected a rank of at most 32, .* h.0.attn.c_attn .*, got "
+    with pytest.raises(InputError, match=message + "33"):
         check_adapter(AdapterOptions(lora=33), SMALL, "none")
+    with pytest.raises(InputError, match=message + "1000000000"):
+        add_lora(random_model(), AdapterOptions(lora=10**9))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

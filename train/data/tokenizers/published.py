@@ -44,6 +44,8 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Largest number of ids. There is a piece for each id, even if no token has it.
+_MOST_IDS = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -333,9 +335,12 @@ def _encode(backend, text: str) -> np.ndarray:
 
 def _pieces(definition: dict[str, Any], ids: dict[str, int]) -> list[bytes]:
     """Return the bytes of each id. An id that no token has stands for no bytes."""
+    largest = max(ids.values())
+    if largest >= _MOST_IDS:
+        raise InputError(f"tokenizer.json: expected ids below {_MOST_IDS}, got {largest}")
     added = {each["id"] for each in definition.get("added_tokens") or []}
     to_bytes = _piece_decoder(definition)
-    pieces = [b""] * (1 + max(ids.values()))
+    pieces = [b""] * (1 + largest)
     for token, number in ids.items():
         pieces[number] = token.encode() if number in added else to_bytes(token)
     return pieces

@@ -337,6 +337,16 @@ def test_definitions_that_are_not_supported_raise(changes, message, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_an_id_that_no_vocabulary_needs_raises(tmp_path):
+    byte_level(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    definition = json.loads(file.read_bytes())
+    definition["model"]["vocab"]["a"] = 10**9
+    file.write_text(json.dumps(definition))
+    with pytest.raises(InputError, match="expected ids below 16777216, got 1000000000"):
+        Tokenizer.load(tmp_path)
+
+
 def test_folders_without_a_tokenizer_or_its_end_of_text_raise(tmp_path, monkeypatch):
     byte_level(tmp_path / "folder")
     settings = tmp_path / "folder" / "tokenizer_config.json"
