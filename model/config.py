@@ -88,11 +88,11 @@ class GPTConfig:
             size = getattr(self, name)
             if size is None and name in _OPTIONAL_SIZES:
                 continue
-            if not isinstance(size, Integral):
+            if not _is_integer(size):
                 raise ValueError(f"GPTConfig: {name}: expected an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"GPTConfig: {name}: expected 1 or more, got {size}")
-        if not isinstance(self.prefix_tokens, Integral) or self.prefix_tokens < 0:
+        if not _is_integer(self.prefix_tokens) or self.prefix_tokens < 0:
             raise ValueError(
                 f"GPTConfig: prefix_tokens: expected an integer of 0 or more, got "
                 f"{self.prefix_tokens!r}"
@@ -187,6 +187,10 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows of embedding and head: vocab_size rounded up. No padding row is ever predicted."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,10 @@ def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
                     row += 1
                     position = file_bytes * row // rows
                     yield text or "", f"{path}:{row}", position  # a null becomes an empty text
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        # An error of the system has a number. pyarrow's OSError for damage has none.
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise InputError(
             f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
             "get the file again"

@@ -21,7 +21,6 @@ special tokens. `decode_answer` leaves both out, as transformers does.
 import base64
 import functools
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from ....errors import InputError
-from ._definition import can_cut, parts_of
+from ._definition import can_cut
+from ._token_bytes import pieces_of
 from .tokenizer import Tokenizer, hash_parts, without_surrogates
 
 FILES = (
@@ -44,9 +44,6 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Largest number of ids. There is a piece for each id, even if no token has it.
-_MOST_IDS = 1 << 24
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -135,7 +132,7 @@ class PublishedTokenizer(Tokenizer):
                 f"got {end!r}"
             )
         self._ids = ids
-        super().__init__("published", name, _pieces(self._definition, ids))
+        super().__init__("published", name, pieces_of(self._definition, ids))
 
         self.end_of_text = ids[end]
         self.start_tokens = self._find_start_tokens(settings.get("add_bos_token"))
@@ -321,8 +318,13 @@ def _backend(definition: dict[str, Any]):
     except ImportError:
         raise InputError(f"tokenizer: {_needs('tokenizers')}") from None
     try:
-        return Backend.from_str(json.dumps(definition))
-    except Exception as error:  # the package raises Exception itself
+        backend = Backend.from_str(json.dumps(definition))
+        backend.encode("a")  # finds names of special tokens that are not defined
+        return backend
+    except BaseException as error:
+        # The package raises Exception itself, and a BaseException of its own if Rust panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(
             f"tokenizer.json: expected a file of the package tokenizers, got something else "
             f"({error})"
@@ -331,64 +333,3 @@ def _backend(definition: dict[str, Any]):
 
 def _encode(backend, text: str) -> np.ndarray:
     return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-
-
-def _pieces(definition: dict[str, Any], ids: dict[str, int]) -> list[bytes]:
-    """Return the bytes of each id. An id that no token has stands for no bytes."""
-    largest = max(ids.values())
-    if largest >= _MOST_IDS:
-        raise InputError(f"tokenizer.json: expected ids below {_MOST_IDS}, got {largest}")
-    added = {each["id"] for each in definition.get("added_tokens") or []}
-    to_bytes = _piece_decoder(definition)
-    pieces = [b""] * (1 + largest)
-    for token, number in ids.items():
-        pieces[number] = token.encode() if number in added else to_bytes(token)
-    return pieces
-
-
-def _piece_decoder(definition: dict[str, Any]) -> Callable[[str], bytes]:
-    """Return the function from a token to its bytes that the decoder describes."""
-    space = None
-    has_bytes = has_byte_tokens = False
-    for part in parts_of(definition, "decoder"):
-        kind = part["type"]
-        if kind == "ByteLevel":
-            has_bytes = True
-        elif kind == "ByteFallback":
-            has_byte_tokens = True
-        elif kind == "Metaspace":
-            space = part["replacement"]
-        elif kind == "Replace" and part["content"] == " ":
-            if "String" not in part["pattern"]:
-                raise InputError(
-                    "decoder: expected Replace with a String as its pattern, got a Regex; tritium "
-                    "cannot turn its tokens into bytes"
-                )
-            space = part["pattern"]["String"]
-        elif kind not in ("Fuse", "Strip"):
-            raise InputError(
-                f"decoder: expected ByteLevel, ByteFallback or Metaspace, got {kind}; tritium "
-                "cannot turn its tokens into bytes"
-            )
-
-    alphabet = {character: byte for byte, character in enumerate(_byte_characters())}
-
-    def to_bytes(token: str) -> bytes:
-        match = _BYTE_TOKEN.fullmatch(token)
-        if has_byte_tokens and match:
-            return bytes([int(match[1], 16)])
-        if has_bytes and all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
-        return (token if space is None else token.replace(space, " ")).encode()
-
-    return to_bytes
-
-
-def _byte_characters() -> str:
-    """Return the 256 characters that stand for bytes in GPT-2's vocabulary, in the bytes' order.
-
-    A printable byte of Latin-1 stands for itself. The others take the characters from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))

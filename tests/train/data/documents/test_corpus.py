@@ -222,9 +222,22 @@ def test_parquet_documents_and_wrong_columns(tmp_path):
     columns = {"a": [{"text": "in a struct"}], "a.text": ["in a column"]}
     parquet.write_table(pyarrow.table(columns), path)
     assert _texts(Corpus([path], text_field="a.text")) == ["in a column"]
-    path.write_bytes(b"no parquet at all")
-    with pytest.raises(InputError, match="expected parquet data"):
-        _texts(Corpus([path]))
+
+
+def test_damaged_parquet_is_one_line_with_the_name_of_the_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["eins", "zwei"]}), path)
+    content = path.read_bytes()
+    wrong_type, not_utf8 = bytearray(content), bytearray(content)
+    wrong_type[5] = 0x0F
+    not_utf8[content.index(b"text")] = 0xFF  # the name of the column
+    for damaged in (b"no parquet at all", wrong_type, not_utf8):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.parquet: expected parquet data, got damage"):
+            _texts(Corpus([path]))
 
 
 def test_parquet_strings_of_all_types_are_read(tmp_path):

@@ -327,6 +327,17 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
             "decoder: expected ByteLevel, .* got Replace",
         ),
         ({"model": {"type": "words"}}, "expected a file of the package tokenizers"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}],
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            },
+            "expected a file of the package tokenizers",
+        ),
     ],
 )
 def test_definitions_that_are_not_supported_raise(changes, message, tmp_path):
