@@ -152,11 +152,11 @@ def _read_llama(fields: Fields, **options: Any) -> GPTConfig:
                 "tritium's layers are equal"
             )
     heads = fields["num_attention_heads"]
-    head_size = fields.get("head_dim") or fields["hidden_size"] // heads
-    if head_size * heads != fields["hidden_size"]:
+    head_size = fields["hidden_size"] // heads
+    if (fields.get("head_dim") or head_size) != head_size:
         raise InputError(
-            f"head_dim: expected hidden_size / num_attention_heads "
-            f"({fields['hidden_size'] // heads}), got {head_size}; tritium has no other head size"
+            f"head_dim: expected hidden_size / num_attention_heads ({head_size}), got "
+            f"{fields['head_dim']}; tritium has no other head size"
         )
     return GPTConfig(
         n_layer=fields["num_hidden_layers"],

@@ -280,6 +280,10 @@ def test_configurations_that_do_not_fit_are_one_line(fields, message, folder):
         ({"tie_word_embeddings": None}, r"expected a tensor lm_head\.weight, found none"),
         ({"num_attention_heads": 0}, "expected the configuration of a model"),
         ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads"),
+        (
+            {"num_attention_heads": "x", "head_dim": 2**31},
+            "expected the configuration of a model",
+        ),
     ],
 )
 def test_llamas_with_other_parts_are_one_line(fields, message, tmp_path):

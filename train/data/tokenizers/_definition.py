@@ -21,7 +21,7 @@ def parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
     part = definition.get(name)
     if part is None:
         return []
-    if part["type"] == "Sequence":
+    if part.get("type") == "Sequence":
         return part.get("decoders") or part.get("pretokenizers") or []
     return [part]
 
@@ -35,7 +35,7 @@ def can_cut(definition: dict[str, Any], backend) -> bool:
     Args: backend: the Tokenizer of the package tokenizers with this definition.
     """
     parts = parts_of(definition, "pre_tokenizer")
-    has_bytes = any(part["type"] == "ByteLevel" for part in parts)
+    has_bytes = any(part.get("type") == "ByteLevel" for part in parts)
     if not has_bytes or any(part.get("add_prefix_space") for part in parts):
         return False
     for token in definition.get("added_tokens") or []:

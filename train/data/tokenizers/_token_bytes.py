@@ -30,7 +30,7 @@ def _piece_decoder(definition: dict[str, Any]) -> Callable[[str], bytes]:
     space = None
     has_bytes = has_byte_tokens = False
     for part in parts_of(definition, "decoder"):
-        kind = part["type"]
+        kind = part.get("type")
         if kind == "ByteLevel":
             has_bytes = True
         elif kind == "ByteFallback":

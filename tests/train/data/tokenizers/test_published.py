@@ -318,6 +318,7 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
     ("changes", "message"),
     [
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "decoder: expected"),
+        ({"decoder": {"pattern": {"String": "x"}, "content": " "}}, "decoder: .* got None"),
         (
             {"decoder": {"type": "Replace", "pattern": {"Regex": "x"}, "content": " "}},
             "decoder: expected Replace with a String",
