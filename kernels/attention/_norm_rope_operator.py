@@ -11,8 +11,6 @@ then one kernel changes the columns of queries and keys in place.
 _operator.py says which implementation runs on which device.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -47,12 +45,11 @@ def attend_norm_rope(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> Tensor:
     """Return o (B, T, H K)."""
-    if _sdpa_applies(qkv, cu_seqlens, options):
+    if _sdpa_applies(qkv, options):
         qkv = attach(qkv, added_bias)
         arguments = (qkv, q_weight, k_weight, n_head, n_kv_head, norm_rope)
         if torch.compiler.is_compiling():
@@ -60,23 +57,21 @@ def attend_norm_rope(
             heads = _split_heads(qkv, reference_norm_rope(*arguments), n_head, n_kv_head)
         else:
             heads = _ChangedHeads.apply(*arguments)
-        o, _ = sdpa(*heads, cu_seqlens, options)
+        o, _ = sdpa(*heads, options)
         return o.flatten(2)
     weights = (q_weight, k_weight)
     detached = (None if x is None else x.detach() for x in (qkv, *weights))
     qk = _norm_rope(*detached, n_head, n_kv_head, norm_rope)
-    o, _ = _attention(
-        qkv, qk, added_bias, *weights, n_head, n_kv_head, cu_seqlens, norm_rope, options
-    )
+    o, _ = _attention(qkv, qk, added_bias, *weights, n_head, n_kv_head, norm_rope, options)
     return o
 
 
 # --- plain attention on a CPU
 
 
-def _sdpa_applies(qkv: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions) -> bool:
+def _sdpa_applies(qkv: Tensor, options: AttentionOptions) -> bool:
     T = qkv.shape[1]
-    if not (runs_reference(qkv) and is_32_bit(qkv) and is_plain(T, T, cu_seqlens, options)):
+    if not (runs_reference(qkv) and is_32_bit(qkv) and is_plain(T, T, options)):
         return False
     # torch.func cannot transform _ChangedHeads.
     return torch.compiler.is_compiling() or not is_transformed()
@@ -122,7 +117,6 @@ def reference_attention_fwd(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
@@ -130,8 +124,8 @@ def reference_attention_fwd(
 
     Only v of qkv is read. The bias, the weights and norm_rope are arguments for the gradient.
     """
-    check_document_values(NAME, cu_seqlens, qkv.shape[1])
-    o, lse = attend(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
+    check_document_values(NAME, options.cu_seqlens, qkv.shape[1])
+    o, lse = attend(*_split_heads(qkv, qk, n_head, n_kv_head), options)
     return o.flatten(2), lse
 
 
@@ -143,12 +137,11 @@ def shapes_attention_fwd(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the outputs of `reference_attention_fwd`."""
-    return shapes_qkvpacked_fwd(qkv, None, n_head, n_kv_head, cu_seqlens, options)
+    return shapes_qkvpacked_fwd(qkv, None, n_head, n_kv_head, options)
 
 
 def launch_attention_fwd(
@@ -159,13 +152,12 @@ def launch_attention_fwd(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_attention_fwd`."""
-    check_document_values(NAME, cu_seqlens, qkv.shape[1])
-    o, lse = launch_attend(*_split_heads(qkv, qk, n_head, n_kv_head), cu_seqlens, options)
+    check_document_values(NAME, options.cu_seqlens, qkv.shape[1])
+    o, lse = launch_attend(*_split_heads(qkv, qk, n_head, n_kv_head), options)
     B, T, H, K = o.shape
     return o.view(B, T, H * K), lse
 
@@ -180,7 +172,6 @@ def reference_attention_bwd(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     needs_bias: bool,
     norm_rope: NormRope,
     options: AttentionOptions,
@@ -188,7 +179,7 @@ def reference_attention_bwd(
     """Return the gradients of qkv, its bias, q_weight and k_weight. Unneeded ones are empty."""
     heads = _split_heads(qkv, qk, n_head, n_kv_head)
     do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
-    dq, dk, dv = wide_grads(do, None, *heads, o, cu_seqlens, options)
+    dq, dk, dv = wide_grads(do, None, *heads, o, options)
     dq, dk, *dweights = reference_norm_rope_bwd(dq, dk, qkv, q_weight, k_weight, norm_rope)
     dqkv = torch.cat((dq, dk, dv), 2).flatten(2)
     dbias = dqkv.sum((0, 1)) if needs_bias else dqkv.new_empty(0)
@@ -205,15 +196,12 @@ def shapes_attention_bwd(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     needs_bias: bool,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the outputs of `reference_attention_bwd`."""
-    dqkv, dbias = shapes_qkvpacked_bwd(
-        do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
-    )
+    dqkv, dbias = shapes_qkvpacked_bwd(do, qkv, o, lse, n_head, n_kv_head, needs_bias, options)
     dweights = [
         lse.new_empty(0) if weight is None else weight.new_empty(weight.shape)
         for weight in (q_weight, k_weight)
@@ -231,18 +219,15 @@ def launch_attention_bwd(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     needs_bias: bool,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_attention_bwd`."""
-    dqkv, dbias = shapes_qkvpacked_bwd(
-        do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
-    )
+    dqkv, dbias = shapes_qkvpacked_bwd(do, qkv, o, lse, n_head, n_kv_head, needs_bias, options)
     heads = _split_heads(qkv, qk, n_head, n_kv_head)
     written_bias = dbias if needs_bias else None
-    launch_packed_grads(dqkv, written_bias, do, heads, o, lse, cu_seqlens, options)
+    launch_packed_grads(dqkv, written_bias, do, heads, o, lse, options)
     dweights = launch_norm_rope_bwd(
         dqkv, written_bias, qkv, q_weight, k_weight, n_head, n_kv_head, norm_rope
     )
@@ -282,33 +267,33 @@ def _no_gradient(ctx, dqk):
 
 
 def _save(ctx, inputs, output):
-    qkv, qk, added_bias, q_weight, k_weight, *counts, cu_seqlens, norm_rope, options = inputs
+    qkv, qk, added_bias, q_weight, k_weight, *counts, norm_rope, options = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
     ctx.head_counts = counts
     ctx.bias_dtype = None if added_bias is None else added_bias.dtype
     ctx.eps = norm_rope.eps
-    ctx.options = dataclasses.replace(options, seed=None)
+    ctx.options = options.with_tensors(None, None)
     tables = (norm_rope.cos, norm_rope.sin)
-    tensors = (qkv, qk, o, lse, q_weight, k_weight, cu_seqlens, *tables, options.seed)
-    ctx.save_for_backward(*tensors)
+    of_options = (options.seed, options.cu_seqlens)
+    ctx.save_for_backward(qkv, qk, o, lse, q_weight, k_weight, *tables, *of_options)
 
 
 def _grad(ctx, do, _dlse):
     # The public function does not return lse, so lse has no gradient.
     if do is None:
-        return (None,) * 10
-    *tensors, q_weight, k_weight, cu_seqlens, cos, sin, seed = ctx.saved_tensors
+        return (None,) * 9
+    *tensors, q_weight, k_weight, cos, sin, seed, cu_seqlens = ctx.saved_tensors
     norm_rope = NormRope(eps=ctx.eps, cos=cos, sin=sin)
-    options = dataclasses.replace(ctx.options, seed=seed)
+    options = ctx.options.with_tensors(seed, cu_seqlens)
     needs_bias = ctx.needs_input_grad[2]
-    arguments = (*ctx.head_counts, cu_seqlens, needs_bias, norm_rope, options)
+    arguments = (*ctx.head_counts, needs_bias, norm_rope, options)
     dqkv, dbias, *dweights = _attention_bwd(
         do.contiguous(), *tensors, q_weight, k_weight, *arguments
     )
     dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
     dweights = (None, None) if q_weight is None else dweights
-    return dqkv, None, dbias, *dweights, None, None, None, None, None
+    return dqkv, None, dbias, *dweights, None, None, None, None
 
 
 _norm_rope.register_autograd(_no_gradient, setup_context=_save_nothing)

@@ -13,8 +13,6 @@ and lse. Three implementations compute the same:
                           PyTorch 2.13, November 2026).
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -39,10 +37,8 @@ from .options import AttentionOptions
 # --- plain attention on a CPU
 
 
-def _sdpa_applies(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> bool:
-    return is_32_bit(q) and is_plain(q.shape[1], k.shape[1], cu_seqlens, options)
+def _sdpa_applies(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> bool:
+    return is_32_bit(q) and is_plain(q.shape[1], k.shape[1], options)
 
 
 def _sdpa_applies_packed(
@@ -50,10 +46,9 @@ def _sdpa_applies_packed(
     added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> bool:
-    return is_32_bit(qkv) and is_plain(qkv.shape[1], qkv.shape[1], cu_seqlens, options)
+    return is_32_bit(qkv) and is_plain(qkv.shape[1], qkv.shape[1], options)
 
 
 def _sdpa_packed(
@@ -61,12 +56,11 @@ def _sdpa_packed(
     added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K), and an empty tensor in place of lse."""
     qkv = attach(qkv, added_bias)
-    o, lse = sdpa(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    o, lse = sdpa(*split_qkv(qkv, n_head, n_kv_head), options)
     return o.flatten(2), lse
 
 
@@ -110,47 +104,46 @@ _packed_attention_bwd = define_op(
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens, options = inputs
+    q, k, v, options = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
-    # Save tensors with save_for_backward: activation checkpointing does not see attributes of ctx.
-    ctx.options = dataclasses.replace(options, seed=None)
-    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, options.seed)
+    ctx.options = options.with_tensors(None, None)
+    ctx.save_for_backward(q, k, v, o, lse, options.seed, options.cu_seqlens)
 
 
 def _grad(ctx, do, dlse):
     if do is None and dlse is None:
-        return None, None, None, None, None
-    q, k, v, o, lse, cu_seqlens, seed = ctx.saved_tensors
+        return None, None, None, None
+    q, k, v, o, lse, *tensors = ctx.saved_tensors
     do = torch.zeros_like(q) if do is None else unit_stride(do)
     dlse = None if dlse is None else dlse.contiguous()
-    options = dataclasses.replace(ctx.options, seed=seed)
-    dq, dk, dv = _attention_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
-    return dq, dk, dv, None, None
+    options = ctx.options.with_tensors(*tensors)
+    dq, dk, dv = _attention_bwd(do, dlse, q, k, v, o, lse, options)
+    return dq, dk, dv, None
 
 
 def _save_packed(ctx, inputs, output):
-    qkv, added_bias, n_head, n_kv_head, cu_seqlens, options = inputs
+    qkv, added_bias, n_head, n_kv_head, options = inputs
     o, lse = output
     ctx.set_materialize_grads(False)
     ctx.head_counts = n_head, n_kv_head
     ctx.bias_dtype = None if added_bias is None else added_bias.dtype
-    ctx.options = dataclasses.replace(options, seed=None)
-    ctx.save_for_backward(qkv, o, lse, cu_seqlens, options.seed)
+    ctx.options = options.with_tensors(None, None)
+    ctx.save_for_backward(qkv, o, lse, options.seed, options.cu_seqlens)
 
 
 def _grad_packed(ctx, do, _dlse):
     # The public function does not return lse, so lse has no gradient.
     if do is None:
-        return None, None, None, None, None, None
-    qkv, o, lse, cu_seqlens, seed = ctx.saved_tensors
-    options = dataclasses.replace(ctx.options, seed=seed)
+        return None, None, None, None, None
+    qkv, o, lse, *tensors = ctx.saved_tensors
+    options = ctx.options.with_tensors(*tensors)
     needs_bias = ctx.needs_input_grad[1]
     dqkv, dbias = _packed_attention_bwd(
-        do.contiguous(), qkv, o, lse, *ctx.head_counts, cu_seqlens, needs_bias, options
+        do.contiguous(), qkv, o, lse, *ctx.head_counts, needs_bias, options
     )
     dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
-    return dqkv, dbias, None, None, None, None
+    return dqkv, dbias, None, None, None
 
 
 attention.register_autograd(_grad, setup_context=_save)

@@ -28,27 +28,23 @@ BLOCK_QUERIES = 128
 
 
 def reference_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """Return o in q's dtype and lse (B, H, T).
 
-    With cu_seqlens the batch size is 1. Tokens after the last document get zeros.
+    With documents the batch size is 1. Tokens after the last document get zeros.
     """
-    check_document_values("causal_attention_varlen", cu_seqlens, q.shape[1])
-    return attend(q, k, v, cu_seqlens, options)
+    check_document_values("causal_attention_varlen", options.cu_seqlens, q.shape[1])
+    return attend(q, k, v, options)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Return the same as `reference_fwd`, for checked cu_seqlens."""
-    o, lse = _attend(_by_head(q), _by_head(k), _by_head(v), cu_seqlens, options)
+    o, lse = _attend(_by_head(q), _by_head(k), _by_head(v), options)
     return _by_token(o, q.dtype), lse
 
 
-def shapes_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
+def shapes_fwd(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Allocate the outputs of `reference_fwd`."""
     B, T, H, _ = q.shape
     lse = q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -63,11 +59,10 @@ def reference_bwd(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
-    grads = wide_grads(do, dlse, q, k, v, o, cu_seqlens, options)
+    grads = wide_grads(do, dlse, q, k, v, o, options)
     return tuple(grad.to(q.dtype).contiguous() for grad in grads)
 
 
@@ -78,13 +73,12 @@ def wide_grads(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv in at least float32, as views of tensors whose first axis is the heads."""
     do, o, *heads = (_by_head(x) for x in (do, o, q, k, v))
     grads = tuple(torch.zeros_like(x) for x in heads)
-    _fill_grads(grads, do, dlse, o, *heads, cu_seqlens, options)
+    _fill_grads(grads, do, dlse, o, *heads, options)
     return tuple(grad.permute(1, 2, 0, 3) for grad in grads)
 
 
@@ -96,7 +90,6 @@ def shapes_bwd(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the outputs of `reference_bwd`."""
@@ -108,15 +101,14 @@ def reference_qkvpacked_fwd(
     added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H K) and lse (B, H, T). q, k and v lie next to each other in qkv.
 
     The value of `added_bias` is not read: qkv contains it.
     """
-    check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
-    o, lse = attend(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    check_document_values("causal_attention_qkvpacked", options.cu_seqlens, qkv.shape[1])
+    o, lse = attend(*split_qkv(qkv, n_head, n_kv_head), options)
     return o.flatten(2), lse
 
 
@@ -125,7 +117,6 @@ def shapes_qkvpacked_fwd(
     added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the outputs of `reference_qkvpacked_fwd`."""
@@ -142,7 +133,6 @@ def reference_qkvpacked_bwd(
     lse: Tensor,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     needs_bias: bool,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +144,7 @@ def reference_qkvpacked_bwd(
     heads = _by_head(qkv.unflatten(-1, (sum(counts), -1)))
     do, o = (_by_head(x.unflatten(-1, (n_head, -1))) for x in (do, o))
     dheads = torch.zeros_like(heads)
-    _fill_grads(dheads.split(counts), do, None, o, *heads.split(counts), cu_seqlens, options)
+    _fill_grads(dheads.split(counts), do, None, o, *heads.split(counts), options)
     dbias = dheads.sum((1, 2)).flatten() if needs_bias else dheads.new_empty(0)
     return _by_token(dheads, qkv.dtype).flatten(2), dbias
 
@@ -166,7 +156,6 @@ def shapes_qkvpacked_bwd(
     lse: Tensor,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     needs_bias: bool,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
@@ -207,14 +196,12 @@ def _flat(x: Tensor, H: int) -> Tensor:
 # --- forward and backward over blocks of queries
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Return o (H, B, T, K) and lse (B, H, T) for q (H, B, T, K), k and v (G, B, S, K)."""
     (H, B, T, _), S = q.shape, k.shape[2]
     o = torch.zeros_like(q)
     lse = q.new_zeros(H * B, T)
-    starts = _starts(cu_seqlens)
+    starts = _starts(options.cu_seqlens)
     q, k, v = _flat(q, H), _flat(k, H), _flat(v, H)
     for rows, keys, mask in _blocks(T, S, options.window, starts, q):
         t = _scores(q[:, rows], k[:, keys], mask, options)
@@ -236,7 +223,6 @@ def _fill_grads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
     """Write dq (H, B, T, K), dk and dv (G, B, S, K) to `grads`, which are zero on entry.
@@ -244,7 +230,7 @@ def _fill_grads(
     Other shapes are as in `_attend`.
     """
     (H, B, T, _), (G, _, S, _) = q.shape, k.shape
-    starts = _starts(cu_seqlens)
+    starts = _starts(options.cu_seqlens)
 
     # delta = sum(do * o) - dlse, one number per query.
     delta = torch.linalg.vecdot(do, o)

@@ -124,8 +124,8 @@ def causal_attention(
     options = resolve_options(name, K, S, q.device, scale, window, softcap, dropout_p, seed)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if return_lse:
-        return attention.dispatch(q, k, v, None, options)
-    return attention(q, k, v, None, options)[0]
+        return attention.dispatch(q, k, v, options)
+    return attention(q, k, v, options)[0]
 
 
 @public
@@ -174,9 +174,11 @@ def causal_attention_qkvpacked(
     K = check_packed(name, qkv, H, G, added_bias, cu_seqlens)
     norm_rope = check_norm_rope(name, qkv, K, cos, sin, q_norm_weight, k_norm_weight, norm_eps)
     keys = qkv.shape[1] * (1 if cu_seqlens is None else qkv.shape[0])
-    options = resolve_options(name, K, keys, qkv.device, scale, window, softcap, dropout_p, seed)
+    options = resolve_options(
+        name, K, keys, qkv.device, scale, window, softcap, dropout_p, seed, cu_seqlens
+    )
     weights = (q_norm_weight, k_norm_weight)
-    return _attend_packed(qkv, added_bias, *weights, H, G, cu_seqlens, norm_rope, options)
+    return _attend_packed(qkv, added_bias, *weights, H, G, norm_rope, options)
 
 
 def _attend_packed(
@@ -186,25 +188,21 @@ def _attend_packed(
     k_weight: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     norm_rope: NormRope,
     options: AttentionOptions,
 ) -> Tensor:
     """Return o (B, T, H K) of arguments that are checked."""
     B, T, width = qkv.shape
-    if cu_seqlens is not None:
+    if options.cu_seqlens is not None:
         # The operators take documents as one sequence.
         qkv = qkv.reshape(1, B * T, width)
-        cu_seqlens = cu_seqlens.contiguous()
         norm_rope = norm_rope.of_one_sequence(B, T)
     qkv = unit_stride(qkv)
     if norm_rope.cos is None and q_weight is None:
-        o, _ = packed_attention(qkv, added_bias, n_head, n_kv_head, cu_seqlens, options)
+        o, _ = packed_attention(qkv, added_bias, n_head, n_kv_head, options)
     else:
         if q_weight is not None:
             q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
         weights = (q_weight, k_weight)
-        o = attend_norm_rope(
-            qkv, added_bias, *weights, n_head, n_kv_head, cu_seqlens, norm_rope, options
-        )
-    return o if cu_seqlens is None else o.view(B, T, o.shape[-1])
+        o = attend_norm_rope(qkv, added_bias, *weights, n_head, n_kv_head, norm_rope, options)
+    return o if options.cu_seqlens is None else o.view(B, T, o.shape[-1])

@@ -46,13 +46,12 @@ def _plan(
     kernel: str,
     q: Tensor,
     k: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
     dbias: Tensor | None = None,
 ) -> Tile:
     has_dropout = options.dropout_p > 0
     applied = (
-        cu_seqlens is not None,
+        options.cu_seqlens is not None,
         options.window < k.shape[1],
         options.softcap > 0,
         q.shape[2] != k.shape[2],
@@ -73,9 +72,7 @@ def _plan(
     )
 
 
-def _makes_one_pass(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> bool:
+def _makes_one_pass(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
     """Whether the backward makes one pass, by BACKWARD and the arguments.
 
     Raises: ValueError if BACKWARD is "one pass" and the kernel does not support the arguments.
@@ -87,7 +84,8 @@ def _makes_one_pass(
     is_supported = (
         (T, H) == (S, G)
         and options.window >= S
-        and (cu_seqlens, options.softcap, options.dropout_p) == (None, 0, 0)
+        and options.cu_seqlens is None
+        and (options.softcap, options.dropout_p) == (0, 0)
         and has_one_pass_tile(K, q.dtype, name)
     )
     if BACKWARD == "auto":
@@ -95,7 +93,7 @@ def _makes_one_pass(
         is_16_bit = q.dtype != torch.float32
         return is_supported and is_16_bit and one_pass_fits(B * H, T, K, sm_count(q.device))
     if not is_supported:
-        documents = "no documents" if cu_seqlens is None else "documents"
+        documents = "no documents" if options.cu_seqlens is None else "documents"
         raise ValueError(
             "causal_attention: expected as many queries as keys, as many query heads as key "
             "heads, a head size up to 64, sm_90 and no documents, window, softcap or dropout for "
@@ -109,29 +107,27 @@ def _makes_one_pass(
 # --- launchers: each has the signature of its reference
 
 
-def launch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
+def launch_fwd(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_fwd`."""
-    check_document_values("causal_attention_varlen", cu_seqlens, q.shape[1])
-    return launch_attend(q, k, v, cu_seqlens, options)
+    check_document_values("causal_attention_varlen", options.cu_seqlens, q.shape[1])
+    return launch_attend(q, k, v, options)
 
 
 def launch_attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `attend`."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     group = H // G
-    o, lse = shapes_fwd(q, k, v, cu_seqlens, options)
-    clear_padding(cu_seqlens, o)
-    clear_padding(cu_seqlens, lse, axis=2)
-    tile = _plan("fwd", q, k, cu_seqlens, options)
-    work, tiles = schedule(cu_seqlens, T, tile.block_m)
+    o, lse = shapes_fwd(q, k, v, options)
+    clear_padding(options.cu_seqlens, o)
+    clear_padding(options.cu_seqlens, lse, axis=2)
+    tile = _plan("fwd", q, k, options)
+    work, tiles = schedule(options.cu_seqlens, T, tile.block_m)
     kv_bytes = 2 * S * K * k.element_size()
     launch_kernel(_causal_attention_fwd_kernel, (tiles * B * H,),
         q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
-        work_ptr=work, cu_seqlens_ptr=cu_seqlens, seed_ptr=options.seed,
+        work_ptr=work, cu_seqlens_ptr=options.cu_seqlens, seed_ptr=options.seed,
         o_ptr=o, lse_ptr=lse, **strides_bth(q=q, k=k, v=v),
         T=T, S=S, H=H, group=group,
         tiles=tiles, heads=B * H, heads_at_once=_heads_at_once(kv_bytes) * group,
@@ -148,15 +144,14 @@ def launch_bwd(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel counterpart of `reference_bwd`."""
-    grads = shapes_bwd(do, dlse, q, k, v, o, lse, cu_seqlens, options)
+    grads = shapes_bwd(do, dlse, q, k, v, o, lse, options)
     for grad in grads:
-        clear_padding(cu_seqlens, grad)
-    launch_grads = _grads_launcher(q, k, cu_seqlens, options)
-    launch_grads(grads, None, do, dlse, q, k, v, o, lse, cu_seqlens, options)
+        clear_padding(options.cu_seqlens, grad)
+    launch_grads = _grads_launcher(q, k, options)
+    launch_grads(grads, None, do, dlse, q, k, v, o, lse, options)
     return grads
 
 
@@ -165,12 +160,11 @@ def launch_qkvpacked_fwd(
     added_bias: Tensor | None,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_fwd`."""
-    check_document_values("causal_attention_qkvpacked", cu_seqlens, qkv.shape[1])
-    o, lse = launch_attend(*split_qkv(qkv, n_head, n_kv_head), cu_seqlens, options)
+    check_document_values("causal_attention_qkvpacked", options.cu_seqlens, qkv.shape[1])
+    o, lse = launch_attend(*split_qkv(qkv, n_head, n_kv_head), options)
     B, T, H, K = o.shape
     return o.view(B, T, H * K), lse
 
@@ -182,16 +176,13 @@ def launch_qkvpacked_bwd(
     lse: Tensor,
     n_head: int,
     n_kv_head: int,
-    cu_seqlens: Tensor | None,
     needs_bias: bool,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Kernel counterpart of `reference_qkvpacked_bwd`."""
-    dqkv, dbias = shapes_qkvpacked_bwd(
-        do, qkv, o, lse, n_head, n_kv_head, cu_seqlens, needs_bias, options
-    )
+    dqkv, dbias = shapes_qkvpacked_bwd(do, qkv, o, lse, n_head, n_kv_head, needs_bias, options)
     heads = split_qkv(qkv, n_head, n_kv_head)
-    launch_packed_grads(dqkv, dbias if needs_bias else None, do, heads, o, lse, cu_seqlens, options)
+    launch_packed_grads(dqkv, dbias if needs_bias else None, do, heads, o, lse, options)
     return dqkv, dbias
 
 
@@ -202,27 +193,24 @@ def launch_packed_grads(
     heads: tuple[Tensor, Tensor, Tensor],
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
     """Write the gradients of `heads`, which are q, k and v, to dqkv, and their sums to `dbias`."""
     q, k, v = heads
-    clear_padding(cu_seqlens, dqkv)
+    clear_padding(options.cu_seqlens, dqkv)
     grads = split_qkv(dqkv, q.shape[2], k.shape[2])
     do, o = do.view(q.shape), o.view(q.shape)
-    launch_grads = _grads_launcher(q, k, cu_seqlens, options)
-    launch_grads(grads, dbias, do, None, q, k, v, o, lse, cu_seqlens, options)
+    launch_grads = _grads_launcher(q, k, options)
+    launch_grads(grads, dbias, do, None, q, k, v, o, lse, options)
 
 
-def _grads_launcher(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> Callable[..., None]:
+def _grads_launcher(q: Tensor, k: Tensor, options: AttentionOptions) -> Callable[..., None]:
     """Return the function that launches the backward in one pass or in two.
 
     It writes dq, dk and dv to `grads`, and their sums over tokens to `dbias` ((H + 2 G) K,). In
     each gradient the heads of a token are adjacent in memory. dk and dv have the same strides.
     """
-    one_pass = _makes_one_pass(q, k, cu_seqlens, options)
+    one_pass = _makes_one_pass(q, k, options)
     return _launch_one_pass if one_pass else _launch_two_passes
 
 
@@ -236,7 +224,6 @@ def _launch_two_passes(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
     options: AttentionOptions,
 ) -> None:
     """Launch the kernel that writes dq, then the kernel that writes dk and dv. See _kernels.py."""
@@ -247,7 +234,7 @@ def _launch_two_passes(
     kv_bytes = 2 * S * K * k.element_size()
     q_bytes = 2 * T * K * q.element_size() * group
     common = {
-        "cu_seqlens_ptr": cu_seqlens,
+        "cu_seqlens_ptr": options.cu_seqlens,
         "seed_ptr": options.seed,
         **strides_bth(do=do, q=q, k=k, v=v),
         **{"T": T, "S": S, "H": H, "group": group},
@@ -255,8 +242,8 @@ def _launch_two_passes(
     }
 
     # Programs that own queries: dq, and delta for the second kernel.
-    tile = _plan("dq", q, k, cu_seqlens, options, dbias)
-    work, tiles = schedule(cu_seqlens, T, tile.block_m)
+    tile = _plan("dq", q, k, options, dbias)
+    work, tiles = schedule(options.cu_seqlens, T, tile.block_m)
     dq_sums = None if dbias is None else dbias.new_empty((B * tiles, H * K))
     launch_kernel(_causal_attention_bwd_dq_kernel, (tiles * B * H,),
         do_ptr=do, dlse_ptr=dlse, q_ptr=q, **_streamed(tile.block_n, k=k, v=v),
@@ -269,14 +256,14 @@ def _launch_two_passes(
 
     # Programs that own keys: dk and dv. Tiles of the same length have the same list.
     listed_length = tile.block_m
-    tile = _plan("dkdv", q, k, cu_seqlens, options, dbias)
-    if cu_seqlens is None or tile.block_n != listed_length:
-        work, tiles = schedule(cu_seqlens, S, tile.block_n)
+    tile = _plan("dkdv", q, k, options, dbias)
+    if options.cu_seqlens is None or tile.block_n != listed_length:
+        work, tiles = schedule(options.cu_seqlens, S, tile.block_n)
     dkv_sums = None if dbias is None else dbias.new_empty((B * tiles, 2 * G * K))
     launch_kernel(_causal_attention_bwd_dkdv_kernel, (tiles * B * G,),
         **_streamed(tile.block_m, do=do, q=q), k_ptr=k, v_ptr=v,
-        lse=_streamed_statistics(lse, q, cu_seqlens, tile.block_m),
-        delta=_streamed_statistics(delta, q, cu_seqlens, tile.block_m),
+        lse=_streamed_statistics(lse, q, options, tile.block_m),
+        delta=_streamed_statistics(delta, q, options, tile.block_m),
         work_ptr=work, dk_ptr=dk, dv_ptr=dv, dkv_sums_ptr=dkv_sums,
         stride_dkb=dk.stride(0), stride_dkt=dk.stride(1),
         tiles=tiles, heads=B * G, heads_at_once=_heads_at_once(q_bytes),
@@ -295,7 +282,6 @@ def _launch_one_pass(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: None,
     options: AttentionOptions,
 ) -> None:
     """Launch the kernel that writes delta, then the kernel that writes all else, _one_pass.py."""
@@ -312,7 +298,7 @@ def _launch_one_pass(
     )  # fmt: skip
 
     # dq, dk and dv. Each program has a float32 buffer for dq of one head.
-    tile = _plan("one_pass", q, k, None, options, dbias)
+    tile = _plan("one_pass", q, k, options, dbias)
     rows, columns = tile.block_m, tile.block_n
     programs = min(B * H, sm_count(q.device))
     sums = lse.new_empty((programs, cdiv(T, rows) * rows, padded(K)))
@@ -320,8 +306,8 @@ def _launch_one_pass(
     dkv_sums = None if dbias is None else dbias.new_empty((B * cdiv(T, columns), 2 * H * K))
     launch_kernel(_causal_attention_bwd_one_pass_kernel, (programs,),
         **_streamed(rows, do=do, q=q), **_streamed(columns, k=k, v=v),
-        lse=_streamed_statistics(lse, q, None, rows),
-        delta=_streamed_statistics(delta, q, None, rows),
+        lse=_streamed_statistics(lse, q, options, rows),
+        delta=_streamed_statistics(delta, q, options, rows),
         sums_ptr=sums, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dq_sums_ptr=dq_sums, dkv_sums_ptr=dkv_sums,
         **strides, **strides_bth(q=q, k=k, v=v),
         stride_dqb=dq.stride(0), stride_dqt=dq.stride(1),
@@ -358,12 +344,12 @@ def _streamed(rows: int, **tensors: Tensor) -> dict:
     }
 
 
-def _streamed_statistics(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, rows: int):
+def _streamed_statistics(x: Tensor, q: Tensor, options: AttentionOptions, rows: int):
     """Return lse or delta (B, H, T) as a descriptor of `rows` numbers, if possible.
 
     Triton's descriptors load blocks that begin at multiples of 16 bytes. Documents begin anywhere.
     """
-    if cu_seqlens is not None or q.dtype == torch.float32:
+    if options.cu_seqlens is not None or q.dtype == torch.float32:
         return x
     B, H, T = x.shape
     return descriptor(x.view(B * H, T), (1, rows))

@@ -1,7 +1,7 @@
 """The options of causal attention: one dataclass, its checks and its defaults."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class AttentionOptions:
         softcap: c > 0 replaces a score s by c tanh(s / c); 0: scores stay as they are.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: seed of the dropout mask, () int64 on the device of q; None without dropout.
+        cu_seqlens: documents packed end to end in a batch of 1, (documents + 1,) int32, contiguous;
+            None: sequences.
     """
 
     scale: float
@@ -28,6 +30,15 @@ class AttentionOptions:
     softcap: float = 0.0
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def with_tensors(self, seed: Tensor | None, cu_seqlens: Tensor | None) -> "AttentionOptions":
+        """Return a copy with other tensors.
+
+        Autograd saves tensors with save_for_backward, because activation checkpointing does not see
+        attributes of ctx, and the other options in ctx.
+        """
+        return replace(self, seed=seed, cu_seqlens=cu_seqlens)
 
 
 def check_head_size(name: str, head_size: int) -> None:
@@ -66,6 +77,7 @@ def resolve_options(
     softcap: float | None,
     dropout_p: float,
     seed: int | Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> AttentionOptions:
     """Check the options of a public function and fill in their defaults."""
     check_head_size(name, head_size)
@@ -77,4 +89,5 @@ def resolve_options(
         softcap=float(softcap or 0.0),
         dropout_p=dropout.dropout_p,
         seed=dropout.seed,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
     )

@@ -63,8 +63,10 @@ def causal_attention_varlen(
             f"{name}: max_seqlen must be at least 1, the longest document's length or more, "
             f"got {max_seqlen}"
         )
-    options = resolve_options(name, K, N, q.device, scale, window, softcap, dropout_p, seed)
+    options = resolve_options(
+        name, K, N, q.device, scale, window, softcap, dropout_p, seed, cu_seqlens
+    )
     # The operator takes one sequence of N tokens: a batch of 1.
     q, k, v = (unit_stride(x).unsqueeze(0) for x in (q, k, v))
-    o, lse = attention(q, k, v, cu_seqlens.contiguous(), options)
+    o, lse = attention(q, k, v, options)
     return (o[0], lse[0]) if return_lse else o[0]

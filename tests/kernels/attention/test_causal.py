@@ -280,15 +280,15 @@ def test_window_of_every_key_matches_no_window(device):
 
 def test_opcheck(device):
     q, k, v, do, dlse = make_inputs(1, 6, 9, 4, 2, 8, torch.float32, device)
-    # The schema has scale, window, softcap, dropout_p and seed in place of the options.
-    options = (0.5, 4, 2.0, 0.1, torch.full((), 3, device=device))
+    # The schema has scale, window, softcap, dropout_p, seed and cu_seqlens in place of the options.
+    options = (0.5, 4, 2.0, 0.1, torch.full((), 3, device=device), None)
     forward = torch.ops.tritium.causal_attention_fwd.default
     backward = torch.ops.tritium.causal_attention_bwd.default
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    opcheck(forward, (*leaves, None, *options))
-    o, lse = forward(q, k, v, None, *options)
-    opcheck(backward, (do, dlse, q, k, v, o, lse, None, *options))
-    opcheck(backward, (do, None, q, k, v, o, lse, None, 0.5, 9, 0.0, 0.0, None))
+    opcheck(forward, (*leaves, *options))
+    o, lse = forward(q, k, v, *options)
+    opcheck(backward, (do, dlse, q, k, v, o, lse, *options))
+    opcheck(backward, (do, None, q, k, v, o, lse, 0.5, 9, 0.0, 0.0, None, None))
 
 
 def test_compiles_as_one_graph(device):
@@ -410,10 +410,12 @@ def test_all_options_at_the_largest_head_size_fit_the_device(arch):
     q, k = meta(1, 4096, 4, 256), meta(1, 4096, 2, 256)
     lse = meta(1, 4, 4096, dtype=torch.float32)
     cu_seqlens, seed = meta(9, dtype=torch.int32), meta(dtype=torch.int64)
-    options = AttentionOptions(scale=0.1, window=512, softcap=30.0, dropout_p=0.1, seed=seed)
+    options = AttentionOptions(
+        scale=0.1, window=512, softcap=30.0, dropout_p=0.1, seed=seed, cu_seqlens=cu_seqlens
+    )
     with record_launches(arch) as launches:
-        launch_fwd(q, k, k, cu_seqlens, options)
-        launch_bwd(q, lse, q, k, k, q, lse, cu_seqlens, options)
+        launch_fwd(q, k, k, options)
+        launch_bwd(q, lse, q, k, k, q, lse, options)
     limits = MULTIPROCESSORS[arch]
     for launch in launches:
         compiled = compile_launch(launch, arch)

@@ -90,23 +90,23 @@ def test_fake_outputs_match_real_outputs(dtype, device):
     """They match in shape, dtype and strides, also for inputs with unusual strides."""
     B, T, S = 2, 5, 9
     ops = torch.ops.tritium
-    options = (0.5, S, 0.0, 0.0, None)
+    options = (0.5, S, 0.0, 0.0, None, None)
     q, k, v, do, dlse = make_inputs(B, T, S, 4, 2, 8, dtype, device)
     qkv = packed(*(x[:, :T] for x in (q, k, v)))
     qkv = qkv[:, :, None].expand(-1, -1, 2, -1)[:, :, 0]
     lengths = torch.full((B,), S, device=device)
-    o, lse = ops.causal_attention_fwd(q, k, v, None, *options)
+    o, lse = ops.causal_attention_fwd(q, k, v, *options)
     calls = [
-        (ops.causal_attention_fwd, (q.mT.contiguous().mT, k, v, None, *options)),
+        (ops.causal_attention_fwd, (q.mT.contiguous().mT, k, v, *options)),
         (
             ops.causal_attention_bwd,
-            (do, dlse.float(), q, k.mT.contiguous().mT, v, o, lse, None, *options),
+            (do, dlse.float(), q, k.mT.contiguous().mT, v, o, lse, *options),
         ),
-        (ops.causal_attention_qkvpacked_fwd, (qkv, qkv[0, 0], 4, 2, None, *options)),
+        (ops.causal_attention_qkvpacked_fwd, (qkv, qkv[0, 0], 4, 2, *options)),
         *(
             (
                 ops.causal_attention_qkvpacked_bwd,
-                (do.flatten(2), qkv, o.flatten(2), lse, 4, 2, None, needs_bias, *options),
+                (do.flatten(2), qkv, o.flatten(2), lse, 4, 2, needs_bias, *options),
             )
             for needs_bias in (False, True)
         ),

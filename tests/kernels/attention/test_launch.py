@@ -103,7 +103,7 @@ def test_number_of_keys_chooses_the_forward_tile():
     for T in (SHORT_KEYS, SHORT_KEYS + 1):
         q = meta(1, T, 1, 64)
         with record_launches("sm_90") as launches:
-            launch_fwd(q, q, q, None, AttentionOptions(scale=0.1, window=T))
+            launch_fwd(q, q, q, AttentionOptions(scale=0.1, window=T))
         chosen.append(launches[0].arguments["BLOCK_N"])
     rows = SHORT_TILES["sm_9"]["fwd", 64], TILES["sm_9"]["fwd"][64]
     assert chosen == [tile.block_n for tile in rows]
@@ -240,10 +240,12 @@ def test_sizes_of_one_compile(T, S, documents, window, dropout_p):
     q, k, lse = meta(1, T, 1, 16), meta(1, S, 1, 16), meta(1, 1, T, dtype=torch.float32)
     cu_seqlens = meta(documents + 1, dtype=torch.int32) if documents else None
     seed = meta(dtype=torch.int64) if dropout_p else None
-    options = AttentionOptions(scale=0.25, window=window, dropout_p=dropout_p, seed=seed)
+    options = AttentionOptions(
+        scale=0.25, window=window, dropout_p=dropout_p, seed=seed, cu_seqlens=cu_seqlens
+    )
     with record_launches("sm_90") as launches:
-        launch_fwd(q, k, k, cu_seqlens, options)
-        launch_bwd(q, lse, q, k, k, q, lse, cu_seqlens, options)
+        launch_fwd(q, k, k, options)
+        launch_bwd(q, lse, q, k, k, q, lse, options)
     names = {launch.kernel.__name__ for launch in launches}
     assert len(names) == (5 if documents else 3)
     for launch in launches:
@@ -270,10 +272,12 @@ def test_options_neither_spill_nor_serialize_matrix_instructions(
     lse = meta(1, 2, 4096, dtype=torch.float32)
     cu_seqlens = meta(9, dtype=torch.int32) if has_documents else None
     seed = meta(dtype=torch.int64) if "dropout_p" in option else None
-    options = AttentionOptions(scale=0.1, seed=seed, **{"window": 4096, **option})
+    options = AttentionOptions(
+        scale=0.1, seed=seed, cu_seqlens=cu_seqlens, **{"window": 4096, **option}
+    )
     with record_launches("sm_90") as launches:
-        launch_fwd(q, k, k, cu_seqlens, options)
-        launch_bwd(q, lse, q, k, k, q, lse, cu_seqlens, options)
+        launch_fwd(q, k, k, options)
+        launch_bwd(q, lse, q, k, k, q, lse, options)
     kernels = {
         launch.kernel.__name__: compile_launch(launch, "sm_90")
         for launch in launches

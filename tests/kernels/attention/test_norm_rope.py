@@ -291,20 +291,20 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients_of_weights(B, T, dev
 def test_opcheck(device):
     H, G, K = 2, 1, 8
     qkv, _, gains, tables = tensors(1, 5, H, G, K, torch.float32, device)
-    scores = (0.5, 3, 0.0, 0.0, None)
+    scores = (0.5, 3, 0.0, 0.0, None, None)
     fields = (EPS, *tables)
     opcheck(ops.qk_norm_rope.default, (qkv, *gains, H, G, *fields))
     qk = ops.qk_norm_rope(qkv, *gains, H, G, *fields)
     bias = torch.zeros(qkv.shape[-1], device=device)
     leaves = [x.clone().requires_grad_() for x in (qkv, *gains)]
-    inputs = (leaves[0], qk, bias, *leaves[1:], H, G, None, *fields, *scores)
+    inputs = (leaves[0], qk, bias, *leaves[1:], H, G, *fields, *scores)
     opcheck(ops.causal_attention_norm_rope_fwd.default, inputs)
     o, lse = ops.causal_attention_norm_rope_fwd(*inputs)
     incoming = (torch.ones_like(o), qkv, qk, o.detach(), lse.detach())
     for needs_bias in (True, False):
         opcheck(
             ops.causal_attention_norm_rope_bwd.default,
-            (*incoming, *gains, H, G, None, needs_bias, *fields, *scores),
+            (*incoming, *gains, H, G, needs_bias, *fields, *scores),
         )
 
 

@@ -161,9 +161,9 @@ def kernels_of(q, k, *, cu_seqlens=None, arch="sm_90", **options):
     """The backward's launches by name of the kernel."""
     (B, T, H, _), S = q.shape, k.shape[1]
     lse = meta(B, H, T, dtype=torch.float32)
-    options = AttentionOptions(scale=0.1, **{"window": S, **options})
+    options = AttentionOptions(scale=0.1, cu_seqlens=cu_seqlens, **{"window": S, **options})
     with record_launches(arch) as launches:
-        launch_bwd(q, None, q, k, k, q, lse, cu_seqlens, options)
+        launch_bwd(q, None, q, k, k, q, lse, options)
     return {launch.kernel.__name__: launch for launch in launches}
 
 
@@ -222,7 +222,7 @@ def compiled_kernel(needs_bias):
     qkv, o, lse = meta(B, T, 3 * H * K), meta(B, T, H * K), meta(B, H, T, dtype=torch.float32)
     options = AttentionOptions(scale=0.125, window=T)
     with record_launches("sm_90") as launches:
-        launch_qkvpacked_bwd(o, qkv, o, lse, H, H, None, needs_bias, options)
+        launch_qkvpacked_bwd(o, qkv, o, lse, H, H, needs_bias, options)
     (launch,) = (launch for launch in launches if launch.kernel.__name__ == ONE_PASS)
     return compile_launch(launch, "sm_90")
 

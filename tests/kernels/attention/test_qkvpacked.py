@@ -165,16 +165,16 @@ def test_compiles_with_a_bias_as_one_graph(device):
 def test_opcheck(device):
     q, k, v, do, _ = make_inputs(1, 6, 6, 4, 2, 8, torch.float32, device)
     qkv = packed(q, k, v)
-    # The schema has scale, window, softcap, dropout_p and seed in place of the options.
-    options = (0.5, 4, 2.0, 0.1, torch.full((), 3, device=device))
+    # The schema has scale, window, softcap, dropout_p, seed and cu_seqlens in place of the options.
+    options = (0.5, 4, 2.0, 0.1, torch.full((), 3, device=device), None)
     forward = torch.ops.tritium.causal_attention_qkvpacked_fwd.default
     backward = torch.ops.tritium.causal_attention_qkvpacked_bwd.default
     for bias in (None, qkv[0, 0].clone().requires_grad_()):
-        inputs = (qkv.clone().requires_grad_(), bias, 4, 2, None)
+        inputs = (qkv.clone().requires_grad_(), bias, 4, 2)
         opcheck(forward, (*inputs, *options))
-    o, lse = forward(qkv, None, 4, 2, None, *options)
+    o, lse = forward(qkv, None, 4, 2, *options)
     for needs_bias in (False, True):
-        inputs = (do.flatten(2), qkv, o, lse, 4, 2, None, needs_bias)
+        inputs = (do.flatten(2), qkv, o, lse, 4, 2, needs_bias)
         opcheck(backward, (*inputs, *options))
 
 

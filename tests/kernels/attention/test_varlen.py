@@ -224,7 +224,7 @@ def test_equal_documents_get_different_dropout_masks(device):
 def test_opcheck(device):
     (q, k, v), _ = make_documents((7, 0, 5), 4, 2, 8, torch.float32, device)
     leaves = [x[None].requires_grad_() for x in (q, k, v)]
-    arguments = (*leaves, cumulative((7, 0, 5), device), 0.5, 12, 0.0, 0.0, None)
+    arguments = (*leaves, 0.5, 12, 0.0, 0.0, None, cumulative((7, 0, 5), device))
     opcheck(torch.ops.tritium.causal_attention_fwd.default, arguments)
 
 
