@@ -153,10 +153,11 @@ def _read_llama(fields: Fields, **options: Any) -> GPTConfig:
             )
     heads = fields["num_attention_heads"]
     head_size = fields["hidden_size"] // heads
-    if (fields.get("head_dim") or head_size) != head_size:
+    given_size = fields.get("head_dim") or head_size
+    if given_size != head_size:
         raise InputError(
             f"head_dim: expected hidden_size / num_attention_heads ({head_size}), got "
-            f"{fields['head_dim']}; tritium has no other head size"
+            f"{given_size}; tritium has no other head size"
         )
     return GPTConfig(
         n_layer=fields["num_hidden_layers"],

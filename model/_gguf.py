@@ -188,7 +188,8 @@ def _reader(tensor, family: str, heads: dict[str, int | None], keep: bool) -> Ca
             except RuntimeError:
                 raise InputError(
                     f"{tensor.name}: expected an even number of rows for each of {heads[part]} "
-                    f"heads, got the shape {tuple(value.shape)}"
+                    f"heads, got the shape {tuple(value.shape)}; check attention.head_count and "
+                    "attention.head_count_kv"
                 ) from None
             value = pairs.transpose(1, 2).reshape(value.shape)
         if family == "gpt2" and _IS_LINEAR.fullmatch(tensor.name):

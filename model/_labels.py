@@ -17,11 +17,13 @@ def labels_in(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
     Raises: InputError, which names `path`, if `architectures` is not a list, or if the labels are
         not numbered from 0.
     """
-    architectures = fields.get("architectures") or [""]
-    if not isinstance(architectures, list):
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list | None):
         raise InputError(
-            f"{path}: architectures: expected a list of names, got {str(architectures)[:60]}"
+            f"{path}: architectures: expected a list of names, got {str(architectures)[:60]!r}; "
+            "get the file again"
         )
+    architectures = architectures or [""]
     if not str(architectures[0]).endswith(_SUFFIX):
         return ()
     # transformers writes no labels if there are two without names.

@@ -134,9 +134,9 @@ def add_lora(model: "GPT", options: AdapterOptions) -> None:
 
     The generator of PyTorch draws A. Modules that a subclass adds to GPT stay trained.
 
-    Raises: InputError for a target that the model does not have, or a rank above its size.
+    Raises: InputError for a target that the model does not have, or a rank that is too large.
     """
-    layers = _layers_of_rank(model.config, options)
+    layers = _checked_layers(model.config, options)
     freeze(model)
     for name in layers:
         layer = LoraLinear(
@@ -218,7 +218,7 @@ def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) ->
     """Raise InputError if LoRA does not fit the model or its mode of activation checkpointing."""
     if not options.lora:
         return
-    layers = _layers_of_rank(config, options)
+    layers = _checked_layers(config, options)
     if recompute == "gelu" and any(".mlp." in name for name in layers):
         raise InputError(
             "recompute: expected none, selective or block with LoRA in the MLP, got gelu, which "
@@ -226,8 +226,8 @@ def check_adapter(options: AdapterOptions, config: GPTConfig, recompute: str) ->
         )
 
 
-def _layers_of_rank(config: GPTConfig, options: AdapterOptions) -> dict[str, tuple[int, int]]:
-    """Return what `lora_layers` returns. Raise InputError if a layer is smaller than the rank."""
+def _checked_layers(config: GPTConfig, options: AdapterOptions) -> dict[str, tuple[int, int]]:
+    """Return the layers with LoRA. Raise InputError if the rank exceeds the smaller size of one."""
     layers = lora_layers(config, options.lora_targets)
     name = min(layers, key=lambda name: min(layers[name]))
     if options.lora > min(layers[name]):

@@ -21,8 +21,8 @@ class AttentionOptions:
         softcap: c > 0 replaces a score s by c tanh(s / c); 0: scores stay as they are.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: seed of the dropout mask, () int64 on the device of q; None without dropout.
-        cu_seqlens: documents packed end to end in a batch of 1, (documents + 1,) int32, contiguous;
-            None: sequences.
+        cu_seqlens: cumulative lengths of the documents that are packed in a batch of 1,
+            (documents + 1,) int32, contiguous; None without documents.
     """
 
     scale: float
@@ -33,10 +33,10 @@ class AttentionOptions:
     cu_seqlens: Tensor | None = None
 
     def with_tensors(self, seed: Tensor | None, cu_seqlens: Tensor | None) -> "AttentionOptions":
-        """Return a copy with other tensors.
+        """Return a copy with these tensors.
 
-        Autograd saves tensors with save_for_backward, because activation checkpointing does not see
-        attributes of ctx, and the other options in ctx.
+        Autograd saves the tensors with save_for_backward, because activation checkpointing does not
+        see attributes of ctx. It keeps the other options in ctx.
         """
         return replace(self, seed=seed, cu_seqlens=cu_seqlens)
 

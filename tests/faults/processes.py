@@ -131,7 +131,8 @@ def _blocker(folder: str):
             counted.append(None)
             if len(counted) == calls:
                 Path(folder, "reached").touch()
-                # In short pieces: Python handles a signal that arrives as a sleep begins after it.
+                # Sleep in short pieces. If a signal arrives just as a sleep begins, Python handles
+                # it only after that sleep.
                 for _ in range(round(seconds / 0.05)):
                     time.sleep(0.05)
             return original(*arguments, **options)

@@ -226,7 +226,7 @@ def test_any_metrics(folders, examples):
     def read():
         for row in (*read_metrics(run)[0], *read_metrics(run)[1]):
             assert 0 <= abs(row["step"]) < 2**63
-            # null: the loss was not finite.
+            # The loss is null if it was not finite.
             assert abs((row.get("loss") or 0) + (row.get("val_loss") or 0)) <= 1e309
 
     strategy = contents(base, lines) | st.binary(max_size=50).map(lambda x: b"".join([x, b"\n"]))

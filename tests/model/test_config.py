@@ -51,6 +51,7 @@ def test_swiglu_mlp_is_eight_thirds_as_wide_as_the_model(n_head, d_model, width)
         ({"n_layer": 2.0}, "n_layer: expected an integer, got 2.0"),
         ({"d_model": None}, "d_model: expected an integer, got None"),
         ({"d_hidden": True}, "d_hidden: expected an integer, got True"),
+        ({"prefix_tokens": True}, "prefix_tokens: expected an integer of 0 or more, got True"),
         ({"n_kv_head": -1}, "n_kv_head: expected 1 or more, got -1"),
         ({"window": 0}, "window: expected 1 or more, got 0"),
         ({"prefix_tokens": -1}, "prefix_tokens: expected an integer of 0 or more, got -1"),

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import pickle
 from dataclasses import replace
@@ -279,7 +280,8 @@ def test_configurations_that_do_not_fit_are_one_line(fields, message, folder):
         ({"rope_parameters": "x"}, "expected the configuration of a model"),
         ({"tie_word_embeddings": None}, r"expected a tensor lm_head\.weight, found none"),
         ({"num_attention_heads": 0}, "expected the configuration of a model"),
-        ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads"),
+        ({"head_dim": 16}, r"head_dim: expected hidden_size / num_attention_heads \(8\), got 16"),
+        ({"hidden_size": math.nan, "head_dim": None}, r"head_dim: expected .* \(nan\), got nan"),
         (
             {"num_attention_heads": "x", "head_dim": 2**31},
             "expected the configuration of a model",

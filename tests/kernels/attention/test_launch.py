@@ -110,6 +110,20 @@ def test_number_of_keys_chooses_the_forward_tile():
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize(
+    "option", [{"cu_seqlens": meta(3, dtype=torch.int32)}, {"window": 63}, {"softcap": 30.0}]
+)
+def test_each_option_counts_when_a_tile_is_chosen(option):
+    """The tile for few keys is for attention without options."""
+    q = meta(1, 64, 1, 64)
+    with record_launches("sm_90") as launches:
+        launch_fwd(q, q, q, AttentionOptions(**{"scale": 0.1, "window": 64} | option))
+    forward = launches[-1].arguments
+    assert SHORT_TILES["sm_9"]["fwd", 64].block_n != TILES["sm_9"]["fwd"][64].block_n
+    assert forward["BLOCK_N"] == TILES["sm_9"]["fwd"][64].block_n
+
+
+@pytest.mark.plain
 def test_options_choose_narrower_tiles_at_head_size_128():
     one, more = OPTION_TILES["sm_9"]["dkdv", 128]
     sizes = (128, torch.bfloat16, "sm_90")

@@ -208,7 +208,10 @@ def test_one_pass_raises_and_auto_makes_two_passes_where_it_does_not_apply(name,
     monkeypatch.setattr(attention_launch, "BACKWARD", "auto")
     assert ONE_PASS not in kernels_of(**arguments)
     monkeypatch.setattr(attention_launch, "BACKWARD", "one pass")
-    message = r'^causal_attention: expected as many .*, got q \(.*; set BACKWARD to "auto" or'
+    documents = "documents" if name == "documents" else "no documents"
+    message = (
+        rf'^causal_attention: expected as many .*, got q \(.*, {documents}, window .*"auto" or'
+    )
     with pytest.raises(ValueError, match=message):
         kernels_of(**arguments)
 

@@ -183,12 +183,13 @@ def _read_parquet(path: Path | RemoteFile, field: str) -> Texts:
                     position = file_bytes * row // rows
                     yield text or "", f"{path}:{row}", position  # a null becomes an empty text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-        # An error of the system has a number. pyarrow's OSError for damage has none.
-        if isinstance(error, OSError) and error.errno:
+        # An OSError of the operating system has an errno. pyarrow's OSError for damage has none.
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path}: expected parquet data, got damage ({str(error).splitlines()[0]}); "
-            "get the file again"
+            f"{path}: expected parquet data that pyarrow can read, got an error ({reason}); get "
+            "the file again, or write it with another program"
         ) from None
 
 

@@ -17,13 +17,24 @@ _EXAMPLES += [(a, f" {b}") for a, b in itertools.product("aZ", "aZ")]
 
 
 def parts_of(definition: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the parts of a decoder or pre-tokenizer, each of which has a "type"."""
+    """Return the parts of a decoder, pre-tokenizer or post-processor. A part may have no type."""
     part = definition.get(name)
     if part is None:
         return []
     if part.get("type") == "Sequence":
-        return part.get("decoders") or part.get("pretokenizers") or []
+        lists = (part.get(key) for key in ("decoders", "pretokenizers", "processors"))
+        return next(filter(None, lists), [])
     return [part]
+
+
+def undefined_tokens(definition: dict[str, Any]) -> list[str]:
+    """Return the special tokens that a post-processor puts around a text and does not define."""
+    return [
+        piece["SpecialToken"]["id"]
+        for part in parts_of(definition, "post_processor")
+        for piece in (*part.get("single", ()), *part.get("pair", ()))
+        if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in part["special_tokens"]
+    ]
 
 
 def can_cut(definition: dict[str, Any], backend) -> bool:

@@ -1,4 +1,7 @@
-"""Functions from text without lone surrogates to ids of any unsigned dtype, one per kind."""
+"""Encoders of tritium's own tokenizers.
+
+Each converts text without lone surrogates to ids of an unsigned dtype.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -7,7 +7,7 @@ from typing import Any
 from ....errors import InputError
 from ._definition import parts_of
 
-# Largest number of ids. There is a piece for each id, even if no token has it.
+# Largest number of ids. Each id takes memory, even an id that no token has.
 _MOST_IDS = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

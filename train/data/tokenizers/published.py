@@ -19,17 +19,18 @@ special tokens. `decode_answer` leaves both out, as transformers does.
 """
 
 import base64
+import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ....errors import InputError
-from ._definition import can_cut
+from ._definition import can_cut, undefined_tokens
 from ._token_bytes import pieces_of
 from .tokenizer import Tokenizer, hash_parts, without_surrogates
 
@@ -158,7 +159,8 @@ class PublishedTokenizer(Tokenizer):
                     f"{start!r}; get the file again"
                 )
             return () if start is None else (self._ids[start],)
-        found = self._plain.encode("a")
+        with _names_encoding():
+            found = self._plain.encode("a")
         text = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
         return tuple(found.ids[:text])
 
@@ -181,7 +183,8 @@ class PublishedTokenizer(Tokenizer):
         if threads <= 1 or len(texts) <= 1:
             return [self.encode(text) for text in texts]
         clean = [without_surrogates(text) for text in texts]
-        found = self._plain.encode_batch_fast(clean, add_special_tokens=False)
+        with _names_encoding():
+            found = self._plain.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(each.ids, dtype=self.dtype) for each in found]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -319,17 +322,36 @@ def _backend(definition: dict[str, Any]):
         raise InputError(f"tokenizer: {_needs('tokenizers')}") from None
     try:
         backend = Backend.from_str(json.dumps(definition))
-        backend.encode("a")  # finds names of special tokens that are not defined
-        return backend
-    except BaseException as error:
-        # The package raises Exception itself, and a BaseException of its own if Rust panics.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+    except Exception as error:  # the package raises Exception itself
         raise InputError(
             f"tokenizer.json: expected a file of the package tokenizers, got something else "
             f"({error})"
         ) from None
+    undefined = undefined_tokens(definition)
+    if undefined:
+        # The package would panic, with more lines on stderr.
+        raise InputError(
+            "tokenizer.json: expected a definition of each special token of post_processor, got "
+            f"none of {', '.join(undefined)}; get the file again"
+        )
+    return backend
+
+
+@contextlib.contextmanager
+def _names_encoding() -> Iterator[None]:
+    """Raise InputError for what the package raises if its definition cannot encode a text."""
+    try:
+        yield
+    except BaseException as error:
+        # The package raises Exception, or PanicException, a BaseException, if its Rust code panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"tokenizer.json: expected a definition that encodes every text, got the error "
+            f"{str(error)!r}; get the file again"
+        ) from None
 
 
 def _encode(backend, text: str) -> np.ndarray:
-    return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+    with _names_encoding():
+        return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)

@@ -345,5 +345,5 @@ def from_spec(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
             )
         pieces = learn_bpe(int(size), texts())
         return Tokenizer("bpe", spec, [*pieces, end], LEARNED_PATTERN)
-    hint = did_you_mean(spec, ("bytes", "chars", "gpt2", DEFAULT_TOKENIZER))
+    hint = did_you_mean(spec.lower(), ("bytes", "chars", "gpt2", DEFAULT_TOKENIZER))
     raise InputError(f"tokenizer: expected {_SPECS}, got {spec!r}{hint}")

@@ -1,7 +1,9 @@
 """Documents from every file type, in order, without duplicates; each bad input."""
 
 import builtins
+import errno
 import gzip
+import io
 import json
 import os
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 
 from tritium.errors import InputError
+from tritium.train.data.documents import _readers
 from tritium.train.data.documents.corpus import Corpus, Document, batches_of_text
 
 pytestmark = pytest.mark.plain
@@ -236,8 +239,23 @@ def test_damaged_parquet_is_one_line_with_the_name_of_the_file(tmp_path):
     not_utf8[content.index(b"text")] = 0xFF  # the name of the column
     for damaged in (b"no parquet at all", wrong_type, not_utf8):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"a\.parquet: expected parquet data, got damage"):
+        with pytest.raises(InputError, match=r"a\.parquet: expected parquet data that pyarrow"):
             _texts(Corpus([path]))
+
+
+def test_errors_of_the_system_while_parquet_is_read_stay(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+
+    class BrokenDisk(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "I/O error")
+
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1" * 100)
+    monkeypatch.setattr(_readers, "_opened", lambda path: BrokenDisk(path.read_bytes()))
+    with pytest.raises(OSError, match="I/O error") as error:
+        _texts(Corpus([path]))
+    assert error.value.errno == errno.EIO
 
 
 def test_parquet_strings_of_all_types_are_read(tmp_path):

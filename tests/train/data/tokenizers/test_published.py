@@ -4,6 +4,7 @@ import base64
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -337,7 +338,7 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
                     "special_tokens": {},
                 }
             },
-            "expected a file of the package tokenizers",
+            "expected a definition of each special token of post_processor, got none of <none>",
         ),
     ],
 )
@@ -349,13 +350,33 @@ def test_definitions_that_are_not_supported_raise(changes, message, tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_an_id_that_no_vocabulary_needs_raises(tmp_path):
+def test_errors_of_the_package_while_encoding_raise(tmp_path, monkeypatch):
+    byte_level(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    words = {"type": "WordLevel", "vocab": {"a": 0, "<|im_end|>": 1}, "unk_token": "x"}
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"model": words}))
+    tokenizer = Tokenizer.load(tmp_path)
+    message = "expected a definition that encodes every text, got the error .*; get the file again"
+    with pytest.raises(InputError, match=message):
+        tokenizer.encode("b")
+    with pytest.raises(InputError, match=message):
+        tokenizer.encode_batch(["a", "b"], threads=2)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_plain", SimpleNamespace(encode=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+def test_too_large_id_raises(tmp_path):
     byte_level(tmp_path)
     file = tmp_path / "tokenizer.json"
     definition = json.loads(file.read_bytes())
-    definition["model"]["vocab"]["a"] = 10**9
+    definition["model"]["vocab"]["a"] = 1 << 24
     file.write_text(json.dumps(definition))
-    with pytest.raises(InputError, match="expected ids below 16777216, got 1000000000"):
+    with pytest.raises(InputError, match="expected ids below 16777216, got 16777216"):
         Tokenizer.load(tmp_path)
 
 

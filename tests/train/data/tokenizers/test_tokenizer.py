@@ -257,8 +257,14 @@ def test_a_small_text_gives_a_smaller_vocabulary(capsys):
 def test_unknown_spec_and_empty_corpus_raise():
     with pytest.raises(InputError, match=r"FILE.json, FOLDER or bpe:SIZE, got 'words'$"):
         from_spec("words", list)
-    with pytest.raises(InputError, match=r"got 'gtp2'; did you mean 'gpt2'\?$"):
-        from_spec("gtp2", list)
+    for wrong, right in (
+        ("gtp2", "gpt2"),
+        ("GPT2", "gpt2"),
+        ("byte", "bytes"),
+        ("bpe4096", "bpe:4096"),
+    ):
+        with pytest.raises(InputError, match=rf"got '{wrong}'; did you mean '{right}'\?$"):
+            from_spec(wrong, list)
     with pytest.raises(InputError, match="expected a corpus with characters"):
         from_spec("chars", list)
 
