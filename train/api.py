@@ -12,7 +12,6 @@ Bad input raises tritium.InputError. Ctrl-C writes a checkpoint and raises triti
 tritium.load(folder).resume() continues.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from .loop import resume, start
 from .machine.device import choose_device, choose_matmul
 from .recipes import default_recipe, recipe
 from .run.checkpoint import checkpoints
-from .run.folder import create_free_folder
+from .run.folder import create_free_folder, remove_unused_folder
 from .run.goodput import begin_now
 from .run.metrics import check_metrics, read_lines
 from .run.models import SavedModel, open_model
@@ -272,8 +271,7 @@ def _start(name: str, config: TrainConfig, callbacks: Callbacks) -> Run:
         return _finish(folder, lambda: start(config, folder, callbacks=callbacks))
     finally:
         if config.report.out is None:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only if the run did not start: then it is empty
+            remove_unused_folder(folder)
 
 
 def _finish(folder: Path, work: Callable[[], Evaluation]) -> Run:

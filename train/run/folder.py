@@ -184,6 +184,13 @@ def create_free_folder(name: str) -> Path:
             return path
 
 
+def remove_unused_folder(run: Path) -> None:
+    """Remove a folder of `create_free_folder` if no run started in it, and runs/ if it is empty."""
+    with contextlib.suppress(OSError):  # it is not empty
+        run.rmdir()
+        run.parent.rmdir()
+
+
 def claim_folder(
     run: Path,
     config: TrainConfig,

@@ -231,4 +231,7 @@ def test_a_run_that_does_not_start_leaves_no_default_folder(tiny, error_of, monk
     at = tiny.index("--out")
     words = tiny[:at] + tiny[at + 2 :]
     assert "training tokens or more" in error_of(*words, "--context-tokens", "1000000")
-    assert names(tmp_path / "runs") == set()
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert "training tokens or more" in error_of(*words, "--context-tokens", "1000000")
+    assert names(tmp_path / "runs") == {"mine"}

@@ -1,6 +1,5 @@
 """Run a training and report its result: what `tritium train` and `tritium finetune` share."""
 
-import contextlib
 import re
 import shlex
 import time
@@ -24,7 +23,7 @@ from ...evaluate import Evaluation
 from ...loop import resume, start
 from ...machine.options import Launch
 from ...run.checkpoint import checkpoints
-from ...run.folder import create_free_folder, is_unstarted, read_run
+from ...run.folder import create_free_folder, is_unstarted, read_run, remove_unused_folder
 from ...run.history import changes_between
 from ...run.metrics import describe_goodput
 from ...run.samples import last_sample
@@ -66,8 +65,7 @@ def run_new(name: str, config: TrainConfig, launch: Launch, *, is_auto: bool = F
             )
         finally:
             if not out and world.is_rank0:
-                with contextlib.suppress(OSError):
-                    run.rmdir()  # only if the run did not start: then it is empty
+                remove_unused_folder(run)
 
 
 def _has_checkpoint(run: Path) -> bool:
