@@ -142,7 +142,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(words, tmp_path):
         os.write(terminal, b"/save chat.json\n")
         read_until(terminal, rb"saved 2 messages\r\n> ")
         os.write(terminal, b"\x03")
-        read_until(terminal, rb"Ctrl-D or /exit leaves\r\n> ")
+        read_until(terminal, rb"Ctrl-D or /exit leaves\r\n> ", key=b"\x03")
         os.write(terminal, b"\x04")
         assert process.wait(60) == 0
     os.close(terminal)
