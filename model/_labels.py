@@ -20,7 +20,7 @@ def labels_in(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
     architectures = fields.get("architectures")
     if not isinstance(architectures, list | None):
         raise InputError(
-            f"{path}: architectures: expected a list of names, got {str(architectures)[:60]!r}; "
+            f"{path}: architectures: expected a list of names, got {repr(architectures)[:60]}; "
             "get the file again"
         )
     architectures = architectures or [""]

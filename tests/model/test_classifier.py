@@ -175,7 +175,7 @@ def test_a_classifier_is_not_read_as_a_language_model(tmp_path):
     ("changed", "message"),
     [
         ({"id2label": {"a": "ham", "b": "spam"}}, "id2label: expected a name for each number"),
-        ({"architectures": True}, "architectures: expected a list of names, got 'True'"),
+        ({"architectures": True}, "architectures: expected a list of names, got True"),
         ({"architectures": "GPT2LMHeadModel"}, "expected a list of names, got 'GPT2LMHeadModel'"),
     ],
 )

@@ -159,7 +159,7 @@ class PublishedTokenizer(Tokenizer):
                     f"{start!r}; get the file again"
                 )
             return () if start is None else (self._ids[start],)
-        with _names_encoding():
+        with _as_input_errors():
             found = self._plain.encode("a")
         text = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
         return tuple(found.ids[:text])
@@ -183,7 +183,7 @@ class PublishedTokenizer(Tokenizer):
         if threads <= 1 or len(texts) <= 1:
             return [self.encode(text) for text in texts]
         clean = [without_surrogates(text) for text in texts]
-        with _names_encoding():
+        with _as_input_errors():
             found = self._plain.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(each.ids, dtype=self.dtype) for each in found]
 
@@ -329,17 +329,17 @@ def _backend(definition: dict[str, Any]):
         ) from None
     undefined = undefined_tokens(definition)
     if undefined:
-        # The package would panic, with more lines on stderr.
+        # While it encodes, the package would panic and write more lines to stderr.
         raise InputError(
             "tokenizer.json: expected a definition of each special token of post_processor, got "
-            f"none of {', '.join(undefined)}; get the file again"
+            f"none for {', '.join(undefined)}; get the file again"
         )
     return backend
 
 
 @contextlib.contextmanager
-def _names_encoding() -> Iterator[None]:
-    """Raise InputError for what the package raises if its definition cannot encode a text."""
+def _as_input_errors() -> Iterator[None]:
+    """Turn errors of the package into InputError: its definition cannot encode a text."""
     try:
         yield
     except BaseException as error:
@@ -353,5 +353,5 @@ def _names_encoding() -> Iterator[None]:
 
 
 def _encode(backend, text: str) -> np.ndarray:
-    with _names_encoding():
+    with _as_input_errors():
         return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)

@@ -338,7 +338,7 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
                     "special_tokens": {},
                 }
             },
-            "expected a definition of each special token of post_processor, got none of <none>",
+            "expected a definition of each special token of post_processor, got none for <none>",
         ),
     ],
 )
