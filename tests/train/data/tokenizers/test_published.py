@@ -25,6 +25,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
+# Puts a special token before a text without defining it.
+UNDEFINED = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
 
 
 def byte_level(folder, template=TEMPLATE):
@@ -330,14 +337,11 @@ def test_chat_templates_by_name_and_ids_that_stop(tmp_path):
         ),
         ({"model": {"type": "words"}}, "expected a file of the package tokenizers"),
         (
-            {
-                "post_processor": {
-                    "type": "TemplateProcessing",
-                    "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}],
-                    "pair": [],
-                    "special_tokens": {},
-                }
-            },
+            {"post_processor": UNDEFINED},
+            "expected a definition of each special token of post_processor, got none for <none>",
+        ),
+        (
+            {"post_processor": {"type": "Sequence", "processors": [UNDEFINED]}},
             "expected a definition of each special token of post_processor, got none for <none>",
         ),
     ],
