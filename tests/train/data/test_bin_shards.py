@@ -42,7 +42,7 @@ def shards(tmp_path):
 
 
 def test_shards_become_a_dataset(tmp_path, shards):
-    """A file for validation is all that is held out, whatever fraction is asked for."""
+    """With a file for validation, no other text is held out, for any value of held_out."""
     info = build(tmp_path / "out", [shards], "bytes", held_out=0.5, progress=False)
     dataset = open_dataset(tmp_path / "out")
     text = dataset.tokenizer.decode(dataset.train.read(0, len(dataset.train)))

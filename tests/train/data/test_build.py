@@ -307,7 +307,7 @@ def test_folders_of_killed_builds_are_deleted(tmp_path):
     assert left == {"a.txt", "out", ".running.x2.tmp", ".other.tmp"}
 
 
-def test_of_two_builds_into_one_folder_the_first_to_end_stays(tmp_path):
+def test_the_build_that_ends_first_stays_in_a_shared_folder(tmp_path):
     out = tmp_path / "out"
     slow = _new_folder.new_locked_folder(out)
     folder = slow.__enter__()

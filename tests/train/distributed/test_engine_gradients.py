@@ -87,7 +87,7 @@ def test_gradients_are_reduced_once_per_step_and_in_float32(precision, reduced):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gradients_are_reduced_during_the_last_backward(precision, reduced, monkeypatch):
-    """Not before it, and those of the last block before the first block has its gradients."""
+    """They start in the last backward: the last block's, before the first block has gradients."""
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 1)  # one bucket per parameter
     engine = engine_of("ddp", precision=precision)
     num_started = []

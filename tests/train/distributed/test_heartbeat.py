@@ -131,7 +131,7 @@ def test_a_rank_that_has_left_is_not_missed(ranks):
         beat(ranks, TIMEOUT + 10, silent=1)
 
 
-def test_others_that_hang_are_named_before_a_rank_that_has_left(ranks):
+def test_hanging_ranks_are_named_before_a_rank_that_has_left(ranks):
     ranks[1].leave()
     with pytest.raises(EndedError, match="rank 0 hangs"):
         beat(ranks, TIMEOUT + 10, silent=1)

@@ -108,7 +108,7 @@ def test_a_judge_goes_on_from_its_state():
     ],
     ids=str,
 )
-def test_another_record_is_no_state_of_a_judge(changes):
+def test_records_with_other_fields_or_values_are_not_a_state_of_a_judge(changes):
     state = StepJudge(6.0, CPU).state_dict()
     assert is_judge_state(state)
     assert not is_judge_state(state | changes)

@@ -83,7 +83,7 @@ def test_text_field_names_the_json_key(tmp_path):
         _texts(Corpus([tmp_path]))
 
 
-def test_batches_have_about_so_many_characters():
+def test_batches_have_about_the_requested_characters():
     """Each text counts as 64 characters more than it has."""
     documents = [Document("a" * 36, f"{number}.txt", b"", 0) for number in range(7)]
     batches = list(batches_of_text(documents, 300))

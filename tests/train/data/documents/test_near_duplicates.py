@@ -65,7 +65,7 @@ def test_signatures_estimate_the_jaccard_index():
 
 @pytest.mark.parametrize(("agreeing", "found"), [(64, [-1, -1]), (65, [-1, 0])])
 def test_hashes_that_agree_by_chance_do_not_count(tmp_path, agreeing, found):
-    """At a threshold of 0.5, half of 128 hashes is a quarter of a hash too few."""
+    """The threshold of 0.5 needs 64 equal hashes. About 0.25 of 64 are equal by chance."""
     rows = np.ones((2, 128), np.uint32)
     rows[1, agreeing:] = 2
     near = NearDuplicates(tmp_path, 0.5)
